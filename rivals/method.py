@@ -52,10 +52,8 @@ class Run:
         self.asked = {**(settings or {}), **fields}
         self.recipe = Recipe(**self.asked)
         self.recipe.check()
-        if self.recipe.streaming or self.recipe.precision == "fp16":
-            raise RAdapterError(
-                "rivals are trained without --streaming, and with precision no or bf16"
-            )
+        if self.recipe.precision == "fp16":
+            raise RAdapterError("rivals are trained with precision no or bf16")
 
     def of(self, settings: Mapping[str, Any]) -> Run:
         """Build a run of the same data by another method's settings, with a fresh base; a batch is

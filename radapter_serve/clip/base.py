@@ -300,20 +300,24 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_configs(folder: Path) -> None:
-    """Look into all configurations that `transformers` may read from a folder."""
+    """Look into all configurations that `transformers` may read from a folder, at any depth."""
     if (folder / "adapter_config.json").exists():
         raise RAdapterError(
             f"{folder} holds adapter_config.json, an adapter of peft: export it with --lora, or"
             " merge it into the weights and delete it"
         )
     for path in sorted(folder.glob("*config*.json")):
-        for field, value in _fields(_read(path)):
-            what = field
-            if field in _ATTENTION and "/" in json.dumps(value):
-                what = f"{field} {short(value)}"
-            elif field not in _CODE_FIELDS:
-                continue
-            raise _refused(path, what, "a base may not bring code")
+        waiting = [_read(path)]
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, list):
+                waiting += part
+            for field, value in part.items() if isinstance(part, dict) else ():
+                waiting.append(value)
+                if field in _CODE_FIELDS:
+                    raise _refused(path, field, "a base may not bring code")
+                if field in _ATTENTION and "/" in json.dumps(value):
+                    raise _refused(path, f"{field} {short(value)}", "a base may not bring code")
 
 
 def _folder_of_config(name: str) -> Path:
@@ -334,18 +338,6 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RAdapterError(f"could not load {path}: it is no JSON ({reason(error)})") from error
-
-
-def _fields(value: Any) -> Iterator[tuple[str, Any]]:
-    """All fields of a configuration with their values, at any depth."""
-    waiting = [value]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, dict):
-            yield from part.items()
-            waiting.extend(part.values())
-        elif isinstance(part, list):
-            waiting.extend(part)
 
 
 def _table(of: dict[str, Any], name: str) -> dict[str, Any]:

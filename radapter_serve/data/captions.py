@@ -11,11 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import datasets
 from PIL import Image
 
 from radapter_serve.data.rows import (
-    BrokenImage,
     ImageColumn,
     check_share,
     image_source,
@@ -41,8 +39,8 @@ class Captioned(ImageColumn):
     its bytes.
     """
 
-    table: Any  # a Hugging Face data set with a caption or a list of captions a row, or its stream
-    images: Sequence[CaptionedImage]  # every image of the table once; empty for a stream
+    table: Any  # a Hugging Face data set with a caption or a list of captions a row
+    images: Sequence[CaptionedImage]  # every image of the table once
     image_column: str
     caption_column: str  # `json.caption` is the field of a column `json`
     folder: Path = field(default_factory=Path)  # where relative image paths start
@@ -51,11 +49,7 @@ class Captioned(ImageColumn):
 
     @cached_property
     def rows(self) -> Any:
-        """What training goes through: the captions, or with several of them a pair the images, or
-        the stream.
-        """
-        if isinstance(self.table, datasets.IterableDataset):
-            return self.table
+        """What training goes through: the captions, or with several of them a pair the images."""
         numbered = list(enumerate(image.captions for image in self.images))
         if self.captions_per_image > 1:
             return numbered
@@ -66,23 +60,8 @@ class Captioned(ImageColumn):
         come again.
         """
         count = self.captions_per_image
-        if isinstance(row, tuple):
-            label, captions = row
-            row = self.table[self.images[row[0]].row]
-        else:  # of a stream
-            value = value_at(row, self.caption_column)
-            captions = _texts(value)
-            if not captions:
-                raise BrokenImage(
-                    f"image {self.name(row)} has no text in {self.caption_column!r}: {value!r}"
-                )
-            if isinstance(value, str) and count > 1:
-                raise RAdapterError(
-                    f"captions_per_image is {count} but a row of the stream has one caption;"
-                    " allowed: 1, or a column with lists of captions, or no --streaming"
-                )
-            label = int(image_identity(row.get(self.image_column))[:15], 16)
-        image = self.image(row)
+        label, captions = row
+        image = self.image(self.table[self.images[label].row])
         texts = draw.sample(captions, len(captions))
         if count == 1:
             return image, label, texts[0]
@@ -105,18 +84,15 @@ def load_captioned(
     caption_column: str = "caption",
     captions_per_image: int = 1,
     images: Path | None = None,
-    streaming: bool = False,
     broken: list[str] | None = None,
 ) -> Captioned:
     """Open images with captions; rows of the same image belong together."""
     columns = {image_column: "--image-column", caption_column: "--caption-column"}
-    rows = open_rows(spec, columns, streaming=streaming)
+    rows = open_rows(spec, columns)
     table = rows.table
     data = Captioned(
         table, [], image_column, caption_column, images or rows.folder, captions_per_image
     )
-    if streaming:
-        return data
 
     # Gather the captions of each image, block by block: a table may be larger than memory.
     names = [

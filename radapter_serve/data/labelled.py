@@ -29,7 +29,7 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 class Labelled(ImageColumn, LabelledImages):
     """A data set of labelled images."""
 
-    rows: Any  # a Hugging Face data set, or its stream
+    rows: Any  # a Hugging Face data set
     classes: list[str]
     image_column: str
     label_column: str
@@ -88,7 +88,7 @@ class Labelled(ImageColumn, LabelledImages):
         return tuple(numbers)
 
     def label_sets(self) -> list[tuple[int, ...]]:
-        """The numbers of all classes of each row; not of a stream."""
+        """The numbers of all classes of each row."""
         if self._sets is not None:
             return self._sets
         # The column of labels alone: reading images takes long.
@@ -101,10 +101,7 @@ class Labelled(ImageColumn, LabelledImages):
         return sets
 
     def labels(self) -> NDArray[np.int64]:
-        """The number of each row's class, [N]; of several classes the one with the fewest images.
-
-        Not of a stream.
-        """
+        """The number of each row's class, [N]; of several the one with the fewest images."""
         sets = self.label_sets()
         if not self.several:
             return np.fromiter((labels[0] for labels in sets), np.int64, len(sets))
@@ -191,10 +188,6 @@ def class_split(data: Labelled, split: str) -> Labelled:
         raise RAdapterError(
             f"class_split {split} needs one label an image, and this data may have several"
         )
-    if isinstance(data.rows, datasets.IterableDataset):
-        raise RAdapterError(
-            f"class_split {split} needs all labels at once; it does not go with a stream"
-        )
     count = len(data.classes)
     middle = (count + 1) // 2
     chosen = range(middle) if split == "base" else range(middle, count)
@@ -210,8 +203,6 @@ def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
     More shots of the same seed hold the fewer. An image of several classes counts for the one with
     the fewest images; a class that has none among those of one shot gives one more.
     """
-    if isinstance(data.rows, datasets.IterableDataset):
-        raise RAdapterError("shots needs all labels at once; it does not go with a stream")
     order = np.random.default_rng(seed).permutation(len(data.rows))
     labels = data.labels()[order]
     chosen = [
@@ -245,7 +236,6 @@ def load_labelled(
     label_separator: str | None = None,
     classes: Path | None = None,
     images: Path | None = None,
-    streaming: bool = False,
     every_class: bool = True,
 ) -> Labelled:
     """Open a data set; `DataSource` says what the arguments mean.
@@ -255,7 +245,7 @@ def load_labelled(
     """
     # Rows, and what they call their classes.
     flags = {image_column: "--image-column", label_column: "--label-column"}
-    opened = open_rows(spec, flags, streaming=streaming)
+    opened = open_rows(spec, flags)
     rows = opened.table
     feature: Any = (rows.features or {}).get(label_column)
     lists = isinstance(feature, datasets.List | datasets.LargeList)
@@ -264,7 +254,7 @@ def load_labelled(
     several = lists or label_separator is not None
     keys = getattr(feature, "names", None)
     by_name = keys is None
-    if by_name and not streaming and "string" in getattr(feature, "dtype", ""):
+    if by_name and "string" in getattr(feature, "dtype", ""):
         values = rows[label_column]
         if several:
             values = (label for value in values for label in split_labels(value, label_separator))

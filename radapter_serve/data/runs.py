@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import datasets
 from rich.console import Console
 from rich.progress import track
 
@@ -43,7 +42,6 @@ def open_source(
     source: DataSource,
     *,
     captions_per_image: int = 1,
-    streaming: bool = False,
     every_class: bool = False,
     broken: list[str] | None = None,
 ) -> Images:
@@ -65,7 +63,6 @@ def open_source(
             caption_column=source.caption_column,
             captions_per_image=captions_per_image,
             images=source.images,
-            streaming=streaming,
             broken=broken,
         )
     else:
@@ -76,7 +73,6 @@ def open_source(
             label_separator=source.label_separator,
             classes=source.classes,
             images=source.images,
-            streaming=streaming,
             every_class=every_class,
         )
     data.exif_orientation = source.exif_orientation
@@ -90,7 +86,6 @@ def run_data(source: RunSource, broken: list[str] | None = None) -> tuple[Images
     data = open_source(
         source,
         captions_per_image=source.captions_per_image,
-        streaming=source.streaming and not source.val_fraction,
         every_class=True,
         broken=broken if source.on_broken == "skip" else None,
     )
@@ -157,8 +152,6 @@ def broken_images(
         rows = data.images
     else:
         rows = data.rows if isinstance(data, Labelled) else data.table
-        if isinstance(rows, datasets.IterableDataset):
-            return []
         if isinstance(data, Captioned):
             rows = rows.select([image.row for image in data.images])
         rows = rows.select_columns([data.image_column])

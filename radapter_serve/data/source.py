@@ -118,7 +118,6 @@ class RunSource(DataSource):
             the 80 of OpenAI, `vild` for the 63 of ViLD, or `ovseg`.
         shots: images of each class to train with, drawn by the seed (a class with fewer gives all);
             none takes all.
-        streaming: read the data set as a stream, without a copy on disk.
         on_broken: on a broken or missing image, skip takes the next image and counts it, refuse
             stops the run.
         mask_padding: border around the box of a segment on each side, as a share of its longer
@@ -139,7 +138,6 @@ class RunSource(DataSource):
     captions_per_image: Annotated[Count, For("retrieval")] = 1
     templates: str = "simple"
     shots: Annotated[Count | None, For("classification")] = None
-    streaming: Annotated[bool, For("classification", "retrieval")] = False
     on_broken: Literal["skip", "refuse"] = "refuse"
     mask_padding: Share = 0.0
     mask_square: bool = True

@@ -10,17 +10,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import torch
-from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.rows import BrokenImage, LabelledImages
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError
 
 Transform = Callable[[Image.Image], Tensor]
 NO_LABEL = -1  # in the place of labels that an image does not have
@@ -54,8 +52,11 @@ class Examples(Dataset[dict[str, Any]]):
             except RAdapterError as error:
                 return {"error": str(error)}
             else:
-                return {**item, "broken": broken, "row": 0}
-        return {"error": _refusal(broken[-1], self.refuse)}
+                return {**item, "broken": broken}
+        if self.refuse:
+            advice = "mend it, or leave such images out with --on-broken skip"
+            return {"error": f"{broken[-1]}; {advice}"}
+        return {"error": f"not one image of the data set can be read; the last: {broken[-1]}"}
 
     def item(self, row: Any, index: int) -> dict[str, Any]:
         """One row, augmented by the draw that belongs to its index."""
@@ -73,49 +74,6 @@ class Examples(Dataset[dict[str, Any]]):
         }
 
 
-class _Stream(IterableDataset[dict[str, Any]]):
-    """The same items from a stream: shuffled in a buffer, divided among processes, without the
-    first `skip` rows.
-    """
-
-    def __init__(self, examples: Examples, rank: int, world: int, skip: int) -> None:
-        rows = examples.data.rows.shuffle(seed=examples.seed + examples.epoch, buffer_size=1000)
-        self.rows = split_dataset_by_node(rows, rank, world).skip(skip)
-        self.examples = examples
-        self.first = skip
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        broken: list[str] = []
-        rows = iter(self.rows)
-        index = self.first - 1
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:  # of many kinds: a torn file, a lost connection
-                yield {"error": f"the stream broke off: {reason(error)}"}
-                return
-            index += 1
-            try:
-                item = self.examples.item(row, index)
-            except BrokenImage as error:
-                broken.append(str(error))
-                if self.examples.refuse:
-                    yield {"error": _refusal(str(error), refuse=True)}
-            except RAdapterError as error:
-                yield {"error": str(error)}
-            else:
-                yield {**item, "broken": broken, "row": index + 1}
-                broken = []
-
-
-def _refusal(broken: str, refuse: bool) -> str:
-    if refuse:
-        return f"{broken}; mend it, or leave such images out with --on-broken skip"
-    return f"not one image of the data set can be read; the last: {broken}"
-
-
 def batches(
     examples: Examples,
     batch_size: int,
@@ -127,27 +85,24 @@ def batches(
     workers: int,
 ) -> DataLoader[dict[str, Any]]:
     """One epoch's batches of process `rank` of `world`, without a last, smaller one, and without
-    the first `start` batches (of a stream, rows), which were seen before a restart.
+    the first `start` batches, which were seen before a restart.
     """
     examples.epoch = epoch
-    common: dict[str, Any] = {
-        "collate_fn": _collate,
-        "num_workers": workers,
-        "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": ignore_interruptions,
-        "generator": torch.Generator(),  # the default one is that of a step's draws
-    }
-    if isinstance(examples.data.rows, datasets.IterableDataset):
-        common["num_workers"] = min(workers, 1)  # one reader keeps the order
-        stream = _Stream(examples, rank, world, start)
-        return DataLoader(stream, batch_size=batch_size, drop_last=True, **common)
     generator = torch.Generator().manual_seed(examples.seed * 1_000_003 + epoch)
     shuffled = torch.randperm(len(examples), generator=generator)
     even = len(shuffled) // world * world  # equal shares, or processes would drift apart
     order = shuffled[:even][rank::world].tolist()
     starts = range(0, len(order) - batch_size + 1, batch_size)
     chunks = [order[i : i + batch_size] for i in starts[start:]]
-    return DataLoader(examples, batch_sampler=chunks, **common)  # type: ignore[arg-type]
+    return DataLoader(
+        examples,
+        batch_sampler=chunks,  # type: ignore[arg-type]
+        collate_fn=_collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_interruptions,
+        generator=torch.Generator(),  # the default one is that of a step's draws
+    )
 
 
 def endless(
@@ -159,9 +114,7 @@ def endless(
     world: int = 1,
     workers: int,
 ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-    """The batches of all epochs from an (epoch, batch or row) on, each with that which comes after
-    it.
-    """
+    """The batches of all epochs from an (epoch, batch) on, each with that which comes after it."""
     epoch, start = position
     while True:
         offset = start
@@ -177,7 +130,7 @@ def endless(
         for offset, batch in enumerate(loader, start + 1):
             if "error" in batch:
                 raise RAdapterError(batch["error"])
-            yield (epoch, batch["row"] or offset), batch  # a stream continues after its last row
+            yield (epoch, offset), batch
         if offset == start == 0:
             raise RAdapterError(
                 f"the data set has fewer images that can be read than a batch of {batch_size}"
@@ -198,7 +151,6 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "of_images": pad_sequence(of_images, batch_first=True, padding_value=NO_LABEL),
         "texts": [text for item in items for text in item["texts"]],
         "broken": [name for item in items for name in item["broken"]],
-        "row": items[-1]["row"],
     }
 
 

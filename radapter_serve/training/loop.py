@@ -68,7 +68,7 @@ def fit(
     plan = learner.plan
     recipe = plan.recipe
     step = 0
-    position = (0, 0)  # the (epoch, batch or row) that comes next
+    position = (0, 0)  # the (epoch, batch) that comes next
     if recipe.resume:  # replaces the starts of adapters, average and optimizer
         step, position = load_checkpoint(out, learner)
 

@@ -119,7 +119,7 @@ class Recipe(RunSource):
         accumulate: parts of a step's batch, computed one after another; the loss contrasts images
             within a part only.
         epochs: passes over the data; steps, if given, sets the length instead.
-        steps: optimizer steps; none follows epochs. A stream needs it.
+        steps: optimizer steps; none follows epochs.
         learning_rate: peak learning rate of AdamW; auto finds one by short runs and held-out
             images, which have at most the steps of the run itself.
         min_learning_rate: learning rate at the end of the cosine schedule.
@@ -200,18 +200,15 @@ class Recipe(RunSource):
             )
         held_out = self.val_data or self.val_fraction
         if self.learning_rate == "auto" and (self.task == "retrieval" or not held_out):
-            add = "add --val-data, or " if self.streaming else "add --val-fraction 0.2, or "
+            add = "" if self.task == "retrieval" else "add --val-fraction 0.2, or "
             raise RAdapterError(
-                "learning_rate auto chooses by held-out images with labels;"
-                f" {'' if self.task == 'retrieval' else add}give a number such as"
-                " --learning-rate 5e-4"
+                f"learning_rate auto chooses by held-out images with labels; {add}give a number"
+                " such as --learning-rate 5e-4"
             )
-        if self.val_fraction and (self.val_data or self.streaming):
-            other = "val_data names validation data"
-            if not self.val_data:
-                other = "a stream can't be divided"
+        if self.val_fraction and self.val_data:
             raise RAdapterError(
-                f"val_fraction is {self.val_fraction} but {other}; leave one of them out"
+                f"val_fraction is {self.val_fraction} but val_data names validation data; leave one"
+                " of them out"
             )
         if self.resume and self.out is None:
             raise RAdapterError("--resume needs --out, the folder of the run to continue")
@@ -225,12 +222,6 @@ class Recipe(RunSource):
                     f"{field.name} is {value}, which task {self.task} does not use; leave it out "
                     f"(it is for {' and '.join(tasks)})"
                 )
-        if self.streaming and (self.shots or self.class_split != "all"):
-            raise RAdapterError(
-                "shots and class_split need all labels at once; leave --streaming out"
-            )
-        if self.streaming and self.steps is None:
-            raise RAdapterError("a stream has no length; say how long to train with --steps")
 
     @property
     def peak_rate(self) -> float:
@@ -238,8 +229,8 @@ class Recipe(RunSource):
         return float(self.learning_rate)
 
     def resolved(self, images: int | None, processes: int = 1) -> Plan:
-        """Work out what follows from the number of images (or captions) of an epoch, None for a
-        stream, and of the processes that share a batch.
+        """Work out what follows from the number of images (or captions) of an epoch, None for as
+        many as a batch needs, and of the processes that share a batch.
         """
         notes = []
         parts = processes * self.accumulate
@@ -262,7 +253,7 @@ class Recipe(RunSource):
                 f"note: a batch is {batch_size} images, all that the data has; the recipe's"
                 f" batch_size is {self.batch_size}"
             )
-        steps = self.steps or self.epochs * ((images or 0) // batch_size)  # a stream says its steps
+        steps = self.steps or self.epochs * ((images or batch_size) // batch_size)
         warmup = min(LONGEST_WARMUP, steps // 5) if self.warmup_steps is None else self.warmup_steps
         if warmup >= steps:
             raise RAdapterError(

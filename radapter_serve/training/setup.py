@@ -305,7 +305,7 @@ def flatten_projections(model: nn.Module) -> None:
 
 def save_checkpoint(out: Path, learner: Learner, step: int, position: tuple[int, int]) -> None:
     """Save the state after a step from the main process, whole or not at all; every process calls
-    it, each with the (epoch, batch or row) that comes next for it.
+    it, each with the (epoch, batch) that comes next for it.
     """
     accelerator = learner.accelerator
     positions = gather_object([position])
@@ -333,7 +333,7 @@ def save_checkpoint(out: Path, learner: Learner, step: int, position: tuple[int,
 
 
 def load_checkpoint(out: Path, learner: Learner) -> tuple[int, tuple[int, int]]:
-    """Restore what was saved; gives the step, and the (epoch, batch or row) that comes next for
+    """Restore what was saved; gives the step, and the (epoch, batch) that comes next for
     this process. Refuses the checkpoint of another recipe, or of other held-out images.
     """
     path = out / CHECKPOINT

@@ -32,7 +32,7 @@ class RunData:
 
     data: Data
     val: Data | None  # `val_data`, or the share that `val_fraction` holds out
-    images: int | None  # or captions, that an epoch goes through; None for a stream
+    images: int  # or captions, that an epoch goes through
     broken: tuple[str, ...] = ()  # rows that `on_broken: skip` leaves out
     notes: tuple[str, ...] = ()  # what a user should know, a line each
 
@@ -112,10 +112,10 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
                 f"note: left out {count_kinds(data.left_out)}; images are {', '.join(SUFFIXES)}"
             )
         parted = [name for name in data.keys if len(split_labels(name, ";")) > 1]
-        if data.several and not recipe.streaming:
+        if data.several:
             count = sum(len(labels) > 1 for labels in data.label_sets())
             notes.append(f"note: {count:,} of {len(data.rows):,} images have several labels")
-        elif parted and not (data.several or recipe.streaming):
+        elif parted:
             notes.append(
                 f"note: {len(parted)} class names of {recipe.data} hold a semicolon, such as"
                 f" {parted[0]!r}; --label-separator ';' would read them as several labels"
@@ -152,12 +152,12 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
 
     opened = segmented(data)
     opened_val = segmented(val)
-    length = None if opened is None or recipe.streaming else len(opened.rows)
-    if length is not None:
-        tried(lambda: recipe.resolved(length, int(os.environ.get("WORLD_SIZE", "1"))))
+    if opened is not None:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        tried(lambda: recipe.resolved(len(opened.rows), processes))
     if problems or opened is None:
         raise all_of(list(dict.fromkeys(problems)), "the data of this run")
-    return RunData(opened, opened_val, length, tuple(broken), tuple(notes))
+    return RunData(opened, opened_val, len(opened.rows), tuple(broken), tuple(notes))
 
 
 def open_data(recipe: Recipe, base: Base) -> tuple[Data, Data | None]:

@@ -66,8 +66,6 @@ def test_classes_have_the_numbers_of_the_file_in_every_split(tmp_path: Path) -> 
     assert novel.classes == ["River", "Sea or Lake"] and novel.labels().tolist() == [1, 0, 0]
     both = load_labelled(f"coop:{file}@train+val", images=images)
     assert both.labels().tolist() == NUMBERS["train"] + NUMBERS["val"]
-    stream = load_labelled(f"coop:{file}@train", images=images, streaming=True)
-    assert [stream.label(row) for row in stream.rows] == NUMBERS["train"]
 
 
 def test_a_run_of_few_shots_of_the_base_classes(tmp_path: Path) -> None:
@@ -196,7 +194,7 @@ def test_an_adapter_files_recipe_is_read_into_one() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [{"data": 3}, {"val_fraction": 1}, {"seed": True}, {"streaming": "yes"}, {"images": 3}],
+    [{"data": 3}, {"val_fraction": 1}, {"seed": True}, {"images": 3}],
 )
 def test_values_of_the_wrong_kind_are_refused(value: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(value))):

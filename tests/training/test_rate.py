@@ -138,7 +138,6 @@ def test_a_search_warns_where_the_best_is_at_the_edge_and_is_kept_by_a_resumed_r
     [
         ({"val_data": None}, "chooses by held-out images with labels; add --val-fraction 0.2"),
         ({"task": "retrieval"}, "chooses by held-out images with labels; give a number such as"),
-        ({"val_data": None, "streaming": True, "steps": 1}, "with labels; add --val-data, or give"),
         ({}, "searches in one process"),
     ],
 )

@@ -7,14 +7,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import random
 import re
 import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -95,7 +93,6 @@ def test_every_reader_gives_the_same_images_and_labels(images: Path, tmp_path: P
         assert pixels(load_labelled(spec)) == expected
     named = {key: {"green": "green, lime"}.get(name, name) for key, name in expected.items()}
     assert pixels(load_labelled(csv, classes=classes)) == named
-    assert pixels(load_labelled(csv, classes=classes, streaming=True)) == named
     web: dict[str, Any] = {"image_column": "png", "label_column": "cls", "classes": classes}
     assert pixels(load_labelled(tar, **web)) == named
 
@@ -107,29 +104,15 @@ def items(data: Any, *, seed: int = 0, **options: Any) -> list[Any]:
     return [(b["labels"].tolist(), b["texts"], b["pixels"].sum().item()) for b in loader]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_order_depends_on_seed_and_epoch_alone(
-    images: Path, tmp_path: Path, streaming: bool
-) -> None:
+def test_order_depends_on_seed_and_epoch_alone(images: Path) -> None:
     data = load_labelled(f"imagefolder:{images}")
-    if streaming:
-        files = sorted(images.rglob("*.png"))
-        csv = table(tmp_path, [str(f) for f in files], [f.parent.name for f in files])
-        classes = tmp_path / "classes.txt"
-        classes.write_text("blue\ngreen\nred\n")
-        data = load_labelled(csv, classes=classes, streaming=True)
     torch.manual_seed(1)
     first = items(data)
     torch.manual_seed(2)
-    assert items(data) == first and len(first) == 6
-    assert items(data, start=8 if streaming else 2) == first[2:]
-    if not streaming:
-        assert items(data, workers=2) == first
+    assert items(data) == items(data, workers=2) == first and len(first) == 6
+    assert items(data, start=2) == first[2:]
     for other in (items(data, epoch=1), items(data, seed=1)):  # not only augmented otherwise
         assert [labels for labels, *_ in other] != [labels for labels, *_ in first]
-    halves = [items(data, rank=rank, world=2) for rank in range(2)]
-    labels = [label for half in halves for labels, *_ in half for label in labels]
-    assert sorted(labels) == [0] * 8 + [1] * 8 + [2] * 8
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -323,14 +306,9 @@ def folder(tmp_path: Path) -> Path:
 def captions_of(data: Captioned) -> dict[int, list[str]]:
     """Captions by the brightness of their image."""
     captions: dict[int, list[str]] = {}
-    if isinstance(data.table, datasets.IterableDataset):
-        for row in data.rows:
-            image, _, caption = data.pair(row, random.Random(0))
-            captions.setdefault(np.asarray(image)[0, 0, 0] // 60, []).append(str(caption))
-    else:
-        for row in data.images:
-            image = data.image(data.table[row.row])
-            captions[np.asarray(image)[0, 0, 0] // 60] = list(row.captions)
+    for row in data.images:
+        image = data.image(data.table[row.row])
+        captions[np.asarray(image)[0, 0, 0] // 60] = list(row.captions)
     return {number: sorted(texts) for number, texts in captions.items()}
 
 
@@ -352,25 +330,14 @@ def test_every_reader_gives_the_same_captions(folder: Path) -> None:
         contents += [(f"{number:03d}.{ending}", content) for ending, content in files.items()]
     spec = shard(folder / "shard.tar", contents)
     for column in ("txt", "json.caption"):
-        for streaming in (False, True):
-            data = load_captioned(
-                spec, image_column="png", caption_column=column, streaming=streaming
-            )
-            assert captions_of(data) == expected, column
+        data = load_captioned(spec, image_column="png", caption_column=column)
+        assert captions_of(data) == expected, column
 
 
 def loaded(data: Captioned, size: int, **options: Any) -> list[dict[str, Any]]:
     examples = Examples(data, lambda image: pil_to_tensor(image).float(), 0)
     common = {"epoch": 0, "start": 0, "rank": 0, "world": 1, "workers": 0} | options
     return list(batches(examples, size, **common))
-
-
-def test_a_stream_of_lists_gives_several_captions(folder: Path) -> None:
-    options: dict[str, Any] = {"captions_per_image": 2, "streaming": True}
-    (batch,) = loaded(load_captioned(f"json:{folder}/lists.json", **options), 3)
-    assert len(batch["texts"]) == 6 and len(set(batch["labels"].tolist())) == 3
-    rows = load_captioned(f"csv:{folder}/rows.csv", **options)
-    assert "has one caption" in loaded(rows, 3)[0]["error"]
 
 
 def test_a_row_without_a_caption(folder: Path) -> None:
@@ -381,9 +348,6 @@ def test_a_row_without_a_caption(folder: Path) -> None:
     broken: list[str] = []
     data = load_captioned(f"json:{folder}/t.json", broken=broken)
     assert len(data.images) == 1 and len(broken) == 1 and broken[0].startswith("row 2 of")
-    stream = load_captioned(f"json:{folder}/t.json", streaming=True)
-    [error] = [batch["error"] for batch in loaded(stream, 1) if "error" in batch]
-    assert "image b.png has no text" in error and "--on-broken skip" in error
 
 
 @pytest.mark.parametrize(
@@ -401,16 +365,7 @@ def test_options_that_the_table_does_not_have(
         load_captioned(f"csv:{folder}/rows.csv", **options)
 
 
-def test_a_missing_image_and_a_stream_that_breaks_off_are_errors(folder: Path) -> None:
+def test_a_missing_image_is_an_error(folder: Path) -> None:
     (folder / "a.png").unlink()
     (batch,) = loaded(load_captioned(f"csv:{folder}/rows.csv"), 6)
     assert "a.png can't be read" in batch["error"]
-    data = load_captioned(f"csv:{folder}/rows.csv", streaming=True)
-
-    def rows() -> Any:
-        yield {"image": "b.png", "caption": "fog"}
-        raise OSError("connection lost")
-
-    data.table = datasets.IterableDataset.from_generator(rows)
-    errors = [batch.get("error", "") for batch in loaded(data, 1)]
-    assert any("the stream broke off: connection lost" in error for error in errors)

@@ -86,8 +86,6 @@ def test_values_of_the_wrong_kind_or_out_of_range(path: Path, line: str, message
         ({"batch_size": 6, "accumulate": 4}, "accumulate is 4; allowed: divisors of batch_size 6"),
         ({"min_learning_rate": 1.0}, "min_learning_rate is 1.0; allowed: 0 to learning_rate"),
         ({"val_fraction": 0.1, "val_data": "csv:v.csv"}, "val_data names validation data"),
-        ({"val_fraction": 0.1, "streaming": True, "steps": 1}, "a stream can't be divided"),
-        ({"streaming": True, "steps": 1, "shots": 4}, "leave --streaming out"),
         ({"task": "retrieval", "shots": 4}, "which task retrieval does not use"),
         ({"task": "classification", "captions_per_image": 2}, "captions_per_image is 2, which"),
     ],
