@@ -26,17 +26,17 @@ from loop import read_totals
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.index.facts import IndexFacts, MadeBy, NearestFacts, Plan
+from radapter_serve.index.facts import Index, IndexFacts, MadeBy, Plan
 from radapter_serve.index.folder import (
     EXACT,
     VECTORS,
+    FolderIndex,
     describe_files,
     install,
     vector_column,
     write_table,
 )
-from radapter_serve.index.index import Index, open_index
-from radapter_serve.index.neighbours import CODES, Neighbours, tune, write_neighbours
+from radapter_serve.index.neighbours import CODES, write_neighbours
 
 Array = NDArray[np.float32]
 QUERIES = 100
@@ -190,10 +190,8 @@ def make(vectors: Array, texts: Array, out: Path) -> None:
     nearest = None
     if len(vectors) > EXACT:
         mapped = np.asarray(np.load(place / VECTORS, mmap_mode="r"))
-        written = write_neighbours(place, mapped)
-        effort = tune(Neighbours(place, mapped), texts)
-        nearest = NearestFacts(written.cells, written.trained_on, *effort)
-    release = MadeBy("made", 0.5, False, 1, "fp32", "", "", vectors.shape[1], "sha256:0")
+        nearest = write_neighbours(place, mapped, lambda _: texts)
+    release = MadeBy("made", 0.5, False, 1, "fp32", vectors.shape[1], "sha256:0")
     plan = Plan("", "/", "image", {}, 128, True, "refuse", release, {})
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     columns = ["path", "width", "height", "digest", "year", "kind"]
@@ -258,7 +256,7 @@ def floor_of(index: Index, folder: Path, vectors: Array) -> Callable[[int], Call
 
 
 def measure(folder: Path, queries: dict[str, Array], report: Report) -> None:
-    index = open_index(folder)
+    index = FolderIndex(folder)
     count = len(index)
     vectors = np.asarray(np.load(folder / index.generation / VECTORS, mmap_mode="r"))
     everything = np.ones(count, bool)
@@ -300,7 +298,7 @@ def measure(folder: Path, queries: dict[str, Array], report: Report) -> None:
 
 
 def conditions(
-    index: Index, folder: Path, vectors: Array, asked: Array
+    index: FolderIndex, folder: Path, vectors: Array, asked: Array
 ) -> tuple[list[str], list[list[str]]]:
     """What a condition adds to a search for ten, when it is new and when it was asked before."""
     table = {

@@ -51,7 +51,6 @@ def build(
     on_broken: Literal["refuse", "skip"] = "refuse",
     resume: bool = True,
     ray: str | None = None,
-    store: str | None = None,
 ) -> None:
     """Make an index of all images of a folder or a table, or of embeddings that are there already.
 
@@ -82,28 +81,37 @@ def build(
             build and embeds every image again.
         ray: address of a Ray cluster whose workers read and embed, or auto for the one of this
             machine; they need the same paths. This machine reads and embeds if none is given.
-        store: where the index is published when it is complete, as by radapter-index publish:
-            qdrant://HOST:PORT/NAME.
     """
     from radapter_serve.encoders.loaded import release_at
     from radapter_serve.index.build import build, build_from_embeddings
-    from radapter_serve.index.qdrant import Qdrant
+    from radapter_serve.release.repository import split_repository
 
     if (source is None) == (from_embeddings is None):
         raise RAdapterError("give a SOURCE of images, or --from-embeddings FILE.npy")
     if (rows is None) != (from_embeddings is None):
         raise RAdapterError("--from-embeddings FILE.npy and --rows TABLE go together")
-
-    if store:
-        Qdrant(store)  # a wrong address is refused before the work
-    with closing(
-        release_at({"url": url} if url else {"model_repository": model_repository})
-    ) as loaded:
+    origin = {"url": url} if url else {"model_repository": model_repository}
+    with closing(release_at(origin)) as loaded:
         if alpha is not None:
             loaded = loaded.at(alpha)
-        print(_embeds(loaded))
-        with _progress("writing" if from_embeddings else "embedding") as progress:
-            if from_embeddings and rows:
+        _print_embedder(loaded)
+        with _progress("embedding" if source else "writing") as progress:
+            if source is not None:
+                summary = build(
+                    source,
+                    out,
+                    loaded,
+                    image_column=image_column,
+                    thumbnails=thumbnails,
+                    exif_orientation=exif_orientation,
+                    on_broken=on_broken,
+                    resume=resume,
+                    ray=ray,
+                    progress=progress,
+                )
+            else:
+                assert from_embeddings is not None
+                assert rows is not None
                 summary = build_from_embeddings(
                     from_embeddings,
                     rows,
@@ -113,25 +121,21 @@ def build(
                     resume=resume,
                     progress=progress,
                 )
-            else:
-                assert source is not None
-                summary = build(
-                    source,
-                    out,
-                    loaded,
-                    image_column=image_column,
-                    thumbnails=thumbnails,
-                    exif_orientation=None if exif_orientation else False,
-                    on_broken=on_broken,
-                    resume=resume,
-                    ray=ray,
-                    progress=progress,
-                )
-    _show(summary, out)
-    if store:
-        publish(out, store)
-    else:
-        print(f"\n{_next_commands(out, model_repository, url)}")
+    _print_summary(summary, out)
+
+    # The commands that serve the index and search it.
+    repository, number = split_repository(model_repository)
+    serve = "radapter-serve"
+    if repository != "model_repository":
+        serve += f" {shlex.quote(repository)}"
+    serve += f" --indexes {shlex.quote(str(out.parent))}"
+    search = f'radapter-query search "a red bicycle" --index {shlex.quote(out.absolute().name)}'
+    if url:
+        serve = f"the server needs --indexes {shlex.quote(str(out.parent))}"
+        search += f" --url {shlex.quote(url)}"
+    elif number:
+        search += f" --release {number}"
+    print(f"\nserve it:   {serve}\nsearch it:  {search}")
 
 
 def add(
@@ -157,25 +161,29 @@ def add(
             OUT/broken.txt; as in the build if not given.
     """
     from radapter_serve.encoders.loaded import release_at
-    from radapter_serve.index.build import add, made_by
+    from radapter_serve.index.build import add
     from radapter_serve.index.index import current
+    from radapter_serve.release.repository import releases_with_digest, split_repository
 
     plan = current(out)[1].plan
+    origin = plan.origin
     version = None
+    repository, _ = split_repository(origin.get("model_repository", ""))
     if url:
         origin = {"url": url}
     elif model_repository:
         origin = {"model_repository": model_repository}
-    else:
-        origin = plan.origin
-        repository, version = made_by(plan)
-        if version is not None:
+    elif repository:
+        made = plan.release
+        versions = releases_with_digest(Path(repository), made.digest, made.alpha)
+        if versions:
             origin = {"model_repository": repository}
+            version = max(versions)
     with closing(release_at(origin, version)) as loaded:
-        print(_embeds(loaded))
+        _print_embedder(loaded)
         with _progress("embedding") as progress:
             summary = add(out, loaded, source, prune=prune, on_broken=on_broken, progress=progress)
-    _show(summary, out)
+    _print_summary(summary, out)
 
 
 def info(out: tyro.conf.Positional[Path]) -> None:
@@ -217,27 +225,26 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
         out: folder of the index.
     """
     from radapter_serve.index.build import verify
-    from radapter_serve.index.facts import build_command
     from radapter_serve.index.index import current
 
     with _progress("reading") as progress:
         result = verify(out, progress=progress)
     update = f"radapter-index add --out {shlex.quote(str(out))}"
-    again = build_command(out, current(out)[1].plan)
     for name, ids, hint in (
         ("file gone", result.missing, f"{update} --prune removes them"),
         ("file changed", result.changed, f"{update} embeds them again"),
         ("not in the index", result.new, f"{update} adds them"),
-        ("embedding damaged", result.damaged, f"{again} --no-resume embeds all again"),
     ):
         if ids:
             print(f"{name}: {len(ids)}; {hint}")
             print("".join(f"  {id}\n" for id in ids[:_NAMED]), end="")
             if len(ids) > _NAMED:
                 print(f"  ... and {len(ids) - _NAMED} more")
-    if result.ok:
-        print(f"the index, at alpha {result.alpha:g}, and the files agree")
-    return 0 if result.ok else 1
+    if not result.ok:
+        return 1
+    alpha = current(out)[1].plan.release.alpha
+    print(f"the index, at alpha {alpha:g}, and the files agree")
+    return 0
 
 
 def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> None:
@@ -250,7 +257,7 @@ def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> N
         to: place in a running Qdrant, such as qdrant://localhost:6333/photos (qdrants:// for TLS).
     """
     check_installed("qdrant_client", "qdrant")
-    from radapter_serve.index.build import publish
+    from radapter_serve.index.qdrant import publish
 
     with _progress("publishing") as progress:
         published = publish(out, to, progress)
@@ -269,7 +276,7 @@ def link(url: tyro.conf.Positional[str], out: Path) -> None:
         out: folder to make, such as indexes/photos.
     """
     check_installed("qdrant_client", "qdrant")
-    from radapter_serve.index.build import link
+    from radapter_serve.index.qdrant import link
 
     link(url, out)
     print(f"{out} links to {url}")
@@ -301,32 +308,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
 
-def _embeds(loaded: LoadedRelease) -> str:
-    """A line on the release that embeds."""
+def _print_embedder(loaded: LoadedRelease) -> None:
     facts = loaded.release
     (place,) = loaded.origin.values()
-    return (
+    print(
         f"release {facts.version} of {place} embeds: {facts.architecture} at alpha {facts.alpha:g},"
         f" {facts.precision}"
     )
-
-
-def _next_commands(out: Path, model_repository: str, url: str | None) -> str:
-    """The commands that serve a new index and search it."""
-    from radapter_serve.release.repository import split_repository
-
-    repository, number = split_repository(model_repository)
-    indexes = shlex.quote(str(out.parent))
-    index = shlex.quote(out.absolute().name)
-    place = "" if repository == "model_repository" else f" {shlex.quote(repository)}"
-    serve = f"radapter-serve{place} --indexes {indexes}"
-    search = f'radapter-query search "a red bicycle" --index {index}'
-    if url:
-        serve = f"the server needs --indexes {indexes}"
-        search = f"{search} --url {shlex.quote(url)}"
-    elif number:
-        search += f" --release {number}"
-    return f"serve it:   {serve}\nsearch it:  {search}"
 
 
 @contextmanager
@@ -343,7 +331,7 @@ def _progress(what: str) -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _show(summary: Any, out: Path) -> None:
+def _print_summary(summary: Any, out: Path) -> None:
     parts = [f"{summary.embedded:,} embedded"] if summary.embedded or summary.kept else []
     for number, what in (
         (summary.kept, "there before"),

@@ -31,6 +31,7 @@ from radapter_serve.process import THREADS
 
 # The columns of every index; a table's own may not have these names.
 COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")
+_SIGNS = set('.`"\\')  # that a condition, or Qdrant, can't have in a name
 Progress = Callable[[int, int], None]  # images done, of how many
 _AHEAD = 2  # batches at a worker, one of which waits
 _BATCHES = 8  # at most, for each worker, those included that are done before an earlier one is
@@ -138,10 +139,11 @@ def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
             table = table.set_column(number, name, missing)
         if name == image_column:
             continue
-        if name.lower() in COLUMNS or not name or name[0] == "_" or "." in name or "`" in name:
+        if name.lower() in COLUMNS or not name or name[0] == "_" or not _SIGNS.isdisjoint(name):
             raise RAdapterError(
                 f"{path} has a column {name!r}; the index needs {', '.join(COLUMNS)} itself, and a"
-                " name has no . or ` in it and no _ at its start; rename the column"
+                f" name has none of {' '.join(sorted(_SIGNS))} and no _ at its start; rename the"
+                " column"
             )
         binary = types.is_binary(column.type) or types.is_large_binary(column.type)
         if binary or types.is_struct(column.type):

@@ -1,5 +1,5 @@
-"""Facts of an index: how it was made, what it holds, and how it is searched, as in its
-`index.json`.
+"""What an index is: the facts in its `index.json`, how it was made and how it is searched; and the
+search that each kind of it has.
 """
 
 from __future__ import annotations
@@ -7,18 +7,30 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-from collections.abc import Mapping
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, invalid
+from radapter_serve.contract.labels import check_length
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_text, checker
 from radapter_serve.release.release import Release
 
+if TYPE_CHECKING:
+    from radapter_serve.encoders.loaded import LoadedRelease
+
 FORMAT = 6
 FACTS = "index.json"
 OnBroken = Literal["refuse", "skip"]
+MAX_TOP_K = 1000
+UNIT = 1e-3  # tolerance of a length, and of a cosine's bounds
 
 
 def index_names(indexes: Path) -> list[str]:
@@ -38,16 +50,13 @@ class MadeBy:
     dynamic_alpha: bool
     version: int
     precision: str
-    base_digest: str
-    adapter_digest: str
     embed_dim: int
     digest: str
 
     @classmethod
     def of(cls, release: Release) -> MadeBy:
         """The facts of a release."""
-        names = (name for name in cls.__dataclass_fields__ if name != "digest")
-        return cls(**{name: getattr(release, name) for name in names}, digest=release.digest)
+        return cls(**{name: getattr(release, name) for name in cls.__dataclass_fields__})
 
     def is_of(self, release: Release) -> bool:
         """Whether the embeddings are of a release; one that takes any α has that of the index."""
@@ -56,8 +65,16 @@ class MadeBy:
             return self.digest == used.digest
         return False
 
-    def __str__(self) -> str:
-        return f"{self.architecture} at alpha {self.alpha:g}, release {self.version}"
+    def differs_from(self, release: Release) -> str:
+        """Why the index can't be searched by another release, as the end of a sentence about it."""
+
+        def named(facts: MadeBy) -> str:
+            return f"{facts.architecture} at alpha {facts.alpha:g}, release {facts.version}"
+
+        return (
+            f"is of another release ({named(self)} then; this is {named(MadeBy.of(release))}), so"
+            " their embeddings can't be compared"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,27 @@ class Plan:
         ]
         return words if self.release.digest == other.release.digest else ["release", *words]
 
+    def command(self, out: Path, loaded: LoadedRelease | None = None) -> str:
+        """The command that builds the index again, by the release that made it or by another."""
+        command = ["radapter-index", "build"]
+        if self.rows:
+            command += ["--from-embeddings", self.source, "--rows", self.rows, "--out", str(out)]
+        else:
+            command += [self.source, "--out", str(out)]
+            if self.thumbnails != 128:
+                command += ["--thumbnails", str(self.thumbnails)]
+            if not self.exif_orientation:
+                command.append("--no-exif-orientation")
+        if self.image_column != "image":
+            command += ["--image-column", self.image_column]
+        if self.on_broken != "refuse":
+            command += ["--on-broken", self.on_broken]
+        for name, place in (loaded.origin if loaded else self.origin).items():
+            command += [f"--{name.replace('_', '-')}", place]
+        if (loaded.release if loaded else self.release).dynamic_alpha:
+            command += ["--alpha", f"{self.release.alpha:g}"]
+        return shlex.join(command)
+
 
 _DECIDING = {
     "root": "folder",
@@ -108,10 +146,9 @@ class NearestFacts:
     """How FAISS finds the nearest."""
 
     cells: int
-    trained_on: int  # number of vectors that the cells were computed from
-    nprobes: int = 1  # cells that a search for ten looks into
-    candidates: int = 1  # vectors that FAISS names, to be sorted exactly
-    recall: float = 0.0  # recall@10 on a sample
+    nprobes: int  # cells that a search for ten looks into
+    candidates: int  # vectors that FAISS names, to be sorted exactly
+    recall: float  # recall@10 on a sample
 
 
 @dataclass(frozen=True)
@@ -155,40 +192,98 @@ def read_facts(kind: Any, values: Any) -> Any:
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def build_command(
-    folder: Path,
-    plan: Plan,
-    release: Release | None = None,
-    origin: Mapping[str, str] | None = None,
-) -> str:
-    """The command that builds an index again, by the release and the place of its plan, or by
-    others.
-    """
-    command = ["radapter-index", "build"]
-    if plan.rows:
-        command += ["--from-embeddings", plan.source, "--rows", plan.rows, "--out", str(folder)]
-    else:
-        command += [plan.source, "--out", str(folder)]
-    if plan.image_column != "image":
-        command += ["--image-column", plan.image_column]
-    if plan.thumbnails != 128 and not plan.rows:
-        command += ["--thumbnails", str(plan.thumbnails)]
-    if not plan.exif_orientation and not plan.rows:
-        command.append("--no-exif-orientation")
-    if plan.on_broken != "refuse":
-        command += ["--on-broken", plan.on_broken]
-    for name, place in (plan.origin if origin is None else origin).items():
-        command += [f"--{name.replace('_', '-')}", place]
-    if release.dynamic_alpha if release else plan.release.dynamic_alpha:
-        command += ["--alpha", f"{plan.release.alpha:g}"]
-    return shlex.join(command)
+@dataclass(frozen=True)
+class Hit:
+    """An image that a search found."""
+
+    id: str
+    score: float  # cosine, in [-1, 1]
+    metadata: dict[str, Any]  # all columns but embedding and thumbnail, ready for JSON
+    thumbnail: bytes = b""  # JPEG; empty if it was not asked for, or there is none
 
 
-def mismatch(made: MadeBy, release: Release) -> str:
-    """Why an index can't be searched by a release that did not make it, as the end of a sentence
-    about the index.
-    """
-    now = MadeBy.of(release)
-    return (
-        f"is of another release ({made} then; this is {now}), so their embeddings can't be compared"
-    )
+class Index(ABC):
+    """A generation of an index, which never changes."""
+
+    def __init__(self, folder: Path, generation: str, facts: IndexFacts) -> None:
+        self.folder = folder
+        self.generation = generation
+        self.facts = facts
+
+    def __len__(self) -> int:
+        return self.facts.count
+
+    @property
+    def name(self) -> str:
+        """The name that callers know the index by."""
+        return as_text(self.folder.name)
+
+    @abstractmethod
+    def _find(
+        self, embedding: NDArray[np.float32], top_k: int, where: str | None, thumbnails: bool
+    ) -> list[Hit]:
+        """Find the nearest images, in any order."""
+
+    @abstractmethod
+    def _embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
+        """Get the embeddings, float32 [D], of those of these images that the index has."""
+
+    def search(
+        self,
+        embedding: NDArray[np.float32],
+        top_k: int = 10,
+        where: str | None = None,
+        *,
+        thumbnails: bool = False,
+        offset: int | None = None,
+        min_score: float | None = None,
+    ) -> list[Hit]:
+        """Find the nearest images, best first; images with equal vectors come in the order of their
+        ids.
+
+        With an `offset`, the images are a page of the 1000 nearest: such pages, put together, are
+        as one large page. In a big index, a search without `offset` looks less deep. `where` is a
+        condition in SQL on the columns; hits with a cosine below `min_score` are left out.
+        """
+        if not 1 <= top_k <= MAX_TOP_K:
+            raise invalid(f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
+        if offset is not None and not 0 <= offset <= MAX_TOP_K:
+            raise invalid(f"offset is {offset}; allowed are whole numbers from 0 to {MAX_TOP_K}")
+        if min_score is not None and not -1 <= min_score <= 1:
+            raise invalid(f"min_score is {min_score:g}; allowed are numbers from -1 to 1")
+        condition = where if where and where.strip() else None
+        # What is found may depend on how deep a search looks, so all pages look equally deep.
+        depth = top_k if offset is None else MAX_TOP_K
+        hits = self._find(embedding, depth, condition, thumbnails)
+        for hit in hits:
+            if not abs(hit.score) <= 1 + UNIT:
+                raise self._damaged(f"gives {hit.id!r:.200} the score {hit.score:g}")
+        if min_score is not None:
+            hits = [hit for hit in hits if hit.score >= min_score]
+        hits = sorted(hits, key=lambda hit: (-hit.score, hit.id))
+        if offset is None:
+            return hits
+        if offset > len(hits):
+            raise invalid(f"offset is {offset}, past the end; this search finds {len(hits)} images")
+        return hits[offset : offset + top_k]
+
+    def embeddings(self, ids: Sequence[str]) -> list[NDArray[np.float32]]:
+        """The embeddings of images, float32 [D] each, unit length."""
+        for id in ids:
+            check_length(id, what="name of an image")
+        vectors = self._embeddings(list(dict.fromkeys(ids)))
+        for id in ids:
+            if id not in vectors:
+                raise invalid(f"the index {self.name!r} has no image {id!r:.200}")
+            if not abs(np.linalg.norm(vectors[id]) - 1) < UNIT:
+                raise self._damaged(f"has no unit length for {id!r:.200}")
+        return [vectors[id] for id in ids]
+
+    def _damaged(self, why: str) -> TaskError:
+        """The error of a search of damaged files; the log gets the reason."""
+        print(f"the index {self.name} {why}, see radapter-index verify", file=sys.stderr)
+        return TaskError(
+            UNKNOWN_INDEX,
+            f"the index {self.name} can't be searched: a file is damaged; the server's log says"
+            " why",
+        )

@@ -15,13 +15,12 @@ import json
 import math
 import mmap
 import os
+import re
 import secrets
 import shlex
 import shutil
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import as_text, digest_of, staged
+from radapter_serve.files import digest_of, staged
 from radapter_serve.index.conditions import Met, evaluate, text_array
-from radapter_serve.index.facts import FACTS, FileFacts, IndexFacts, build_command
+from radapter_serve.index.facts import FACTS, FileFacts, Hit, Index, IndexFacts
 from radapter_serve.index.neighbours import CODES, Neighbours, Positions, near_best
 
 GENERATION = "generation"
@@ -49,7 +47,6 @@ THUMBNAIL = "thumbnail"
 EXACT = 20_000  # images up to which a search compares every vector; of more, FAISS names candidates
 # Images that meet a condition, up to which a search compares each; of more, FAISS names candidates.
 FEW = 4_096
-UNIT = 1e-3  # tolerance of a length, and of a cosine's bounds
 _CHUNK_ROWS = 1 << 16  # of a record batch: few and large ones are compared fastest
 _CHUNK_BYTES = 256 << 20  # that a record batch reaches at most, but for its last part
 _CONDITIONS = 64  # whose rows are remembered
@@ -59,7 +56,7 @@ _CONDITIONS_BYTES = 32 << 20
 def read_pointer(folder: Path) -> tuple[str, IndexFacts]:
     """Read the name of the current generation of a folder, and its facts."""
     path = folder / FACTS
-    where = shlex.quote(str(folder))
+    command = f"--out {shlex.quote(str(folder))}"
     try:
         generation = json.loads(path.read_bytes())[GENERATION]
         if not is_generation(generation):
@@ -68,61 +65,25 @@ def read_pointer(folder: Path) -> tuple[str, IndexFacts]:
         return generation, IndexFacts.from_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise RAdapterError(
-            f"no index at {folder}; make one: radapter-index build PHOTOS --out {where}"
+            f"no index at {folder}; make one: radapter-index build PHOTOS {command}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        why = reason(error)
-    # The source may be legible where other facts are not.
-    source = "SOURCE"
-    with contextlib.suppress(
-        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
-    ):
-        facts = json.loads((folder / (pointed(folder) or "") / FACTS).read_bytes())
-        source = shlex.quote(facts.get("plan", facts)["source"])
-    raise RAdapterError(
-        f"{path} can't be read ({why}); build it again: radapter-index build {source} --out {where}"
-    )
-
-
-def open_generation(folder: Path, *, complete: bool = False, with_codes: bool = True) -> Table:
-    """Open the current generation of a folder, `with_codes` to search it; `complete` compares all
-    its files with their digests, however large.
-    """
-    generation, facts = read_pointer(folder)
-    place = folder / generation
-    files = {name: known for name, known in facts.files.items() if with_codes or name != CODES}
-    try:
-        check_files(place, files, complete=complete)
-        return Table(place, facts, with_codes=with_codes)
-    except RAdapterError as error:
         raise RAdapterError(
-            f"the index {folder} can't be used: {error}; build it again:"
-            f" {build_command(folder, facts.plan)}"
+            f"{path} can't be read ({reason(error)}); build it again: radapter-index build SOURCE"
+            f" {command}"
         ) from None
 
 
-def check_files(folder: Path, files: Mapping[str, FileFacts], *, complete: bool) -> None:
-    """Compare files with their sizes and digests; without `complete`, of a large folder only the
-    codes are read.
-    """
-    every = complete or sum(known.size for known in files.values()) <= CHECKED_AT_OPEN
+def is_generation(name: Any) -> bool:
+    """Whether a name is that of a generation."""
+    return isinstance(name, str) and re.fullmatch("g-[0-9a-f]{16}", name) is not None
 
-    def is_same(name: str) -> bool:
-        path = folder / name
-        known = files[name]
-        with contextlib.suppress(OSError):
-            read = every or name == CODES
-            same = path.stat().st_size == known.size
-            return same and (not read or digest_of(path) == known.digest)
-        return False
 
-    with ThreadPoolExecutor(len(files) or 1) as pool:
-        same = list(pool.map(is_same, files))
-    damaged = [name for name, is_whole in zip(files, same, strict=True) if not is_whole]
-    if damaged:
-        raise RAdapterError(
-            f"{', '.join(damaged)} in {as_text(folder.name)} is not as it was written"
-        )
+def generations_of(folder: Path) -> list[Path]:
+    """The generations that a folder holds, current or not."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if is_generation(path.name)]
 
 
 def describe_files(folder: Path) -> dict[str, FileFacts]:
@@ -135,35 +96,19 @@ def describe_files(folder: Path) -> dict[str, FileFacts]:
     }
 
 
-def is_generation(name: Any) -> bool:
-    """Whether a name is that of a generation."""
-    return (
-        isinstance(name, str)
-        and len(name) == 18
-        and name.startswith("g-")
-        and name[2:].isalnum()
-        and name.isascii()
-    )
-
-
-def generations_of(folder: Path) -> list[Path]:
-    """The generations that a folder holds, current or not."""
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if is_generation(path.name)]
-
-
-def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> Path:
-    """Make a finished folder the current generation, and return its new place. A reader meanwhile
-    finds this one or the one before, which stays for the time `keep`.
+def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> None:
+    """Make a finished folder the current generation. A reader meanwhile finds this one or the one
+    before, which stays for the time `keep`.
     """
     generation = f"g-{secrets.token_hex(8)}"
     write_text(new / FACTS, facts.to_json())
     folder.mkdir(exist_ok=True)
-    before = pointed(folder)
+    before = ""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        before = json.loads((folder / FACTS).read_bytes())[GENERATION]
     new.rename(folder / generation)
     write_text(folder / FACTS, json.dumps({GENERATION: generation}))
-    if before is not None:
+    if is_generation(before):
         with contextlib.suppress(OSError):
             os.utime(folder / before)
     # Remove generations that were replaced long ago.
@@ -172,17 +117,6 @@ def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta
             replaced = datetime.datetime.fromtimestamp(place.stat().st_mtime)
             if place.name != generation and datetime.datetime.now() - replaced > keep:
                 shutil.rmtree(place)
-    return folder / generation
-
-
-def pointed(folder: Path) -> str | None:
-    """The generation that a folder names, whether it is there or not; None if it names no
-    generation.
-    """
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        generation = json.loads((folder / FACTS).read_bytes())[GENERATION]
-        return generation if is_generation(generation) else None
-    return None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -191,22 +125,50 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-@dataclass(frozen=True)
-class Hit:
-    """An image that a search found."""
+class FolderIndex(Index):
+    """The mapped files of a folder's current generation, for any number of searches at once.
 
-    id: str
-    score: float  # cosine, in [-1, 1]
-    metadata: dict[str, Any]  # all columns but embedding and thumbnail, ready for JSON
-    thumbnail: bytes = b""  # JPEG; empty if it was not asked for, or there is none
+    `complete` compares all files with their digests, however large.
+    """
 
+    def __init__(self, folder: Path, *, complete: bool = False) -> None:
+        super().__init__(folder, *read_pointer(folder))
+        try:
+            self._check_files(complete)
+            self._map_files()
+        except RAdapterError as error:
+            raise RAdapterError(
+                f"the index {folder} can't be used: {error}; build it again:"
+                f" {self.facts.plan.command(folder)}"
+            ) from None
+        room = max(1, min(_CONDITIONS, _CONDITIONS_BYTES // (len(self) // 8 + (1 << 17))))
+        self._met = lru_cache(room)(lambda where: evaluate(where, self._columns))
+        # The parser and Arrow's functions load what they need at their first use.
+        evaluate("path LIKE 'a%' AND path = 'a'", self._columns.slice(0, 1))
 
-class Table:
-    """The mapped files of a generation, for any number of searches at once."""
+    def _check_files(self, complete: bool) -> None:
+        """Compare the files with their sizes and digests."""
+        files = self.facts.files
+        every = complete or sum(known.size for known in files.values()) <= CHECKED_AT_OPEN
 
-    def __init__(self, folder: Path, facts: IndexFacts, *, with_codes: bool) -> None:
-        self.folder = folder
-        self.facts = facts
+        def is_same(name: str) -> bool:
+            path = self.folder / self.generation / name
+            with contextlib.suppress(OSError):
+                same = path.stat().st_size == files[name].size
+                read = every or name == CODES
+                return same and (not read or digest_of(path) == files[name].digest)
+            return False
+
+        with ThreadPoolExecutor(len(files) or 1) as pool:
+            same = list(pool.map(is_same, files))
+        damaged = [name for name, is_whole in zip(files, same, strict=True) if not is_whole]
+        if damaged:
+            raise RAdapterError(
+                f"{', '.join(damaged)} in {self.generation} is not as it was written"
+            )
+
+    def _map_files(self) -> None:
+        folder = self.folder / self.generation
         try:
             with (folder / ROWS).open("rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -214,10 +176,10 @@ class Table:
             self._table.validate(full=True)
             # numpy's class for mapped files makes each slice slow.
             vectors = np.asarray(np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False))
-            self._columns = self._table.select(facts.columns)
+            self._columns = self._table.select(self.facts.columns)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise RAdapterError(f"{folder} can't be read: {reason(error):.300}") from None
-        shape = (facts.count, facts.plan.release.embed_dim)
+        shape = (len(self), self.facts.plan.release.embed_dim)
         fits = vectors.shape == shape and vectors.dtype == np.float32
         if not fits or len(self._table) != shape[0]:
             raise RAdapterError(
@@ -225,13 +187,7 @@ class Table:
                 " names"
             )
         self.vectors: NDArray[np.float32] = vectors  # [N, D], mapped
-        self._neighbours: Neighbours | None = None
-        if facts.nearest and with_codes:
-            self._neighbours = Neighbours(folder, vectors)
-        room = max(1, min(_CONDITIONS, _CONDITIONS_BYTES // (facts.count // 8 + (1 << 17))))
-        self._met = lru_cache(room)(lambda where: evaluate(where, self._columns))
-        # The parser and Arrow's functions load what they need at their first use.
-        evaluate("path LIKE 'a%' AND path = 'a'", self._columns.slice(0, 1))
+        self._neighbours = Neighbours(folder, vectors) if self.facts.nearest else None
 
     @property
     def schema(self) -> pa.Schema:
@@ -249,10 +205,9 @@ class Table:
             yield pa.record_batch([arrays[name] for name in columns], list(columns))
             start += len(part)
 
-    def find(
-        self, embedding: NDArray[np.float32], top_k: int, where: str | None, *, thumbnails: bool
+    def _find(
+        self, embedding: NDArray[np.float32], top_k: int, where: str | None, thumbnails: bool
     ) -> list[Hit]:
-        """Find the nearest images, best first, equals in the order of their ids."""
         met = None if where is None else self._met(where)
         with self._search_errors():
             positions = self._nearest(embedding, top_k, met)
@@ -273,8 +228,7 @@ class Table:
                 hits.append(Hit(ids[row], float(scores[row]), metadata, image or b""))
             return hits
 
-    def embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
-        """Get the embeddings, float32 [D], of those of these images that the index has."""
+    def _embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
         with self._search_errors():
             paths = self._table["path"]
             rows = pc.indices_nonzero(pc.is_in(paths, value_set=text_array(ids))).to_pylist()
@@ -284,14 +238,12 @@ class Table:
         """Positions of the nearest images; more than `top_k` where rounding does not tell them from
         the last.
         """
-        if self._neighbours is not None:
-            effort = self.facts.nearest
-            assert effort is not None
+        effort = self.facts.nearest
+        if self._neighbours is not None and effort is not None:
             if met is not None and met.count <= FEW:
                 rows = met.positions
                 return rows[near_best(self._neighbours.cosines(embedding, rows), top_k)]
-            count = len(self.vectors) if met is None else met.count
-            wanted = min(top_k, count)
+            wanted = min(top_k, len(self) if met is None else met.count)
             positions, _ = self._neighbours.nearest(
                 embedding, wanted, effort.nprobes, effort.candidates, met
             )
@@ -299,7 +251,7 @@ class Table:
         if met is None:
             return np.flatnonzero(near_best(self.vectors @ embedding, top_k))
         rows = met.positions
-        if len(rows) > len(self.vectors) // 8:  # to copy these takes longer than to compare all
+        if len(rows) > len(self) // 8:  # to copy these takes longer than to compare all
             scores = (self.vectors @ embedding)[rows]
         else:
             scores = self.vectors[rows] @ embedding
@@ -310,16 +262,8 @@ class Table:
         try:
             yield
         except Exception as error:
-            name = as_text(self.folder.parent.name)
-            print(
-                f"the index {name} could not be searched: {error}; unless it was replaced"
-                " just now, see radapter-index verify",
-                file=sys.stderr,
-            )
-            raise TaskError(
-                UNKNOWN_INDEX,
-                f"the index {name} can't be searched: a file is damaged; the server's log says why",
-            ) from None
+            why = f"could not be searched: {error}; unless it was replaced just now"
+            raise self._damaged(why) from None
 
 
 def write_table(folder: Path, batches: Iterable[pa.RecordBatch], shape: tuple[int, int]) -> None:

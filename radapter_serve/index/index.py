@@ -1,140 +1,35 @@
-"""An index, a folder of embeddings with metadata that one release made, searched by cosine; and
-those that a server has open.
-"""
+"""The index of a folder, wherever it lies; and those that a server has open."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from radapter_serve.contract.errors import (
-    INDEX_MISMATCH,
-    UNKNOWN_INDEX,
-    TaskError,
-    invalid,
-    redact,
-)
-from radapter_serve.contract.labels import check_length, is_name, spellings, there_are
+from radapter_serve.contract.errors import INDEX_MISMATCH, UNKNOWN_INDEX, TaskError, redact
+from radapter_serve.contract.labels import is_name, spellings, there_are
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
-from radapter_serve.index.facts import (
-    FACTS,
-    IndexFacts,
-    MadeBy,
-    build_command,
-    index_names,
-    mismatch,
-)
-from radapter_serve.index.folder import UNIT, Hit, Table, open_generation, read_pointer
-from radapter_serve.index.qdrant import Collection, Qdrant
+from radapter_serve.index.facts import FACTS, Index, IndexFacts, MadeBy, index_names
+from radapter_serve.index.folder import FolderIndex, read_pointer
+from radapter_serve.index.qdrant import Qdrant, QdrantIndex, link_of
 
-LINK = "at"  # the one fact in the index.json of a folder that links to a published index
-MAX_TOP_K = 1000
 POLL = 5.0  # seconds between two questions to Qdrant for the current generation
 OPENING = 60.0  # seconds that a server waits for its indexes before it is ready
 TRY_AGAIN = 10.0  # seconds after which an index that could not be opened is tried again
 
 
-class Index:
-    """A generation of an index, which never changes."""
-
-    def __init__(
-        self, folder: Path, generation: str, facts: IndexFacts, store: Table | Collection
-    ) -> None:
-        self.folder = folder
-        self.generation = generation
-        self.facts = facts
-        self._store = store
-
-    def __len__(self) -> int:
-        return self.facts.count
-
-    def rows(self, columns: list[str], batch: int) -> Iterator[Any]:
-        """Columns of all images, `vector` among them, as Arrow record batches."""
-        return self._store.rows(columns, batch)
-
-    def search(
-        self,
-        embedding: NDArray[np.float32],
-        top_k: int = 10,
-        where: str | None = None,
-        *,
-        thumbnails: bool = False,
-        offset: int | None = None,
-        min_score: float | None = None,
-    ) -> list[Hit]:
-        """Find the nearest images, best first; images with equal vectors come in the order of their
-        ids.
-
-        With an `offset`, the images are a page of the 1000 nearest: such pages, put together, are
-        as one large page. In a big index, a search without `offset` looks less deep. `where` is a
-        condition in SQL on the columns; hits with a cosine below `min_score` are left out.
-        """
-        if not 1 <= top_k <= MAX_TOP_K:
-            raise invalid(f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
-        if offset is not None and not 0 <= offset <= MAX_TOP_K:
-            raise invalid(f"offset is {offset}; allowed are whole numbers from 0 to {MAX_TOP_K}")
-        if min_score is not None and not -1 <= min_score <= 1:
-            raise invalid(f"min_score is {min_score:g}; allowed are numbers from -1 to 1")
-        condition = where if where and where.strip() else None
-        # What is found may depend on how deep a search looks, so all pages look equally deep.
-        depth = top_k if offset is None else MAX_TOP_K
-        hits = self._store.find(embedding, depth, condition, thumbnails=thumbnails)
-        for hit in hits:
-            if not abs(hit.score) <= 1 + UNIT:
-                raise self._damaged(f"gives {hit.id!r:.200} the score {hit.score:g}")
-        if min_score is not None:
-            hits = [hit for hit in hits if hit.score >= min_score]
-        hits = sorted(hits, key=lambda hit: (-hit.score, hit.id))
-        if offset is None:
-            return hits
-        if offset > len(hits):
-            raise invalid(f"offset is {offset}, past the end; this search finds {len(hits)} images")
-        return hits[offset : offset + top_k]
-
-    def embeddings(self, ids: Sequence[str]) -> list[NDArray[np.float32]]:
-        """The embeddings of images, float32 [D] each, unit length."""
-        for id in ids:
-            check_length(id, what="name of an image")
-        vectors = self._store.embeddings(list(dict.fromkeys(ids)))
-        for id in ids:
-            if id not in vectors:
-                name = as_text(self.folder.name)
-                raise invalid(f"the index {name!r} has no image {id!r:.200}")
-            if not abs(np.linalg.norm(vectors[id]) - 1) < UNIT:
-                raise self._damaged(f"has no unit length for {id!r:.200}")
-        return [vectors[id] for id in ids]
-
-    def _damaged(self, why: str) -> TaskError:
-        name = as_text(self.folder.name)
-        print(f"the index {name} {why}; see radapter-index verify", file=sys.stderr)
-        return TaskError(
-            UNKNOWN_INDEX,
-            f"the index {name} can't be searched: a file is damaged; the server's log says why",
-        )
-
-
-def open_index(folder: str | Path, *, complete: bool = False) -> Index:
-    """The index of a folder, as it is now: what the folder holds, or what it links to. `complete`
-    compares all its files with their digests, however large.
-    """
+def open_index(folder: str | Path) -> Index:
+    """The index of a folder, as it is now: what the folder holds, or what it links to."""
     folder = Path(folder)
-    if url := link_of(folder):
-        generation, facts = Qdrant(url).current()
-        return Index(folder, generation, facts, Collection(Qdrant(url), generation, facts))
-    table = open_generation(folder, complete=complete)
-    return Index(folder, table.folder.name, table.facts, table)
+    url = link_of(folder)
+    return QdrantIndex(folder, url) if url else FolderIndex(folder)
 
 
 def current(folder: Path) -> tuple[str, IndexFacts]:
@@ -158,20 +53,13 @@ def releases_of(indexes: Path) -> dict[str, MadeBy]:
     return releases
 
 
-def link_of(folder: Path) -> str:
-    """The address of the published index that a folder links to, or an empty text."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        return str(json.loads((folder / FACTS).read_bytes())[LINK])
-    return ""
-
-
 @dataclass
 class _Opened:
     """The result of opening an index."""
 
     pointer: bytes  # the text of the folder's `index.json`
     index: Index | None  # None if it can't be opened
-    asked: float  # time at which it was opened, or Qdrant was asked last
+    asked: float  # time at which it was opened
 
 
 class Indexes:
@@ -223,73 +111,54 @@ class Indexes:
         for loaded in self._others():
             if made_by.is_of(loaded.release):
                 return index, loaded
-        shown = as_text(index.folder.name)
-        release = self._loaded.release
-        why = mismatch(made_by, release)
+        why = made_by.differs_from(self._loaded.release)
         if index.generation not in self._logged:
             self._logged.add(index.generation)
-            if link := link_of(index.folder):
-                again = f"build the index that was published to {link} again, and publish that"
+            if isinstance(index, QdrantIndex):
+                again = "build the index that was published again, and publish that"
             else:
-                command = build_command(
-                    index.folder.absolute(), index.facts.plan, release, self._loaded.origin
-                )
-                again = f"build it again: {command}"
-            print(f"the index {shown!r} {why}; {again}", file=sys.stderr)
+                folder = index.folder.absolute()
+                again = f"build it again: {index.facts.plan.command(folder, self._loaded)}"
+            print(f"the index {index.name!r} {why}; {again}", file=sys.stderr)
         raise TaskError(
             INDEX_MISMATCH,
-            f"the index {shown!r} {redact(why)}; the server's log has the command that builds it"
-            " again",
+            f"the index {index.name!r} {redact(why)}; the server's log has the command that builds"
+            " it again",
         )
 
     def _current(self, name: str) -> Index:
         """The current generation of an index, which never changes; `index.json`, which names it, is
         read once a call.
         """
-        names = there_are(index_names(self._folder), "radapter-index build makes them")
-        if not is_name(name):
-            raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index{names}")
-        for spelling in spellings(name):
+        pointer = None
+        for spelling in spellings(name) if is_name(name) else ():
             folder = self._folder / as_name(spelling)
             with contextlib.suppress(OSError):
                 pointer = (folder / FACTS).read_bytes()
                 break
-        else:
+        if pointer is None:
             self._known.pop(name, None)
+            names = there_are(index_names(self._folder), "radapter-index build makes them")
             raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}{names}")
         # Requests to other indexes don't wait while this one is opened.
         with self._locks.setdefault(name, threading.Lock()):
             known = self._known.get(name)
-            if known is None or known.pointer != pointer:
-                known = _Opened(pointer, None, 0.0)
-                is_outdated = True
-            else:
-                is_outdated = self._is_outdated(known, folder)
-            if is_outdated:
+            index = None
+            pause = 0.0  # seconds after which the index is opened again
+            if known is not None and known.pointer == pointer:
                 index = known.index
+                pause = TRY_AGAIN if index is None else math.inf
+                if isinstance(index, QdrantIndex):  # perhaps another is published there now
+                    pause = POLL
+            if known is None or self._clock() - known.asked >= pause:
                 try:
                     index = open_index(folder)
                 except RAdapterError as error:
                     # If what a link names now is broken, what it named before stays open.
                     print(error, file=sys.stderr)
-                known = _Opened(pointer, index, self._clock())
-                self._known[name] = known
-        if known.index is None:
+                self._known[name] = _Opened(pointer, index, self._clock())
+        if index is None:
             raise TaskError(
                 UNKNOWN_INDEX, f"the index {name!r} can't be opened; the server's log says why"
             )
-        return known.index
-
-    def _is_outdated(self, known: _Opened, folder: Path) -> bool:
-        """Whether to open an index again whose pointer is the same."""
-        if known.index is None:
-            return self._clock() - known.asked > TRY_AGAIN
-        if not link_of(folder) or self._clock() - known.asked < POLL:
-            return False
-        try:
-            generation, _ = current(folder)
-        except RAdapterError:  # while Qdrant does not answer, the index stays open
-            return False
-        finally:
-            known.asked = self._clock()  # after the answer, which may take longer than POLL
-        return generation != known.index.generation
+        return index

@@ -5,6 +5,7 @@ themselves, which are mapped, sort them.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,34 +188,28 @@ def near_best(scores: NDArray[np.float32], top_k: int) -> NDArray[np.bool_]:
 
 
 def write_neighbours(
-    folder: Path, vectors: NDArray[np.float32], cells_of: tuple[Path, NearestFacts] | None = None
+    folder: Path,
+    vectors: NDArray[np.float32],
+    embed_texts: Callable[[list[str]], NDArray[np.float32]],
 ) -> NearestFacts:
-    """Write the codes of vectors, float32 [N, D], and return their facts without the effort that a
-    search takes. `cells_of` are codes of much the same vectors, whose cells are kept.
+    """Write the codes of vectors, float32 [N, D], and find the effort that a search takes, with
+    texts as the release embeds them.
     """
     faiss = load_faiss()
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or total()))
     count, dim = vectors.shape
     try:
-        if cells_of is not None:
-            index = faiss.read_index(str(cells_of[0] / CODES))
-            index.reset()
-            trained_on = cells_of[1].trained_on
-        else:
-            cells = max(1, min(_MOST_CELLS, int(2 * count**0.5), count // _SAMPLE))
-            parts = dim // 2 if dim % 2 == 0 else dim
-            index = faiss.index_factory(
-                dim, f"IVF{cells},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT
-            )
-            index.cp.niter = _ROUNDS
-            index.cp.min_points_per_centroid = 1
-            index.cp.max_points_per_centroid = _SAMPLE
-            index.pq.cp.min_points_per_centroid = 1
-            size = min(count, max(_SAMPLE * cells, 16_384))
-            sample = np.random.default_rng(0).choice(count, size, replace=False)
-            index.train(vectors[np.sort(sample)])
-            trained_on = count
+        cells = max(1, min(_MOST_CELLS, int(2 * count**0.5), count // _SAMPLE))
+        parts = dim // 2 if dim % 2 == 0 else dim
+        index = faiss.index_factory(dim, f"IVF{cells},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
+        index.cp.niter = _ROUNDS
+        index.cp.min_points_per_centroid = 1
+        index.cp.max_points_per_centroid = _SAMPLE
+        index.pq.cp.min_points_per_centroid = 1
+        size = min(count, max(_SAMPLE * cells, 16_384))
+        sample = np.random.default_rng(0).choice(count, size, replace=False)
+        index.train(vectors[np.sort(sample)])
         for start in range(0, count, _BLOCK):
             index.add(np.ascontiguousarray(vectors[start : start + _BLOCK]))
         faiss.write_index(index, str(folder / CODES))
@@ -222,7 +217,8 @@ def write_neighbours(
         raise RAdapterError(f"cannot write {folder}: {reason(error):.300}") from None
     finally:
         faiss.omp_set_num_threads(threads)
-    return NearestFacts(int(index.nlist), trained_on)
+    effort = tune(Neighbours(folder, vectors), embed_texts(TEXTS))
+    return NearestFacts(int(index.nlist), *effort)
 
 
 def tune(neighbours: Neighbours, texts: NDArray[np.float32]) -> tuple[int, int, float]:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import datetime
+import itertools
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -25,13 +28,29 @@ from sqlglot import exp
 
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, invalid, redact
 from radapter_serve.errors import RAdapterError, check_installed
+from radapter_serve.files import lock
+from radapter_serve.index.collection import Progress
 from radapter_serve.index.conditions import parse_condition
-from radapter_serve.index.facts import IndexFacts
-from radapter_serve.index.folder import EXACT, GENERATION, THUMBNAIL, Hit
+from radapter_serve.index.facts import FACTS, Hit, Index, IndexFacts
+from radapter_serve.index.folder import (
+    EXACT,
+    GENERATION,
+    THUMBNAIL,
+    VECTOR,
+    FolderIndex,
+    plain,
+    read_pointer,
+    vectors_of,
+    write_text,
+)
 
+LINK = "at"  # the one fact in the index.json of a folder that links to a published index
 KEYS = ("RADAPTER_QDRANT_API_KEY", "QDRANT_API_KEY")
 FACTS_KEY = "radapter_index"  # of the collection's metadata: the facts, as JSON
 TIMEOUT = 10  # seconds for a search
+SCHEMAS = {"number": "float", "text": "keyword", "truth": "bool", "time": "datetime"}  # Qdrant's
+_POINTS = 64  # of a request, of which Qdrant takes 32 MB
+_TIMEOUT = 120  # seconds for such a request, and to begin an index of a column
 _PORT = 6333
 _PLACE = re.compile(
     r"qdrant(s?)://(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::([0-9]{1,5}))?/(\w[\w.-]{0,150})/?", re.ASCII
@@ -106,64 +125,55 @@ class Qdrant:
         return generation, facts
 
 
-class Collection:
-    """A collection in a running Qdrant, by its name, which holds an index."""
+class QdrantIndex(Index):
+    """A collection in a running Qdrant that holds an index, which `folder` links to."""
 
-    def __init__(self, place: Qdrant, name: str, facts: IndexFacts) -> None:
-        self._place = place
-        self._name = name
-        self._facts = facts
+    def __init__(self, folder: Path, url: str) -> None:
+        self._place = Qdrant(url)
+        super().__init__(folder, *self._place.current())
 
-    def rows(self, columns: Sequence[str], batch: int) -> Iterator[Any]:
-        """Refuse to read the rows of all images."""
-        raise RAdapterError(
-            f"{self._place.url} is an index in Qdrant, which can only be searched and shown; give"
-            " the index that was published"
-        )
-
-    def find(
-        self, embedding: NDArray[np.float32], top_k: int, where: str | None, *, thumbnails: bool
+    def _find(
+        self, embedding: NDArray[np.float32], top_k: int, where: str | None, thumbnails: bool
     ) -> list[Hit]:
-        """Find the nearest images, as `Table.find`, in any order."""
         from qdrant_client import models  # here: others need no client
 
-        types = OWN | self._facts.plan.column_types
-        types = {name: kind for name, kind in types.items() if name in self._facts.columns}
+        types = OWN | self.facts.plan.column_types
+        types = {name: kind for name, kind in types.items() if name in self.facts.columns}
         met = None if where is None else to_filter(where, types)
-        exact = self._facts.count <= EXACT
         payload: Any = True if thumbnails else models.PayloadSelectorExclude(exclude=[THUMBNAIL])
-        with self._search_errors(), qdrant_errors(self._place.url):
+        with self._search_errors():
             answer = self._place.client().query_points(
-                self._name,
+                self.generation,
                 query=np.asarray(embedding, np.float32).tolist(),
                 query_filter=met,
-                search_params=models.SearchParams(exact=exact, hnsw_ef=max(128, 2 * top_k)),
+                search_params=models.SearchParams(
+                    exact=len(self) <= EXACT, hnsw_ef=max(128, 2 * top_k)
+                ),
                 limit=top_k,
                 with_payload=payload,
             )
             hits = []
             for point in answer.points:
-                metadata = {name: point.payload[name] for name in self._facts.columns}
+                metadata = {name: point.payload[name] for name in self.facts.columns}
                 image = point.payload.get(THUMBNAIL) if thumbnails else None
                 thumbnail = base64.b64decode(image or "")
                 hits.append(Hit(str(metadata["path"]), float(point.score), metadata, thumbnail))
             return hits
 
-    def embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
-        """Get the embeddings of those of these images that the index has, as `Table.embeddings`."""
+    def _embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
         from qdrant_client import models
 
         any_of: Any = {"key": "path", "match": {"any": ids}}
-        with self._search_errors(), qdrant_errors(self._place.url):
+        with self._search_errors():
             points, _ = self._place.client().scroll(
-                self._name,
+                self.generation,
                 scroll_filter=models.Filter(must=[any_of]),
                 limit=len(ids),
                 with_payload=["path"],
                 with_vectors=True,
             )
             vectors = [np.array(point.vector, np.float32) for point in points]
-            wanted = (self._facts.plan.release.embed_dim,)
+            wanted = (self.facts.plan.release.embed_dim,)
             if any(vector.shape != wanted for vector in vectors):
                 raise ValueError("a vector of another width")
             return {str(p.payload["path"]): v for p, v in zip(points, vectors, strict=True)}
@@ -172,15 +182,133 @@ class Collection:
     def _search_errors(self) -> Iterator[None]:
         """Reword the failure of a search for its caller, and log the reason."""
         try:
-            yield
-        except TaskError:
-            raise
+            with qdrant_errors(self._place.url):
+                yield
         except RAdapterError as error:
             print(f"the index {self._place.name}: {error}", file=sys.stderr)
             why = redact(str(error).partition(" can't be used: ")[2]) or "it is gone from Qdrant"
             raise TaskError(
                 UNKNOWN_INDEX, f"the index {self._place.name} can't be searched in Qdrant: {why}"
             ) from None
+
+
+def link_of(folder: Path) -> str:
+    """The address of the published index that a folder links to, or an empty text."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        return str(json.loads((folder / FACTS).read_bytes())[LINK])
+    return ""
+
+
+def refuse_link(folder: Path) -> None:
+    """Refuse a folder that holds no index of its own."""
+    if link_of(folder):
+        raise RAdapterError(
+            f"{folder} links to a published index, which is read-only; name the folder of the index"
+            " that was published there"
+        )
+
+
+def publish(folder: Path, url: str, progress: Progress | None = None) -> bool:
+    """Put an index into Qdrant, in place of the one there; readers see one or the other. Returns
+    False if it is there already.
+    """
+    from qdrant_client import models  # here: others need no client
+
+    place = Qdrant(url)
+    refuse_link(folder)
+    read_pointer(folder)  # locking would make the folder
+    with lock(folder, "radapter-index"), qdrant_errors(url):
+        index = FolderIndex(folder, complete=True)
+        client = place.client(_TIMEOUT)
+
+        # Find the current collection. The name may be of something else.
+        aliases = {alias.alias_name: alias for alias in client.get_aliases().aliases}
+        before = aliases[place.name].collection_name if place.name in aliases else None
+        if before is None:
+            foreign = client.collection_exists(place.name)
+        else:
+            foreign = not is_collection_of(place.name, before)
+        if foreign:
+            raise RAdapterError(
+                f"{url} is a collection that radapter-index did not make; give another name, or"
+                " delete it there"
+            )
+        fresh = f"{place.name}-{index.generation}"
+        if before == fresh and client.count(fresh, exact=True).count == len(index):
+            return False
+
+        # Fill a new collection.
+        if client.collection_exists(fresh):  # a stopped publication left it
+            client.delete_collection(fresh)
+        facts = dataclasses.replace(index.facts, nearest=None, files={})
+        client.create_collection(
+            fresh,
+            vectors_config=models.VectorParams(
+                size=facts.plan.release.embed_dim, distance=models.Distance.DOT, on_disk=True
+            ),
+            on_disk_payload=True,
+            metadata={FACTS_KEY: json.dumps({**dataclasses.asdict(facts), GENERATION: fresh})},
+        )
+        for column, arrow in (OWN | facts.plan.column_types).items():
+            kind = kind_of(arrow)
+            if kind is not None:
+                schema: Any = SCHEMAS[kind]
+                client.create_payload_index(fresh, key_of(column), field_schema=schema, wait=True)
+        done = 0
+        for batch in points_of(index):
+            client.upsert(fresh, models.Batch(**batch), wait=True)
+            done += len(batch["ids"])
+            if progress is not None:
+                progress(done, len(index))
+        count = client.count(fresh, exact=True).count
+        if count != len(index):
+            raise RAdapterError(
+                f"{url} has {count:,} of {len(index):,} images after all were put there;"
+                " publish again"
+            )
+
+        # Switch the alias. Only the new collection and the one before it stay.
+        create = models.CreateAliasOperation(
+            create_alias=models.CreateAlias(collection_name=fresh, alias_name=place.name)
+        )
+        delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=place.name))
+        client.update_collection_aliases([create] if before is None else [delete, create])
+        for collection in client.get_collections().collections:
+            name = collection.name
+            if is_collection_of(place.name, name) and name not in (before, fresh):
+                client.delete_collection(name)
+    return True
+
+
+def points_of(index: FolderIndex) -> Iterator[dict[str, Any]]:
+    """The rows of the table as Qdrant's points, with their numbers as ids, batch by batch."""
+    numbers = itertools.count()
+    columns = [*index.facts.columns, THUMBNAIL]
+    for batch in index.rows([*columns, VECTOR], _POINTS):
+        for start in range(0, len(batch), _POINTS):
+            part = batch.slice(start, _POINTS)
+            payloads = []
+            for row in part.select(columns).to_pylist():
+                thumbnail = base64.b64encode(row.pop(THUMBNAIL) or b"").decode()
+                payload = {name: plain(value) for name, value in row.items()}
+                payloads.append({**payload, THUMBNAIL: thumbnail})
+            yield {
+                "ids": list(itertools.islice(numbers, len(payloads))),
+                "vectors": vectors_of(part[VECTOR]).tolist(),
+                "payloads": payloads,
+            }
+
+
+def link(url: str, out: Path) -> None:
+    """Make a folder that links to a published index, for a server to serve."""
+    Qdrant(url).current()
+    if out.exists() and not link_of(out):
+        raise RAdapterError(
+            f"{out} already exists and is not a link to a published index; give another folder with"
+            " --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / FACTS, json.dumps({LINK: url}))
 
 
 def is_collection_of(name: str, collection: str) -> bool:

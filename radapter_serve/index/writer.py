@@ -27,23 +27,21 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import disk_errors, lock, staged
 from radapter_serve.index.collection import Cluster, Collection, Item, Progress, Read, read
-from radapter_serve.index.facts import IndexFacts, Plan, build_command, read_facts
+from radapter_serve.index.facts import IndexFacts, Plan, read_facts
 from radapter_serve.index.folder import (
     EXACT,
     THUMBNAIL,
     VECTOR,
     VECTORS,
-    Table,
-    check_files,
+    FolderIndex,
     describe_files,
     install,
-    open_generation,
     vector_column,
     vectors_of,
     write_table,
     write_text,
 )
-from radapter_serve.index.neighbours import CODES, TEXTS, Neighbours, tune, write_neighbours
+from radapter_serve.index.neighbours import write_neighbours
 from radapter_serve.process import decoders
 
 BATCH = 256  # images that are embedded, then written; a killed build loses at most these
@@ -91,35 +89,7 @@ def writing(
     with disk_errors(out), lock(folder, "radapter-index"):
         try:
             with disk_errors(out):
-                base: Table | None = None
-                if resume and not plan.rows:
-                    try:
-                        base = open_generation(out, complete=True, with_codes=False)
-                    except RAdapterError:
-                        if extend:
-                            raise
-                if base is not None and base.facts.plan.differences(plan):
-                    base = None
-                if resume and _parts(folder):
-                    try:
-                        text = (folder / _PLAN).read_text(encoding="utf-8")
-                        stopped = read_facts(Plan, json.loads(text))
-                    except (OSError, ValueError):
-                        raise RAdapterError(
-                            f"the stopped build of {out} can't be resumed; discard it with"
-                            " --no-resume"
-                        ) from None
-                    if other := stopped.differences(plan):
-                        raise RAdapterError(
-                            f"a build of {out} was stopped that had another {', '.join(other)};"
-                            f" finish it: {build_command(out, stopped)}, or discard it with"
-                            " --no-resume"
-                        )
-                else:
-                    for path in folder.iterdir():
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-                    write_text(folder / _PLAN, json.dumps(dataclasses.asdict(plan)))
-                yield Writer(folder, plan, loaded, out, columns, base)
+                yield Writer(folder, plan, loaded, out, columns, resume=resume, extend=extend)
                 shutil.rmtree(folder)
         except BaseException as error:
             if not _parts(folder):
@@ -158,15 +128,47 @@ class Writer:
         loaded: LoadedRelease,
         out: Path,
         columns: Mapping[str, Any],
-        base: Table | None,
+        *,
+        resume: bool,
+        extend: bool,
     ) -> None:
         self._folder = folder
         self._plan = plan
         self._loaded = loaded
         self._out = out
-        self._base = base
-        self._parts = _parts(folder)
         self._vectors = lru_cache(8)(self._read_vectors)
+
+        # The current generation, if it has the same plan.
+        base: FolderIndex | None = None
+        if resume and not plan.rows:
+            try:
+                base = FolderIndex(out, complete=True)
+            except RAdapterError:
+                if extend:
+                    raise
+        if base is not None and base.facts.plan.differences(plan):
+            base = None
+        self._base = base
+
+        # What a stopped command embedded.
+        if resume and _parts(folder):
+            try:
+                stopped = read_facts(Plan, json.loads((folder / _PLAN).read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                raise RAdapterError(
+                    f"the stopped build of {out} can't be resumed; discard it with --no-resume"
+                ) from None
+            if other := stopped.differences(plan):
+                raise RAdapterError(
+                    f"a build of {out} was stopped that had another {', '.join(other)}; finish it:"
+                    f" {stopped.command(out)}, or discard it with --no-resume"
+                )
+        else:
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_text(folder / _PLAN, json.dumps(dataclasses.asdict(plan)))
+        self._parts = _parts(folder)
+
         if base is None:
             schema = pa.schema(
                 [
@@ -223,6 +225,12 @@ class Writer:
                 progress(done, len(collection.items))
         return summary
 
+    def remove(self, ids: Iterable[str], summary: Summary) -> None:
+        """Leave images out of the next generation."""
+        for id in list(ids):
+            del self.known[id]
+            summary.removed += 1
+
     def publish(self, summary: Summary, rows: Iterable[pa.RecordBatch] | None = None) -> None:
         """Make all rows, those that are known if None, the current generation, and complete the
         summary.
@@ -233,22 +241,9 @@ class Writer:
             summary.copies = len(self.known) - len(digests)
             rows = self._rows()
         base = self._base
-        has_codes = False  # whether those of the base are as they were written, if there are any
-        if base is not None:
-            codes = {name: known for name, known in base.facts.files.items() if name == CODES}
-            with contextlib.suppress(RAdapterError):
-                check_files(base.folder, codes, complete=True)
-                has_codes = True
-        is_large = summary.count > EXACT
 
-        # The generation stays if it has these rows, and what a search needs.
-        if (
-            base is not None
-            and not self._parts
-            and summary.count == base.facts.count
-            and (base.facts.nearest is not None) == is_large
-            and has_codes
-        ):
+        # The generation stays if it has these rows.
+        if base is not None and not self._parts and summary.count == len(base):
             summary.changed = False
             nearest = base.facts.nearest
         else:
@@ -256,21 +251,10 @@ class Writer:
             shutil.rmtree(place, ignore_errors=True)  # what a stopped command left there
             place.mkdir()
             write_table(place, rows, (summary.count, self._plan.release.embed_dim))
-
-            # The codes; cells stay where the generation before had much the same vectors.
             nearest = None
-            if is_large:
+            if summary.count > EXACT:
                 vectors = np.asarray(np.load(place / VECTORS, mmap_mode="r", allow_pickle=False))
-                before = base.facts.nearest if base and has_codes else None
-                cells_of = None
-                if base and before and len(vectors) <= 2 * before.trained_on:
-                    cells_of = (base.folder, before)
-                nearest = write_neighbours(place, vectors, cells_of)
-                texts = self._loaded.embed_texts(TEXTS)
-                nprobes, candidates, recall = tune(Neighbours(place, vectors), texts)
-                nearest = dataclasses.replace(
-                    nearest, nprobes=nprobes, candidates=candidates, recall=recall
-                )
+                nearest = write_neighbours(place, vectors, self._loaded.embed_texts)
 
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             facts = IndexFacts(

@@ -18,7 +18,7 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.images import ImageFile
 from radapter_serve.encoders.loaded import Steps
 from radapter_serve.files import as_text
-from radapter_serve.index.folder import Hit
+from radapter_serve.index.facts import Hit
 from radapter_serve.index.index import Indexes
 from radapter_serve.release.release import HOW, fitted_at
 from radapter_serve.tasks.embed import (

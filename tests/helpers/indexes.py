@@ -69,7 +69,7 @@ def write_facts(out: Path, digest: str) -> None:
     """Make an index of nothing but its facts, as a release of this digest would make it at alpha
     0.5.
     """
-    made = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", "sha256:1", "sha256:2", 16, digest)
+    made = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", 16, digest)
     plan = Plan("photos", "/photos", "image", {}, 128, True, "refuse", made, {})
     facts = IndexFacts(plan, 0, ["path"], {}, None, "", "")
     (out / "g-0123456789abcdef").mkdir(parents=True)

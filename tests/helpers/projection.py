@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.encoders.loaded import LoadedRelease, complete
-from radapter_serve.index.index import Index, Indexes
+from radapter_serve.index.facts import Index
+from radapter_serve.index.index import Indexes
 from radapter_serve.tasks.retrieve import Retrieved, RetrieveRequest, retrieve
 from tests.helpers.small_models import release
 

@@ -22,8 +22,7 @@ from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import writer
 from radapter_serve.index.build import build
-from radapter_serve.index.folder import vectors_of
-from radapter_serve.index.index import open_index
+from radapter_serve.index.folder import FolderIndex, vectors_of
 from tests.helpers.small_release import png
 
 pytestmark = [
@@ -62,7 +61,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def rows_of(index: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
     names = ["path", "width", "height", "digest", "thumbnail", "year", "vector"]
-    opened = open_index(index)
+    opened = FolderIndex(index)
     names = [name for name in names if name != "year" or name in opened.facts.columns]
     table = pa.Table.from_batches(opened.rows(names, 100)).sort_by("path")
     return table.drop_columns(["vector"]).to_pylist(), vectors_of(table["vector"])

@@ -16,7 +16,6 @@ from radapter_serve.cli.index import main
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build, build_from_embeddings, verify
-from radapter_serve.index.facts import build_command
 from radapter_serve.index.index import current, open_index
 from tests.helpers.indexes import generation
 from tests.helpers.projection import DIM
@@ -88,7 +87,7 @@ def test_the_index_names_the_command_that_makes_it_again(
     out = tmp_path / "index"
     build_from_embeddings(*files, out, FakeRelease())
     command = f"radapter-index build --from-embeddings {files[0]} --rows {files[1]} --out {out}"
-    assert build_command(out, current(out)[1].plan).startswith(command)
+    assert current(out)[1].plan.command(out).startswith(command)
     with pytest.raises(RAdapterError, match=f"was made of embeddings; .*{command}"):
         add(out, FakeRelease())
     first = generation(out)

@@ -22,7 +22,8 @@ from tritonclient.utils import InferenceServerException
 from radapter_serve.cli.index import main
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.index import writer
-from radapter_serve.index.build import add, build, link, publish
+from radapter_serve.index.build import build
+from radapter_serve.index.qdrant import link, publish
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer
@@ -115,7 +116,7 @@ def test_many_images_are_found_by_faiss(
     point_again(out)
     message = r"\[unknown_index\].*can't be opened; the server's log says why"
     refused(server, message, text="a cat", index="many é")
-    add(out, release)  # makes it again
+    build(str(tmp_path / "many"), out, release)  # makes it again
     assert ask(server, image=png(7, 20, 20), index="many é", top_k=1)["id"][0] == b"007.png"
 
 

@@ -19,8 +19,9 @@ from radapter_serve.files import digest_of
 from radapter_serve.index import folder, neighbours, writer
 from radapter_serve.index.build import add, build, build_from_embeddings
 from radapter_serve.index.conditions import Met
+from radapter_serve.index.facts import Index, NearestFacts
 from radapter_serve.index.folder import ROWS, VECTORS
-from radapter_serve.index.index import Index, open_index
+from radapter_serve.index.index import open_index
 from radapter_serve.index.neighbours import CODES, Neighbours, tune, write_neighbours
 from tests.helpers.indexes import generation, said, say
 from tests.index.test_index import Counting, FakeRelease
@@ -29,6 +30,7 @@ COUNT = 3000
 DIM = 32
 FEW = 200
 Array = NDArray[np.float32]
+Many = tuple[Neighbours, NearestFacts, Array]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -164,25 +166,22 @@ def test_few_rows_are_compared_exactly_and_many_keep_the_recall(
     assert numbers_of(index, query, 10, f"path < '{FEW:06}.jpg'") == list(best)
 
 
-def test_cells_are_kept_until_an_index_is_more_than_twice_as_large(
+def test_an_index_grows_beyond_what_is_compared_and_shrinks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An index that starts with too few images for cells, grows, and loses an image."""
     photos = tmp_path / "photos"
     out = tmp_path / "index"
     photos.mkdir()
     vectors, texts = clustered(301, 16, 5)
     release = Ready(vectors, texts[:20])
     monkeypatch.setattr(writer, "EXACT", 100)
-    for count, trained_on in ((100, None), (150, 150), (300, 150), (301, 301)):
+    for count in (100, 301):
         for number in range(count):
             (photos / f"{number:06}.jpg").write_text(str(number))
         build(str(photos), out, release)
         index = open_index(out)
-        nearest = index.facts.nearest
-        assert (nearest.trained_on if nearest else None) == trained_on
+        assert (index.facts.nearest is not None) == (count > 100)
         assert numbers_of(index, vectors[count - 1], 1) == [count - 1]
-    assert release.embedded == 301
     (photos / "000000.jpg").unlink()
     summary = add(out, release, prune=True)
     assert (summary.count, summary.removed, summary.embedded) == (300, 1, 0)
@@ -194,13 +193,7 @@ def test_cells_are_kept_until_an_index_is_more_than_twice_as_large(
         os.utime(path, (0, 0))
     (photos / "000000.jpg").write_text("0")
     add(out, release)
-    assert len(list(out.glob("g-*"))) == 2
-    # Damaged codes are written again from the vectors.
-    (generation(out) / CODES).write_bytes(b"broken")
-    with pytest.raises(RAdapterError, match=f"{CODES} in g-.* is not as it was written; build it"):
-        open_index(out)
-    assert build(str(photos), out, release).changed and release.embedded == 302
-    assert numbers_of(open_index(out), vectors[5], 1) == [5]
+    assert len(list(out.glob("g-*"))) == 2 and release.embedded == 302
 
 
 def other_codes(dim: int, kind: str) -> Any:
@@ -265,18 +258,20 @@ def test_codes_that_can_not_be_written_leave_the_old_index(
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Neighbours, Array]:
+def many(tmp_path_factory: pytest.TempPathFactory) -> Many:
     """20,000 vectors in 282 cells, and queries."""
     folder = tmp_path_factory.mktemp("many")
     vectors, texts = clustered(20_020, 64, 200)
-    write_neighbours(folder, vectors[:20_000])
+    effort = write_neighbours(folder, vectors[:20_000], lambda _: texts[-10:])
     queries = np.concatenate([vectors[20_000:], texts[-10:]])
-    return Neighbours(folder, vectors[:20_000]), queries
+    return Neighbours(folder, vectors[:20_000]), effort, queries
 
 
-def test_more_hits_than_the_cells_hold_are_found_in_others(many: tuple[Neighbours, Array]) -> None:
-    near, queries = many
-    assert near.cells == 282
+def test_more_hits_than_the_cells_hold_are_found_in_others(
+    many: Many,
+) -> None:
+    near, effort, queries = many
+    assert near.cells == effort.cells == 282
     positions, scores = near.nearest(queries[0], 5000, 1, 1)
     assert len(set(positions.tolist())) == len(positions) >= 5000
     assert (np.diff(scores) <= 0).all()
@@ -291,10 +286,9 @@ def test_more_hits_than_the_cells_hold_are_found_in_others(many: tuple[Neighbour
         "nearest half",
     ],
 )
-def test_the_recall_holds_under_any_condition(kept: str, many: tuple[Neighbours, Array]) -> None:
+def test_the_recall_holds_under_any_condition(kept: str, many: Many) -> None:
     """A share of all, drawn at random; all beyond the nearest share; the nearest half."""
-    near, queries = many
-    nprobes, candidates, _ = tune(near, queries[-10:])
+    near, effort, queries = many
     random = np.random.default_rng(3)
     hits = 0
     for query in queries:
@@ -308,35 +302,9 @@ def test_the_recall_holds_under_any_condition(kept: str, many: tuple[Neighbours,
             order = order[: len(order) // 2]
         marks = np.zeros(len(near.vectors), bool)
         marks[order] = True
-        positions, _ = near.nearest(query, 10, nprobes, candidates, Met(marks))
+        positions, _ = near.nearest(query, 10, effort.nprobes, effort.candidates, Met(marks))
         hits += len(set(order[:10]) & set(positions[:10]))
     assert hits / (10 * len(queries)) >= 0.97
-
-
-def test_a_condition_is_answered_rightly_where_the_codes_see_all_it_leaves_too_low(
-    tmp_path: Path,
-) -> None:
-    """Cells are kept when images of another kind are added. Here the codes say of all of these that
-    they lie 0.17 farther from the query than they do, and what is nearest to it meets no condition.
-    """
-    random = np.random.default_rng(0)
-    count = 3000
-    towards = np.eye(DIM, dtype=np.float32)
-    places = towards[random.integers(8, size=count)]
-    old = unit(places + 0.05 * random.standard_normal((count, DIM)))
-    others = places[places[:, 0] == 0][:1500]
-    lean = random.uniform(0.2, 0.4, (len(others), 1)) * towards[0]
-    new = unit(others + lean + 0.05 * random.standard_normal(others.shape))
-    (tmp_path / "old").mkdir()
-    facts = write_neighbours(tmp_path / "old", old)
-    vectors = np.concatenate([old, new])
-    write_neighbours(tmp_path, vectors, (tmp_path / "old", facts))
-    near = Neighbours(tmp_path, vectors)
-    marks = np.arange(len(vectors)) >= count
-    positions, cosines = near.nearest(towards[0], 10, 8, 100, Met(marks))
-    best = np.argsort(-new[:, 0])[:10]
-    assert positions.tolist() == (count + best).tolist()
-    np.testing.assert_allclose(cosines, new[best, 0], atol=1e-6)
 
 
 def test_equals_that_rounding_does_not_tell_apart_are_all_given(tmp_path: Path) -> None:
@@ -352,7 +320,7 @@ def test_equals_that_rounding_does_not_tell_apart_are_all_given(tmp_path: Path) 
     turn = np.linalg.qr(random.standard_normal((DIM, DIM)))[0]
     vectors = ((level * query + (1 - level**2) ** 0.5 * aside) @ turn).astype(np.float32)
     asked = (query @ turn).astype(np.float32)
-    write_neighbours(tmp_path, vectors)
+    write_neighbours(tmp_path, vectors, lambda _: vectors[:1])
     near = Neighbours(tmp_path, vectors)
     equal = list(range(0, 600, 3))
     assert len(set((vectors[equal] @ asked).tolist())) > 1

@@ -18,11 +18,23 @@ from pyarrow import parquet
 from radapter_serve.cli.index import main
 from radapter_serve.contract.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index.build import SCHEMAS, add, build, link, points_of, publish, verify
+from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import FACTS
-from radapter_serve.index.folder import THUMBNAIL
+from radapter_serve.index.folder import THUMBNAIL, FolderIndex
 from radapter_serve.index.index import POLL, open_index
-from radapter_serve.index.qdrant import FACTS_KEY, KEYS, OWN, Qdrant, key_of, kind_of, to_filter
+from radapter_serve.index.qdrant import (
+    FACTS_KEY,
+    KEYS,
+    OWN,
+    SCHEMAS,
+    Qdrant,
+    key_of,
+    kind_of,
+    link,
+    points_of,
+    publish,
+    to_filter,
+)
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.indexes import retrieving
@@ -62,7 +74,7 @@ def put(store: FakeQdrant, source: str, tmp_path: Path) -> FakeRelease:
     return release
 
 
-def test_build_publishes_at_once(
+def test_the_commands(
     store: FakeQdrant,
     photos: Path,
     tmp_path: Path,
@@ -73,9 +85,8 @@ def test_build_publishes_at_once(
     linked = tmp_path / "linked"
     url = f"{store.url}/photos"
     call = ["build", str(photos), "--out", str(tmp_path / "index")]
-    assert main([*call, "--store", "elsewhere://x/y"]) == 2
-    assert not (tmp_path / "index").exists()
-    assert main([*call, "--store", url]) == 0
+    assert main(call) == 0
+    assert main(["publish", str(tmp_path / "index"), url]) == 0
     assert f"radapter-index link {url}" in capsys.readouterr().out
     assert main(["link", url, "--out", str(linked)]) == 0
     shutil.rmtree(tmp_path / "index")
@@ -202,8 +213,6 @@ def test_parts_pages_and_a_least_score_answer_as_in_a_folder(
                 retrieve(RetrieveRequest("photos", wrong))
     assert answers[0] == answers[1]
     assert 0 < len(answers[0][2]) < 8
-    with pytest.raises(RAdapterError, match="can only be searched and shown; give the index that"):
-        list(open_index(tmp_path / "indexes" / "photos").rows(["path"], 10))
     broken = {"points": [{"id": 1, "payload": {"path": "3.png"}, "vector": [1.0]}]}
     store.answer = lambda path, true: broken if "scroll" in path else true
     with pytest.raises(TaskError, match=r"\[unknown_index\].*can't be searched in Qdrant"):
@@ -349,8 +358,6 @@ def test_refusals(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(RAdapterError, match="read-only"):
         add(linked, release)
     assert main(["verify", str(linked)]) == 2
-    with pytest.raises(RAdapterError, match="is an index in Qdrant, which can only be searched"):
-        verify(linked)
     store.local.create_collection("mine", {})
     with pytest.raises(RAdapterError, match="is a collection that radapter-index did not make"):
         publish(tmp_path / "index", f"{store.url}/mine")
@@ -399,7 +406,7 @@ def test_qdrants_own_engine_meets_the_conditions(table: str, tmp_path: Path, ind
     """The engine of Qdrant's server, which comes as a library, answers as an index in a folder."""
     edge = pytest.importorskip("qdrant_edge", reason="pip install -e '.[integrations]'")
     build(table, tmp_path / "index", FakeRelease())
-    local = open_index(tmp_path / "index")
+    local = FolderIndex(tmp_path / "index")
     types = OWN | local.facts.plan.column_types
     vectors = edge.EdgeVectorParams(size=DIM, distance=edge.Distance.Dot)
     (tmp_path / "shard").mkdir()
