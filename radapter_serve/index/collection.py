@@ -12,7 +12,6 @@ import dataclasses
 import io
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,6 @@ COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")
 _SIGNS = set('.`"\\')  # that a condition, or Qdrant, can't have in a name
 Progress = Callable[[int, int], None]  # images done, of how many
 _AHEAD = 2  # batches at a worker, one of which waits
-_BATCHES = 8  # at most, for each worker, those included that are done before an earlier one is
 
 
 @dataclass(frozen=True)
@@ -244,6 +242,7 @@ class Cluster:
         digest of the bytes that the index has; the work of a dead worker is repeated.
         """
         import ray
+        from ray.util import ActorPool
 
         release = self._loaded.release
         alpha = release.alpha if release.dynamic_alpha else None
@@ -253,33 +252,15 @@ class Cluster:
             max_restarts=-1,
             max_task_retries=-1,
         )(_Worker)
-        todo = deque(items[start : start + size] for start in range(0, len(items), size))
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
+        origin = dict(self._loaded.origin)
         workers = [
-            make.remote(
-                dict(self._loaded.origin), alpha, release.digest, thumbnails, exif_orientation
-            )
-            for _ in range(min(self._workers, len(todo)))
+            make.remote(origin, alpha, release.digest, thumbnails, exif_orientation)
+            for _ in range(min(self._workers, len(batches)))
         ]
-        loads = [0] * len(workers)  # batches of each worker
-        waiting: dict[Any, int] = {}  # batches in the order of the files, each with its worker
-        finished: set[Any] = set()
         try:
-            while todo or waiting:
-                # The next batch goes to the worker with the least to do.
-                while todo and len(waiting) < _BATCHES * len(workers):
-                    number = loads.index(min(loads))
-                    if loads[number] == _AHEAD:
-                        break
-                    waiting[workers[number].read.remote(todo.popleft())] = number
-                    loads[number] += 1
-                # Any may be done next; they are given in their order.
-                [batch], _ = ray.wait([batch for batch in waiting if batch not in finished])
-                finished.add(batch)
-                loads[waiting[batch]] -= 1
-                while waiting and (first := next(iter(waiting))) in finished:
-                    del waiting[first]
-                    finished.remove(first)
-                    yield ray.get(first)
+            pool = ActorPool(workers * _AHEAD)
+            yield from pool.map(lambda worker, batch: worker.read.remote(batch), batches)
         except ray.exceptions.RayError as error:
             # The worker's own error in one line, without the traceback that Ray adds.
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]

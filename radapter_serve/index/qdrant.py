@@ -11,7 +11,6 @@ import base64
 import contextlib
 import dataclasses
 import datetime
-import itertools
 import json
 import math
 import os
@@ -282,21 +281,20 @@ def publish(folder: Path, url: str, progress: Progress | None = None) -> bool:
 
 def points_of(index: FolderIndex) -> Iterator[dict[str, Any]]:
     """The rows of the table as Qdrant's points, with their numbers as ids, batch by batch."""
-    numbers = itertools.count()
     columns = [*index.facts.columns, THUMBNAIL]
+    start = 0
     for batch in index.rows([*columns, VECTOR], _POINTS):
-        for start in range(0, len(batch), _POINTS):
-            part = batch.slice(start, _POINTS)
-            payloads = []
-            for row in part.select(columns).to_pylist():
-                thumbnail = base64.b64encode(row.pop(THUMBNAIL) or b"").decode()
-                payload = {name: plain(value) for name, value in row.items()}
-                payloads.append({**payload, THUMBNAIL: thumbnail})
-            yield {
-                "ids": list(itertools.islice(numbers, len(payloads))),
-                "vectors": vectors_of(part[VECTOR]).tolist(),
-                "payloads": payloads,
-            }
+        payloads = []
+        for row in batch.select(columns).to_pylist():
+            thumbnail = base64.b64encode(row.pop(THUMBNAIL) or b"").decode()
+            payload = {name: plain(value) for name, value in row.items()}
+            payloads.append({**payload, THUMBNAIL: thumbnail})
+        yield {
+            "ids": list(range(start, start + len(batch))),
+            "vectors": vectors_of(batch[VECTOR]).tolist(),
+            "payloads": payloads,
+        }
+        start += len(batch)
 
 
 def link(url: str, out: Path) -> None:
