@@ -1,6 +1,6 @@
-"""Images with masks: label maps in a folder, COCO's panoptic annotations, COCO's instance
-annotations; the class files that name their ids; and their segments, which training takes: each
-pair is the crop of a segment and a prompt with its class's name.
+"""Images with masks: label maps in a folder, and COCO's panoptic and instance annotations; the
+class files that name their ids; and their segments, which training takes: each pair is the crop of
+a segment and a prompt with its class's name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from radapter_serve.contract.images import SUFFIXES, orientation_of, oriented
 from radapter_serve.contract.labels import join_label, read_label_file, split_label
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.rows import BrokenImage, LabelledImages, check_share, decode_named
-from radapter_serve.errors import RAdapterError, install_command, listed, reason
+from radapter_serve.errors import RAdapterError, listed, reason
 
 IGNORE = -1
 MAX_ID = 65535  # of a label map, which has 16 bits at most
@@ -61,6 +61,10 @@ class MaskedImage(ABC):
         data has them.
         """
 
+    @abstractmethod
+    def areas(self) -> list[tuple[int, int]]:
+        """Class and area in pixels of each of `segments`, in their order."""
+
     def mask(self) -> NDArray[np.int32]:
         """The class of every pixel, int32 [H, W]: an index into `Masked.classes`, or IGNORE.
 
@@ -71,10 +75,6 @@ class MaskedImage(ABC):
         for label, inside in sorted(segments, key=lambda segment: -int(segment[1].sum())):
             mask[inside] = label
         return mask
-
-    def areas(self) -> list[tuple[int, int]]:
-        """Class and area in pixels of each of `segments`, in their order."""
-        return [(label, int(mask.sum())) for label, mask in self.segments()]
 
     def _read(self, path: Path, modes: Sequence[str], kind: str) -> NDArray[np.int32]:
         """Read the PNG of a mask, turned as its image is, int32 [H, W] or [H, W, 3]."""
@@ -90,24 +90,18 @@ class MaskedImage(ABC):
         return np.asarray(self._fit(mask, f"the mask {path}")).astype(np.int32)
 
     def _fit(self, mask: Image.Image, what: str) -> Image.Image:
-        """Turn a mask as its image is turned, unless it is upright already."""
+        """Turn a mask as its image is turned, unless by its size it is upright already."""
         try:
             with Image.open(self.path) as image:
                 orientation = orientation_of(image) if self.exif_orientation else 1
                 stored = image.size
         except Exception as error:  # Pillow raises anything on broken files
             raise BrokenImage(f"image {self.path} can't be read: {reason(error)}") from None
-        size = stored[::-1] if orientation in (5, 6, 7, 8) else stored
-        upright = oriented(mask) if self.exif_orientation else mask
-        if upright is mask and mask.size == stored and orientation != 1:
-            upright = oriented(mask, orientation)
-        if upright.size != size:
-            hint = ""
-            if mask.size == stored[::-1]:
-                hint = "; the image is not turned as its EXIF says"
+        upright = oriented(mask, orientation) if mask.size == stored else mask
+        if upright.size != (stored[::-1] if orientation in (5, 6, 7, 8) else stored):
             raise RAdapterError(
                 f"{what} has {mask.width} x {mask.height} pixels but the image {self.path} has"
-                f" {stored[0]} x {stored[1]}; make them the same size{hint}"
+                f" {stored[0]} x {stored[1]}; make them the same size, or turn both by EXIF"
             )
         return upright
 
@@ -148,143 +142,15 @@ class LabelMap(MaskedImage):
 
     def segments(self) -> list[ClassMask]:
         mask = self.mask()
-        return [(label, mask == label) for label, _ in _areas(mask)]
+        return [(label, mask == label) for label, _ in _areas_of(mask)]
 
     def areas(self) -> list[tuple[int, int]]:
-        return _areas(self.mask())
+        return _areas_of(self.mask())
 
 
-def _areas(mask: NDArray[np.int32]) -> list[tuple[int, int]]:
+def _areas_of(mask: NDArray[np.int32]) -> list[tuple[int, int]]:
     counts = np.bincount(mask.ravel() - IGNORE)[-IGNORE:]  # a tenth of the time of np.unique
     return [(int(label), int(counts[label])) for label in np.flatnonzero(counts)]
-
-
-def load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> Masked:
-    """Open a folder of images with label maps, as `load_masked` says."""
-    names = read_class_ids(classes or find_class_file(folder))
-    if max(names) > MAX_ID:
-        raise RAdapterError(
-            f"the class id {max(names)} is too high for a label map; allowed: 0 to {MAX_ID}"
-        )
-    index, entries = number_classes(names)
-    table = np.full(max(index) + 2, IGNORE, np.int32)
-    for id_, label in index.items():
-        table[id_] = label
-    masks = {path.stem: path for path in _files(folder / "masks", (".png",), "label maps")}
-    paths = _files(images or folder / "images", SUFFIXES, "images")
-    missing = [path for path in paths if path.stem not in masks]
-    if missing:
-        raise RAdapterError(
-            f"the image {missing[0]} has no mask {folder / 'masks' / missing[0].stem}.png "
-            f"({len(missing)} of {len(paths)} images lack one); add it or take the image out"
-        )
-    return Masked([LabelMap(path, masks[path.stem], table) for path in paths], entries)
-
-
-def _files(folder: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
-    try:
-        paths = [path for path in folder.iterdir() if path.suffix.lower() in suffixes]
-    except OSError as error:
-        raise RAdapterError(
-            f"cannot read {folder}, the folder of the {what}: {error.strerror}"
-        ) from None
-    shown = sorted(path for path in paths if not path.name.startswith("."))
-    if not shown:
-        raise RAdapterError(f"{folder} holds no {what}; allowed: {', '.join(suffixes)}")
-    return shown
-
-
-def load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
-    """Open a file of COCO annotations, panoptic or of instances, as `load_masked` says."""
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise RAdapterError(f"cannot read {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise RAdapterError(f"{file} is not JSON: {reason(error)}") from None
-    folder = images or file.parent / "images"
-    try:
-        categories = {row["id"]: row["name"] for row in content["categories"]}
-        index, entries = number_classes(read_class_ids(classes) if classes else categories)
-        listed = {row["id"]: row for row in content["images"]}
-        known = ", ".join(map(str, [*categories.values()][:8]))
-        known += ", ..." if len(categories) > 8 else ""
-        annotations = content["annotations"]
-        for row in annotations:
-            if row["image_id"] not in listed:
-                raise RAdapterError(
-                    f"{file} has an annotation of the image {row['image_id']}, which its images do"
-                    " not list"
-                )
-            for segment in row.get("segments_info", [row]):
-                if segment["category_id"] not in categories:
-                    raise RAdapterError(
-                        f"{file} has an annotation of the category {segment['category_id']}, which"
-                        f" its categories do not list: {known}"
-                    )
-        panoptic = any("segments_info" in row for row in annotations)
-        masked = (_panoptic if panoptic else _instances)(file, folder, annotations, listed, index)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise RAdapterError(
-            f"{file} is no annotation file of COCO ({type(error).__name__}: {reason(error)}); it"
-            " needs images, categories and annotations, these with segments_info (panoptic) or"
-            " segmentation (instances)"
-        ) from None
-    if not masked:
-        raise RAdapterError(
-            f"{file} has no segment of a class that is named; its categories: {known}"
-        )
-    _check_files(
-        [image.path for image in masked],
-        folder,
-        "image",
-        "name the folder of the images: --images DIR, or `images` in a suite",
-    )
-    return Masked(masked, entries)
-
-
-def _panoptic(
-    file: Path, folder: Path, annotations: Any, listed: Any, index: dict[int, int]
-) -> list[MaskedImage]:
-    masks = file.with_suffix("")
-    images: list[MaskedImage] = []
-    for row in annotations:
-        path = folder / listed[row["image_id"]]["file_name"]
-        labels = {
-            segment["id"]: index.get(segment["category_id"], IGNORE)
-            for segment in row["segments_info"]
-        }
-        if any(label != IGNORE for label in labels.values()):
-            areas = [segment.get("area") for segment in row["segments_info"]]
-            images.append(Panoptic(path, masks / row["file_name"], labels, areas))
-    paths = [masks / row["file_name"] for row in annotations]
-    _check_files(paths, masks, "mask", "the masks of a panoptic FILE.json lie in the folder FILE")
-    return images
-
-
-def _instances(
-    file: Path, folder: Path, annotations: Any, listed: Any, index: dict[int, int]
-) -> list[MaskedImage]:
-    try:
-        import pycocotools.mask  # noqa: F401
-    except ImportError:
-        raise RAdapterError(
-            f"the instances of {file} need pycocotools, which is not installed;"
-            f" {install_command('train')}"
-        ) from None
-    objects: dict[int, list[tuple[int, bytes]]] = {}
-    for row in annotations:
-        if row["category_id"] in index:
-            image = listed[row["image_id"]]
-            runs = rle_of(row["segmentation"], image["file_name"], image["width"], image["height"])
-            objects.setdefault(row["image_id"], []).append((index[row["category_id"]], runs))
-    images: list[MaskedImage] = []
-    for id_, objects_of_image in objects.items():
-        image = listed[id_]
-        path = folder / image["file_name"]
-        size = (image["width"], image["height"])
-        images.append(Instances(path, size, objects_of_image))
-    return images
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,8 +158,7 @@ class Panoptic(MaskedImage):
     """The colour of a pixel is the id of its segment, R + 256 G + 65536 B; 0 is unlabeled."""
 
     mask_path: Path  # PNG
-    labels: dict[int, int]  # class of each segment id, or IGNORE
-    listed_areas: list[int | None]  # of each id, where the file says it
+    labels: dict[int, tuple[int, int]]  # class, or IGNORE, and area of each segment id
 
     def segments(self) -> list[ClassMask]:
         colours = self._read(
@@ -303,7 +168,7 @@ class Panoptic(MaskedImage):
             " segment",
         )
         ids = colours @ np.array([1, 256, 65536], np.int32)
-        segments = [(label, ids == id_) for id_, label in self.labels.items()]
+        segments = [(label, ids == id_) for id_, (label, _) in self.labels.items()]
         areas = [int(inside.sum()) for _, inside in segments]
         if sum(areas) + int((ids == 0).sum()) != ids.size or 0 in areas:
             wrong = sorted(set(np.unique(ids).tolist()) - {0} ^ set(self.labels))
@@ -311,20 +176,17 @@ class Panoptic(MaskedImage):
                 f"the mask {self.mask_path} and its annotation do not belong together: the segments"
                 f" {', '.join(map(str, wrong[:5]))} are in one of them alone"
             )
-        return [(label, inside) for label, inside in segments if label != IGNORE]
+        return [segment for segment in segments if segment[0] != IGNORE]
 
     def areas(self) -> list[tuple[int, int]]:
-        if None in self.listed_areas:
-            return super().areas()
-        pairs = zip(self.labels.values(), self.listed_areas, strict=True)
-        return [(label, area) for label, area in pairs if label != IGNORE and area is not None]
+        return [pair for pair in self.labels.values() if pair[0] != IGNORE]
 
 
 @dataclass(frozen=True, eq=False)
 class Instances(MaskedImage):
     """Run lengths, one for each object; where objects overlap, the smaller lies on top."""
 
-    size: tuple[int, int]  # width and height that the file says the image has
+    size: list[int]  # height and width that the file says the image has
     # Class and compressed run lengths: JSON's polygons, 860,000 in COCO, would fill gigabytes.
     objects: list[tuple[int, bytes]]
 
@@ -332,57 +194,19 @@ class Instances(MaskedImage):
         from pycocotools import mask as coco
 
         what = f"the annotation of {self.name}"
-        masks = [(label, Image.fromarray(coco.decode(runs))) for label, runs in self._coded()]
-        return [(label, np.asarray(self._fit(mask, what), bool)) for label, mask in masks]
+        segments = []
+        for label, counts in self.objects:
+            mask = Image.fromarray(coco.decode({"size": self.size, "counts": counts}))
+            segments.append((label, np.asarray(self._fit(mask, what), bool)))
+        return segments
 
     def areas(self) -> list[tuple[int, int]]:
         from pycocotools import mask as coco
 
-        return [(label, int(coco.area(runs))) for label, runs in self._coded()]
-
-    def _coded(self) -> list[tuple[int, dict[str, Any]]]:
         return [
-            (label, {"size": list(self.size[::-1]), "counts": runs}) for label, runs in self.objects
+            (label, int(coco.area({"size": self.size, "counts": counts})))
+            for label, counts in self.objects
         ]
-
-
-def rle_of(segmentation: Any, name: str, width: int, height: int) -> bytes:
-    """The compressed run lengths of what JSON has: polygons, or run lengths as a list or
-    compressed.
-    """
-    from pycocotools import mask as coco
-
-    try:
-        if isinstance(segmentation, list):
-            if not segmentation or any(
-                len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
-            ):
-                raise ValueError("a polygon needs three points or more")
-            runs = coco.merge(coco.frPyObjects(segmentation, height, width))
-        elif list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"size is {segmentation['size']}")
-        elif isinstance(counts := segmentation["counts"], list):
-            if sum(counts) != width * height or min(counts) < 0:
-                raise ValueError(f"counts are for {sum(counts)} pixels")
-            runs = coco.frPyObjects(segmentation, height, width)
-        else:
-            runs = {"size": [height, width], "counts": counts.encode()}
-            coco.decode(runs)  # which alone finds out whether they are whole
-    except Exception as error:  # pycocotools raises many kinds on values that are not as it expects
-        raise RAdapterError(
-            f"a segmentation of the image {name} is broken ({reason(error)}); allowed: polygons "
-            f"[[x, y, x, y, x, y, ...], ...], or run lengths of size [{height}, {width}]"
-        ) from None
-    return bytes(runs["counts"])
-
-
-def _check_files(paths: list[Path], folder: Path, what: str, hint: str) -> None:
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise RAdapterError(
-            f"no {what} {missing[0]} ({len(missing)} of {len(paths)} are missing in {folder});"
-            f" {hint}"
-        )
 
 
 def load_masked(
@@ -405,20 +229,161 @@ def load_masked(
 
     `images` is the folder of the images; None takes DIR/images, or `images` beside FILE.json. A
     mask turns with its image, by EXIF, unless it is upright already: then it has the size of the
-    turned image, or an EXIF orientation too.
+    turned image.
     """
     reader, _, place = spec.partition(":")
     if reader == "masks" and place:
-        masked = load_label_maps(Path(place), classes, images)
+        masked = _load_label_maps(Path(place), classes, images)
     elif reader == "coco" and place:
-        masked = load_coco(Path(place), classes, images)
+        masked = _load_coco(Path(place), classes, images)
     else:
         raise RAdapterError(f"could not read the masks {spec}; allowed: masks:DIR, coco:FILE.json")
     images_ = [replace(image, exif_orientation=exif_orientation) for image in masked.images]
     return Masked(images_, masked.classes)
 
 
-def read_class_ids(path: Path) -> dict[int, str]:
+def _load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> Masked:
+    if classes is None:
+        places = [parent / name for parent in (folder, folder.parent) for name in _CLASS_FILES]
+        classes = next((place for place in places if place.is_file()), None)
+    if classes is None:
+        raise RAdapterError(
+            f"no {', '.join(_CLASS_FILES)} in {folder} or beside it; write one (one class a line,"
+            " the first is id 0), or name a file: --classes FILE, or `classes` in a suite"
+        )
+    names = _read_class_ids(classes)
+    if max(names) > MAX_ID:
+        raise RAdapterError(
+            f"the class id {max(names)} is too high for a label map; allowed: 0 to {MAX_ID}"
+        )
+    index, entries = _number_classes(names)
+    table = np.full(max(index) + 2, IGNORE, np.int32)
+    for id_, label in index.items():
+        table[id_] = label
+
+    def files(place: Path, suffixes: Sequence[str], what: str) -> list[Path]:
+        try:
+            paths = [path for path in place.iterdir() if path.suffix.lower() in suffixes]
+        except OSError as error:
+            raise RAdapterError(
+                f"cannot read {place}, the folder of the {what}: {error.strerror}"
+            ) from None
+        shown = sorted(path for path in paths if not path.name.startswith("."))
+        if not shown:
+            raise RAdapterError(f"{place} holds no {what}; allowed: {', '.join(suffixes)}")
+        return shown
+
+    masks = {path.stem: path for path in files(folder / "masks", (".png",), "label maps")}
+    paths = files(images or folder / "images", SUFFIXES, "images")
+    missing = [path for path in paths if path.stem not in masks]
+    if missing:
+        raise RAdapterError(
+            f"the image {missing[0]} has no mask {folder / 'masks' / missing[0].stem}.png "
+            f"({len(missing)} of {len(paths)} images lack one); add it or take the image out"
+        )
+    return Masked([LabelMap(path, masks[path.stem], table) for path in paths], entries)
+
+
+def _load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise RAdapterError(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise RAdapterError(f"{file} is not JSON: {reason(error)}") from None
+    folder = images or file.parent / "images"
+    masks = file.with_suffix("")
+    masked: list[MaskedImage] = []
+    files = []
+    try:
+        categories = {row["id"]: row["name"] for row in content["categories"]}
+        index, entries = _number_classes(_read_class_ids(classes) if classes else categories)
+        index = {id_: index.get(id_, IGNORE) for id_ in categories}
+        named = {row["id"]: row for row in content["images"]}
+        annotations = content["annotations"]
+        if any("segments_info" in row for row in annotations):  # panoptic: a row an image
+            for row in annotations:
+                files.append(masks / row["file_name"])
+                labels = {
+                    segment["id"]: (index[segment["category_id"]], segment["area"])
+                    for segment in row["segments_info"]
+                }
+                if any(label != IGNORE for label, _ in labels.values()):
+                    path = folder / named[row["image_id"]]["file_name"]
+                    masked.append(Panoptic(path, files[-1], labels))
+        else:  # a row an object
+            objects: dict[int, list[tuple[int, bytes]]] = {}
+            for row in annotations:
+                label = index[row["category_id"]]
+                image = named[row["image_id"]]
+                if label != IGNORE:
+                    runs = _runs_of(row["segmentation"], image)
+                    objects.setdefault(row["image_id"], []).append((label, runs))
+            for id_, of_image in objects.items():
+                image = named[id_]
+                size = [image["height"], image["width"]]
+                masked.append(Instances(folder / image["file_name"], size, of_image))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise RAdapterError(
+            f"{file} is no annotation file of COCO ({type(error).__name__}: {reason(error)}); it"
+            " needs images, categories and annotations of these, with segments_info (panoptic) or"
+            " segmentation (instances)"
+        ) from None
+    if not masked:
+        known = ", ".join(map(str, [*categories.values()][:8]))
+        raise RAdapterError(
+            f"{file} has no segment of a class that is named; its categories: {known}"
+        )
+    for paths, place, what, hint in (
+        (files, masks, "mask", "the masks of a panoptic FILE.json lie in the folder FILE"),
+        (
+            [image.path for image in masked],
+            folder,
+            "image",
+            "name the folder of the images: --images DIR, or `images` in a suite",
+        ),
+    ):
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise RAdapterError(
+                f"no {what} {missing[0]} ({len(missing)} of {len(paths)} are missing in {place});"
+                f" {hint}"
+            )
+    return Masked(masked, entries)
+
+
+def _runs_of(segmentation: Any, image: Mapping[str, Any]) -> bytes:
+    """The compressed run lengths of what JSON has: polygons, or run lengths as a list or
+    compressed.
+    """
+    from pycocotools import mask as coco
+
+    size = [image["height"], image["width"]]
+    try:
+        if isinstance(segmentation, list):
+            if not segmentation or any(
+                len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
+            ):
+                raise ValueError("a polygon needs three points or more")
+            return bytes(coco.merge(coco.frPyObjects(segmentation, *size))["counts"])
+        if list(segmentation["size"]) != size:
+            raise ValueError(f"size is {segmentation['size']}")
+        counts = segmentation["counts"]
+        if isinstance(counts, list):
+            if sum(counts) != size[0] * size[1] or min(counts) < 0:
+                raise ValueError(f"counts are for {sum(counts)} pixels")
+            return bytes(coco.frPyObjects(segmentation, *size)["counts"])
+        runs = {"size": size, "counts": counts.encode()}
+        coco.decode(runs)  # which alone finds out whether they are whole
+        return bytes(runs["counts"])
+    except Exception as error:  # pycocotools raises many kinds on values that are not as it expects
+        raise RAdapterError(
+            f"a segmentation of the image {image['file_name']} is broken ({reason(error)});"
+            f" allowed: polygons [[x, y, x, y, x, y, ...], ...], or run lengths of size {size}"
+        ) from None
+
+
+def _read_class_ids(path: Path) -> dict[int, str]:
     """Read a class file: one class a line, from id 0, or JSON or YAML that maps id to name."""
     if path.suffix not in (".json", ".yaml", ".yml"):
         names = dict(enumerate(read_label_file(path)))
@@ -431,8 +396,7 @@ def read_class_ids(path: Path) -> dict[int, str]:
                 )
         return names
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))  # JSON is YAML
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RAdapterError(f"cannot read the classes {path}: {reason(error)}") from None
     wrong = f'{path} must map class ids to names, such as {{"0": "unlabeled", "1": "cat, kitty"}}'
@@ -444,7 +408,7 @@ def read_class_ids(path: Path) -> dict[int, str]:
     return {int(id_): name for id_, name in values.items()}
 
 
-def number_classes(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]]:
+def _number_classes(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]]:
     """The number of each id's class, and the classes in the order of these numbers, synonyms after
     commas.
     """
@@ -459,20 +423,6 @@ def number_classes(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]]
     if not index:
         raise RAdapterError("the classes name nothing but what is ignored; name one class or more")
     return index, list(entries.values())
-
-
-def find_class_file(folder: Path) -> Path:
-    """The class file in a folder, or in the one around it."""
-    if not folder.is_dir():
-        raise RAdapterError(f"no folder {folder}; it should hold images/, masks/ and a class file")
-    for parent in (folder, folder.parent):
-        for name in _CLASS_FILES:
-            if (parent / name).is_file():
-                return parent / name
-    raise RAdapterError(
-        f"no {', '.join(_CLASS_FILES)} in {folder} or beside it; write one (one class a line, the"
-        " first is id 0), or name a file: --classes FILE, or `classes` in a suite"
-    )
 
 
 @dataclass
@@ -495,7 +445,6 @@ class SegmentCrops(LabelledImages):
     def image(self, row: Any) -> Image.Image:
         """The crop of a segment."""
         number = int(row[0])
-        segment = int(row[1])
         # In their order, as in validation, each image is decoded once.
         if self._last is None or self._last[0] != number:
             masked = self.images[number]
@@ -504,7 +453,7 @@ class SegmentCrops(LabelledImages):
             )
             self._last = number, image, masked.segments()
         _, image, segments = self._last
-        return self.crop(image, segments[segment][1])
+        return self.crop(image, segments[int(row[1])][1])
 
 
 def list_segments(
@@ -545,13 +494,9 @@ def list_segments(
             f"{len(wrong)} of {len(masked.images)} images can't be used with their"
             f" masks:{listed(wrong)}"
         )
-    if not rows and largest:
-        raise RAdapterError(
-            f"no segment has {min_area} pixels, the largest {largest}; lower --mask-min-area"
-        )
     if not rows:
         raise RAdapterError(
-            f"the masks of {len(masked.images)} images hold no pixel of a class that is named "
-            f"({', '.join(masked.classes[:5])}, ...); check the ids in the class file"
+            f"no segment of {', '.join(masked.classes[:5])}, ... has {min_area} pixels, the largest"
+            f" {largest}; lower --mask-min-area, or check the ids in the class file"
         )
     return SegmentCrops(np.array(rows, np.int32), masked.images, masked.classes)

@@ -4,7 +4,6 @@ them.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import os
@@ -26,8 +25,6 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.sources import from_hub_or_cache, how_to_bring, unreachable
 
 SPLIT_FILES = ("coop", "karpathy")
-# Of an image folder whose table has more than labels.
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 READERS = ("imagefolder", "csv", "json", "parquet", "webdataset", *SPLIT_FILES)
 _KINDS = f"{', '.join(f'{name}:PATH' for name in READERS)}, or a hub name"
@@ -156,8 +153,7 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
             missing = part if folder.is_dir() else folder
             raise RAdapterError(f"no folder {missing} for {spec}: one sub-folder a class")
         folder = part if divided else folder
-        if not any((folder / name).is_file() for name in _METADATA):
-            return _rows_of_classes(folder, spec, columns, streaming)
+        return _rows_of_classes(folder, spec, columns, streaming)
 
     # Read it; datasets, pyarrow and the hub raise many kinds of errors, which all mean that it
     # can't be read.
@@ -166,7 +162,7 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
             table = _open_splits(reader, Path(path), split if at else None)
             table = table.to_iterable_dataset() if streaming else table
         else:
-            table = _load(place, split, folder, streaming)
+            table = _load(place, split, streaming)
     except RAdapterError:
         raise
     except Exception as error:
@@ -187,17 +183,10 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
     return Rows(table, folder)
 
 
-def _load(place: str, split: str, folder: Path, streaming: bool) -> Any:
-    """Rows that Hugging Face `datasets` reads: a file or several, a folder with a table, or a name
-    on the hub.
-    """
+def _load(place: str, split: str, streaming: bool) -> Any:
+    """Rows that Hugging Face `datasets` reads: a file or several, or a name on the hub."""
     reader, _, path = place.partition(":")
     datasets.disable_progress_bars()
-    if reader == "imagefolder":
-        # named as one split: left alone, datasets takes "train" or "test" in any file's name for a
-        # split
-        files = {split: [f"{glob.escape(str(folder))}/**"]}
-        return datasets.load_dataset(reader, split=split, streaming=streaming, data_files=files)
     if reader in READERS:
         if "://" not in path and not glob.has_magic(path) and not Path(path).is_file():
             raise RAdapterError(
@@ -321,22 +310,10 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
     paths = sorted(
         (str(file.absolute()), number) for number, name in enumerate(names) for file in filled[name]
     )
-    # A file that lies in several class folders, by a link, is one image of several classes.
-    images: dict[tuple[int, int] | str, tuple[str, set[int]]] = {}
-    for path, number in paths:
-        key: tuple[int, int] | str = path  # of a link to nowhere, which is reported as missing
-        with contextlib.suppress(OSError):
-            status = os.stat(path)  # noqa: PTH116 - a path object for each of a million is dear
-            if status.st_ino:  # some file systems number no files
-                key = (status.st_dev, status.st_ino)
-        images.setdefault(key, (path, set()))[1].add(number)
-    rows: list[tuple[str, Any]] = list(paths)
-    label: Any = datasets.ClassLabel(names=names)
-    if any(len(labels) > 1 for _, labels in images.values()):
-        rows = [(path, sorted(labels)) for path, labels in images.values()]
-        label = datasets.List(label)
-    columns_of = {"image": [path for path, _ in rows], "label": [number for _, number in rows]}
-    features = datasets.Features({"image": datasets.Value("string"), "label": label})
+    columns_of = {"image": [path for path, _ in paths], "label": [number for _, number in paths]}
+    features = datasets.Features(
+        {"image": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
     try:
         table = datasets.Dataset.from_dict(columns_of, features)
     except UnicodeEncodeError as error:

@@ -24,7 +24,7 @@ from radapter_serve.contract.images import decode, oriented
 from radapter_serve.contract.labels import class_probabilities, indistinguishable, split_label
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.masks import IGNORE, MaskedImage
-from radapter_serve.data.proposals import ProposalFiles
+from radapter_serve.data.proposals import Proposals
 from radapter_serve.data.rows import ImageColumn
 from radapter_serve.encoders.loaded import ServerEncoder
 from radapter_serve.errors import RAdapterError
@@ -364,7 +364,7 @@ class SegmentationSet(EvaluationSet):
     images: Sequence[MaskedImage]
     classes: list[str]  # in the order of the numbers in the masks, synonyms after commas
     templates: list[str] | None  # of prompts; None takes the model's own
-    proposals: ProposalFiles | None = None  # of a network, in place of the true segments
+    proposals: Proposals | None = None  # of a network, in place of the true segments
 
     task = "zeroshot_segmentation"
     most = 4  # images and their masks in memory at once

@@ -28,7 +28,7 @@ from radapter_serve.data.labelled import (
     imagenet_classes,
     refuse_wordnet_ids,
 )
-from radapter_serve.data.proposals import load_proposals
+from radapter_serve.data.proposals import Proposals
 from radapter_serve.data.rows import READERS
 from radapter_serve.data.runs import Images, check_held_out, open_source, validation_data
 from radapter_serve.data.source import with_reader
@@ -274,7 +274,7 @@ def open_set(
         labels = len(data.classes) - (entry.background is not None)
         names = [image.name for image in images]
         try:
-            proposals = load_proposals(suite.data_root / entry.proposals, names, labels)
+            proposals = Proposals(suite.data_root / entry.proposals, names, labels)
         except RAdapterError as error:
             raise RAdapterError(f"data set {entry.name!r}: {error}") from error
         if entry.proposal_weight is not None and not proposals.scored:

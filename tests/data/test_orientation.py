@@ -67,9 +67,9 @@ def test_labelled_and_captioned_images(orientation: int, tmp_path: Path) -> None
         np.testing.assert_array_equal(np.asarray(data.image(row)), stored(UPRIGHT, orientation))
 
 
-def masked(folder: Path, mask: NDArray[Any], orientation: int, of_mask: int = 1) -> str:
+def masked(folder: Path, mask: NDArray[Any], orientation: int) -> str:
     save(folder / "images" / "a.png", stored(UPRIGHT, orientation), orientation)
-    save(folder / "masks" / "a.png", mask, of_mask)
+    save(folder / "masks" / "a.png", mask, 1)
     (folder / "classes.json").write_text('{"1": "cat", "2": "dog"}')
     return f"masks:{folder}"
 
@@ -86,34 +86,27 @@ def check(image: Any, expected: NDArray[Any], pixels: NDArray[Any]) -> None:
         np.testing.assert_array_equal(np.asarray(segments.image(row)), np.asarray(shown))
 
 
-@everyone
-def test_a_label_map_turns_with_its_image(orientation: int, tmp_path: Path) -> None:
-    spec = masked(tmp_path, stored(MASK, orientation), orientation)
-    check(load_masked(spec).images[0], MASK, UPRIGHT)
-    (raw,) = load_masked(spec, exif_orientation=False).images
-    check(raw, stored(MASK, orientation), stored(UPRIGHT, orientation))
-
-
-@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_a_label_map_that_is_upright_stays(orientation: int, tmp_path: Path) -> None:
-    spec = masked(tmp_path, MASK, orientation)
-    check(load_masked(spec).images[0], MASK, UPRIGHT)
-    with pytest.raises(RAdapterError, match="the image is not turned as its EXIF says"):
-        load_masked(spec, exif_orientation=False).images[0].mask()
-
-
-@everyone
-def test_a_label_map_with_an_orientation_of_its_own(orientation: int, tmp_path: Path) -> None:
-    for own in set(STORED) - {1}:
-        spec = masked(tmp_path / str(own), stored(MASK, own), orientation, own)
-        check(load_masked(spec).images[0], MASK, UPRIGHT)
-
-
 # A mask that is upright is known by its size.
-@pytest.mark.parametrize(
+turned = pytest.mark.parametrize(
     ("orientation", "upright"),
     [*((number, False) for number in STORED), *((number, True) for number in (5, 6, 7, 8))],
 )
+
+
+@turned
+def test_a_label_map_turns_with_its_image(orientation: int, upright: bool, tmp_path: Path) -> None:
+    mask = MASK if upright else stored(MASK, orientation)
+    spec = masked(tmp_path, mask, orientation)
+    check(load_masked(spec).images[0], MASK, UPRIGHT)
+    (raw,) = load_masked(spec, exif_orientation=False).images
+    if upright:
+        with pytest.raises(RAdapterError, match="or turn both by EXIF"):
+            raw.mask()
+    else:
+        check(raw, mask, stored(UPRIGHT, orientation))
+
+
+@turned
 def test_cocos_masks_turn_with_their_image(orientation: int, upright: bool, tmp_path: Path) -> None:
     save(tmp_path / "images" / "a.png", stored(UPRIGHT, orientation), orientation)
     mask = MASK if upright else stored(MASK, orientation)

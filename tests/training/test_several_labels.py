@@ -1,4 +1,4 @@
-"""Several labels an image: read from a column, from lists and from links, and trained and evaluated
+"""Several labels an image: read from a column, and from lists, and trained and evaluated
 as by hand.
 """
 
@@ -62,19 +62,9 @@ def several(folder: Path, kind: str, seed: int = 0) -> tuple[str, list[Pair]]:
     if kind == "lists":
         pd.DataFrame({"image": names, "label": lists}).to_parquet(folder / "rows.parquet")
         return f"parquet:{folder}/rows.parquet", pairs
-    if kind == "text":
-        texts = [" ; ".join(of) + ";" for of in lists]
-        pd.DataFrame({"image": names, "label": texts}).to_csv(folder / "rows.csv", index=False)
-        return f"csv:{folder}/rows.csv", pairs
-    for name, of in zip(names, lists, strict=True):
-        for place, label in enumerate(of):
-            (folder / "classes" / label).mkdir(parents=True, exist_ok=True)
-            link = folder / "classes" / label / Path(name).name
-            if place:
-                link.symlink_to(folder / name)
-            else:
-                link.hardlink_to(folder / name)
-    return f"imagefolder:{folder}/classes", pairs
+    texts = [" ; ".join(of) + ";" for of in lists]
+    pd.DataFrame({"image": names, "label": texts}).to_csv(folder / "rows.csv", index=False)
+    return f"csv:{folder}/rows.csv", pairs
 
 
 def label_sets(data: Labelled) -> dict[str, list[str]]:
@@ -88,12 +78,10 @@ def opened(spec: str, kind: str = "text", **options: Any) -> Labelled:
     return load_labelled(spec, label_separator=";" if kind == "text" else None, **options)
 
 
-@pytest.mark.parametrize("kind", ["text", "lists", "links"])
+@pytest.mark.parametrize("kind", ["text", "lists"])
 def test_every_form_has_the_same_labels(tmp_path: Path, kind: str) -> None:
     data = opened(several(tmp_path, kind)[0], kind)
     expected = {f"{i}.png": [CLASSES[label] for label in of] for i, of in enumerate(SETS)}
-    if kind == "links":  # folders have no order of their own
-        expected = {name: sorted(of) for name, of in expected.items()}
     assert data.classes == CLASSES and label_sets(data) == expected
     assert len(data.rows) == len(SETS)
 
