@@ -39,10 +39,25 @@ class Proposals:
 
     def _load(self, path: Path) -> dict[str, NDArray[Any]]:
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return dict(arrays)
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as file_arrays:
+                arrays = dict(file_arrays)
         except Exception as error:  # zipfile and numpy raise many kinds on broken files
             raise RAdapterError(f"the proposals {path} can't be read: {reason(error)}") from None
+        masks = arrays.setdefault("masks", np.zeros(0))
+        fits = masks.dtype in (bool, np.uint8) or masks.dtype.kind == "f"
+        if masks.ndim != 3 or len(masks) > MOST or not fits:
+            raise RAdapterError(
+                f"{path} needs masks [N, H, W], N up to {MOST}, {_KINDS}; it holds {masks.dtype}"
+                f" {list(masks.shape)}"
+            )
+        scores = arrays.get("scores")
+        wanted = (len(masks), self._classes)
+        if scores is not None and (scores.shape != wanted or scores.dtype.kind != "f"):
+            raise RAdapterError(
+                f"{path} has scores {scores.dtype} {list(scores.shape)}; allowed: float"
+                f" {list(wanted)}, a column for each class"
+            )
+        return arrays
 
     def read(
         self, name: str, size: tuple[int, int]
@@ -50,16 +65,7 @@ class Proposals:
         """The masks of an image of this height and width, 255 inside, and their scores."""
         path = self._path(name)
         arrays = self._load(path)
-        masks = arrays.get("masks", np.zeros(0))
-        if (
-            masks.ndim != 3
-            or len(masks) > MOST
-            or not (masks.dtype in (bool, np.uint8) or masks.dtype.kind == "f")
-        ):
-            raise RAdapterError(
-                f"{path} needs masks [N, H, W], N up to {MOST}, {_KINDS}; it holds {masks.dtype}"
-                f" {list(masks.shape)}"
-            )
+        masks = arrays["masks"]
         if masks.shape[1:] != size:
             height, width = masks.shape[1:]
             raise RAdapterError(
@@ -76,18 +82,10 @@ class Proposals:
             masks = masks * np.uint8(255)
         elif masks.size and masks.max() == 1:
             raise RAdapterError(f"no value of the masks of {path} is above 1; allowed: {_KINDS}")
-
         scores = arrays.get("scores")
         if (scores is not None) != self.scored:
             raise RAdapterError(f"some of {self._folder} have scores, and {path} differs from them")
-        if scores is None:
-            return masks.astype(np.uint8), None
-        if scores.shape != (len(masks), self._classes) or scores.dtype.kind != "f":
-            raise RAdapterError(
-                f"{path} has scores {scores.dtype} {list(scores.shape)}; allowed: float"
-                f" [{len(masks)}, {self._classes}], a column for each class"
-            )
-        return masks.astype(np.uint8), np.ascontiguousarray(scores, np.float32)
+        return masks.astype(np.uint8), None if scores is None else scores.astype(np.float32)
 
     def raw(self, name: str) -> bytes:
         """All data of an image, to make a digest of."""

@@ -1,6 +1,4 @@
-"""Several labels an image: read from a column, and from lists, and trained and evaluated
-as by hand.
-"""
+"""Several labels an image: read from texts and from lists, and trained and evaluated as by hand."""
 
 from __future__ import annotations
 
