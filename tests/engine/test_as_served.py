@@ -29,8 +29,8 @@ GOOD: dict[str, Ask] = {
     "texts": lambda client: client.embed_texts(["a cat", "Ölkäfer 猫", "word " * 200, "a cat"]),
     "labels": lambda client: client.classify([png(3)], ["red", "green, lime", "blue"], top_k=2),
     "label set": lambda client: client.classify(png(4), label_set="colours"),
-    "alone": lambda client: client.classify(png(5), ["red", "green"], multi_label=True),
     "calibrated": lambda client: client.classify(png(5), ["red", "green"], calibrated=True),
+    "multi-label": lambda client: client.classify(png(5), ["red", "green"], multi_label=True),
     "unknown": lambda client: client.classify(png(5), ["red", "green"], unknown=0.5),
     "examples": lambda client: client.classify(
         [png(5), png(6)], ["red", "green"], examples={"red": [png(8), png(9)]}, example_weight=0.3
@@ -60,28 +60,21 @@ GOOD: dict[str, Ask] = {
     "calibrated search": lambda client: client.search(
         "red", index="photos", min_score="calibrated"
     ),
-    "release": lambda client: client.release(),
-    "releases": lambda client: client.releases(),
-    "ready": lambda client: client.is_ready(),
 }
 BAD: dict[str, Ask] = {
     "no image": lambda client: client.classify(b"no image", ["a"]),
-    "second image": lambda client: client.embed_images([png(0), b"no image"]),
     "empty label": lambda client: client.classify(png(0), ["a", " "]),
     "same label": lambda client: client.classify(png(0), ["a", "a"]),
     "no label set": lambda client: client.classify(png(0), label_set="none"),
-    "template": lambda client: client.classify(png(0), ["a"], templates=["no place"]),
     "alpha": lambda client: client.embed_texts(["a"], alpha=0.9),
     "empty text": lambda client: client.embed_texts(["a", ""]),
     "no index": lambda client: client.search("a", index="none"),
     "condition": lambda client: client.search("a", index="photos", where="nothing = 1"),
     "no column": lambda client: client.search("a", index="photos", where="DROP TABLE images"),
-    "past the end": lambda client: client.search("a", index="photos", offset=9),
     "another version": lambda client: client.search("a", index="photos", index_version="g-1"),
     "weights that cancel": lambda client: client.search(
         ["a", "a"], weights=[1, -1], index="photos"
     ),
-    "no such image": lambda client: client.search(id="none.png", index="photos"),
     "calibrated image": lambda client: client.search(
         image=png(7), index="photos", min_score="calibrated"
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_answers_are_those_of_the_tasks(repository: Path) -> None:
         assert segmented.release == 2
 
 
-def test_refusals(engine: Engine) -> None:
+def test_refusals_and_one_output_alone(engine: Engine) -> None:
     client = Client(transport=engine)
     for inputs, message in (
         ({"texts": texts(b"a")}, "no input 'texts'; it has text, alpha"),
@@ -90,19 +91,6 @@ def test_refusals(engine: Engine) -> None:
         client.classify(b"x", ["a"])
     with pytest.raises(InvalidRequest, match="no index 'photos'"):
         client.search("a", index="photos")
-
-
-def test_the_indexes_of_its_folder(repository: Path, tmp_path: Path) -> None:
-    with Engine.open(repository, indexes=tmp_path) as engine:
-        client = Client(transport=engine)
-        assert client.indexes() == []
-        for name in ("b", "a"):
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "index.json").touch()
-        assert client.indexes() == ["a", "b"]
-
-
-def test_one_output_alone(engine: Engine) -> None:
     inputs = {"image": texts(png(0)), "labels": np.array([[b"a", b"b"]], object)}
     reply = engine.send(Request("infer", "classify", inputs=inputs, outputs=["score"]), 10)
     assert set(reply.outputs) == {"score"} and reply.version == 2
@@ -131,32 +119,25 @@ def until_waiting(engine: Engine, count: int) -> None:
 def test_needs_of_callers_of_several_tasks_are_encoded_together(repository: Path) -> None:
     """While the encoder is busy, an image to embed and one to classify wait for it."""
     local = Local(repository, 2)
-    with Engine([local.loaded]) as engine:
-        expected = [asked(engine, "classify", png(1)), asked(engine, "embed_image", png(2))]
+    jobs = [("embed_image", png(0)), ("classify", png(1)), ("embed_image", png(2))]
+    with Engine([local.loaded]) as engine, ThreadPoolExecutor(3) as pool:
+        expected = [asked(engine, *job) for job in jobs]
         held = Held(local, "images")
         local.calls.clear()
-        found: dict[str, dict[str, np.ndarray]] = {}
-
-        def ask(name: str, task: str, image: bytes) -> None:
-            found[name] = asked(engine, task, image)
-
-        jobs = [("first", "embed_image", png(0)), ("label", "classify", png(1))]
-        jobs.append(("embed", "embed_image", png(2)))
-        threads = [threading.Thread(target=ask, args=job) for job in jobs]
-        for waiting, thread in enumerate(threads):
-            thread.start()
+        answers = []
+        for waiting, job in enumerate(jobs):
+            answers.append(pool.submit(asked, engine, *job))
             assert held.begun.wait(20)
             until_waiting(engine, waiting)
         held.gate.set()
-        for thread in threads:
-            thread.join(20)
+        found = [answer.result(20) for answer in answers]
     assert [shape[0] for shape in local.calls] == [1, 2]
-    for name, other in zip(("label", "embed"), expected, strict=True):
-        for output, values in other.items():
+    for outputs, others in zip(found, expected, strict=True):
+        for output, values in others.items():
             if values.dtype == object:
-                np.testing.assert_array_equal(found[name][output], values)
+                np.testing.assert_array_equal(outputs[output], values)
             else:
-                np.testing.assert_allclose(found[name][output], values, atol=1e-6)
+                np.testing.assert_allclose(outputs[output], values, atol=1e-6)
 
 
 def test_releases_are_replaced_from_one_request_to_the_next(repository: Path) -> None:
@@ -192,7 +173,7 @@ def test_nobody_waits_longer_than_they_said(engine: Engine) -> None:
         )
 
 
-def test_a_closed_engine_says_so(repository: Path) -> None:
+def test_a_closed_engine_says_so_and_leaves_no_thread(repository: Path) -> None:
     before = set(threading.enumerate())
     engine = Engine.open(repository)
     client = Client(transport=engine)
@@ -259,36 +240,27 @@ def test_large_images_are_few_and_keep_no_small_ones_waiting(
     engine: Engine, large: preprocess.ImageFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # More than batches of a task may run at once.
-    tasks = [*["embed_image"] * 7, *["classify"] * 7, "segment"]
+    tasks = [*["embed_image"] * 4, *["classify"] * 4, "segment"]
     monkeypatch.setattr(preprocess.LARGE_IMAGES, "max_waiting", len(tasks))
     callers = [Waiting() for _ in tasks]
-    found: list[dict[str, np.ndarray]] = []
     expected = {task: asked(engine, task, LARGE) for task in set(tasks)}
-
-    def ask(task: str, caller: Waiting) -> None:
-        answer = asked(engine, task, LARGE, cancelled=caller)
-        for name, values in expected[task].items():
-            np.testing.assert_array_equal(answer[name], values)
-        found.append(answer)
-
-    threads = [
-        threading.Thread(target=ask, args=one, daemon=True)
-        for one in zip(tasks, callers, strict=True)
-    ]
-    with preprocess.turn(large):
-        for thread in threads:
-            thread.start()
-        for caller in callers:
-            for _ in range(3):  # before it decodes, before it waits and while it does
-                assert caller.asked.acquire(timeout=60)
-        for task in set(tasks):
-            assert asked(engine, task, SMALL, deadline=time.monotonic() + 60)
-        with pytest.raises(TaskError, match=r"\[overloaded\] too many requests with large im"):
-            asked(engine, "classify", LARGE, deadline=time.monotonic() + 60)
-        assert not found
-    for thread in threads:
-        thread.join(60)
-    assert len(found) == len(tasks)
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        with preprocess.turn(large):
+            answers = [
+                pool.submit(asked, engine, task, LARGE, cancelled=caller)
+                for task, caller in zip(tasks, callers, strict=True)
+            ]
+            for caller in callers:
+                for _ in range(3):  # before it decodes, before it waits and while it does
+                    assert caller.asked.acquire(timeout=60)
+            for task in expected:
+                assert asked(engine, task, SMALL, deadline=time.monotonic() + 60)
+            with pytest.raises(TaskError, match=r"\[overloaded\] too many requests with large im"):
+                asked(engine, "classify", LARGE, deadline=time.monotonic() + 60)
+            assert not any(answer.done() for answer in answers)
+        for task, answer in zip(tasks, answers, strict=True):
+            for name, values in expected[task].items():
+                np.testing.assert_array_equal(answer.result(60)[name], values)
 
 
 @pytest.mark.parametrize("task", ["embed_image", "classify", "segment"])

@@ -41,9 +41,7 @@ def text_of(size: int) -> dict[str, Any]:
 # Memory
 
 
-@pytest.mark.parametrize(
-    "one", [b"[],", b"[1],", b"[[[1]]],", b"{},", b'{"a":1},', b'"[",', b'":",']
-)
+@pytest.mark.parametrize("one", [b"[],", b"[[[1]]],", b'{"a":1},', b'"[",'])
 def test_json_of_too_many_lists_and_objects_is_refused_unread(
     one: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,22 +248,17 @@ def without_gc() -> Iterator[None]:
 @pytest.mark.parametrize(
     "failure", [lambda: Refused(400, "no_labels", "none"), lambda: RuntimeError("a bug")]
 )
-@pytest.mark.parametrize(
-    ("path", "body"), [(INFER, TEXT), (EMBEDDINGS, {"model": "radapter", "input": "a"})]
-)
 def test_a_failure_lets_go_of_what_was_under_way(
-    failure: Callable[[], Exception],
-    path: str,
-    body: dict[str, Any],
-    without_gc: None,
-    monkeypatch: pytest.MonkeyPatch,
+    failure: Callable[[], Exception], without_gc: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LOG, "disabled", True)  # pytest keeps what is logged
     upstream = Failing()
     upstream.failure = failure
+    embeddings = {"model": "radapter", "input": "a"}
     with serving(lambda: upstream) as served:
-        assert served.ask(path, body)[0] >= 400
-        until(lambda: upstream.held() is None)
+        for path, body in ((INFER, TEXT), (EMBEDDINGS, embeddings)):
+            assert served.ask(path, body)[0] >= 400
+            until(lambda: upstream.held() is None)
 
 
 URL = "data:image/png;base64,"
@@ -274,13 +267,11 @@ URL = "data:image/png;base64,"
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        (EMBEDDINGS, {"model": "radapter", "input": f"data:image/{'A' * 4 * MIB}"}),
         (EMBEDDINGS, {"model": "radapter", "input": URL + "A" * 4 * MIB + "!"}),
         (EMBEDDINGS, {"model": "radapter-7", "input": URL + "iVBORw0K" + "A" * 4 * MIB}),
-        (INFER, {**text_of(4 * MIB), "more": 1}),
         (INFER, {"inputs": [{**text_of(4 * MIB)["inputs"][0], "shape": [2, 1]}]}),
     ],
-    ids=["head of a URL", "base64", "release", "field", "shape"],
+    ids=["base64", "release", "shape"],
 )
 def test_a_refusal_lets_go_of_its_body(path: str, body: dict[str, Any], without_gc: None) -> None:
     sent = json.dumps(body).encode()

@@ -120,24 +120,21 @@ def test_a_connection_that_ends_gives_its_place_back() -> None:
     with serving(max_connections=8) as served:
         for begin in (ALIVE, b"GET /he") * 5:
             with served.connection(begin) as it:
-                assert answer(it) if begin == ALIVE else True
+                assert begin != ALIVE or answer(it)
         until(lambda: not served.connections.open)
         assert not served.connections._of_address and not served.connections.waiting
 
 
 @pytest.mark.parametrize(
-    ("host", "whose"),
+    ("host", "network"),
     [
-        ("192.0.2.7", "192.0.2.7"),
         ("::ffff:192.0.2.7", "192.0.2.7"),
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
-        ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
-        ("2001:db8:1:3::1", "2001:db8:1:3::/64"),
         ("fe80::1%eth0", "fe80::/64"),
     ],
 )
-def test_who_counts_as_one_caller(host: str, whose: str) -> None:
-    assert network_of(host) == whose
+def test_who_counts_as_one_caller(host: str, network: str) -> None:
+    assert network_of(host) == network
 
 
 # Time
@@ -157,7 +154,11 @@ def test_a_caller_who_does_not_ask_has_a_limited_time() -> None:
             for part in (ALIVE[:9], ALIVE[9:]):  # together they take more than that
                 time.sleep(0.35)
                 it.sendall(part)
-            assert answer(it).startswith(b"HTTP/1.1 200")
+            head = answer(it).split(b"\r\n")
+            assert head[0] == b"HTTP/1.1 200 OK"
+            # Nothing names the program.
+            names = [line.partition(b":")[0] for line in head[1:5]]
+            assert names == [b"date", b"content-length", b"content-type", b"x-request-id"]
 
 
 # What is parsed
@@ -193,23 +194,17 @@ def test_one_request_at_a_time_and_all_in_their_order(served: Served) -> None:
     assert [one.model.encode() for one in served.upstream.asked] == names
 
 
-@pytest.mark.parametrize(
-    ("request_", "ends"),
-    [
-        (EMBED + b"nonsense\r\n\r\n", [b"HTTP/1.1 400"]),
-        (CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY) + ALIVE, []),
-    ],
-)
-def test_what_comes_behind_a_request_does_not_cost_its_answer(
-    served: Served, request_: bytes, ends: list[bytes]
-) -> None:
-    served.hold()
-    with served.connection(request_) as it:
-        until(lambda: served.upstream.asked)
-        served.let_go()
-        for beginning in (b"HTTP/1.1 200", *ends):
-            assert answer(it).startswith(beginning)
-        assert it.recv(1) == b""
+def test_what_comes_behind_a_request_does_not_cost_its_answer(served: Served) -> None:
+    chunks = CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+    for request, answered in ((EMBED + b"nonsense\r\n\r\n", 2), (chunks + ALIVE, 1)):
+        served.hold()
+        asked = len(served.upstream.asked)
+        with served.connection(request) as it:
+            until(lambda count=asked: len(served.upstream.asked) > count)
+            served.let_go()
+            beginnings = [answer(it)[:12] for _ in range(answered)]
+            assert beginnings == [b"HTTP/1.1 200", b"HTTP/1.1 400"][:answered]
+            assert it.recv(1) == b""
 
 
 @pytest.mark.parametrize(
@@ -255,17 +250,6 @@ def test_what_never_ends_is_cut_off(served: Served, head: bytes) -> None:
                 it.sendall(b"a" * 2**20)
             raise AssertionError("it is read on and on")
     assert not served.upstream.asked
-
-
-# Answers
-
-
-def test_an_answer_names_no_program(served: Served) -> None:
-    with served.connection(ALIVE) as it:
-        head, _, body = answer(it).partition(b"\r\n\r\n")
-    assert json.loads(body) == {"live": True}
-    names = [line.partition(b":")[0] for line in head.split(b"\r\n")[1:]]
-    assert names == [b"date", b"content-length", b"content-type", b"x-request-id"]
 
 
 # The end

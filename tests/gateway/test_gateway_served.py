@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import trustme
 import urllib3
 
-from radapter_client import AsyncClient, Client, ServerUnavailable
-from radapter_serve.gateway.access import new_key
+from radapter_client import AsyncClient, Client
 from tests.helpers.fake_server import FakeServer
 from tests.helpers.gateway import gateway
 from tests.helpers.small_release import png
@@ -105,30 +103,3 @@ def test_triton_hears_that_the_caller_has_left(url: str, tmp_path: Path) -> None
             assert time.monotonic() < end, leave
             time.sleep(0.05)
         assert told.read_text() == "cancelled"
-
-
-def test_over_tls_with_a_key(
-    fake_server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    authority = trustme.CA()
-    certificate = authority.issue_cert("localhost")
-    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "chain.pem")
-    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    keys = tmp_path / "keys"
-    key = new_key(keys, "ann")
-    options = {
-        "tls_certificate": tmp_path / "chain.pem",
-        "tls_key": tmp_path / "key.pem",
-        "api_keys": keys,
-    }
-    with gateway(fake_server, **options) as url:
-        with (
-            Client(url, api_key=key, retries=0) as client,
-            pytest.raises(ServerUnavailable, match="(?i)certificate"),
-        ):
-            client.release()
-        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-        with Client(url, api_key=key) as client:
-            assert client.release().version == 2
-            assert client.embed_texts(["a"]).shape == (1, 4)

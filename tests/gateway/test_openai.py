@@ -36,11 +36,10 @@ IMAGE = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
 OF_IMAGE = [len(PNG), PNG[0]]  # what the stand-in makes of it
 
 
-def client_of(served: Served, **options: Any) -> openai.OpenAI:
+def client_of(served: Served) -> openai.OpenAI:
     import openai
 
-    url = f"{served.url}/v1"
-    return openai.OpenAI(base_url=url, api_key="none", **{"max_retries": 0, **options})
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
 
 
 def ask(served: Served, **body: Any) -> tuple[int, Any]:
@@ -187,21 +186,19 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
 def test_options_reach_both_tasks_and_refusals_name_the_field(served: Served) -> None:
     assert ask(served, input=["a", IMAGE, "b"], alpha=0.25, dimensions=4, user="ann")[0] == 200
     texts, images = served.upstream.asked[-2:]
-    assert (texts.model, images.model) == ("embed_text", "embed_image")
     assert texts.inputs["text"].tolist() == [[b"a"], [b"b"]]
     assert images.inputs["image"].tolist() == [[PNG]]
     assert texts.inputs["alpha"].tolist() == [[0.25], [0.25]]
     assert texts.inputs["alpha"].dtype == np.float32
     assert refusal(served, input="a", dimensions=3) == (400, "invalid_argument", "dimensions")
-    # Refusals of the tasks
-    served.upstream.error = Refused(400, "invalid_argument", "alpha is 0.25, but this release ...")
-    assert refusal(served, input="a", alpha=0.25) == (400, "invalid_argument", "alpha")
-    served.upstream.error = Refused(400, "invalid_image", "image 2 of 2: the image is broken")
-    error = ask(served, input=[IMAGE, IMAGE])[1]["error"]
-    assert (error["param"], error["message"]) == ("input[1]", "input[1]: the image is broken")
-    served.upstream.error = Refused(400, "image_too_large", "it has too many pixels")
-    assert refusal(served, input=[IMAGE]) == (400, "image_too_large", "input[0]")
-    # Faults
+    # Refusals of the tasks, and faults
+    for inputs, code, message, param in (
+        (["a"], "invalid_argument", "alpha is 0.25, but this release ...", "alpha"),
+        ([IMAGE, IMAGE], "invalid_image", "image 2 of 2: the image is broken", "input[1]"),
+        ([IMAGE], "image_too_large", "it has too many pixels", "input[0]"),
+    ):
+        served.upstream.error = Refused(400, code, message)
+        assert refusal(served, input=inputs) == (400, code, param)
     served.upstream.error = RuntimeError("a bug at /home/x")
     assert refusal(served, input="a")[:2] == (500, "internal_error")
     served.upstream.error = None
@@ -231,18 +228,13 @@ def test_limits_and_metrics() -> None:
 
 
 def test_what_is_closed_is_refused_in_the_form_of_openai(served: Served) -> None:
-    for method, path, status in (
-        ("GET", "embeddings", 405),
-        ("POST", "chat/completions", 404),
-        ("POST", "models", 405),
-    ):
+    for method, path, status in (("GET", "embeddings", 405), ("POST", "chat/completions", 404)):
         found, answer, _ = served.ask(f"/v1/{path}", b"{}", method)
         error = answer["error"]
         assert (found, error["code"]) == (status, "not_found")
         assert error["type"] == "invalid_request_error" and "/v1/embeddings" in error["message"]
     # The form is that of the path, whatever the host is called.
-    head = b"GET /v1/none HTTP/1.1\r\nHost: a/v2/\r\nConnection: close\r\n\r\n"
-    with served.connection(head) as it:
+    with served.connection(b"GET /v1/none HTTP/1.1\r\nHost: a/v2/\r\n\r\n") as it:
         answer = heard(it)
     assert answer.startswith(b"HTTP/1.1 403") and b'{"error":{"message":"without' in answer
 
@@ -274,7 +266,6 @@ def test_texts_and_images_find_their_places() -> None:
     assert read_inputs(["see http://a.example/b.png", "data: what we have"]).images == {}
     texts = [url(PNG), "https://x.example"]
     assert [*read_inputs(texts, modality="text").texts.values()] == list(map(str.encode, texts))
-    assert read_inputs(url(PNG), modality="image").images
     with pytest.raises(Refused, match=r"input\[1\] is no image"):
         read_inputs([url(PNG), "a cat"], modality="image")
 
@@ -285,39 +276,39 @@ INPUTS: list[tuple[str, str, list[Any]]] = [
     ("invalid_argument", "input[1]", [["a", 1], ["a", None], ["a", ["b"]], ["a", "\n\t "]]),
     ("invalid_argument", "input[0]", ["data:image/png;base64", f"data:image/png,{PIXEL}"]),
     ("invalid_argument", "input[0]", ["data:,hello", f"data:image/gif;base64,{PIXEL}"]),
-    ("invalid_argument", "input[0]", ["data:text/html;base64,PHN2Zz4=", f"DATA:;base64,{PIXEL}"]),
     ("invalid_argument", "input[0]", ["data:image/" + "x" * 10**6, "https://a.example/b.png"]),
     ("invalid_image", "input[0]", [DATA, f"{DATA}!!!!", f"{DATA}{PIXEL[:-1]}", f"{DATA}üüüü"]),
     ("invalid_image", "input[0]", [f"{DATA}{PIXEL[:8]}\n{PIXEL[8:]}", url(b"GIF89a")]),
 ]
 
 
-@pytest.mark.parametrize(
-    ("code", "param", "value"),
-    [(code, param, value) for code, param, values in INPUTS for value in values],
-)
-def test_inputs_that_are_refused(code: str, param: str, value: Any) -> None:
-    with pytest.raises(Refused) as caught:
-        read_inputs(value)
-    assert (caught.value.status, caught.value.code, caught.value.param) == (400, code, param)
-    assert len(caught.value.message) < 400 and caught.value.message.isprintable()
+@pytest.mark.parametrize(("code", "param", "values"), INPUTS)
+def test_inputs_that_are_refused(code: str, param: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(Refused) as caught:
+            read_inputs(value)
+        assert (caught.value.status, caught.value.code, caught.value.param) == (400, code, param)
+        assert len(caught.value.message) < 400 and caught.value.message.isprintable()
 
 
 @pytest.mark.parametrize(
-    ("param", "value"),
+    ("param", "values"),
     [
-        *(("model", value) for value in (3, None, "x" * 201)),
-        *(("dimensions", value) for value in ("4", 4.5, True)),
-        *(("alpha", value) for value in (1.01, -0.1, "0.5", math.nan, math.inf, True)),
-        *(("encoding_format", "hex"), ("modality", "audio"), ("messages", []), ("x" * 5000, 1)),
+        ("model", [3, None, "x" * 201]),
+        ("dimensions", ["4", 4.5, True]),
+        ("alpha", [1.01, -0.1, "0.5", math.nan, math.inf, True]),
+        *(("encoding_format", ["hex"]), ("modality", ["audio"]), ("messages", [[]])),
+        ("x" * 5000, [1]),
     ],
+    ids=range(7),
 )
-def test_fields_that_are_refused(param: str, value: Any) -> None:
-    with pytest.raises(Refused) as caught:
-        read_inputs("a", **{param: value})
-    assert caught.value.code == "invalid_argument"
-    assert param[:60] == str(caught.value.param)[:60].removesuffix("...")
-    assert len(json.dumps(gateway.refusal(caught.value))) < 500
+def test_fields_that_are_refused(param: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(Refused) as caught:
+            read_inputs("a", **{param: value})
+        assert caught.value.code == "invalid_argument"
+        assert param[:60] == str(caught.value.param)
+        assert len(json.dumps(gateway.refusal(caught.value))) < 500
 
 
 strings = st.sampled_from(

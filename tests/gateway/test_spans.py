@@ -13,14 +13,13 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from radapter_serve.encoders.encoder import Step
 from radapter_serve.gateway import middleware
 from radapter_serve.gateway.access import new_key
 from radapter_serve.gateway.settings import Timeouts
 from radapter_serve.gateway.spans import Spans
 from radapter_serve.gateway.upstream import Entry, Refused
 from radapter_serve.process import OTLP_ENDPOINTS
-from tests.helpers.collector import Collector, Span, collecting
+from tests.helpers.collector import Collector, collecting
 from tests.helpers.fake_upstream import INFER, TEXT, Served, serving
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -100,27 +99,6 @@ def test_a_traceparent_that_is_none_is_ignored_and_a_trace_that_is_not_kept_is_n
     spans.close(20)
     assert len(kept) == len(wrong)
     assert all(one.parent is None and one.context.trace_id != int(TRACE, 16) for one in kept)
-
-
-def test_steps_become_spans_inside_each_other() -> None:
-    with collecting() as collector, pytest.MonkeyPatch.context() as patch:
-        patch.setenv(OTLP_ENDPOINTS[1], f"{collector.url}/v1/traces")
-        spans = middleware.open_spans()
-        assert spans is not None
-        encoder = Step("image_encoder", 1_300, 1_400)
-        task = Step("classify", 1_200, 1_500, (encoder, encoder))
-        entry = Entry("id", task="classify")
-        entry.steps.append(Step("engine", 1_100, 1_600, (task,)))
-        spans.end(spans.begin({}, "POST", "/x", entry), entry)
-        spans.close(20)
-    by_name: dict[str, list[Span]] = {}
-    for one in collector.spans:
-        by_name.setdefault(one.name, []).append(one)
-    [whole], [engine], [classify] = (by_name[name] for name in ("POST /x", "engine", "classify"))
-    assert (whole.parent, engine.parent, classify.parent) == ("", whole.id, engine.id)
-    assert [one.parent for one in by_name["image_encoder"]] == [classify.id] * 2
-    assert (classify.start, classify.end) == (1_200, 1_500)
-    assert {one.attributes["radapter.request_id"] for one in collector.spans} == {"id"}
 
 
 def test_nobody_takes_the_spans(

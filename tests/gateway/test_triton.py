@@ -188,12 +188,10 @@ def test_servers_are_looked_up_again_and_requests_under_way_are_answered(
 def test_failures_of_triton_are_logged_and_those_of_callers_are_not(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for status, number in (("INTERNAL", 500), ("INVALID_ARGUMENT", 400)):
-        with pytest.raises(Refused) as error:
+    for status in ("INTERNAL", "INVALID_ARGUMENT"):
+        with pytest.raises(Refused):
             recorded(lambda triton, name=status: triton.infer(Inference(name, "", {}), 10))  # type: ignore[misc]
-        assert error.value.status == number
-    said = [line for line in caplog.messages if "Triton" in line]
-    assert said == ["Triton: INTERNAL: why"]
+    assert [line for line in caplog.messages if "Triton" in line] == ["Triton: INTERNAL: why"]
 
 
 @pytest.mark.parametrize(
