@@ -14,10 +14,11 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from radapter_serve.contract.errors import OVERLOADED
 from radapter_serve.errors import RAdapterError, reason
@@ -27,38 +28,17 @@ from radapter_serve.gateway.upstream import LOG, RATE_LIMITED, UNAUTHORIZED, Ent
 _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(BaseModel):
     """One key of a file; None is no limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str  # of its owner
     digest: str  # SHA-256, in hex
-    requests_per_second: float | None = None
-    at_once: int | None = None  # inferences under way
-    images_per_minute: float | None = None
+    requests_per_second: Annotated[float, Field(gt=0, lt=1e9)] | None = None
+    at_once: Annotated[int, Field(gt=0, lt=1e9)] | None = None  # inferences under way
+    images_per_minute: Annotated[float, Field(gt=0, lt=1e9)] | None = None
     until: date | None = None  # the last day, in UTC, on which it works
-
-
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1e9:
-        raise ValueError
-    return number
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,8}", text):
-        raise ValueError
-    return int(text)
-
-
-# How to read each limit, and an example.
-_LIMITS: dict[str, tuple[Callable[[str], object], str]] = {
-    "requests_per_second": (_positive, "10"),
-    "at_once": (_count, "4"),
-    "images_per_minute": (_positive, "600"),
-    "until": (date.fromisoformat, "2027-12-31"),
-}
 
 
 class Keys:
@@ -144,20 +124,15 @@ def _parse(path: Path, text: str) -> dict[str, Key]:
                 f"{where}: each line is `name: SHA-256 in hex`, which limits such as at_once=4 may"
                 " follow, and no name comes twice"
             )
-        limits: dict[str, Any] = {}
-        for word in match[3].split():
-            name, _, value = word.partition("=")
-            if name not in _LIMITS or name in limits:
-                raise RAdapterError(
-                    f"{where}: {name} is not a limit, or comes twice; there are"
-                    f" {', '.join(_LIMITS)}"
-                )
-            read, example = _LIMITS[name]
-            try:
-                limits[name] = read(value)
-            except ValueError:
-                raise RAdapterError(f"{where}: {word} is invalid; write {name}={example}") from None
-        keys[match[1]] = Key(match[1], match[2], **limits)
+        words = [("name", match[1]), ("digest", match[2])]
+        words += re.findall(r"(\w+)=(\S+)", match[3])
+        if len(dict(words)) < len(words):
+            raise RAdapterError(f"{where}: a limit comes twice")
+        try:
+            keys[match[1]] = Key.model_validate(dict(words))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RAdapterError(f"{where}: {first['loc'][0]}: {first['msg']}") from None
     return keys
 
 

@@ -382,15 +382,11 @@ class Health:
 
 async def _closed(request: Request, error: Exception) -> NoReturn:
     """Refuse a path or a method that is not open."""
-    # The scope's path, for `request.url` needs a Host, which may be anything.
-    if request.scope["path"].startswith(openai.PREFIX):
-        paths = "POST /v1/embeddings; GET /v1/models and /v1/models/MODEL"
-    else:
-        paths = (
-            "POST /v2/models/MODEL/infer; GET /v2/models/MODEL, its config and ready, /v2,"
-            " /health/live and /ready"
-        )
-    message = f"{request.method} of this path is not open here; open are {paths}"
+    message = (
+        f"{request.method} of this path is not open here; open are POST /v2/models/MODEL/infer and"
+        " /v1/embeddings; GET /v2, /v2/models/MODEL, its config and ready, /v1/models,"
+        " /health/live and /ready"
+    )
     raise Refused(getattr(error, "status_code", 404), NOT_FOUND, message)
 
 

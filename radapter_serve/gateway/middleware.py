@@ -87,11 +87,9 @@ class Pieces:
             if len(body) <= PIECE:
                 await send(message)
                 return
-            more = message.get("more_body", False)
             for start in range(0, len(body), PIECE):
                 end = start + PIECE
-                piece = {**message, "body": body[start:end], "more_body": more or end < len(body)}
-                await send(piece)
+                await send({**message, "body": body[start:end], "more_body": end < len(body)})
 
         await self.app(scope, receive, sending)
 

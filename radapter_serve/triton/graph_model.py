@@ -35,7 +35,6 @@ class GraphModel:
     """One graph in one runtime, as Triton wants a `TritonPythonModel` to be."""
 
     runtime: str  # one of `RUNTIMES`
-    title: str  # its name, for errors
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
@@ -134,7 +133,7 @@ class GraphModel:
         except Exception as error:
             # Runtimes' errors have no common base; ONNX Runtime names what a caller did wrong.
             code = INVALID_ARGUMENT if type(error).__name__ == "InvalidArgument" else ENCODER_FAILED
-            raise TaskError(code, f"{self.title}: {redact(str(error))}") from None
+            raise TaskError(code, f"{self.runtime}: {redact(str(error))}") from None
         return {
             name: output.astype(dtype, copy=False)
             for (name, dtype), output in zip(self._outputs.items(), outputs, strict=True)

@@ -65,8 +65,8 @@ def test_answers_are_those_of_the_engine(two_releases: Path, tmp_path: Path) -> 
         assert client.search("a cat", index="photos") == here.search("a cat", index="photos")
         assert client.indexes() == here.indexes() == ["photos"]
         assert client.release() == here.release() and client.is_ready()
-        grpc = Client(one.url.replace("http", "grpc"))
-        with grpc, pytest.raises(ServerUnavailable):
+        grpc = Client(one.url.replace("http", "grpc"), retries=0)
+        with grpc, pytest.raises(ServerUnavailable, match="--engine process.* answers http://"):
             grpc.embed_texts(["a"])
         with pytest.raises(ModelNotFound, match="no release 1 of embed_text here; there are 2"):
             Client(one.url, release=1).embed_texts(["a"])

@@ -133,12 +133,16 @@ def texts(rest: bytes, rows: int = 1, size: Any = None) -> dict[str, Any]:
     return {"model": "embed_text", "inputs": [described], "rest": rest}
 
 
-def segment(*described: Any, size: int | None = None, **more: Any) -> dict[str, Any]:
-    return {"model": "segment", "inputs": [IMAGE, LABELS, tensor(*described, size=size)], **more}
+def segment(
+    name: str, datatype: str, shape: Any, data: Any = None, size: Any = None, **more: Any
+) -> dict[str, Any]:
+    inputs = [IMAGE, LABELS, tensor(name, datatype, shape, data, size)]
+    return {"model": "segment", "inputs": inputs, **more}
 
 
-def classify(*described: Any, size: int | None = None, **more: Any) -> dict[str, Any]:
-    return {"model": "classify", "inputs": [CLASSIFY[0], tensor(*described, size=size)], **more}
+def classify(name: str, datatype: str, shape: Any, data: Any = None, **more: Any) -> dict[str, Any]:
+    inputs = [CLASSIFY[0], tensor(name, datatype, shape, data, more.pop("size", None))]
+    return {"model": "classify", "inputs": inputs, **more}
 
 
 REFUSED: dict[str, list[dict[str, Any]]] = {

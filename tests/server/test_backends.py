@@ -80,7 +80,7 @@ def test_a_bad_request_fails_alone(load, repository, backend):
     bad = Request(tokens=np.array([[[1, 2]]], np.int32))
     first, error, last = model.execute([good, bad, good])
     assert [embeds.shape for embeds in embeds_of([first, last])] == [(1, 8)] * 2
-    assert re.match(r"\[\w+\] (ONNX Runtime|OpenVINO): ", error.error())
+    assert re.match(r"\[\w+\] (onnxruntime|openvino): ", error.error())
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")

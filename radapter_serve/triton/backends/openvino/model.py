@@ -1,8 +1,4 @@
-"""Triton backend `openvino` in Python, for servers without the C++ backend of that name; same
-configs, same numbers.
-
-Of the C++ backend's parameters it knows those of `radapter_serve.encoders.runtimes.load_graph`.
-"""
+"""Triton backend `openvino` in Python, for servers without the C++ backend of that name."""
 
 from __future__ import annotations
 
@@ -13,4 +9,3 @@ class TritonPythonModel(GraphModel):
     """A graph compiled by OpenVINO for the CPU."""
 
     runtime = "openvino"
-    title = "OpenVINO"

@@ -1,8 +1,4 @@
-"""Triton backend `tensorrt` in Python, for servers without the C++ backend of that name; same
-configs, same numbers.
-
-Slower than that one: each batch is copied to the GPU and back, and waited for.
-"""
+"""Triton backend `tensorrt` in Python, for servers without the C++ backend of that name."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ from radapter_serve.triton.graph_model import GraphModel
 
 
 class TritonPythonModel(GraphModel):
-    """An engine of TensorRT."""
+    """A graph in TensorRT: each batch is copied to the GPU and back, and waited for."""
 
     runtime = "tensorrt"
-    title = "TensorRT"
