@@ -113,9 +113,9 @@ def right(random: Random) -> Ask:
     """A right request of some task."""
     kind = random.choice(["PNG", "JPEG", "WEBP"])
     image = [png(random.randrange(8), random.randrange(8, 60), random.randrange(8, 60), kind)]
-    labels = [f"label {place}" for place in range(random.randrange(1, 5))]
-    choice: dict[str, Any] = random.choice([{"labels": labels}, {"label_set": [LABEL_SET]}])
-    small = {"refine": number(2, np.int32), "short_side": number(24, np.int32)}
+    labels = {"labels": [f"label {place}" for place in range(random.randrange(1, 5))]}
+    choice: dict[str, Any] = random.choice([labels, {"label_set": [LABEL_SET]}])
+    small = {name: number(value, np.int32) for name, value in (("refine", 2), ("short_side", 24))}
     masks = np.full((2, 20, 20), 255, np.uint8)
     masks[1, :10] = 0
     search = {"index": [INDEX], "top_k": number(2, np.int32)}
@@ -123,9 +123,8 @@ def right(random: Random) -> Ask:
     requests: list[tuple[str, dict[str, Any]]] = [
         ("embed_image", {"image": image}),
         ("embed_text", {"text": [random.choice(["a cat", "ein Fahrrad", "猫", "x" * 300])]}),
-        ("classify", {"image": image, **choice}),
-        ("classify", {"image": image, "labels": labels, "templates": ["a photo of a {}.", "{}"]}),
         ("classify", {"image": image, **choice, "top_k": number(1, np.int32)}),
+        ("classify", {"image": image, **labels, "templates": ["a photo of a {}.", "{}"]}),
         ("segment", {"image": image, **choice, "threshold": number(0.5)}),
         ("segment", {"image": image, **choice, **small, "stride": number(8, np.int32)}),
         ("segment", {"image": [png(1, 20, 20)], "labels": ["a", "b"], "proposals": masks}),
@@ -171,29 +170,20 @@ WHERE = (
 )
 _NAMES = (
     *("image", "text", "labels", "label_set", "templates", "top_k", "index", "where", "alpha"),
-    *("threshold", "refine", "short_side", "stride", "proposals", "tokens", "nothing"),
+    *("threshold", "refine", "short_side", "stride", "proposals", "tokens", "nothing", "x"),
     *("label", "score", "mask", "thumbnail", "id", "image_embeds", "name", "shape", "data"),
     *("parameters", "binary_data_size", "binary_data_output", "binary_data", "classification"),
     *("shared_memory_region", "shared_memory_offset", "priority", "sequence_id", "timeout"),
+    *("outputs", ""),
 )
-_KINDS = (
-    "BYTES",
-    "INT32",
-    "INT64",
-    "UINT8",
-    "FP16",
-    "FP32",
-    "BOOL",
-    "STRING",
-    "bytes",
-    "",
-)
+_KINDS = ("BYTES", "INT32", "INT64", "UINT8", "FP16", "FP32", "BOOL", "STRING", "bytes", "x")
 _SIZES = (0, -1, 1, 2, 65, 2**31, 2**32, 2**62, 2**63, -(2**63), 1.5, "1", None, True)
 _HEADERS = (TYPE, "Content-Encoding", "Host", "Authorization", "Expect", LENGTH)
 _VALUES = (
     *(None, "", "gzip", "identity, gzip", "text/html", "multipart/form-data; boundary=x"),
     *("0", "-1", "1", "9" * 20, "abc", "1.5", "0x10", "²", " 5 ", "a" * 5000),
 )
+_SNIPPETS = (b"\0", b"\xff", b'"', b"[", b"{", b",", b"-", b"1e9", b"\r\n", b"\xed\xa0\x80")
 
 
 def hostile(random: Random) -> tuple[str, bytes, bool]:
@@ -219,16 +209,13 @@ def hostile(random: Random) -> tuple[str, bytes, bool]:
     if way < 88:
         return "random bytes as HTTP", noise, True
     raw = request.raw()
-    end = raw.index(b"\r\n\r\n") + 4
-    if random.random() < 0.7:
-        return "mutated bytes of HTTP", _damaged(raw[:end], random) + raw[end:], True
-    return "mutated bytes of HTTP", _damaged(raw, random), True
+    end = raw.index(b"\r\n\r\n") + 4 if random.random() < 0.7 else len(raw)
+    return "mutated bytes of HTTP", _damaged(raw[:end], random) + raw[end:], True
 
 
 def _damaged(data: bytes, random: Random) -> bytes:
     """Flip, take out, double or put in some bytes."""
     changed = bytearray(data)
-    snippets = [b"\0", b"\xff", b'"', b"[", b"{", b",", b"-", b"1e9", b"\r\n", b"\xed\xa0\x80"]
     for _ in range(random.choice([1, 1, 2, 5, 20])):
         at = random.randrange(len(changed) + 1)
         way = random.randrange(6)
@@ -239,7 +226,7 @@ def _damaged(data: bytes, random: Random) -> bytes:
         elif way == 3:
             changed[at:at] = changed[at : at + random.choice([1, 10, 100])]
         elif way == 4:
-            changed[at:at] = random.choice(snippets)
+            changed[at:at] = random.choice(_SNIPPETS)
         elif random.random() < 0.3:
             del changed[at:]
     return bytes(changed)
@@ -251,13 +238,12 @@ def _exchange_value(request: Ask, random: Random) -> None:
     place = random.randrange(len(tensors))
     tensor = tensors[place]
     count = max(1, len(tensor.get("data", [1])))
-    if tensor["datatype"] != "BYTES":
-        values: list[Any] = [random.choice(NUMBERS) for _ in range(count)]
-    elif tensor["name"] == "image":
-        values = [images.made(random.choice(list(images.small())))]
-    else:
+    pool: Any = NUMBERS
+    if tensor["datatype"] == "BYTES":
         pool = WHERE if tensor["name"] == "where" else TEXTS
-        values = [random.choice(pool) for _ in range(count)]
+    values = [random.choice(pool) for _ in range(count)]
+    if tensor["name"] == "image":
+        values = [images.made(random.choice(list(images.small())))]
     if not request.binary:
         tensor["data"] = [as_text(one) if isinstance(one, bytes) else one for one in values]
         return
@@ -289,38 +275,34 @@ def _change(request: Ask, random: Random) -> None:
         request.tail = request.tail[:at] + length + request.tail[at + 4 :]
     elif not places:
         request.head = _odd(random)
-    elif way < 8:
-        # A field of a tensor, by a value of its kind
-        tree, key = random.choice(places)
-        dims = random.choice([0, 1, 2, 2, 3, 9, 100, 10_000])
-        values = {
-            "name": random.choice(_NAMES),
-            "datatype": random.choice(_KINDS),
-            "shape": [random.choice(_SIZES) for _ in range(dims)],
-            "data": ["a"] * random.choice([0, 2, 3, 65, 300]),
-            "binary_data_size": random.choice(_SIZES),
-        }
-        tree[key] = values.get(key, _odd(random))
-    elif way < 10:
-        tree, key = random.choice(places)
-        tree[key] = _odd(random)
-    elif way < 12:
-        tree, key = random.choice(places)
-        del tree[key]
     else:
         tree, key = random.choice(places)
-        if isinstance(tree, dict):
-            tree[random.choice([*_NAMES, "outputs", "", "x"])] = _odd(random)
+        if way < 8:  # a field of a tensor, by a value of its kind
+            dims = random.choice([0, 1, 2, 2, 3, 9, 100, 10_000])
+            values = {
+                "name": random.choice(_NAMES),
+                "datatype": random.choice(
+                    ["BYTES", "INT32", "FP16", "BOOL", "STRING", "bytes", ""]
+                ),
+                "shape": [random.choice(_SIZES) for _ in range(dims)],
+                "data": ["a"] * random.choice([0, 2, 3, 65, 300]),
+                "binary_data_size": random.choice(_SIZES),
+            }
+            tree[key] = values.get(key, _odd(random))
+        elif way < 10:
+            tree[key] = _odd(random)
+        elif way < 12:
+            del tree[key]
+        elif isinstance(tree, dict):
+            tree[random.choice(_NAMES)] = _odd(random)
         else:
             tree.insert(key, random.choice([tree[key], _odd(random)]))
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
     """Every value in JSON, as its parent and its key."""
-    keys: Any = ()
-    if isinstance(tree, dict):
-        keys = tree.keys()
-    elif isinstance(tree, list):
+    keys: Any = tree.keys() if isinstance(tree, dict) else ()
+    if isinstance(tree, list):
         keys = range(len(tree))
     places: list[tuple[Any, Any]] = []
     for key in keys:

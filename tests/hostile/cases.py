@@ -24,7 +24,7 @@ CHECKED = "refused, or answered right"  # broken values may still be valid
 BROKEN = "refused, or closed"  # broken HTTP, which may have nobody to answer to
 MIB = 2**20
 INFER = "/v2/models/embed_text/infer"
-EMBEDDINGS = "/v1/embeddings"
+post = partial(message, "POST", INFER)
 
 
 @dataclass(frozen=True)
@@ -51,38 +51,29 @@ def case(seed: int, number: int) -> Case:
     """The hostile request of a number, always the same."""
     if number < len(by_hand()):
         return by_hand()[number]
-    random = Random(f"{seed}/{number}")
-    kind, raw, is_http = asks.hostile(random)
+    kind, raw, is_http = asks.hostile(Random(f"{seed}/{number}"))
     return Case(kind, raw, BROKEN if is_http else CHECKED, hang_up=0.3 if is_http else None)
-
-
-def of_kind(kind: str) -> list[int]:
-    """Numbers of the requests made by hand whose kind begins so."""
-    return [place for place, case in enumerate(by_hand()) if case.kind.startswith(kind)]
 
 
 @cache
 def by_hand() -> list[Case]:
     """All requests made by hand."""
-    groups = (_http, _chunks, _bodies, _doors, _values, _images, _embeddings)
-    return [case for group in (*groups, _slow, _refused_bodies) for case in group()]
-
-
-_HOST = f"Host: x\r\nAuthorization: Bearer {KEY}\r\n".encode()
-_GET = b"GET /v2 HTTP/1.1\r\n"
-_CHUNKED = b"Transfer-Encoding: chunked\r\n"
-
-
-def _headed(lines: bytes) -> bytes:
-    return f"POST {INFER} HTTP/1.1\r\n".encode() + lines + b"Content-Type: application/json\r\n\r\n"
+    groups = (_http, _bodies, _doors, _values, _images, _embeddings, _slow, refused_bodies)
+    return [case for group in groups for case in group()]
 
 
 def _http() -> Iterator[Case]:
+    host = f"Host: x\r\nAuthorization: Bearer {KEY}\r\n".encode()
+    get = b"GET /v2 HTTP/1.1\r\n"
+    whole = host + b"\r\n"
+    chunked = b"Transfer-Encoding: chunked\r\n"
+
+    def headed(lines: bytes) -> bytes:
+        first = f"POST {INFER} HTTP/1.1\r\n".encode()
+        return first + lines + b"Content-Type: application/json\r\n\r\n"
+
     right = good()["embed_text"].raw()
     end = right.index(b"\r\n\r\n")
-    five = b"Content-Length: 5\r\n"
-    smuggled = b"0\r\n\r\nGET /metrics HTTP/1.1\r\n" + _HOST + b"\r\n"
-    whole = _HOST + b"\r\n"
     raw: list[bytes] = [
         b"GET /v2\r\n\r\n",
         b"GET /v2 HTTP/0.9\r\n\r\n",
@@ -94,51 +85,44 @@ def _http() -> Iterator[Case]:
         *(b"GET /%s HTTP/1.1\r\n" % path + whole for path in (b" v2", b"v2\0", b"v2/\xff\xfe")),
         right[:end].replace(b"\r\n", b"\n") + b"\n\n" + right[end + 4 :],
         b"GET /v2 HTTP/1.1\rHost: x\r\r",
-        *(_GET + line + b"\r\n\r\n" for line in (b"Host", b"Host : x", b"Host: \0")),
-        *(_GET + line + b"\r\n" + whole for line in (b": x", b"X: x\r\n y", b"X: " + b"a" * 10**6)),
+        *(get + line + b"\r\n\r\n" for line in (b"Host", b"Host : x", b"Host: \0")),
+        *(get + line + b"\r\n" + whole for line in (b": x", b"X: x\r\n y", b"X: " + b"a" * 10**6)),
         b"GET /" + b"a" * 10**6 + b" HTTP/1.1\r\n" + whole,
-        _GET + b"X: y\r\n" * 100_000 + whole,
+        get + b"X: y\r\n" * 100_000 + whole,
         b"\r\n" * 100_000,
         b" " * 10**6,
-        _headed(b"Content-Length: 1\r\n" + _HOST + b"Content-Length: 300\r\n"),
-        _headed(five + _CHUNKED + _HOST) + smuggled,
-        _headed(five + b"Transfer-Encoding: chunked, identity\r\n" + _HOST) + smuggled,
-        _headed(five + b"Transfer-Encoding: xchunked\r\n" + _HOST) + smuggled,
-        _headed(five + b"Transfer-Encoding : chunked\r\n" + _HOST) + smuggled,
-        message("POST", INFER, {"Content-Length": "1000"}, b'{"inputs"'),
+        headed(b"Content-Length: 1\r\n" + host + b"Content-Length: 300\r\n"),
+        post({"Content-Length": "1000"}, b'{"inputs"'),
         message("GET", "/v2/models/hacked", {"Host": None}),
         message("GET", "/v2/models/hacked", {"host": "a", "HOST": "b"}),
     ]
-    lengths = ("-1", "+5", "1e3", "0x10", "5, 5", "9" * 23, str(2**64), "\u00b2", "", "5 5")
+    smuggled = b"0\r\n\r\nGET /metrics HTTP/1.1\r\n" + whole
+    for transfer in (b": chunked", b": chunked, identity", b": xchunked", b" : chunked"):
+        lines = b"Content-Length: 5\r\nTransfer-Encoding" + transfer + b"\r\n" + host
+        raw.append(headed(lines) + smuggled)
     body = good()["embed_text"].body
-    raw += [message("POST", INFER, {"Content-Length": length}, body) for length in lengths]
+    lengths = ("-1", "+5", "1e3", "0x10", "5, 5", "9" * 23, str(2**64), "\u00b2", "", "5 5")
+    raw += [post({"Content-Length": length}, body) for length in lengths]
     targets = ("http://169.254.169.254/latest", "//example.org/v2", "*", "x")
-    raw += [message("GET", target, {}) for target in targets]
     others = (("CONNECT", "127.0.0.1:8001"), ("CONNECT", "/v2"), ("TRACE", "/v2"), ("OPTIONS", "*"))
-    raw += [message(method, target, {}) for method, target in others]
+    pairs = (*(("GET", target) for target in targets), *others)
+    raw += [message(method, target, {}) for method, target in pairs]
     for name in ("websocket", "h2c", "TLS/1.0"):
         upgrade: Headers = {"Connection": "Upgrade", "Upgrade": name, "Sec-WebSocket-Key": "A" * 24}
         raw.append(message("GET", "/v2/hacked", upgrade))
+    sizes = (b"F" * 16, b"F" * 17, b"-1", b"xyz", b"", b" 5", b"5 ", b"0x5", b"5;" + b"a" * 10**5)
+    head = headed(chunked + host)
+    raw += [head + size + b"\r\n" + body + b"\r\n0\r\n\r\n" for size in (*sizes, b"2")]
+    raw += [head + b"2\r\n{}\r\n", head + b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 50_000 + b"\r\n"]
     for data in raw:
         yield Case("HTTP", data, BROKEN, hang_up=1.0)
     for method in ("PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "PROPFIND", "GET"):
         yield Case("HTTP: methods", message(method, INFER, {}))
-    yield Case("HTTP: Expect", message("POST", INFER, {"Expect": "200-maybe"}, b"x"))
+    yield Case("HTTP: Expect", post({"Expect": "200-maybe"}, b"x"))
     yield Case("HTTP: body longer than said", right + b"x" * 1000, BROKEN, 2, 1.0)
-    bad = message("POST", INFER, {}, b"{}")
+    bad = post({}, b"{}")
     yield Case("HTTP: pipelining", bad * 50, answers=50)
     yield Case("HTTP: pipelining, then noise", bad * 3 + b"\0\1\r\n\r\n", BROKEN, 4, 1.0)
-
-
-def _chunks() -> Iterator[Case]:
-    head = _headed(_CHUNKED + _HOST)
-    body = good()["embed_text"].body
-    sizes = (b"F" * 16, b"F" * 17, b"-1", b"xyz", b"", b" 5", b"5 ", b"0x5", b"5;" + b"a" * 10**5)
-    bad = [head + size + b"\r\n" + body + b"\r\n0\r\n\r\n" for size in (*sizes, b"2")]
-    bad.append(head + b"2\r\n{}\r\n")
-    bad.append(head + b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 50_000 + b"\r\n")
-    for data in bad:
-        yield Case("chunks", data, BROKEN, hang_up=1.0)
     yield Case("chunks: of one byte", head + b"1\r\n{\r\n" * 20_000 + b"0\r\n\r\n")
     part = b"100000\r\n" + bytes(MIB) + b"\r\n"
     yield Case("chunks: 200 MiB without end", lambda: head + part * 200)
@@ -149,16 +133,15 @@ def _chunks() -> Iterator[Case]:
 def _bodies() -> Iterator[Case]:
     request = good()["embed_text"]
     body = request.body
-    post = partial(message, "POST", INFER)
     for name in ("gzip", "deflate", "br", "gzip, gzip"):
-        yield Case("compressed bodies", post({"Content-Encoding": name}, body))
-    bomb = partial(gzip.compress, bytes(200 * MIB), mtime=0)
-    yield Case("gzip bomb", lambda: post({"Content-Encoding": "gzip"}, bomb()))
+        yield Case("bodies: compressed", post({"Content-Encoding": name}, body))
     form = "application/x-www-form-urlencoded"
     for kind in ("text/plain", form, "multipart/form-data", "application/xml", "a" * 9000):
-        yield Case("content types", post({TYPE: kind}, body))
+        yield Case("bodies: types", post({TYPE: kind}, body))
     zeros = Ask("embed_text", request.head, bytes(60 * MIB), binary=True)
+    bomb = partial(gzip.compress, bytes(200 * MIB), mtime=0)
     large: list[Callable[[], bytes]] = [
+        lambda: post({"Content-Encoding": "gzip"}, bomb()),
         lambda: post({TYPE: form}, b"x" * 5 * MIB),
         lambda: post({}, b"[" * 65 * MIB),
         lambda: post({}, b" " * 60 * MIB),
@@ -166,8 +149,9 @@ def _bodies() -> Iterator[Case]:
         zeros.raw,
     ]
     for make in large:
-        yield Case("large bodies", make)
+        yield Case("bodies: large", make)
     texts = [
+        b"",
         b"[" * 100_000,
         b'{"inputs":' * 100_000 + b"1" + b"}" * 100_000,
         b'{"inputs":[{"shape":[' + b"9" * 100_000 + b"]}]}",
@@ -178,9 +162,8 @@ def _bodies() -> Iterator[Case]:
         json.dumps({"inputs": request.head["inputs"] * 1000}).encode(),
     ]
     for text in texts:
-        yield Case("JSON", post({}, text))
-    yield Case("empty bodies", post({}))
-    yield Case("empty bodies", post({"Content-Length": None}))
+        yield Case("bodies: JSON", post({}, text))
+    yield Case("bodies: no length", post({"Content-Length": None}))
 
 
 def _doors() -> Iterator[Case]:
@@ -194,6 +177,7 @@ def _doors() -> Iterator[Case]:
         " /v2/models/classify/generate /v2/models/classify/generate_stream / /docs /openapi.json"
         " /v1/chat/completions /v1/models/../../v2 /.env /favicon.ico /static/../../etc/passwd //"
     )
+    body = good()["embed_text"].body
     for path in closed.split():
         yield Case("closed doors", message("GET", path, {}))
         yield Case("closed doors", message("POST", path, {}, b'{"key":"/radapter","offset":0}'))
@@ -202,25 +186,20 @@ def _doors() -> Iterator[Case]:
         yield Case("closed doors: encoders", ask(model, {name: pixels}).raw())
         for tail in ("", "/config", "/ready"):
             yield Case("closed doors: encoders", message("GET", f"/v2/models/{model}{tail}", {}))
-    body = good()["embed_text"].body
     secrets = (None, "", "Bearer", "Bearer x", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer é")
     for secret in (*secrets, "a" * 9000):
-        yield Case("wrong keys", message("POST", INFER, {"Authorization": secret}, body))
+        yield Case("wrong keys", post({"Authorization": secret}, body))
         yield Case("wrong keys", message("GET", "/metrics", {"Authorization": secret}))
     yield Case("wrong keys", message("POST", f"{INFER}?key={KEY}", {"Authorization": None}, body))
-
     names = [
         "".join(f"%{byte:02x}" for byte in text.encode("utf-8", "surrogatepass"))[:3000]
         for text in asks.TEXTS
     ]
     names += ["../classify", "classify%00", "CLASSIFY", "classify;x", "%ff%fe", "a" * 10_000, "猫"]
     for name in names:
-        yield Case("names of models", message("POST", f"/v2/models/{name}/infer", {}, body))
-    for version in (
-        str(2**63),
-        "1" * 500,
-        *["0", "-1", "01", "3", "1.0", "x", "%00", "..", "+1", "١"],
-    ):
+        yield Case("names", message("POST", f"/v2/models/{name}/infer", {}, body))
+    numbers = (str(2**63), "1" * 500, "0", "-1", "01", "3", "1.0", "x", "%00", "..", "+1", "١")
+    for version in numbers:
         path = f"/v2/models/embed_text/versions/{version}"
         yield Case("versions", message("POST", f"{path}/infer", {}, body))
         yield Case("versions", message("GET", f"{path}/config", {}))
@@ -233,33 +212,44 @@ def _values() -> Iterator[Case]:
     alone: dict[str, Any] = {**segment, "multi_label": np.array([True])}
     masks = np.full((1, 20, 20), 255, np.uint8)
 
-    # Numbers that are not finite, or out of range
+    # Numbers that are not finite, or out of range; other values that are not allowed.
     refused: list[tuple[str, dict[str, Any]]] = []
-    for value in (np.nan, np.inf, -np.inf, -1.1, 3e38):
-        for name in ("threshold", "proposal_weight"):
-            refused.append(("segment", {**segment, name: number(value)}))
-        refused.append(("classify", {**alone, "threshold": number(value)}))
-        refused.append(("retrieve", {**search, "min_score": number(value)}))
-    for size in (-1, 0, -(2**31), 2**31 - 1):
-        for name in ("short_side", "stride"):
-            refused.append(("segment", {**segment, name: number(size, np.int32)}))
-        refused.append(("retrieve", {**search, "top_k": number(size, np.int32)}))
-    refused.append(("classify", {**segment, "top_k": number(0, np.int32)}))
-    for size in (-1, 2**31 - 1):
-        refused.append(("segment", {**segment, "refine": number(size, np.int32)}))
-        refused.append(("retrieve", {**search, "offset": number(size, np.int32)}))
-    for weight in (number(np.nan), number(0), np.ones(2, np.float32)):
-        refused.append(("retrieve", {**search, "weight": weight}))
-    for kind in (np.int32, np.uint8):
-        refused.append(("classify", {**segment, "multi_label": np.ones(1, kind)}))
-    for wrong in (masks[:, :10], masks[:0], masks * 0, masks[:, :1, :1]):
-        refused.append(("segment", {**segment, "proposals": wrong}))
-    for scores in (np.zeros((2, 1)), np.full((1, 1), np.nan), -np.ones((1, 1))):
-        scored = {"proposals": masks, "proposal_scores": scores.astype(np.float32)}
-        refused.append(("segment", {**segment, **scored}))
-    refused.append(("retrieve", {**search, "index_version": ["\x00" * 1000]}))
-    refused.append(("retrieve", {**search, "id": ["' OR 1 = 1 --"]}))
-    refused.append(("retrieve", {**search, "id": ["a"] * 17}))
+    floats = (np.nan, np.inf, -np.inf, -1.1, 3e38)
+    sizes = (-1, 0, -(2**31), 2**31 - 1)
+    for model, inputs, names, values in (
+        ("segment", segment, ("threshold", "proposal_weight"), floats),
+        ("classify", alone, ("threshold",), floats),
+        ("retrieve", search, ("min_score",), floats),
+        ("retrieve", search, ("weight",), (np.nan, 0.0)),
+        ("segment", segment, ("short_side", "stride"), sizes),
+        ("retrieve", search, ("top_k",), sizes),
+        ("classify", segment, ("top_k",), (0,)),
+        ("segment", segment, ("refine",), (-1, 2**31 - 1)),
+        ("retrieve", search, ("offset",), (-1, 2**31 - 1)),
+    ):
+        for name in names:
+            for value in values:
+                kind = np.float32 if isinstance(value, float) else np.int32
+                refused.append((model, {**inputs, name: number(value, kind)}))
+    scores = (np.zeros((2, 1)), np.full((1, 1), np.nan), -np.ones((1, 1)))
+    odd: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("retrieve", search, {"weight": np.ones(2, np.float32)}),
+        ("retrieve", search, {"index_version": ["\x00" * 1000]}),
+        *(("retrieve", search, {"id": value}) for value in (["' OR 1 = 1 --"], ["a"] * 17)),
+        *(
+            ("classify", segment, {"multi_label": np.ones(1, kind)})
+            for kind in (np.int32, np.uint8)
+        ),
+        *(
+            ("segment", segment, {"proposals": wrong})
+            for wrong in (masks[:, :10], masks[:0], masks * 0, masks[:, :1, :1])
+        ),
+        *(
+            ("segment", segment, {"proposals": masks, "proposal_scores": one.astype(np.float32)})
+            for one in scores
+        ),
+    ]
+    refused += [(model, {**inputs, **more}) for model, inputs, more in odd]
     for text in asks.TEXTS:
         if text not in (INDEX, "colours"):
             refused.append(("retrieve", {"text": ["a"], "index": [text]}))
@@ -267,9 +257,9 @@ def _values() -> Iterator[Case]:
             refused.append(("segment", {"image": image, "label_set": [text]}))
     for model, inputs in refused:
         for binary in (True, False):
-            yield Case(f"values: {model}", ask(model, inputs, binary=binary).raw())
+            yield Case("values", ask(model, inputs, binary=binary).raw())
     for more in ({"calibrated": np.array([False])}, {"threshold": number(1)}):
-        yield Case("values: classify", ask("classify", {**alone, **more}).raw(), CHECKED)
+        yield Case("values", ask("classify", {**alone, **more}).raw(), CHECKED)
 
     # Conditions
     deep = ("(" * 900 + "width>1" + ")" * 900, "NOT " * 400 + "width>1", "-" * 1900 + "1 > 0")
@@ -281,12 +271,12 @@ def _values() -> Iterator[Case]:
     # Requests whose answer would take very long
     many: list[Any] = [f"label {place}" for place in range(20_000)]
     wide: list[Any] = [png(1, 500, 250)]
-    numbers = {"short_side": 160, "stride": 16, "refine": 100}
-    options = {name: number(value, np.int32) for name, value in numbers.items()}
+    options = {"short_side": 160, "stride": 16, "refine": 100}
+    fine = {name: number(value, np.int32) for name, value in options.items()}
     for inputs in (
         {"image": image, "labels": many},
-        {"image": wide, "labels": many[:4000], **options},
-        {"image": wide, "labels": many[:900], **options},
+        {"image": wide, "labels": many[:4000], **fine},
+        {"image": wide, "labels": many[:900], **fine},
     ):
         yield Case("much work", ask("segment", inputs, binary=True).raw(), CHECKED)
     templates = {"image": image, "labels": many, "templates": ["{}", "a {}"]}
@@ -299,21 +289,19 @@ def _images() -> Iterator[Case]:
     extra: dict[str, Any] = {"retrieve": {"index": [INDEX]}, "embed_image": {}}
 
     def request(name: str, model: str) -> bytes:
+        if model == "embeddings":
+            return _embed(["a", _url(images.made(name)), _url(png())])
         inputs = {"image": [images.made(name)], **extra.get(model, {"labels": ["a"]})}
         return ask(model, inputs, binary=True).raw()
 
-    def embeddings(name: str) -> bytes:
-        return _embed(["a", _url(images.made(name)), _url(png())])
-
-    for group, promise in ((images.BAD, REFUSED), (images.ODD, CHECKED)):
-        for name in group:
+    for name in (*images.BAD, *images.ODD):
+        models = ["embed_image", "segment", "embeddings"]
+        if "bomb" not in name and "large" not in name:
+            models += ["classify", "retrieve"]
+        promise = REFUSED if name in images.BAD else CHECKED
+        for model in models:
             kind = f"images: {name.partition(':')[0]}"
-            models = ["embed_image", "segment"]
-            if "bomb" not in name and "large" not in name:
-                models += ["classify", "retrieve"]
-            for model in models:
-                yield Case(kind, partial(request, name, model), promise)
-            yield Case(kind, partial(embeddings, name), promise)
+            yield Case(kind, partial(request, name, model), promise)
 
 
 def _url(file: bytes, media: str = "image/png") -> str:
@@ -322,7 +310,7 @@ def _url(file: bytes, media: str = "image/png") -> str:
 
 def _embed(inputs: Any, **fields: Any) -> bytes:
     content = {"model": "radapter", "input": inputs, **fields}
-    return message("POST", EMBEDDINGS, {}, json.dumps(content).encode())
+    return message("POST", "/v1/embeddings", {}, json.dumps(content).encode())
 
 
 def _embeddings() -> Iterator[Case]:
@@ -343,14 +331,14 @@ def _embeddings() -> Iterator[Case]:
     inputs += [[*([image] * 70), _url(png()[:60])], "x" * 10_001]
     inputs += ["http://127.0.0.1:8002/metrics", "HTTP://0x7f000001/", "https://a\\@b"]
     for value in inputs:
-        yield Case("embeddings: inputs", _embed(value))
+        yield Case("embeddings", _embed(value))
     odd = ["file:///etc/passwd", "{{7*7}}", "a\0b", "\u202e", "data: x"]
     for value in (odd, _url(png(), "image/jpeg"), [f"text {place}" for place in range(2048)]):
-        yield Case("embeddings: inputs", _embed(value), CHECKED)
+        yield Case("embeddings", _embed(value), CHECKED)
     fields: list[dict[str, Any]] = [{"model": name} for name in ("radapter-999", "radapter-\u0661")]
     fields += [{"dimensions": 10**400}, {"alpha": 0.123}, {"messages": [], "stream": True}]
     for more in fields:
-        yield Case("embeddings: fields", _embed("a", **more))
+        yield Case("embeddings", _embed("a", **more))
     large: list[Callable[[], bytes]] = [
         lambda: _embed(["a"] * 100_000),
         lambda: _embed([1] * 3_000_000),
@@ -371,10 +359,10 @@ def _slow() -> Iterator[Case]:
     yield Case("slow: half a line", [right[:10], 25.0], BROKEN)
     yield Case("slow: body a byte at a time", [right[:end], *body])
     yield Case("slow: half a body", [right[:-10], 25.0])
-    yield Case("slow: no body", [message("POST", INFER, {"Content-Length": str(MIB)}), 25.0])
+    yield Case("slow: no body", [post({"Content-Length": str(MIB)}), 25.0])
 
 
-def _refused_bodies() -> Iterator[Case]:
+def refused_bodies() -> Iterator[Case]:
     """Requests that are refused by their heads, whose bodies the gateway throws away."""
     size = 60_000
     end = b"0\r\n\r\n"
@@ -387,20 +375,22 @@ def _refused_bodies() -> Iterator[Case]:
     for path, headers in doors:
         sized: Headers = {**headers, "Content-Length": str(size)}
         head = message("POST", path, sized)
-        whole = head + bytes(size)
         short = message("POST", path, {**headers, "Content-Length": "5"})
         transfer: Headers = {"Content-Length": None, "Transfer-Encoding": "chunked"}
         chunked = message("POST", path, {**headers, **transfer})
-        kind = "refused body"
-        yield Case(kind, whole)
-        yield Case(kind, whole + whole, answers=2)
-        yield Case(kind, chunked + piece * 5 + end)
+        whole = head + bytes(size)
         trickle: list[bytes | float] = [b" ", 0.05]
-        yield Case(kind, [head, *trickle * 90])
-        yield Case(kind, whole[: -size // 2])
-        yield Case(kind, head)
-        yield Case(kind, chunked)
-        yield Case(kind, message("POST", path, {**sized, "Expect": "100-continue"}))
+        yield Case("refused body", whole + whole, answers=2)
+        for data in (
+            whole,
+            chunked + piece * 5 + end,
+            [head, *trickle * 90],
+            whole[: -size // 2],
+            head,
+            chunked,
+            message("POST", path, {**sized, "Expect": "100-continue"}),
+        ):
+            yield Case("refused body", data)
         for data in (
             chunked + piece * 50 + end,
             short + bytes(size),
@@ -410,4 +400,4 @@ def _refused_bodies() -> Iterator[Case]:
             chunked + b"1\r\n \r\n" * size + end,
             head + bytes(9),
         ):
-            yield Case(kind, data, BROKEN, hang_up=0.3)
+            yield Case("refused body", data, BROKEN, hang_up=0.3)

@@ -12,8 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +32,9 @@ from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import start
-from tests.helpers.small_release import TASKS, png, write_release
+from tests.helpers.small_release import TASKS, photos_in, write_release
 from tests.hostile.asks import INDEX, KEY, good
-from tests.hostile.cases import BROKEN, REFUSED, Case, case
+from tests.hostile.cases import BROKEN, REFUSED, Case
 
 LONG = 40.0  # seconds after which a request counts as hanging
 TIMEOUT = 20.0  # seconds that the gateway gives a request
@@ -150,27 +149,25 @@ def trouble(case: Case, outcome: Outcome) -> str | None:
         return "more than was asked for"
     if len(answers) < case.answers and case.promise != BROKEN:
         return f"{len(answers)} answers of {case.answers}"
+    # A caller may wish for a deadline that is too short, or for work that outlasts the gateway's.
+    sent = b"".join(part for part in case.parts if isinstance(part, bytes))
+    may_be_late = b'"timeout"' in sent or case.kind in ("much work", "images: large image")
     for answer in answers:
-        if answer.status != 200:
-            why = _refusal_trouble(case, answer)
-        elif case.promise == REFUSED:
-            why = "answered as if it were right"
+        if answer.status == 200:
+            why = "answered as if it were right" if case.promise == REFUSED else wrong(answer)
+        elif answer.status == 504 and may_be_late:
+            why = _wrong_refusal(answer)
+        elif not 400 <= answer.status < 500 or answer.status == 429:
+            why = f"status {answer.status}: {answer.body[:200]!r}"
         else:
-            why = wrong(answer)
+            why = None if sent.startswith(b"HEAD") and not answer.body else _wrong_refusal(answer)
         if why is not None:
             return why
     return None
 
 
-def _refusal_trouble(case: Case, answer: Answer) -> str | None:
-    # A caller may wish for a deadline that is too short, or for work that outlasts the gateway's.
-    sent = b"".join(part for part in case.parts if isinstance(part, bytes))
-    late = answer.status == 504 and (b'"timeout"' in sent or case.kind == "much work")
-    if not (400 <= answer.status < 500 or late) or answer.status == 429:
-        return f"status {answer.status}: {answer.body[:200]!r}"
-    if not answer.body:
-        is_head = isinstance(case.data, bytes) and case.data.startswith(b"HEAD")
-        return None if is_head else "a refusal without a body"
+def _wrong_refusal(answer: Answer) -> str | None:
+    """What is wrong with the body of a refusal, or None."""
     try:
         error = json.loads(answer.body)["error"]
         if isinstance(error, dict):  # OpenAI's form
@@ -193,23 +190,20 @@ def wrong(answer: Answer) -> str | None:
         size = int(answer.headers.get("inference-header-content-length", len(answer.body)))
         head = json.loads(answer.body[:size])
         if "object" in head:
-            rows = [one["embedding"] for one in head["data"] if "embedding" in one]
-            if [one.get("index", place) for place, one in enumerate(head["data"])] != [
-                *range(len(head["data"]))
-            ]:
+            places = [one.get("index", place) for place, one in enumerate(head["data"])]
+            if places != list(range(len(places))):
                 return "embeddings out of order"
+            rows = [one["embedding"] for one in head["data"] if "embedding" in one]
             outputs = {"image_embeds": np.array(rows)} if rows else {}
         elif "outputs" in head:
             outputs = dict(decode(answer.body, str(size)).outputs)
             parameters = [output.get("parameters", {}) for output in head["outputs"]]
-            binary = sum(one.get("binary_data_size", 0) for one in parameters)
-            if size + binary != len(answer.body):
+            if size + sum(one.get("binary_data_size", 0) for one in parameters) != len(answer.body):
                 return "bytes behind the outputs"
         else:
             return None if {"live", "ready", "name"} & set(head) else "an answer without outputs"
         for name, values in outputs.items():
-            norms = np.linalg.norm(values, axis=-1) if name.endswith("_embeds") else 1
-            if not np.allclose(norms, 1, atol=1e-3):
+            if name.endswith("_embeds") and np.any(abs(np.linalg.norm(values, axis=-1) - 1) > 1e-3):
                 return "an embedding that is not of unit length"
             if name == "score" and np.any(np.abs(values) > 1.001):
                 return "a score that is none"
@@ -245,24 +239,22 @@ def world(folder: Path, engine: str) -> Iterator[World]:
     """A tiny release with an index and keys in an empty folder, served by "triton" behind a
     gateway or in one "process".
     """
-    write_release(folder / "models", 1, seed=1, tasks=(*TASKS, "retrieve"))
-    (folder / "photos").mkdir()
-    for number in range(6):
-        (folder / "photos" / f"{number}.png").write_bytes(png(number, 50, 40))
+    models = folder / "models"
+    write_release(models, 1, seed=1, tasks=(*TASKS, "retrieve"))
     indexes = folder / "indexes"
-    build(str(folder / "photos"), indexes / INDEX, load_release(folder / "models"))
+    build(photos_in(folder / "photos"), indexes / INDEX, load_release(models))
     keys = folder / "keys"
     keys.write_text(f"suite: {hashlib.sha256(KEY.encode()).hexdigest()}\n")
     address = ("127.0.0.1", free_ports()[0])
     with contextlib.ExitStack() as stack:
         server = None
         if engine == "triton":
-            config = ServerConfig(folder / "models", Endpoints.on_free_ports(), indexes=indexes)
+            config = ServerConfig(models, Endpoints.on_free_ports(), indexes=indexes)
             server = stack.enter_context(TritonServer(config))
             url = server.grpc_url.removeprefix("grpc://")
             process = start(Settings(port=address[1], server=url, api_keys=keys, timeout=TIMEOUT))
         else:
-            arguments = [folder / "models", indexes, keys, address[1], TIMEOUT]
+            arguments = [models, indexes, keys, address[1], TIMEOUT]
             command = [sys.executable, "-m", "tests.helpers.engine_process", *map(str, arguments)]
             process = Popen(command, cwd=Path(__file__).parents[2])
 
@@ -325,52 +317,37 @@ class Good(Caller):
         for task, answer in good_answers(self._address).items():
             self.asked += 1
             first = self._first[task]
-            if answer is None or first is None or answer.body != first.body or answer.status != 200:
+            if not (answer and first and (answer.status, answer.body) == (200, first.body)):
                 self.troubles.append(f"{task}: {answer and (answer.status, answer.body[:300])}")
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
         self.ask()
+        assert self.troubles == [] and self.asked >= 10
 
 
 def good_answers(address: tuple[str, int]) -> dict[str, Answer | None]:
     """The answers to a right request of each task."""
-    outcomes = {
-        task: exchange(address, Case("good", request.raw())) for task, request in good().items()
-    }
-    return {task: one.answers[0] if one.answers else None for task, one in outcomes.items()}
+    answers: dict[str, Answer | None] = {}
+    for task, request in good().items():
+        came = exchange(address, Case("good", request.raw())).answers
+        answers[task] = came[0] if came else None
+    return answers
 
 
-@dataclass
-class Report:
-    """Results by the kind of a request, and what broke a promise, which seed and number make
-    again.
+def attack(address: tuple[str, int], cases: Mapping[str, Case], workers: int = 6) -> None:
+    """Send hostile requests, several at once; each must keep its promise. A name says how to make
+    the request again.
     """
 
-    results: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    failures: list[str] = field(default_factory=list)
-
-
-def attack(address: tuple[str, int], seed: int, numbers: Sequence[int], workers: int = 6) -> Report:
-    """Send the hostile requests of some numbers, several at once."""
-    report = Report()
-    lock = threading.Lock()
-
-    def send(number: int) -> None:
-        hostile = case(seed, number)
-        outcome = exchange(address, hostile)
-        why = trouble(hostile, outcome)
-        result = str(outcome.answers[-1].status) if outcome.how == "answered" else outcome.how
-        with lock:
-            report.results[hostile.kind.partition(":")[0]][result] += 1
-            if why is not None:
-                start = str(hostile.parts[0])[:200]
-                what = f"seed {seed}, number {number} ({hostile.kind}): {why}; {start}"
-                report.failures.append(what)
+    def failure(name: str, hostile: Case) -> str | None:
+        why = trouble(hostile, exchange(address, hostile))
+        return why and f"{name} ({hostile.kind}): {why}; {str(hostile.parts[0])[:200]}"
 
     with ThreadPoolExecutor(6) as patient, ThreadPoolExecutor(workers) as pool:
-        slow = {number for number in numbers if case(seed, number).kind.startswith("slow")}
-        futures = [(patient if number in slow else pool).submit(send, number) for number in numbers]
-        for future in futures:
-            future.result()
-    return report
+        futures = [
+            (patient if hostile.kind.startswith("slow") else pool).submit(failure, name, hostile)
+            for name, hostile in cases.items()
+        ]
+        failures = [why for future in futures if (why := future.result())]
+    assert not failures, "\n".join(failures[:20])
