@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -86,37 +85,18 @@ def test_nothing_but_sources_goes_into_the_build(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_of_the_image_is_whole(place: Path) -> None:
-    (wheel,) = (place / "wheels").iterdir()
-    names = zipfile.ZipFile(wheel).namelist()
-    sources = {
-        path.relative_to(ROOT / folder).as_posix()
-        for folder in (".", "export", "clients")
-        for package in ("radapter_serve", "radapter_export", "radapter_client")
-        for path in (ROOT / folder / package).rglob("*.py")
-    }
-    assert not sources - set(names)
-    assert "radapter_export/model_repository/retrieve/model.py" in names
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["engine", "gateway", "server"])
 def test_the_image_installs_and_its_command_starts(stage: str, place: Path) -> None:
     run(stage, place, place)
-    own = place / stage / "bin"
+    programs = place / stage / "bin"
     program, *_ = command(stage)
-    assert (
-        subprocess.run([own / program, "--help"], capture_output=True, check=False).returncode == 0
-    )
+    subprocess.run([programs / program, "--help"], stdout=subprocess.DEVNULL, check=True)
     installed = {path.name.partition("-")[0] for path in (place / stage).rglob("*.dist-info")}
     assert "radapter_serve" in installed
     assert not installed & {"torch", "nvidia_pytriton", "tritonserver"}
     if stage == "server":
-        code = (
-            "import faiss, numpy, pyarrow; assert numpy.__version__ < '2'; import"
-            " radapter_serve.tasks.retrieve"
-        )
-        assert subprocess.run([own / "python", "-c", code], check=False).returncode == 0
+        code = "import faiss, numpy, radapter_serve.tasks.retrieve; assert numpy.__version__ < '2'"
+        subprocess.run([programs / "python", "-c", code], check=True)
 
 
 def test_the_server_has_what_its_extras_ask_for_but_their_tritonserver() -> None:
