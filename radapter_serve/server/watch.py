@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,6 @@ from pathlib import Path
 import psutil
 
 SERVER = "tritonserver"
-_SAME_TIME = 10.0  # seconds in which a death counts as one for want of memory
 _SEGMENTATION_FAULT = (
     "it ended by a segmentation fault, as a request of 4 MiB and more causes without the header "
     "Content-Type: application/json"
@@ -51,20 +48,13 @@ class Watch:
         self._models: dict[int, tuple[str, int]] = {}  # name and version by process number
         self._suspects: set[int] = set()
         self._reported: set[int] = set()
-        self._kills = killed_for_memory()
-        self._starved = -math.inf
 
     def poll(self) -> list[Failure]:
         """Report what has died since the last look; kill what a signal has stopped, for it holds
         up its callers.
         """
-        kills = killed_for_memory()
-        if kills > self._kills:
-            self._starved = time.monotonic()
-        self._kills = kills
-        starved = time.monotonic() - self._starved < _SAME_TIME
         if (code := self._process.poll()) is not None:
-            why = how_it_ended(code, short_of_memory=starved)
+            why = how_it_ended(code)
             return [Failure(SERVER, _SEGMENTATION_FAULT if code == -signal.SIGSEGV else why)]
 
         # Processes that are dead or stopped in this look and were so in the last one.
@@ -81,7 +71,7 @@ class Watch:
                     os.kill(pid, signal.SIGKILL)
                 why = "a signal had stopped it, so it was killed"
             else:
-                why = how_it_ended(_exit_code(pid), short_of_memory=starved)
+                why = how_it_ended(_exit_code(pid))
             if pid == self._process.pid:
                 failure = Failure(SERVER, why)
             elif pid in self._models:
@@ -141,14 +131,6 @@ class Watch:
         return states
 
 
-def killed_for_memory() -> int:
-    """Number of processes that the kernel of this machine has killed for want of memory."""
-    with contextlib.suppress(OSError):
-        if kills := re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE):
-            return int(kills[1])
-    return 0
-
-
 def _exit_code(pid: int) -> int:
     """Exit status of a zombie, which psutil tells of own children alone: the last field of
     proc_pid_stat(5).
@@ -158,10 +140,10 @@ def _exit_code(pid: int) -> int:
     return 0
 
 
-def how_it_ended(code: int, *, short_of_memory: bool = False) -> str:
+def how_it_ended(code: int) -> str:
     """Describe an exit status, or minus the number of the signal that killed a process."""
-    if code == -signal.SIGKILL and short_of_memory:
-        return "the kernel killed it, because memory ran out"
+    if code == -signal.SIGKILL:
+        return "it was killed by SIGKILL, as the kernel does where memory runs out"
     if code < 0:
         return f"it was killed by {signal.Signals(-code).name}"
     return f"it ended by itself with status {code}"

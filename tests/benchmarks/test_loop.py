@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.loop import TOO_MANY, Closed, Measured, Open, Stages, measure, read_totals
+from benchmarks.loop import TOO_MANY, Closed, Open, Stages, measure, read_totals
 from radapter_client import InvalidRequest, ServerUnavailable
 from tests.helpers.stand_ins import http_server
 
@@ -84,14 +84,6 @@ def test_errors_are_counted_by_kind_and_are_no_latencies():
     assert 0 <= len(measured.latencies) - total / 3 <= 1
 
 
-def test_percentiles_by_hand():
-    measured = Measured([value / 1000 for value in range(101)], seconds=2.0)
-    assert measured.percentiles(50, 90, 99) == pytest.approx([0.050, 0.090, 0.099])
-    assert measured.throughput == 50.5
-    assert np.isnan(Measured().percentiles(50)).all()
-    assert Measured().throughput == 0
-
-
 def counts(count: int, executions: int, queue: float, compute: float) -> dict[str, float]:
     return {
         "count": count,
@@ -117,13 +109,6 @@ def test_where_the_time_goes_by_hand():
     found = Stages.between("classify", before, after, seconds=8 * 0.040, requests=8)
     assert (found.queue, found.task, found.encoder) == pytest.approx((3 + 4, 6, 20))
     assert found.network == pytest.approx(40 - 3 - 30)
-
-
-def test_a_task_that_the_server_says_nothing_of_is_all_network():
-    after = {"embed_text": counts(1, 1, 1, 1)}
-    found = Stages.between("classify", {}, after, seconds=0.010, requests=1)
-    assert found.network == pytest.approx(10)
-    assert (found.queue, found.task, found.encoder) == (0, 0, 0)
 
 
 def test_statistics_are_added_over_the_versions_of_a_model():

@@ -92,21 +92,6 @@ def test_a_damaged_release_leaves_the_present_one(models: Path, tmp_path: Path, 
         assert release_at(running.url) == 1
 
 
-@pytest.mark.parametrize(
-    ("way", "damage"),
-    [pytest.param("triton", no_graph, marks=pytest.mark.triton), ("process", lose)],
-)
-def test_a_damaged_release_is_not_served(
-    models: Path, tmp_path: Path, way: str, damage: Callable[[Path], None]
-) -> None:
-    repository = shutil.copytree(models, tmp_path / "models")
-    Served((1,)).save(repository)
-    damage(repository)
-    with pytest.raises(RAdapterError) as error, WAYS[way](repository, tmp_path / "indexes"):
-        pass
-    assert DAMAGES[damage] in str(error.value) and "\n" not in str(error.value)
-
-
 @each_way
 def test_a_repository_that_is_full_or_that_nobody_can_write(
     models: Path, tmp_path: Path, way: str

@@ -19,7 +19,6 @@ import psutil
 import pytest
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server import watch as watch_module
 from radapter_serve.server.control import Answer, Control, NoAnswer, warm_up
 from radapter_serve.server.supervisor import (
     BUSY_SECONDS,
@@ -95,15 +94,6 @@ def test_a_death_is_reported_once_with_its_reason(parent, name, number, why):
         until(lambda: psutil.Process(pids[name]).status() == psutil.STATUS_ZOMBIE)
         assert watch.poll() == watch.poll() == []
         assert set(watch.models().values()) == {"classify", "segment"} - {name}
-
-
-def test_a_process_that_the_kernel_killed_for_memory(parent, monkeypatch):
-    kills = iter([3, *[4] * 100])
-    monkeypatch.setattr(watch_module, "killed_for_memory", lambda: next(kills))
-    watch = Watch(parent)
-    parent.kill()
-    [failure] = first_of(watch)
-    assert str(failure) == "tritonserver died: the kernel killed it, because memory ran out"
 
 
 class Scene:

@@ -87,7 +87,7 @@ def begun(threads: ThreadPoolExecutor, clients: list[Client], image: bytes) -> l
 @pytest.mark.parametrize(
     ("number", "why"),
     [
-        (signal.SIGKILL, "it was killed by SIGKILL"),
+        (signal.SIGKILL, "it was killed by SIGKILL, as the kernel does where memory runs out"),
         (signal.SIGSTOP, "a signal had stopped it, so it was killed"),
     ],
 )
