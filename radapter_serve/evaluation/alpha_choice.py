@@ -224,32 +224,22 @@ def save_choice(choice: Choice, adapter: str | Path) -> Path:
     return path
 
 
-def load_choice(adapter: str | Path) -> Choice:
-    """Read the choice next to an adapter file or in the folder of a run."""
-    path = _path(adapter)
-    try:
-        return checker(Choice).validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise RAdapterError(
-            f"no alpha was chosen for {path.parent}; choose one: radapter-eval --adapter"
-            f" {path.parent} --alpha auto"
-        ) from None
-    except ValueError as error:
-        raise RAdapterError(
-            f"could not read {path}: {reason(error)}; choose again: radapter-eval --alpha auto"
-        ) from error
-
-
 def chosen(adapter: str | Path) -> Choice:
-    """`load_choice`, refused where it was made for another adapter than is there now."""
+    """Read the choice next to an adapter file or in the folder of a run; refused where it was made
+    for another adapter than is there now.
+    """
     from radapter_serve.adapter import load_adapter  # torch takes seconds to load
 
-    choice = load_choice(adapter)
+    path = _path(adapter)
+    again = f"choose by radapter-eval --adapter {path.parent} --alpha auto"
+    try:
+        choice = checker(Choice).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise RAdapterError(f"no alpha was chosen for {path.parent}; {again}") from None
+    except ValueError as error:
+        raise RAdapterError(f"could not read {path}: {reason(error)}; {again}") from error
     if choice.adapter_digest != load_adapter(adapter).digest:
-        raise RAdapterError(
-            f"{_path(adapter)} was chosen for another adapter; choose again: "
-            f"radapter-eval --adapter {adapter} --alpha auto"
-        )
+        raise RAdapterError(f"{path} was chosen for another adapter; {again}")
     return choice
 
 

@@ -170,15 +170,10 @@ class Row:
             row = checker(cls).validate_json(line)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-        else:
-            _ = row.per_image  # refuses what is no result of each image
-            return row
-        place = short(".".join(map(str, first["loc"])))
-        if first["type"] == "missing":
-            raise ValueError(f"it has no {place}")
-        if first["type"] == "unexpected_keyword_argument":
-            raise ValueError(f"it has an unknown field {place}")
-        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"])
+            place = short(".".join(map(str, first["loc"])))
+            raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+        _ = row.per_image  # refuses what is no result of each image
+        return row
 
 
 def packed(right: NDArray[np.bool_]) -> str:

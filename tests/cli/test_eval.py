@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import main
-from radapter_serve.evaluation.alpha_choice import load_choice
+from radapter_serve.evaluation.alpha_choice import chosen
 from tests.evaluation.conftest import picture
 from tests.helpers.own_cache import own_cache as own_cache
 
@@ -220,7 +220,7 @@ def test_auto_chooses_on_validation_data(here: Path, capfd: pytest.CaptureFixtur
     assert (here / "results" / "alpha.png").read_bytes() == b"the curve of an earlier call"
     assert (here / "results" / "validation.png").read_bytes().startswith(b"\x89PNG")
     assert "rule: auto is the smallest alpha above 0 that can't be told from the best" in out
-    choice = load_choice("runs/tiny")
+    choice = chosen("runs/tiny")
     # Lines of progress come before the notes on a slow machine.
     assert choice.notes and err.splitlines()[-len(choice.notes) :] == list(choice.notes)
     command = "radapter-export --adapter runs/tiny --alpha"

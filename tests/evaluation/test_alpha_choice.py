@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from radapter_serve.adapter import Metadata
+from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.alpha_choice import Choice, choose, load_choice, save_choice
+from radapter_serve.evaluation.alpha_choice import Choice, choose, chosen, save_choice
 from radapter_serve.evaluation.rows import Row, packed
 from radapter_serve.evaluation.run import own_validation
 from tests.helpers.a_row import a_row
@@ -165,11 +166,16 @@ def test_sets_that_choose_nothing(rows: list[Row], message: str) -> None:
         choose(rows, 0.5)
 
 
-def test_the_choice_is_kept_beside_the_adapter(tmp_path: Path) -> None:
-    choice = choice_of({0.0: "01", 0.5: "11"})
-    assert save_choice(choice, tmp_path / "adapter.safetensors") == tmp_path / "alpha.json"
-    assert load_choice(tmp_path) == choice
-    assert [path.name for path in tmp_path.iterdir()] == ["alpha.json"]
+def test_the_choice_is_kept_beside_the_adapter(run_folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    choice = replace(
+        choice_of({0.0: "01", 0.5: "11"}), adapter_digest=load_adapter(run_folder).digest
+    )
+    assert save_choice(choice, run / "adapter.safetensors") == run / "alpha.json"
+    assert chosen(run) == choice
+    (run / "alpha.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RAdapterError, match="could not read"):
+        chosen(run)
 
 
 @pytest.mark.parametrize(
