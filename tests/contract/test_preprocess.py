@@ -4,7 +4,6 @@ filled pixel by pixel, and how images of several callers are decoded side by sid
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -145,14 +144,6 @@ def test_any_mode_becomes_rgb(mode: str) -> None:
     image = Image.fromarray(numbered(6, 8)).convert("L" if mode == "I;16" else "RGB").convert(mode)
     crop = MaskCrop()(image, np.ones((6, 8), bool))
     assert crop.mode == "RGB" and crop.size == (8, 8)
-
-
-def test_its_rules_travel_as_plain_values() -> None:
-    crop = MaskCrop(0.1, square=False, fill=(1, 2, 3))
-    assert MaskCrop.from_dict(json.loads(json.dumps(crop.to_dict()))) == crop
-    assert MaskCrop.filled_with([0.48145466, 0.4578275, 0.40821073]) == MaskCrop(fill=FILL)
-    filled = MaskCrop.filled_with([0.5, 0.5, 0.0], padding=0.1, square=False)
-    assert filled == MaskCrop(0.1, False, (128, 128, 0))
 
 
 PREPROCESS = Preprocess((16, 16))

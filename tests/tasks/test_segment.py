@@ -299,14 +299,6 @@ def test_the_mask_of_coloured_quarters():
     np.testing.assert_array_equal(found.mask, truth)
 
 
-@pytest.mark.parametrize("mode", ["LA", "P", "1", "CMYK"])
-def test_images_of_any_mode(mode):
-    picture = image(40, 30).convert(mode)
-    assert Segmenter().dense(picture, embeds(3)).mask.shape == (30, 40)
-    masks = np.full((1, 30, 40), 255, np.uint8)
-    assert (Segmenter().from_proposals(picture, colour_labels(), masks).mask < 4).all()
-
-
 # OVSeg
 
 
@@ -329,13 +321,12 @@ def test_proposals_are_fused_as_computed_by_hand():
     np.testing.assert_allclose(found.scores, [pixels[:2, 0].mean(), pixels[2, 1], 0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("scores", [None, np.ones((2, 3), np.float32)])
-def test_proposals_that_a_sigmoid_can_not_tell_apart_get_the_label_of_the_greater_cosine(scores):
+def test_proposals_that_a_sigmoid_can_not_tell_apart_get_the_label_of_the_greater_cosine():
     """In float32 a sigmoid is 1 for all logits above 17."""
     masks = np.array([[[255, 255, 0]], [[0, 255, 204]]], np.uint8)
     cosines = np.array([[0.7, 0.6, -1.0], [0.6, 0.75, -1.0]], np.float32)
     made = Segmenter(images=lambda pixels: cosines, scale=100.0, bias=-10.0)
-    found = made.from_proposals(image(3, 1), np.eye(3, dtype=np.float32), masks, scores)
+    found = made.from_proposals(image(3, 1), np.eye(3, dtype=np.float32), masks)
     assert found.mask.tolist() == [[0, 1, 1]]
 
 
@@ -419,43 +410,43 @@ def of(local: Local) -> Segmenter:
     return Segmenter(local.patches, local.images, 16, crop=MaskCrop(), batch=64)
 
 
-def test_labels_of_the_request(local: Local) -> None:
-    image = Image.open(io.BytesIO(png(3)))
-    label_set = complete(embed_labels(local.loaded, NAMES, ["a photo of a {}."]))
-    expected = of(local).dense(image, label_set.embeds)
-    found = ask(local.loaded, png(3))
-    assert found.labels == ("cat", "dog", "bird")
-    np.testing.assert_array_equal(found.mask, expected.mask)
-    np.testing.assert_array_equal(found.scores, expected.scores)
-
-    templates = ["one {}", "two {}"]
-    label_set = complete(embed_labels(local.loaded, NAMES, templates))
-    expected = of(local).dense(image, label_set.embeds, SegmentOptions(20, 5, 2, 0.5))
-    given = {"short_side": 20, "stride": 5, "refine": 2, "threshold": 0.5}
-    found = ask(local.loaded, png(3), Labels(NAMES, templates=templates), **given)
-    assert found.labels == ("cat", "dog", "bird", "background")
-    np.testing.assert_array_equal(found.mask, expected.mask)
-    np.testing.assert_array_equal(found.scores, expected.scores)
+TEMPLATES = ["one {}", "two {}"]
+MASKS = np.zeros((2, 20, 30), np.uint8)
+MASKS[0, :12] = 255
+MASKS[1, 8:] = 180
+SCORES = np.random.default_rng(0).random((2, len(LABELS)), np.float32)
 
 
-def test_a_label_set_and_proposals(local: Local) -> None:
-    masks = np.zeros((2, 20, 30), np.uint8)
-    masks[0, :12] = 255
-    masks[1, 8:] = 180
-    scores = np.random.default_rng(0).random((2, len(LABELS)), np.float32)
-    label_set = complete(embed_labels(local.loaded, LABELS, ["a {}"]))
-    expected = of(local).from_proposals(
-        Image.open(io.BytesIO(png(3))),
-        label_set.embeds,
-        masks,
-        scores,
-        SegmentOptions(proposal_weight=0.4),
-    )
-    given = {"proposals": masks, "proposal_scores": scores, "proposal_weight": 0.4}
-    found = ask(local.loaded, png(3), Labels(label_set="colours"), **given)
-    assert found.labels == ("red", "green", "blue", "a striped thing", "background")
-    np.testing.assert_array_equal(found.mask, expected.mask)
-    np.testing.assert_array_equal(found.scores, expected.scores)
+@pytest.mark.parametrize(
+    ("labels", "options"),
+    [
+        (CATS, {}),
+        (
+            Labels(NAMES, templates=TEMPLATES),
+            {"short_side": 20, "stride": 5, "refine": 2, "threshold": 0.5},
+        ),
+        (
+            Labels(label_set="colours"),
+            {"proposals": MASKS, "proposal_scores": SCORES, "proposal_weight": 0.4},
+        ),
+    ],
+)
+def test_a_request_is_segmented_by_its_labels_and_options(
+    local: Local, labels: Labels, options: dict[str, Any]
+) -> None:
+    names = labels.names or LABELS
+    templates = labels.templates or (["a {}"] if labels.label_set else ["a photo of a {}."])
+    label_set = complete(embed_labels(local.loaded, names, templates))
+    arrays = [options[name] for name in ("proposals", "proposal_scores") if name in options]
+    numbers = {name: one for name, one in options.items() if not isinstance(one, np.ndarray)}
+    run = of(local).from_proposals if arrays else of(local).dense
+    picture = Image.open(io.BytesIO(png(3)))
+    expected = run(picture, label_set.embeds, *arrays, SegmentOptions(**numbers))
+    answer = ask(local.loaded, png(3), labels, **options)
+    background = ("background",) if arrays or "threshold" in options else ()
+    assert answer.labels == label_set.labels + background
+    np.testing.assert_array_equal(answer.mask, expected.mask)
+    np.testing.assert_array_equal(answer.scores, expected.scores)
 
 
 def test_windows_of_several_requests_are_encoded_together(local: Local) -> None:
