@@ -27,7 +27,7 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import causal_text_features
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.agreement import Samples, Tolerance, compare
 
 FORMATS = {
     "fp32": ("onnxruntime", "openvino"),
@@ -136,7 +136,7 @@ def main(
                     encoder = EncoderGraph(
                         path, runtime, precision=form.partition(" ")[0], threads=threads
                     )
-                    found = compare(graph.name, encoder, samples, 1.0)
+                    found = compare(graph.name, encoder, samples, Tolerance(1.0))
                     distance = f"{1 - found.min_cosine:.0e}"
                     encoders[form, runtime] = encoder
                     rows[form, runtime] = [

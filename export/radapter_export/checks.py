@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from radapter_export.settings import NONE, OWN
+from radapter_export.settings import OWN
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_patches, normalised
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.data.runs import OtherImages
+from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet, EvaluationSet
@@ -34,7 +35,7 @@ from radapter_serve.evaluation.run import evaluate_answers, open_set, own_valida
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.release import Confidence
-from radapter_serve.release.repository import ENCODERS, PATCH_ENCODER
+from radapter_serve.release.repository import PATCH_ENCODER
 
 BATCHES = (1, 2, 7)  # constants baked into a Reshape show up at the odd ones
 
@@ -69,14 +70,11 @@ class Inputs:
             self.tokens.append(tokenizer(texts))
             self.full_tokens.append(base.tokenizer(texts))
 
-    def of(self, graph: str) -> Sequence[npt.NDArray[np.generic]]:
-        """The batches for a graph, by its name."""
-        return self.tokens if graph == "text_encoder" else self.images
 
-
+@torch.inference_mode()
 def samples_at(
     base: Base,
-    set_alpha: Callable[[float], None],
+    set_alpha: Callable[[float], object],
     inputs: Inputs,
     alpha: float,
     dense: str | None = None,
@@ -86,7 +84,7 @@ def samples_at(
     """Inputs of each graph, and torch's embeddings of them at one α; where α is an input of the
     graphs, `mixed`, each row has the default or another one.
 
-    The whole of `inputs` is embedded once for each α, which `set_alpha` puts into the base's model.
+    The embeddings are of open_clip's own towers with adapters attached, whose α `set_alpha` sets;
     `dense` is the method for patches, if any.
     """
     values = itertools.cycle((alpha, 0.0, 1.0, 0.25) if mixed else (alpha,))
@@ -94,40 +92,33 @@ def samples_at(
         np.array([[next(values)] for _ in range(batch)], np.float32 if mixed else np.float64)
         for batch in BATCHES
     ]
-    embeds = {}
+    model: Any = base.model
+
+    # All inputs at each α.
+    embeds: dict[float, list[dict[str, Array]]] = {}
     for number in {float(value) for batch in alphas for value in batch.ravel()}:
         set_alpha(number)
-        embeds[number] = references(base, inputs, dense)
+        embeds[number] = []
+        for image, tokens in zip(inputs.images, inputs.full_tokens, strict=True):
+            pixels = normalised(image, base.preprocess, "cpu")
+            # Not towers.encode_text, which crops: that cropping is exact is part of what is
+            # checked.
+            texts = nn.functional.normalize(model.encode_text(tokens).float(), dim=-1)
+            batch = {"image_encoder": encode_image(model, pixels), "text_encoder": texts}
+            if dense is not None:
+                batch[PATCH_ENCODER] = encode_patches(model, pixels, dense)
+            embeds[number].append({graph: rows.numpy() for graph, rows in batch.items()})
+
+    # Of each row, that of its α.
     samples = {}
-    for graph in ENCODERS:
-        if graph == PATCH_ENCODER and dense is None:
-            continue
-        rows = [
-            [embeds[float(value)][graph][batch][row] for row, value in enumerate(of.ravel())]
-            for batch, of in enumerate(alphas)
-        ]
-        stacked = [np.stack(batch) for batch in rows]
-        samples[graph] = Samples(inputs.of(graph), stacked, alphas if mixed else ())
+    for graph in embeds[number][0]:
+        references = []
+        for place, of in enumerate(alphas):
+            rows = [embeds[float(value)][place][graph][row] for row, value in enumerate(of.ravel())]
+            references.append(np.stack(rows))
+        batches = inputs.tokens if graph == "text_encoder" else inputs.images
+        samples[graph] = Samples(batches, references, alphas if mixed else ())
     return samples
-
-
-@torch.inference_mode()
-def references(base: Base, inputs: Inputs, dense: str | None = None) -> dict[str, list[Array]]:
-    """torch's embeddings of inputs, from open_clip's own towers with adapters attached: of each
-    graph float32 [B, D] a batch, [B, g, g, D] for `patch_encoder`.
-    """
-    model: Any = base.model
-    images = []
-    patches = []
-    texts = []
-    for image, tokens in zip(inputs.images, inputs.full_tokens, strict=True):
-        pixels = normalised(image, base.preprocess, "cpu")
-        images.append(encode_image(model, pixels).numpy())
-        if dense is not None:
-            patches.append(encode_patches(model, pixels, dense).numpy())
-        # Not towers.encode_text, which crops: that cropping is exact is part of what is checked.
-        texts.append(nn.functional.normalize(model.encode_text(tokens).float(), dim=-1).numpy())
-    return {"image_encoder": images, "patch_encoder": patches, "text_encoder": texts}
 
 
 MOST = 2000  # images at most: one is 0.05 points then
@@ -152,24 +143,23 @@ def measure(
     max_drop: float,
     base: Base,
     loaded: LoadedRelease,
+    known: Iterable[LabelSet],
     say: Callable[[str], None],
 ) -> tuple[Accuracy, Confidence | str | None]:
     """Evaluate a release and its base, whose adapters are attached and set to the release's α;
     refuses a release that loses more than `max_drop` points.
 
-    Returns calibrated scores too, or a warning why there are none; None where the data has no
-    classes.
+    The label sets that are `known` are not embedded again. Returns calibrated scores too, or a
+    warning why there are none; None where the data has no classes.
     """
     entry = data.entry
     facts = loaded.release
     [release] = from_release(loaded)
-    # 80 templates of 1,000 labels take minutes, and label sets have them. With examples mixed in,
-    # they are other embeddings than the texts'.
-    for name, label_set in loaded.label_sets.items():
-        if name not in facts.sets_by_example:
-            embeds = check_finite(label_set.embeds)
-            for line, embed in zip(label_set.lines, embeds, strict=True):
-                release.known[label_set.templates, line] = embed
+    # 80 templates of 1,000 labels take minutes, and label sets have them.
+    for label_set in known:
+        embeds = check_finite(label_set.embeds)
+        for line, embed in zip(label_set.lines, embeds, strict=True):
+            release.known[label_set.templates, line] = embed
     # The base stays on its device: adapters behind activations would not move with it.
     [attached] = in_torch(
         base,
@@ -225,7 +215,7 @@ def open_validation(
     the precision is not fp32.
     """
     has_own = metadata.source.val_data or metadata.source.val_fraction
-    if data == NONE or (data is None and (precision == "fp32" or not has_own)):
+    if data == "none" or (data is None and (precision == "fp32" or not has_own)):
         return None
     suite = own_validation(metadata, None if data == OWN else data)
     [entry] = suite.entries

@@ -33,7 +33,7 @@ from radapter_serve.clip.transformers import (
     quiet,
     to_transformers,
 )
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import disk_errors, staged, staged_folder
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
 from radapter_serve.release.release import FILE, Release
@@ -128,6 +128,7 @@ def base_form(base: Base) -> Form:
     """The form of a base; refuses a base that the library computes otherwise, before anything is
     written.
     """
+    check_installed("transformers", "huggingface")
     form = form_of(base.name, base.model, base.tokenizer)
     state_dict = base.model.state_dict()
     try:
@@ -171,23 +172,18 @@ def check_form(
     def texts(batch: NDArray[Any]) -> Any:
         return model.get_text_features(input_ids=torch.from_numpy(batch).long())
 
-    def unit(encode: Callable[[NDArray[Any]], Any]) -> Callable[..., NDArray[np.float32]]:
+    agreements = []
+    for name, encode in (("image_encoder", images), ("text_encoder", texts)):
+
         @torch.inference_mode()
-        def embed(batch: NDArray[Any]) -> NDArray[np.float32]:
+        def unit(
+            batch: NDArray[Any], encode: Callable[[NDArray[Any]], Any] = encode
+        ) -> NDArray[np.float32]:
             embeds = torch.nn.functional.normalize(features(encode(batch)).float(), dim=-1)
             return np.asarray(embeds.numpy())
 
-        return embed
-
-    agreements = [
-        compare(
-            f"the model in transformers form, {kind},",
-            unit(encode),
-            samples[f"{kind}_encoder"],
-            bounds,
-        )
-        for kind, encode in (("image", images), ("text", texts))
-    ]
+        label = f"{name} in the form of transformers"
+        agreements.append(compare(label, unit, samples[name], bounds))
     return Agreement(
         max(agreement.max_error for agreement in agreements),
         min(agreement.min_cosine for agreement in agreements),

@@ -1,11 +1,5 @@
-"""From a model to ONNX files: a small module for each graph, from raw input to unit-length
-embeddings, and its export.
-
-The modules hold a copy of the model with the very same parameters, its attention exchanged for one
-that exports well, and leave the model as it is. A graph is made from a tower without weights, and
-the weights are put in afterwards by name. So nothing in it can depend on their values (torch's
-exporter would else drop zero biases and merge equal tensors), every α has the same operators as the
-untouched base, and one export serves any number of folds.
+"""From a model to ONNX files: a module for each graph, from raw input to unit-length embeddings, and
+its export without weights; these are put in by name, so the operators are the same at every α.
 """
 
 from __future__ import annotations
@@ -33,27 +27,14 @@ from radapter_serve.clip.towers import (
     is_causal,
     neighbourhood,
     patch_features,
-    pool_type,
     text_tower,
 )
 from radapter_serve.errors import RAdapterError, quiet, reason
 
-# How the names of a copy's weights begin; the rest of a name is its key in the state dict.
-COPY = "model."
-
-
-def check(base: Base) -> None:
-    """Refuse images that are not square, and towers that give more than one embedding."""
-    base.image_size  # noqa: B018 - raises
-    text = text_tower(base.model)
-    pools = {"image": getattr(base.model.visual, "pool_type", ""), "text": pool_type(text)}
-    if getattr(text, "cls_emb", None) is not None or hasattr(text, "pooler"):
-        del pools["text"]  # it pools in its own way
-    for tower, pool in pools.items():
-        if pool == "none":
-            raise RAdapterError(
-                f"{base.name} cannot be exported: its {tower} tower does not pool (pool_type none)"
-            )
+# The first with Conv in bf16; the Attention of the next one is not built by TensorRT in fp32.
+OPSET = 22
+# Bytes of weights above which they go into a file beside the graph; protobuf ends at 2 GiB.
+EXTERNAL_ABOVE = 1 << 30
 
 
 class ImageTower(nn.Module):
@@ -117,11 +98,8 @@ class TextTower(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with the parameters of an `nn.MultiheadAttention`, batch first, written so that it
-    exports well.
-
-    Written out instead of `scaled_dot_product_attention`: a quarter fewer nodes, as fast in ONNX
-    Runtime.
+    """Attention with the parameters of an `nn.MultiheadAttention`, batch first, written out so that
+    it exports well: a quarter fewer nodes than `scaled_dot_product_attention` has, and as fast.
     """
 
     in_proj_weight: Tensor
@@ -153,9 +131,20 @@ class Attention(nn.Module):
         """
         batch, length, width = query.shape
         depth = width // self.num_heads
+        projected: Iterable[Tensor]
+        if query is key:
+            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            # Slices: the exporter turns a chunk of a weight into a sequence, which TensorRT does
+            # not take.
+            parts = [slice(i * width, (i + 1) * width) for i in range(3)]
+            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+            if not self._separate:
+                weights = [self.in_proj_weight[part] for part in parts]
+            biases = [self.in_proj_bias[part] for part in parts]
+            projected = map(F.linear, (query, key, key), weights, biases)
         q, k, v = (
-            part.reshape(batch, -1, self.num_heads, depth).transpose(1, 2)
-            for part in self._project(query, key)
+            part.reshape(batch, -1, self.num_heads, depth).transpose(1, 2) for part in projected
         )
         scores = (q * depth**-0.5) @ k.transpose(-1, -2)
         if attn_mask is not None:
@@ -164,18 +153,6 @@ class Attention(nn.Module):
             scores = scores + attn_mask
         mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, length, width)
         return self.out_proj(mixed), None
-
-    def _project(self, query: Tensor, key: Tensor) -> Iterable[Tensor]:
-        if query is key:
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        # Slices: the exporter turns a chunk of a weight into a sequence, which TensorRT does not
-        # take.
-        width = len(self.in_proj_bias) // 3
-        parts = [slice(i * width, (i + 1) * width) for i in range(3)]
-        separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        weights = separate if self._separate else [self.in_proj_weight[part] for part in parts]
-        biases = [self.in_proj_bias[part] for part in parts]
-        return map(F.linear, (query, key, key), weights, biases)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -187,12 +164,8 @@ def unit(x: Tensor) -> Tensor:
 
 
 def exportable(model: nn.Module, *, only: str = "", without: str = "") -> Any:
-    """A copy of a model's structure that holds the same parameters, its attention exchanged for
-    `Attention`; with one child `only`, or `without` one.
-
-    The modules are new, so that an exchange leaves the model as it is; parameters and buffers are
-    the model's own, so that a large model is in memory once; and their names are the model's, by
-    which a graph finds its weights in a state dict.
+    """A copy of a model's structure with `Attention` in place of its own, with one child `only` or
+    `without` one; it holds the model's very parameters and buffers, by their names.
     """
     memo: dict[int, Any] = {
         id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
@@ -206,23 +179,6 @@ def exportable(model: nn.Module, *, only: str = "", without: str = "") -> Any:
             if isinstance(child, nn.MultiheadAttention):
                 setattr(module, name, Attention(child))
     return exported
-
-
-def skeleton(module: nn.Module) -> Any:
-    """A copy of a module whose parameters and buffers have shapes but no values, on the `meta`
-    device.
-
-    The exporter can fold none of them into the graph then, so one graph serves every α.
-    """
-    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in module.buffers()}
-    for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    return copy.deepcopy(module, memo)
-
-
-def name_in_base(name: str) -> str:
-    """The name of a tower's parameter or buffer in a state dict or an adapter file."""
-    return name.removeprefix("tower.").removeprefix(COPY).removesuffix(".full")
 
 
 class DynamicAlphaTower(nn.Module):
@@ -239,7 +195,7 @@ class DynamicAlphaTower(nn.Module):
         self._alpha = _Alpha()
         modules = dict(tower.named_modules())
         for key in adapter.keys:
-            name = COPY + key
+            name = f"model.{key}"
             if isinstance(layer := modules.get(name), nn.Linear):
                 tower.set_submodule(
                     name, DynamicAlphaLinear(layer, adapter.layer(key), self._alpha)
@@ -287,13 +243,6 @@ class _Alpha:
     """Holds α of the rows while their tower runs; an attribute of a module would be its state."""
 
     rows: Tensor
-
-
-# The first with Conv in bf16; the Attention of the next one is not built by TensorRT in fp32.
-OPSET = 22
-# Bytes of weights above which they go into a file beside the graph; protobuf ends at 2 GiB.
-EXTERNAL_ABOVE = 1 << 30
-BATCH = torch.export.Dim("batch", min=1, max=1 << 16)
 
 
 @dataclass
@@ -350,57 +299,65 @@ def image_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
     With `dynamic`, here and below, `alpha` float32 [B, 1] is a second input; the weights are the
     base's and the adapter's.
     """
-    return _of_images("image_encoder", ImageTower(base), "image_embeds", base.image_size, dynamic)
+    return _export("image", ImageTower(base), _pixels(base), dynamic)
 
 
 def patch_graph(base: Base, method: str, dynamic: Adapter | None = None) -> Graph:
     """The graph of `patch_encoder`: `image` uint8 [B, S, S, 3] to `patch_embeds` float32 [B, g, g,
     D].
     """
-    return _of_images(
-        "patch_encoder", PatchTower(base, method), "patch_embeds", base.image_size, dynamic
-    )
+    return _export("patch", PatchTower(base, method), _pixels(base), dynamic)
+
+
+def _pixels(base: Base) -> Tensor:
+    side = base.image_size
+    return torch.zeros(2, side, side, 3, dtype=torch.uint8, device="meta")
 
 
 def text_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
     """The graph of `text_encoder`: `tokens` int32 [B, L] to `text_embeds` float32 [B, D]."""
     tower = TextTower(base)
-    shape: dict[int, torch.export.Dim] = {0: BATCH}
     length = tower.context_length
+    longest = None
     if tower.dynamic_length:
-        shape[1] = torch.export.Dim("length", min=1, max=length)
+        longest = length
         length = min(9, length)
-    example = torch.zeros(2, length, dtype=torch.int32, device="meta")
-    return _export("text_encoder", tower, example, ("tokens", "text_embeds"), shape, dynamic)
-
-
-def _of_images(
-    name: str, tower: ImageTower, output: str, size: int, dynamic: Adapter | None
-) -> Graph:
-    example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta")
-    return _export(name, tower, example, ("image", output), {0: BATCH}, dynamic)
+    tokens = torch.zeros(2, length, dtype=torch.int32, device="meta")
+    return _export("text", tower, tokens, dynamic, longest)
 
 
 def _export(
-    name: str,
+    kind: str,
     tower: nn.Module,
     example: Tensor,
-    names: tuple[str, str],
-    shape: dict[int, torch.export.Dim],
     dynamic: Adapter | None,
+    longest: int | None = None,
 ) -> Graph:
-    inputs = {names[0]: (example, shape)}
+    """Export a tower; `longest` is the largest size of the second dimension, where it varies."""
+    name = f"{kind}_encoder"
+    rows = torch.export.Dim("batch", min=1, max=1 << 16)
+    shape = {0: rows}
+    if longest is not None:
+        shape[1] = torch.export.Dim("length", min=1, max=longest)
+    inputs = {"tokens" if kind == "text" else "image": (example, shape)}
     if dynamic is not None:
         tower = DynamicAlphaTower(tower, dynamic)
-        inputs["alpha"] = torch.zeros(2, 1, device="meta"), {0: shape[0]}
+        inputs["alpha"] = torch.zeros(2, 1, device="meta"), {0: rows}
+
+    # A copy whose parameters and buffers have shapes but no values: the exporter can fold none of
+    # them into the graph then, so one graph serves every α.
+    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in tower.buffers()}
+    for parameter in tower.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    skeleton = copy.deepcopy(tower, memo).eval()
     try:
         # `optimize=False`: its passes look at values, which a skeleton does not have.
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
-                skeleton(tower).eval(),
+                skeleton,
                 tuple(values for values, _ in inputs.values()),
                 input_names=list(inputs),
-                output_names=[names[1]],
+                output_names=[f"{kind}_embeds"],
                 dynamic_shapes=tuple(dims for _, dims in inputs.values()),
                 opset_version=OPSET,
                 dynamo=True,
@@ -412,10 +369,7 @@ def _export(
         raise RAdapterError(
             f"torch {torch.__version__} cannot export {name} of this model: {why}"
         ) from error
-    if program is None:
-        raise RAdapterError(
-            f"torch {torch.__version__} gave no ONNX program for {name}; install torch 2.9 or newer"
-        )
+    assert program is not None  # by dynamo
     model = program.model
     graph = model.graph
     initializers = graph.initializers
@@ -431,10 +385,13 @@ def _export(
         onnxscript.optimizer.optimize_ir(model)
     del graph.inputs[count:]
 
-    # Call the weights as in the base. torch calls values after operators, so one of them may have
-    # the same name.
+    # Call the weights as in the base or in the adapter file. torch calls values after operators, so
+    # one of them may have the same name.
+    def key_of(name: str) -> str:
+        return name.removeprefix("tower.").removeprefix("model.").removesuffix(".full")
+
     for value in weights:
-        value.name = name_in_base(str(value.name))
+        value.name = key_of(str(value.name))
         initializers.add(value)
     NameFixPass()(model)
 
@@ -448,4 +405,4 @@ def _export(
     for node in graph:
         for value in node.outputs:
             value.metadata_props.clear()
-    return Graph(name, model, {name_in_base(key): buffer for key, buffer in tower.named_buffers()})
+    return Graph(name, model, {key_of(key): buffer for key, buffer in tower.named_buffers()})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_serve.errors import RAdapterError, check_installed, quiet, reason
-from radapter_serve.files import digest_of
+from radapter_serve.files import digest_of, disk_errors
 from radapter_serve.release.agreement import SAMPLES
 from radapter_serve.release.integrity import SUMS, differences, load_sums, shown, written_sums
 from radapter_serve.release.release import FILE, Release
@@ -34,9 +34,21 @@ from radapter_serve.sources import (
 )
 
 if TYPE_CHECKING:
+    from radapter_export.settings import ExportSettings
     from radapter_serve.adapter import Metadata
 
-LIBRARIES = ("open_clip", "transformers")
+# folders of a repository on the hub
+RELEASE = "release"
+TRANSFORMERS = "transformers"
+BUILT = "radapter"  # beside `snapshots` in the cache, where nothing of the hub is written
+TOKENIZER = "tokenizer.json"
+LABEL_SETS = "label_sets"
+_GRAPH = ("model.onnx", "model.onnx.data", SAMPLES)
+_ALLOWED = re.compile(
+    rf"(?:{'|'.join(ENCODERS)})/(?:{'|'.join(map(re.escape, _GRAPH))})"
+    rf"|{FILE}|{TOKENIZER}|{LABEL_SETS}/[^/]+\.npz"
+)
+_MAX = 2**31 - 1  # of Triton's numbers
 # Licences of weights that open_clip brings, by how their tags begin.
 _LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit", "webli": "apache-2.0"}
 _OF_RULE = ("alpha", "score", "behind", "plus_minus")  # of a curve, what chose
@@ -138,16 +150,20 @@ def card_of(
 
     # How to load it.
     blocks = [_LOAD[library], _ASK]
-    if transformers and hub is not None:
-        blocks.append(
-            _LOAD["transformers"].replace('"FOLDER"', f'"{hub}", subfolder="transformers"')
-        )
+    folder = "FOLDER is the folder of this card.\n\n"
+    served = ""
+    if hub is not None:
+        if transformers:
+            form = f'"{hub}", subfolder="{TRANSFORMERS}"'
+            blocks.append(_LOAD[TRANSFORMERS].replace('"FOLDER"', form))
+        where = f"{HUB}{hub}"
+        blocks = [
+            block.replace("local-dir:FOLDER", where).replace("FOLDER", where) for block in blocks
+        ]
+        folder = ""
+        served = f"\nServed over HTTP: `radapter-serve {where}`.\n"
     code = "\n".join(f"```python\n{block}\n```\n" for block in blocks)
-    if hub is None:
-        parts.append(f"## Load it\n\nFOLDER is the folder of this card.\n\n{code}")
-    else:
-        code = code.replace("local-dir:FOLDER", f"{HUB}{hub}").replace("FOLDER", f"{HUB}{hub}")
-        parts.append(f"## Load it\n\n{code}\nServed over HTTP: `radapter-serve {HUB}{hub}`.\n")
+    parts.append(f"## Load it\n\n{folder}{code}{served}")
 
     # How it was trained.
     recipe = metadata.recipe
@@ -212,27 +228,12 @@ def _named(source: str) -> str:
     return PurePath((place if colon else source).replace("\\", "/")).name or kind
 
 
-# folders of a repository on the hub
-RELEASE = "release"
-TRANSFORMERS = "transformers"
-BUILT = "radapter"  # beside `snapshots` in the cache, where nothing of the hub is written
-TOKENIZER = "tokenizer.json"
-LABEL_SETS = "label_sets"
-_GRAPH = ("model.onnx", "model.onnx.data", SAMPLES)
-_ALLOWED = re.compile(
-    rf"(?:{'|'.join(ENCODERS)})/(?:{'|'.join(map(re.escape, _GRAPH))})"
-    rf"|{FILE}|{TOKENIZER}|{LABEL_SETS}/[^/]+\.npz"
-)
-_MAX_VERSION = 2**31 - 1
-
-
 def prepare_push(name: str, alphas: int, runtime: str) -> str:
     """Make sure that a repository is there and may be written, before anything is exported; a new
     one is private. Returns its whole name: without an organisation it is one of the own account.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
-    repository, revision = split_revision(name)
     if alphas > 1:
         raise RAdapterError(
             f"--push {name} sends one release, and --alpha names {alphas}; export and push each"
@@ -243,30 +244,45 @@ def prepare_push(name: str, alphas: int, runtime: str) -> str:
             f"--push {name} sends graphs, and an engine of TensorRT is for one kind of GPU; leave"
             " out --format and --runtime, and run radapter-build-engine where it is served"
         )
-    if revision is not None:
-        raise RAdapterError(
-            f"--push {name} names a revision, and a push makes a new one; leave out @{revision}"
-        )
-    if get_token() is None:
-        raise RAdapterError(
-            f"--push {name} needs a token of the Hugging Face hub that may write; run: hf auth"
-            " login"
-        )
     try:
-        return HfApi().create_repo(repository, private=True, exist_ok=True).repo_id
+        made = HfApi().create_repo(name.removeprefix(HUB), private=True, exist_ok=True)
     except Exception as error:  # the hub and the network raise many kinds
         raise RAdapterError(
-            f"could not push to {repository}: {refused(error)} (nothing was exported)"
+            f"could not push to {name}: {refused(error)} (nothing was exported)"
         ) from error
+    return made.repo_id
 
 
-def push(name: str, files: Mapping[str, Path | bytes], release: Release, where: str) -> str:
-    """Send files, by their names in the repository, in one commit; returns the name with it.
+def push(name: str, release: Release, settings: ExportSettings, card: str) -> str:
+    """Send a release in one commit; returns the name with it.
 
-    What an earlier release left in `release/` or `transformers/` goes with the same commit. `where`
-    says in an error where the export is.
+    What an earlier release left in `release/` or `transformers/` goes with the same commit.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    # The data of the release, each file once, with their digests.
+    version = str(release.version)
+    task = settings.model_repository / MODELS[-1] / version
+    data = {FILE: task / FILE, TOKENIZER: task / TOKENIZER}
+    data |= {f"{LABEL_SETS}/{path.name}": path for path in (task / LABEL_SETS).glob("*.npz")}
+    for encoder in ENCODERS:
+        for file in _GRAPH:
+            path = settings.model_repository / encoder / version / file
+            if path.is_file():
+                data[f"{encoder}/{file}"] = path
+    sums = {file: digest_of(path) for file, path in data.items()}
+    files: dict[str, Path | bytes] = {f"{RELEASE}/{file}": path for file, path in data.items()}
+    files[f"{RELEASE}/{SUMS}"] = written_sums(sums)
+
+    # The merged weights, the form of transformers, and the card.
+    files |= {path.name: path for path in settings.merged.iterdir()}
+    if settings.transformers is not None:
+        files |= {
+            f"{TRANSFORMERS}/{path.name}": path
+            for path in settings.transformers.iterdir()
+            if path.name not in (CARD, FILE)
+        }
+    files[CARD] = card.encode()
 
     api = HfApi()
     try:
@@ -274,52 +290,15 @@ def push(name: str, files: Mapping[str, Path | bytes], release: Release, where: 
         for file in api.list_repo_files(name):
             if file.startswith((f"{RELEASE}/", f"{TRANSFORMERS}/")) and file not in files:
                 changes.append(CommitOperationDelete(file))
-        changes += [CommitOperationAdd(file, content) for file, content in files.items()]
+        changes += [CommitOperationAdd(file, content) for file, content in sorted(files.items())]
         message = f"{release.architecture} at alpha {release.alpha:g}, by radapter-export"
         commit = api.create_commit(name, changes, commit_message=message)
     except Exception as error:  # the hub and the network raise many kinds
         raise RAdapterError(
             f"could not push to {name}: {refused(error)} (nothing of it was sent, and the export is"
-            f" complete in {where})"
+            f" complete in {settings.model_repository} and {settings.merged})"
         ) from error
     return f"{HUB}{name}@{commit.oid}"
-
-
-def files_of(
-    repository: Path,
-    release: Release,
-    merged: Path,
-    transformers: Path | None,
-    card: str | None,
-) -> dict[str, Path | bytes]:
-    """All that is sent of a release, by the names on the hub: the merged weights, the form of
-    transformers and the model card where there is one, and the data of the release.
-    """
-    files: dict[str, Path | bytes] = {
-        path.name: path for path in sorted(merged.iterdir()) if path.name != CARD
-    }
-    if transformers is not None:
-        files |= {
-            f"{TRANSFORMERS}/{path.name}": path
-            for path in sorted(transformers.iterdir())
-            if path.name not in (CARD, FILE)
-        }
-    if card is not None:
-        files[CARD] = card.encode()
-    # The data, each file once, with their digests.
-    version = str(release.version)
-    task = repository / MODELS[-1] / version
-    data = {FILE: task / FILE, TOKENIZER: task / TOKENIZER}
-    data |= {f"{LABEL_SETS}/{path.name}": path for path in (task / LABEL_SETS).glob("*.npz")}
-    for encoder in ENCODERS:
-        for name in _GRAPH:
-            path = repository / encoder / version / name
-            if path.is_file():
-                data[f"{encoder}/{name}"] = path
-    files |= {f"{RELEASE}/{name}": path for name, path in data.items()}
-    digests = {name: digest_of(path) for name, path in data.items()}
-    files[f"{RELEASE}/{SUMS}"] = written_sums(digests)
-    return files
 
 
 def take(name: str) -> Path | None:
@@ -330,66 +309,15 @@ def take(name: str) -> Path | None:
     are compared with their digests, and the configs of the models are written. The result lies
     outside the snapshot, which may hold any file of the hub.
     """
-    folder = _fetch(name)
-    data = folder / RELEASE
-    if not (data / FILE).is_file():
-        return None
-    built = folder.parents[1] / BUILT
-    target = built / folder.name  # the commit
-    if releases_of(target):  # from last time; whoever opens it checks its files
-        return target
-    sums = _verified(name, data)
-    release = Release.load(data)
-
-    # Facts of which no config can be made.
-    label_sets = release.label_sets
-    fits = {
-        "version": _is_count(release.version),
-        "runtime": release.runtime in ("onnxruntime", "openvino"),
-        "max_batch_size": _is_count(release.max_batch_size),
-        "label_sets": isinstance(label_sets, dict)
-        and all(isinstance(facts, dict) for facts in label_sets.values()),
-    }
-    for fact, is_right in fits.items():
-        if not is_right:
-            raise RAdapterError(
-                f"{name} says {fact} {getattr(release, fact)!r:.40}, which no release has that was"
-                " pushed; push it again with radapter-export"
-            )
-
-    try:
-        built.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=built, prefix=".") as scratch:
-            _lay_out(data, sums, release, Path(scratch, "repository"))
-            try:
-                Path(scratch, "repository").rename(target)
-            except OSError:
-                if not releases_of(target):  # by another process, which was faster
-                    raise
-    except OSError as error:
-        raise RAdapterError(
-            f"cannot write to {built}, where {name} is built: {reason(error)}; set HF_HOME to a"
-            " folder that can be written"
-        ) from error
-    return target
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and 0 < value <= _MAX_VERSION
-
-
-def _fetch(name: str) -> Path:
-    """The folder of the cache that holds the release of a repository."""
     check_installed("huggingface_hub", "server")
     from huggingface_hub import constants, snapshot_download
 
     repository, revision = split_revision(name)
+    pattern = f"{RELEASE}/*"
     try:
         # It warns where a repository holds another kind of model, which is no mistake.
         with quiet(), from_hub_or_cache():
-            return Path(
-                snapshot_download(repository, revision=revision, allow_patterns=[f"{RELEASE}/*"])
-            )
+            snapshot = snapshot_download(repository, revision=revision, allow_patterns=[pattern])
     except Exception as error:  # the hub and the network raise many kinds
         if unreachable() and is_absence(error):
             raise RAdapterError(
@@ -399,72 +327,83 @@ def _fetch(name: str) -> Path:
         raise RAdapterError(
             f"could not get {name} from {constants.ENDPOINT}: {refused(error)}"
         ) from error
+    folder = Path(snapshot)
+    data = folder / RELEASE
+    if not (data / FILE).is_file():
+        return None
+    built = folder.parents[1] / BUILT
+    target = built / folder.name  # the commit
+    if releases_of(target):  # from last time; whoever opens it checks its files
+        return target
 
-
-def _verified(name: str, data: Path) -> dict[str, str]:
-    """The digests of a release that came from the hub; refuses files that differ from them."""
+    # The files, by their digests.
+    sums = load_sums(data / SUMS)
     files = {path.relative_to(data).as_posix(): path for path in data.rglob("*") if path.is_file()}
-    sums: dict[str, str] = {}
-    problems = {}
-    if files.pop(SUMS, None) is None:
-        problems[f"{SUMS}, the list of its digests,"] = "is missing"
-    else:
-        sums = load_sums(data / SUMS)
-        problems = differences(files, sums)
-        graphs = [f"{model}/{_GRAPH[0]}" for model in ENCODERS if model != PATCH_ENCODER]
-        for file in {TOKENIZER, *graphs} - files.keys():
-            problems[file] = "is missing"
-        for file in {*sums, *files}:
-            if not _ALLOWED.fullmatch(file):
-                problems[file] = "is no part of a release"
+    del files[SUMS]
+    problems = differences(files, sums)
+    for file in {*sums, *files}:
+        if not _ALLOWED.fullmatch(file):
+            problems[file] = "is no part of a release"
     if problems:
-        repository, _ = split_revision(name)
         raise RAdapterError(
             f"{name} is not as it was pushed: {shown(problems)}; fetch it again with: hf download"
-            f' {repository} --include "{RELEASE}/*" --force-download, or push it again with'
+            f' {repository} --include "{pattern}" --force-download, or push it again with'
             " radapter-export"
         )
-    return sums
 
-
-def _lay_out(data: Path, sums: Mapping[str, str], release: Release, folder: Path) -> None:
-    """Make a model repository of a release's data, with the configs and the code of this
-    installation.
-    """
-    models = [model for model in MODELS if model != PATCH_ENCODER or release.dense]
+    # A model repository of them, with the configs and the code of this installation.
+    release = Release.load(data)
     version = release.version
-    try:
-        with Repository(folder, models) as repository:
-            for model in models:
-                place = repository.staged(model, version)
-                place.mkdir()
-                for file in sums:
-                    parent, _, name = file.rpartition("/")
-                    if parent == model:
-                        _link(data / file, place / name)
-                    elif model not in ENCODERS and (
-                        file == FILE
-                        or (file == TOKENIZER and model in TOKENIZED)
-                        or (parent == LABEL_SETS and model in LABELLED)
-                    ):
-                        _link(data / file, place / file)
-            repository.add_code(version)
-            repository.add_configs([release])
-            repository.add_sums(version)
-            repository.commit([version])
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise RAdapterError(
-            f"the {FILE} of a release from the hub is broken: {reason(error)}; push it again with"
-            " radapter-export"
-        ) from error
+    models = [model for model in MODELS if model != PATCH_ENCODER or release.dense]
+    with disk_errors(built, f"{name} is built there; set HF_HOME to another folder"):
+        built.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=built, prefix=".") as scratch:
+            place = Path(scratch, "repository")
+            try:
+                for number in (version, release.max_batch_size):
+                    if not (isinstance(number, int) and 0 < number <= _MAX):
+                        raise ValueError(f"{number!r:.40} is no version or size of a batch")
+                for facts in release.label_sets.values():
+                    facts.keys()
+                with Repository(place, models) as unfinished:
+                    for model in models:
+                        _link(data, sums, model, unfinished.staged(model, version))
+                    unfinished.add_code(version)
+                    unfinished.add_configs([release])
+                    unfinished.add_sums(version)
+                    unfinished.commit([version])
+            except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+                raise RAdapterError(
+                    f"the {FILE} of {name} is broken: {reason(error)}; push it again with"
+                    " radapter-export"
+                ) from error
+            try:
+                place.rename(target)
+            except OSError:
+                if not releases_of(target):  # by another process, which was faster
+                    raise
+    return target
 
 
-def _link(source: Path, target: Path) -> None:
-    """The same file in another place; the cache's own are links, which a runtime may refuse to
-    follow.
+def _link(data: Path, sums: Mapping[str, str], model: str, folder: Path) -> None:
+    """Put the files of a model into its folder; as links to the same data, but not to the cache's
+    own links, which a runtime may refuse to follow.
     """
-    target.parent.mkdir(exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # a disk without hard links
-        shutil.copyfile(source, target)
+    folder.mkdir()
+    for file in sums:
+        parent, _, name = file.rpartition("/")
+        if parent == model:
+            target = folder / name
+        elif model not in ENCODERS and (
+            file == FILE
+            or (file == TOKENIZER and model in TOKENIZED)
+            or (parent == LABEL_SETS and model in LABELLED)
+        ):
+            target = folder / file
+        else:
+            continue
+        target.parent.mkdir(exist_ok=True)
+        try:
+            os.link((data / file).resolve(), target)
+        except OSError:  # a disk without hard links
+            shutil.copyfile(data / file, target)

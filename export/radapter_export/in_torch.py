@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from radapter_export.settings import CLASSES
-from radapter_export.tokenizer import ServedTokenizer
+from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.adapter import Adapter, fold
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import (
@@ -23,6 +23,7 @@ from radapter_serve.clip.towers import (
     to_device,
 )
 from radapter_serve.contract.preprocess import MaskCrop
+from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, complete
 from radapter_serve.errors import RAdapterError
@@ -113,13 +114,12 @@ def load_in_torch(
     to_device(base.model, device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
-        tokenizer = ServedTokenizer.write(
-            base.tokenizer, path, dynamic_length=is_causal(base.model)
-        )
+        spec = write_tokenizer(base.tokenizer, path, dynamic_length=is_causal(base.model))
+        tokenizer = Tokenizer.load(path, spec)
     weights = base.model.state_dict()
     release = Release(
         version=1,
-        tokenizer=tokenizer.spec,
+        tokenizer=spec,
         agreement={},
         runtime="torch",
         tools={"torch": torch.__version__},
@@ -136,7 +136,7 @@ def load_in_torch(
     return LoadedRelease(
         release,
         TorchEncoder(base.model, release.preprocess, way=(release.dense or {}).get("way")),
-        tokenizer.encode,
+        tokenizer,
         read_label_sets=label_sets,
         indexes=indexes,
         origin={"model_repository": base.name},

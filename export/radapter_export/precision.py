@@ -9,10 +9,8 @@ typed, and the same file gives the same numbers everywhere.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +38,7 @@ from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.data.rows import Images
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import digest_of
 
 if TYPE_CHECKING:
     from radapter_export.source import Source
@@ -105,50 +104,43 @@ def lower(graph: Graph, precision: str) -> Graph:
 
 
 def _fp32_nodes(nodes: list[ir.Node], low: ir.DataType) -> set[ir.Node]:
-    """The nodes that compute in fp32: those that must, and then, until nothing changes, those
-    between them.
+    """The nodes that compute in fp32: those that must, and then, until nothing changes, those that
+    follow one of them, take a constant beyond the low type, such as minus infinity's stand-in in a
+    mask, or whose results go to them alone.
     """
-    fp32_nodes = {
-        node
-        for node in nodes
-        if node.op_type in _FP32_OPS
-        or not any(True for _ in _floats(node))
-        or any(value.is_graph_output() for value in node.outputs)
-    }
-    undecided = [node for node in nodes if node.op_type not in _PRODUCTS and node not in fp32_nodes]
+    fp32_nodes = set()
+    undecided = []
+    for node in nodes:
+        is_output = any(value.is_graph_output() for value in node.outputs)
+        if node.op_type in _FP32_OPS or is_output or not any(True for _ in _floats(node)):
+            fp32_nodes.add(node)
+        elif node.op_type not in _PRODUCTS:
+            undecided.append(node)
+
+    def too_large(value: ir.Value) -> bool:
+        if value.const_value is None:
+            return False
+        array = value.const_value.numpy()
+        with np.errstate(over="ignore"):
+            return bool((np.isfinite(array) & ~np.isfinite(array.astype(low.numpy()))).any())
+
+    def belongs(node: ir.Node) -> bool:
+        if any(value.producer() in fp32_nodes or too_large(value) for _, value in _floats(node)):
+            return True
+        users = [user for value in node.outputs for user in value.consumers()]
+        return node.op_type not in _PASSTHROUGH_OPS and all(user in fp32_nodes for user in users)
+
     count = -1
     while count < len(fp32_nodes):
         count = len(fp32_nodes)
-        fp32_nodes |= {node for node in undecided if _belongs_to(node, fp32_nodes, low)}
+        fp32_nodes |= {node for node in undecided if belongs(node)}
     return fp32_nodes
-
-
-def _belongs_to(node: ir.Node, fp32_nodes: set[ir.Node], low: ir.DataType) -> bool:
-    """True if a node is to be computed in fp32 as one before it is, or as all of those after it
-    are.
-    """
-    for _, value in _floats(node):
-        if value.producer() in fp32_nodes or _too_large(value, low):
-            return True
-    if node.op_type in _PASSTHROUGH_OPS:
-        return False
-    users = [user for value in node.outputs for user in value.consumers()]
-    return all(user in fp32_nodes for user in users)
 
 
 def _floats(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
     for place, value in enumerate(node.inputs):
         if value is not None and value.dtype in (_FLOAT, *TYPES.values()):
             yield place, value
-
-
-def _too_large(value: ir.Value, low: ir.DataType) -> bool:
-    """True for a constant beyond the low type, such as minus infinity's stand-in in a mask."""
-    if value.const_value is None:
-        return False
-    array = value.const_value.numpy()
-    with np.errstate(over="ignore"):
-        return bool((np.isfinite(array) & ~np.isfinite(array.astype(low.numpy()))).any())
 
 
 Batches = Sequence[NDArray[np.generic]]
@@ -159,32 +151,21 @@ _IMAGES_A_BATCH = 8
 _TEXTS_A_BATCH = 64
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Inputs by which the ranges of activations are found, as the server gets them."""
-
-    images: Batches
-    tokens: Batches
-
-    def of(self, graph: str) -> Batches:
-        """The batches for a graph, by its name."""
-        return self.tokens if graph == "text_encoder" else self.images
-
-    def facts(self) -> dict[str, Any]:
-        """What decides the ranges, for a release."""
-        digest = hashlib.sha256()
-        for batch in (*self.images, *self.tokens):
-            digest.update(np.ascontiguousarray(batch).data)
-        counts = {"images": sum(map(len, self.images)), "texts": sum(map(len, self.tokens))}
-        return {**counts, "digest": f"sha256:{digest.hexdigest()}"}
-
-
-def calibrate(images: Images, base: Base, source: Source, tokenizer: Tokenizer) -> Calibration:
-    """Take some of the images, some prompts of the label sets, and texts that agreement is not
-    checked with; refuses a broken image.
+def calibrate(
+    images: Images, base: Base, source: Source, tokenizer: Tokenizer
+) -> dict[str, Batches]:
+    """Inputs of each graph, by which the ranges of its activations are found: some of the images,
+    some prompts of the label sets, and texts that agreement is not checked with.
     """
-    turns = {"exif_orientation": source.exif_orientation}
+    turns = {"exif_orientation": source.metadata.source.exif_orientation}
     preprocess = Preprocess.from_dict({**base.preprocess, **turns})
+    pixels = []
+    for row in spread(images.rows, IMAGES):
+        try:
+            pixels.append(decode_pixels(images.data(row), preprocess))
+        except RAdapterError as error:
+            why = error.what if isinstance(error, TaskError) else error
+            raise RAdapterError(f"calibration image {images.name(row)}: {why}") from error
     prompts = [
         template.replace("{}", name)
         for file in source.label_sets.values()
@@ -194,22 +175,22 @@ def calibrate(images: Images, base: Base, source: Source, tokenizer: Tokenizer) 
     ]
     texts = [tokenizer(batch) for batch in _batched(spread(prompts, PROMPTS), _TEXTS_A_BATCH)]
     unseen = Inputs(base, tokenizer, base.image_size, seed=1)
-    return Calibration(calibration_images(images, preprocess), [*unseen.tokens, *texts])
+    prepared = [np.stack(batch) for batch in _batched(pixels, _IMAGES_A_BATCH)]
+    return {
+        **dict.fromkeys(("image_encoder", "patch_encoder"), prepared),
+        "text_encoder": [*unseen.tokens, *texts],
+    }
 
 
-def calibration_images(images: Images, preprocess: Preprocess) -> list[NDArray[np.uint8]]:
-    """Some of the images in batches, prepared as the server prepares them."""
-    pixels = []
-    for row in spread(images.rows, IMAGES):
-        try:
-            pixels.append(decode_pixels(images.data(row), preprocess))
-        except TaskError as error:
-            raise RAdapterError(
-                f"calibration image {images.name(row)} can't be read: {error.what}"
-            ) from error
-        except RAdapterError as error:
-            raise RAdapterError(f"calibration: {error}") from error
-    return [np.stack(batch) for batch in _batched(pixels, _IMAGES_A_BATCH)]
+def facts_of(calibration: Mapping[str, Batches]) -> dict[str, Any]:
+    """What decides the ranges, for a release."""
+    images = calibration["image_encoder"]
+    texts = calibration["text_encoder"]
+    return {
+        "images": sum(map(len, images)),
+        "texts": sum(map(len, texts)),
+        "digest": digest_of(*(batch.tobytes() for batch in (*images, *texts))),
+    }
 
 
 def _batched(items: Sequence[Any], size: int) -> Iterator[Any]:
@@ -217,16 +198,16 @@ def _batched(items: Sequence[Any], size: int) -> Iterator[Any]:
         yield items[start : start + size]
 
 
-class _Batches(CalibrationDataReader):  # type: ignore[misc]
+class _Feeds(CalibrationDataReader):  # type: ignore[misc]
     """Gives calibration its batches one by one."""
 
     def __init__(self, name: str, batches: Batches) -> None:
-        self._feeds: Iterator[Mapping[str, NDArray[np.generic]]] = iter(
-            [{name: batch} for batch in batches]
-        )
+        self._batches = iter(batches)
+        self._name = name
 
     def get_next(self) -> Mapping[str, NDArray[np.generic]] | None:
-        return next(self._feeds, None)
+        batch = next(self._batches, None)
+        return None if batch is None else {self._name: batch}
 
 
 def quantize(path: Path, calibration: Batches = ()) -> int:
@@ -278,7 +259,7 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
             quantize_static(
                 str(plain),
                 str(quantized),
-                _Batches(input_name, calibration),
+                _Feeds(input_name, calibration),
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QInt8,
                 nodes_to_exclude=excluded,

@@ -8,7 +8,7 @@ import importlib.metadata
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,28 +28,25 @@ from radapter_export.forms import (
     save_form,
     save_open_clip,
 )
-from radapter_export.graph import Graph, check, image_graph, patch_graph, text_graph
-from radapter_export.hub import card_of, files_of, prepare_push, push
+from radapter_export.graph import image_graph, patch_graph, text_graph
+from radapter_export.hub import card_of, prepare_push, push
 from radapter_export.in_torch import base_facts
-from radapter_export.precision import TYPES, Calibration, calibrate, lower, quantize
+from radapter_export.precision import TYPES, Batches, calibrate, facts_of, lower, quantize
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
-from radapter_export.settings import ExportSettings
+from radapter_export.settings import ExportSettings, checked
 from radapter_export.source import Fold, Source, put_reference, read_source
-from radapter_export.tokenizer import ServedTokenizer
-from radapter_serve.adapter.tuned import Line
-from radapter_serve.clip.base import Base
-from radapter_serve.clip.towers import check_dense, is_causal
-from radapter_serve.clip.transformers import Form
-from radapter_serve.contract.errors import TaskError, check_alpha
+from radapter_export.tokenizer import write_tokenizer
+from radapter_serve.clip.towers import is_causal
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.labels import SAME, indistinguishable
+from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.data.rows import open_images
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, complete
 from radapter_serve.encoders.plans import PLAN, write_plan
 from radapter_serve.encoders.tensorrt import find_gpu, import_tensorrt
-from radapter_serve.errors import RAdapterError, check_installed
-from radapter_serve.evaluation.image_sets import EvaluationSet
+from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, disk_errors, staged_folder
 from radapter_serve.release.agreement import TOLERANCES, Agreement, compare
 from radapter_serve.release.release import TASKS, Release
@@ -122,26 +119,6 @@ class ExportedRelease:
         return self.release.alpha
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """All that the releases of one call share, and where they are written."""
-
-    settings: ExportSettings
-    source: Source
-    base: Base
-    change: Fold | Line
-    set_alpha: Callable[[float], None]
-    graphs: Sequence[Graph]
-    form: Form | None
-    tokenizer: ServedTokenizer
-    calibration: Calibration | None
-    validation: EvaluationSet | None
-    repository: Repository
-    merged: Path
-    transformers: Path | None
-    say: Say
-
-
 def export_release(
     adapter_path: str | Path | Sequence[str | Path] = (),
     alphas: Sequence[float] | Literal["dynamic"] | None = None,
@@ -172,55 +149,36 @@ def export_release(
             then.
     """
     say = progress or (lambda line: None)
+    settings = checked(vars(settings))
 
-    # Source: what was learned, with templates and label sets; and all that can be refused early.
+    # Source: what was learned, and all that can be refused early.
     paths = [adapter_path] if isinstance(adapter_path, (str, Path)) else list(adapter_path)
-    source = read_source(paths, settings, dynamic_alpha=alphas == "dynamic")
-    numbers = [source.alpha] if alphas is None or isinstance(alphas, str) else list(alphas)
-    if not numbers:
-        raise RAdapterError("no alpha; give at least one number from 0 to 1, such as --alpha 0.5")
-    for alpha in numbers:
-        check_alpha(alpha)
-    if len({f"{alpha:g}" for alpha in numbers}) < len(numbers):
-        shown = " ".join(f"{alpha:g}" for alpha in numbers)
-        raise RAdapterError(f"an alpha is given twice: {shown}")
-    if source.dynamic_alpha and settings.calibration is not None:
-        raise RAdapterError(
-            "--calibration finds ranges at one alpha, and --alpha dynamic has all; leave one of"
-            " them out"
-        )
-    if settings.precision == "bf16" and settings.served_by == "onnxruntime":
+    source = read_source(paths, alphas, settings)
+    precision = settings.precision
+    dynamic = source.dynamic_alpha
+    if precision == "bf16" and settings.runtime == "onnxruntime":
         raise RAdapterError(
             "ONNX Runtime cannot compute in bf16 on a CPU; add --runtime openvino, or use fp16"
         )
-    if settings.precision == "int8" and not settings.calibration and settings.served_by == TENSORRT:
+    if precision == "int8" and not settings.calibration and settings.runtime == TENSORRT:
         raise RAdapterError(
             "TensorRT takes only int8 with fixed ranges; add --calibration DATA, a folder of images"
         )
-    if settings.transformers is not None:
-        check_installed("transformers", "huggingface")
-    validation = open_validation(
-        source.metadata, settings.validation, source.dense, settings.precision
-    )
+    validation = open_validation(source.metadata, settings.validation, source.dense, precision)
     images = None
     if settings.calibration is not None:
         images = open_images(settings.calibration, "--calibration")
     hub = None
     if settings.push is not None:
         say("asking the Hugging Face hub")
-        hub = prepare_push(settings.push, len(numbers), settings.served_by)
-    if settings.served_by == TENSORRT:
+        hub = prepare_push(settings.push, len(source.alphas), settings.runtime)
+    if settings.runtime == TENSORRT:
         find_gpu()
         import_tensorrt()
 
     # Fold: the base, and what α scales.
     say("loading the base")
     base, change = source.load(settings)
-    check(base)
-    if source.dense is not None:
-        check_dense(base.model, source.dense)
-    for alpha in numbers:
-        change.check(alpha)
     check_replaceable(settings.merged.absolute(), "--merged", OPEN_CLIP_FILES)
     form = None
     if settings.transformers is not None:
@@ -230,7 +188,7 @@ def export_release(
     unfinished = Repository(settings.model_repository, models)
 
     # Graphs: without weights, so that every α fills the same ones.
-    adapter = source.adapter if source.dynamic_alpha else None
+    adapter = source.adapter if dynamic else None
     say("exporting image_encoder")
     graphs = [image_graph(base, adapter)]
     if source.dense is not None:
@@ -238,44 +196,173 @@ def export_release(
         graphs.append(patch_graph(base, source.dense, adapter))
     say("exporting text_encoder")
     graphs.append(text_graph(base, adapter))
-    if settings.precision in TYPES:
-        graphs = [lower(graph, settings.precision) for graph in graphs]
+    if precision in TYPES:
+        graphs = [lower(graph, precision) for graph in graphs]
 
-    # Agreement check and release, for each α, in temporary folders that take their places together.
+    # Temporary folders, which take their places together once all releases are complete.
+    releases = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_errors(settings.model_repository, DISK_ADVICE, (SafetensorError,)))
-        merged = stack.enter_context(staged_folder(settings.merged, WRITER))
-        transformers = None
+        checkpoints = {"open_clip": stack.enter_context(staged_folder(settings.merged, WRITER))}
         if settings.transformers is not None:
-            transformers = stack.enter_context(staged_folder(settings.transformers, WRITER))
+            checkpoints["transformers"] = stack.enter_context(
+                staged_folder(settings.transformers, WRITER)
+            )
         repository = stack.enter_context(unfinished)
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        tokenizer = ServedTokenizer.write(
-            base.tokenizer, Path(scratch, "tokenizer.json"), dynamic_length=is_causal(base.model)
-        )
-        calibration = None
+        tokens = Path(scratch, "tokenizer.json")
+        spec = write_tokenizer(base.tokenizer, tokens, dynamic_length=is_causal(base.model))
+        tokenizer = Tokenizer.load(tokens, spec)
+        quantization: dict[str, Any] | None = None
+        calibration: Mapping[str, Batches] = {}
+        if precision == "int8":
+            quantization = {"kind": "dynamic"}
         if images is not None:
-            calibration = calibrate(images, base, source, tokenizer.encode)
-        job = _Job(
-            settings=settings,
-            source=source,
-            base=base,
-            change=change,
-            set_alpha=put_reference(base, change),
-            graphs=graphs,
-            form=form,
-            tokenizer=tokenizer,
-            calibration=calibration,
-            validation=validation,
-            repository=repository,
-            merged=merged,
-            transformers=transformers,
-            say=say,
-        )
-        releases = []
-        for version, alpha in enumerate(numbers, repository.next_version()):
-            name = f"alpha-{alpha:g}" if len(numbers) > 1 else ""
-            releases.append(_write_release(job, version, alpha, name))
+            calibration = calibrate(images, base, source, tokenizer)
+            quantization = {"kind": "static", **facts_of(calibration)}
+        inputs = Inputs(base, tokenizer, base.image_size)
+        set_alpha = put_reference(base, change)
+
+        for version, alpha in enumerate(source.alphas, repository.next_version()):
+            # Fold: the plain checkpoint.
+            say(f"folding at alpha {alpha:g}")
+            folded = change.at(alpha)
+            name = f"alpha-{alpha:g}" if len(source.alphas) > 1 else ""
+            folders = {library: folder / name for library, folder in checkpoints.items()}
+            for folder in folders.values():
+                folder.mkdir(exist_ok=True)
+            save_open_clip(folders["open_clip"], base, folded)
+
+            # What the graphs must give: torch's embeddings of seeded inputs, nothing folded.
+            say(f"torch's embeddings at alpha {alpha:g}{' and others' * dynamic}, nothing folded")
+            samples = samples_at(base, set_alpha, inputs, alpha, source.dense, mixed=dynamic)
+
+            # Graphs: weights in, then as the server runs them, against those embeddings.
+            for model in models:
+                repository.staged(model, version).mkdir()
+            weights = folded
+            if adapter is not None:
+                assert isinstance(change, Fold)
+                weights = {**change.weights, **adapter.tensors}
+            encoders = {}
+            written = []
+            for graph in graphs:
+                say(f"writing and checking {graph.name} at alpha {alpha:g}")
+                start = time.perf_counter()
+                folder = repository.staged(graph.name, version)
+                samples[graph.name].save(folder)
+                size = graph.save(weights, folder / "model.onnx")
+                if precision == "int8":
+                    size = quantize(folder / "model.onnx", calibration.get(graph.name, ()))
+                if settings.runtime == TENSORRT:
+                    write_plan(
+                        graph.name,
+                        folder,
+                        max_batch_size=settings.max_batch_size,
+                        max_length=int(spec["context_length"]),
+                        bounds=settings.bounds,
+                        progress=say,
+                    )
+                    size = (folder / PLAN).stat().st_size
+                file = folder / RUNTIMES[settings.runtime].file
+                encoder = EncoderGraph(file, settings.runtime, precision=precision)
+                label = f"{graph.name} in {precision}"
+                agreement = compare(label, encoder, samples[graph.name], settings.bounds)
+                seconds = time.perf_counter() - start
+                written.append(Exported(graph.name, size, agreement, seconds))
+                encoders[graph.name] = encoder
+
+            # The form of transformers, in fp32 whatever the precision of the graphs.
+            forms = []
+            if form is not None:
+                say(f"writing and checking the form of transformers at alpha {alpha:g}")
+                start = time.perf_counter()
+                folder = folders["transformers"]
+                size = save_form(folder, base, form, folded)
+                if dynamic:  # the samples above are at several α
+                    samples = samples_at(base, set_alpha, inputs, alpha)
+                bounds = settings.bounds if precision == "fp32" else TOLERANCES["fp32"]
+                agreement = check_form(folder, base, samples, bounds, form)
+                seconds = time.perf_counter() - start
+                forms.append(Exported("transformers", size, agreement, seconds))
+
+            # Facts.
+            tools = [*_TOOLS, *(["openvino"] if settings.runtime == "openvino" else [])]
+            release = Release(
+                version=version,
+                alpha=alpha,
+                dynamic_alpha=dynamic,
+                base_digest=change.base_digest,
+                adapter_digest=change.digest,
+                adapters=source.adapters,
+                made_of=change.made_of,
+                precision=precision,
+                quantization=quantization,
+                runtime=settings.runtime,
+                tokenizer=spec,
+                crop=source.metadata.source.mask_crop(base.preprocess["mean"]).to_dict(),
+                templates=source.templates,
+                max_batch_size=settings.max_batch_size,
+                tools={
+                    **{
+                        tool.removesuffix("_torch"): importlib.metadata.version(tool)
+                        for tool in tools
+                    },
+                    "onnxruntime": onnxruntime.__version__,  # of onnxruntime or of onnxruntime-gpu
+                },
+                agreement={
+                    **{graph.name: asdict(graph.agreement) for graph in written},
+                    "batches": list(BATCHES),
+                    "tolerance": settings.bounds.max_error,
+                    "min_cosine": settings.bounds.min_cosine,
+                },
+                **base_facts(
+                    base,
+                    folded,
+                    source.dense,
+                    exif_orientation=source.metadata.source.exif_orientation,
+                ),
+            )
+
+            # Label sets by these encoders, and what the release costs on validation data.
+            loaded = LoadedRelease(release, GraphEncoder(encoders), tokenizer)
+            places = [repository.staged(model, version) / "label_sets" for model in LABELLED]
+            label_sets, facts, warnings = _write_label_sets(loaded, source, places, say)
+            release = replace(release, label_sets=facts)
+            accuracy = None
+            if validation is not None:
+                set_alpha(alpha)
+                by_text = [
+                    label_set
+                    for name, label_set in label_sets.items()
+                    if name not in release.sets_by_example
+                ]
+                accuracy, confidence = measure(
+                    validation, settings.max_drop, base, loaded, by_text, say
+                )
+                release = replace(release, accuracy=asdict(accuracy))
+                if isinstance(confidence, str):
+                    warnings.append(confidence)
+                elif confidence is not None:
+                    release = replace(release, confidence=asdict(confidence))
+            loaded.close()
+            if release.logit_bias is not None and release.confidence is None:
+                warnings.append(UNFITTED)
+
+            # release.json, tokenizer and code of each task, and a card beside each checkpoint.
+            repository.add_code(version)
+            for model in TASKS:
+                release.save(repository.staged(model, version))
+            for model in TOKENIZED:
+                target = repository.staged(model, version) / "tokenizer.json"
+                shutil.copyfile(tokens, target)
+            for library, folder in folders.items():
+                release.save(folder)
+                card = card_of(release, source.metadata, source.curve, library)
+                (folder / CARD).write_text(card, encoding="utf-8")
+            place = settings.merged.absolute() / name
+            releases.append(ExportedRelease(release, written, place, accuracy, warnings, forms))
+
         repository.add_configs([each.release for each in releases])
         say("writing the digests of all files")
         for each in releases:
@@ -288,192 +375,35 @@ def export_release(
     # Push: the one release, once it is complete here.
     say(f"pushing to {hub}")
     [exported] = releases
-    release = exported.release
-    card = None
-    if settings.card:
-        has_form = settings.transformers is not None
-        card = card_of(
-            release, source.metadata, source.curve, "open_clip", hub, transformers=has_form
-        )
-    files = files_of(
-        settings.model_repository, release, settings.merged, settings.transformers, card
+    card = card_of(
+        exported.release, source.metadata, source.curve, "open_clip", hub, transformers=bool(form)
     )
-    where = f"{settings.model_repository} and {settings.merged}"
-    return [replace(exported, pushed=push(hub, files, release, where))]
-
-
-def _write_release(job: _Job, version: int, alpha: float, name: str) -> ExportedRelease:
-    """Write and check one release in the temporary folders.
-
-    `name` is its subfolder among the merged checkpoints, "" where there is one alone.
-    """
-    settings = job.settings
-    source = job.source
-    base = job.base
-    repository = job.repository
-    dynamic = source.dynamic_alpha
-    say = job.say
-
-    # Fold: the plain checkpoint.
-    say(f"folding at alpha {alpha:g}")
-    folded = job.change.at(alpha)
-    merged = job.merged / name
-    merged.mkdir(exist_ok=True)
-    save_open_clip(merged, base, folded)
-
-    # What the graphs must give: torch's embeddings of seeded inputs, nothing folded.
-    say(f"torch's embeddings at alpha {alpha:g}{' and others' if dynamic else ''}, nothing folded")
-    inputs = Inputs(base, job.tokenizer.encode, base.image_size)
-    samples = samples_at(base, job.set_alpha, inputs, alpha, source.dense, mixed=dynamic)
-
-    # Graphs: weights in, then as the server runs them, against those embeddings.
-    for model in repository.models:
-        repository.staged(model, version).mkdir()
-    weights = folded
-    if dynamic:
-        assert isinstance(job.change, Fold)
-        weights = {**job.change.weights, **job.change.adapter.tensors}
-    graphs = []
-    encoders = {}
-    for graph in job.graphs:
-        say(f"writing and checking {graph.name} at alpha {alpha:g}")
-        start = time.perf_counter()
-        folder = repository.staged(graph.name, version)
-        samples[graph.name].save(folder)
-        size = graph.save(weights, folder / "model.onnx")
-        if settings.precision == "int8":
-            ranges = () if job.calibration is None else job.calibration.of(graph.name)
-            size = quantize(folder / "model.onnx", ranges)
-        if settings.served_by == TENSORRT:
-            write_plan(
-                graph.name,
-                folder,
-                max_batch_size=settings.max_batch_size,
-                max_length=int(job.tokenizer.spec["context_length"]),
-                bounds=settings.bounds,
-                progress=say,
-            )
-            size = (folder / PLAN).stat().st_size
-        runtime = settings.served_by
-        file = folder / RUNTIMES[runtime].file
-        encoder = EncoderGraph(file, runtime, precision=settings.precision)
-        label = f"{graph.name} in {settings.precision}"
-        agreement = compare(label, encoder, samples[graph.name], settings.bounds)
-        graphs.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
-        encoders[graph.name] = encoder
-
-    # The form of transformers, in fp32 whatever the precision of the graphs.
-    forms = []
-    if job.transformers is not None and job.form is not None:
-        say(f"writing and checking the form of transformers at alpha {alpha:g}")
-        start = time.perf_counter()
-        folder = job.transformers / name
-        folder.mkdir(exist_ok=True)
-        size = save_form(folder, base, job.form, folded)
-        if dynamic:  # the samples above are at several α
-            samples = samples_at(base, job.set_alpha, inputs, alpha)
-        bounds = settings.bounds if settings.precision == "fp32" else TOLERANCES["fp32"]
-        agreement = check_form(folder, base, samples, bounds, job.form)
-        forms.append(Exported("transformers", size, agreement, time.perf_counter() - start))
-
-    # Facts.
-    quantization: dict[str, Any] | None = None
-    if settings.precision == "int8":
-        quantization = {"kind": "dynamic"}
-        if job.calibration is not None:
-            quantization = {"kind": "static", **job.calibration.facts()}
-    tools = [*_TOOLS, *(["openvino"] if settings.served_by == "openvino" else [])]
-    release = Release(
-        version=version,
-        alpha=alpha,
-        dynamic_alpha=dynamic,
-        base_digest=job.change.base_digest,
-        adapter_digest=job.change.digest,
-        adapters=source.adapters,
-        made_of=job.change.made_of,
-        precision=settings.precision,
-        quantization=quantization,
-        runtime=settings.served_by,
-        tokenizer=job.tokenizer.spec,
-        crop=source.metadata.source.mask_crop(base.preprocess["mean"]).to_dict(),
-        templates=source.templates,
-        max_batch_size=settings.max_batch_size,
-        tools={
-            **{tool.removesuffix("_torch"): importlib.metadata.version(tool) for tool in tools},
-            "onnxruntime": onnxruntime.__version__,  # of onnxruntime or of onnxruntime-gpu
-        },
-        agreement={
-            **{graph.name: asdict(graph.agreement) for graph in graphs},
-            "batches": list(BATCHES),
-            "tolerance": settings.bounds.max_error,
-            "min_cosine": settings.bounds.min_cosine,
-        },
-        **base_facts(base, folded, source.dense, exif_orientation=source.exif_orientation),
-    )
-
-    # Label sets by these encoders, and what the release costs on validation data.
-    loaded = LoadedRelease(release, GraphEncoder(encoders), job.tokenizer.encode)
-    label_sets, facts, warnings = _write_label_sets(job, loaded)
-    release = replace(release, label_sets=facts)
-    accuracy = None
-    if job.validation is not None:
-        job.set_alpha(alpha)
-        with_labels = LoadedRelease(
-            release, loaded.encoder, job.tokenizer.encode, read_label_sets=lambda _: label_sets
-        )
-        accuracy, confidence = measure(job.validation, settings.max_drop, base, with_labels, say)
-        release = replace(release, accuracy=asdict(accuracy))
-        if isinstance(confidence, str):
-            warnings.append(confidence)
-        elif confidence is not None:
-            release = replace(release, confidence=asdict(confidence))
-    loaded.close()
-    if release.logit_bias is not None and release.confidence is None:
-        warnings.append(UNFITTED)
-
-    # Release: release.json, tokenizer and code in each task, and a card beside each checkpoint.
-    repository.add_code(version)
-    for model in TASKS:
-        release.save(repository.staged(model, version))
-    for model in TOKENIZED:
-        shutil.copyfile(job.tokenizer.path, repository.staged(model, version) / "tokenizer.json")
-    libraries = {"open_clip": merged}
-    if job.transformers is not None:
-        libraries["transformers"] = job.transformers / name
-    for library, folder in libraries.items():
-        release.save(folder)
-        if settings.card:
-            card = card_of(release, source.metadata, source.curve, library)
-            (folder / CARD).write_text(card, encoding="utf-8")
-    return ExportedRelease(
-        release, graphs, settings.merged.absolute() / name, accuracy, warnings, forms
-    )
+    return [replace(exported, pushed=push(hub, exported.release, settings, card))]
 
 
 def _write_label_sets(
-    job: _Job, loaded: LoadedRelease
+    loaded: LoadedRelease, source: Source, folders: Sequence[Path], say: Say
 ) -> tuple[dict[str, LabelSet], dict[str, dict[str, Any]], list[str]]:
-    """Embed the label sets by a release's encoders, and write them for each task that uses them;
+    """Embed the label sets by a release's encoders, and write them into each of the folders;
     returns them, the facts of each, and warnings about labels that are alike.
     """
-    version = loaded.release.version
-    templates = job.source.templates
+    templates = source.templates
     alpha = loaded.request_alpha(None)
-    first, *others = (job.repository.staged(model, version) / "label_sets" for model in LABELLED)
+    first, *others = folders
     first.mkdir()
     label_sets = {}
     facts: dict[str, dict[str, Any]] = {}
     warnings = []
-    for name, file in job.source.label_sets.items():
+    for name, file in source.label_sets.items():
 
         def done(count: int, name: str = name, total: int = len(file.labels)) -> None:
-            job.say(f"embedding label set {name}: {count} of {total} labels")
+            say(f"embedding label set {name}: {count} of {total} labels")
 
         done(0)
         steps = embed_labels(loaded, file.labels, templates, alpha=alpha, progress=done)
         label_set = complete(steps)
         if file.images:
-            job.say(f"embedding the {len(file.images)} examples of label set {name}")
+            say(f"embedding the {len(file.images)} examples of label set {name}")
             examples = file.examples(loaded.preprocess)
             try:
                 label_set = complete(mix_examples(loaded, label_set, examples, alpha))

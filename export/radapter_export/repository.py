@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
 import tempfile
@@ -15,7 +14,7 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import lock, remove
-from radapter_serve.release.config import configure, name_releases
+from radapter_serve.release.config import configure, name_releases, read_config
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import CONFIG, ENCODERS, MODELS, PATCH_ENCODER, versions_of
@@ -48,14 +47,12 @@ class Repository:
         self.folder = Path(folder).absolute()
         self.models = tuple(models)
         # In a checkout releases lie beside the templates, and `rm -r` may remove both.
-        for model in models:
-            for name in (TEMPLATE,) if model in ENCODERS else (TEMPLATE, "model.py"):
-                path = sources() / model / name
-                if not path.is_file():
-                    raise RAdapterError(
-                        f"{path} is missing, a part of radapter-serve; bring it back with: git"
-                        f" checkout -- {path.parents[1]}, or install radapter-serve again"
-                    )
+        code = sources() / "classify" / "model.py"
+        if not code.is_file():
+            raise RAdapterError(
+                f"{code} is missing, a part of radapter-serve; bring it back with: git checkout --"
+                f" {code.parents[1]}, or install radapter-serve again"
+            )
         if self.folder.exists() and not self.folder.is_dir():
             raise RAdapterError(f"{self.folder} is a file; give a folder with --model-repository")
         self._new: list[Path] = []
@@ -167,11 +164,6 @@ class Repository:
                 remove(path)
 
 
-@functools.lru_cache(maxsize=len(MODELS))
-def _parsed(text: str) -> model_config_pb2.ModelConfig:
-    return text_format.Parse(text, model_config_pb2.ModelConfig())
-
-
 def add_tensors(parsed: model_config_pb2.ModelConfig, model: str) -> None:
     """Give a task's config the inputs and outputs of the table; an encoder's has its own."""
     table = TASKS.get(model)
@@ -193,11 +185,7 @@ def add_tensors(parsed: model_config_pb2.ModelConfig, model: str) -> None:
 
 def config(template: Path, model: str, releases: Sequence[Release]) -> str:
     """Fill in a model's config template for releases of one base, oldest first."""
-    parsed = model_config_pb2.ModelConfig()
-    try:
-        parsed.CopyFrom(_parsed(template.read_text(encoding="utf-8")))
-    except text_format.ParseError as error:
-        raise RAdapterError(f"{template} is not a Triton model config: {error}") from error
+    parsed = read_config(template)
     add_tensors(parsed, model)
     newest = releases[-1]
     parsed.name = model

@@ -7,18 +7,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
+from pydantic import ConfigDict, Field, ValidationError
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import checker
 from radapter_serve.release.agreement import TOLERANCES, Tolerance
-from radapter_serve.release.repository import RUNTIMES
 
 CLASSES = "classes"  # the label set of the run's own classes
-# validation data: none at all, or the run's
-NONE = "none"
-OWN = "own"
+OWN = "own"  # validation data: the run's
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,9 @@ class ExportSettings:
             adds.
         weights: of the adapters in their average, one each, with sum 1; equal ones if none are
             given.
-        base: what was tuned: an open_clip model with its weights, such as ViT-B-32:openai,
-            local-dir:PATH or hf-hub:NAME; what the adapter or the LoRA says if none is given.
-        pretrained: open_clip tag or path of a checkpoint, where the base is named without; what the
-            adapter says if none is given.
+        base: what was tuned: an open_clip model with its weights, such as ViT-B-32:openai or
+            ViT-B-32:PATH, local-dir:PATH or hf-hub:NAME; what the adapter or the LoRA says if none
+            is given.
         model_repository: folder that radapter-serve serves; releases are added to it, and it is
             made if there is none.
         merged: folder for the merged checkpoint, replaced if it holds one; with several alphas, for
@@ -58,8 +56,7 @@ class ExportSettings:
             torch in the task's own metric, and scores are calibrated; own for the run's own, which
             is also taken if none is given and the precision is not fp32; none for none.
         max_drop: points of that metric, in per cent, that the encoders may lose.
-        runtime: what runs the encoders in the server; they are checked with it; onnxruntime if none
-            is given.
+        runtime: what runs the encoders in the server; they are checked with it.
         tolerance: largest difference from torch allowed in a component of the unit-length
             embeddings; the precision's own if none is given: 1e-4 in fp32. The bound on the cosine
             widens with its square, down to 0.9.
@@ -68,16 +65,14 @@ class ExportSettings:
             merged weights, those for transformers if asked for, and the card are sent; it is made,
             private, if there is none. Model("hf-hub:NAME") and radapter-serve hf-hub:NAME take it
             from there.
-        card: write a model card, README.md, beside the merged weights and those for transformers.
-        exif_orientation: the server turns images as their EXIF says, where training did so;
-            --no-exif-orientation leaves them as the files have them, as open_clip does.
     """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     checkpoint: Annotated[str | Path | None, tyro.conf.arg(metavar="FILE|FOLDER|NAME")] = None
     lora: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W [W ...]")] = ()
     base: str | None = None
-    pretrained: str | None = None
     model_repository: Path = Path("model_repository")
     merged: Path = Path("merged")
     transformers: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
@@ -87,31 +82,13 @@ class ExportSettings:
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
     validation: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
-    max_drop: float = 0.5
-    runtime: Literal["onnxruntime", "openvino", "tensorrt"] | None = None
-    tolerance: float | None = None
-    max_batch_size: int = 64
+    max_drop: Annotated[float, Field(ge=0, le=100)] = 0.5
+    runtime: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"
+    tolerance: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_batch_size: Annotated[int, Field(ge=1)] = 64
     push: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    card: bool = True
-    exif_orientation: bool = True
 
     def __post_init__(self) -> None:
-        for name, allowed in (("precision", TOLERANCES), ("runtime", RUNTIMES)):
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise RAdapterError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-        if self.tolerance is not None and not 0 < self.tolerance <= 1:
-            raise RAdapterError(
-                f"tolerance is {self.tolerance}; allowed: more than 0, at most 1, such as 1e-4"
-            )
-        if not 0 <= self.max_drop <= 100:
-            raise RAdapterError(
-                f"max_drop is {self.max_drop}; allowed: points from 0 to 100, such as 0.5"
-            )
-        if self.max_batch_size < 1:
-            raise RAdapterError(
-                f"max_batch_size is {self.max_batch_size}; allowed: 1 or more, 64 is usual"
-            )
         if self.transformers is not None:
             merged = self.merged.absolute()
             form = self.transformers.absolute()
@@ -127,12 +104,17 @@ class ExportSettings:
             )
 
     @property
-    def served_by(self) -> str:
-        """The runtime of the releases."""
-        return self.runtime or "onnxruntime"
-
-    @property
     def bounds(self) -> Tolerance:
         """How far from torch the encoders may be."""
-        own = TOLERANCES[self.precision]
-        return own if self.tolerance is None else own.widened(self.tolerance)
+        return TOLERANCES[self.precision].widened(self.tolerance)
+
+
+def checked(values: Mapping[str, Any]) -> ExportSettings:
+    """Settings with their names, types and ranges checked."""
+    try:
+        return checker(ExportSettings).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RAdapterError(
+            f"{first['loc'][0]} is {first['input']!r:.80}: {first['msg']}"
+        ) from None

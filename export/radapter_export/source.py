@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -153,27 +153,27 @@ class Source:
     metadata: Metadata  # of a checkpoint or a LoRA without anything about training
     adapter: Adapter | None  # to be folded; None for a checkpoint or a LoRA
     adapters: list[dict[str, Any]]  # digest and weight of each adapter in the average
-    alpha: float  # by default
+    alphas: list[float]  # of the releases
     curve: list[dict[str, float]]  # the figures of the choice of `auto`, an α each
     dynamic_alpha: bool
     dense: str | None  # method of patch embeddings; None without patch_encoder
     templates: list[str]
     label_sets: dict[str, LabelFile]
-    exif_orientation: bool
 
     def load(self, settings: ExportSettings) -> tuple[Base, Fold | Line]:
         """Load the base, and what α scales; refuses those that do not fit."""
-        if settings.lora is not None:
-            tuned = load_lora(settings.lora, settings.base, settings.pretrained)
+        if self.adapter is None:
+            if settings.lora is not None:
+                tuned = load_lora(settings.lora, settings.base)
+            else:
+                tuned = load_checkpoint(str(settings.checkpoint), settings.base)
+            for alpha in self.alphas:
+                tuned.line.check(alpha)
             return tuned.base, tuned.line
-        if settings.checkpoint is not None:
-            tuned = load_checkpoint(str(settings.checkpoint), settings.base, settings.pretrained)
-            return tuned.base, tuned.line
-        assert self.adapter is not None
         name = self.metadata.architecture
-        tag = settings.pretrained
+        tag = None
         if settings.base is not None:
-            name, tag = split_name(settings.base, settings.pretrained)
+            name, tag = split_name(settings.base)
         base = load_base(name, tag or self.metadata.pretrained)
         weights = dict(base.model.state_dict())
         check_base(weights, self.adapter)
@@ -181,34 +181,41 @@ class Source:
 
 
 def read_source(
-    paths: Sequence[str | Path], settings: ExportSettings, *, dynamic_alpha: bool
+    paths: Sequence[str | Path],
+    alphas: Sequence[float] | Literal["dynamic"] | None,
+    settings: ExportSettings,
 ) -> Source:
-    """Read adapters, templates and label files; refuses more or less than one thing to export."""
+    """Read adapters, templates and label files, and resolve the α; refuses more or less than one
+    thing to export.
+    """
     # One thing to export.
+    dynamic_alpha = alphas == "dynamic"
     flags = {"--adapter": paths, "--checkpoint": settings.checkpoint, "--lora": settings.lora}
     named = [flag for flag, value in flags.items() if value]
-    if not named:
-        raise RAdapterError("nothing to export; give --adapter, --checkpoint or --lora")
-    if len(named) > 1:
-        raise RAdapterError(f"{' and '.join(named)} don't go together; export one thing a call")
-    if not paths and settings.weights:
-        raise RAdapterError(f"--weights is for several adapters; leave it out with {named[0]}")
-    if not paths and settings.validation == OWN:
+    if len(named) != 1:
         raise RAdapterError(
-            f"--validation own is for runs; with {named[0]} name some data, such as --validation"
-            " imagefolder:val"
+            f"{' and '.join(named)} don't go together; export one thing a call"
+            if named
+            else "nothing to export; give --adapter, --checkpoint or --lora"
         )
-    if not paths and dynamic_alpha:
+    if not paths:
+        for flag, is_given in (
+            ("--weights", bool(settings.weights)),
+            ("--validation own", settings.validation == OWN),
+            ("--alpha dynamic", dynamic_alpha),
+        ):
+            if is_given:
+                raise RAdapterError(f"{flag} is for adapters; leave it out with {named[0]}")
+    if dynamic_alpha and settings.calibration is not None:
         raise RAdapterError(
-            "--alpha dynamic is for adapters: a checkpoint or a LoRA has other weights at each"
-            " alpha, so give numbers, such as --alpha 0.5 1, each a release"
+            "--calibration finds ranges at one alpha, and --alpha dynamic has all; leave one of"
+            " them out"
         )
 
-    # The adapter or the average, and its α.
+    # The adapter or the average.
     adapter = None
     metadata = Metadata(architecture="unknown", base_digest="unknown", alpha=1.0)
     shares: list[dict[str, Any]] = []
-    curve: list[dict[str, float]] = []
     if paths:
         adapters = [load_adapter(path) for path in paths]
         weights = list(settings.weights) or [1 / len(adapters)] * len(adapters)
@@ -218,12 +225,24 @@ def read_source(
             {"digest": each.digest, "weight": weight}
             for each, weight in zip(adapters, weights, strict=True)
         ]
-    alpha = metadata.alpha
+
+    # The α: by default the one that was chosen on validation data, else the adapter's own.
+    default = metadata.alpha
+    curve: list[dict[str, float]] = []
     if len(paths) == 1:
         with contextlib.suppress(RAdapterError):  # no choice, or one for another adapter
             choice = chosen(paths[0])
-            alpha = choice.alpha
+            default = choice.alpha
             curve = choice.curve
+    numbers = [default] if alphas is None or isinstance(alphas, str) else list(alphas)
+    for alpha in numbers:
+        check_alpha(alpha)
+    shown = [f"{alpha:g}" for alpha in numbers]
+    if not numbers or len(set(shown)) < len(shown):
+        raise RAdapterError(
+            f"alpha is {' '.join(shown) or 'empty'}; give one number from 0 to 1, or several that"
+            " differ"
+        )
 
     dense = settings.dense or metadata.source.dense
     templates = metadata.templates if settings.templates is None else settings.templates
@@ -231,13 +250,12 @@ def read_source(
         metadata=metadata,
         adapter=adapter,
         adapters=shares,
-        alpha=alpha,
+        alphas=numbers,
         curve=curve,
         dynamic_alpha=dynamic_alpha,
         dense=None if dense == "none" else dense,
         templates=templates_of(templates),
         label_sets=_label_sets(settings.label_sets, metadata.classes, dynamic_alpha=dynamic_alpha),
-        exif_orientation=settings.exif_orientation and metadata.source.exif_orientation,
     )
 
 
@@ -267,7 +285,7 @@ def _label_sets(
 
 @dataclass(frozen=True)
 class Fold:
-    """An adapter on the weights of its base, with the interface of `Line`."""
+    """An adapter on the weights of its base, as `Line` is for a checkpoint or a LoRA."""
 
     adapter: Adapter
     weights: Mapping[str, Tensor]
@@ -282,10 +300,6 @@ class Fold:
     def base_digest(self) -> str:
         """Digest of the base's adapted tensors."""
         return self.adapter.metadata.base_digest
-
-    def check(self, alpha: float) -> None:
-        """Refuse an α outside of [0, 1]."""
-        check_alpha(alpha)
 
     def at(self, alpha: float) -> dict[str, Tensor]:
         """The folded weights."""

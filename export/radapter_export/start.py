@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from radapter_export.settings import ExportSettings
+from radapter_export.settings import checked
 from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.evaluation.start import status
-from radapter_serve.files import checker
 from radapter_serve.process import limit_threads
 from radapter_serve.release.agreement import Agreement
-from radapter_serve.sources import check_base_is_named, newest_run
+from radapter_serve.sources import newest_run
 
 if TYPE_CHECKING:
     from radapter_export.release import ExportedRelease
@@ -108,30 +107,35 @@ def export(
             then.
     """
     limit_threads(threads)
-    chosen = _settings(settings, format)
-    alphas = _alphas(alpha)
+    chosen = checked(settings)
+    if format == "tensorrt":
+        if chosen.runtime == "openvino":
+            raise RAdapterError(
+                "--format tensorrt is served by --runtime tensorrt, and not by openvino; leave one"
+                " out"
+            )
+        chosen = dataclasses.replace(chosen, runtime="tensorrt")
+    elif format != "onnx":
+        raise RAdapterError(f"format is {format!r}; allowed: onnx, tensorrt")
 
-    # What is exported.
+    # What is exported, and at which α.
     tuned = chosen.checkpoint or chosen.lora
     if adapter is None:
         paths = [] if tuned else [newest_run()]
     else:
         places = [adapter] if isinstance(adapter, str | PathLike) else adapter
         paths = [Path(place) for place in places]
-    by_choice = [value for value in alphas if value in (AUTO, BEST)]
-    if by_choice and tuned is not None:
+    values = [alpha] if isinstance(alpha, str | int | float) else list(alpha or ())
+    if DYNAMIC in values and len(values) > 1:
         raise RAdapterError(
-            f"--alpha {by_choice[0]} is for runs, whose validation data it is chosen by; give a"
-            " number, or compare several by radapter-eval"
+            "--alpha dynamic takes no other alpha: its one release takes any from 0 to 1"
         )
-    if by_choice and len(paths) > 1:
+    by_choice = [value for value in values if value in (AUTO, BEST)]
+    if by_choice and (tuned is not None or len(paths) > 1):
         raise RAdapterError(
-            f"--alpha {by_choice[0]} was chosen for one adapter, not for an average; give a number,"
-            " or dynamic"
+            f"--alpha {by_choice[0]} is chosen for one run, by its validation data, and for no"
+            " average, checkpoint or LoRA; give a number"
         )
-    if chosen.checkpoint and not (paths or chosen.lora):
-        given = [value for value in alphas if not isinstance(value, str)]
-        check_base_is_named(str(chosen.checkpoint), chosen.base, chosen.pretrained, given)
 
     with status(Console(stderr=True), show=progress) as say:
         # torch and onnx take seconds to load: not for --help
@@ -141,7 +145,7 @@ def export(
         # The choice of `auto`, where it is asked for or no α is given.
         choice = None
         missing = ""
-        is_default = not alphas or DYNAMIC in alphas
+        is_default = not values or DYNAMIC in values
         if by_choice or (is_default and len(paths) == 1):
             try:
                 choice = alpha_choice.chosen(paths[0])
@@ -149,26 +153,31 @@ def export(
                 if by_choice:
                     raise
                 missing = str(error)
-        numbers: list[float] = []
-        for value in alphas:
-            if not isinstance(value, str):
-                numbers.append(value)
-            elif choice is not None and value != DYNAMIC:
-                numbers.append(choice.best if value == BEST else choice.alpha)
-        wanted = DYNAMIC if DYNAMIC in alphas else numbers or None
+        numbers = []
+        for value in values:
+            if choice is not None and value in (AUTO, BEST):
+                value = choice.best if value == BEST else choice.alpha
+            try:
+                numbers.append(value if value == DYNAMIC else float(value))
+            except (TypeError, ValueError):
+                raise RAdapterError(
+                    f"alpha is {value!r}; allowed: a number from 0 to 1, such as 0.5, auto, best or"
+                    " dynamic"
+                ) from None
+        wanted = DYNAMIC if DYNAMIC in numbers else numbers or None
         releases = export_release(paths, wanted, chosen, progress=say)  # type: ignore[arg-type]
 
     # Notes on the α and on the releases.
     notes = []
     if choice is not None:
-        found = f"radapter-eval --alpha auto chose alpha {choice.alpha:g}"
+        by_auto = f"radapter-eval --alpha auto chose alpha {choice.alpha:g}"
         if choice.best == choice.alpha:
-            notes.append(f"{found}, which is also the best on the validation data")
+            notes.append(f"{by_auto}, which is also the best on the validation data")
         elif choice.alpha in [release.alpha for release in releases]:
             best = f"the best on the validation data is {choice.best:g} (--alpha best)"
-            notes.append(f"{found}; {best}")
+            notes.append(f"{by_auto}; {best}")
         else:
-            notes.append(f"alpha {choice.best:g} is the best on the validation data; {found}")
+            notes.append(f"alpha {choice.best:g} is the best on the validation data; {by_auto}")
     elif is_default and paths:
         kind = "run" if missing else "average"
         reason = f": {missing}" if missing else ""
@@ -183,49 +192,3 @@ def export(
         choice=choice,
         notes=(*notes, *dict.fromkeys(warnings)),
     )
-
-
-def _settings(values: Mapping[str, Any], format: str) -> ExportSettings:
-    """The settings of a call, with their types and ranges checked."""
-    import pydantic
-
-    names = [field.name for field in dataclasses.fields(ExportSettings)]
-    if unknown := [name for name in values if name not in names]:
-        raise RAdapterError(f"there is no setting {unknown[0]!r}; allowed are {', '.join(names)}")
-    try:
-        settings = checker(ExportSettings).validate_python(dict(values))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        raise RAdapterError(f"{name} is {first['input']!r:.80}: {first['msg']}") from None
-    if format not in ("onnx", "tensorrt"):
-        raise RAdapterError(f"format is {format!r}; allowed: onnx, tensorrt")
-    if format == "onnx":
-        return settings
-    if settings.runtime not in (None, "tensorrt"):
-        raise RAdapterError(
-            f"--format tensorrt is served by --runtime tensorrt, and not by {settings.runtime};"
-            " leave one out"
-        )
-    return dataclasses.replace(settings, runtime="tensorrt")
-
-
-def _alphas(alpha: float | str | Sequence[float | str] | None) -> list[float | str]:
-    """The values of α: numbers, `auto`, `best` and `dynamic`."""
-    if alpha is None:
-        return []
-    values = [alpha] if isinstance(alpha, str | int | float) else list(alpha)
-    if DYNAMIC in values and len(values) > 1:
-        raise RAdapterError(
-            "--alpha dynamic takes no other alpha: its one release takes any from 0 to 1"
-        )
-    alphas: list[float | str] = []
-    for value in values:
-        try:
-            alphas.append(value if value in (AUTO, BEST, DYNAMIC) else float(value))
-        except (TypeError, ValueError):
-            raise RAdapterError(
-                f"alpha is {value!r}; allowed: a number from 0 to 1, such as 0.5, auto, best or"
-                " dynamic"
-            ) from None
-    return alphas

@@ -5,14 +5,12 @@ it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip.tokenizer as clip
 import tokenizers
 
-from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
 
@@ -23,21 +21,6 @@ _CLEAN = {
 }
 
 
-@dataclass(frozen=True)
-class ServedTokenizer:
-    """A tokenizer as the server reads it, and the `tokenizer` entry of its release."""
-
-    path: Path
-    spec: dict[str, Any]
-    encode: Tokenizer
-
-    @classmethod
-    def write(cls, tokenizer: Any, path: Path, *, dynamic_length: bool) -> ServedTokenizer:
-        """Write a tokenizer with `write_tokenizer`, and read it again."""
-        spec = write_tokenizer(tokenizer, path, dynamic_length=dynamic_length)
-        return cls(path, spec, Tokenizer.load(path, spec))
-
-
 def write_tokenizer(
     tokenizer: Any, path: str | Path, *, dynamic_length: bool = False
 ) -> dict[str, Any]:
@@ -46,7 +29,7 @@ def write_tokenizer(
 
     With `dynamic_length` texts may be cropped to the longest one (see
     `radapter_serve.clip.towers.is_causal`). Refuses a tokenizer that does what the server would not
-    repeat: a random reduction of long texts, a class unknown here.
+    repeat.
     """
     path = Path(path)
     if isinstance(tokenizer, clip.SimpleTokenizer):
@@ -110,22 +93,16 @@ def _clip(tokenizer: clip.SimpleTokenizer) -> tuple[str, dict[str, Any]]:
 
 
 def _hugging_face(tokenizer: clip.HFTokenizer) -> tuple[str, dict[str, Any]]:
-    if tokenizer.tokenizer_mode:
-        raise RAdapterError(
-            f"cannot export a tokenizer of mode {tokenizer.tokenizer_mode!r}; only the plain mode"
-            " is known"
-        )
     inner = tokenizer.tokenizer
-    core = getattr(inner, "backend_tokenizer", None)
-    if core is None:
-        raise RAdapterError(
-            f"the tokenizer {type(inner).__name__} has no fast form to export; load it with"
-            " use_fast=True"
-        )
-    if getattr(inner, "padding_side", "right") != "right":
-        raise RAdapterError("cannot export a tokenizer that pads on the left")
-    if inner.pad_token_id is None:
-        raise RAdapterError("cannot export a tokenizer without a padding token; set its pad_token")
+    core: Any = getattr(inner, "backend_tokenizer", None)
+    for problem, is_so in (
+        (f"of mode {tokenizer.tokenizer_mode!r}", tokenizer.tokenizer_mode),
+        ("without a fast form", core is None),
+        ("that pads on the left", getattr(inner, "padding_side", "right") != "right"),
+        ("without a padding token", inner.pad_token_id is None),
+    ):
+        if is_so:
+            raise RAdapterError(f"cannot export a tokenizer {problem}")
     copy = json.loads(core.to_str())
     copy["truncation"] = copy["padding"] = None
     start = inner.bos_token_id if inner.bos_token_id is not None else inner.cls_token_id

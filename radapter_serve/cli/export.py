@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -17,12 +17,9 @@ from radapter_export import start
 from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.rows import metric_name
 from radapter_serve.release.release import KEPT, NO_TEMPERATURE, Release
 from radapter_serve.release.repository import SERVED
-
-if TYPE_CHECKING:
-    from radapter_export import Export
-    from radapter_export.release import ExportedRelease
 
 FIRST = (
     *("alpha", "adapter", "checkpoint", "lora", "base", "label_set", "templates", "dense"),
@@ -67,31 +64,36 @@ def export(
     replaced = None  # the α of the merged checkpoint that this export replaces
     with contextlib.suppress(RAdapterError):
         replaced = Release.load(settings.merged).alpha
+    label_sets: dict[str, Path] = {}
+    for pair in label_set:
+        name, _, file = pair.partition("=")
+        if not (name and file) or name in label_sets:
+            raise RAdapterError(
+                f"--label-set {pair}: write NAME=FILE, such as --label-set animals=animals.txt, and"
+                " each name once"
+            )
+        label_sets[name] = Path(file)
     done = start.export(
         adapter or None,
         alpha or None,
         format=format,
         threads=threads,
         progress=True,
-        **{**vars(settings), "label_sets": _label_sets(label_set)},
+        **{**vars(settings), "label_sets": label_sets},
     )
+    releases = done.releases
     for note in done.notes:
         Console(stderr=True).print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    out = Console()
-    out.print(_agreement(done, settings, time.perf_counter() - began))
-    for line in (*_measured(done.releases, settings), *_written(done, settings, replaced)):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
-
-def _agreement(done: Export, settings: ExportSettings, seconds: float) -> Table:
-    """A row for each graph, with its agreement with torch."""
-    count = f"{len(done.releases)} release{'s' if len(done.releases) > 1 else ''}"
+    # A row for each graph, with its agreement with torch.
+    count = f"{len(releases)} release{'s' if len(releases) > 1 else ''}"
+    seconds = time.perf_counter() - began
     title = f"{', '.join(done.made_of)}: {count} in {settings.precision}, {seconds:.0f} s"
     table = Table(title=title)
     for column in ("release", "alpha", "graph", "MB", "max error", "1 - cosine", "seconds"):
         left = column == "graph"
         table.add_column(column, justify="left" if left else "right", no_wrap=left)
-    for release in done.releases:
+    for release in releases:
         for graph in [*release.graphs, *release.forms]:
             table.add_row(
                 str(release.version),
@@ -102,50 +104,45 @@ def _agreement(done: Export, settings: ExportSettings, seconds: float) -> Table:
                 f"{1 - graph.agreement.min_cosine:.1e}",
                 f"{graph.seconds:.1f}",
             )
-    return table
+    Console().print(table)
 
-
-def _measured(releases: Sequence[ExportedRelease], settings: ExportSettings) -> Iterator[str]:
-    """A line for each measurement of a release, and one where there should have been some."""
-    from radapter_serve.evaluation.rows import metric_name
-
+    # What was measured on validation data.
+    lines = []
     for release in releases:
-        name = f"Release {release.version}"
         if accuracy := release.accuracy:
-            yield (
-                f"{name}: {metric_name(accuracy.metric)} on {accuracy.n} images of"
-                f" {accuracy.dataset}: {accuracy.release:.2f} %, torch {accuracy.torch:.2f} %"
+            lines.append(
+                f"Release {release.version}: {metric_name(accuracy.metric)} on {accuracy.n} images"
+                f" of {accuracy.dataset}: {accuracy.release:.2f} %, torch {accuracy.torch:.2f} %"
             )
         if confidence := release.release.confidence:
-            yield f"{name}: {_calibrated(confidence)}"
+            lines.append(f"Release {release.version}: {_calibrated(confidence)}")
     if settings.precision != "fp32" and settings.validation is None and not releases[-1].accuracy:
-        yield (
+        lines.append(
             "No task accuracy was measured: the run has no validation data here; give some with"
             " --validation DATA"
         )
 
-
-def _written(done: Export, settings: ExportSettings, replaced: float | None) -> Iterator[str]:
-    """Where everything is, and the commands to go on with."""
-    merged = ", ".join(str(release.merged) for release in done.releases)
+    # Where everything is, and the commands to go on with.
+    merged = ", ".join(str(release.merged) for release in releases)
     if replaced is not None and replaced != done.alpha:
         merged += f", in place of the one at alpha {replaced:g}"
-    yield f"Merged: {merged}"
+    lines.append(f"Merged: {merged}")
     if done.transformers is not None:
-        yield f"Transformers: {done.transformers}"
-    for release in done.releases:
-        if release.pushed is not None:
-            yield f"Pushed: {release.pushed}"
+        lines.append(f"Transformers: {done.transformers}")
+    if releases[-1].pushed is not None:
+        lines.append(f"Pushed: {releases[-1].pushed}")
     folder = done.model_repository
     repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
-    yield f"Next:   radapter-serve{repository}"
+    lines.append(f"Next:   radapter-serve{repository}")
     if (folder / SERVED).exists():  # its starts serve what was chosen
-        numbers = " ".join(str(release.version) for release in done.releases)
+        numbers = " ".join(str(release.version) for release in releases)
         where = f" --model-repository{repository}" if repository else ""
-        yield f"        radapter-release load {numbers}{where}"
-    if sets := sorted(done.releases[-1].release.label_sets):
+        lines.append(f"        radapter-release load {numbers}{where}")
+    if sets := sorted(releases[-1].release.label_sets):
         name = CLASSES if CLASSES in sets else sets[0]
-        yield f"        radapter-query classify PHOTO.jpg --label-set {shlex.quote(name)}"
+        lines.append(f"        radapter-query classify PHOTO.jpg --label-set {shlex.quote(name)}")
+    for line in lines:
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _calibrated(fitted: Mapping[str, Any]) -> str:
@@ -170,20 +167,6 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
         f"scores are calibrated by {way}: {before} before, {100 * fitted['ece_after']:.2f} %"
         f" after{worse}; {labels}"
     )
-
-
-def _label_sets(pairs: Sequence[str]) -> dict[str, Path]:
-    label_sets: dict[str, Path] = {}
-    for pair in pairs:
-        name, equals, file = pair.partition("=")
-        if not (name and equals and file):
-            raise RAdapterError(
-                f"--label-set {pair}: write NAME=FILE, such as --label-set animals=animals.txt"
-            )
-        if name in label_sets:
-            raise RAdapterError(f"--label-set {name} is given twice")
-        label_sets[name] = Path(file)
-    return label_sets
 
 
 def main(argv: list[str] | None = None) -> int:

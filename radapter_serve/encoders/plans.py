@@ -127,7 +127,7 @@ def build_engines(
         encoders = encoders_of(repository)
         engines = []
         for encoder in encoders:
-            bounds = encoder.bounds if tolerance is None else encoder.bounds.widened(tolerance)
+            bounds = encoder.facts.bounds.widened(tolerance)
             for version in encoder.versions:
                 folder = encoder.folder / str(version)
                 start = time.perf_counter()

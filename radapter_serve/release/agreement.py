@@ -32,10 +32,12 @@ class Tolerance:
     max_error: float
     min_cosine: float = LEAST_COSINE
 
-    def widened(self, max_error: float) -> Tolerance:
-        """These bounds for another largest error; 1 − cosine grows with its square, up to 1 −
-        LEAST_COSINE.
+    def widened(self, max_error: float | None) -> Tolerance:
+        """Bounds for another largest error, if one is given; 1 − cosine grows with its square, to
+        1 − LEAST_COSINE.
         """
+        if max_error is None:
+            return self
         angle = (1 - self.min_cosine) * max(1.0, max_error / self.max_error) ** 2
         return Tolerance(max_error, max(1 - angle, LEAST_COSINE))
 
@@ -63,10 +65,6 @@ class Agreement:
 
     max_error: float
     min_cosine: float
-
-    def within(self, bounds: Tolerance) -> bool:
-        """True if it is near enough."""
-        return self.max_error <= bounds.max_error and self.min_cosine >= bounds.min_cosine
 
 
 @dataclass(frozen=True)
@@ -115,17 +113,11 @@ class Samples:
             ) from error
 
 
-def compare(
-    name: str,
-    encoder: Encode,
-    samples: Samples,
-    bounds: Tolerance | float | None,
-) -> Agreement:
+def compare(name: str, encoder: Encode, samples: Samples, bounds: Tolerance) -> Agreement:
     """Run a graph on every batch and compare it with its reference.
 
-    `bounds` may be the largest error alone; None only measures. Refuses a graph that fails on a
-    batch, gives NaN or another shape, or differs by more than is allowed; `name` is for the
-    message.
+    Refuses a graph that fails on a batch, gives NaN or another shape, or differs by more than is
+    allowed; `name` is for the message.
     """
     max_error = 0.0
     least = 1.0
@@ -148,18 +140,15 @@ def compare(
         cosine = (a * b).sum(-1) / np.maximum(lengths, 1e-12)  # a zero vector agrees with none: 0
         max_error = max(max_error, float(np.abs(a - b).max()))
         least = min(least, float(cosine.min()))
-    agreement = Agreement(max_error, least)
-    bounds = bounds if bounds is None or isinstance(bounds, Tolerance) else Tolerance(bounds)
-    if bounds is not None and not agreement.within(bounds):
+    if max_error > bounds.max_error or least < bounds.min_cosine:
         advice = f"no --tolerance allows a cosine below {LEAST_COSINE}"
         if least > LEAST_COSINE:
             needed = max(
                 max_error, bounds.max_error * math.sqrt((1 - least) / (1 - bounds.min_cosine))
             )
-            advice = f"if you accept this, give --tolerance {min(1.5 * needed, 1.0):.0e}"
+            advice = f"to accept this, export with --tolerance {min(1.5 * needed, 1.0):.0e}"
         raise RAdapterError(
             f"{name} differs from torch by up to {max_error:.2e} (1 - cosine up to"
-            f" {1 - least:.1e}), the tolerance is {bounds}; nothing was written. fp32 is the"
-            f" closest --precision; {advice}"
+            f" {1 - least:.1e}), and {bounds} is allowed; fp32 is the closest --precision; {advice}"
         )
-    return agreement
+    return Agreement(max_error, least)

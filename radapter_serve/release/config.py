@@ -12,7 +12,6 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.agreement import LEAST_COSINE, Tolerance
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release, release_parameters
 from radapter_serve.release.repository import (
@@ -22,6 +21,7 @@ from radapter_serve.release.repository import (
     PATCH_ENCODER,
     RUNTIMES,
     TENSORRT,
+    format_list,
     versions_of,
 )
 
@@ -47,14 +47,6 @@ class ServedEncoder:
     def runtime(self) -> str:
         """The runtime of its export."""
         return str(self.config.backend)
-
-    @property
-    def bounds(self) -> Tolerance:
-        """Largest distance from torch, as at its export."""
-        agreement = self.facts.agreement
-        return Tolerance(
-            float(agreement["tolerance"]), max(LEAST_COSINE, float(agreement["min_cosine"]))
-        )
 
     @property
     def versions(self) -> list[int]:
@@ -111,17 +103,16 @@ def read_config(path: Path) -> Any:
 
 def named_releases(config: Any) -> dict[int, Release]:
     """The releases that a config names in its parameters, by number."""
-    texts = {key: value.string_value for key, value in config.parameters.items()}
-    keys = [key for key in texts if key.startswith("release.")] or [
-        key for key in texts if key == "release"
+    texts = [
+        value.string_value for key, value in config.parameters.items() if key.startswith("release.")
     ]
     try:
-        releases = [Release.from_dict(json.loads(texts[key])) for key in keys]
+        releases = [Release.from_dict(json.loads(text)) for text in texts]
     except (ValueError, TypeError, RecursionError) as error:
         raise RAdapterError(
             f"the config of {config.name} says of its release what is no JSON: {error}"
         ) from error
-    return {int(release.version): release for release in releases}
+    return {release.version: release for release in releases}
 
 
 def name_releases(config: Any, releases: Mapping[int, Release]) -> None:
@@ -232,47 +223,45 @@ def check_configs(repository: Path, version: int) -> None:
     Triton reads, may have been changed by its owner (instances, kinds, engines), but not in names
     and tensors.
     """
-    release = Release.load(repository / "classify" / str(version))
-    models = [model for model in MODELS if (repository / model / str(version)).is_dir()]
-    configs: dict[str, Any] = {}
+    release = Release.load(repository / MODELS[-1] / str(version))
     exported: dict[str, Any] = {}
+    naming = []  # models whose config names this release
+    others = []
+    models = [model for model in MODELS if (repository / model / str(version)).is_dir()]
     for model in models:
-        if (path := repository / model / CONFIG).exists():
-            configs[model] = read_config(path)
         if (path := repository / model / str(version) / CONFIG).exists():
             exported[model] = read_config(path)
-    names = {model: named_releases(config) for model, config in configs.items()}
-    naming = [model for model in models if version in names.get(model, ())]
-    if not naming and (missing := [model for model in models if model not in exported]):
+        if not (path := repository / model / CONFIG).exists():
+            others.append(f"{model} (missing)")
+            continue
+        config = read_config(path)
+        names = named_releases(config)
+        if version not in names:
+            others.append(f"{model} (of release {format_list(sorted(names))})")
+            continue
+        naming.append(model)
+        wrong = ""
+        if names[version] != release:
+            wrong = f"it is of another release {version} than {repository}/{MODELS[-1]}/{version}"
+        elif model in exported:
+            wrong = _difference(exported[model], config)
+        if wrong:
+            raise RAdapterError(
+                f"{path}: {wrong}; to mend it, copy {model}/{version}/{CONFIG} over it, or export"
+                " again with radapter-export"
+            )
+    if not naming and len(exported) < len(models):
         raise RAdapterError(
             f"release {version} in {repository} cannot be served any more: it has no config of"
-            f" {', '.join(missing)}; export it again with radapter-export"
+            f" {', '.join(model for model in models if model not in exported)}; export it again"
+            " with radapter-export"
         )
-    if naming and len(naming) < len(models):
-        others = []
-        for model in models:
-            if model not in configs:
-                others.append(f"{model} (missing)")
-            elif model not in naming:
-                numbers = ", ".join(map(str, sorted(names[model]))) or "none"
-                others.append(f"{model} (of release {numbers})")
+    if naming and others:
         raise RAdapterError(
             f"the configs in {repository} are of several releases: config.pbtxt names release"
             f" {version} in {', '.join(sorted(naming))}, but not in {', '.join(others)}; copy"
             " all of them again, or export again with radapter-export"
         )
-    for model in sorted(naming):
-        path = repository / model / CONFIG
-        if names[model][version] != release:
-            raise RAdapterError(
-                f"{path} is of another release {version} than {repository}/classify/{version}; copy"
-                " all files of one repository, or export again with radapter-export"
-            )
-        if model in exported and (wrong := _difference(exported[model], configs[model])):
-            raise RAdapterError(
-                f"{path}: {wrong}; to mend it, copy {model}/{version}/{CONFIG} over it, or export"
-                " again with radapter-export"
-            )
 
 
 def _difference(exported: Any, config: Any) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from radapter_serve.contract.errors import NOT_CALIBRATED, TaskError, request_alpha
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
+from radapter_serve.release.agreement import Tolerance
 
 # The task models of a release, in the order of writing: one whose last task is there is complete.
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
@@ -112,6 +113,11 @@ class Release:
             if self.dynamic_alpha:
                 deciding["dynamic_alpha"] = True
         return digest_of(json.dumps(deciding, sort_keys=True).encode())
+
+    @property
+    def bounds(self) -> Tolerance:
+        """How far from torch the encoders may be, as at the export."""
+        return Tolerance(float(self.agreement["tolerance"]), float(self.agreement["min_cosine"]))
 
     def at(self, alpha: float) -> Release:
         """The release at one α; refuses an α that it does not have."""

@@ -82,24 +82,6 @@ def releases_of(repository: Path) -> list[int]:
     return [version for version in versions_of(task) if (task / str(version) / FILE).exists()]
 
 
-def newest_export(repository: Path) -> list[int]:
-    """The releases that the configs ask Triton to serve, those of the newest export; the newest
-    last.
-    """
-    versions = releases_of(repository)
-    if not versions or not (path := repository / MODELS[-1] / CONFIG).exists():
-        return versions[-1:]
-    text = path.read_text(encoding="utf-8", errors="replace")
-    numbers = re.findall(r"\bversions\s*:\s*\[?([\d,\s]+)", text)
-    wanted = {int(number) for part in numbers for number in re.findall(r"\d+", part)}
-    if wanted:
-        return [version for version in versions if version in wanted]
-    if re.search(r"\bversion_policy\s*:?\s*\{\s*all\b", text):
-        return versions
-    latest = re.search(r"\bnum_versions\s*:\s*(\d+)", text)
-    return versions[-max(1, int(latest[1]) if latest else 1) :]
-
-
 def split_repository(repository: str | Path) -> tuple[str, str]:
     """The folder and the number of `DIR@N`; the number is empty where none is named, or where a
     folder's own name ends so.
@@ -167,8 +149,15 @@ class Served:
     def load(cls, repository: Path) -> Served:
         """Read `served.json`; the newest export where none was chosen yet."""
         path = repository / SERVED
+        known = releases_of(repository)
         if not path.exists():
-            return cls(tuple(newest_export(repository)))
+            # Those that the configs ask Triton to serve.
+            config = repository / MODELS[-1] / CONFIG
+            text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
+            numbers = re.findall(r"\bversions\s*:\s*\[?([\d,\s]+)", text)
+            wanted = {int(number) for part in numbers for number in re.findall(r"\d+", part)}
+            served = [version for version in known if version in wanted]
+            return cls(tuple(served or known[-1:]))
         try:
             text = json.loads(path.read_text(encoding="utf-8"))
             releases = sorted({int(number) for number in text["releases"]})
@@ -177,7 +166,6 @@ class Served:
             raise RAdapterError(
                 f"could not read {path}: {error}; choose what is served: radapter-release load N"
             ) from error
-        known = releases_of(repository)
         missing = [version for version in releases if version not in known]
         if missing or not releases:
             raise RAdapterError(

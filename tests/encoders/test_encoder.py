@@ -20,7 +20,7 @@ from radapter_serve.encoders import loaded as module
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.agreement import Samples, Tolerance, compare
 from radapter_serve.release.release import Release
 
 
@@ -30,12 +30,13 @@ def test_openvino_computes_what_torch_computed(
 ) -> None:
     folder = exported_tiny_clip / "model_repository" / name / "2"
     encoder = EncoderGraph(folder / "model.onnx", "openvino", threads=1)
-    assert compare(name, encoder, Samples.load(folder), 1e-5).min_cosine > 1 - 1e-6
+    assert compare(name, encoder, Samples.load(folder), Tolerance(1e-5)).min_cosine > 1 - 1e-6
     # Weights in another file, as those above 2 GB are.
     apart = tmp_path / "apart.onnx"
     model = onnx.load(folder / "model.onnx")
     onnx.save(model, apart, save_as_external_data=True, location="apart.data", size_threshold=0)
-    compare(name, EncoderGraph(apart, "openvino", threads=1), Samples.load(folder), 1e-5)
+    encoder = EncoderGraph(apart, "openvino", threads=1)
+    compare(name, encoder, Samples.load(folder), Tolerance(1e-5))
 
 
 def saved(path: Path, nodes: list[Any], shapes: list[Any], weights: dict[str, np.ndarray]) -> Path:

@@ -30,7 +30,7 @@ from radapter_serve.adapter import (
 from radapter_serve.clip.base import Base
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.agreement import TOLERANCES, Samples, compare
+from radapter_serve.release.agreement import TOLERANCES, Samples, Tolerance, compare
 from radapter_serve.release.config import encoders_of
 from radapter_serve.server.models import load_as_triton
 from tests.export.conftest import GRAPHS, Export, Exported
@@ -139,10 +139,10 @@ def test_samples_hold_alphas_and_another_is_refused(
     assert set(alphas.tolist()) == {0.0, 0.25, 0.5, 1.0}
     assert any(len(np.unique(batch)) > 2 for batch in samples.alphas)
     measured = dynamic[1].facts["agreement"][name]["max_error"]
-    assert compare(name, encoder, samples, 1e-5).max_error == measured
+    assert compare(name, encoder, samples, Tolerance(1e-5)).max_error == measured
     other = dataclasses.replace(samples, alphas=[1 - batch for batch in samples.alphas])
     with pytest.raises(RAdapterError, match=f"{name} differs from torch"):
-        compare(name, encoder, other, 1e-4)
+        compare(name, encoder, other, TOLERANCES["fp32"])
 
 
 def test_runtimes_and_int8_take_alpha(
@@ -153,7 +153,7 @@ def test_runtimes_and_int8_take_alpha(
         for runtime in ("onnxruntime", "openvino"):
             graph = load_as_triton(encoder, 1, runtime, 1)
             samples = Samples.load(encoder.folder / "1")
-            assert compare(encoder.name, graph, samples, None).min_cosine > 1 - 1e-6
+            assert compare(encoder.name, graph, samples, Tolerance(1e-5)).min_cosine > 1 - 1e-6
         text = encoder.configured("openvino", 1)
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
         # The batch is a dimension of the tensor for this runtime.

@@ -24,7 +24,7 @@ from radapter_serve.clip.towers import normalised
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.encoder import EncoderGraph
-from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 from tests.export.conftest import Export
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
@@ -156,4 +156,4 @@ def test_folded_graph_agrees_with_attached_adapters(name: str, tmp_path: Path) -
         graph.save(folded, tmp_path / "model.onnx")
         references = [nn.functional.normalize(embeds, dim=-1).numpy() for embeds in outputs]
         encoder = EncoderGraph(tmp_path / "model.onnx")
-        compare(graph.name, encoder, Samples(inputs, references), 1e-4)
+        compare(graph.name, encoder, Samples(inputs, references), TOLERANCES["fp32"])

@@ -17,18 +17,17 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import load_file
 
-from radapter_export import ExportSettings, export_release, write_merged
+from radapter_export import ExportSettings, export_release
 from radapter_export.forms import base_form, write_processor
 from radapter_serve.adapter import base_digest, fold, load_adapter, save_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.transformers import Form, check_processor, to_transformers
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.release import Release
 from radapter_serve.training import train
 from tests.export.conftest import Export, Exported
 from tests.helpers.graphs import quick_exports
 from tests.helpers.short_run import short_run
-from tests.helpers.small_models import FAMILIES, make_base, random_adapter, release
+from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
 
 def test_open_clip_loads_it_equal_to_the_bit(
@@ -52,43 +51,6 @@ def test_open_clip_loads_it_equal_to_the_bit(
         facts = json.loads((written.merged / "release.json").read_text(encoding="utf-8"))
         assert facts == written.facts
         assert load_base(f"local-dir:{written.merged}").config == tiny_base.config
-
-
-@pytest.mark.parametrize("quick_gelu", [True, False])
-def test_quick_gelu_is_always_written(tiny_base: Base, tmp_path: Path, quick_gelu: bool) -> None:
-    base = Base(**{**vars(tiny_base), "config": {**tiny_base.config, "quick_gelu": quick_gelu}})
-    write_merged(tmp_path / "merged", base, base.model.state_dict(), release(1))
-    config = json.loads((tmp_path / "merged" / "open_clip_config.json").read_text(encoding="utf-8"))
-    assert config["model_cfg"]["quick_gelu"] is quick_gelu
-
-
-def test_a_folder_of_somebody_else_is_refused(tiny_base: Base, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
-    with pytest.raises(RAdapterError, match=r"thesis\.tex.*--merged"):
-        write_merged(tmp_path, tiny_base, {}, release(1))
-    with pytest.raises(RAdapterError, match="is a file"):
-        write_merged(tmp_path / "thesis.tex", tiny_base, {}, release(1))
-    (tmp_path / "thesis.tex").rename(tmp_path / "README.md")
-    with pytest.raises(RAdapterError, match=r"README\.md.*--merged"):
-        write_merged(tmp_path, tiny_base, {}, release(1))
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "years of work"
-
-
-def test_a_full_disk_leaves_the_earlier_one(
-    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = tiny_base.model.state_dict()
-    write_merged(tmp_path / "merged", tiny_base, weights, release(1))
-
-    def full(tensors: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("radapter_export.forms.save_file", full)
-    with pytest.raises(RAdapterError, match="No space left on device.*radapter-export again"):
-        write_merged(tmp_path / "merged", tiny_base, weights, release(2))
-    assert {path.name for path in (tmp_path).iterdir()} == {"merged"}
-    assert Release.load(tmp_path / "merged") == release(1)
 
 
 TEXTS = ["a photo of a cat", "two dogs on a red sofa", "many words " * 60, ""]
@@ -347,25 +309,27 @@ def test_another_way_to_resize_is_seen(tmp_path: Path) -> None:
             check_processor(tmp_path, base.preprocess, base.tokenizer)
 
 
-def test_folders_that_would_be_lost_and_a_missing_library_are_refused(
-    export: Export, no_graph: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"merged": "hf"}, "are one folder"),
+        ({"merged": "hf/open"}, "or one is inside the other"),
+        ({"transformers": "thesis"}, r"holds thesis\.tex.*--transformers"),
+        ({"merged": "notes"}, r"holds README\.md.*--merged"),
+        ({"transformers": "file"}, "is a file; give another folder with --transformers"),
+    ],
+)
+def test_folders_that_would_be_lost_are_refused(
+    export: Export, no_graph: None, tmp_path: Path, places: dict[str, str], message: str
 ) -> None:
     (tmp_path / "file").touch()
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "thesis.tex").write_text("years of work", encoding="utf-8")
-    form = tmp_path / "hf"
-    for places, message in (
-        ({"merged": form}, "are one folder"),
-        ({"merged": form / "open"}, "or one is inside the other"),
-        ({"transformers": tmp_path / "thesis"}, r"holds thesis\.tex.*--transformers"),
-        ({"transformers": tmp_path / "file"}, "is a file; give another folder with --trans"),
-    ):
-        with pytest.raises(RAdapterError, match=message):
-            export(**{"transformers": form, **places})
-    monkeypatch.setattr("radapter_serve.errors.find_spec", lambda name: None)
-    with pytest.raises(RAdapterError, match=r"transformers is not installed; .*\[huggingface\]"):
-        export(transformers=form)
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "thesis"}
+    for file in ("thesis/thesis.tex", "notes/README.md"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("years of work", encoding="utf-8")
+    changes = {flag: tmp_path / place for flag, place in places.items()}
+    with pytest.raises(RAdapterError, match=message):
+        export(**{"transformers": tmp_path / "hf", **changes})
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "thesis", "notes"}
 
 
 @pytest.mark.slow

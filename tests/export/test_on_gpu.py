@@ -16,11 +16,11 @@ from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.plans import PLAN, build_engines, check_plan
 from radapter_serve.encoders.tensorrt import Engine, Stream, build, find_gpu
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 
 pytestmark = pytest.mark.gpu
 ENCODERS = ("image_encoder", "text_encoder")
-TOLERANCE = 1e-4  # fp32, which TF32 would miss
+FP32 = TOLERANCES["fp32"]  # which TF32 would miss
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def repository(exported_tiny_clip: Path, tmp_path: Path) -> Path:
 
 
 def agrees(name: str, encode: Callable[..., NDArray[np.float32]], folder: Path) -> None:
-    compare(name, encode, Samples.load(folder), TOLERANCE)
+    compare(name, encode, Samples.load(folder), FP32)
 
 
 def test_the_gpu_is_found_and_keeps_what_it_is_given() -> None:
@@ -53,7 +53,7 @@ def test_engines_agree_with_torch_and_are_refused_on_another_machine(repository:
     built = build_engines(repository)
     assert len(built) == 4
     for one in built:
-        assert one.agreement.max_error < TOLERANCE
+        assert one.agreement.max_error < FP32.max_error
         folder = repository / one.model / str(one.version)
         agrees(one.model, EncoderGraph(folder / PLAN, "tensorrt"), folder)
         replace(check_plan(folder), compute_capability="1.0").save(folder)

