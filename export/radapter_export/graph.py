@@ -1,5 +1,5 @@
-"""From a model to ONNX files: a module for each graph, from raw input to unit-length embeddings, and
-its export without weights; these are put in by name, so the operators are the same at every α.
+"""From a model to ONNX files: a module for each graph, from raw input to unit-length embeddings,
+and its export without weights, which are put in by name: its operators are the same at every α.
 """
 
 from __future__ import annotations
