@@ -225,15 +225,16 @@ def photo(width: int, height: int, kind: str = "JPEG", mode: str = "RGB", turn: 
 
 
 @pytest.mark.parametrize(
-    ("data", "size", "kind"),
+    ("form", "size", "kind"),
     [
-        (photo(1200, 1600, turn=6), (448, 597), "JPEG"),
-        (photo(1600, 1200, mode="L"), (597, 448), "JPEG"),
-        (photo(1600, 1200, "PNG", "RGBA"), (597, 448), "PNG"),
-        (photo(1600, 1200, "WEBP"), (597, 448), "JPEG"),
+        ((1200, 1600, "JPEG", "RGB", 6), (448, 597), "JPEG"),
+        ((1600, 1200, "JPEG", "L"), (597, 448), "JPEG"),
+        ((1600, 1200, "PNG", "RGBA"), (597, 448), "PNG"),
+        ((1600, 1200, "WEBP"), (597, 448), "JPEG"),
     ],
 )
-def test_photos_are_made_small_before_they_are_sent(data: bytes, size, kind: str):
+def test_photos_are_made_small_before_they_are_sent(form: Any, size, kind: str):
+    data = photo(*form)
     small = sent(data, shrink_to=448)
     with Image.open(io.BytesIO(small)) as image, Image.open(io.BytesIO(data)) as whole:
         assert (image.size, image.format, image.mode) == (size, kind, whole.mode)
@@ -243,11 +244,12 @@ def test_photos_are_made_small_before_they_are_sent(data: bytes, size, kind: str
         assert np.abs(np.asarray(image, np.float64) - expected).mean() < 2
 
 
-@pytest.mark.parametrize(
-    "data",
-    [photo(600, 448), photo(1600, 1200, "PNG", "P"), photo(1600, 1200)[:500], b"no image"],
-)
-def test_what_is_small_or_no_photo_is_sent_as_it_is(data: bytes):
+@pytest.mark.parametrize("what", ["small", "palette", "broken", "no image"])
+def test_what_is_small_or_no_photo_is_sent_as_it_is(what: str):
+    data = b"no image"
+    if what != "no image":
+        form: Any = {"small": (600, 448), "palette": (1600, 1200, "PNG", "P")}
+        data = photo(*form.get(what, (1600, 1200)))[: 500 if what == "broken" else None]
     recorder = Recorder()
     with Client(transport=recorder, release=1, shrink_to=448) as client:
         client.classify(data, ["a"])
