@@ -383,27 +383,20 @@ def add_legend(
     if rest := order[ENTRIES:]:
         total = sum(shares[index] for index in rest)
         entries.append((None, f"{len(rest)} more", _percent(total)))
-    # Columns as wide as the widest entry, or one column in which long names are cut.
-    wanted = [
-        3 * gap + 2 * size + font.getlength(name) + font.getlength(share)
-        for _, name, share in entries
-    ]
-    columns = max(1, int((width - 2 * size) // (max(wanted) + 2 * size)))
-    column = (width - 2 * size) // columns
-    rows = -(-len(entries) // columns)
-    canvas = Image.new("RGB", (width, picture.height + rows * line + 2 * gap), PAPER)
+    column = min(width - 2 * size, 30 * size)
+    canvas = Image.new("RGB", (width, picture.height + len(entries) * line + 2 * gap), PAPER)
     canvas.paste(picture, ((width - picture.width) // 2, 0))
     pen = ImageDraw.Draw(canvas)
-    for index, (colour, name, share) in enumerate(entries):
-        left = size + index // rows * column
-        middle = picture.height + gap + index % rows * line + line // 2
-        right = left + column - (2 * size if columns > 1 else 0)
+    left = size
+    right = left + column
+    for row, (colour, name, share) in enumerate(entries):
+        middle = picture.height + gap + row * line + line // 2
         if colour is not None:
             box = (left, middle - size // 2, left + size, middle + size // 2)
             pen.rounded_rectangle(
                 box, size // 5, fill=colour, outline=PALE, width=max(1, size // 16)
             )
-        room = right - left - size - 2 * gap - font.getlength(share)
+        room = column - size - 2 * gap - font.getlength(share)
         if font.getlength(name) > room:
             while name and font.getlength(f"{name}…") > room:
                 name = name[:-1]

@@ -222,19 +222,19 @@ def segment(
     options = labels.arguments()
     options |= {"threshold": threshold, "short_side": short_side}
     options |= {"stride": stride, "refine": refine}
-    files.check_pictures("--save", save, ".png", ".jpg")
-    files.check_pictures("--save-mask", save_mask, ".png")
+    pictures = files.pictures("--save", save, ".png", ".jpg")
+    masks = files.pictures("--save-mask", save_mask, ".png")
     with server.client() as client:
 
         def answers() -> Iterator[Answer]:
             ask = files.answers(lambda paths: client.segment(paths, **options), 8)
             for image, answer in ask:
-                if save is not None:
-                    files.save_picture(save, image, answer.overlay(font=font))
-                if save_mask is not None:
+                if image in pictures:
+                    save_picture(pictures[image], answer.overlay(font=font))
+                if image in masks:
                     wide = len(answer.labels) > 256
                     mask = answer.mask if wide else answer.mask.astype(np.uint8)
-                    files.save_picture(save_mask, image, Image.fromarray(mask))
+                    save_picture(masks[image], Image.fromarray(mask))
                 names = ("labels", "shares", "scores", "release")
                 facts = {"image": image, "size": answer.mask.shape[::-1]}
                 facts |= {name: getattr(answer, name) for name in names}
@@ -432,11 +432,6 @@ class Images:
                 f"no JPEG, PNG or WebP files: {', '.join(names) or 'give files or folders'}"
             )
 
-    @property
-    def is_single(self) -> bool:
-        """Whether it is one file that was named as such."""
-        return len(self.paths) == 1 and not self._in_folders
-
     def answers(self, ask: Callable[[list[str]], list[T]], size: int) -> Iterator[tuple[str, T]]:
         """Each image with its answer; an image of a folder that cannot be read is left out, with a
         note.
@@ -460,26 +455,22 @@ class Images:
                 else:
                     yield path, answer
 
-    def check_pictures(self, flag: str, path: Path | None, *suffixes: str) -> None:
-        """Refuse a path that the pictures of these images can't go to: a file for one image, a
-        folder for several.
+    def pictures(self, flag: str, path: Path | None, *suffixes: str) -> dict[str, Path]:
+        """The file for the picture of each image: the path itself for one image that was named, and
+        a file in this folder, below which it lies as the image does, for several.
         """
-        if path is not None and self.is_single:
+        if path is None:
+            return {}
+        if len(self.paths) == 1 and not self._in_folders:
             check_output(flag, path, *suffixes)
-        elif path is not None and (path.suffix.lower() in suffixes or path.is_file()):
+            return {self.paths[0]: path}
+        if path.suffix.lower() in suffixes or path.is_file():
             raise RAdapterError(
                 f"{flag} {path}: of several images, give a folder for their pictures"
             )
-
-    def save_picture(self, path: Path, image: str, picture: Image.Image) -> None:
-        """Write the picture of an image, below the folder as the image is below all of them."""
-        if not self.is_single:
-            folders = [Path(name).absolute().parent for name in self.paths]
-            place = Path(image).absolute().relative_to(os.path.commonpath(folders))
-            path = path / f"{place}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-        kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
-        write_whole(path, lambda file: picture.save(file, kind, quality=90))
+        whole = {name: Path(name).absolute() for name in self.paths}
+        top = os.path.commonpath([file.parent for file in whole.values()])
+        return {name: path / f"{file.relative_to(top)}.png" for name, file in whole.items()}
 
 
 def check_output(flag: str, path: Path, *suffixes: str) -> None:
@@ -497,6 +488,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
     except OSError as error:
         raise RAdapterError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+    write_whole(path, lambda file: picture.save(file, kind, quality=90))
 
 
 def report(
