@@ -6,50 +6,27 @@ import dataclasses
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 import radapter_serve
-from radapter_serve.cli import (
-    build_engine,
-    demo,
-    export,
-    gateway,
-    guard,
-    index,
-    query,
-    serve,
-    train,
-)
-from radapter_serve.cli import eval as cli_eval
+from radapter_serve.cli import guard
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training.recipe import Recipe, load_recipe
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "build-engine": build_engine.main,
-    "demo": demo.main,
-    "eval": cli_eval.main,
-    "export": export.main,
-    "gateway": gateway.main,
-    "index": index.main,
-    "query": query.main,
-    "serve": serve.main,
-    "train": train.main,
-}
+from tests.helpers.commands import COMMANDS
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_help_and_unknown_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main = COMMANDS[name]
+    main = COMMANDS[name].load()
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"radapter-{name} {radapter_serve.__version__}\n"
+    assert capsys.readouterr().out == f"{name} {radapter_serve.__version__}\n"
     with pytest.raises(SystemExit) as exit_status:
         main(["--help"])
     assert not exit_status.value.code
-    assert f"radapter-{name}" in capsys.readouterr().out
+    assert name in capsys.readouterr().out
     with pytest.raises(SystemExit) as exit_status:
         main(["--no-such-flag", "1"])
     assert exit_status.value.code == 2
@@ -67,7 +44,7 @@ def test_help_shows_what_most_people_set_and_help_all_the_rest(
 
     def shown(flag: str) -> tuple[list[str], list[str]]:
         with pytest.raises(SystemExit) as exit_status:
-            COMMANDS[name]([*subcommand, flag])
+            COMMANDS[f"radapter-{name}"].load()([*subcommand, flag])
         assert not exit_status.value.code
         text = capsys.readouterr().out
         assert (f"radapter-{command} --help-all" in text) == (flag != "--help-all")
@@ -88,7 +65,7 @@ def test_help_of_training_lists_the_recipe_and_has_its_defaults(
     monkeypatch.setenv("COLUMNS", "100")
     for arguments in (["--help"], ["--help-all"]):
         with pytest.raises(SystemExit):
-            train.main(["--recipe", "small", *arguments])
+            COMMANDS["radapter-train"].load()(["--recipe", "small", *arguments])
         text = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert "--recipe NAME|FILE" in text and "--resume RUN" in text and "small" in text
         batch = re.search(r"--batch-size .*?\(default: (\d+)\)", text)

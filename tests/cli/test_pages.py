@@ -5,7 +5,6 @@ small model.
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 import shlex
 import shutil
@@ -38,12 +37,6 @@ def commands(page: Path) -> list[list[str]]:
     return [[word for word in words if word != "&"] for words in found]
 
 
-def main_of(command: str) -> Callable[[list[str]], int]:
-    point = COMMANDS[command]
-    main: Callable[[list[str]], int] = getattr(importlib.import_module(point.module), point.attr)
-    return main
-
-
 def idle(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that takes the same arguments, and does nothing; a class as it is."""
     return (
@@ -74,7 +67,7 @@ def test_the_commands_of_a_page_are_read(
         # Of a run that is not here.
         if "--resume" in command or any("/recipe.yaml" in word for word in command):
             continue
-        assert main_of(command[0])(command[1:]) == 0, shlex.join(command)
+        assert COMMANDS[command[0]].load()(command[1:]) == 0, shlex.join(command)
 
 
 @pytest.fixture
@@ -122,7 +115,7 @@ def test_the_pages_from_photos_to_a_release_run_in_their_order(
         for run in re.findall(r"runs/\w+", " ".join(command)):
             if command[0] != "radapter-train" and not Path(run).exists():
                 shutil.copytree("runs/photos", run)  # several to average
-        assert main_of(command[0])(command[1:]) == 0, (
+        assert COMMANDS[command[0]].load()(command[1:]) == 0, (
             f"{shlex.join(command)}\n{capfd.readouterr().err}"
         )
     assert {path.parent.as_posix() for path in Path("results").rglob("results.jsonl")} >= {
@@ -130,5 +123,5 @@ def test_the_pages_from_photos_to_a_release_run_in_their_order(
         "results/photos/pacs",
     }
     sweep = next(command for command in ran if "--suite" in command)
-    assert main_of(sweep[0])(sweep[1:]) == 0
+    assert COMMANDS[sweep[0]].load()(sweep[1:]) == 0
     assert "all of this was measured before" in capfd.readouterr().out

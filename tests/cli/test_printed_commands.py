@@ -15,16 +15,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from radapter_serve.cli import build_engine, eval, export, index, query, serve, train
+from radapter_serve.cli import query, serve, train
 from radapter_serve.server.endpoints import free_ports
+from tests.helpers.commands import COMMANDS
 
-COMMANDS = {
-    "train": train,
-    "eval": eval,
-    "export": export,
-    "index": index,
-    "build-engine": build_engine,
-}
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
@@ -34,8 +28,7 @@ def printed(text: str) -> list[list[str]]:
 
 
 def run(command: list[str]) -> None:
-    name = command[0].removeprefix("radapter-")
-    assert COMMANDS[name].main(command[1:]) == 0, shlex.join(command)
+    assert COMMANDS[command[0]].load()(command[1:]) == 0, shlex.join(command)
 
 
 @pytest.fixture

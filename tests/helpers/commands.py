@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
 import io
 from functools import cache
@@ -25,6 +24,5 @@ def help_of(command: str, *subcommand: str) -> str:
 def _said(command: str, *arguments: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        point = COMMANDS[command]
-        getattr(importlib.import_module(point.module), point.attr)(list(arguments))
+        COMMANDS[command].load()(list(arguments))
     return out.getvalue()
