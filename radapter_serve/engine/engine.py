@@ -102,7 +102,6 @@ class Engine:
         device: int | None = None,
         threads: int | None = None,
         spin: bool = False,
-        max_waiting: int = MAX_WAITING,
     ) -> Engine:
         """Open a model repository: of `DIR@N` release N, else those that `radapter-release` chose,
         or the newest export.
@@ -122,7 +121,7 @@ class Engine:
             )
             for version in numbers
         ]
-        return cls(releases, max_waiting=max_waiting)
+        return cls(releases)
 
     def prepare(self, releases: Sequence[LoadedRelease]) -> Mapping[int, ServedRelease]:
         """Prepare releases, next to those that are served, and probe each task of the new ones;

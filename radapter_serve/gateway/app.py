@@ -333,10 +333,6 @@ class Gateway:
         when, model = self._models.get((name, version), (now, None))
         if model is None or now - when >= fresh:
             model = await self._upstream.config(name, version)
-            # Versions come and go: what nobody asks for any more is forgotten.
-            for key, (asked, _) in list(self._models.items()):
-                if now - asked >= FRESH:
-                    del self._models[key]
             self._models[name, version] = now, model
         return model
 
@@ -372,7 +368,8 @@ class Health:
         try:
             if not await self._upstream.ready(task):
                 return f"{task} is not ready"
-            await self._upstream.infer(Inference(task, "", dict(PROBES[task])), SHORT_TIMEOUT)
+            probe = Inference(task, "", dict(PROBES[task]))
+            await self._upstream.infer(probe, SHORT_TIMEOUT, Entry("probe"))
         except Refused as error:
             if error.code in _FAILED:
                 return f"{task} does not answer"

@@ -36,12 +36,12 @@ class InProcess:
         self._engine = engine
         self._threads = ThreadPoolExecutor(max_concurrent, thread_name_prefix="request")
 
-    async def infer(self, request: Inference, timeout: float, entry: Entry | None = None) -> Reply:
+    async def infer(self, request: Inference, timeout: float, entry: Entry) -> Reply:
         cancelled = threading.Event()
         deadline = time.monotonic() + timeout
 
         def infer() -> Reply:
-            with collected(None if entry is None else entry.steps):
+            with collected(entry.steps):
                 return self._engine.infer(
                     request.model,
                     request.version,

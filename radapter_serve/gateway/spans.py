@@ -27,9 +27,8 @@ class Spans:
     def __init__(self, exporter: SpanExporter | None = None) -> None:
         resource = Resource.create({SERVICE_NAME: "radapter-serve"})
         resource = resource.merge(OTELResourceDetector().detect())
-        self._exporter = exporter or OTLPSpanExporter()
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
+        self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("radapter_serve")
 
     def begin(self, headers: Mapping[str, str], method: str, route: str, entry: Entry) -> Span:
@@ -77,10 +76,7 @@ class Spans:
         span.end()
 
     def close(self, seconds: float) -> None:
-        """Send the spans that wait, for so many seconds, and give up after half as long again."""
+        """Send the spans that wait, for so many seconds."""
         closing = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
         closing.start()
         closing.join(seconds)
-        if closing.is_alive():
-            self._exporter.shutdown()
-            closing.join(seconds / 2)

@@ -66,15 +66,12 @@ class Triton:
             self._open()
         return self._fresh_stub
 
-    async def infer(self, request: Inference, timeout: float, entry: Entry | None = None) -> Reply:
+    async def infer(self, request: Inference, timeout: float, entry: Entry) -> Reply:
         message = service_pb2.ModelInferRequest(
-            model_name=request.model, model_version=request.version
+            model_name=request.model, model_version=request.version, id=entry.id
         )
-        metadata: tuple[tuple[str, str], ...] = ()
-        if entry is not None:
-            message.id = entry.id
-            if entry.traceparent is not None:
-                metadata = (("traceparent", entry.traceparent),)
+        trace = entry.traceparent
+        metadata = () if trace is None else (("traceparent", trace),)
         for name, array in request.inputs.items():
             datatype = TASKS[request.model].inputs[name].datatype
             message.inputs.add(name=name, datatype=datatype, shape=array.shape)

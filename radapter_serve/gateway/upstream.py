@@ -256,7 +256,7 @@ class Entry:
 class Upstream(Protocol):
     """The methods raise nothing but `Refused`; cancelling one cancels its request upstream too."""
 
-    async def infer(self, request: Inference, timeout: float, entry: Entry | None = None) -> Reply:
+    async def infer(self, request: Inference, timeout: float, entry: Entry) -> Reply:
         """Answer within `timeout` seconds; `entry` has the request's id and trace, and takes the
         steps of an engine.
         """

@@ -30,13 +30,8 @@ GOOD: dict[str, Ask] = {
     "labels": lambda client: client.classify([png(3)], ["red", "green, lime", "blue"], top_k=2),
     "label set": lambda client: client.classify(png(4), label_set="colours"),
     "calibrated": lambda client: client.classify(png(5), ["red", "green"], calibrated=True),
-    "multi-label": lambda client: client.classify(png(5), ["red", "green"], multi_label=True),
-    "unknown": lambda client: client.classify(png(5), ["red", "green"], unknown=0.5),
     "examples": lambda client: client.classify(
         [png(5), png(6)], ["red", "green"], examples={"red": [png(8), png(9)]}, example_weight=0.3
-    ),
-    "examples alone": lambda client: client.classify(
-        png(5), examples={"tin": png(8), "cup": png(9)}
     ),
     "templates": lambda client: client.classify(png(5), ["red"], templates=["one {}", "two {}"]),
     "mask": lambda client: client.segment(png(6, 50, 40), ["sky", "sea"], threshold=0.4),
@@ -44,7 +39,6 @@ GOOD: dict[str, Ask] = {
     "proposals": lambda client: client.segment(
         png(6, 50, 40), ["sky", "sea"], proposals=np.tri(40, 50)[None] > 0
     ),
-    "search by text": lambda client: client.search("red", index="photos", top_k=3),
     "search by image": lambda client: client.search(
         image=png(7), index="photos", where="width > 20", thumbnails=True
     ),
@@ -56,7 +50,6 @@ GOOD: dict[str, Ask] = {
         index="photos",
     ),
     "search by pages": lambda client: pages(client),
-    "least score": lambda client: client.search("red", index="photos", min_score=0.05),
     "calibrated search": lambda client: client.search(
         "red", index="photos", min_score="calibrated"
     ),
@@ -64,24 +57,16 @@ GOOD: dict[str, Ask] = {
 BAD: dict[str, Ask] = {
     "no image": lambda client: client.classify(b"no image", ["a"]),
     "empty label": lambda client: client.classify(png(0), ["a", " "]),
-    "same label": lambda client: client.classify(png(0), ["a", "a"]),
-    "no label set": lambda client: client.classify(png(0), label_set="none"),
     "alpha": lambda client: client.embed_texts(["a"], alpha=0.9),
-    "empty text": lambda client: client.embed_texts(["a", ""]),
     "no index": lambda client: client.search("a", index="none"),
     "condition": lambda client: client.search("a", index="photos", where="nothing = 1"),
-    "no column": lambda client: client.search("a", index="photos", where="DROP TABLE images"),
     "another version": lambda client: client.search("a", index="photos", index_version="g-1"),
-    "weights that cancel": lambda client: client.search(
-        ["a", "a"], weights=[1, -1], index="photos"
-    ),
     "calibrated image": lambda client: client.search(
         image=png(7), index="photos", min_score="calibrated"
     ),
     "proposals": lambda client: client.segment(
         png(6, 50, 40), ["red"], proposals=np.ones((1, 3, 3), bool)
     ),
-    "stride": lambda client: client.segment(png(6), ["red"], stride=0),
 }
 
 

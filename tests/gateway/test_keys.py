@@ -260,7 +260,7 @@ def test_an_id_comes_back_with_every_answer_and_in_exceptions(served: Served) ->
     with Client(served.url, api_key="x") as client, pytest.raises(RAdapterClientError) as failed:
         client.embed_texts(["a"])
     entry = served.upstream.entries[-1]  # Triton's
-    assert entry is not None and failed.value.request_id == entry.id
+    assert failed.value.request_id == entry.id
 
 
 def test_a_line_a_request(keys: Path, capsys: pytest.CaptureFixture[str]) -> None:

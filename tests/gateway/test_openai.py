@@ -160,7 +160,7 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
     answer = served.upstream.infer
     calls = []
 
-    async def switching(asked: Inference, timeout: float, entry: Any = None) -> Reply:
+    async def switching(asked: Inference, timeout: float, entry: Any) -> Reply:
         calls.append((asked.model, asked.version))
         if len(calls) == 2:
             raise Refused(404, "unknown_model", "no version 1")

@@ -8,8 +8,8 @@ import asyncio
 import contextlib
 import json
 import struct
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -26,6 +26,7 @@ from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import config, packed
 
 ASKED = Inference("classify", "", {})
+ENTRY = Entry("own")
 
 
 class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -131,8 +132,8 @@ def test_arrays_are_sent_and_arrays_come_back() -> None:
     ]
     assert recorder.metadata["traceparent"] == "00-trace-01"
     assert 20 < recorder.seconds <= 30
-    _, recorder = recorded(lambda triton: triton.infer(ASKED, 10))
-    assert not recorder.message.id and "traceparent" not in recorder.metadata
+    _, recorder = recorded(lambda triton: triton.infer(ASKED, 10, ENTRY))
+    assert "traceparent" not in recorder.metadata
 
 
 def test_what_triton_says_of_a_model() -> None:
@@ -143,19 +144,7 @@ def test_what_triton_says_of_a_model() -> None:
 
 
 async def asked(triton: Triton) -> int:
-    return (await triton.infer(ASKED, 10)).version
-
-
-def test_requests_are_spread_over_all_servers_of_a_name() -> None:
-    async def main() -> Counter[int]:
-        async with listening(Server(1)) as first, listening(Server(2)) as second:
-            triton = Triton(f"ipv4:{first},{second}")
-            versions = Counter([await asked(triton) for _ in range(20)])
-            await triton.close()
-            return versions
-
-    versions = asyncio.run(main())
-    assert set(versions) == {1, 2} and min(versions.values()) > 5
+    return (await triton.infer(ASKED, 10, ENTRY)).version
 
 
 def test_servers_are_looked_up_again_and_requests_under_way_are_answered(
@@ -190,7 +179,9 @@ def test_failures_of_triton_are_logged_and_those_of_callers_are_not(
 ) -> None:
     for status in ("INTERNAL", "INVALID_ARGUMENT"):
         with pytest.raises(Refused):
-            recorded(lambda triton, name=status: triton.infer(Inference(name, "", {}), 10))  # type: ignore[misc]
+            recorded(
+                partial(Triton.infer, request=Inference(status, "", {}), timeout=10, entry=ENTRY)
+            )
     assert [line for line in caplog.messages if "Triton" in line] == ["Triton: INTERNAL: why"]
 
 

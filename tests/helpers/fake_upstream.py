@@ -61,7 +61,7 @@ class FakeUpstream:
 
     def __init__(self) -> None:
         self.asked: list[Inference] = []
-        self.entries: list[Entry | None] = []  # that came with them
+        self.entries: list[Entry] = []  # that came with them
         self.timeouts: list[float] = []  # seconds that they had
         self.error: Exception | None = None  # raised instead of an answer
         self.hold = asyncio.Event()
@@ -71,7 +71,7 @@ class FakeUpstream:
         self.older: dict[tuple[str, str], Model] = {}  # of others, by task and version
         self.outputs: dict[str, np.ndarray] | None = None  # of every answer
 
-    async def infer(self, asked: Inference, timeout: float, entry: Entry | None = None) -> Reply:
+    async def infer(self, asked: Inference, timeout: float, entry: Entry) -> Reply:
         self.asked.append(asked)
         self.entries.append(entry)
         self.timeouts.append(timeout)
