@@ -36,7 +36,6 @@ from radapter_serve.contract.images import spread
 from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.data.rows import Images
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 
@@ -152,7 +151,7 @@ _TEXTS_A_BATCH = 64
 
 
 def calibrate(
-    images: Images, base: Base, source: Source, tokenizer: Tokenizer
+    images: Sequence[Path], base: Base, source: Source, tokenizer: Tokenizer
 ) -> dict[str, Batches]:
     """Inputs of each graph, by which the ranges of its activations are found: some of the images,
     some prompts of the label sets, and texts that agreement is not checked with.
@@ -160,12 +159,11 @@ def calibrate(
     turns = {"exif_orientation": source.metadata.source.exif_orientation}
     preprocess = Preprocess.from_dict({**base.preprocess, **turns})
     pixels = []
-    for row in spread(images.rows, IMAGES):
+    for path in spread(images, IMAGES):
         try:
-            pixels.append(decode_pixels(images.data(row), preprocess))
-        except RAdapterError as error:
-            why = error.what if isinstance(error, TaskError) else error
-            raise RAdapterError(f"calibration image {images.name(row)}: {why}") from error
+            pixels.append(decode_pixels(path.read_bytes(), preprocess))
+        except TaskError as error:
+            raise RAdapterError(f"calibration image {path}: {error.what}") from error
     prompts = [
         template.replace("{}", name)
         for file in source.label_sets.values()

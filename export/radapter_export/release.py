@@ -40,7 +40,7 @@ from radapter_serve.clip.towers import is_causal
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.labels import SAME, indistinguishable
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.data.rows import open_images
+from radapter_serve.data.rows import list_folder
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, complete
@@ -167,7 +167,7 @@ def export_release(
     validation = open_validation(source.metadata, settings.validation, source.dense, precision)
     images = None
     if settings.calibration is not None:
-        images = open_images(settings.calibration, "--calibration")
+        images = list_folder(Path(settings.calibration), "--calibration")
     hub = None
     if settings.push is not None:
         say("asking the Hugging Face hub")

@@ -51,7 +51,7 @@ class ExportSettings:
             leaves patch_encoder out; the run's own if none is given.
         precision: of the encoders' weights and matrix products. int8 is quantized as it runs, for
             CPUs; with --calibration by fixed ranges, which TensorRT takes too.
-        calibration: about a hundred typical images for int8: a folder, csv:FILE or parquet:FILE.
+        calibration: a folder of about a hundred typical images for int8.
         validation: data as of radapter-train --val-data, by which the encoders are compared with
             torch in the task's own metric, and scores are calibrated; own for the run's own, which
             is also taken if none is given and the precision is not fp32; none for none.
@@ -80,7 +80,7 @@ class ExportSettings:
     templates: str | Path | None = None
     dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    calibration: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     validation: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
     max_drop: Annotated[float, Field(ge=0, le=100)] = 0.5
     runtime: Literal["onnxruntime", "openvino", "tensorrt"] = "onnxruntime"

@@ -365,33 +365,14 @@ def sub_folders(path: Path) -> set[str]:
     }
 
 
-@dataclass
-class Images(ImageColumn):
-    """Images alone, without labels, read one by one with `data` and `name`."""
-
-    rows: Any
-    folder: Path
-    image_column: str = "image"
-    exif_orientation: bool = True
-
-
-def open_images(source: str, flag: str) -> Images:
-    """Open the images of a folder, or those that a table names."""
-    reader = source.partition(":")[0]
-    if reader in READERS and reader != "imagefolder":
-        rows = open_rows(source, {"image": flag})
-        if not len(rows.table):
-            raise RAdapterError(f"{source} holds no image; see {flag}")
-        return Images(rows.table, rows.folder)
-    folder = Path(source.removeprefix("imagefolder:")).absolute()
+def list_folder(folder: Path, flag: str) -> list[Path]:
+    """The images of a folder, with all folders in it; refuses one without any."""
     if not folder.is_dir():
-        raise RAdapterError(
-            f"{source} is no folder; give {flag} a folder of images, csv:FILE or parquet:FILE"
-        )
+        raise RAdapterError(f"{folder} is no folder; give {flag} a folder of images")
     files = list_images(folder)
     if not files.images:
         has = f"; it has {count_kinds(files.left_out)}" if files.left_out else ""
         raise RAdapterError(
-            f"{source} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of it{has}"
+            f"{folder} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of it{has}"
         )
-    return Images([{"image": str(file)} for file in files.images], folder)
+    return files.images

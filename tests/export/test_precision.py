@@ -28,7 +28,7 @@ from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.data.rows import open_images
+from radapter_serve.data.rows import list_folder
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
@@ -261,7 +261,7 @@ def test_a_release_says_what_its_precision_costs(
         [0.7],
         precision=precision,
         runtime=runtime,
-        calibration=data if static else None,
+        calibration=photos if static else None,
         validation=data,
         max_drop=100,
         dense="naclip",
@@ -310,7 +310,7 @@ def test_every_name_of_a_label_calibrates_and_no_text_that_agreement_is_checked_
     tokenizer: Any = tiny_base.tokenizer
     spec = write_tokenizer(tokenizer, tmp_path / "tokenizer.json", dynamic_length=True)
     encode = Tokenizer.load(tmp_path / "tokenizer.json", spec)
-    images = open_images(str(photos), "--calibration")
+    images = list_folder(photos, "--calibration")
     calibration = calibrate(images, tiny_base, source, encode)
     rows = [row for batch in calibration["text_encoder"] for row in batch.tolist()]
     names = ("cat", "kitty", "salt, pepper")

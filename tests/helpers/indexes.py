@@ -42,11 +42,6 @@ def retrieving(
     return lambda request: complete(retrieve(opened, request), embed)
 
 
-def point_again(out: Path) -> None:
-    """Have a server open the generation again, which it does where `index.json` has other bytes."""
-    (out / FACTS).write_bytes((out / FACTS).read_bytes() + b"\n")
-
-
 def said(out: Path) -> dict[str, Any]:
     """What its `index.json` says."""
     facts: dict[str, Any] = json.loads((generation(out) / FACTS).read_text())

@@ -217,7 +217,6 @@ NOISE = np.random.default_rng(0).bytes(5000)
         (CODES, lambda vectors: other_codes(8, "IVF4,PQ4x4fs")),
         (CODES, lambda vectors: NOISE),
         (VECTORS, lambda vectors: np.array([{}] * 400, object)),
-        (VECTORS, lambda vectors: vectors.astype(np.float16)),
         (VECTORS, lambda vectors: vectors[:399]),
         (ROWS, lambda vectors: NOISE),
     ],
@@ -281,8 +280,8 @@ def test_more_hits_than_the_cells_hold_are_found_in_others(
 @pytest.mark.parametrize(
     "kept",
     [
-        *(f"share {share}" for share in (0.9, 0.1, 0.005)),
-        *(f"beyond {share}" for share in (0.02, 0.3, 0.8)),
+        *(f"share {share}" for share in (0.9, 0.005)),
+        *(f"beyond {share}" for share in (0.02, 0.8)),
         "nearest half",
     ],
 )
@@ -363,17 +362,3 @@ def test_recall_is_of_the_worse_kind_of_query_and_against_every_vector(
     for lost in (0, 99, 100, 299):
         texts = np.repeat(vectors[[lost]], 3, axis=0)
         assert tune(Exact(vectors, lost), texts)[2] == pytest.approx(0.9)
-
-
-@pytest.mark.slow
-def test_an_approximate_index_keeps_its_promise(tmp_path: Path) -> None:
-    """120,000 clustered vectors; queries near them and, as texts are, all to one side: recall@10
-    against numpy.
-    """
-    count = 120_000
-    vectors, texts = clustered(count + 200, 64, 500)
-    vectors, queries = vectors[:count], vectors[count:]
-    index = open_index(make(tmp_path, vectors, texts[:100]))
-    for asked in (queries, texts[100:]):
-        assert recall(index, asked, vectors) >= 0.97
-    assert recall(index, queries, vectors[:60_000], "path < '060000.jpg'") >= 0.97
