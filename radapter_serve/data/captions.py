@@ -18,7 +18,6 @@ from radapter_serve.data.rows import (
     check_share,
     image_source,
     open_rows,
-    value_at,
 )
 from radapter_serve.errors import RAdapterError
 
@@ -42,7 +41,7 @@ class Captioned(ImageColumn):
     table: Any  # a Hugging Face data set with a caption or a list of captions a row
     images: Sequence[CaptionedImage]  # every image of the table once
     image_column: str
-    caption_column: str  # `json.caption` is the field of a column `json`
+    caption_column: str
     folder: Path = field(default_factory=Path)  # where relative image paths start
     captions_per_image: int = 1  # texts of a training pair
     exif_orientation: bool = True
@@ -95,19 +94,14 @@ def load_captioned(
     )
 
     # Gather the captions of each image, block by block: a table may be larger than memory.
-    names = [
-        name if name in table.column_names else name.partition(".")[0]
-        for name in (image_column, caption_column)
-    ]
     first: dict[str, int] = {}
     captions_of: dict[str, list[str]] = {}
-    for start, block in enumerate(table.select_columns(list(dict.fromkeys(names))).iter(_BLOCK)):
-        for offset, image in enumerate(block[names[0]]):
-            row = {name: values[offset] for name, values in block.items()}
-            value = value_at(row, caption_column)
-            number = start * _BLOCK + offset
-            captions = _texts(value)
-            if not captions:
+    number = -1
+    for block in table.select_columns(list(columns)).iter(_BLOCK):
+        for image, value in zip(block[image_column], block[caption_column], strict=True):
+            number += 1
+            captions = list(value) if isinstance(value, (list, tuple)) else [value]
+            if not captions or not all(isinstance(text, str) and text.strip() for text in captions):
                 line = f"row {number + 1} of {spec} has no text in {caption_column!r}: {value!r}"
                 if broken is None:
                     raise RAdapterError(
@@ -115,7 +109,9 @@ def load_captioned(
                     )
                 broken.append(line)
                 continue
-            key = image_identity(image)
+            source = image_source(image)  # the same bytes, or the same path, are the same image
+            content = source if isinstance(source, bytes) else source.encode()
+            key = hashlib.sha256(content).hexdigest()
             first.setdefault(key, number)
             captions_of.setdefault(key, []).extend(captions)
     data.images = [CaptionedImage(first[key], tuple(texts)) for key, texts in captions_of.items()]
@@ -128,17 +124,3 @@ def load_captioned(
             f" {most}"
         )
     return data
-
-
-def image_identity(value: Any) -> str:
-    """A digest that tells an image from others: of its bytes where the column holds them, else of
-    its path.
-    """
-    source = image_source(value)
-    return hashlib.sha256(source if isinstance(source, bytes) else source.encode()).hexdigest()
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    """The captions of a row; none where one of them is empty or no text."""
-    several = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return several if all(isinstance(text, str) and text.strip() for text in several) else ()

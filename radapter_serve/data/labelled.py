@@ -286,17 +286,16 @@ def load_labelled(
     )
 
     # Every label must be of a class, and in training every class needs an image.
-    if isinstance(rows, datasets.Dataset):
-        if len(rows) == 0:
-            raise RAdapterError(f"{spec} holds no images")
-        present = {label for labels in data.label_sets() for label in labels}
-        missing = [name for index, name in enumerate(names) if index not in present]
-        if missing and every_class:
-            raise RAdapterError(
-                f"{len(missing)} of {len(names)} classes have no image in {spec}:"
-                f" {some([repr(name) for name in missing])}; add images or take them out of the"
-                " class file"
-            )
+    if len(rows) == 0:
+        raise RAdapterError(f"{spec} holds no images")
+    present = {label for labels in data.label_sets() for label in labels}
+    missing = [name for index, name in enumerate(names) if index not in present]
+    if missing and every_class:
+        raise RAdapterError(
+            f"{len(missing)} of {len(names)} classes have no image in {spec}:"
+            f" {some([repr(name) for name in missing])}; add images or take them out of the class"
+            " file"
+        )
     return data
 
 

@@ -40,7 +40,7 @@ class BrokenImage(RAdapterError):
 class LabelledImages(ABC):
     """Images whose labels are classes, as training and validation go through them."""
 
-    rows: Any  # a sequence, a Hugging Face data set, or its stream
+    rows: Any  # a sequence, or a Hugging Face data set
     classes: list[str]  # in the order of the labels, synonyms after commas
     templates: Sequence[str]  # of prompts; a training pair draws one
 
@@ -122,14 +122,14 @@ def decode_named(data: bytes, name: str | Path, *, exif_orientation: bool = True
 class Rows:
     """Rows of images, not decoded."""
 
-    table: Any  # a Hugging Face data set, or its stream
+    table: Any  # a Hugging Face data set
     folder: Path  # where relative image paths start
     class_folders: bool = False  # the rows are the files of class folders, which name the labels
     # Number of files in class folders that are no images, by the end of their names.
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False) -> Rows:
+def open_rows(spec: str, columns: Mapping[str, str]) -> Rows:
     """Open rows of any kind, the images in them not decoded."""
     # The reader, the place and the split; a file or a folder may have @ in its own name.
     place = spec
@@ -153,16 +153,15 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
             missing = part if folder.is_dir() else folder
             raise RAdapterError(f"no folder {missing} for {spec}: one sub-folder a class")
         folder = part if divided else folder
-        return _rows_of_classes(folder, spec, columns, streaming)
+        return _rows_of_classes(folder, spec, columns)
 
     # Read it; datasets, pyarrow and the hub raise many kinds of errors, which all mean that it
     # can't be read.
     try:
         if reader in SPLIT_FILES:
             table = _open_splits(reader, Path(path), split if at else None)
-            table = table.to_iterable_dataset() if streaming else table
         else:
-            table = _load(place, split, streaming)
+            table = _load(place, split)
     except RAdapterError:
         raise
     except Exception as error:
@@ -174,7 +173,7 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
         raise RAdapterError(f"could not read the data {spec}: {why}; allowed: {_KINDS}") from error
     features = table.features or {}
     for column, flag in columns.items():
-        if features and value_at(features, column) is None:
+        if features and column not in features:
             raise RAdapterError(
                 f"{spec} has no column {column!r}; its columns: {', '.join(features)}; see {flag}"
             )
@@ -183,7 +182,7 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
     return Rows(table, folder)
 
 
-def _load(place: str, split: str, streaming: bool) -> Any:
+def _load(place: str, split: str) -> Any:
     """Rows that Hugging Face `datasets` reads: a file or several, or a name on the hub."""
     reader, _, path = place.partition(":")
     datasets.disable_progress_bars()
@@ -192,18 +191,16 @@ def _load(place: str, split: str, streaming: bool) -> Any:
             raise RAdapterError(
                 f"could not read the data {place}: there is no file {path}; allowed: {_KINDS}"
             )
-        return datasets.load_dataset(
-            reader, split=split, streaming=streaming, data_files={split: [path]}
-        )
+        return datasets.load_dataset(reader, split=split, data_files={split: [path]})
     if Path(place).exists():
-        return datasets.load_dataset(place, split=split, streaming=streaming)
+        return datasets.load_dataset(place, split=split)
     if not _HUB_NAME.fullmatch(place):
         raise RAdapterError(
             f"could not read the data {place}: there is no such folder; allowed: {_KINDS}"
         )
     try:
         with from_hub_or_cache():
-            return datasets.load_dataset(place, split=split, streaming=streaming)
+            return datasets.load_dataset(place, split=split)
     except Exception as error:
         if not unreachable():
             raise
@@ -279,7 +276,7 @@ def _karpathy(content: Any) -> tuple[_Splits, datasets.Features]:
     return splits, datasets.Features({"image": text, "caption": datasets.List(text)})
 
 
-def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], streaming: bool) -> Rows:
+def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str]) -> Rows:
     """The images in class folders: the columns `image`, a path, and `label`, the number of its
     folder.
     """
@@ -323,7 +320,7 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], stream
     left_out: Counter[str] = Counter()
     for files in listed.values():
         left_out.update(files.left_out)
-    return Rows(table.to_iterable_dataset() if streaming else table, folder, True, left_out)
+    return Rows(table, folder, True, left_out)
 
 
 def image_source(value: Any) -> bytes | str:
@@ -343,17 +340,6 @@ def check_share(count: int, fraction: float) -> int:
     if share := share_of(count, fraction):
         return share
     raise RAdapterError(f"val_fraction is {fraction} but there is one image; name validation data")
-
-
-def value_at(row: Mapping[str, Any], column: str) -> Any:
-    """A row's value in a column, or in a field of a column: `json.caption`; None where the row has
-    none.
-    """
-    if column in row:
-        return row[column]
-    outer, _, inner = column.partition(".")
-    nested = row.get(outer)
-    return nested.get(inner) if isinstance(nested, Mapping) else None
 
 
 def sub_folders(path: Path) -> set[str]:
