@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
-from pydantic import ConfigDict, Field, ValidationError
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import checker
 from radapter_serve.release.agreement import TOLERANCES, Tolerance
+
+try:
+    from pydantic import Field, ValidationError
+except ModuleNotFoundError:  # which `checker` says when the command runs, in one line
+    Field = dict  # type: ignore[assignment]
+    ValidationError = ValueError  # type: ignore[assignment,misc]
 
 CLASSES = "classes"  # the label set of the run's own classes
 OWN = "own"  # validation data: the run's
@@ -67,7 +72,7 @@ class ExportSettings:
             from there.
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     checkpoint: Annotated[str | Path | None, tyro.conf.arg(metavar="FILE|FOLDER|NAME")] = None
     lora: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
