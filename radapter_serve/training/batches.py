@@ -41,10 +41,13 @@ class Examples(Dataset[dict[str, Any]]):
         return len(self.data.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        draw = random.Random(f"{self.seed}-{self.epoch}-{index}")
+        augmentation = draw.getrandbits(63)
         broken: list[str] = []
         for offset in range(len(self)):
             try:
-                item = self.item(self.data.rows[(index + offset) % len(self)], index)
+                row = self.data.rows[(index + offset) % len(self)]
+                image, labels, text = self.data.pair(row, draw)
             except BrokenImage as error:
                 broken.append(str(error))
                 if self.refuse:
@@ -52,26 +55,20 @@ class Examples(Dataset[dict[str, Any]]):
             except RAdapterError as error:
                 return {"error": str(error)}
             else:
-                return {**item, "broken": broken}
+                with torch.random.fork_rng(devices=[]):
+                    # `torch.manual_seed` writes a stack trace for each GPU.
+                    torch.default_generator.manual_seed(augmentation)
+                    pixels = self.transform(image)
+                return {
+                    "pixels": pixels,
+                    "labels": labels if isinstance(labels, tuple) else (labels,),
+                    "texts": [text] if isinstance(text, str) else text,
+                    "broken": broken,
+                }
         if self.refuse:
             advice = "mend it, or leave such images out with --on-broken skip"
             return {"error": f"{broken[-1]}; {advice}"}
         return {"error": f"not one image of the data set can be read; the last: {broken[-1]}"}
-
-    def item(self, row: Any, index: int) -> dict[str, Any]:
-        """One row, augmented by the draw that belongs to its index."""
-        draw = random.Random(f"{self.seed}-{self.epoch}-{index}")
-        augmentation = draw.getrandbits(63)
-        image, labels, text = self.data.pair(row, draw)
-        with torch.random.fork_rng(devices=[]):
-            # `torch.manual_seed` writes a stack trace for each GPU.
-            torch.default_generator.manual_seed(augmentation)
-            pixels = self.transform(image)
-        return {
-            "pixels": pixels,
-            "labels": labels if isinstance(labels, tuple) else (labels,),
-            "texts": [text] if isinstance(text, str) else text,
-        }
 
 
 def batches(

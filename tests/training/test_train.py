@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from radapter_serve.adapter import attach, attach_adapter, fold, load_adapter
+from radapter_serve.adapter import attach, fold, load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.data.labelled import (
@@ -424,18 +424,14 @@ def test_base_and_novel_classes(labelled: Labelled) -> None:
 
 
 def test_without_text_adapters(tiny_clip_dir: str, images: Path, tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"adapt_text": False, "rank": 2, "form": "weight"}
+    fields: dict[str, Any] = {"adapt_text": False, "rank": 2, "form": "weight", "steps": 3}
     run = train(short_run(tiny_clip_dir, tmp_path, data=f"imagefolder:{images}", **fields))
     adapter = load_adapter(run)
-    assert adapter.keys and all(key.startswith("visual.") for key in adapter.keys)
-    model: Any = load_base(tiny_clip_dir).model
-    attached = attach_adapter(model, adapter, 0.7)
-    assert all(name.startswith("visual.") for name in attached.named_tensors())
-    attached.remove()
-    state = model.state_dict()
+    state = load_base(tiny_clip_dir).model.state_dict()
     folded = fold(state, adapter, 0.7)
     changed = [name for name, value in state.items() if not torch.equal(folded[name], value)]
-    assert changed and all(name.startswith("visual.") for name in changed)
+    for names in (adapter.keys, changed):
+        assert names and all(name.startswith("visual.") for name in names)
 
 
 def test_partial_adapts_the_text_tower_of_a_convolutional_clip(
