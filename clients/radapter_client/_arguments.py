@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -169,24 +170,15 @@ def _array(name: str, value: Any) -> Array:
 
 def check_seconds(value: float) -> float:
     """A time-out."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not (math.isfinite(value) and value > 0)
-    ):
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known or not 0 < value < math.inf:
         raise bad_argument(f"timeout is {shown(value)}; allowed are seconds above 0")
     return float(value)
 
 
 def check_key(key: str, url: ServerURL) -> None:
     """An API key that fits in a header; warns where others could read it on the way."""
-    if (
-        not isinstance(key, str)
-        or not key
-        or not key.isascii()
-        or not key.isprintable()
-        or " " in key
-    ):
+    if not isinstance(key, str) or not re.fullmatch("[!-~]+", key):
         raise bad_argument(
             "api_key is no key: it has letters, digits and signs of ASCII, and no white space"
         )

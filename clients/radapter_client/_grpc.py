@@ -54,8 +54,10 @@ class GrpcTransport:
             if request.action == "config":
                 asked = service_pb2.ModelConfigRequest(**model)
                 parameters = self._stub.ModelConfig(asked, **options).config.parameters
-                values = {name: value.string_value for name, value in parameters.items()}
-                return {"parameters": {name: {"string_value": values[name]} for name in values}}
+                texts = {
+                    name: {"string_value": value.string_value} for name, value in parameters.items()
+                }
+                return {"parameters": texts}
             if request.action == "ready":
                 return self._stub.ModelReady(
                     service_pb2.ModelReadyRequest(**model), **options

@@ -52,7 +52,7 @@ def is_one_image(images: object) -> bool:
     """Whether this is one image, and not several of them."""
     if isinstance(images, np.ndarray):
         return images.ndim < 4
-    return isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image))
+    return isinstance(images, (str, os.PathLike, bytes, Image.Image))
 
 
 def encode_image(image: ImageLike) -> bytes:
@@ -65,8 +65,8 @@ def encode_image(image: ImageLike) -> bytes:
         except (OSError, ValueError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or error
             raise bad_image(f"cannot read the image {image}: {reason}") from error
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return bytes(image)
+    if isinstance(image, bytes):
+        return image
     if isinstance(image, np.ndarray):
         image = _from_array(image)
     if not isinstance(image, Image.Image):
@@ -192,7 +192,7 @@ def size_bound(image: ImageLike) -> int:
         return image.nbytes
     if isinstance(image, Image.Image):
         return image.width * image.height * len(image.getbands())
-    return len(image) if isinstance(image, (bytes, bytearray, memoryview)) else 0
+    return len(image) if isinstance(image, bytes) else 0
 
 
 def chunks(sizes: Sequence[int], max_rows: int, max_bytes: int) -> list[range]:
