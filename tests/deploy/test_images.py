@@ -75,13 +75,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_nothing_but_sources_goes_into_the_build(tmp_path: Path) -> None:
+def test_all_sources_and_nothing_else_go_into_the_build(tmp_path: Path) -> None:
     let_in(tmp_path)
     tops = {path.name for path in tmp_path.iterdir()}
     readme = {"LICENSE", "README.md", "pyproject.toml"}
     assert tops == readme | {"clients", "export", "model_repository", "radapter_serve", "recipes"}
     names = {path.name for path in (tmp_path / "model_repository").rglob("*") if path.is_file()}
     assert names == {"config.template.pbtxt", "model.py"}
+    for package in ("radapter_serve", "export", "clients"):
+        sources = {path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")}
+        assert sources == {
+            path.relative_to(tmp_path) for path in (tmp_path / package).rglob("*.py")
+        }
 
 
 @pytest.mark.slow
