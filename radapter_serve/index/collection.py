@@ -59,15 +59,14 @@ class Collection:
 def open_collection(
     source: str, *, image_column: str = "image", root: Path | None = None
 ) -> Collection:
-    """Find the images of a source: a folder, read with all folders in it (`folder:DIR` if its name
-    has a colon), `csv:FILE` or `parquet:FILE`. Ids start from `root`, or from the source's folder.
+    """Find the images of a source: a folder, read with all folders in it, `csv:FILE` or
+    `parquet:FILE`. Ids start from `root`, or from the source's folder.
     """
     kind, colon, place = source.partition(":")
-    if not colon or kind not in ("folder", "csv", "parquet"):
-        kind = "folder"
-        place = source
-    path = Path(os.path.abspath(place))  # noqa: PTH100  # without "..", symbolic links as they are
-    if kind == "folder":
+    is_table = colon == ":" and kind in ("csv", "parquet")
+    # Without "..", symbolic links as they are.
+    path = Path(os.path.abspath(place if is_table else source))  # noqa: PTH100
+    if not is_table:
         if not path.is_dir():
             raise RAdapterError(
                 f"{source} is no folder; give a folder of images, csv:FILE or parquet:FILE"
@@ -81,8 +80,7 @@ def open_collection(
                 f"{source} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of"
                 f" it{has}"
             )
-        source = f"folder:{path}" if ":" in str(path) else str(path)
-        return Collection(source, root, items, {}, left_out=files.left_out)
+        return Collection(str(path), root, items, {}, left_out=files.left_out)
 
     root = root or path.parent
     table = read_rows(path, image_column, kind)
@@ -236,7 +234,6 @@ class Cluster:
         items: Sequence[tuple[str, Path, str]],
         size: int,
         thumbnails: int,
-        exif_orientation: bool,
     ) -> Iterator[list[Read]]:
         """Read and embed files in their order, in batches of `size`, from the id, the file, and the
         digest of the bytes that the index has; the work of a dead worker is repeated.
@@ -254,8 +251,9 @@ class Cluster:
         )(_Worker)
         batches = [items[start : start + size] for start in range(0, len(items), size)]
         origin = dict(self._loaded.origin)
+        turned = self._loaded.preprocess.exif_orientation
         workers = [
-            make.remote(origin, alpha, release.digest, thumbnails, exif_orientation)
+            make.remote(origin, alpha, release.digest, thumbnails, turned)
             for _ in range(min(self._workers, len(batches)))
         ]
         try:

@@ -302,7 +302,7 @@ class Writer:
 
         if cluster is not None:
             asked = [(item.id, item.file, before(item)) for item in items]
-            yield from cluster.read(asked, BATCH, size, self._plan.exif_orientation)
+            yield from cluster.read(asked, BATCH, size)
             return
         with ThreadPoolExecutor(decoders(8), thread_name_prefix="decode") as pool:
             for start in range(0, len(items), BATCH):

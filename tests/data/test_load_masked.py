@@ -292,7 +292,6 @@ def test_what_is_wrong_with_a_coco_file_is_said(folder: Path) -> None:
         file.write_text(json.dumps(changed))
         with pytest.raises(RAdapterError, match=word):
             only(f"coco:{file}").mask()
-    for text, word in (("[]", "no annotation file"), ("{", "is not JSON")):
-        file.write_text(text)
-        with pytest.raises(RAdapterError, match=word):
-            load_masked(f"coco:{file}")
+    file.write_text("{")
+    with pytest.raises(RAdapterError, match="is not JSON"):
+        load_masked(f"coco:{file}")
