@@ -1,8 +1,5 @@
-"""What a release is checked against: torch's embeddings with adapters attached, and on validation
-data torch's score in the task's own metric.
-
-The references are not folded and go through open_clip's own code, so fold, export and runtime are
-tested together (`radapter_serve.release.agreement` compares).
+"""What a release is checked against: torch's embeddings by open_clip's own code, with adapters
+attached and not folded, and on validation data torch's score in the task's own metric.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
-"""Releases on the Hugging Face hub: their model cards, how they are sent, and how one is taken back
-as a model repository.
-
-A release travels as data alone: graphs, samples, tokenizer, label sets and facts. The configs and
-the code of its models are made anew where it arrives, so nothing of the hub's is run.
+"""Releases on the Hugging Face hub: their model cards, how they are sent, and how one is taken
+back, as data alone: the configs and the code of its models are those of the installation that takes it.
 """
 
 from __future__ import annotations
@@ -105,15 +102,14 @@ def card_of(
     results = None
     if release.accuracy is not None:
         dataset = _named(release.accuracy["dataset"])
-        results = [
-            EvalResult(
-                task_type=_TASK,
-                dataset_type=re.sub(r"\W+", "-", dataset).strip("-").lower() or "data",
-                dataset_name=dataset,
-                metric_type=release.accuracy["metric"],
-                metric_value=round(float(release.accuracy["release"]), 2),
-            )
-        ]
+        result = EvalResult(
+            task_type=_TASK,
+            dataset_type=re.sub(r"\W+", "-", dataset).strip("-").lower() or "data",
+            dataset_name=dataset,
+            metric_type=release.accuracy["metric"],
+            metric_value=round(float(release.accuracy["release"]), 2),
+        )
+        results = [result]
     is_on_hub = release.architecture.startswith(HUB)
     head = ModelCardData(
         license=licence,

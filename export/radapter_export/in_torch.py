@@ -13,7 +13,7 @@ from torch import Tensor
 
 from radapter_export.settings import CLASSES
 from radapter_export.tokenizer import write_tokenizer
-from radapter_serve.adapter import Adapter, fold
+from radapter_serve.adapter import Adapter, Metadata, fold
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import (
     TorchEncoder,
@@ -22,7 +22,6 @@ from radapter_serve.clip.towers import (
     logit_scale_and_bias,
     to_device,
 )
-from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, complete
@@ -78,37 +77,29 @@ def load_in_torch(
     """
     if adapter is None and alpha not in (None, 0.0):
         raise RAdapterError(f"alpha is {alpha:g}, but {base.name} has no adapter; leave it out")
-    # The fold, and what goes with it.
-    crop = MaskCrop.filled_with(base.preprocess["mean"])
-    facts: dict[str, Any] = {
-        "alpha": 0.0,
-        "base_digest": "",
-        "adapter_digest": "",
-        "templates": ["a photo of a {}."],
-    }
-    classes: tuple[str, ...] = ()
-    exif_orientation = True
+    # The fold, and what goes with it: without an adapter, what one says that says nothing.
+    metadata = Metadata(architecture=base.name, base_digest="", alpha=0.0)
     if adapter is not None:
         metadata = adapter.metadata
         alpha = metadata.alpha if alpha is None else alpha
         base.model.load_state_dict(fold(base.model.state_dict(), adapter, alpha))
-        classes = tuple(metadata.classes or ())
-        exif_orientation = metadata.source.exif_orientation
-        crop = metadata.source.mask_crop(base.preprocess["mean"])
-        facts = {
-            "alpha": alpha,
-            "base_digest": metadata.base_digest,
-            "adapter_digest": adapter.digest,
-            "templates": metadata.templates,
-        }
-        if dense is None and metadata.source.dense != "none":
-            dense = metadata.source.dense
-    facts["crop"] = crop.to_dict()
+    source = metadata.source
+    classes = metadata.classes or []
+    facts: dict[str, Any] = {
+        "alpha": alpha or 0.0,
+        "base_digest": metadata.base_digest,
+        "adapter_digest": "" if adapter is None else adapter.digest,
+        "templates": metadata.templates,
+        "crop": source.mask_crop(base.preprocess["mean"]).to_dict(),
+    }
+    exif_orientation = source.exif_orientation
     if exported is not None:
-        names = ("alpha", "base_digest", "adapter_digest", "adapters", "templates", "crop")
-        facts = {name: getattr(exported, name) for name in (*names, "confidence")}
+        names = (*facts, "adapters", "confidence")
+        facts = {name: getattr(exported, name) for name in names}
         exif_orientation = exported.preprocess.get("exif_orientation", True)
-        dense = dense if dense is not None else (exported.dense or {}).get("way")
+        dense = dense or (exported.dense or {}).get("way")
+    elif dense is None and source.dense != "none":
+        dense = source.dense
 
     # The encoder, the tokenizer and the facts.
     to_device(base.model, device)

@@ -1,9 +1,7 @@
 """Precision of the graphs: 16 bits as types in the graph, and int8 by ONNX Runtime's own quantizer.
 
 The rules for 16 bits are those of `torch.autocast`: products and convolutions are computed in the
-low type; norms, softmax and sums in fp32; everything else in the widest of its inputs. They know
-operators, not architectures. Runtimes do what the graph says: TensorRT's networks are strongly
-typed, and the same file gives the same numbers everywhere.
+low type; norms, softmax and sums in fp32; everything else in the widest of its inputs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,5 @@
-"""Proof that a graph computes what torch computes, on any machine and by any runtime: no torch
-needed.
-
-Each encoder of a release lies next to samples and torch's embeddings of them, written by the
-export. So anyone who runs the graph in another way, or makes an engine of it, can check that the
-numbers are still the same.
+"""The samples beside each encoder of a release, with torch's embeddings of them, by which a graph
+is checked on any machine and in any runtime, without torch.
 """
 
 from __future__ import annotations
@@ -89,11 +85,8 @@ class Samples:
     def save(self, folder: Path) -> None:
         """Write `samples.npz` next to a graph."""
         arrays: dict[str, NDArray[np.generic]] = {}
-        for kind, batches in (
-            ("input", self.inputs),
-            ("reference", self.references),
-            ("alpha", self.alphas),
-        ):
+        fields = {"input": self.inputs, "reference": self.references, "alpha": self.alphas}
+        for kind, batches in fields.items():
             arrays |= {f"{kind}_{number}": batch for number, batch in enumerate(batches)}
         np.savez(folder / SAMPLES, **arrays)  # type: ignore[arg-type]
 

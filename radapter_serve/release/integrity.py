@@ -30,8 +30,9 @@ def sums_of(repository: Path, version: int) -> Path:
 
 def write_sums(repository: Path, version: int) -> None:
     """Write the digests of all files of a release."""
-    files = _files(repository, version)
-    _save(sums_of(repository, version), {name: digest_of(path) for name, path in files.items()})
+    sums = {name: digest_of(path) for name, path in _files(repository, version).items()}
+    with staged(sums_of(repository, version)) as path:
+        path.write_bytes(written_sums(sums))
 
 
 def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
@@ -42,7 +43,8 @@ def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
         sums.pop(name, None)
         if (repository / name).is_file():
             sums[name] = digest_of(repository / name)
-    _save(path, sums)
+    with staged(path) as temporary:
+        temporary.write_bytes(written_sums(sums))
 
 
 def verify(
@@ -125,11 +127,6 @@ def written_sums(sums: Mapping[str, str]) -> bytes:
     """Digests by the names of their files, in the format of sha256sum."""
     lines = [f"{digest.removeprefix('sha256:')}  {name}\n" for name, digest in sorted(sums.items())]
     return b"".join(map(os.fsencode, lines))
-
-
-def _save(path: Path, sums: Mapping[str, str]) -> None:
-    with staged(path) as temporary:
-        temporary.write_bytes(written_sums(sums))
 
 
 def load_sums(path: Path) -> dict[str, str]:

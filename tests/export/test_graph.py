@@ -109,16 +109,6 @@ def test_the_text_graph_gives_what_open_clip_gives_at_every_length(
             np.testing.assert_allclose(embeds, expected[rows], atol=2e-6)
 
 
-def test_a_folded_graph_has_the_operators_of_the_untouched_base(
-    exported: Exported, tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path
-) -> None:
-    for graph in graphs.values():
-        graph.save(tiny_base.model.state_dict(), tmp_path / "base.onnx")
-        for version in "12":
-            path = exported[0] / "repository" / graph.name / version / "model.onnx"
-            assert operators(path) == operators(tmp_path / "base.onnx")
-
-
 @pytest.mark.slow
 def test_a_graph_does_not_depend_on_weights_and_leaves_them(
     tiny_clip_dir: str, graphs: dict[str, Graph], tmp_path: Path

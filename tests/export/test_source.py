@@ -127,18 +127,6 @@ def test_photos_are_turned_as_in_training(run: Callable[..., Path], export: Expo
     assert release.facts["preprocess"]["exif_orientation"] is False
 
 
-def test_files_can_be_read_by_whom_the_umask_says(
-    run: Callable[..., Path], export: Export, tmp_path: Path
-) -> None:
-    (tmp_path / "plain").touch()
-    mode = (tmp_path / "plain").stat().st_mode
-    [release] = export(adapter=run())
-    folders = (tmp_path / "run", release.merged, tmp_path / "repository")
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    assert {path.stat().st_mode for path in files} == {mode}
-    assert (release.merged / "open_clip_model.safetensors") in files
-
-
 NAMES = ["cat", "dog", "guinea pig", "horse", "old wall"]
 FILES = ("cat.png", "dog.png", "walls/1.png", "walls/2.png")
 

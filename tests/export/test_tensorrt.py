@@ -104,9 +104,20 @@ def test_ctrl_c_ends_a_build(
     assert 1 <= len(lines) < whole
 
 
-def build_all(family: str, folder: Path, *, dynamic: bool) -> None:
-    """Build the engines of a family's graphs, but for towers that a family before it has."""
-    name = make_base(family, folder / "base")
+def image_tower(family: str) -> object:
+    return FAMILIES[family].image, FAMILIES[family].config.get("quick_gelu")
+
+
+def text_tower(family: str) -> object:
+    return FAMILIES[family].text, FAMILIES[family].config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_graphs_of_every_family_are_built(family: str, dynamic: bool, tmp_path: Path) -> None:
+    """But for towers that a family before it has."""
+    name = make_base(family, tmp_path / "base")
     base = load_base(name)
     adapter = random_adapter(name, partial=FAMILIES[family].partial) if dynamic else None
     graphs = []
@@ -122,24 +133,4 @@ def build_all(family: str, folder: Path, *, dynamic: bool) -> None:
     weights = {**base.model.state_dict(), **(adapter.tensors if adapter else {})}
     for graph in graphs:
         for precision in FLOATS if dynamic else PRECISIONS:
-            check(graph, weights, precision, folder / precision)
-
-
-def image_tower(family: str) -> object:
-    return FAMILIES[family].image, FAMILIES[family].config.get("quick_gelu")
-
-
-def text_tower(family: str) -> object:
-    return FAMILIES[family].text, FAMILIES[family].config
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_graphs_of_every_family_are_built(family: str, tmp_path: Path) -> None:
-    build_all(family, tmp_path, dynamic=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_graphs_of_every_family_that_take_alpha_are_built(family: str, tmp_path: Path) -> None:
-    build_all(family, tmp_path, dynamic=True)
+            check(graph, weights, precision, tmp_path / precision)
