@@ -1,5 +1,5 @@
 """Releases on the Hugging Face hub: their model cards, how they are sent, and how one is taken
-back, as data alone: the configs and the code of its models are those of the installation that takes it.
+back, as data alone: configs and code of its models are those of this installation.
 """
 
 from __future__ import annotations
