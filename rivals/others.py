@@ -357,7 +357,13 @@ def others(
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(cell, separators=(",", ":")) + "\n")
     wanted = only or known
-    shown = [row for row in rows if row.method in wanted and row.seed in seeds]
+    shown = [
+        row
+        for row in rows
+        if row.method in wanted
+        and row.seed in seeds
+        and row.settings == repr(known.get(row.method))  # not of a run by other settings
+    ]
     parts = [
         "# What happens to the other classes",
         f"{origin('rivals.others')}\n"

@@ -141,6 +141,15 @@ def test_the_table_is_written_and_no_run_made_twice(
     assert {json.loads(line)["run"][0] for line in lines} == known
     said = capsys.readouterr().err
     assert said.count("seed 0") == 6
+    # Runs by other settings are kept, and are no part of the tables.
+    stored = json.loads(lines[0])
+    stored["run"][1] = "by other settings"
+    stored["rows"] = [[*row[:-1], "A" * len(row[-1])] for row in stored["rows"]]
+    with (tmp_path / "out" / "others.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(stored) + "\n")
     assert others.main(call) == 0
     assert "seed 0" not in capsys.readouterr().err
-    assert (tmp_path / "out" / "others.jsonl").read_text(encoding="utf-8").splitlines() == lines
+    kept = (tmp_path / "out" / "others.jsonl").read_text(encoding="utf-8").splitlines()
+    assert kept == [*lines, json.dumps(stored)]
+    again = (tmp_path / "out" / "others.md").read_text(encoding="utf-8")
+    assert again.partition("\n| method |")[2] == page.partition("\n| method |")[2]
