@@ -16,7 +16,7 @@ from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.evaluation.start import status
 from radapter_serve.process import limit_threads
 from radapter_serve.release.agreement import Agreement
-from radapter_serve.sources import newest_run
+from radapter_serve.sources import check_base_is_named, newest_run
 
 if TYPE_CHECKING:
     from radapter_export.release import ExportedRelease
@@ -125,7 +125,15 @@ def export(
     else:
         places = [adapter] if isinstance(adapter, str | PathLike) else adapter
         paths = [Path(place) for place in places]
-    values = [alpha] if isinstance(alpha, str | int | float) else list(alpha or ())
+    values: list[float | str] = []
+    for value in [alpha] if isinstance(alpha, str | int | float) else list(alpha or ()):
+        try:
+            values.append(value if value in (AUTO, BEST, DYNAMIC) else float(value))
+        except (TypeError, ValueError):
+            raise RAdapterError(
+                f"alpha is {value!r}; allowed: a number from 0 to 1, such as 0.5, auto, best or"
+                " dynamic"
+            ) from None
     if DYNAMIC in values and len(values) > 1:
         raise RAdapterError(
             "--alpha dynamic takes no other alpha: its one release takes any from 0 to 1"
@@ -136,6 +144,9 @@ def export(
             f"--alpha {by_choice[0]} is chosen for one run, by its validation data, and for no"
             " average, checkpoint or LoRA; give a number"
         )
+    if chosen.checkpoint and not (paths or chosen.lora):
+        alphas = [value for value in values if not isinstance(value, str)]
+        check_base_is_named(str(chosen.checkpoint), chosen.base, None, alphas)
 
     with status(Console(stderr=True), show=progress) as say:
         # torch and onnx take seconds to load: not for --help
@@ -153,18 +164,10 @@ def export(
                 if by_choice:
                     raise
                 missing = str(error)
-        numbers = []
-        for value in values:
-            if choice is not None and value in (AUTO, BEST):
-                value = choice.best if value == BEST else choice.alpha
-            try:
-                numbers.append(value if value == DYNAMIC else float(value))
-            except (TypeError, ValueError):
-                raise RAdapterError(
-                    f"alpha is {value!r}; allowed: a number from 0 to 1, such as 0.5, auto, best or"
-                    " dynamic"
-                ) from None
-        wanted = DYNAMIC if DYNAMIC in numbers else numbers or None
+        if choice is not None:
+            of_choice = {AUTO: choice.alpha, BEST: choice.best}
+            values = [of_choice.get(str(value), value) for value in values]
+        wanted = DYNAMIC if DYNAMIC in values else values or None
         releases = export_release(paths, wanted, chosen, progress=say)  # type: ignore[arg-type]
 
     # Notes on the α and on the releases.

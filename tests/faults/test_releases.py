@@ -163,9 +163,7 @@ def test_two_servers_on_one_repository(models: Path, tmp_path: Path, way: str) -
             assert release_at(first.url) == release_at(second.url) == 2
             taken = int(first.url.rpartition(":")[2])
             with (
-                pytest.raises(
-                    RAdapterError, match=f"port {taken}: .*choose another with --http-port"
-                ),
+                pytest.raises(RAdapterError, match=f"port {taken}: .*choose another"),
                 serve(port=taken),
             ):
                 pass
