@@ -183,7 +183,7 @@ def check_form(
             return np.asarray(embeds.numpy())
 
         label = f"{name} in the form of transformers"
-        agreements.append(compare(label, unit, samples[name], bounds))
+        agreements.append(compare(label, unit, samples[name], bounds, is_fixed=True))
     return Agreement(
         max(agreement.max_error for agreement in agreements),
         min(agreement.min_cosine for agreement in agreements),

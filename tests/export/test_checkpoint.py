@@ -146,6 +146,9 @@ def test_a_lora_becomes_a_release_on_the_base_that_it_names(
 def test_flags_that_a_checkpoint_has_no_use_for_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], args: str, message: str
 ) -> None:
-    assert main(["--checkpoint", str(tmp_path / "tuned.pt"), *args.split()]) == 2
+    tuned = tmp_path / "tuned.pt"
+    tuned.touch()
+    flags = ["--checkpoint", str(tuned), "--base", "ViT-B-32:openai", *args.split()]
+    assert main(flags) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [tuned]
