@@ -113,6 +113,8 @@ def example_values(
         except InvalidImage as error:
             raise bad_argument(f"an example of {shown(name)}: {error}") from error
         places += [labels.index(name)] * len(items)
+    if not images:
+        raise bad_argument('no examples: give some, such as {"a mug": ["mug.jpg"]}, or None')
     each: list[Any] | None = None if weight is None else [weight]
     if isinstance(weight, Mapping):
         each = [weight.get(name, EXAMPLE_WEIGHT) for name in labels]

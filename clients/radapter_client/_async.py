@@ -43,6 +43,7 @@ def _awaited(
 
     @wraps(method)
     async def call(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        client._client._sender.check_open()
         cancelled = threading.Event()
 
         def work() -> T:

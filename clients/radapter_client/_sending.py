@@ -57,10 +57,14 @@ class Sender:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._transport.close()
 
-    def ask(self, parts: Sequence[Part], timeout: float | None) -> list[Any]:
-        """The replies to requests, each within so many seconds; None for the client's own."""
+    def check_open(self) -> None:
+        """Refuse a call of a client that is closed."""
         if self._closed:
             raise RAdapterClientError("the client is closed; make a new one")
+
+    def ask(self, parts: Sequence[Part], timeout: float | None) -> list[Any]:
+        """The replies to requests, each within so many seconds; None for the client's own."""
+        self.check_open()
         seconds = self._timeout if timeout is None else check_seconds(timeout)
         cancelled = CANCELLED.get()
         send = partial(self._send, seconds=seconds, cancelled=cancelled)
@@ -106,8 +110,13 @@ class Sender:
                 # Longer each time, never less than the server asks for
                 pause = max(wait * random.uniform(0.5, 1), error.retry_after)
                 seconds = end - time.monotonic() - pause
-                if not retries or seconds <= 0 or self._closed:
+                stopped = self._closed or (cancelled is not None and cancelled.is_set())
+                if not retries or seconds <= 0 or stopped:
                     raise
-            time.sleep(pause)
+            # A call of `AsyncClient` that is cancelled ends its wait.
+            if cancelled is None:
+                time.sleep(pause)
+            elif cancelled.wait(pause):
+                raise RAdapterClientError("the call was cancelled")
             retries -= 1
             wait = min(2 * wait, LAST_WAIT)

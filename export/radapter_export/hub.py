@@ -337,6 +337,9 @@ def take(name: str) -> Path | None:
     files = {path.relative_to(data).as_posix(): path for path in data.rglob("*") if path.is_file()}
     del files[SUMS]
     problems = differences(files, sums)
+    graphs = [f"{model}/{_GRAPH[0]}" for model in ENCODERS if model != PATCH_ENCODER]
+    for file in {TOKENIZER, *graphs} - files.keys():
+        problems[file] = "is missing"
     for file in {*sums, *files}:
         if not _ALLOWED.fullmatch(file):
             problems[file] = "is no part of a release"

@@ -126,7 +126,9 @@ def export(
         places = [adapter] if isinstance(adapter, str | PathLike) else adapter
         paths = [Path(place) for place in places]
     values: list[float | str] = []
-    for value in [alpha] if isinstance(alpha, str | int | float) else list(alpha or ()):
+    if alpha is None:
+        alpha = []
+    for value in [alpha] if isinstance(alpha, str | int | float) else alpha:
         try:
             values.append(value if value in (AUTO, BEST, DYNAMIC) else float(value))
         except (TypeError, ValueError):

@@ -49,13 +49,8 @@ def gateway(
     from radapter_serve.gateway.run import GatewayServer
     from radapter_serve.gateway.upstream import LOG
 
-    console = Console(stderr=True)
-    if settings.no_api_keys:
-        console.print(
-            "[bold yellow]Note:[/] without keys, anyone who reaches this port may use the models."
-        )
-    elif settings.api_keys is not None and settings.tls_certificate is None:
-        console.print("[bold yellow]Note:[/] without --tls-certificate, keys travel in the clear.")
+    if note := settings.note():
+        Console(stderr=True).print(f"[bold yellow]Note:[/] {note}")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{PROG}: %(message)s")
     LOG.setLevel(logging.INFO)
     with handled(lambda *_: sys.exit(0), *STOPPING), GatewayServer(settings) as server:

@@ -264,7 +264,7 @@ def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> N
     print(f"{to}: {'published' if published else 'up to date'}")
     print(
         f"\nserve it:   radapter-index link {shlex.quote(to)} --out"
-        f" indexes/{shlex.quote(to.rpartition('/')[2])}"
+        f" indexes/{shlex.quote(to.rstrip('/').rpartition('/')[2])}"
     )
 
 

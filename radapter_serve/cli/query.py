@@ -222,6 +222,8 @@ def segment(
     options = labels.arguments()
     options |= {"threshold": threshold, "short_side": short_side}
     options |= {"stride": stride, "refine": refine}
+    if save is not None and save == save_mask:
+        raise RAdapterError(f"--save and --save-mask are both {save}; give them different names")
     pictures = files.pictures("--save", save, ".png", ".jpg")
     masks = files.pictures("--save-mask", save_mask, ".png")
     with server.client() as client:

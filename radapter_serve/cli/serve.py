@@ -96,6 +96,8 @@ class GatewayFlags:
 
         triton = endpoints.grpc_url.removeprefix("grpc://")
         settings = self.settings(self.gateway_host, self.gateway_port, indexes, triton)
+        if note := settings.note():
+            _say(note)
         return GatewayServer(settings)
 
 
@@ -239,6 +241,7 @@ def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> 
                 "HTTP": server.http_url,
                 "gRPC": server.grpc_url,
                 "metrics": server.metrics_url,
+                "gateway": None if gateway is None else gateway.url,
             }
             _show(server.config, server.served.releases, server.runtime, urls, server.grpc_url)
             with (
@@ -292,7 +295,7 @@ def _show(
     config: ServerConfig,
     releases: Sequence[int],
     runtime: str | None,
-    urls: Mapping[str, str],
+    urls: Mapping[str, str | None],
     url: str,
 ) -> None:
     """Print what is served, by what, and where."""
@@ -304,6 +307,8 @@ def _show(
     for name, value in {**urls, "indexes": config.indexes, "runtime": runtime}.items():
         if value is not None:
             print(f"{name:<8} {value}")
+    if not releases:
+        return
     print(f'\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url {url}\n')
     print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
 

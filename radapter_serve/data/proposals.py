@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,32 +33,52 @@ class Proposals:
                 f"no proposals {missing[0]} ({len(missing)} of {len(paths)} images lack them);"
                 " write STEM.npz with masks [N, H, W] for each image"
             )
-        self.scored = "scores" in self._load(paths[0])
+        self.scored = self._check(paths[0])
+        for path in paths:
+            if self._check(path) != self.scored:
+                raise RAdapterError(f"some of {folder} have scores, and {path} differs from them")
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{Path(name).stem}.npz"
 
     def _load(self, path: Path) -> dict[str, NDArray[Any]]:
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as file_arrays:
-                arrays = dict(file_arrays)
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in ("masks", "scores") if name in arrays}
         except Exception as error:  # zipfile and numpy raise many kinds on broken files
             raise RAdapterError(f"the proposals {path} can't be read: {reason(error)}") from None
-        masks = arrays.setdefault("masks", np.zeros(0))
-        fits = masks.dtype in (bool, np.uint8) or masks.dtype.kind == "f"
-        if masks.ndim != 3 or len(masks) > MOST or not fits:
+
+    def _check(self, path: Path) -> bool:
+        """Refuse a file by its headers, before its arrays are read; True if it has scores."""
+        headers = {}
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    with archive.open(name) as file:
+                        version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
+                        shape, _, dtype = read_header[version](file)  # type: ignore[no-untyped-call]
+                        headers[name.removesuffix(".npy")] = shape, dtype
+        except Exception as error:  # zipfile and numpy raise many kinds on broken files
+            raise RAdapterError(f"the proposals {path} can't be read: {reason(error)}") from None
+        shape, dtype = headers.get("masks", ((0,), np.dtype(float)))
+        fits = dtype in (bool, np.uint8) or dtype.kind == "f"
+        if len(shape) != 3 or shape[0] > MOST or not fits:
             raise RAdapterError(
-                f"{path} needs masks [N, H, W], N up to {MOST}, {_KINDS}; it holds {masks.dtype}"
-                f" {list(masks.shape)}"
+                f"{path} needs masks [N, H, W], N up to {MOST}, {_KINDS}; it holds {dtype}"
+                f" {list(shape)}"
             )
-        scores = arrays.get("scores")
-        wanted = (len(masks), self._classes)
-        if scores is not None and (scores.shape != wanted or scores.dtype.kind != "f"):
+        wanted = (shape[0], self._classes)
+        shape, dtype = headers.get("scores", (wanted, np.dtype(float)))
+        if shape != wanted or dtype.kind != "f":
             raise RAdapterError(
-                f"{path} has scores {scores.dtype} {list(scores.shape)}; allowed: float"
-                f" {list(wanted)}, a column for each class"
+                f"{path} has scores {dtype} {list(shape)}; allowed: float {list(wanted)}, a column"
+                " for each class"
             )
-        return arrays
+        return "scores" in headers
 
     def read(
         self, name: str, size: tuple[int, int]
@@ -83,8 +104,6 @@ class Proposals:
         elif masks.size and masks.max() == 1:
             raise RAdapterError(f"no value of the masks of {path} is above 1; allowed: {_KINDS}")
         scores = arrays.get("scores")
-        if (scores is not None) != self.scored:
-            raise RAdapterError(f"some of {self._folder} have scores, and {path} differs from them")
         return masks.astype(np.uint8), None if scores is None else scores.astype(np.float32)
 
     def raw(self, name: str) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from radapter_client import Reply, Request, Values
-from radapter_client.failures import from_server
+from radapter_client.failures import RAdapterClientError, from_server
 from radapter_serve.contract.errors import (
     SERVER_STOPPING,
     TIMED_OUT,
@@ -31,6 +31,7 @@ from radapter_serve.encoders.loaded import (
     run_together,
 )
 from radapter_serve.encoders.queue import MAX_WAITING, Queue
+from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release, release_parameters
@@ -167,6 +168,8 @@ class Engine:
             return True  # it is ready
         except TaskError as error:
             raise from_server(error.status, str(error)) from error
+        except RAdapterError as error:
+            raise RAdapterClientError(str(error)) from error
 
     def infer(
         self,

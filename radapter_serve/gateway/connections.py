@@ -329,6 +329,8 @@ class _Connection(HttpToolsProtocol):
                 # The rest of a body whose request was refused: a caller who is cut off while
                 # sending never reads the answer.
                 self._discard(piece)
+                if self.transport.is_closing():
+                    return
             try:
                 self.parser.feed_data(piece)
             except (httptools.HttpParserError, httptools.HttpParserUpgrade):

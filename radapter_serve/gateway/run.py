@@ -104,21 +104,23 @@ class GatewayServer:
 
     def stop(self) -> None:
         """Take no new connections, and let running requests end; works from any thread."""
-        with contextlib.suppress(RuntimeError):  # it has ended
+        with contextlib.suppress(RuntimeError, AttributeError):  # it has ended, or never began
             self._loop.call_soon_threadsafe(self._stopping.set)
 
     @contextlib.contextmanager
     def in_thread(self) -> Iterator[None]:
-        """Serve in a thread until the end of the block. If the gateway fails, the process ends as
-        by SIGTERM.
+        """Serve in a thread until the end of the block. If the gateway fails, the main thread gets
+        SIGTERM, and the end of the block raises RAdapterError.
         """
+        failures: list[BaseException] = []
 
         def run() -> None:
             try:
                 self.run()
-            except BaseException:
+            except BaseException as error:
+                failures.append(error)
+                self.began.set()
                 _thread.interrupt_main(signal.SIGTERM)
-                raise
 
         thread = threading.Thread(target=run, name="gateway")
         thread.start()
@@ -128,6 +130,8 @@ class GatewayServer:
         finally:
             self.stop()
             thread.join()
+            for error in failures:
+                raise RAdapterError(f"the gateway failed: {reason(error)}") from error
 
 
 def _allow_files(connections: int) -> None:

@@ -101,6 +101,14 @@ class Settings:
             )
         return address
 
+    def note(self) -> str:
+        """What whoever starts it should know; empty if nothing."""
+        if self.no_api_keys:
+            return "without keys, anyone who reaches the gateway may use the models"
+        if self.api_keys is not None and self.tls_certificate is None:
+            return "without --tls-certificate, keys travel in the clear"
+        return ""
+
 
 @dataclass(frozen=True)
 class Timeouts:

@@ -14,7 +14,7 @@ import numpy as np
 from radapter_serve.contract.errors import NOT_CALIBRATED, TaskError, request_alpha
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
-from radapter_serve.release.agreement import Tolerance
+from radapter_serve.release.agreement import LEAST_COSINE, Tolerance
 
 # The task models of a release, in the order of writing: one whose last task is there is complete.
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
@@ -117,7 +117,8 @@ class Release:
     @property
     def bounds(self) -> Tolerance:
         """How far from torch the encoders may be, as at the export."""
-        return Tolerance(float(self.agreement["tolerance"]), float(self.agreement["min_cosine"]))
+        least = max(float(self.agreement["min_cosine"]), LEAST_COSINE)
+        return Tolerance(float(self.agreement["tolerance"]), least)
 
     def at(self, alpha: float) -> Release:
         """The release at one α; refuses an α that it does not have."""

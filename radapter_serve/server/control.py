@@ -26,8 +26,8 @@ from radapter_serve.tasks.table import PROBES, Tensors
 LOAD_TIMEOUT_SECONDS = 300.0
 DRAIN_TIMEOUT_SECONDS = 180.0  # for tasks to answer their calls; longer than the longest request
 _POLL_SECONDS = 0.2
-# Statuses of a task that works: a refusal, also of a caller too many, is an answer.
-_WORKS = (200, 400, 429, 503, 504)
+# Statuses of a task that works: a refusal is an answer.
+_WORKS = (200, 400, 429, 504)
 
 
 class NoAnswer(RAdapterError):
@@ -54,10 +54,7 @@ class Control:
 
     def __init__(self, url: str, secret: str) -> None:
         self.url = url
-        # A model's process inherits the connections that are open when it starts: they would stay
-        # open, and silent, after the server has died.
-        headers = {SECRET_HEADER: secret, "Connection": "close"}
-        self._http = urllib3.PoolManager(retries=False, headers=headers)
+        self._headers = {SECRET_HEADER: secret, "Connection": "close"}
 
     def index(self, *, ready: bool = False) -> list[dict[str, Any]]:
         """Versions of models, or those that are ready: name, version, state, reason."""
@@ -101,7 +98,10 @@ class Control:
         method = "GET" if body is None else "POST"
         url = f"{self.url}/v2/{path}".rstrip("/")
         try:
-            response = self._http.request(method, url, json=body, timeout=timeout)
+            # A connection for each request: a model's process inherits those that are open when it
+            # starts, and they would stay open, and silent, after the server has died.
+            with urllib3.PoolManager(retries=False, headers=self._headers) as http:
+                response = http.request(method, url, json=body, timeout=timeout)
         except urllib3.exceptions.HTTPError as error:
             raise NoAnswer(f"{self.url}: no answer ({reason(error)})") from error
         try:
@@ -143,7 +143,7 @@ def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: floa
                     f"{model} version {version} did not answer within {timeout:g} s; allow more"
                     " with --timeout"
                 ) from None
-            if answer.status not in _WORKS:
+            if answer.status not in _WORKS and "[overloaded]" not in answer.error:
                 raise RAdapterError(f"{model} version {version} fails: {answer.error}")
 
 

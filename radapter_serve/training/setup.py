@@ -158,6 +158,7 @@ def augmentation(base: Base, recipe: Recipe) -> Transform:
         [
             transforms.RandomResizedCrop(base.preprocess["size"], scale, interpolation=bicubic),
             *([transforms.RandomHorizontalFlip()] if recipe.flip else []),
+            transforms.Lambda(lambda image: image.convert("RGB")),
             transforms.ToTensor(),
             transforms.Normalize(base.preprocess["mean"], base.preprocess["std"]),
         ]

@@ -311,6 +311,7 @@ A = ["no.png", "--labels", "a"]
         (["classify", "--labels", "a"], "give files or folders"),
         (["classify", *A, "--label-set", "b"], "give one of --labels"),
         (["segment", *A, "--save-mask", "x.jpg"], "--save-mask x.jpg does not end in .png"),
+        (["segment", *A, "--save", "x.png", "--save-mask", "x.png"], "are both x.png"),
         (["segment", "a.png", *A, "--save", "x.png"], "of several images, give a folder"),
         (["search", "--index", "photos"], "give a text to search for"),
         (["search", "a", "--index", "i", "--save", "x.txt"], "--save x.txt does not end in .html"),

@@ -447,6 +447,7 @@ PIXELS = np.zeros((4, 5, 3), np.uint8)
         ("classify", {"examples": [b"x"]}, "examples is a value of type list"),
         ("classify", {"examples": {"a": ["/no/such.png"]}}, "an example of 'a': .*no/such.png"),
         ("classify", {"examples": {"a": b"x"}, "example_weight": {"b": 1}}, "'b', which is not"),
+        ("classify", {"example_weight": 1}, "no examples: give some"),
         ("segment", {"proposals": MASK * 1}, "proposals of int64; allowed: bool, uint8 from 0"),
         ("segment", {"proposals": MASK * np.nan}, "proposals of float64"),
         ("segment", {"proposals": [[[1], [1, 2]]]}, "no array of numbers"),

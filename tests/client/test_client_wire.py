@@ -321,6 +321,8 @@ def test_close_ends_calls_that_wait(silent: socket.socket, protocol: str, kind: 
         await client.close()
         with pytest.raises(radapter_client.RAdapterClientError, match="closed in the middle"):
             await waiting
+        with pytest.raises(radapter_client.RAdapterClientError, match="make a new one"):
+            await client.embed_texts(["x"])
 
     if kind is AsyncClient:
         asyncio.run(main())

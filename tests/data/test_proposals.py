@@ -47,7 +47,7 @@ def test_masks_and_scores(masks: NDArray[Any], expected: NDArray[Any], tmp_path:
         ({"masks": INSIDE[0]}, r"it holds bool \[3, 4\]"),
         ({"masks": INSIDE.astype(int)}, "it holds int64"),
         ({"masks": np.zeros((1001, *SIZE), bool)}, "it holds bool"),
-        ({"masks": np.array([None])}, "can't be read"),
+        ({"masks": np.array([None])}, "it holds object"),
         ({"masks": np.zeros((2, 4, 3))}, "3 x 4 pixels but the image as it is shown has 4 x 3"),
         ({"masks": INSIDE * 2.0}, "outside 0 to 1"),
         ({"masks": INSIDE * np.nan}, "outside 0 to 1"),
@@ -67,7 +67,10 @@ def test_files_that_are_missing_broken_or_of_two_kinds(tmp_path: Path) -> None:
         Proposals(tmp_path, ["a.jpg", "b.jpg"], 3)
     np.savez(tmp_path / "b.npz", masks=INSIDE, scores=SCORES)
     with pytest.raises(RAdapterError, match="have scores"):
-        Proposals(tmp_path, ["b.jpg", "a.jpg"], 3).read("a.jpg", SIZE)
+        Proposals(tmp_path, ["b.jpg", "a.jpg"], 3)
+    np.savez(tmp_path / "b.npz", masks=INSIDE[0])
+    with pytest.raises(RAdapterError, match="b.npz needs masks"):
+        Proposals(tmp_path, ["a.jpg", "b.jpg"], 3)
     whole = (tmp_path / "a.npz").read_bytes()
     for content in (b"PK no archive", whole[: len(whole) // 2]):
         (tmp_path / "a.npz").write_bytes(content)

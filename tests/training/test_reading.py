@@ -18,9 +18,10 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_tensor
 
 from radapter_serve.adapter import Metadata
+from radapter_serve.clip.base import load_base
 from radapter_serve.data.captions import Captioned, load_captioned
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.data.masks import Masked
@@ -28,6 +29,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.run import open_set, own_validation
 from radapter_serve.training import Recipe
 from radapter_serve.training.batches import Examples, batches
+from radapter_serve.training.recipe import load_recipe
+from radapter_serve.training.setup import augmentation
 from radapter_serve.training.tasks import open_data
 
 TEXTS = {
@@ -366,3 +369,14 @@ def test_a_missing_image_is_an_error(folder: Path) -> None:
     (folder / "a.png").unlink()
     (batch,) = loaded(load_captioned(f"csv:{folder}/rows.csv"), 6)
     assert "a.png can't be read" in batch["error"]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_images_of_every_mode_become_three_channels(tiny_clip_dir: str, mode: str) -> None:
+    base = load_base(tiny_clip_dir)
+    image = Image.new("RGB", (60, 60), (200, 40, 90)).convert(mode)
+    crop = augmentation(base, load_recipe("small"))(image)
+    assert crop.shape == (3, base.image_size, base.image_size)
+    expected = to_tensor(image.convert("RGB"))[:, 0, 0]
+    mean, std = (torch.tensor(base.preprocess[name]) for name in ("mean", "std"))
+    torch.testing.assert_close(crop[:, 5, 5], (expected - mean) / std, rtol=0, atol=1e-5)
