@@ -307,10 +307,11 @@ def _show(
     for name, value in {**urls, "indexes": config.indexes, "runtime": runtime}.items():
         if value is not None:
             print(f"{name:<8} {value}")
-    if not releases:
-        return
-    print(f'\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url {url}\n')
-    print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
+    if releases:
+        ask = 'radapter-query classify PHOTO.jpg --labels "a cat" "a dog"'
+        print(f"\ntry:     {ask} --url {url}\n")
+        print("radapter-release load N serves another release.")
+    print("Ctrl-C stops the server.", flush=True)
 
 
 def _say(line: str) -> None:
