@@ -31,7 +31,7 @@ from radapter_serve.server.endpoints import free_ports
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the requests are made as the tests make them
 
-from tests.helpers.small_release import TASKS, photos_in, png, write_release
+from tests.helpers.small_release import photos_in, png, write_release
 from tests.hostile.asks import LABEL_SET, ask, pack
 from tests.hostile.images import png_of
 
@@ -50,7 +50,7 @@ def running(folder: Path) -> Iterator[tuple[list[int], dict[str, str]]]:
     """radapter-serve of a tiny release with an index, and radapter-gateway; the numbers of their
     processes, and a URL for each way in.
     """
-    write_release(folder / "repository", 1, seed=1, tasks=(*TASKS, "retrieve"))
+    write_release(folder / "repository", 1, seed=1)
     indexes = folder / "indexes"
     build(photos_in(folder / "photos"), indexes / "photos", load_release(folder / "repository"))
     http, grpc, metrics = free_ports()

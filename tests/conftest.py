@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
+from tests.helpers.served import client, local, repository, sealed, server
 from tests.helpers.shared import common_folder, shared
 from tests.helpers.small_models import random_adapter as make_adapter
 
 if TYPE_CHECKING:
     from radapter_serve.adapter import Adapter
 
+__all__ = ["client", "local", "repository", "sealed", "server"]
 # Tests, too, import openvino without telling its makers, and without a file in the user's home.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 

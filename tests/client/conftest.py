@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -9,14 +8,10 @@ from tests.helpers.fake_server import FakeServer, write_repository
 
 
 @pytest.fixture(scope="session")
-def fake_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_repository(tmp_path_factory.mktemp("fake") / "model_repository")
-
-
-@pytest.fixture(scope="session")
-def fake_server(fake_repository: Path) -> Iterator[FakeServer]:
+def fake_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
     """One server for every test that does not harm it."""
-    with FakeServer(fake_repository) as server:
+    repository = write_repository(tmp_path_factory.mktemp("fake") / "model_repository")
+    with FakeServer(repository) as server:
         yield server
 
 

@@ -77,9 +77,9 @@ def test_metrics_and_probes_of_a_server(tmp_path: Path) -> None:
     from radapter_serve.server.endpoints import Endpoints
     from radapter_serve.server.triton_server import TritonServer
     from tests.helpers.asking import connect, tensors
-    from tests.helpers.small_release import TASKS, write_release
+    from tests.helpers.small_release import write_release
 
-    write_release(tmp_path / "models", 3, seed=1, tasks=(*TASKS, "retrieve"))
+    write_release(tmp_path / "models", 3, seed=1)
     config = ServerConfig(tmp_path / "models", Endpoints.on_free_ports())
     with (
         TritonServer(config) as server,

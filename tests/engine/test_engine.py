@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.loaded import complete, load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
+from radapter_serve.model import Model
 from radapter_serve.tasks.classify import ClassifyRequest, classify
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
@@ -38,6 +41,7 @@ from radapter_serve.tasks.embed import (
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.fake_upstream import until
 from tests.helpers.small_release import Local, png, seal
+from tests.helpers.walks import check_walk
 
 
 @pytest.fixture
@@ -274,3 +278,22 @@ def test_who_has_left_or_waited_too_long_decodes_nothing(
             asked(engine, task, SMALL, cancelled=lambda: True)
     with preprocess.turn(large), pytest.raises(TaskError, match=r"\[timed_out\]"):
         asked(engine, task, LARGE, deadline=time.monotonic() + 0.2)
+
+
+def test_a_request_takes_the_way_that_the_page_describes(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "cat.jpg").write_bytes(png(0, kind="JPEG"))
+    model = Model(repository)
+    model.classify(tmp_path / "cat.jpg", ["a bird"])
+    labels = ["a cat", "a dog"]
+    check_walk("Follow one request", lambda: model.classify(tmp_path / "cat.jpg", labels))
+
+
+def test_a_model_needs_neither_grpc_nor_protobuf(repository: Path) -> None:
+    code = (
+        "import sys; from radapter_serve import Model;"
+        f"Model({str(repository)!r}).embed_texts(['a cat']);"
+        "heavy = ('grpc', 'google.protobuf', 'tritonclient', 'pyarrow', 'torch');"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

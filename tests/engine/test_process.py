@@ -24,9 +24,7 @@ from radapter_serve.encoders.loaded import load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.index.build import build
 from radapter_serve.release.repository import Served
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints, free_ports
-from radapter_serve.server.engine_server import EngineServer
+from radapter_serve.server.endpoints import free_ports
 from radapter_serve.server.releases import find_server
 from tests.helpers.fake_upstream import until
 from tests.helpers.shared import shared
@@ -126,23 +124,6 @@ def test_the_command_starts_says_where_and_stops(two_releases: Path, tmp_path: P
     assert process.returncode == 0, err
     assert find_server(two_releases) is None and not folder.exists()
     assert f"HTTP     https://127.0.0.1:{port}" in out and "Traceback" not in err
-
-
-@pytest.mark.parametrize(("runtime", "checked"), [(None, "comparing"), ("openvino", "checking")])
-def test_a_release_is_compared_with_torch_once(
-    two_releases: Path, tmp_path: Path, runtime: str | None, checked: str
-) -> None:
-    said: list[str] = []
-    config = ServerConfig(
-        two_releases, Endpoints.on_free_ports(), indexes=tmp_path, runtime=runtime
-    )
-    server = EngineServer(config)
-    try:
-        server.start(said.append)
-    finally:
-        server.stop()
-    found = [line for line in said if "text_encoder" in line and "digest" not in line]
-    assert len(found) == 1 and found[0].startswith(checked), said
 
 
 @pytest.mark.slow

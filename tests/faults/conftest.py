@@ -17,17 +17,15 @@ import urllib3
 
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.release.release import TASKS
 from radapter_serve.release.repository import Served
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers.fake_server import FakeServer, write_repository
 from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import start
-from tests.helpers.served import repository
 from tests.helpers.shared import shared
 from tests.helpers.small_release import seal, write_release
 
-__all__ = ["repository", "until"]
+__all__ = ["until"]
 
 
 def outcome(call: Callable[[], Any]) -> str:
@@ -113,7 +111,7 @@ def models(common: Path) -> Path:
 
     def make(folder: Path) -> None:
         for number in (1, 2):
-            write_release(folder, number, seed=number, tasks=TASKS)
+            write_release(folder, number, seed=number)
         seal(folder, 1, 2)
         Served((2,)).save(folder)
 

@@ -1,8 +1,13 @@
-"""Spans that the gateway sends of a request."""
+"""Spans of one request: of the gateway, of an engine's steps in it, of Triton inside it, and the
+milliseconds of the same steps in the log.
+"""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -10,20 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from radapter_client import Client
+from radapter_serve.encoders.encoder import ENCODER, collected, step
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.gateway import middleware
 from radapter_serve.gateway.access import new_key
 from radapter_serve.gateway.settings import Timeouts
 from radapter_serve.gateway.spans import Spans
 from radapter_serve.gateway.upstream import Entry, Refused
+from radapter_serve.index.build import build
 from radapter_serve.process import OTLP_ENDPOINTS
-from tests.helpers.collector import Collector, collecting
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.collector import Collector, check_inside, collecting, of_name
 from tests.helpers.fake_upstream import INFER, TEXT, Served, serving
+from tests.helpers.gateway import gateway
+from tests.helpers.needs_triton import needs_triton
+from tests.helpers.small_release import photos_in, png
+from tests.helpers.ways import in_process
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 CALLER = "b7ad6b7169203331"
+KEPT = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +65,7 @@ def test_a_span_of_each_request_in_the_trace_of_its_caller(
     private = {"inputs": [{**TEXT["inputs"][0], "data": ["a private text"]}]}
     key = new_key(tmp_path / "keys", "the-name-of-a-key")
     with traced(monkeypatch, api_keys=tmp_path / "keys") as (served, collector):
-        known = {"Authorization": f"Bearer {key}", "traceparent": f"00-{TRACE}-{CALLER}-01"}
+        known = {"Authorization": f"Bearer {key}", **KEPT}
         assert served.ask(INFER, private, **known, X_Request_Id="my-id")[0] == 200
         assert served.ask("/v2/models/no/infer", private, **known)[0] == 404
         # A caller without a key has no span.
@@ -125,3 +143,131 @@ def test_without_the_extra(
     assert middleware.open_spans() is None
     [missing] = caplog.messages
     assert "OTEL_EXPORTER_OTLP_ENDPOINT is set" in missing and "[otel]" in missing
+
+
+# An engine in this process
+
+
+def test_steps_are_inside_each_other_also_where_they_fail() -> None:
+    with collected() as steps:
+        with pytest.raises(ValueError), step("outer"):
+            with step("inner"):
+                time.sleep(0.01)
+            raise ValueError
+        with step("next"):
+            pass
+    [outer, following] = steps
+    [inner] = outer.parts
+    assert (outer.name, inner.name, following.name) == ("outer", "inner", "next")
+    assert outer.start <= inner.start < inner.end <= outer.end <= following.start
+    assert inner.end - inner.start >= 10_000_000
+    with step("nobody listens"):
+        pass
+    assert steps == [outer, following]
+
+
+def classify(url: str, **headers: str) -> None:
+    """Classify an image by the labels "b" and "secret"."""
+    image = base64.b64encode(png(3)).decode()
+    inputs = [
+        {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [image]},
+        {"name": "labels", "shape": [1, 2], "datatype": "BYTES", "data": ["b", "secret"]},
+    ]
+    body = json.dumps({"inputs": inputs})
+    path = f"{url}/v2/models/classify/infer"
+    assert urllib3.request("POST", path, body=body, headers=headers).status == 200
+
+
+def test_one_request_followed_through_an_engine(
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    photos = photos_in(tmp_path / "photos", 1)
+    build(photos, tmp_path / "indexes" / "photos", load_release(repository, 2))
+    capsys.readouterr()
+    with collecting() as collector:
+        monkeypatch.setenv(OTLP_ENDPOINTS[0], collector.url)
+        with in_process(repository, tmp_path / "indexes", log="json") as one:
+            classify(one.url, **{**KEPT, "X-Request-Id": "my-id"})
+            with Client(one.url) as client:
+                client.search("a", index="photos")
+    classified = [span for span in collector.spans if span.trace == TRACE]
+    gateway_, engine, task, encoder, texts = (
+        of_name(classified, name)
+        for name in (
+            *("POST /v2/models/{model}/infer", "engine", "classify"),
+            *("image_encoder", "text_encoder"),
+        )
+    )
+    assert gateway_.parent == CALLER
+    for span, parent in ((engine, gateway_), (task, engine), (encoder, task), (texts, task)):
+        check_inside(span, parent)
+    for span in classified:
+        facts = [span.attributes[f"radapter.{name}"] for name in ("request_id", "task", "code")]
+        assert facts == ["my-id", "classify", "ok"] and span.attributes["radapter.release"] == "2"
+    searched = [span for span in collector.spans if span.trace != TRACE]
+    for name, parent_name in (("retrieve", "engine"), ("text_encoder", "retrieve")):
+        check_inside(of_name(searched, name), of_name(searched, parent_name))
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if "{" in line]
+    first = next(line for line in lines if line["id"] == "my-id")
+    encoders = [one for one in classified if one.name.endswith(ENCODER)]
+    took = sum(span.end - span.start for span in encoders) / 1e6
+    assert first["encoder_ms"] == pytest.approx(took, abs=1e-3)
+    assert 0 < first["encoder_ms"] < first["model_ms"]
+
+
+# Triton
+
+
+@needs_triton
+@pytest.mark.triton
+def test_one_request_followed_through_triton(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with collecting() as collector:
+        monkeypatch.setenv(OTLP_ENDPOINTS[0], collector.url)
+        config = ServerConfig(repository, Endpoints.on_free_ports())
+        with TritonServer(config) as server, gateway(server) as url:
+            # Without a traceparent the gateway begins a trace, and Triton alone sends nothing.
+            classify(url)
+            classify(server.http_url)
+            classify(url, **{**KEPT, "X-Request-Id": "my-id"})
+            # Each process sends its spans when it likes.
+            names = ("POST /v2/models/{model}/infer", "InferRequest", "classify", "compute")
+            spans = collector.wait_for(*names, "image_encoder", trace=TRACE)
+    whole, triton, task, encoder = (of_name(spans, name) for name in (*names[:3], "image_encoder"))
+    assert whole.parent == CALLER and whole.attributes["radapter.code"] == "ok"
+    # The labels are known since the first request, so one encoder is asked.
+    for span, parent in ((triton, whole), (task, triton), (encoder, task)):
+        # Triton ends a span after the answer is sent, which its reader may have ended by then.
+        assert span.parent == parent.id
+        assert parent.start <= span.start <= min(span.end, parent.end)
+    assert int(task.attributes["triton.model_version"]) == 2
+    assert task.attributes["triton.request_id"] == "my-id"
+    assert len([one for one in spans if one.name == "compute" and one.parent == task.id]) == 1
+    assert len({one.trace for one in collector.spans}) == 2
+    assert b"secret" not in b"".join(collector.bodies)
+
+
+@needs_triton
+@pytest.mark.triton
+def test_triton_and_a_collector_that_does_not_answer(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv(OTLP_ENDPOINTS[0], f"http://127.0.0.1:{silent.getsockname()[1]}")
+        server = TritonServer(ServerConfig(repository, Endpoints.on_free_ports())).start()
+        try:
+            for _ in range(20):
+                classify(server.http_url, **KEPT)
+            silent.settimeout(10)
+            connection, _ = silent.accept()  # by which spans are on their way
+            classify(server.http_url, **KEPT)
+        finally:
+            start = time.monotonic()
+            server.stop()
+        seconds = time.monotonic() - start
+        connection.close()
+    assert seconds < 12  # where it is killed after 15, and takes 6 without traces

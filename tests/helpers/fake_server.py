@@ -15,7 +15,7 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_export.repository import add_tensors
 from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints, free_ports
+from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
 
 VERSIONS = (1, 2)
@@ -35,7 +35,7 @@ def release(version: int) -> dict[str, Any]:
         "embed_dim": 4,
         "logit_scale": 100.0,
         "templates": ["a photo of a {}."],
-        "label_sets": {"letters": {"labels": 3}},
+        "label_sets": {},
         "max_batch_size": 64,
         "preprocess": {"size": 224},
         "created": "2026-01-01T00:00:00+00:00",
@@ -70,15 +70,10 @@ def write_repository(folder: Path, versions: Sequence[int] = VERSIONS) -> Path:
 
 
 class FakeServer(TritonServer):
-    """A server on free ports, or on those given, that can be made to fail; `urls` has a URL for
-    each protocol.
-    """
+    """A server on free ports that can be made to fail; `urls` has a URL for each protocol."""
 
-    def __init__(
-        self, repository: Path, ports: tuple[int, int, int] | None = None, **options: Any
-    ) -> None:
-        self.ports = ports or free_ports()
-        super().__init__(ServerConfig(repository, Endpoints("127.0.0.1", *self.ports), **options))
+    def __init__(self, repository: Path, **options: Any) -> None:
+        super().__init__(ServerConfig(repository, Endpoints.on_free_ports(), **options))
         self.urls = {"grpc": self.grpc_url, "http": self.http_url}
 
     def __enter__(self) -> FakeServer:

@@ -12,7 +12,7 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from radapter_serve.encoders.loaded import LoadedRelease, complete, run_together
 from radapter_serve.release.agreement import LEAST_COSINE, Samples
 from radapter_serve.release.config import configure, named_releases, read_config
 from radapter_serve.release.integrity import write_sums
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import MODELS
 from radapter_serve.tasks.embed import embed_labels
 
@@ -43,7 +43,6 @@ SIZE = 16
 GRID = 4
 WIDTH = 8
 VOCABULARY = 49408
-TASKS = ("embed_image", "embed_text", "segment", "classify")
 # Of all these releases, whoever fitted it.
 CONFIDENCE = {
     **{"scale": 6.0, "bias": -1.0, "temperature": 2.0, "dataset": "photos", "n": 200, "classes": 4},
@@ -115,9 +114,7 @@ def clip_tokenizer() -> tuple[bytes, dict[str, Any]]:
         return path.read_bytes(), spec
 
 
-def write_release(
-    repository: Path, version: int, seed: int, *, dense: bool = True, tasks: Sequence[str] = TASKS
-) -> None:
+def write_release(repository: Path, version: int, seed: int, *, dense: bool = True) -> None:
     random = np.random.default_rng(seed)
     release: dict[str, Any] = {
         "format": 1,
@@ -156,14 +153,14 @@ def write_release(
         folder.mkdir(parents=True)
         onnx.save(model, folder / "model.onnx")
         samples(name, model, random).save(folder)
-    for name in tasks:
+    for name in TASKS:
         folder = repository / name / str(version)
         folder.mkdir(parents=True)
         shutil.copy(SOURCES / name / "model.py", folder)
         file, release["tokenizer"] = clip_tokenizer()
         (folder / "tokenizer.json").write_bytes(file)
         Release.from_dict(release).save(folder)
-    for name in (*encoders, *tasks):
+    for name in (*encoders, *TASKS):
         text = (SOURCES / name / "config.template.pbtxt").read_text()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
         add_tensors(config, name)

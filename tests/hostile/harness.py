@@ -32,7 +32,7 @@ from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import start
-from tests.helpers.small_release import TASKS, photos_in, write_release
+from tests.helpers.small_release import photos_in, write_release
 from tests.hostile.asks import INDEX, KEY, good
 from tests.hostile.cases import BROKEN, REFUSED, Case
 
@@ -241,7 +241,7 @@ def world(folder: Path, engine: str) -> Iterator[World]:
     gateway or in one "process".
     """
     models = folder / "models"
-    write_release(models, 1, seed=1, tasks=(*TASKS, "retrieve"))
+    write_release(models, 1, seed=1)
     indexes = folder / "indexes"
     build(photos_in(folder / "photos"), indexes / INDEX, load_release(models))
     keys = folder / "keys"

@@ -66,9 +66,7 @@ def test_without_a_server_the_next_start_is_chosen(
 def test_tasks_name_the_releases_that_are_served_and_encoders_none(sealed: Path) -> None:
     encoders = {one.name: one.configured("onnxruntime", 1) for one in encoders_of(sealed, [1])}
     found = plan_models(sealed, [1], encoders)
-    assert list(found) == [
-        name for name in (*ENCODERS, *TASKS) if name not in ("patch_encoder", "retrieve")
-    ]
+    assert list(found) == [name for name in (*ENCODERS, *TASKS) if name != "patch_encoder"]
     for name, model in found.items():
         config = parsed(model.config)
         assert list(config.version_policy.specific.versions) == [1]

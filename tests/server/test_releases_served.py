@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.gateway import gateway
 from tests.helpers.small_release import (
     LABELS,
-    TASKS,
     Local,
     photos_in,
     png,
@@ -60,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with two releases and digests, of which the first is served, and photos."""
     folder = tmp_path_factory.mktemp("releases")
     for version in (1, 2):
-        write_release(folder / "repository", version, seed=version, tasks=(*TASKS, "retrieve"))
+        write_release(folder / "repository", version, seed=version)
         loaded = Local(folder / "repository", version).loaded
         embeds = complete(embed_labels(loaded, LABELS, ["a {}"]))
         for task in ("classify", "segment"):
@@ -237,33 +235,6 @@ def test_an_index_is_searched_while_its_release_is_served(served: Running, folde
         served.server.load([1])
         with pytest.raises(InvalidRequest, match="of another release"):
             client.search("a cat", index=INDEX)
-    shutil.rmtree(index)
-
-
-def test_an_index_is_built_again_while_it_is_searched(served: Running, folder: Path) -> None:
-    """Every search is answered, by the old index or by the new one."""
-    release = load_release(f"{folder / 'repository'}@1")
-    index = folder / "indexes" / INDEX
-    over = threading.Event()
-    answered = threading.Semaphore(0)
-    build(str(folder / "photos"), index, release)
-
-    def search() -> None:
-        with Client(urls_of(served)[-1], retries=0) as client:
-            while not over.is_set():
-                assert len(client.search("a cat", index=INDEX)) == len(IMAGES)
-                answered.release()
-
-    with ThreadPoolExecutor(3) as pool:
-        searching = [pool.submit(search) for _ in range(3)]
-        try:
-            for _ in range(10):
-                assert answered.acquire(timeout=30)
-                build(str(folder / "photos"), index, release, resume=False)
-        finally:
-            over.set()
-        for one in searching:
-            one.result()
     shutil.rmtree(index)
 
 

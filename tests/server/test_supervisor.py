@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -19,7 +18,7 @@ import psutil
 import pytest
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server.control import Answer, Control, NoAnswer, warm_up
+from radapter_serve.server.control import Answer, NoAnswer, warm_up
 from radapter_serve.server.supervisor import (
     BUSY_SECONDS,
     MAX_FAILURES,
@@ -33,7 +32,6 @@ from radapter_serve.server.watch import SERVER, Failure, Watch
 from radapter_serve.triton.backlog import Backlog, Surplus
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import until
-from tests.helpers.stand_ins import http_server
 
 # Starts two processes whose first argument is that of a model, and waits. It keeps them, for a
 # Popen that goes away asks after its process, of which nothing is left then if it is dead already.
@@ -252,28 +250,6 @@ def test_before_it_is_ready_every_version_of_every_task_is_asked():
     for broken, message in ((Asked(classify=BROKEN), "fails: why"), (Asked(), "answer within 5 s")):
         with pytest.raises(RAdapterError, match=f"classify version 1 .*{message}"):
             warm_up(broken, {"classify": [1]}, 5)
-
-
-def test_control_sends_the_secret_and_reads_the_index():
-    body = [{"name": "a", "state": "READY", "version": version} for version in ("2", "1")]
-    with http_server(200, json.dumps(body).encode()) as (url, seen):
-        control = Control(url, "key")
-        assert control.serving() == {"a": [1, 2]}
-        control.load("a b")
-        control.unload("a")
-    assert [request[:2] for request in seen] == [
-        ("POST", "/v2/repository/index"),
-        ("POST", "/v2/repository/models/a%20b/load"),
-        ("POST", "/v2/repository/models/a/unload"),
-    ]
-    assert {request[2]["radapter-secret"] for request in seen} == {"key"}
-    with (
-        http_server(400, b'{"error": "failed to load"}') as (url, _),
-        pytest.raises(RAdapterError, match="failed to load"),
-    ):
-        Control(url, "key").load("a")
-    with pytest.raises(NoAnswer):
-        Control("http://127.0.0.1:9", "key").load("a")
 
 
 METRICS = """

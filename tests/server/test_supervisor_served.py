@@ -4,6 +4,7 @@ its clients.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -197,13 +198,24 @@ def test_what_waits_is_begun_as_soon_as_a_process_is_free(
     assert [delay for delay in delays if delay > 0.3] == []
 
 
-def test_stopping_lets_calls_under_way_finish(folder, threads):
-    with FakeServer(folder) as server:
-        clients = [Client(url, timeout=30, retries=0) for url in server.urls.values()]
-        calls = begun(threads, clients, order(sleep=2))
+def test_stopping_lets_calls_under_way_finish_and_is_unavailable_to_others(folder, threads):
+    """It takes its models away meanwhile, one after the other."""
+    with FakeServer(folder, drain_seconds=4) as server, contextlib.ExitStack() as stack:
+        busy, others = (
+            [
+                stack.enter_context(Client(url, timeout=30, retries=0))
+                for url in server.urls.values()
+            ]
+            for _ in range(2)
+        )
+        calls = begun(threads, busy, order(sleep=3))
         stopping = threads.submit(server.stop)
+        seen = set()
+        while not stopping.done():
+            for client in others:
+                for call in (partial(client.embed_texts, ["x"] * 40), client.release):
+                    seen.add(outcome(call).partition(" ")[0])
         assert [call.result() for call in calls] == ["an answer"] * 2
-        for client in clients:
-            client.close()
         stopping.result()
+        assert seen - {"an"} == {"ServerUnavailable"}
     assert server.failures()[0].why == "it was not started, or it was stopped"

@@ -194,24 +194,6 @@ def test_labels_below_the_threshold_are_left_out(
     assert outputs["label"].tolist() == [[b""]] * 6 and outputs["score"].tolist() == [[0]] * 6
 
 
-def test_a_model_that_was_trained_with_a_sigmoid(
-    local: Local, cosines: np.ndarray, label_set: LabelSet
-) -> None:
-    own = sigmoid(10.0 * cosines - 3.0)
-    exact = sigmoid(6.0 * cosines - 1.0)
-    loaded = local.changed(logit_bias=-3.0, confidence={**CONFIDENCE, "temperature": None})
-    every = {"multi_label": True, "threshold": 0.0}
-    for options, scores in (
-        (every, exact),
-        ({**every, "calibrated": True}, exact),
-        ({"top_k": 7}, own),
-        ({"top_k": 7, "calibrated": True}, exact),
-    ):
-        found = ask(loaded, **options)
-        assert [len(one.labels) for one in found] == [7] * 6
-        check(found, scores, label_set.labels)
-
-
 @pytest.mark.parametrize("options", [{}, {"multi_label": True}, {"calibrated": True}])
 @pytest.mark.parametrize("bias", [-1.0, None])
 def test_labels_are_ranked_by_their_cosines_where_scores_are_equal(

@@ -35,7 +35,7 @@ from radapter_serve.tasks.dense import (
 from radapter_serve.tasks.embed import Labels, embed_labels
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment, segment_proposals
 from tests.helpers.small_models import release
-from tests.helpers.small_release import LABELS, Local, png, together
+from tests.helpers.small_release import LABELS, Local, png
 
 SIZE = 32
 GRID = 4
@@ -447,24 +447,6 @@ def test_a_request_is_segmented_by_its_labels_and_options(
     assert answer.labels == label_set.labels + background
     np.testing.assert_array_equal(answer.mask, expected.mask)
     np.testing.assert_array_equal(answer.scores, expected.scores)
-
-
-def test_windows_of_several_requests_are_encoded_together(local: Local) -> None:
-    """And one of them that fails is refused alone."""
-
-    def tasks() -> list[Any]:
-        images = [png(3), png(0)[:-40], png(4)]
-        return [segment(local.loaded, SegmentRequest(image, CATS)) for image in images]
-
-    one, broken, two = together(tasks())
-    windows = [shape for shape in local.calls if len(shape) == 4]
-    assert isinstance(broken, TaskError) and broken.code == "invalid_image"
-    for found, task in ((one, tasks()[0]), (two, tasks()[2])):
-        alone = complete(task)
-        np.testing.assert_array_equal(found.mask, alone.mask)
-        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-6)
-    # Each image has eight windows of 16 pixels.
-    assert windows == [(16, 16, 16, 3)]
 
 
 def test_no_more_windows_are_encoded_when_the_caller_has_left(local: Local) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -30,7 +32,7 @@ from tritonclient.utils import InferenceServerException
 from radapter_client import Client
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import save_adapter
-from radapter_serve.encoders.loaded import LoadedRelease, complete, load_release
+from radapter_serve.encoders.loaded import complete, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
@@ -139,17 +141,12 @@ def test_a_release_of_any_alpha_answers_as_those_with_it_folded_in(
     images = [png(number, 33, 33) for number in range(4)]
     texts = ["a cat", "two dogs"]
     folded = exported_tiny_clip / "model_repository"
-    fixed: dict[float, LoadedRelease] = {
-        alpha: load_release(f"{folded}@{version}") for alpha, version in ((0.3, 1), (0.8, 2))
-    }
+    fixed = {alpha: load_release(f"{folded}@{version}") for alpha, version in ((0.3, 1), (0.8, 2))}
 
-    def call(job: tuple[bytes, float, dict[str, Any]]) -> None:
-        image, alpha, labels = job
-        names = labels.get("labels")
-        request = ClassifyRequest([image], Labels(names, labels.get("label_set")))
-        [expected] = complete(classify(fixed[alpha], request))
-        found = client.classify(image, alpha=alpha, **labels)
-        assert list(found.labels) == list(expected.labels)
+    def call(image: bytes, alpha: float, labels: Labels) -> None:
+        [expected] = complete(classify(fixed[alpha], ClassifyRequest([image], labels)))
+        found = client.classify(image, labels.names, label_set=labels.label_set, alpha=alpha)
+        assert found.labels == expected.labels
         assert found.scores == pytest.approx(expected.scores.tolist(), rel=1e-3)
 
     with (
@@ -165,30 +162,12 @@ def test_a_release_of_any_alpha_answers_as_those_with_it_folded_in(
         own = client.embed_texts(texts)
         np.testing.assert_array_equal(own, client.embed_texts(texts, alpha=0.5))
         assert np.abs(own - client.embed_texts(texts, alpha=0)).max() > 1e-3
-        given: list[dict[str, Any]] = [{"label_set": "four"}, {"labels": LABELS}]
-        jobs = [(image, alpha, labels) for image in images for alpha in fixed for labels in given]
+        jobs = itertools.product(images, fixed, [Labels(label_set="four"), Labels(LABELS)])
         with ThreadPoolExecutor(8) as pool:  # many α at once
-            list(pool.map(call, jobs * 2))
+            list(pool.map(lambda job: call(*job), [*jobs] * 2))
 
 
 # The server
-
-
-def processes_of(pid: int) -> dict[int, str]:
-    found = {}
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found[int(child)] = (
-                Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            )
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def one_release(repository: Path, folder: Path) -> Path:
@@ -234,9 +213,9 @@ def test_code_in_the_folder_where_the_server_is_started_is_never_run(
         Client(server.grpc_url) as client,
     ):
         assert len(client.embed_images([png(0)])) == 1
-        assert server.pid is not None
-        pids = [server.pid, *processes_of(server.pid)]
-        assert {Path(f"/proc/{pid}/cwd").readlink() for pid in pids} == {server.folder}
+        triton = psutil.Process(server.pid)
+        folders = {process.cwd() for process in (triton, *triton.children())}
+        assert folders == {str(server.folder)}
     assert not (tmp_path / "evil").exists()
 
 
@@ -294,9 +273,11 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
         [kept] = temporary.iterdir()
         assert not list(Path("/dev/shm").glob(f"{shm_prefix(kept)}*"))
         [triton] = [
-            pid for pid, command in processes_of(process.pid).items() if "tritonserver" in command
+            child
+            for child in psutil.Process(process.pid).children()
+            if "tritonserver" in " ".join(child.cmdline())
         ]
-        children = [triton, *processes_of(triton)]
+        children = [triton, *triton.children()]
         caller = stack.enter_context(socket.create_connection(("127.0.0.1", ports[0])))
         caller.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert caller.recv(100)
@@ -310,10 +291,8 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
     assert process.returncode == (0 if kind != signal.SIGKILL else -9)
     assert "Traceback" not in errors
     # 10 s are for callers to leave.
-    deadline = time.monotonic() + (5 if kind == signal.SIGKILL else 20)
-    while any(map(alive, children)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(alive, children))
+    _, alive = psutil.wait_procs(children, 5 if kind == signal.SIGKILL else 20)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
     Endpoints("127.0.0.1", *ports).check_ports()  # the same command can start
     if kind != signal.SIGKILL:
         assert not list(folder.rglob("__pycache__"))
