@@ -270,7 +270,7 @@ def test_a_line_a_request(keys: Path, capsys: pytest.CaptureFixture[str]) -> Non
         served.ask("/health/live", **free)
         served.ask("/v2/models/no/infer", TEXT, **free)
         served.ask("/v2", Authorization="Bearer wrong")
-        served.ask("/v1/embeddings", {"model": "radapter", "input": ["abc"]}, **free)
+        served.ask("/v1/embeddings", {"model": "radapter", "input": ["a secret"]}, **free)
         said = capsys.readouterr().err
         # One runs, and the other waits in the queue.
         served.hold()
@@ -280,7 +280,7 @@ def test_a_line_a_request(keys: Path, capsys: pytest.CaptureFixture[str]) -> Non
             time.sleep(0.3)
             served.let_go()
     lines = [json.loads(one) for one in said.splitlines()]
-    assert "abc" not in said and "wrong" not in said and "Bearer" not in said
+    assert "secret" not in said and "wrong" not in said and "Bearer" not in said
     assert [(one["key"], one["task"], one["status"], one["code"]) for one in lines] == [
         ("free", "embed_text", 200, "ok"),
         ("free", None, 404, "unknown_model"),
