@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from PIL import Image
 
 from radapter_serve.evaluation.rows import packed
 from rivals import others
@@ -57,10 +58,10 @@ def test_each_kind_is_judged_among_its_own_labels() -> None:
     assert found["searches"] == pytest.approx([1 / 3, 1.0], abs=1e-3)
 
 
-def test_the_harmonic_mean_of_trained_and_other_classes_by_hand() -> None:
-    def judged(kind: str, right: list[int], style: str = "own") -> Judged:
+def test_the_harmonic_mean_of_trained_and_other_classes_by_hand(tmp_path: Path) -> None:
+    def judged(kind: str, right: list[int], style: str = "own", method: str = "m") -> Judged:
         values = packed(np.array(right, bool))
-        return Judged("m", "", "first half", 0, 0.5, style, kind, len(right), values)
+        return Judged(method, "", "first half", 0, 0.5, style, kind, len(right), values)
 
     rows = [
         judged("trained", [1, 1, 1, 0]),
@@ -69,7 +70,8 @@ def test_the_harmonic_mean_of_trained_and_other_classes_by_hand() -> None:
         judged("others, all labels", [1, 0]),
         judged("others", [1, 1], "another style"),
     ]
-    line = base_to_novel(rows, "own").splitlines()[-1]
+    rows += [judged(row.kind, [1, 0], method="base") for row in rows[:4]]
+    line = base_to_novel(rows, "own", tmp_path / "picture.png").splitlines()[-2]
     # 2 * 75 * 25 / 100 and 2 * 50 * 50 / 100
     assert line == "| m | 0.5 | 75.0 | 25.0 | 37.5 | 50.0 | 50.0 | 50.0 |"
 
@@ -136,6 +138,7 @@ def test_the_table_is_written_and_no_run_made_twice(
     assert page.count("| preserve, words |") == 2 * len(others.ALPHAS)
     assert page.count("| CoOp, no full stop | 1 |") == page.count("| CoOp, no full stop |") == 2
     assert "| base | 0 |" in page
+    assert Image.open(tmp_path / "out" / "others.png").width > 500
     lines = (tmp_path / "out" / "others.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 6  # three methods on two halves
     assert {json.loads(line)["run"][0] for line in lines} == known
