@@ -62,18 +62,15 @@ def model_name(checkpoint: str) -> str | None:
     raise RAdapterError(f"there is no checkpoint {short(checkpoint)}; {_ALLOWED}")
 
 
-def check_base_is_named(
-    checkpoint: str, base: str | None, pretrained: str | None, alphas: Iterable[float] = ()
-) -> None:
+def check_base_is_named(checkpoint: str, base: str | None, alphas: Iterable[float] = ()) -> None:
     """Refuse a checkpoint without the base that it needs: weights alone, or an α below 1."""
     if model_name(checkpoint) is None and base is None:
         raise RAdapterError(
             f"{checkpoint} holds weights alone; name what was tuned with --base, such as --base"
             " ViT-B-32:openai"
         )
-    has_weights = base is not None and (pretrained or ":" in base)
     for alpha in alphas:
-        if 0 <= alpha < 1 and not has_weights:
+        if 0 <= alpha < 1 and ":" not in (base or ""):
             raise needs_base(alpha, Path(checkpoint).name)
 
 

@@ -47,14 +47,14 @@ def judge(
         changes = {key: change for key, change in changes.items() if change.any()}
         line = Change(type(learned.system).__name__, changes)
         crop = run.recipe.mask_crop(run.base.preprocess["mean"])
-        models = in_torch(run.base, [line], alphas, crop=crop)
+        models = in_torch(run.base, line, alphas, crop=crop)
     return [row for data in sets for row in evaluate(models, data)]
 
 
 def systems_of(learned: Learned, base: Base, alphas: Sequence[float]) -> list[SystemModel]:
     """List a system at points of its line, with the preprocessing of a base."""
     models = []
-    for model in in_torch(base, [Change(type(learned.system).__name__, {})], alphas):
+    for model in in_torch(base, Change(type(learned.system).__name__, {}), alphas):
         assert model.alpha is not None
         scale = learned.at(model.alpha).factor
         loaded = copy.copy(model.loaded)

@@ -160,7 +160,7 @@ def measure(
     # The base stays on its device: adapters behind activations would not move with it.
     [attached] = in_torch(
         base,
-        [Change("adapter", {})],
+        Change("adapter", {}),
         [facts.alpha],
         templates=facts.templates,
         crop=MaskCrop.from_dict(facts.crop),

@@ -148,7 +148,7 @@ def export(
         )
     if chosen.checkpoint and not (paths or chosen.lora):
         alphas = [value for value in values if not isinstance(value, str)]
-        check_base_is_named(str(chosen.checkpoint), chosen.base, None, alphas)
+        check_base_is_named(str(chosen.checkpoint), chosen.base, alphas)
 
     with status(Console(stderr=True), show=progress) as say:
         # torch and onnx take seconds to load: not for --help

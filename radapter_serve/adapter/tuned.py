@@ -144,9 +144,7 @@ def plain_values(tensor: Tensor, subject: str) -> Tensor:
     return values
 
 
-def load_checkpoint(
-    checkpoint: str, base: str | None = None, pretrained: str | None = None
-) -> Tuned:
+def load_checkpoint(checkpoint: str, base: str | None = None) -> Tuned:
     """Load a tuned checkpoint and its base.
 
     `checkpoint` is a file of weights; a model's folder, in the form of open_clip or of
@@ -154,17 +152,13 @@ def load_checkpoint(
     `load_base` takes it or `NAME:TAG`, is what was tuned: a file of weights needs one for its
     architecture, the others for an α below 1.
     """
-    check_base_is_named(checkpoint, base, pretrained)
+    check_base_is_named(checkpoint, base)
     name = model_name(checkpoint)
     path = Path(checkpoint)
-    made_of: dict[str, Any] = {
-        "kind": "checkpoint",
-        "name": path.name,
-        "base": f"{base}:{pretrained}" if base and pretrained else base,
-    }
+    made_of: dict[str, Any] = {"kind": "checkpoint", "name": path.name, "base": base}
     if name is None:  # a file of weights
         assert base is not None  # as was just seen
-        architecture, tag = split_name(base, pretrained)
+        architecture, tag = split_name(base)
         state = read_weights(path)
         made_of["digest"] = digest_of(path)
         if tag is None and not architecture.startswith((LOCAL, HUB)):
@@ -180,7 +174,7 @@ def load_checkpoint(
     made_of["digest"] = tensors_digest(weights)
     if base is None:
         return Tuned(tuned, Line(None, weights, made_of))
-    start = load_base(*split_name(base, pretrained))
+    start = load_base(*split_name(base))
     _check_same(checkpoint, tuned, start)
     check_weights(checkpoint, weights, start.model.state_dict())
     start_weights = weights_of(start)
@@ -256,7 +250,7 @@ def _structure(model: nn.Module) -> list[str]:
     return parts
 
 
-def load_lora(folder: str | Path, base: str | None = None, pretrained: str | None = None) -> Tuned:
+def load_lora(folder: str | Path, base: str | None = None) -> Tuned:
     """Load a LoRA and its base; the tuned weights are the base's with the LoRA merged.
 
     `base` is named as `load_base` takes it, or `NAME:TAG`; None for the one that the folder names.
@@ -274,7 +268,7 @@ def load_lora(folder: str | Path, base: str | None = None, pretrained: str | Non
                 " hf-hub:openai/clip-vit-base-patch32"
             )
         base = f"{LOCAL}{name}" if Path(name).is_dir() else f"{HUB}{name}"
-    start = load_base(*split_name(base, pretrained))
+    start = load_base(*split_name(base))
     form = form_of(base, start.model, start.tokenizer)
     if form.kind != "clip":
         raise RAdapterError(f"{base} is not a CLIPModel in transformers; --lora takes those alone")
@@ -298,7 +292,7 @@ def load_lora(folder: str | Path, base: str | None = None, pretrained: str | Non
     made_of = {
         "kind": "lora",
         "name": folder.absolute().name,
-        "base": f"{base}:{pretrained}" if pretrained else base,
+        "base": base,
         "digest": digest_of(folder / WEIGHTS),
     }
     tuned = check_weights(str(folder), {**weights, **shaped}, weights)

@@ -11,7 +11,7 @@ import inspect
 import operator
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, get_type_hints
 
 import tyro
@@ -54,6 +54,33 @@ def run(
     if HELP_ALL in arguments:
         arguments = ["--help"]
     return guard(lambda: tyro.cli(function, args=arguments, prog=prog), arguments, prog=prog)
+
+
+def run_one_of(
+    commands: Mapping[str, Callable[..., Any]],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    first: Mapping[str, Collection[str]] | None = None,
+    description: str | None = None,
+) -> int:
+    """`run` for a command with sub-commands; `first` has the options that most people set of some
+    of them.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else ""
+    if first and name in first and asks_for_help(arguments):
+        few = options(commands[name], first[name])
+        return guard(lambda: show_help(few, prog=f"{prog} {name}"), arguments, prog=prog)
+    if HELP_ALL in arguments:
+        arguments = [name, "--help"] if name in commands else ["--help"]
+    return guard(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            dict(commands), args=arguments, prog=prog, description=description
+        ),
+        arguments,
+        prog=prog,
+    )
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from radapter_serve.cli import HELP_ALL, asks_for_help, guard, options, show_help
+from radapter_serve.cli import run_one_of
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.process import handled
 
@@ -282,30 +281,19 @@ def link(url: tyro.conf.Positional[str], out: Path) -> None:
     print(f"{out} links to {url}")
 
 
+COMMANDS: dict[str, Any] = {
+    "build": build,
+    "add": add,
+    "info": info,
+    "verify": verify,
+    "publish": publish,
+    "link": link,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    commands: dict[str, Any] = {
-        "build": build,
-        "add": add,
-        "info": info,
-        "verify": verify,
-        "publish": publish,
-        "link": link,
-    }
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    name = arguments[0] if arguments else ""
-    with handled(
-        signal.default_int_handler, signal.SIGTERM
-    ):  # SIGTERM ends a command as Ctrl-C does
-        if name in FIRST and asks_for_help(arguments):
-            short = options(commands[name], FIRST[name])
-            return guard(lambda: show_help(short, prog=f"{PROG} {name}"), arguments, prog=PROG)
-        if HELP_ALL in arguments:
-            arguments = [name, "--help"] if name in commands else ["--help"]
-        return guard(
-            lambda: tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=PROG),
-            arguments,
-            prog=PROG,
-        )
+    with handled(signal.default_int_handler, signal.SIGTERM):  # which ends a command as Ctrl-C does
+        return run_one_of(COMMANDS, argv, prog=PROG, first=FIRST)
 
 
 def _print_embedder(loaded: LoadedRelease) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import sys
@@ -19,7 +20,6 @@ from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import tyro
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -27,8 +27,8 @@ from rich.table import Column, Table
 from rich.text import Text
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
-from radapter_client import Client, InvalidImage
-from radapter_serve.cli import guard
+from radapter_client import Classification, Client, InvalidImage, Segmentation
+from radapter_serve.cli import run_one_of
 from radapter_serve.contract.images import count_kinds, list_images
 from radapter_serve.contract.labels import read_label_file
 from radapter_serve.errors import RAdapterError
@@ -154,7 +154,7 @@ def classify(
             the folders are the labels where none are given.
         example_weight: of a label's examples beside its text, from 0 to 1; 1 leaves the text out,
             and 0.5 is taken if none is given.
-        out: file to write instead, .csv (a row for each label) or .jsonl (a line for each image).
+        out: .csv file to write instead, with a row for each label.
     """
     files = Images(images)
     options = labels.arguments(optional=examples is not None)
@@ -175,16 +175,15 @@ def classify(
         "unknown": unknown,
         "example_weight": example_weight,
     }
+
+    def of(image: str, answer: Classification) -> Answer:
+        pairs = zip(answer.labels, answer.scores, strict=True)
+        rows = [{"image": image, "label": label, "score": score} for label, score in pairs]
+        return {"image": image, **vars(answer)}, rows
+
     with server.client() as client:
-
-        def answers() -> Iterator[Answer]:
-            ask = files.answers(lambda paths: client.classify(paths, **options), 64)
-            for image, answer in ask:
-                pairs = zip(answer.labels, answer.scores, strict=True)
-                rows = [{"image": image, "label": label, "score": score} for label, score in pairs]
-                yield {"image": image, **vars(answer)}, rows
-
-        report(answers(), ("image", "label", "score"), server.json, out)
+        answers = files.answers(lambda paths: client.classify(paths, **options), 64)
+        report(itertools.starmap(of, answers), ("image", "label", "score"), server.json, out)
     return int(files.left_out)
 
 
@@ -198,7 +197,6 @@ def segment(
     refine: int | None = None,
     save: Path | None = None,
     save_mask: Path | None = None,
-    font: str | None = None,
     out: Path | None = None,
 ) -> int:
     """Which label each pixel of an image has.
@@ -214,9 +212,7 @@ def segment(
             them.
         save_mask: .png to write: the index of each pixel's label. For several images, a folder of
             them.
-        font: TrueType font for legends beyond the Latin alphabet.
-        out: file to write instead, .csv (a row for each label that occurs) or .jsonl (a line for
-            each image).
+        out: .csv file to write instead, with a row for each label that occurs.
     """
     files = Images(images)
     options = labels.arguments()
@@ -226,29 +222,29 @@ def segment(
         raise RAdapterError(f"--save and --save-mask are both {save}; give them different names")
     pictures = files.pictures("--save", save, ".png", ".jpg")
     masks = files.pictures("--save-mask", save_mask, ".png")
+
+    def of(image: str, answer: Segmentation) -> Answer:
+        if image in pictures:
+            save_picture(pictures[image], answer.overlay())
+        if image in masks:
+            wide = len(answer.labels) > 256
+            mask = answer.mask if wide else answer.mask.astype(np.uint8)
+            save_picture(masks[image], Image.fromarray(mask))
+        facts = {"image": image, "size": answer.mask.shape[::-1]}
+        for name in ("labels", "shares", "scores", "release"):
+            facts[name] = getattr(answer, name)
+        shares = zip(answer.shares, answer.labels, answer.scores, strict=True)
+        rows = [
+            {"image": image, "label": label, "share": share, "score": score}
+            for share, label, score in sorted(shares, key=lambda row: -row[0])
+            if share
+        ]
+        return facts, rows
+
     with server.client() as client:
-
-        def answers() -> Iterator[Answer]:
-            ask = files.answers(lambda paths: client.segment(paths, **options), 8)
-            for image, answer in ask:
-                if image in pictures:
-                    save_picture(pictures[image], answer.overlay(font=font))
-                if image in masks:
-                    wide = len(answer.labels) > 256
-                    mask = answer.mask if wide else answer.mask.astype(np.uint8)
-                    save_picture(masks[image], Image.fromarray(mask))
-                names = ("labels", "shares", "scores", "release")
-                facts = {"image": image, "size": answer.mask.shape[::-1]}
-                facts |= {name: getattr(answer, name) for name in names}
-                shares = zip(answer.shares, answer.labels, answer.scores, strict=True)
-                rows = [
-                    {"image": image, "label": label, "share": share, "score": score}
-                    for share, label, score in sorted(shares, key=lambda row: -row[0])
-                    if share
-                ]
-                yield facts, rows
-
-        report(answers(), ("image", "label", "share", "score"), server.json, out)
+        answers = files.answers(lambda paths: client.segment(paths, **options), 8)
+        columns = ("image", "label", "share", "score")
+        report(itertools.starmap(of, answers), columns, server.json, out)
     if not server.json:
         for path in filter(None, (save, save_mask)):
             print(path)
@@ -265,8 +261,6 @@ def search(
     top_k: int = 10,
     where: str | None = None,
     min_score: float | Literal["calibrated"] | None = None,
-    offset: int | None = None,
-    index_version: str | None = None,
     save: Path | None = None,
 ) -> None:
     """The images of an index that are nearest to a text or an image.
@@ -284,8 +278,6 @@ def search(
         where: condition on the metadata, such as "year > 2020".
         min_score: cosine from -1 to 1 from which images are shown, or calibrated: the one that the
             release was exported with, of a search by one text.
-        offset: hits to leave out before the first; pages begin with --offset 0.
-        index_version: of the index, as the first page names it; another one is refused.
         save: .html to write: a page of thumbnails.
     """
     if save is not None:
@@ -300,33 +292,27 @@ def search(
             top_k=top_k,
             where=where,
             min_score=min_score,
-            offset=offset,
-            index_version=index_version,
             thumbnails=save is not None,
         )
         used = client.release().version if save is not None else None
     if save is not None:
         from radapter_serve.cli.gallery import page
 
-        facts = {"index": index, "where": where, "hits": len(hits), "release": used}
-        known = {name: str(value) for name, value in facts.items() if value is not None}
+        about = {"index": index, "where": where, "hits": len(hits), "release": used}
+        known = {name: str(value) for name, value in about.items() if value is not None}
         # One image alone is shown; of several parts, their names are.
         names = [*text, *(Path(file).name for file in image), *id]
         alone = Path(image[0]).read_bytes() if len(names) == len(image) == 1 else None
         content = page(hits, " + ".join(names), alone, known)
         write_whole(save, lambda file: file.write(content))
-    version = {} if hits.index_version is None else {"index_version": hits.index_version}
-
-    def answers() -> Iterator[Answer]:
-        for hit in hits:
-            row = {"score": hit.score, "id": hit.id}
-            about = ", ".join(f"{key}: {value}" for key, value in hit.about.items())
-            yield {**row, "metadata": hit.metadata, **version}, [{**row, "metadata": about}]
-
-    report(answers(), ("score", "id", "metadata"), server.json)
-    if not server.json:
-        for line in filter(None, (hits.index_version, save)):
-            print(f"index version: {line}" if line == hits.index_version else line)
+    answers: list[Answer] = []
+    for hit in hits:
+        row: Row = {"score": hit.score, "id": hit.id}
+        shown = ", ".join(f"{key}: {value}" for key, value in hit.about.items())
+        answers.append(({**row, "metadata": hit.metadata}, [{**row, "metadata": shown}]))
+    report(answers, ("score", "id", "metadata"), server.json)
+    if save is not None and not server.json:
+        print(save)
 
 
 def embed_image(
@@ -501,26 +487,19 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 def report(
     answers: Iterable[Answer], columns: Sequence[str], as_json: bool, out: Path | None = None
 ) -> None:
-    """Prints the answers, or writes them to a .csv or .jsonl file: as they come, but for a
-    table.
-    """
+    """Prints the answers, or writes them to a .csv file: as they come, but for a table."""
     if out is not None:
-        check_output("--out", out, ".csv", ".jsonl")
+        check_output("--out", out, ".csv")
         count = 0
 
         def write(file: BinaryIO) -> None:
             nonlocal count
             text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-            as_csv = out.suffix.lower() == ".csv"
             table = csv.DictWriter(text, columns, lineterminator="\n")
-            if as_csv:
-                table.writeheader()
-            for facts, rows in answers:
+            table.writeheader()
+            for _, rows in answers:
                 count += 1
-                if as_csv:
-                    table.writerows(rows)
-                else:
-                    text.write(to_json(facts) + "\n")
+                table.writerows(rows)
             text.detach()
 
         write_whole(out, write)
@@ -562,10 +541,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with suppress(AttributeError):  # names of files that are not UTF-8 are printed as they are
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    return guard(
-        lambda: tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog=PROG, description=description, args=argv
-        ),
-        argv,
-        prog=PROG,
-    )
+    return run_one_of(COMMANDS, argv, prog=PROG, description=description)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from radapter_serve.cli import guard
+from radapter_serve.cli import run_one_of
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
 from radapter_serve.release.config import check
@@ -217,8 +217,4 @@ def lacking(
 
 def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Any] = {"list": list_, "load": load, "rollback": rollback, "verify": verify}
-    return guard(
-        lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG),
-        argv,
-        prog=PROG,
-    )
+    return run_one_of(commands, argv, prog=PROG)

@@ -72,16 +72,11 @@ class TorchEncoder:
     """`Encoder` of a model in torch, on the device where it is; `way` is its dense method."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        preprocess: Mapping[str, Any],
-        autocast: torch.dtype | None = None,
-        way: str | None = None,
+        self, model: nn.Module, preprocess: Mapping[str, Any], way: str | None = None
     ) -> None:
         self.model = model
         self._preprocess = preprocess
         self._device = next(model.parameters()).device
-        self._autocast = autocast
         self._way = way
 
     def images(self, pixels: Pixels, alpha: Alpha | None = None) -> Embeds:
@@ -98,8 +93,7 @@ class TorchEncoder:
     @torch.inference_mode()
     def embed(self, encode: Callable[..., Tensor], alpha: Alpha | None, *inputs: Any) -> Embeds:
         """Call one of the functions above; the weights are at their α already."""
-        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-            embeds = encode(self.model, *inputs)
+        embeds = encode(self.model, *inputs)
         return np.asarray(embeds.float().cpu().numpy())
 
     def close(self) -> None:

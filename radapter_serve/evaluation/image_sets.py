@@ -150,7 +150,6 @@ class EvaluationSet(ABC):
             set_digest=self.set_digest,
             dataset=entry.name,
             task=self.task,
-            language=entry.language,
             source=model.source,
             alpha=model.alpha,
             shift=entry.shift,
@@ -541,16 +540,12 @@ def by_class(
     average_precision: NDArray[np.float64] | None = None,
 ) -> list[ClassFigures]:
     """`per_class` of a row, from the cases and values of each class; NaN becomes None."""
-    columns = [
-        [None] * len(classes) if values is None else _rounded(values)
-        for values in (recall, iou, average_precision)
-    ]
+    columns: list[list[float | None]] = []
+    for values in (recall, iou, average_precision):
+        known = np.full(len(classes), np.nan) if values is None else values
+        columns.append([None if np.isnan(value) else round(float(value), 4) for value in known])
     names = first_names(classes)
     return [ClassFigures(*row) for row in zip(names, n.tolist(), *columns, strict=True)]
-
-
-def _rounded(values: NDArray[np.float64]) -> list[float | None]:
-    return [None if np.isnan(value) else round(float(value), 4) for value in values]
 
 
 def as_seen(data: bytes, wanted: bool, turns: bool) -> bytes:

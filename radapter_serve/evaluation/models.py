@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from radapter_serve.adapter import load_adapter
 from radapter_serve.adapter.file import check_base
-from radapter_serve.adapter.tuned import Tuned, check_weights, read_weights
-from radapter_serve.clip.base import Base, load_base
+from radapter_serve.adapter.tuned import Tuned
+from radapter_serve.clip.base import Base, load_base, split_name
 from radapter_serve.clip.towers import (
     TorchEncoder,
     check_dense,
@@ -40,9 +40,7 @@ from radapter_serve.sources import LOCAL
 from radapter_serve.tasks.dense import SegmentOptions, encode_windows, segment_densely
 from radapter_serve.tasks.segment import segment_proposals
 
-Precision = Literal["fp32", "bf16", "fp16"]
 TEMPLATES = ["a photo of a {}."]  # of models that name none
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MAX_TEXTS = 256  # that torch encodes at once
 
 
@@ -62,7 +60,7 @@ class SegmentQuery:
 class Candidate:
     """A model at one α."""
 
-    source: str  # `adapter`, `wise-ft`, `checkpoint`, `lora`, `merged`, `release` or `server`
+    source: str  # `adapter`, `checkpoint`, `lora`, `merged`, `release` or `server`
     alpha: float | None  # None where it is unknown
     facts: Mapping[str, Any]  # fields of `Row` about the model
     loaded: LoadedRelease  # at this α
@@ -195,65 +193,50 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """Weights on a line from the base, `W + α·delta`: a folded adapter, or WiSE-FT's difference."""
+    """Weights on a line from the base, `W + α·delta`: those of an adapter at 1, or of a model that
+    was tuned as a whole, less the base's.
+    """
 
     source: str
     deltas: Mapping[str, Tensor]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Weights:
-    """The weights of a model in torch, set in place to points of several lines."""
-
-    def __init__(self, model: torch.nn.Module, changes: Sequence[Change]) -> None:
-        self._tensors = model.state_dict()
-        keys = {key for change in changes for key in change.deltas}
-        self._base = {key: self._tensors[key].clone() for key in keys}
-        self._point: tuple[Change, float] | None = None
-
-    def at(self, key: str, change: Change, alpha: float) -> Tensor:
-        """`W + α·delta` of one tensor."""
-        base = self._base.get(key, self._tensors[key])
-        delta = change.deltas.get(key)
-        return base if delta is None else torch.add(base.float(), delta, alpha=alpha)
-
-    @torch.no_grad()
-    def set(self, change: Change, alpha: float) -> None:
-        """Set the weights to a point."""
-        if self._point != (change, alpha):
-            for key in self._base:
-                self._tensors[key].copy_(self.at(key, change, alpha))
-            self._point = (change, alpha)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Set the weights back to the base."""
-        for key, base in self._base.items():
-            self._tensors[key].copy_(base)
-        self._point = None
-
-    def logits(self, change: Change, alpha: float) -> tuple[float, float | None]:
-        """Logit scale and bias at a point."""
-        keys = [key for key in ("logit_scale", "logit_bias") if key in self._tensors]
-        return logit_scale_and_bias({key: self.at(key, change, alpha) for key in keys})
-
-
 class LineEncoder(TorchEncoder):
-    """Sets the weights to the α of each batch, on a line; None leaves them as they are."""
+    """Sets the weights in place to the α of each batch, on a line; None leaves them as they are."""
 
-    def __init__(self, base: Base, weights: Weights, change: Change, precision: Precision) -> None:
-        super().__init__(base.model, base.preprocess, _AUTOCAST.get(precision))
-        self._weights = weights
-        self._change = change
+    def __init__(self, base: Base, deltas: Mapping[str, Tensor]) -> None:
+        super().__init__(base.model, base.preprocess)
+        self._deltas = deltas
+        self._tensors = base.model.state_dict()
+        self._base = {key: self._tensors[key].clone() for key in deltas}
+        self._alpha = 0.0
+
+    def logits(self, alpha: float) -> tuple[float, float | None]:
+        """Logit scale and bias at an α."""
+        keys = [key for key in ("logit_scale", "logit_bias") if key in self._tensors]
+        return logit_scale_and_bias({key: self._at(key, alpha) for key in keys})
 
     def embed(self, encode: Callable[..., Tensor], alpha: Alpha | None, *inputs: Any) -> Floats:
         if alpha is not None:
-            self._weights.set(self._change, float(alpha[0, 0]))
+            self._set(float(alpha[0, 0]))
         return super().embed(encode, alpha, *inputs)
 
     def close(self) -> None:
         """Set the weights back to the base."""
-        self._weights.restore()
+        self._set(0.0)
+
+    @torch.no_grad()
+    def _set(self, alpha: float) -> None:
+        if alpha != self._alpha:
+            for key in self._base:
+                self._tensors[key].copy_(self._at(key, alpha))
+            self._alpha = alpha
+
+    def _at(self, key: str, alpha: float) -> Tensor:
+        base: Tensor = self._base.get(key, self._tensors[key])
+        delta = self._deltas.get(key)
+        return base if delta is None else torch.add(base.float(), delta, alpha=alpha)
 
 
 class _Tokens:
@@ -278,28 +261,25 @@ class _Tokens:
 
 def in_torch(
     base: Base,
-    changes: Sequence[Change],
+    change: Change,
     alphas: Sequence[float | None],
     *,
     templates: Sequence[str] = TEMPLATES,
     dense: str | None = None,
     crop: MaskCrop | None = None,
-    precision: Precision = "fp32",
     device: str | None = None,
 ) -> list[Candidate]:
-    """Models that differ from a base by α times a change, for each change at each α; the weights of
-    the base change until `close`.
+    """Models that differ from a base by α times a change, at each α; the weights of the base change
+    until `close`.
 
     An α of None, of a model without changes, is not known. The templates are for data sets that
     bring none, the crop is for the masks of proposals.
     """
     where = to_device(base.model, device)
-    changes = [
-        replace(change, deltas={key: delta.to(where) for key, delta in change.deltas.items()})
-        for change in changes
-    ]
-    weights = Weights(base.model, changes)
-    moves = any(change.deltas for change in changes)
+    encoder = LineEncoder(base, {key: delta.to(where) for key, delta in change.deltas.items()})
+    facts = {**change.facts, "precision": "fp32"}
+    if "release" not in facts:  # which has a name
+        facts |= {"model": base.name, "pretrained": base.pretrained}
     release = Release(
         version=0,
         alpha=0.0,
@@ -312,7 +292,7 @@ def in_torch(
         logit_scale=1.0,
         templates=list(templates),
         agreement={},
-        precision=precision,
+        precision="fp32",
         runtime="torch",
         dense={"way": dense, "grid": None} if dense else None,
         crop=(crop or MaskCrop.filled_with(base.preprocess["mean"])).to_dict(),
@@ -320,22 +300,17 @@ def in_torch(
     )
     tokens = _Tokens(base.tokenizer)
     candidates = []
-    for change in changes:
-        encoder = LineEncoder(base, weights, change, precision)
-        facts = {**change.facts, "precision": precision}
-        if "release" not in facts:  # which has a name
-            facts |= {"model": base.name, "pretrained": base.pretrained}
-        for alpha in alphas:
-            scale, bias = weights.logits(change, alpha or 0.0)
-            point = replace(
-                release,
-                alpha=alpha or 0.0,
-                dynamic_alpha=moves,
-                logit_scale=scale,
-                logit_bias=bias,
-            )
-            loaded = LoadedRelease(point, encoder, tokens)
-            candidates.append(Candidate(change.source, alpha, facts, loaded))
+    for alpha in alphas:
+        scale, bias = encoder.logits(alpha or 0.0)
+        point = replace(
+            release,
+            alpha=alpha or 0.0,
+            dynamic_alpha=bool(change.deltas),
+            logit_scale=scale,
+            logit_bias=bias,
+        )
+        loaded = LoadedRelease(point, encoder, tokens)
+        candidates.append(Candidate(change.source, alpha, facts, loaded))
     return candidates
 
 
@@ -344,18 +319,17 @@ def from_adapter(
     alphas: Sequence[float] = (),
     *,
     base: str | None = None,
-    pretrained: str | None = None,
-    finetuned: str | Path | None = None,
-    precision: Precision = "fp32",
     device: str | None = None,
 ) -> list[Candidate]:
-    """A run at several α: 0, its own and 1 if none; `finetuned`, a checkpoint of the same base, is
-    WiSE-FT at the same α.
-    """
+    """A run at several α: 0, its own and 1 if none."""
     adapter = load_adapter(path)
     metadata = adapter.metadata
     alphas = alphas or sorted({0.0, metadata.alpha, 1.0})
-    clip = load_base(base or metadata.architecture, pretrained or metadata.pretrained)
+    name = metadata.architecture
+    tag = None
+    if base is not None:
+        name, tag = split_name(base)
+    clip = load_base(name, tag or metadata.pretrained)
     for alpha in alphas:
         check_alpha(alpha)
     weights = clip.model.state_dict()
@@ -366,38 +340,20 @@ def from_adapter(
             if name in weights:
                 deltas[name] = adapter.matrix(key) @ weights[name].float().cpu()
     facts = {"base_digest": metadata.base_digest, "adapter_digest": adapter.digest}
-    changes = [Change("adapter", deltas, facts)]
-    if finetuned is not None:
-        file = Path(finetuned)
-        file = file / "open_clip_model.safetensors" if file.is_dir() else file
-        if not file.is_file():
-            raise RAdapterError(
-                f"no checkpoint at {file}; --finetuned takes a .pt or .safetensors file or a model"
-                " folder"
-            )
-        start = {name: tensor.cpu() for name, tensor in weights.items()}
-        tuned = check_weights(str(file), read_weights(file), start)
-        facts = {"base_digest": metadata.base_digest, "weights_digest": digest_of(file)}
-        changes.append(Change("wise-ft", _differences(start, tuned), facts))
     source = metadata.source
     return in_torch(
         clip,
-        changes,
+        Change("adapter", deltas, facts),
         alphas,
         templates=metadata.templates,
         dense=None if source.dense == "none" else source.dense,
         crop=source.mask_crop(clip.preprocess["mean"]),
-        precision=precision,
         device=device,
     )
 
 
 def from_line(
-    tuned: Tuned,
-    alphas: Sequence[float] = (),
-    *,
-    precision: Precision = "fp32",
-    device: str | None = None,
+    tuned: Tuned, alphas: Sequence[float] = (), *, device: str | None = None
 ) -> list[Candidate]:
     """A checkpoint or a LoRA that was tuned elsewhere at several α: if none, 0, 0.5 and 1, or 1
     alone where there is no base.
@@ -406,15 +362,19 @@ def from_line(
     alphas = alphas or ((1.0,) if line.base is None else (0.0, 0.5, 1.0))
     for alpha in alphas:
         line.check(alpha)
-    deltas = {} if line.base is None else _differences(line.base, line.tuned)
+    deltas = {}
+    if line.base is not None:  # the weights that differ
+        for name, tensor in line.base.items():
+            if tensor.is_floating_point():
+                delta = line.tuned[name].float() - tensor.float()
+                if delta.any():
+                    deltas[name] = delta
     facts = {"base_digest": line.base_digest, "weights_digest": line.digest}
     change = Change(line.made_of["kind"], deltas, facts)
-    return in_torch(tuned.base, [change], alphas, precision=precision, device=device)
+    return in_torch(tuned.base, change, alphas, device=device)
 
 
-def from_merged(
-    folder: str | Path, *, precision: Precision = "fp32", device: str | None = None
-) -> list[Candidate]:
+def from_merged(folder: str | Path, *, device: str | None = None) -> list[Candidate]:
     """A merged checkpoint, or any folder that `load_base` takes by `local-dir:`."""
     folder = Path(folder)
     base = load_base(f"{LOCAL}{folder}")
@@ -425,12 +385,11 @@ def from_merged(
     facts["weights_digest"] = digest_of(weights) if weights else None
     return in_torch(
         base,
-        [Change("merged", {}, facts)],
+        Change("merged", {}, facts),
         [release.alpha if release else None],
         templates=release.templates if release and release.templates else TEMPLATES,
         dense=release.dense["way"] if release and release.dense else None,
         crop=MaskCrop.from_dict(release.crop) if release and release.crop else None,
-        precision=precision,
         device=device,
     )
 
@@ -455,13 +414,3 @@ def release_facts(release: Release) -> dict[str, Any]:
         "precision": release.precision,
         "release": release.version,
     }
-
-
-def _differences(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tuned less base, of the weights that differ."""
-    changes = {
-        name: tuned[name].float() - tensor.float()
-        for name, tensor in base.items()
-        if tensor.is_floating_point()
-    }
-    return {name: change for name, change in changes.items() if change.any()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +15,14 @@ from radapter_serve.evaluation.rows import (
     KEPT,
     Row,
     by_shift,
-    common_unit,
-    curve,
     mean_kept,
+    metric_name,
     model_name,
+    own_metric,
 )
 from radapter_serve.evaluation.suite import PROPOSALS
 
 Points = Sequence[Mapping[str, float]]
-# Of what is at several α, the first has the curve.
-_SOURCES = ("adapter", "checkpoint", "lora", "release", "server")
-_ALL = (*_SOURCES, "wise-ft")
 
 
 def draw_choice(choice: Choice, folder: Path) -> Path:
@@ -42,7 +39,7 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
         *by_shift(choice.sets),
         path,
         title=f"validation\nauto: α = {choice.alpha:g}, best: {choice.best:g}",
-        unit=common_unit(data.metric for data in choice.sets.values()),
+        unit=_unit(data.metric for data in choice.sets.values()),
         kept={point["alpha"]: point[KEPT] for point in points if KEPT in point},
         choice=choice,
     )
@@ -52,35 +49,32 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
 def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = True) -> list[Path]:
     """Draw what the rows of one call allow; returns the pictures' paths.
 
-    `alpha.png`, if `curve_too`, where there are several α of one source, one
-    each for dense segmentation and proposals; by the last model `confusion-NAME.png` of each data
-    set of few classes.
+    `alpha.png`, if `curve_too`, where there are several α, one each for dense segmentation and
+    proposals; by the last model `confusion-NAME.png` of each data set of few classes.
     """
-    unit = common_unit(row.metric for row in rows)
+    unit = _unit(row.metric for row in rows)
     pictures = []
 
-    # A curve for each way of segmentation, of the first source at several α.
+    # A curve for each way of segmentation.
     ways: dict[str, list[Row]] = {}
     for row in rows if curve_too else ():
         ways.setdefault("proposals" if row.dense == PROPOSALS else "dense", []).append(row)
     for way, of_way in ways.items():
-        lines = {source: curve([row for row in of_way if row.source == source]) for source in _ALL}
-        source = next((source for source in _SOURCES if len(lines[source]) > 1), None)
-        if source is None:
-            continue
+        points = []
         kept = {}
-        for point in lines[source]:
-            alpha = point["alpha"]
-            share = mean_kept(row for row in of_way if (row.source, row.alpha) == (source, alpha))
-            if share is not None:
+        for alpha in sorted({row.alpha for row in of_way if row.alpha is not None}):
+            at_alpha = [row for row in of_way if row.alpha == alpha]
+            points.append({"alpha": alpha, **{row.dataset: own_metric(row) for row in at_alpha}})
+            if (share := mean_kept(at_alpha)) is not None:
                 kept[alpha] = share
+        if len(points) < 2:
+            continue
         path = folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png")
         plot_alpha_curve(
-            lines[source],
+            points,
             *by_shift({row.dataset: row for row in of_way}),
             path,
             title=title,
-            beside={"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None,
             unit=unit,
             kept=kept,
         )
@@ -93,6 +87,12 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
         pictures.append(folder / f"confusion-{name}.png")
         plot_confusion(row, pictures[-1])
     return pictures
+
+
+def _unit(metrics: Iterable[str]) -> str:
+    """The unit of figures of these metrics: such as `mIoU, %`, or `%` where they differ."""
+    names = {metric_name(metric) for metric in metrics}
+    return f"{names.pop()}, %" if len(names) == 1 else "%"
 
 
 def plot_alpha_curve(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import harmonic_mean
+from statistics import fmean, harmonic_mean
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,15 +23,9 @@ from radapter_serve.files import checker, staged
 FILE = "results.jsonl"
 KEPT = "kept"  # of metrics; see `Row`
 _STRICT = {"extra": "forbid"}
-_NOT_MEASURED: dict[str, Any] = {
-    "metrics": {},
-    "intervals": None,
-    "per_class": None,
-    "confusion": None,
-    "indistinguishable": None,
-    "right": None,
-    "runtime": 0.0,
-}
+_MEASURED = (
+    *("metrics", "intervals", "per_class", "confusion", "indistinguishable", "right", "runtime"),
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,9 @@ class Row:
         dataset: name of the data set.
         model, pretrained: as open_clip names them.
         task: as CLIP_benchmark names it.
-        language, shift, split, metric, border, exif_orientation: as in a suite.
-        source: `adapter`, `wise-ft`, `checkpoint`, `lora`, `merged`, `release` or `server`.
+        language: `en`.
+        shift, split, metric, border, exif_orientation: as in a suite.
+        source: `adapter`, `checkpoint`, `lora`, `merged`, `release` or `server`.
         alpha: in [0, 1]; None where it is not known.
         precision: of the model's weights.
         base_digest, adapter_digest, weights_digest: of the files that the model was made from.
@@ -145,7 +140,9 @@ class Row:
     @property
     def identity(self) -> str:
         """Equal for rows of the same model, data set and settings, whatever was measured."""
-        return json.dumps(replace(self, **_NOT_MEASURED).to_dict(), sort_keys=True)
+        values = self.to_dict()
+        known = {name: value for name, value in values.items() if name not in _MEASURED}
+        return json.dumps(known, sort_keys=True)
 
     @property
     def per_image(self) -> NDArray[np.float64] | None:
@@ -253,7 +250,7 @@ def own_metric(row: Any) -> float:
 def mean_kept(rows: Iterable[Row]) -> float | None:
     """The mean of `kept` over the data sets that have it, in per cent; None if there are none."""
     shares = [100 * row.metrics[KEPT] for row in rows if KEPT in row.metrics]
-    return sum(shares) / len(shares) if shares else None
+    return fmean(shares) if shares else None
 
 
 def by_shift(sets: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -267,17 +264,6 @@ def model_name(source: str, alpha: float | None, joint: str = " at alpha ") -> s
     return source if alpha is None else f"{source}{joint}{alpha:g}"
 
 
-def curve(rows: Sequence[Row]) -> list[dict[str, float]]:
-    """For each α of one source, ascending: `alpha`, and each set's own metric in per cent by its
-    name.
-    """
-    points: dict[float, dict[str, float]] = {}
-    for row in rows:
-        if row.alpha is not None:
-            points.setdefault(row.alpha, {"alpha": row.alpha})[row.dataset] = own_metric(row)
-    return [points[alpha] for alpha in sorted(points)]
-
-
 def metric_name(metric: str) -> str:
     """A metric's name in papers: `mIoU`, `image R@1` (images found by a text), ..."""
     names = {
@@ -287,12 +273,6 @@ def metric_name(metric: str) -> str:
         "mean_average_precision": "mAP",
     }
     return names.get(metric, metric.replace("_retrieval_recall", " R"))
-
-
-def common_unit(metrics: Iterable[str]) -> str:
-    """The unit of figures of these metrics: such as `mIoU, %`, or `%` where they differ."""
-    names = {metric_name(metric) for metric in metrics}
-    return f"{names.pop()}, %" if len(names) == 1 else "%"
 
 
 def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()) -> Table:
@@ -326,29 +306,27 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
     if has_kept:
         out.add_column("kept of\nthe base", justify="right")
 
-    # Rows: a model each.
+    # Rows: a model each. Means are of models that were evaluated on all of their sets.
     models: dict[tuple[str, float | None], dict[str, Row]] = {}
     for row in rows:
         models.setdefault((row.source, row.alpha), {})[row.dataset] = row
     for (source, alpha), of_set in models.items():
-        values = {name: own_metric(row) for name, row in of_set.items()}
-        cells = [_figure(of_set[name]) if name in of_set else "" for name in sets]
-        figures = [_mean_of(values, names) for names in means]
+        figures = [_mean_of(of_set, names) for names in means]
         if pairs:
-            halves = [_mean_of(values, names) for names in zip(*pairs, strict=True)]
+            halves = [_mean_of(of_set, names) for names in zip(*pairs, strict=True)]
             known = [half for half in halves if half is not None]
             figures.append(harmonic_mean(known) if len(known) == len(halves) else None)
         if has_kept:
             figures.append(mean_kept(of_set.values()))
+        cells = [_figure(of_set[name]) if name in of_set else "" for name in sets]
         cells += ["" if value is None else f"{value:.2f}" for value in figures]
         out.add_row(source, "" if alpha is None else f"{alpha:g}", *cells)
     return out
 
 
-def _mean_of(values: Mapping[str, float], names: Sequence[str]) -> float | None:
-    """The mean of a model's figures on these sets; None unless it was evaluated on all."""
-    figures = [values[name] for name in names if name in values]
-    return sum(figures) / len(figures) if len(figures) == len(names) else None
+def _mean_of(of_set: Mapping[str, Row], names: Sequence[str]) -> float | None:
+    figures = [own_metric(of_set[name]) for name in names if name in of_set]
+    return fmean(figures) if len(figures) == len(names) else None
 
 
 def _figure(row: Row) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -109,16 +109,11 @@ class EvaluatedModel:
         model_repository: model repository, instead of a run; its own runtime runs the release.
             PATH@N for release N, else the newest.
         url: a live server, instead of a run, such as http://localhost:8000.
-        finetuned: checkpoint of the base fine-tuned as a whole, for WiSE-FT at the same alphas
-            beside the run.
         checkpoint: a model that was tuned elsewhere, instead of a run: a .pt or .safetensors file,
             a model's folder, hf-hub:NAME or NAME:TAG; at any alpha on the line from --base.
         lora: folder of a LoRA of peft for a CLIPModel, instead of a run.
         base: what was tuned: an open_clip model with its weights, such as ViT-B-32:openai,
             local-dir:PATH or hf-hub:NAME; what the adapter or the LoRA says if none is given.
-        pretrained: open_clip tag or path of a checkpoint, where the base is named without; what the
-            adapter says if none is given.
-        precision: of torch; releases and servers have their own.
         device: of torch, such as cpu or cuda:1; a GPU if there is one.
     """
 
@@ -126,12 +121,9 @@ class EvaluatedModel:
     merged: str | None = None
     model_repository: str | None = None
     url: str | None = None
-    finetuned: str | None = None
     checkpoint: str | None = None
     lora: str | None = None
     base: str | None = None
-    pretrained: str | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str | None = None
 
     @property
@@ -144,9 +136,9 @@ class EvaluatedModel:
         """Refuse several models, what only a run has beside another model, and a checkpoint whose
         base is not named.
         """
-        of_runs = ["adapter", "finetuned"]
+        of_runs = ["adapter"]
         if not (self.checkpoint or self.lora):
-            of_runs += ["base", "pretrained"]
+            of_runs.append("base")
         also = [name for name in of_runs if getattr(self, name)]
         if auto:
             also.append("alpha auto")
@@ -158,7 +150,7 @@ class EvaluatedModel:
                 " one out takes all their rows"
             )
         if self.checkpoint:
-            check_base_is_named(self.checkpoint, self.base, self.pretrained, alphas)
+            check_base_is_named(self.checkpoint, self.base, alphas)
 
     def name(self, path: Path) -> str:
         """A name for its results: the folder of the run, which is at `path`, of the checkpoint or
@@ -177,28 +169,19 @@ class EvaluatedModel:
         from radapter_serve.encoders.loaded import load_release, served_release
         from radapter_serve.evaluation import models
 
-        torch: dict[str, Any] = {"precision": self.precision, "device": self.device}
         if self.checkpoint:
-            tuned = load_checkpoint(self.checkpoint, self.base, self.pretrained)
-            return models.from_line(tuned, alphas, **torch)
+            tuned = load_checkpoint(self.checkpoint, self.base)
+            return models.from_line(tuned, alphas, device=self.device)
         if self.lora:
-            return models.from_line(
-                load_lora(self.lora, self.base, self.pretrained), alphas, **torch
-            )
+            tuned = load_lora(self.lora, self.base)
+            return models.from_line(tuned, alphas, device=self.device)
         if self.merged:
-            return models.from_merged(self.merged, **torch)
+            return models.from_merged(self.merged, device=self.device)
         if self.model_repository:
             return models.from_release(load_release(self.model_repository), alphas)
         if self.url:
             return models.from_release(served_release(self.url), alphas, "server")
-        return models.from_adapter(
-            path,
-            alphas,
-            base=self.base,
-            pretrained=self.pretrained,
-            finetuned=self.finetuned,
-            **torch,
-        )
+        return models.from_adapter(path, alphas, base=self.base, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -348,12 +331,7 @@ def evaluate_model(
                 if chosen_by is None or not chosen_by.of_split("validation"):
                     chosen_by = own_validation(metadata)
                 validated = evaluate_suite(
-                    [candidate for candidate in models if candidate.source == "adapter"],
-                    chosen_by,
-                    results,
-                    split="validation",
-                    opened=choosing.append,
-                    **how,
+                    models, chosen_by, results, split="validation", opened=choosing.append, **how
                 )
                 choice = choose(validated, metadata.alpha)
                 files.append(save_choice(choice, path))

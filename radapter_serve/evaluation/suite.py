@@ -62,7 +62,6 @@ class Entry(DataSource):
     background: Annotated[str | None, _PIXELS] = None
     proposals: Annotated[str | None, _PIXELS] = None  # the true masks
     proposal_weight: Annotated[float | None, _PIXELS] = None
-    language: str = "en"
 
     def __post_init__(self) -> None:
         allowed = METRICS[self.task]

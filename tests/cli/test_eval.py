@@ -113,13 +113,13 @@ def test_resume_evaluates_only_what_is_missing(
     # What alpha 1 keeps of the base is not known yet, which takes the base as well.
     assert [("kept" in row["metrics"]) for row in after] == [True] * 4 + [False] * 2
     assert main([*COMMON, "--alpha", "0.5", "1", "0"]) == 0
-    assert "measured before" not in capfd.readouterr().out
     after = rows(here / "results")
     assert len(after) == 6 and all("kept" in row["metrics"] for row in after)
     half = [row for row in before if row["alpha"] == 0.5]
     assert [row for row in after if row["alpha"] == 0.5] == half
 
     # Nothing is missing.
+    assert "measured before" not in capfd.readouterr().out
     with monkeypatch.context() as patched:
         patched.setattr("radapter_serve.evaluation.run.evaluate", None)
         assert main([*COMMON, "--alpha", "0.5", "1", "0"]) == 0
@@ -129,14 +129,13 @@ def test_resume_evaluates_only_what_is_missing(
     assert points(here / "results") == [("plain", 0.5), ("shifted", 0.5)]
 
 
-def test_a_choice_and_a_sweep_share_a_folder(here: Path, undrawn: None) -> None:
-    suite = COMMON[:4]
-    assert main(["--adapter", "runs/tiny", "--alpha", "auto"]) == 0
-    assert main(["--adapter", "runs/tiny/adapter.safetensors", "--alpha", "0.5", *suite]) == 0
-    folders = {file.parent.as_posix() for file in Path("results").rglob("results.jsonl")}
-    assert folders == {"results/tiny/validation", "results/tiny/suite"}
-    assert main([*suite, "--alpha", "0.5", "--out", "results/tiny/validation"]) == 0
-    assert {("validation", 0.5), ("plain", 0.5)} < {*points(here / "results/tiny/validation")}
+def test_each_suite_has_a_folder_and_one_folder_takes_several(here: Path, undrawn: None) -> None:
+    run = ["--adapter", "runs/tiny/adapter.safetensors", "--alpha", "0.5"]
+    data = ["--data", f"imagefolder:{here / 'data' / 'held-out'}"]
+    assert main([*run, *COMMON[:4]]) == 0
+    assert points(here / "results/tiny/suite") == [("plain", 0.5), ("shifted", 0.5)]
+    assert main([*run, *data, "--out", "results/tiny/suite"]) == 0
+    assert points(here / "results/tiny/suite")[2:] == [(data[1], 0.5)]
 
 
 @pytest.mark.parametrize(
@@ -169,11 +168,10 @@ def test_labels_that_are_alike_are_named(
     (here / "names.yaml").write_text("cat: a cat\ndog: a dog\nhouse: A  CAT\n", encoding="utf-8")
     suite = 'sets: [{name: plain, data: "imagefolder:plain", classes: names.yaml}]'
     (here / "suite.yaml").write_text(suite, encoding="utf-8")
-    models = "adapter at alpha 0, adapter at alpha 1"
     for _ in range(2):  # and where the row is there already
-        assert main([*COMMON, "--alpha", "0", "1"]) == 0
-        line = f"plain: warning: {models} can't tell apart 'a cat' and 'A  CAT' ("
-        assert line in capfd.readouterr().err
+        assert main([*COMMON, "--alpha", "0.5"]) == 0
+        warning = "plain: warning: adapter at alpha 0.5 can't tell apart 'a cat' and 'A  CAT' ("
+        assert warning in capfd.readouterr().err
 
 
 def test_nan_is_an_error_and_no_hit(
@@ -236,28 +234,40 @@ def test_test_images_that_are_validation_images_are_named_in_a_warning(
 ) -> None:
     assert main([*COMMON, "--alpha", "0.5", "--out", "apart"]) == 0
     assert "warning" not in capfd.readouterr().err
-    place = (here / "data").resolve()
-    (here / "data").unlink()
-    shutil.copytree(place, here / "data")
+    shutil.copytree((here / "data").resolve(), here / "copy")
     for number in (0, 3):
-        image = here / "data" / "held-out" / "cat" / f"{number}.png"
-        shutil.copy(image, here / "data" / "plain" / "dog" / f"x{number}.png")
-    assert main([*COMMON, "--alpha", "0.5"]) == 0  # which may have been chosen by them earlier
+        image = here / "copy" / "held-out" / "cat" / f"{number}.png"
+        shutil.copy(image, here / "copy" / "plain" / "dog" / f"x{number}.png")
+    # Those may have chosen α earlier.
+    assert main(["--suite", "suite.yaml", "--data-root", "copy", "--alpha", "0.5"]) == 0
     warning = "plain: warning: 2 of its 14 images are validation images of held-out too; "
     assert warning in capfd.readouterr().err
 
 
-def test_merged_and_release_by_flag(here: Path, undrawn: None, exported_tiny_clip: Path) -> None:
+def test_a_checkpoint_and_releases_are_evaluated_at_their_alpha(
+    here: Path,
+    undrawn: None,
+    dynamic_tiny_clip: Path,
+    exported_tiny_clip: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     *_, checkpoint = sorted(exported_tiny_clip.glob("merged/**/open_clip_config.json"))
-    repository = exported_tiny_clip / "model_repository"
-    for flags in (
-        ["--merged", str(checkpoint.parent)],
-        ["--model-repository", str(repository)],
-        ["--model-repository", f"{repository}@2"],
-    ):
-        assert main([*COMMON, *flags]) == 0
-    sources = [(row["source"], row["alpha"]) for row in rows(here / "results")]
-    assert sources == [("merged", 0.8)] * 2 + [("release", 0.8)] * 2
+    fixed = str(exported_tiny_clip / "model_repository")
+    dynamic = ["--model-repository", str(dynamic_tiny_clip), "--alpha", "0.3", "0.8"]
+    assert main([*COMMON, *dynamic]) == 0
+    assert main([*COMMON, "--merged", str(checkpoint.parent), "--out", "fixed"]) == 0
+    assert main([*COMMON, "--model-repository", f"{fixed}@1", "--out", "fixed"]) == 0
+    expected = {(row["dataset"], row["alpha"]): row["metrics"] for row in rows(here / "results")}
+    others = rows(here / "fixed")
+    assert [row["source"] for row in others] == ["merged"] * 2 + ["release"] * 2
+    assert {(row["dataset"], row["alpha"]) for row in others} == expected.keys()
+    for row in others:
+        assert row["metrics"] == pytest.approx(expected[row["dataset"], row["alpha"]], abs=1e-5)
+    capfd.readouterr()
+    release = ["--model-repository", fixed, "--alpha", "0.5", "--out", "none"]
+    assert main([*COMMON, *release]) == 2
+    assert "exported at alpha 0.8; radapter-export --alpha dynamic" in capfd.readouterr().err
+    assert not (here / "none").exists()
 
 
 @pytest.mark.parametrize(
@@ -268,7 +278,6 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, exported_tiny_cli
         ([*COMMON, "--alpha", "0.5", "0.5"], "given twice"),
         ([*COMMON, "--alpha", "auto", "0.5"], "takes no other alpha"),
         ([*COMMON, "--merged", "none"], "is no model folder"),
-        ([*COMMON, "--finetuned", "none.pt"], "no checkpoint at none.pt"),
         ([*COMMON, "--adapter", "none"], "no adapter file at none"),
         ([*COMMON, "--model-repository", "none"], "no release in the model repository none"),
         ([*COMMON, "--url", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: "),
@@ -288,24 +297,3 @@ def test_bad_input_is_one_line_and_status_2(
     assert out == "" and err.startswith("radapter-eval: error: ") and err.count("\n") == 1
     assert message in err
     assert {path.name for path in here.iterdir()} == {"runs", "data", "suite.yaml"}
-
-
-@pytest.mark.slow
-def test_a_release_that_takes_any_alpha_is_swept(
-    here: Path, dynamic_tiny_clip: Path, exported_tiny_clip: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    dynamic = str(dynamic_tiny_clip)
-    fixed = str(exported_tiny_clip / "model_repository")
-    assert main([*COMMON, "--model-repository", dynamic, "--alpha", "0.3", "0.8"]) == 0
-    for version, alpha in (("1", "0.3"), ("2", "0.8")):
-        release = ["--model-repository", f"{fixed}@{version}", "--alpha", alpha]
-        assert main([*COMMON, *release, "--out", "fixed"]) == 0
-    found = {(row["dataset"], row["alpha"]): row["metrics"] for row in rows(here / "results")}
-    expected = {(row["dataset"], row["alpha"]): row["metrics"] for row in rows(here / "fixed")}
-    assert found.keys() == expected.keys()
-    for point, metrics in expected.items():
-        assert found[point] == pytest.approx(metrics, abs=1e-5)
-    capfd.readouterr()
-    assert main([*COMMON, "--model-repository", fixed, "--alpha", "0.5", "--out", "none"]) == 2
-    assert "exported at alpha 0.8; radapter-export --alpha dynamic" in capfd.readouterr().err
-    assert not (here / "none").exists()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from radapter_serve.cli import query, serve, train
+from radapter_serve.cli import serve
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers.commands import COMMANDS
 
@@ -46,37 +46,12 @@ def place(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def trained(tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> list[str]:
-    """Train a run and choose its alpha; gives the command that is printed at the end."""
-    photos = "imagefolder:my photos"
-    data = ["--data", photos, "--val-data", photos, "--out", "my runs/first run"]
-    short = "--steps 4 --batch-size 8 --warmup-steps 1 --workers 0 --tracker none"
-    assert train.main(["--architecture", tiny_clip_dir, *data, *short.split()]) == 0
-    (command,) = [words for words in printed(capfd.readouterr().out) if words[0] == "radapter-eval"]
-    run([*command, "--device", "cpu"])
-    command, *other = printed(capfd.readouterr().out)
-    assert command[-1] == "auto" and other in ([], [[*command[:-1], "best"]])
-    return command
-
-
-def test_from_training_to_export(
-    place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    run(
-        [*trained(tiny_clip_dir, capfd), "--model-repository", "my models", "--merged", "my merged"]
-    )
-    served, asked = printed(capfd.readouterr().out)[-2:]
-    assert served == ["radapter-serve", "my models"]
-    assert asked == ["radapter-query", "classify", "PHOTO.jpg", "--label-set", "classes"]
-
-
 @contextmanager
 def serving(command: list[str]) -> Iterator[str]:
-    """A server started by a printed command, on free ports; gives its URL."""
-    assert command[0] == "radapter-serve"
-    http, grpc, metrics = map(str, free_ports())
-    ports = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
-    started = [sys.executable, "-m", serve.__name__, *command[1:], *ports]
+    """A server started by a printed command, on a free port; gives its URL."""
+    port = str(free_ports()[0])
+    options = [*command[1:], "--engine", "process", "--http-port", port]
+    started = [sys.executable, "-m", serve.__name__, *options]
     with subprocess.Popen(started, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
@@ -86,32 +61,36 @@ def serving(command: list[str]) -> Iterator[str]:
                 assert line, f"the server ended: {said}"
                 said += line
             (tried,) = [words for words in printed(said) if words[0] == "radapter-query"]
-            assert query.main(tried[1:]) == 0
-            yield f"grpc://localhost:{grpc}"
+            run(tried)
+            yield f"http://localhost:{port}"
         finally:
             server.terminate()
 
 
-def ask(command: list[str], url: str) -> None:
-    assert command[0] == "radapter-query"
-    assert query.main([*command[1:], "--url", url]) == 0, shlex.join(command)
-
-
-@pytest.mark.triton
 def test_from_training_to_answers(
     place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run(
-        [*trained(tiny_clip_dir, capfd), "--model-repository", "my models", "--merged", "my merged"]
-    )
+    # Train, choose alpha, export.
+    photos = "imagefolder:my photos"
+    data = ["--data", photos, "--val-data", photos, "--out", "my runs/first run"]
+    short = "--steps 4 --batch-size 8 --warmup-steps 1 --workers 0 --tracker none"
+    run(["radapter-train", "--architecture", tiny_clip_dir, *data, *short.split()])
+    (command,) = [words for words in printed(capfd.readouterr().out) if words[0] == "radapter-eval"]
+    run([*command, "--device", "cpu"])
+    command, *other = printed(capfd.readouterr().out)
+    assert command[-1] == "auto" and other in ([], [[*command[:-1], "best"]])
+    run([*command, "--model-repository", "my models", "--merged", "my merged"])
     *_, served, asked = printed(capfd.readouterr().out)
-    with serving(served) as url:
-        ask(asked, url)
-    answer = capfd.readouterr().out
-    assert any(name in answer for name in COLOURS)
+    assert served == ["radapter-serve", "my models"]
+    assert asked == ["radapter-query", "classify", "PHOTO.jpg", "--label-set", "classes"]
+
+    # Index, serve and ask.
     build = ["radapter-index", "build", "my photos", "--out", "my indexes/Büro"]
     run([*build, "--model-repository", "my models"])
     served, searched = printed(capfd.readouterr().out)
+    assert served == ["radapter-serve", "my models", "--indexes", "my indexes"]
     with serving(served) as url:
-        ask(searched, url)
-    assert "0.png" in capfd.readouterr().out
+        for command in (asked, searched):
+            run([*command, "--url", url])
+    answer = capfd.readouterr().out
+    assert any(name in answer for name in COLOURS) and "0.png" in answer

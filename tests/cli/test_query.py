@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_client import Client, InvalidImage, InvalidRequest, Reply, Request
+from radapter_client import Client, InvalidImage, Reply, Request
 from radapter_serve.cli import query
 from radapter_serve.cli.query import main
 from tests.helpers.stand_ins import Recorder, described
@@ -54,15 +55,12 @@ class Answers(Recorder):
             return {"mask": mask.astype(np.uint16), "label": labels, "score": scores}
         if request.model != "retrieve":
             return super()._outputs(request)
-        if inputs["index"][0] != b"photos":
-            raise InvalidRequest("no index 'none'; there are: photos", code="unknown_index")
         where = inputs["where"][0].decode() if "where" in inputs else ""
         return {
             "id": np.array([b"ordner/bild [b]\xc3\xbc.jpg", b"b.jpg"], object),
             "score": np.array([0.75, -0.5], np.float32),
             "metadata": np.array([json.dumps({"where": where}).encode(), b"{}"], object),
             "thumbnail": np.array([b"JPEG", b""], object),
-            "index_version": np.array([b"g-1"], object),
         }
 
 
@@ -102,11 +100,8 @@ def test_classify(run: Run, server: Answers, image: str, tmp_path: Path) -> None
     assert labels[0] in table and "0.7500" in table and labels[1] not in table
     lines = run("classify", image, image, "--labels", *labels, "--json")
     first, second = map(json.loads, lines.splitlines())
-    assert (
-        first
-        == second
-        == {**{"image": image, "labels": labels, "scores": [0.75, 0.25], "release": 2}}
-    )
+    assert first == {"image": image, "labels": labels, "scores": [0.75, 0.25], "release": 2}
+    assert first == second
     file = tmp_path / "labels.txt"
     file.write_text(f"\ufeff{labels[0]}\n\n  {labels[1]} \n", encoding="utf-8")
     assert run("classify", image, image, "--labels-file", str(file), "--json") == lines
@@ -117,12 +112,12 @@ def test_classify(run: Run, server: Answers, image: str, tmp_path: Path) -> None
 
 
 def test_examples_are_a_folder_of_folders(
-    run: Run, server: Answers, image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, server: Answers, image: str, tmp_path: Path
 ) -> None:
     for name in ("mug/1.png", "mug/2.png", "cup/1.png", ".hidden/1.png"):
         path = tmp_path / "shown" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(path)
+        shutil.copy(image, path)
     shown = ["--examples", str(tmp_path / "shown")]
     run("classify", *shown, "--example-weight", "1", image)
     run("classify", image, "--labels", "mug", "tin", "cup", *shown)
@@ -131,9 +126,6 @@ def test_examples_are_a_folder_of_folders(
     assert alone["example_labels"].tolist() == [[0, 1, 1]]
     assert alone["example_weight"].tolist() == [[1.0]]
     assert among["example_labels"].tolist() == [[2, 0, 0]]
-    for folder, message in ((tmp_path / "shown/mug", "needs a folder"), ("none", "cannot read")):
-        assert main(["classify", image, "--examples", str(folder)]) == 2
-        assert message in capsys.readouterr().err
 
 
 def test_segment(run: Run, server: Answers, image: str, tmp_path: Path) -> None:
@@ -147,10 +139,8 @@ def test_segment(run: Run, server: Answers, image: str, tmp_path: Path) -> None:
     options = shlex.split("--threshold 0.5 --short-side 300 --stride 20 --refine 2")
     saved = ["--save", str(out / "b.JPG"), "--save-mask", str(out / "mask.png")]
     answer = json.loads(run("segment", image, "--labels", "a", "b", *options, *saved, "--json"))
-    assert answer == {
-        **{"image": image, "size": [8, 6], "labels": ["a", "b"], "shares": [0.5, 0.5]},
-        **{"scores": [0.5, 0.5], "release": 2},
-    }
+    facts = {"image": image, "size": [8, 6], "release": 2}
+    assert answer == {**facts, "labels": ["a", "b"], "shares": [0.5, 0.5], "scores": [0.5, 0.5]}
     sent = server.inferences[-1].inputs
     values = [sent[name][0] for name in ("threshold", "short_side", "stride", "refine")]
     assert values == [0.5, 300, 20, 2]
@@ -174,35 +164,25 @@ def test_folders(server: Answers, tmp_path: Path, capsys: pytest.CaptureFixture[
         (folder / name).write_text("x")
     wanted = [str(folder / name) for name in ("a.jpg", "b.PNG", "deep/a.webp")]
     labels = ["--labels", "a, b", "ü"]
-    assert main(["classify", str(folder), *labels, "--json"]) == 1  # not all could be read
-    out, err = capsys.readouterr()
-    assert [json.loads(line)["image"] for line in out.splitlines()] == wanted
-    assert "left out: 2 .gif, 1 .txt" in err
-    assert f"left out: {folder / 'broken.png'}: no image" in err
-
-    # A table of classes, and one of masks with their pictures.
     table = tmp_path / "found.csv"
-    assert main(["classify", str(folder), *labels, "--out", str(table)]) == 1
-    assert "found.csv: 3 images" in capsys.readouterr().out
+    assert main(["classify", str(folder), *labels, "--out", str(table)]) == 1  # one is broken
+    out, err = capsys.readouterr()
+    assert "left out: 2 .gif, 1 .txt" in err and "found.csv: 3 images" in out
+    assert f"left out: {folder / 'broken.png'}: no image" in err
+    scores = (("a, b", "0.75"), ("ü", "0.25"))
     with table.open(encoding="utf-8", newline="") as file:
-        rows = [list(row.values()) for row in csv.DictReader(file)]
-    assert rows == [
-        [path, label, score]
-        for path in wanted
-        for label, score in (("a, b", "0.75"), ("ü", "0.25"))
-    ]
-    lines = tmp_path / "found.jsonl"
-    saved = ["--out", str(lines), "--save", str(pictures)]
-    assert main(["segment", str(folder), *labels, *saved]) == 1
-    answers = [json.loads(line) for line in lines.read_text("utf-8").splitlines()]
+        assert [tuple(row.values()) for row in csv.DictReader(file)] == [
+            (path, *score) for path in wanted for score in scores
+        ]
+
+    # Masks, with a folder of their pictures.
+    assert main(["segment", str(folder), *labels, "--json", "--save-mask", str(pictures)]) == 1
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["image"] for line in answers] == wanted
     names = {str(path.relative_to(pictures)) for path in pictures.rglob("*.*")}
     assert names == {"a.jpg.png", "b.PNG.png", "deep/a.webp.png"}
-    saved = ["--out", str(table), "--save-mask", str(pictures)]
-    assert main(["segment", *wanted, *labels, *saved]) == 0
     with Image.open(pictures / "deep" / "a.webp.png") as mask:
         assert (mask.mode, mask.size) == ("L", (8, 6))
-    assert table.read_text("utf-8").startswith("image,label,share,score\n")
 
     # A file that was named is an error.
     capsys.readouterr()
@@ -211,9 +191,8 @@ def test_folders(server: Answers, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_search(run: Run, server: Answers, image: str, tmp_path: Path) -> None:
-    table = run("search", "a red bicycle", "--index", "photos", "--offset", "0")
+    table = run("search", "a red bicycle", "--index", "photos")
     assert "ordner/bild [b]ü.jpg" in table and "-0.5000" in table
-    assert table.endswith("index version: g-1\n")
     where = ["--index", "photos", "--top-k", "2", "--where", "year > 2020"]
     first, second = map(json.loads, run("search", "x", *where, "--json").splitlines())
     about = {"where": "year > 2020"}
@@ -240,23 +219,12 @@ def test_embed_and_release(run: Run, image: str, tmp_path: Path) -> None:
     assert (answer["release"]["version"], answer["served"]) == (1, [1, 2])
 
 
-def test_failed_query_leaves_the_old_file(
-    server: Answers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_query_leaves_the_old_file(server: Answers, tmp_path: Path) -> None:
     out = tmp_path / "embeds.npy"
     out.write_bytes(b"old")
-    page = tmp_path / "page.html"
     broken = tmp_path / "broken.png"
     broken.write_text("broken")
-    for arguments, message in (
-        (["embed-image", str(broken), "--out", str(out)], "no image"),
-        (
-            ["search", "x", "--index", "none", "--save", str(page)],
-            "no index 'none'; there are: photos",
-        ),
-    ):
-        assert main(arguments) == 2
-        assert capsys.readouterr().err == f"radapter-query: error: {message}\n"
+    assert main(["embed-image", str(broken), "--out", str(out)]) == 2
     assert out.read_bytes() == b"old" and set(tmp_path.iterdir()) == {out, broken}
 
 
@@ -270,7 +238,7 @@ def test_closed_pipe(image: str, tmp_path: Path) -> None:
         "sys.exit(query.main())\n"
     )
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    command = [sys.executable, str(script), "classify", *[image] * 3000, "--labels", "a"]
+    command = [sys.executable, str(script), "classify", *[image] * 1000, "--labels", "a"]
     environment = {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(
         [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
@@ -305,11 +273,13 @@ A = ["no.png", "--labels", "a"]
     [
         (["classify", *A], "cannot read the image no.png: No such file"),
         (["classify", "no.png", "--labels-file", "{tmp}/empty.txt"], "empty.txt names no class"),
-        (["classify", *A, "--out", "x.txt"], "x.txt does not end in .csv or"),
+        (["classify", *A, "--out", "x.txt"], "x.txt does not end in .csv"),
         (["classify", *A, "--out", "no/x.csv"], "no is no folder"),
         (["classify", "{tmp}", "--labels", "a"], "no JPEG, PNG or WebP files"),
         (["classify", "--labels", "a"], "give files or folders"),
         (["classify", *A, "--label-set", "b"], "give one of --labels"),
+        (["classify", "no.png", "--examples", "{tmp}/empty.txt"], "cannot read .*empty.txt"),
+        (["classify", "no.png", "--examples", "{tmp}"], "needs a folder with images for each"),
         (["segment", *A, "--save-mask", "x.jpg"], "--save-mask x.jpg does not end in .png"),
         (["segment", *A, "--save", "x.png", "--save-mask", "x.png"], "are both x.png"),
         (["segment", "a.png", *A, "--save", "x.png"], "of several images, give a folder"),
@@ -336,19 +306,3 @@ def test_bad_input_is_one_line(
     )
     assert re.search(why, error)
     assert set(tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status"), [(["classify", "--help"], 0), ([], 2), (["search", "a"], 2)]
-)
-def test_help_and_usage_errors(
-    arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == status
-    said = capsys.readouterr()
-    if status:
-        assert "radapter-query" in said.err
-    else:
-        assert "http://localhost:8000" in said.out and "RADAPTER_SERVER" in said.out

@@ -12,7 +12,12 @@ from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation import metrics
-from radapter_serve.evaluation.metrics import fit_confidence, fit_sigmoid, fit_temperature
+from radapter_serve.evaluation.metrics import (
+    calibration_error,
+    fit_confidence,
+    fit_sigmoid,
+    fit_temperature,
+)
 
 N = 4000
 CLASSES = 6
@@ -87,15 +92,6 @@ def test_many_pairs_are_fitted_by_some_images(
     assert fit(logits, truth) == some != every
 
 
-def by_hand(confidences: torch.Tensor, hits: torch.Tensor) -> float:
-    """The expected calibration error, bin by bin."""
-    gaps = 0.0
-    for number in range(15):
-        inside = (confidences > number / 15) & (confidences <= (number + 1) / 15)
-        gaps += abs(float((confidences[inside] - hits[inside].double()).sum()))
-    return gaps / len(confidences)
-
-
 def test_each_half_is_judged_by_the_fit_of_the_other(logits: np.ndarray) -> None:
     """Every second image is much surer than the others, so that no half is right by the other's
     fit.
@@ -113,15 +109,19 @@ def test_each_half_is_judged_by_the_fit_of_the_other(logits: np.ndarray) -> None
         after[own::2] = torch.softmax(values / temperature, 1).amax(1)
         scale, bias = fit_sigmoid(logits[other::2] / 100, truth[other::2])
         pairs[own::2] = torch.sigmoid(values / 100 * scale + bias)
-    hits = torch.tensor(logits.argmax(1) == truth)
-    right = torch.tensor(np.eye(CLASSES)[truth])
+    hits = logits.argmax(1) == truth
+    right = np.eye(CLASSES, dtype=bool)[truth]
     found = fit_confidence(logits / 100, truth, 100.0, None, "photos")
     assert (found.dataset, found.n, found.classes) == ("photos", N, CLASSES)
     assert found.temperature == pytest.approx(fit_temperature(logits, truth))
     plain = torch.softmax(torch.tensor(logits).double(), 1).amax(1)
-    assert found.ece_before == pytest.approx(by_hand(plain, hits), abs=1e-3)
-    assert found.ece_after == pytest.approx(by_hand(after, hits), abs=1e-3)
-    assert found.label_ece == pytest.approx(by_hand(pairs.ravel(), right.ravel()), abs=1e-3)
+    for error, sure, wanted in (
+        (found.ece_before, plain, hits),
+        (found.ece_after, after, hits),
+        (found.label_ece, pairs, right),
+    ):
+        expected = calibration_error(sure.numpy().ravel(), wanted.ravel())
+        assert error == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_least_score_keeps_95_of_100_images_and_says_what_else_reaches_it(

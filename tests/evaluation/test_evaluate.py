@@ -22,17 +22,13 @@ from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.encoders.loaded import load_release, served_release
 from radapter_serve.evaluation.image_sets import nouns_beside
-from radapter_serve.evaluation.models import (
-    Candidate,
-    from_adapter,
-    from_merged,
-    from_release,
-)
+from radapter_serve.evaluation.models import Candidate, from_adapter, from_merged, from_release
 from radapter_serve.evaluation.rows import Results, Row
-from radapter_serve.evaluation.run import as_trained, evaluate_suite
+from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.start import evaluate
 from radapter_serve.evaluation.suite import load_suite
 from tests.evaluation.conftest import CLASSES
+from tests.helpers.ways import in_process
 
 ALPHAS = [0.0, 0.4, 1.0]
 TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]
@@ -161,21 +157,25 @@ def test_right_of_each_image_makes_the_metric(
     assert [isinstance(row.right, list) for row in rows] == [False, True, False, True]
 
 
-def test_torch_merged_and_release_give_the_same_numbers(
-    exported_tiny_clip: Path, world: Path, tmp_path: Path
+def test_torch_merged_release_and_a_server_give_the_same_numbers(
+    exported_tiny_clip: Path, dynamic_tiny_clip: Path, world: Path, tmp_path: Path
 ) -> None:
     folder = exported_tiny_clip
-    adapter = evaluated(from_adapter(folder / "adapter.safetensors", [0.8]), world, tmp_path / "a")
     *_, checkpoint = sorted(folder.glob("merged/**/open_clip_config.json"))
-    merged = evaluated(from_merged(checkpoint.parent), world, tmp_path / "b")
-    newest = load_release(folder / "model_repository")
-    release = evaluated(from_release(newest), world, tmp_path / "c")
-    for rows in zip(adapter, merged, release, strict=True):
-        assert rows[0].metrics == pytest.approx(rows[1].metrics, abs=1e-5)
-        assert rows[0].metrics == pytest.approx(rows[2].metrics, abs=1e-5)
-        for name in SAME:
-            assert len({getattr(row, name) for row in rows}) == 1, name
-        assert [row.source for row in rows] == ["adapter", "merged", "release"]
+    with in_process(dynamic_tiny_clip, tmp_path) as server:
+        ways = {
+            "adapter": from_adapter(folder / "adapter.safetensors", [0.8]),
+            "merged": from_merged(checkpoint.parent),
+            "release": from_release(load_release(folder / "model_repository")),
+            "server": from_release(served_release(server.url), [0.8], "server"),
+        }
+        measured = [evaluated(models, world, tmp_path / name) for name, models in ways.items()]
+    for rows in zip(*measured, strict=True):
+        assert [row.source for row in rows] == list(ways)
+        for row in rows:
+            assert row.metrics == pytest.approx(rows[0].metrics, abs=1e-5), row.source
+            for name in SAME:
+                assert getattr(row, name) == getattr(rows[0], name), (row.source, name)
 
 
 def test_closing_leaves_the_base_as_it_was(run_folder: Path, tiny_clip_dir: str) -> None:
@@ -188,12 +188,8 @@ def test_closing_leaves_the_base_as_it_was(run_folder: Path, tiny_clip_dir: str)
     assert all(torch.equal(before[name], state[name]) for name in before)
 
 
-def test_wise_ft_interpolates_all_weights(
-    run_folder: Path,
-    tiny_clip_dir: str,
-    world: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_checkpoint_is_on_the_line_from_its_base_as_in_wise_ft(
+    tiny_clip_dir: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("radapter_serve.evaluation.plots.draw", lambda *_, **__: [])
     base = load_base(tiny_clip_dir)
@@ -204,14 +200,6 @@ def test_wise_ft_interpolates_all_weights(
         for k, v in weights.items()
     }
     save_file(tuned, tmp_path / "tuned.safetensors")
-    models = from_adapter(run_folder, [0.0, 0.5], finetuned=tmp_path / "tuned.safetensors")
-    points = [(model.source, model.alpha) for model in models]
-    assert points == [("adapter", 0.0), ("adapter", 0.5), ("wise-ft", 0.0), ("wise-ft", 0.5)]
-    wise_ft = evaluated(models, world, tmp_path / "wise-ft")
-    middle = {
-        k: torch.lerp(v, tuned[k], 0.5) if v.is_floating_point() else v for k, v in weights.items()
-    }
-    base.model.load_state_dict(middle)
     rows = evaluate(
         checkpoint=tmp_path / "tuned.safetensors",
         base=tiny_clip_dir,
@@ -221,35 +209,13 @@ def test_wise_ft_interpolates_all_weights(
         out=tmp_path / "results",
     ).rows
     assert {(row.source, row.alpha) for row in rows} == {("checkpoint", 0.0), ("checkpoint", 0.5)}
+    middle = {
+        k: torch.lerp(v, tuned[k], 0.5) if v.is_floating_point() else v for k, v in weights.items()
+    }
+    base.model.load_state_dict(middle)
     with torch.no_grad():
         by_hand = by_open_clip(base.model, tiny_clip_dir, world)
-    at_half = [row for row in wise_ft if (row.source, row.alpha) == ("wise-ft", 0.5)]
-    assert measured(at_half) == pytest.approx(by_hand, abs=1e-5)
     assert measured([row for row in rows if row.alpha == 0.5]) == pytest.approx(by_hand, abs=1e-5)
-
-
-@pytest.mark.triton
-def test_a_live_server_gives_the_same_numbers(
-    exported_tiny_clip: Path, dynamic_tiny_clip: Path, world: Path, tmp_path: Path
-) -> None:
-    from radapter_serve.server.config import ServerConfig
-    from radapter_serve.server.endpoints import Endpoints
-    from radapter_serve.server.triton_server import TritonServer
-
-    def served(url: str) -> list[Candidate]:
-        return from_release(served_release(url), [0.8], "server")
-
-    file = exported_tiny_clip / "adapter.safetensors"
-    adapter = evaluated(from_adapter(file, [0.8]), world, tmp_path / "adapter")
-    with TritonServer(ServerConfig(dynamic_tiny_clip, Endpoints.on_free_ports())) as server:
-        by_grpc = evaluated(served(server.grpc_url), world, tmp_path / "grpc")
-        by_http = evaluated(served(server.http_url), world, tmp_path / "http")
-    for rows in (by_grpc, by_http):
-        for one, other in zip(adapter, rows, strict=True):
-            assert one.metrics == pytest.approx(other.metrics, abs=1e-5)
-            for name in SAME:
-                assert getattr(one, name) == getattr(other, name), name
-            assert other.source == "server"
 
 
 def test_the_nouns_are_every_third_of_imagenets_names() -> None:
@@ -265,11 +231,3 @@ def test_the_nouns_are_every_third_of_imagenets_names() -> None:
     ):
         kept = nouns_beside(["something else", name])
         assert [noun for noun in names if noun not in kept] == left_out
-
-
-def test_a_bare_folder_of_test_data_is_a_folder_of_images(run_folder: Path, tmp_path: Path) -> None:
-    metadata = load_adapter(run_folder).metadata
-    [entry] = as_trained(metadata, str(tmp_path)).entries
-    assert entry.data == f"imagefolder:{tmp_path}"
-    [entry] = as_trained(metadata, "csv:test.csv").entries
-    assert entry.data == "csv:test.csv"

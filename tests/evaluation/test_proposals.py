@@ -110,9 +110,8 @@ def test_masks_without_scores_have_clips_classes(folder: Path) -> None:
     rewrite(folder, lambda masks, scores: {"masks": masks})
     (row,) = rows_of(suite_of(folder, "proposals: found"))
     assert row.confusion == by_ovseg(folder, None) and row.proposal_weight is None
-    suite = suite_of(folder, "proposals: found, proposal_weight: 0.6")
     with pytest.raises(RAdapterError, match="proposal_weight is 0.6 but found has no scores"):
-        open_set(suite, suite.entries[0])
+        rows_of(suite_of(folder, "proposals: found, proposal_weight: 0.6"))
 
 
 def test_an_image_whose_masks_are_empty_is_background(folder: Path) -> None:

@@ -32,14 +32,15 @@ from radapter_serve.evaluation.models import (
     from_merged,
     from_release,
 )
-from radapter_serve.evaluation.rows import Results
+from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate, evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.tasks.dense import encode_windows, segment_densely
 from tests.evaluation.conftest import Fake, candidate
 from tests.helpers.small_models import release
+from tests.helpers.ways import in_process
 
-NAMES = ["sky", "grass, lawn", "cow", "barn"]
+NAMES = ["sky", "grass", "cow", "barn"]
 SIZE = 32
 PATCH = 8
 ALL_RIGHT = {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
@@ -85,14 +86,9 @@ def by_colour(pixels: NDArray[np.uint8], *, dense: bool) -> Floats:
 
 
 def oracle(see: Any = by_colour) -> Candidate:
-    names = [name for line in NAMES for name in line.split(", ")]
-    fake = Fake(names, see)
-    # Both names of a class are its direction.
-    numbers = [number for number, line in enumerate(NAMES) for _ in line.split(", ")]
-    fake.encode = lambda texts: [[numbers[names.index(text)]] for text in texts]  # type: ignore[method-assign]
-    fake.names = NAMES
     crop = MaskCrop(fill=(255, 255, 255)).to_dict()
     dense = {"way": "naclip", "grid": None}
+    fake = Fake(NAMES, see)
     return candidate(fake, SIZE, crop=crop, dense=dense, logit_scale=100.0, max_batch_size=4)
 
 
@@ -121,17 +117,21 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def suite_of(masked: Path, sets: str, name: str = "s") -> Suite:
-    text = f"task: segmentation\ndata: 'masks:data'\nshort_side: 64\nstride: 16\nsets:\n{sets}"
-    (masked / f"{name}.yaml").write_text(text, encoding="utf-8")
-    return load_suite(masked / f"{name}.yaml", masked)
+def suite_of(masked: Path, *sets: str) -> Suite:
+    """A suite of sets `s0`, `s1`, ... with these fields."""
+    lines = "".join(f"- {{name: s{number}, {fields}}}\n" for number, fields in enumerate(sets))
+    text = f"task: segmentation\ndata: 'masks:data'\nshort_side: 64\nstride: 16\nsets:\n{lines}"
+    (masked / "s.yaml").write_text(text, encoding="utf-8")
+    return load_suite(masked / "s.yaml", masked)
+
+
+def rows_of(suite: Suite) -> list[Row]:
+    return [evaluate([oracle()], open_set(suite, entry))[0] for entry in suite.entries]
 
 
 def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
-    suite = suite_of(
-        masked, "- {name: a, dense: naclip}\n- {name: b, dense: naclip, short_side: 144, stride: 8}"
-    )
-    coarse, fine = (evaluate([oracle()], open_set(suite, entry))[0] for entry in suite.entries)
+    finer = "dense: naclip, short_side: 144, stride: 8"
+    coarse, fine = rows_of(suite_of(masked, "dense: naclip", finer))
     assert coarse.metrics["miou"] < fine.metrics["miou"]
     assert fine.metrics["miou"] > 0.93 and fine.metrics["pixel_accuracy"] > 0.96
     assert (coarse.n, coarse.classes, coarse.dense, coarse.size) == (6, 4, "naclip", 32)
@@ -145,28 +145,17 @@ def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
         true = counts[label].sum()
         found = counts[:, label].sum()
         iou = counts[label, label] / (true + found - counts[label, label])
-        assert of.name == ["sky", "grass", "cow", "barn"][label] and of.n == true
+        assert of.name == NAMES[label] and of.n == true
         assert of.iou == pytest.approx(iou, abs=1e-4)
         assert of.recall == pytest.approx(counts[label, label] / true, abs=1e-4)
     for name, value in coarse.metrics.items():
         assert coarse.intervals[name][0] < value < coarse.intervals[name][1]
 
 
-def test_an_oracle_of_crops_reaches_one_with_true_masks(masked: Path) -> None:
-    suite = suite_of(masked, "- {name: a, dense: proposals}")
-    (row,) = evaluate([oracle()], open_set(suite, suite.entries[0]))
-    assert row.metrics == ALL_RIGHT and row.short_side is None
-
-
 def test_the_digest_covers_images_masks_and_proposals(masked: Path, tmp_path: Path) -> None:
-    for part in ("data", "found"):
-        shutil.copytree(masked / part, tmp_path / part)
-    found = "proposals: found"
-    suite = suite_of(
-        tmp_path,
-        "- {name: a, dense: naclip}\n- {name: b, dense: proposals}\n"
-        f"- {{name: c, dense: proposals, {found}}}",
-    )
+    shutil.copytree(masked, tmp_path, dirs_exist_ok=True)
+    given = "dense: proposals, proposals: found"
+    suite = suite_of(tmp_path, "dense: naclip", "dense: proposals", given)
 
     def digests() -> list[str]:
         return [open_set(suite, entry).set_digest for entry in suite.entries]
@@ -211,18 +200,21 @@ def test_an_object_without_a_pixel_is_no_proposal(masked: Path, tmp_path: Path) 
     assert row.n == 2 and row.metrics == ALL_RIGHT
 
 
-def test_background_is_a_class_without_a_prompt(masked: Path) -> None:
-    lines = [
-        f"- {{name: {dense}-{name}, dense: {dense}, threshold: 0.5{also}}}"
-        for dense in ("naclip", "proposals")
-        for name, also in (("class", ", background: grass"), ("none", ""))
-    ]
-    suite = suite_of(masked, "\n".join(lines))
-    rows = {e.name: evaluate([oracle()], open_set(suite, e))[0].metrics for e in suite.entries}
+def test_true_masks_reach_one_and_background_is_a_class_without_a_prompt(masked: Path) -> None:
+    of_class = "threshold: 0.5, background: grass"
+    crops, dense, background, without = rows_of(
+        suite_of(
+            masked,
+            "dense: proposals",
+            f"dense: naclip, {of_class}",
+            f"dense: proposals, {of_class}",
+            "dense: proposals, threshold: 0.5",
+        )
+    )
+    assert crops.metrics == background.metrics == ALL_RIGHT and crops.short_side is None
     # The oracle sees no class where grass is: equal cosines.
-    assert rows["naclip-class"]["pixel_accuracy"] > 0.8
-    assert rows["proposals-class"] == ALL_RIGHT
-    assert rows["proposals-none"]["pixel_accuracy"] == 1.0
+    assert dense.metrics["pixel_accuracy"] > 0.8
+    assert without.metrics["pixel_accuracy"] == 1.0
 
 
 @pytest.fixture(scope="module")
@@ -237,12 +229,12 @@ def dense_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run
 
 
-SETS = """
-- {name: dense}
-- {name: sure, threshold: 0.26, background: cow}
-- {name: masks, dense: proposals}
-- {name: found, dense: proposals, proposals: found, proposal_weight: 0.6}
-"""
+SETS = (
+    "threshold: null",
+    "threshold: 0.26, background: cow",
+    "dense: proposals",
+    "dense: proposals, proposals: found, proposal_weight: 0.6",
+)
 
 
 def masks_of(models: Sequence[Candidate], suite: Suite) -> dict[str, list[NDArray[np.uint16]]]:
@@ -268,8 +260,8 @@ def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_cli
     from radapter_serve.clip.base import load_base
     from radapter_serve.clip.towers import encode_patches, zero_shot_classifier
 
-    suite = suite_of(masked, SETS)
-    found = masks_of(from_adapter(dense_run, [0.0, 0.6]), suite)["dense"]
+    suite = suite_of(masked, *SETS)
+    found = masks_of(from_adapter(dense_run, [0.0, 0.6]), suite)["s0"]
     base = load_base(tiny_clip_dir)
     base.model.load_state_dict(fold(base.model.state_dict(), load_adapter(dense_run), 0.6))
     _, _, transform = open_clip.create_model_and_transforms(tiny_clip_dir)
@@ -307,38 +299,23 @@ def dense_release(common: Path, dense_run: Path, tmp_path_factory: pytest.TempPa
     return folder
 
 
-def alike(masks: Sequence[NDArray[np.uint16]], others: Sequence[NDArray[np.uint16]]) -> bool:
-    """Whether two ways of running a model label the pixels alike, but for those that lie between
-    two labels.
-    """
-    return all((one == other).mean() > 0.999 for one, other in zip(masks, others, strict=True))
-
-
-def test_a_run_its_checkpoint_and_its_release_give_the_same_masks(
-    masked: Path, dense_run: Path, dense_release: Path
+def test_a_run_its_checkpoint_its_release_and_a_server_give_the_same_masks(
+    masked: Path, dense_run: Path, dense_release: Path, tmp_path: Path
 ) -> None:
-    suite = suite_of(masked, SETS)
-    run = masks_of(from_adapter(dense_run, [0.6]), suite)
-    merged = masks_of(from_merged(dense_release / "merged"), suite)
-    release = masks_of(from_release(load_release(dense_release / "model_repository")), suite)
-    for name, masks in run.items():
-        assert alike(masks, merged[name]) and alike(masks, release[name]), name
-    assert len(np.unique(np.stack(run["dense"]))) > 1
-
-
-@pytest.mark.triton
-def test_a_live_server_gives_the_same_masks(masked: Path, dense_release: Path) -> None:
-    from radapter_serve.server.config import ServerConfig
-    from radapter_serve.server.endpoints import Endpoints
-    from radapter_serve.server.triton_server import TritonServer
-
-    suite = suite_of(masked, SETS)
+    suite = suite_of(masked, *SETS)
     repository = dense_release / "model_repository"
-    expected = masks_of(from_release(load_release(repository)), suite)
-    with TritonServer(ServerConfig(repository, Endpoints.on_free_ports())) as server:
-        for url in (server.grpc_url, server.http_url):
-            served = masks_of(from_release(served_release(url), source="server"), suite)
-            assert all(alike(masks, served[name]) for name, masks in expected.items()), url
+    run = masks_of(from_adapter(dense_run, [0.6]), suite)
+    others = [
+        masks_of(from_merged(dense_release / "merged"), suite),
+        masks_of(from_release(load_release(repository)), suite),
+    ]
+    with in_process(repository, tmp_path) as server:
+        others.append(masks_of(from_release(served_release(server.url), source="server"), suite))
+    for other in others:
+        for name, masks in run.items():
+            for mask, same in zip(masks, other[name], strict=True):
+                assert (mask == same).mean() > 0.999, name  # but for pixels between two labels
+    assert len(np.unique(np.stack(run["s0"]))) > 1
 
 
 def test_a_set_that_a_model_can_not_be_evaluated_on_is_refused(
@@ -352,12 +329,12 @@ def test_a_set_that_a_model_can_not_be_evaluated_on_is_refused(
     for model, dense in ((has, "naclip"), (lacks, None)):
         with pytest.raises(RAdapterError, match="export one with radapter-export --dense naclip"):
             model.way(dense)
-    suite = suite_of(masked, "- {name: named, dense: maskclip}\n- {name: own}")
+    suite = suite_of(masked, "dense: maskclip", "dense: null")
     models = from_adapter(run_folder, [0.5])  # its recipe names no way
     results = Results(tmp_path)
     with pytest.raises(RAdapterError, match="this model has no dense method"):
         evaluate_suite(models, suite, results)
-    assert [row.dataset for row in results.rows] == ["named"]
+    assert [row.dataset for row in results.rows] == ["s0"]
     models[0].close()
 
 
@@ -365,18 +342,14 @@ def test_a_set_that_a_model_can_not_be_evaluated_on_is_refused(
     ("fields", "message"),
     [
         ("background: pig, threshold: 0.1", "background is 'pig', not one of the classes"),
-        ("dense: naclip, short_side: 8", "data set 'a', oracle: "),
-        ("dense: proposals, proposals: none", "data set 'a': no proposals"),
-        (
-            "dense: proposals, proposals: found, background: cow",
-            "float [4, 3], a column for each class",
-        ),
+        ("dense: naclip, short_side: 8", "data set 's0', oracle: "),
+        ("dense: proposals, proposals: none", "data set 's0': no proposals"),
+        ("dense: proposals, proposals: found, background: cow", "float [4, 3], a column for"),
     ],
 )
 def test_bad_entries(masked: Path, fields: str, message: str) -> None:
     with pytest.raises(RAdapterError) as error:
-        suite = suite_of(masked, f"- {{name: a, {fields}}}", "bad")
-        evaluate([oracle()], open_set(suite, suite.entries[0]))
+        rows_of(suite_of(masked, fields))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -384,8 +357,8 @@ def test_an_error_names_the_image(masked: Path) -> None:
     def refuse(*_: object, **__: object) -> Any:
         raise RAdapterError("too long and thin")
 
-    suite = suite_of(masked, "- {name: a, dense: naclip}")
-    with pytest.raises(RAdapterError, match="data set 'a', oracle: 0.png: too long and thin"):
+    suite = suite_of(masked, "dense: naclip")
+    with pytest.raises(RAdapterError, match="data set 's0', oracle: 0.png: too long and thin"):
         evaluate([oracle(refuse)], open_set(suite, suite.entries[0]))
 
 
