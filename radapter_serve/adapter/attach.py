@@ -89,15 +89,12 @@ def find_sites(model: nn.Module, *, text: bool = True, partial: bool = False) ->
         RAdapterError: a tower has no known sites, or a norm is between a site and its residual;
             if `partial`, no site is left.
     """
-    sites, reasons = _search(model, text)
-    if reasons and not (partial and sites):
-        advice = "" if partial or not sites else "; --partial (partial=True) adapts all but that"
-        raise RAdapterError(f"{reasons[0]}; nothing was changed{advice}")
+    sites, _ = _search(model, text, partial)
     return sites
 
 
-def _search(model: nn.Module, text: bool) -> tuple[list[Site], list[str]]:
-    """The adapted layers, and what can't be adapted, each with the reason."""
+def _search(model: nn.Module, text: bool, partial: bool) -> tuple[list[Site], list[str]]:
+    """The adapted layers, and what is left out, each with the reason; refused unless `partial`."""
     sites: list[Site] = []
     reasons: list[str] = []
     for tower, holders in list(TOWERS.items())[: 1 + text]:
@@ -115,7 +112,7 @@ def _search(model: nn.Module, text: bool) -> tuple[list[Site], list[str]]:
                     reasons.append(f"{key} must be a linear layer but is {kind}")
                 elif norm is not None and not isinstance(norm, nn.Identity):
                     reasons.append(
-                        f"{name}.{place.norm} ({type(norm).__name__}) stands between {key} and the"
+                        f"{name}.{place.norm} ({type(norm).__name__}) lies between {key} and the"
                         " residual that it is added to"
                     )
                 else:
@@ -127,6 +124,9 @@ def _search(model: nn.Module, text: bool) -> tuple[list[Site], list[str]]:
                 " blocks of a kind that adapters fit: those of open_clip's and timm's vision"
                 " transformers, BERT, RoBERTa, mT5 and M2M"
             )
+    if reasons and not (partial and sites):
+        advice = "" if partial or not sites else "; --partial (partial=True) adapts all but that"
+        raise RAdapterError(f"{reasons[0]}; nothing was changed{advice}")
     return sites, reasons
 
 
@@ -305,8 +305,7 @@ def attach(
         raise RAdapterError(f"rank is {rank}; allowed: 1 or more, or null for full rank")
     if not 0 <= drop < 1:
         raise RAdapterError(f"drop is {drop}; allowed: 0 <= drop < 1")
-    sites = find_sites(model, text=text, partial=partial)
-    _, left_out = _search(model, text)
+    sites, left_out = _search(model, text, partial)
     return _attach(model, sites, rank, form, drop, left_out)
 
 

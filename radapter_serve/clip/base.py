@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.transformer import QuickGELU
+from open_clip import CLIP
+from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
+from radapter_serve.clip.towers import pool_type, text_tower
 from radapter_serve.clip.transformers import is_transformers, read
 from radapter_serve.errors import RAdapterError, quiet, reason, short
 from radapter_serve.sources import (
@@ -156,6 +158,16 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         raise RAdapterError(
             f"could not load {name} (pretrained {pretrained}): {reason(error)}"
         ) from error
+    # Each tower must give one embedding. An appended class token (CoCa) overrides the text's pool.
+    text = text_tower(model)
+    pools = {"image": getattr(model.visual, "pool_type", "")}
+    if getattr(text, "cls_emb", None) is None and isinstance(text, CLIP | TextTransformer):
+        pools["text"] = pool_type(text)
+    for tower, pool in pools.items():
+        if pool == "none":
+            raise RAdapterError(
+                f"{name} can't be used: its {tower} tower does not pool (pool_type none)"
+            )
     config = copy.deepcopy(config)
     config["quick_gelu"] = any(isinstance(module, QuickGELU) for module in model.modules())
     return Base(

@@ -13,12 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from radapter_serve.data.rows import (
-    ImageColumn,
-    check_share,
-    image_source,
-    open_rows,
-)
+from radapter_serve.data.rows import ImageColumn, check_share, image_source, open_rows
+from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 
 _BLOCK = 1000  # rows in memory at once
@@ -41,7 +37,6 @@ class Captioned(ImageColumn):
     table: Any  # a Hugging Face data set with a caption or a list of captions a row
     images: Sequence[CaptionedImage]  # every image of the table once
     image_column: str
-    caption_column: str
     folder: Path = field(default_factory=Path)  # where relative image paths start
     captions_per_image: int = 1  # texts of a training pair
     exif_orientation: bool = True
@@ -77,20 +72,24 @@ class Captioned(ImageColumn):
 
 
 def load_captioned(
-    spec: str,
-    *,
-    image_column: str = "image",
-    caption_column: str = "caption",
-    captions_per_image: int = 1,
-    images: Path | None = None,
-    broken: list[str] | None = None,
+    source: DataSource, *, captions_per_image: int = 1, broken: list[str] | None = None
 ) -> Captioned:
-    """Open images with captions; rows of the same image belong together."""
+    """Open images with captions; rows of the same image belong together. `broken` gets lines about
+    rows without a caption, which are refused without it.
+    """
+    spec = source.data
+    image_column = source.image_column
+    caption_column = source.caption_column
     columns = {image_column: "--image-column", caption_column: "--caption-column"}
     rows = open_rows(spec, columns)
     table = rows.table
     data = Captioned(
-        table, [], image_column, caption_column, images or rows.folder, captions_per_image
+        table,
+        [],
+        image_column,
+        source.images or rows.folder,
+        captions_per_image,
+        source.exif_orientation,
     )
 
     # Gather the captions of each image, block by block: a table may be larger than memory.
@@ -109,9 +108,9 @@ def load_captioned(
                     )
                 broken.append(line)
                 continue
-            source = image_source(image)  # the same bytes, or the same path, are the same image
-            content = source if isinstance(source, bytes) else source.encode()
-            key = hashlib.sha256(content).hexdigest()
+            content = image_source(image)  # the same bytes, or the same path, are the same image
+            encoded = content if isinstance(content, bytes) else content.encode()
+            key = hashlib.sha256(encoded).hexdigest()
             first.setdefault(key, number)
             captions_of.setdefault(key, []).extend(captions)
     data.images = [CaptionedImage(first[key], tuple(texts)) for key, texts in captions_of.items()]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from radapter_serve.contract.images import SUFFIXES
 from radapter_serve.contract.labels import join_label, read_label_file, split_label
 from radapter_serve.data.rows import ImageColumn, LabelledImages, open_rows, share_of, sub_folders
+from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 
 IMAGENET = "imagenet"
@@ -228,23 +229,15 @@ def _bringing(
     return images
 
 
-def load_labelled(
-    spec: str,
-    *,
-    image_column: str = "image",
-    label_column: str = "label",
-    label_separator: str | None = None,
-    classes: Path | None = None,
-    images: Path | None = None,
-    every_class: bool = True,
-) -> Labelled:
-    """Open a data set; `DataSource` says what the arguments mean.
-
-    `every_class` refuses classes without an image, as training needs it; evaluation lists those of
-    an image folder last.
+def load_labelled(source: DataSource, *, every_class: bool = True) -> Labelled:
+    """Open images with labels. `every_class` refuses classes without an image, as training needs
+    it; evaluation lists those of an image folder last.
     """
     # Rows, and what they call their classes.
-    flags = {image_column: "--image-column", label_column: "--label-column"}
+    spec = source.data
+    label_column = source.label_column
+    label_separator = source.label_separator
+    flags = {source.image_column: "--image-column", label_column: "--label-column"}
     opened = open_rows(spec, flags)
     rows = opened.table
     feature: Any = (rows.features or {}).get(label_column)
@@ -271,15 +264,21 @@ def load_labelled(
 
     # Names for prompts.
     keys, names = prompt_names(
-        keys, classes, spec, by_name=by_name, every_class=every_class, whole=opened.class_folders
+        keys,
+        source.classes,
+        spec,
+        by_name=by_name,
+        every_class=every_class,
+        whole=opened.class_folders,
     )
     data = Labelled(
         rows,
         names,
-        image_column,
+        source.image_column,
         label_column,
-        images or opened.folder,
+        source.images or opened.folder,
         keys=keys,
+        exif_orientation=source.exif_orientation,
         left_out=opened.left_out,
         label_separator=label_separator,
         several=several,

@@ -24,6 +24,7 @@ from radapter_serve.contract.images import SUFFIXES, orientation_of, oriented
 from radapter_serve.contract.labels import join_label, read_label_file, split_label
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.rows import BrokenImage, LabelledImages, check_share, decode_named
+from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError, listed, reason
 
 IGNORE = -1
@@ -62,7 +63,7 @@ class MaskedImage(ABC):
         """
 
     @abstractmethod
-    def areas(self) -> list[tuple[int, int]]:
+    def areas(self) -> Sequence[tuple[int, float]]:
         """Class and area in pixels of each of `segments`, in their order."""
 
     def mask(self) -> NDArray[np.int32]:
@@ -158,7 +159,7 @@ class Panoptic(MaskedImage):
     """The colour of a pixel is the id of its segment, R + 256 G + 65536 B; 0 is unlabeled."""
 
     mask_path: Path  # PNG
-    labels: dict[int, tuple[int, int]]  # class, or IGNORE, and area of each segment id
+    labels: dict[int, tuple[int, float]]  # class, or IGNORE, and area of each segment id
 
     def segments(self) -> list[ClassMask]:
         colours = self._read(
@@ -178,7 +179,7 @@ class Panoptic(MaskedImage):
             )
         return [segment for segment in segments if segment[0] != IGNORE]
 
-    def areas(self) -> list[tuple[int, int]]:
+    def areas(self) -> list[tuple[int, float]]:
         return [pair for pair in self.labels.values() if pair[0] != IGNORE]
 
 
@@ -209,37 +210,30 @@ class Instances(MaskedImage):
         ]
 
 
-def load_masked(
-    spec: str,
-    *,
-    classes: Path | None = None,
-    images: Path | None = None,
-    exif_orientation: bool = True,
-) -> Masked:
+def load_masked(source: DataSource) -> Masked:
     """Open a data set of images with masks.
 
-    `spec` is `masks:DIR` for the images DIR/images/* with the label maps DIR/masks/STEM.png (gray,
-    palette or 16 bit; the value is the class id), or `coco:FILE.json` for COCO's panoptic
+    Its data is `masks:DIR` for the images DIR/images/* with the label maps DIR/masks/STEM.png
+    (gray, palette or 16 bit; the value is the class id), or `coco:FILE.json` for COCO's panoptic
     annotations (their PNGs in the folder FILE) or instance annotations (polygons or run lengths).
 
-    `classes` names the class ids: a text with one class a line, the first of which is id 0, or JSON
-    or YAML that maps id to name; None takes DIR/classes.txt, .json or .yaml, the same beside DIR,
-    or COCO's categories. Ids without a name (255 by custom) and those named unlabeled, void or
-    ignore are ignored; ids of one name are one class.
+    Its class file names the class ids: a text with one class a line, the first of which is id 0,
+    or JSON or YAML that maps id to name; None takes DIR/classes.txt, .json or .yaml, the same
+    beside DIR, or COCO's categories. Ids without a name (255 by custom) and those named unlabeled,
+    void or ignore are ignored; ids of one name are one class.
 
-    `images` is the folder of the images; None takes DIR/images, or `images` beside FILE.json. A
-    mask turns with its image, by EXIF, unless it is upright already: then it has the size of the
-    turned image.
+    Without a folder of images they are in DIR/images, or in `images` beside FILE.json. A mask turns
+    with its image, by EXIF, unless it is upright already: then it has the size of the turned image.
     """
-    reader, _, place = spec.partition(":")
-    if reader == "masks" and place:
-        masked = _load_label_maps(Path(place), classes, images)
-    elif reader == "coco" and place:
-        masked = _load_coco(Path(place), classes, images)
-    else:
-        raise RAdapterError(f"could not read the masks {spec}; allowed: masks:DIR, coco:FILE.json")
-    images_ = [replace(image, exif_orientation=exif_orientation) for image in masked.images]
-    return Masked(images_, masked.classes)
+    reader, _, place = source.data.partition(":")
+    readers = {"masks": _load_label_maps, "coco": _load_coco}
+    if reader not in readers or not place:
+        raise RAdapterError(
+            f"could not read the masks {source.data}; allowed: masks:DIR, coco:FILE.json"
+        )
+    masked = readers[reader](Path(place), source.classes, source.images)
+    turned = source.exif_orientation
+    return replace(masked, images=[replace(of, exif_orientation=turned) for of in masked.images])
 
 
 def _load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> Masked:
@@ -304,10 +298,12 @@ def _load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
         if any("segments_info" in row for row in annotations):  # panoptic: a row an image
             for row in annotations:
                 files.append(masks / row["file_name"])
-                labels = {
-                    segment["id"]: (index[segment["category_id"]], segment["area"])
-                    for segment in row["segments_info"]
-                }
+                labels = {}
+                for segment in row["segments_info"]:
+                    area = segment.get("area")
+                    if not isinstance(area, int | float):
+                        raise ValueError(f"a segment of {row['file_name']} has the area {area!r}")
+                    labels[segment["id"]] = index[segment["category_id"]], area
                 if any(label != IGNORE for label, _ in labels.values()):
                     path = folder / named[row["image_id"]]["file_name"]
                     masked.append(Panoptic(path, files[-1], labels))
@@ -326,8 +322,8 @@ def _load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise RAdapterError(
             f"{file} is no annotation file of COCO ({type(error).__name__}: {reason(error)}); it"
-            " needs images, categories and annotations of these, with segments_info (panoptic) or"
-            " segmentation (instances)"
+            " needs images, categories and annotations of these, with segments_info and the area of"
+            " each (panoptic), or segmentation (instances)"
         ) from None
     if not masked:
         known = ", ".join(map(str, [*categories.values()][:8]))
@@ -462,7 +458,7 @@ def list_segments(
     """List the segments of a data set; reads every mask once."""
     rows: list[tuple[int, int, int]] = []
     wrong: list[str] = []
-    largest = 0
+    largest: float = 0
     progress = progress and os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one
     console = Console(quiet=not progress)
     if not console.is_terminal:

@@ -49,34 +49,10 @@ def open_source(
     `load_labelled`.
     """
     if source.task == "segmentation":
-        return load_masked(
-            source.data,
-            classes=source.classes,
-            images=source.images,
-            exif_orientation=source.exif_orientation,
-        )
-    data: Labelled | Captioned
+        return load_masked(source)
     if source.task == "retrieval":
-        data = load_captioned(
-            source.data,
-            image_column=source.image_column,
-            caption_column=source.caption_column,
-            captions_per_image=captions_per_image,
-            images=source.images,
-            broken=broken,
-        )
-    else:
-        data = load_labelled(
-            source.data,
-            image_column=source.image_column,
-            label_column=source.label_column,
-            label_separator=source.label_separator,
-            classes=source.classes,
-            images=source.images,
-            every_class=every_class,
-        )
-    data.exif_orientation = source.exif_orientation
-    return data
+        return load_captioned(source, captions_per_image=captions_per_image, broken=broken)
+    return load_labelled(source, every_class=every_class)
 
 
 def run_data(source: RunSource, broken: list[str] | None = None) -> tuple[Images, Images | None]:

@@ -20,6 +20,7 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import encode_image, zero_shot_classifier
 from radapter_serve.contract.labels import read_label_file, read_templates, split_label
 from radapter_serve.data.labelled import load_labelled
+from radapter_serve.data.source import DataSource
 from radapter_serve.demo.data import BASE, FINE_TUNED, DemoData, style_of
 from radapter_serve.evaluation.image_sets import drawn
 from radapter_serve.evaluation.metrics import paired_difference
@@ -97,7 +98,7 @@ def _read(
     base: Base, folder: Path, classes: Sequence[str], limit: int | None
 ) -> tuple[Tensor, Tensor]:
     """Read pixels [N, 3, S, S] and labels [N] of images of a folder."""
-    data = load_labelled(f"imagefolder:{folder}", every_class=False)
+    data = load_labelled(DataSource(f"imagefolder:{folder}"), every_class=False)
     rows = data.rows.select(drawn(len(data.rows), limit, 0))
     transform: Any = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
     names = [split_label(line)[0] for line in classes]

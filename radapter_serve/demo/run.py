@@ -34,6 +34,7 @@ from radapter_serve.contract.labels import (
     split_label,
 )
 from radapter_serve.data.masks import load_masked
+from radapter_serve.data.source import DataSource
 from radapter_serve.demo import DemoSettings
 from radapter_serve.demo.compare import OURS, gain_table, gains, line_of, right
 from radapter_serve.demo.data import (
@@ -279,7 +280,7 @@ def ask_masks(client: Client, data: SceneData, path: Path, seed: int) -> str:
     """Segment scenes by their true masks as proposals, and by dense patches, and draw them with
     what each drawing is mostly taken for. Returns a line of what was right.
     """
-    masked = load_masked(f"masks:{data.test[FINE_TUNED]}", classes=data.classes)
+    masked = load_masked(DataSource(f"masks:{data.test[FINE_TUNED]}", classes=data.classes))
     images = random.Random(seed).sample(list(masked.images), min(SCENES, len(masked.images)))
     figure = Figure(figsize=(9, 5.9), dpi=100, layout="constrained")
     panels = figure.subplots(3, len(images), squeeze=False)

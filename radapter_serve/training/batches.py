@@ -71,37 +71,6 @@ class Examples(Dataset[dict[str, Any]]):
         return {"error": f"not one image of the data set can be read; the last: {broken[-1]}"}
 
 
-def batches(
-    examples: Examples,
-    batch_size: int,
-    *,
-    epoch: int,
-    start: int,
-    rank: int,
-    world: int,
-    workers: int,
-) -> DataLoader[dict[str, Any]]:
-    """One epoch's batches of process `rank` of `world`, without a last, smaller one, and without
-    the first `start` batches, which were seen before a restart.
-    """
-    examples.epoch = epoch
-    generator = torch.Generator().manual_seed(examples.seed * 1_000_003 + epoch)
-    shuffled = torch.randperm(len(examples), generator=generator)
-    even = len(shuffled) // world * world  # equal shares, or processes would drift apart
-    order = shuffled[:even][rank::world].tolist()
-    starts = range(0, len(order) - batch_size + 1, batch_size)
-    chunks = [order[i : i + batch_size] for i in starts[start:]]
-    return DataLoader(
-        examples,
-        batch_sampler=chunks,  # type: ignore[arg-type]
-        collate_fn=_collate,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_interruptions,
-        generator=torch.Generator(),  # the default one is that of a step's draws
-    )
-
-
 def endless(
     examples: Examples,
     batch_size: int,
@@ -111,27 +80,38 @@ def endless(
     world: int = 1,
     workers: int,
 ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-    """The batches of all epochs from an (epoch, batch) on, each with that which comes after it."""
+    """The batches of process `rank` of `world` over all epochs, each with the (epoch, batch) that
+    comes after it, from a position on. A last, smaller batch of an epoch is left out.
+    """
     epoch, start = position
     while True:
-        offset = start
-        loader = batches(
-            examples,
-            batch_size,
-            epoch=epoch,
-            start=start,
-            rank=rank,
-            world=world,
-            workers=workers,
-        )
-        for offset, batch in enumerate(loader, start + 1):
-            if "error" in batch:
-                raise RAdapterError(batch["error"])
-            yield (epoch, offset), batch
-        if offset == start == 0:
+        # The order of an epoch: equal shares, or processes would drift apart.
+        examples.epoch = epoch
+        generator = torch.Generator().manual_seed(examples.seed * 1_000_003 + epoch)
+        shuffled = torch.randperm(len(examples), generator=generator)
+        even = len(shuffled) // world * world
+        order = shuffled[:even][rank::world].tolist()
+        chunks = [
+            order[first : first + batch_size]
+            for first in range(0, len(order) - batch_size + 1, batch_size)
+        ]
+        if not chunks:
             raise RAdapterError(
                 f"the data set has fewer images that can be read than a batch of {batch_size}"
             )
+        loader: DataLoader[dict[str, Any]] = DataLoader(
+            examples,
+            batch_sampler=chunks[start:],  # type: ignore[arg-type]
+            collate_fn=_collate,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=ignore_interruptions,
+            generator=torch.Generator(),  # the default one is that of a step's draws
+        )
+        for number, batch in enumerate(loader, start + 1):
+            if "error" in batch:
+                raise RAdapterError(batch["error"])
+            yield (epoch, number), batch
         epoch += 1
         start = 0
 

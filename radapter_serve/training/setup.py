@@ -70,9 +70,14 @@ class Learner:
 
 def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
     """Resolve the recipe and build all that it names; nothing is written."""
+    if recipe.precision == "auto":
+        if torch.cuda.is_available():
+            fast = torch.cuda.is_bf16_supported()
+        else:
+            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        recipe = dataclasses.replace(recipe, precision="bf16" if fast else "no")
     # The order matters: the number of processes says what the recipe comes to, which is refused
     # before a model is fetched.
-    recipe = with_precision(recipe)
     accelerator = start_accelerator(recipe, out)
     plan = recipe.resolved(opened.images, accelerator.num_processes)
     recipe = plan.recipe
@@ -166,17 +171,6 @@ def augmentation(base: Base, recipe: Recipe) -> Transform:
     return composed
 
 
-def with_precision(recipe: Recipe) -> Recipe:
-    """The recipe with the precision of this machine in place of `auto`."""
-    if recipe.precision != "auto":
-        return recipe
-    if torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return dataclasses.replace(recipe, precision="bf16" if fast else "no")
-
-
 def start_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     """The processes, devices and precision of a run; refuses a precision or a tracker that is not
     to be had.
@@ -255,16 +249,11 @@ class Average:
     def update(self) -> None:
         """Take in the adapters' present values; call it after every optimizer step."""
         self.steps += 1
-        share = self.share()
-        for name, value in self.adapters.named_tensors().items():
-            self.tensors[name].lerp_(value.float(), share)
-
-    def share(self) -> float:
-        """The share of the newest values in the average, from 0 to 1."""
         m = self.momentum
         if self.bias_correction:  # the same as W̃/(1−m^t) of an average that starts at zero
             m = m * (1 - m ** (self.steps - 1)) / (1 - m**self.steps)
-        return 1 - m
+        for name, value in self.adapters.named_tensors().items():
+            self.tensors[name].lerp_(value.float(), 1 - m)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

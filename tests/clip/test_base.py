@@ -89,6 +89,19 @@ def test_a_local_checkpoint_gets_the_activation_that_it_tells(
     )
 
 
+@pytest.mark.parametrize(("tower", "part"), [("image", "vision_cfg"), ("text", "text_cfg")])
+def test_a_tower_that_does_not_pool_is_refused(
+    tiny_clip_dir: str, tmp_path: Path, tower: str, part: str
+) -> None:
+    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), tmp_path / "base")
+    path = tmp_path / "base" / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"][part]["pool_type"] = "none"
+    path.write_text(json.dumps(config))
+    with pytest.raises(RAdapterError, match=f"its {tower} tower does not pool"):
+        load_base(f"local-dir:{tmp_path / 'base'}")
+
+
 def test_no_weight_is_drawn_before_those_of_the_file_are_read(tiny_clip_dir: str) -> None:
     class Draws(TorchFunctionMode):
         """Counts what is drawn, of all that an inner mode lets through."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,16 @@ from radapter_client._images import SUFFIXES as OF_THE_CLIENT
 from radapter_serve.clip.base import load_base
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import FORMATS, SUFFIXES, decode, list_images, verify
-from radapter_serve.contract.labels import join_label, split_label
+from radapter_serve.contract.labels import split_label
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.data.runs import broken_images
+from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.collection import open_collection
 from radapter_serve.sources import unreachable
 from radapter_serve.training import Recipe
 from radapter_serve.training.tasks import open_run
 from tests.helpers.own_cache import own_cache as own_cache
-
-OTHERS = ("GIF", "BMP", "TIFF")
 
 
 def encoded(format: str, size: tuple[int, int] = (90, 70)) -> bytes:
@@ -66,34 +66,33 @@ def test_a_folder_is_listed_as_the_library_of_data_sets_lists_it(photos: Path) -
         "imagefolder", data_files={"train": [f"{photos}/**"]}, split="train"
     )
     theirs = theirs.cast_column("image", datasets.Image(decode=False))
-    ours = load_labelled(f"imagefolder:{photos}")
+    ours = load_labelled(DataSource(f"imagefolder:{photos}"))
     assert [row["image"] for row in ours.rows] == [row["image"]["path"] for row in theirs]
     assert ours.labels().tolist() == list(theirs["label"])
     assert ours.keys == theirs.features["label"].names
     assert ours.classes == ["cat", "dog", "fire truck"]
 
 
-@pytest.mark.parametrize("format", [*FORMATS, *OTHERS])
-@pytest.mark.parametrize("kept", [1.0, 0.9, 0.0])
-def test_a_check_refuses_what_decoding_refuses(format: str, kept: float) -> None:
-    data = encoded(format)
-    data = data[: int(kept * len(data))]
-    refusals = []
-    for call in (decode, verify):
-        try:
-            call(data)
-        except TaskError as error:
-            refusals.append((error.code, "truncated" in error.what))
-    if kept == 1.0 and format in FORMATS:
-        assert refusals == []
-    else:
-        assert len(refusals) == 2 and refusals[0] == refusals[1]
+@pytest.mark.parametrize("format", [*FORMATS, "GIF"])
+def test_a_check_refuses_what_decoding_refuses(format: str) -> None:
+    whole = encoded(format)
+    for data in (whole, whole[: int(0.9 * len(whole))], b""):
+        if data == whole and format in FORMATS:
+            decode(data)
+            verify(data)
+            continue
+        whys = []
+        for call in (decode, verify):
+            with pytest.raises(TaskError) as error:
+                call(data)
+            whys.append((error.value.code, "truncated" in error.value.what))
+        assert whys[0] == whys[1]
 
 
 def test_other_formats_are_left_out_and_named_the_same_way_everywhere(photos: Path) -> None:
     (photos / "cat" / "other.gif").write_bytes(encoded("GIF"))
     data = f"imagefolder:{photos}"
-    labelled = load_labelled(data)
+    labelled = load_labelled(DataSource(data))
     collection = open_collection(str(photos))
     assert len(labelled.rows) == len(collection.items) == 24
     assert labelled.left_out == collection.left_out == {".txt": 3, ".gif": 1}
@@ -116,12 +115,11 @@ def test_one_report_names_all_that_is_wrong(photos: Path, tmp_path: Path) -> Non
         templates="none.txt",
         architecture="local-dir:nowhere",
     )
-    found = problems(recipe)
-    assert "the data of this run won't do, for 6 reasons:" in found
+    report = problems(recipe)
+    assert "for 6 reasons:" in report
     for words in ("model folder", "class file", "none.txt", "nowhere.csv", "and 'fire_truck'"):
-        assert words in found, words
-    assert "23 of 32 images of imagefolder:" in found and "and 3 more" in found
-    assert found.count("the file is empty") == 20
+        assert words in report, words
+    assert "23 of 32 images of imagefolder:" in report and "and 3 more" in report
 
 
 def test_missing_files_of_a_table_and_broken_ones_of_a_sample(photos: Path, tmp_path: Path) -> None:
@@ -133,7 +131,7 @@ def test_missing_files_of_a_table_and_broken_ones_of_a_sample(photos: Path, tmp_
         files[number].unlink()
     for number in (4, 6):  # of which a sample of every fourth has the first
         files[number].write_bytes(b"<html>")
-    data = load_labelled(f"csv:{tmp_path}/t.csv")
+    data = load_labelled(DataSource(f"csv:{tmp_path}/t.csv"))
     for max_decoded, numbers in ((6, (4, 5, 7)), (24, (4, 5, 6, 7))):
         names = [line.split(" can't be read: ")[0] for line in broken_images(data, max_decoded)]
         assert names == [f"image {files[number]}" for number in numbers]
@@ -151,25 +149,22 @@ def test_names_of_folders_are_taken_whole(photos: Path, tmp_path: Path) -> None:
         "Washington, D.C.\ndog, hound\nfire_truck: fire engine, truck\n"
     )
     for classes, truck in ((None, "fire truck"), (tmp_path / "c.txt", "fire engine")):
-        data = load_labelled(f"imagefolder:{photos}", classes=classes)
+        data = load_labelled(DataSource(f"imagefolder:{photos}", classes=classes))
         names = [split_label(line)[0] for line in data.classes]
         assert names == ["Washington, D.C.", "dog", truck]
         assert data.among(data.classes).labels().tolist() == data.labels().tolist()
     # A class without a folder keeps its synonyms.
     with (tmp_path / "c.txt").open("a") as file:
         file.write("wine, wine glass\n")
-    data = load_labelled(f"imagefolder:{photos}", classes=tmp_path / "c.txt", every_class=False)
+    data = load_labelled(
+        DataSource(f"imagefolder:{photos}", classes=tmp_path / "c.txt"), every_class=False
+    )
     assert split_label(data.classes[-1]) == ["wine", "wine glass"]
-
-
-@pytest.mark.parametrize("names", [["a"], ["a, b"], ["a", "b, c", "d"], [",", "x"], ["a,b,"]])
-def test_labels_keep_their_names_with_commas(names: list[str]) -> None:
-    assert split_label(join_label(names)) == names
 
 
 def test_folders_with_signs_links_and_loose_images(photos: Path) -> None:
     home = photos.rename(photos.parent / "photos@home")
-    assert len(load_labelled(f"imagefolder:{home}").rows) == 24
+    assert len(load_labelled(DataSource(f"imagefolder:{home}")).rows) == 24
     (home / "dog" / "above").symlink_to(home)  # which has no end
     (photos.parent / "more").mkdir()
     shutil.copy(home / "cat" / "0.jpg", photos.parent / "more")
@@ -177,7 +172,21 @@ def test_folders_with_signs_links_and_loose_images(photos: Path) -> None:
     assert sum("more" in file.parts for file in list_images(home / "dog").images) == 1
     shutil.copy(home / "cat" / "0.jpg", home)
     with pytest.raises(RAdapterError, match="1 images of .* lie outside of the class folders"):
-        load_labelled(f"imagefolder:{home}")
+        load_labelled(DataSource(f"imagefolder:{home}"))
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine that can't reach the hub, and has nothing in its cache."""
+
+    class Unplugged:
+        def head(self, *_: Any, **__: Any) -> None:
+            raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.get_session", Unplugged)
+    unreachable.cache_clear()
+    yield
+    unreachable.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -192,22 +201,8 @@ def test_data_that_is_not_there_is_named_without_a_retry(
     data: str, words: str, offline: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING), pytest.raises(RAdapterError, match=words):
-        load_labelled(data)
+        load_labelled(DataSource(data))
     assert not caplog.records
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """As on a machine that can't reach the hub, and has nothing in its cache."""
-
-    class Unplugged:
-        def head(self, *_: Any, **__: Any) -> None:
-            raise OSError("no route to host")
-
-    monkeypatch.setattr("huggingface_hub.get_session", Unplugged)
-    unreachable.cache_clear()
-    yield
-    unreachable.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -220,9 +215,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_weights_that_are_not_there_say_how_to_bring_them(
     name: str, tag: str | None, repository: str, offline: None
 ) -> None:
-    with pytest.raises(RAdapterError) as caught:
+    advice = (
+        f"no route to host.*hf download {repository} .*name it local-dir:clip in place of {name}"
+    )
+    with pytest.raises(RAdapterError, match=advice):
         load_base(name, tag)
-    assert f"hf download {repository}`" in str(caught.value)
-    assert f"name it local-dir:clip in place of {name}" in str(caught.value)
-    assert "\n" not in str(caught.value) and "(no route to host)" in str(caught.value)
     assert not constants.HF_HUB_OFFLINE  # as it was

@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
 from radapter_serve.data.labelled import load_labelled, prompt_names
+from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe
 from radapter_serve.training.tasks import open_data
@@ -58,7 +59,7 @@ def test_lines_of_a_class_file_find_their_folders_in_any_order(
     tmp_path: Path, lines: list[str] | None, truck: str, car: str
 ) -> None:
     classes = None if lines is None else write(tmp_path / "c.txt", *lines)
-    data = load_labelled(folders(tmp_path / "d", "fire_truck", "car"), classes=classes)
+    data = load_labelled(DataSource(folders(tmp_path / "d", "fire_truck", "car"), classes=classes))
     assert data.keys == ["car", "fire_truck"]
     assert prompts(data) == {"fire_truck": f"a photo of a {truck}.", "car": f"a photo of a {car}."}
 
@@ -78,57 +79,44 @@ def test_a_class_file_that_does_not_match_is_refused(
 ) -> None:
     data = folders(tmp_path / "d", "fire_truck", "car")
     with pytest.raises(RAdapterError, match=message):
-        load_labelled(data, classes=write(tmp_path / "c.txt", *lines))
+        load_labelled(DataSource(data, classes=write(tmp_path / "c.txt", *lines)))
 
 
-def test_a_class_file_gives_names_in_a_table_other_names(tmp_path: Path) -> None:
+def test_a_class_file_for_a_table(tmp_path: Path) -> None:
     rows = ["a.png,T1", "b.png,C7", "c.png,Mission: Impossible"]
-    table = write(tmp_path / "t.csv", "image,label", *rows)
+    table = f"csv:{write(tmp_path / 't.csv', 'image,label', *rows)}"
     lines = ["T1: truck", "C7: car, auto", "Mission: Impossible"]
-    data = load_labelled(f"csv:{table}", classes=write(tmp_path / "c.txt", *lines))
+    data = load_labelled(DataSource(table, classes=write(tmp_path / "c.txt", *lines)))
     assert data.classes == ["truck", "car, auto", "Mission: Impossible"]
     assert data.labels().tolist() == [0, 1, 2]
-
-
-def test_numbers_before_the_names_are_in_order(tmp_path: Path) -> None:
-    table = f"csv:{write(tmp_path / 't.csv', 'image,label', 'a.png,0', 'b.png,1')}"
-    data = load_labelled(table, classes=write(tmp_path / "c.txt", "0: car", "1: bus"))
-    assert data.classes == ["car", "bus"] and [data.label(row) for row in data.rows] == [0, 1]
+    # Labels by number.
+    write(tmp_path / "t.csv", "image,label", "a.png,0", "b.png,1")
+    data = load_labelled(DataSource(table, classes=write(tmp_path / "c.txt", "0: car", "1: bus")))
+    assert data.classes == ["car", "bus"] and data.labels().tolist() == [0, 1]
     with pytest.raises(RAdapterError, match="must number its lines from 0 on"):
-        load_labelled(table, classes=write(tmp_path / "c.txt", "1: car", "0: bus"))
+        load_labelled(DataSource(table, classes=write(tmp_path / "c.txt", "1: car", "0: bus")))
 
 
 def test_imagenet_names_its_folders_as_clip_does(tmp_path: Path) -> None:
-    data = load_labelled(
-        folders(tmp_path / "d", MISSILE, PROJECTILE, TENCH), classes=Path("imagenet")
-    )
-    assert prompts(data) == {
-        MISSILE: "a photo of a missile.",
-        PROJECTILE: "a photo of a missile.",
-        TENCH: "a photo of a tench.",
-    }
-    assert len(set(data.labels().tolist())) == 3  # the two missiles are two classes
+    spec = folders(tmp_path / "d", MISSILE, PROJECTILE, TENCH)
+    data = load_labelled(DataSource(spec, classes=Path("imagenet")))
+    assert data.classes == ["tench", "missile", "missile"]
+    assert data.labels().tolist() == [0, 1, 2]  # the two missiles are two classes
+    with pytest.raises(RAdapterError, match="WordNet ids .*--classes imagenet"):
+        open_data(Recipe(data=spec), None)  # type: ignore[arg-type]
     lines = [f"a.png,{SUNGLASS}", f"b.png,{SUNGLASSES}", f"c.png,{SUNGLASS}"]
     table = write(tmp_path / "t.csv", "image,label", *lines)
-    named = load_labelled(f"csv:{table}", classes=Path("imagenet"))
+    named = load_labelled(DataSource(f"csv:{table}", classes=Path("imagenet")))
     assert named.classes == ["sunglasses", "sunglasses"] and named.labels().tolist() == [0, 1, 0]
 
 
 def test_imagenet_by_numbers_and_by_the_hub_s_names(tmp_path: Path) -> None:
     table = write(tmp_path / "t.csv", "image,label", *(f"a.png,{n}" for n in range(1000)))
-    data = load_labelled(f"csv:{table}", classes=Path("imagenet"))
+    data = load_labelled(DataSource(f"csv:{table}", classes=Path("imagenet")))
     assert data.classes == list(open_clip.IMAGENET_CLASSNAMES)
     assert data.labels().tolist() == list(range(1000))
     words = ImageNetInfo("imagenet-1k").label_descriptions()  # type: ignore[no-untyped-call]
     hub = ["crane bird" if index == 134 else name for index, name in enumerate(words)]
     assert prompt_names(hub, Path("imagenet"), "hub", by_name=False) == (hub, data.classes)
     with pytest.raises(RAdapterError, match="'cat' .*no class of ImageNet"):
-        load_labelled(folders(tmp_path / "d", "cat", TENCH), classes=Path("imagenet"))
-
-
-def test_folders_of_wordnet_ids_alone_are_refused_with_the_remedy(tmp_path: Path) -> None:
-    recipe = Recipe(data=folders(tmp_path / "d", MISSILE, TENCH))
-    with pytest.raises(RAdapterError, match="WordNet ids .*--classes imagenet"):
-        open_data(recipe, None)  # type: ignore[arg-type]
-    recipe = Recipe(data=recipe.data, classes=Path("imagenet"))
-    assert open_data(recipe, None)[0].classes == ["tench", "missile"]  # type: ignore[arg-type, union-attr]
+        load_labelled(DataSource(folders(tmp_path / "d", "cat", TENCH), classes=Path("imagenet")))

@@ -4,6 +4,7 @@ own reading.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pycocotools.coco import COCO
 
 from radapter_serve.data.masks import IGNORE, MaskedImage, load_masked
 from radapter_serve.data.rows import BrokenImage
+from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 
 IDS = np.zeros((6, 8), np.uint8)
@@ -42,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def only(spec: str, **options: Any) -> MaskedImage:
-    (image,) = load_masked(spec, **options).images
+    (image,) = load_masked(DataSource(spec, **options)).images
     return image
 
 
@@ -60,7 +62,7 @@ def check(image: MaskedImage) -> None:
 
 
 def test_a_label_map(folder: Path) -> None:
-    data = load_masked(f"masks:{folder}")
+    data = load_masked(DataSource(f"masks:{folder}"))
     assert data.classes == ["dog", "cat, kitty"]
     (image,) = data.images
     assert image.name == "a.jpg" and image.data() == (folder / "images" / "a.jpg").read_bytes()
@@ -72,16 +74,12 @@ def test_a_label_map(folder: Path) -> None:
     check(image)
 
 
-def save_palette(path: Path) -> None:
-    image = Image.fromarray(IDS).convert("P")
-    image.putdata(IDS.ravel().tolist())
-    image.putpalette([value for index in range(256) for value in (255 - index, 7, index)])
-    image.save(path)
-
-
 def test_label_maps_of_other_kinds(folder: Path) -> None:
     expected = only(f"masks:{folder}").mask()
-    save_palette(folder / "masks" / "a.png")
+    palette = Image.fromarray(IDS).convert("P")
+    palette.putdata(IDS.ravel().tolist())
+    palette.putpalette([value for index in range(256) for value in (255 - index, 7, index)])
+    palette.save(folder / "masks" / "a.png")
     np.testing.assert_array_equal(only(f"masks:{folder}").mask(), expected)
     ids = np.full((6, 8), 846, np.uint16)
     ids[0] = 255
@@ -95,16 +93,16 @@ def test_label_maps_of_other_kinds(folder: Path) -> None:
 def test_class_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.json").unlink()
     with pytest.raises(RAdapterError, match="no classes.txt, classes.json, classes.yaml in "):
-        load_masked(f"masks:{folder}")
+        load_masked(DataSource(f"masks:{folder}"))
     (tmp_path / "classes.yaml").write_text("0: void\n1: cat\n7: cat\n2: dog\n")
-    data = load_masked(f"masks:{folder}")  # two ids of one name
+    data = load_masked(DataSource(f"masks:{folder}"))  # two ids of one name
     assert data.classes == ["cat", "dog"] and (data.images[0].mask() == 0).sum() == 13
     (folder / "classes.txt").write_text("Ignore\n# no class\nbird\ncat\n")
-    data = load_masked(f"masks:{folder}")
+    data = load_masked(DataSource(f"masks:{folder}"))
     assert data.classes == ["bird", "cat"] and (data.images[0].mask() == 0).sum() == 12
     (tmp_path / "blank.txt").write_text("\ncat\n")  # meant as id 1
     with pytest.raises(RAdapterError, match=r"blank.txt, line 1 is blank: fill it"):
-        load_masked(f"masks:{folder}", classes=tmp_path / "blank.txt")
+        load_masked(DataSource(f"masks:{folder}", classes=tmp_path / "blank.txt"))
     for content, word in (
         ('["cat"]', "must map class ids to names"),
         ('{"one": "cat"}', "it has 'one': 'cat'"),
@@ -115,21 +113,18 @@ def test_class_files(folder: Path, tmp_path: Path) -> None:
     ):
         (tmp_path / "wrong.json").write_text(content)
         with pytest.raises(RAdapterError, match=word):
-            load_masked(f"masks:{folder}", classes=tmp_path / "wrong.json")
+            load_masked(DataSource(f"masks:{folder}", classes=tmp_path / "wrong.json"))
 
 
-def test_what_is_wrong_with_a_folder_is_said(folder: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_with_label_maps_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RAdapterError, match="allowed: masks:DIR, coco:FILE.json"):
-        load_masked("csv:table.csv")
+        load_masked(DataSource("csv:table.csv"))
     with pytest.raises(RAdapterError, match="cannot read .*none, the folder of the images"):
-        load_masked(f"masks:{folder}", images=tmp_path / "none")
+        load_masked(DataSource(f"masks:{folder}", images=tmp_path / "none"))
+    image = only(f"masks:{folder}")
     Image.new("RGB", (8, 6)).save(folder / "images" / "b.png")
     with pytest.raises(RAdapterError, match=r"b.png has no mask .*b.png \(1 of 2"):
-        load_masked(f"masks:{folder}")
-
-
-def test_what_is_wrong_with_a_file_is_said(folder: Path) -> None:
-    image = only(f"masks:{folder}")
+        load_masked(DataSource(f"masks:{folder}"))
     path = folder / "masks" / "a.png"
     Image.new("L", (6, 8)).save(path)
     with pytest.raises(RAdapterError, match="6 x 8 pixels but the image .* 8 x 6"):
@@ -150,7 +145,7 @@ def test_what_is_wrong_with_a_file_is_said(folder: Path) -> None:
 
 
 SEGMENTS = {70000: 17, 300: 1, 5: 1, 66000: 99}  # id to category
-IMAGES = [
+IMAGES: list[dict[str, Any]] = [
     {"id": 9, "file_name": "a.jpg", "width": 8, "height": 6},
     {"id": 10, "file_name": "none.jpg"},
 ]
@@ -178,7 +173,7 @@ def panoptic(folder: Path) -> tuple[Path, NDArray[np.int64]]:
 
 def test_panoptic_annotations(folder: Path, tmp_path: Path) -> None:
     file, ids = panoptic(folder)
-    data = load_masked(f"coco:{file}")
+    data = load_masked(DataSource(f"coco:{file}"))
     assert data.classes == ["cat", "person"]
     (image,) = data.images
     expected = np.full((6, 8), IGNORE)
@@ -191,7 +186,7 @@ def test_panoptic_annotations(folder: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(inside, ids == id_)
     check(image)
     (tmp_path / "names.yaml").write_text("1: somebody, person\n")
-    data = load_masked(f"coco:{file}", classes=tmp_path / "names.yaml")
+    data = load_masked(DataSource(f"coco:{file}", classes=tmp_path / "names.yaml"))
     assert data.classes == ["somebody, person"]
     expected = np.where((ids == 300) | (ids == 5), 0, IGNORE)
     np.testing.assert_array_equal(data.images[0].mask(), expected)
@@ -200,7 +195,7 @@ def test_panoptic_annotations(folder: Path, tmp_path: Path) -> None:
 def test_what_is_wrong_with_panoptic_annotations_is_said(folder: Path, tmp_path: Path) -> None:
     file, _ = panoptic(folder)
     with pytest.raises(RAdapterError, match=r"no image .*a.jpg \(1 of 1 are missing in "):
-        load_masked(f"coco:{file}", images=tmp_path)
+        load_masked(DataSource(f"coco:{file}", images=tmp_path))
     image = only(f"coco:{file}")
     Image.new("L", (8, 6)).save(folder / "panoptic" / "a.png")
     with pytest.raises(RAdapterError, match="a picture in L; a panoptic mask"):
@@ -210,7 +205,13 @@ def test_what_is_wrong_with_panoptic_annotations_is_said(folder: Path, tmp_path:
         image.mask()
     (folder / "panoptic" / "a.png").unlink()
     with pytest.raises(RAdapterError, match="no mask .*a.png"):
-        load_masked(f"coco:{file}")
+        load_masked(DataSource(f"coco:{file}"))
+    content = json.loads(file.read_text())
+    for area in (None, "12"):
+        content["annotations"][0]["segments_info"][1]["area"] = area
+        file.write_text(json.dumps(content))
+        with pytest.raises(RAdapterError, match=f"a segment of a.png has the area {area!r}"):
+            load_masked(DataSource(f"coco:{file}"))
 
 
 POLYGONS = [[1.0, 1.0, 6.0, 1.0, 6.0, 5.0, 1.0, 5.0], [6.5, 0.0, 8.0, 0.0, 8.0, 2.0]]
@@ -235,6 +236,7 @@ def instances(folder: Path) -> tuple[Path, dict[str, Any]]:
         for number, of in enumerate(objects, 1)
     ]
     content = {"images": IMAGES, "categories": CATEGORIES, "annotations": annotations}
+    content = copy.deepcopy(content)
     (folder / "instances.json").write_text(json.dumps(content))
     return folder / "instances.json", content
 
@@ -243,7 +245,7 @@ def test_instance_annotations_are_what_pycocotools_reads(folder: Path) -> None:
     file, content = instances(folder)
     with redirect_stdout(io.StringIO()):
         coco = COCO(file)
-    data = load_masked(f"coco:{file}")
+    data = load_masked(DataSource(f"coco:{file}"))
     assert data.classes == ["cat", "person"]
     (image,) = data.images  # the one without an object is left out
     segments = image.segments()
@@ -256,42 +258,40 @@ def test_instance_annotations_are_what_pycocotools_reads(folder: Path) -> None:
     assert image.mask()[1, 2] == 1 and image.mask()[0, 0] == IGNORE
 
 
+def segmentation(value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["annotations"][0].update(segmentation=value)
+
+
 @pytest.mark.parametrize(
-    "segmentation",
+    ("change", "message"),
     [
-        [],
-        [[1, 2, 3, 4, 5, 6, 7]],
-        [["a", "b", "c", "d", "e", "f"]],
-        {"size": [8, 6], "counts": [48]},
-        {"size": [6, 8], "counts": [50, -2]},
-        {"size": [6, 8]},
-        {"size": [6, 8], "counts": "PPPPPPPP4"},
-    ],
-)
-def test_broken_segmentations_are_said(folder: Path, segmentation: Any) -> None:
-    file, content = instances(folder)
-    content["annotations"][0]["segmentation"] = segmentation
-    file.write_text(json.dumps(content))
-    with pytest.raises(RAdapterError, match="a segmentation of the image a.jpg is broken"):
-        load_masked(f"coco:{file}")
-
-
-def test_what_is_wrong_with_a_coco_file_is_said(folder: Path) -> None:
-    file, content = instances(folder)
-    changes: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+        *(
+            (segmentation(value), "a segmentation of the image a.jpg is broken")
+            for value in (
+                [],
+                [[1, 2, 3, 4, 5, 6, 7]],
+                [["a", "b", "c", "d", "e", "f"]],
+                {"size": [8, 6], "counts": [48]},
+                {"size": [6, 8], "counts": [50, -2]},
+                {"size": [6, 8]},
+                {"size": [6, 8], "counts": "PPPPPPPP4"},
+            )
+        ),
         (lambda c: c.pop("categories"), "no annotation file of COCO .*'categories'"),
         (lambda c: c["annotations"].clear(), "no segment of a class that is named; its categories"),
         (lambda c: c["annotations"][0].update(image_id=3), r"COCO \(KeyError: 3\)"),
         (lambda c: c["annotations"][0].update(category_id=3), r"COCO \(KeyError: 3\)"),
         (lambda c: c["categories"][0].update(name=""), "no annotation file of COCO"),
         (lambda c: c["images"][0].update(width=9), r"size is \[6, 8\]|9 x 6 pixels but the image"),
-    ]
-    for change, word in changes:
-        changed = json.loads(json.dumps(content))
-        change(changed)
-        file.write_text(json.dumps(changed))
-        with pytest.raises(RAdapterError, match=word):
-            only(f"coco:{file}").mask()
-    file.write_text("{")
-    with pytest.raises(RAdapterError, match="is not JSON"):
-        load_masked(f"coco:{file}")
+        (None, "is not JSON"),
+    ],
+)
+def test_what_is_wrong_with_a_coco_file_is_said(
+    folder: Path, change: Callable[[dict[str, Any]], Any] | None, message: str
+) -> None:
+    file, content = instances(folder)
+    if change is not None:
+        change(content)
+    file.write_text("{" if change is None else json.dumps(content))
+    with pytest.raises(RAdapterError, match=message):
+        only(f"coco:{file}").mask()

@@ -22,6 +22,7 @@ from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.captions import load_captioned
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.data.masks import IGNORE, Masked, list_segments, load_masked
+from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.run import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
@@ -59,8 +60,8 @@ def test_labelled_and_captioned_images(orientation: int, tmp_path: Path) -> None
     save(tmp_path / "set" / "cat" / "a.png", stored(UPRIGHT, orientation), orientation)
     save(tmp_path / "set" / "dog" / "b.png", UPRIGHT, 1)
     (tmp_path / "t.csv").write_text("image,caption\nset/cat/a.png,a cat\n")
-    labelled = load_labelled(f"imagefolder:{tmp_path / 'set'}")
-    captioned = load_captioned(f"csv:{tmp_path / 't.csv'}")
+    labelled = load_labelled(DataSource(f"imagefolder:{tmp_path / 'set'}"))
+    captioned = load_captioned(DataSource(f"csv:{tmp_path / 't.csv'}"))
     for data, row in ((labelled, labelled.rows[0]), (captioned, captioned.table[0])):
         np.testing.assert_array_equal(np.asarray(data.image(row)), UPRIGHT)
         data.exif_orientation = False
@@ -97,8 +98,8 @@ turned = pytest.mark.parametrize(
 def test_a_label_map_turns_with_its_image(orientation: int, upright: bool, tmp_path: Path) -> None:
     mask = MASK if upright else stored(MASK, orientation)
     spec = masked(tmp_path, mask, orientation)
-    check(load_masked(spec).images[0], MASK, UPRIGHT)
-    (raw,) = load_masked(spec, exif_orientation=False).images
+    check(load_masked(DataSource(spec)).images[0], MASK, UPRIGHT)
+    (raw,) = load_masked(DataSource(spec, exif_orientation=False)).images
     if upright:
         with pytest.raises(RAdapterError, match="or turn both by EXIF"):
             raw.mask()
@@ -128,7 +129,7 @@ def test_cocos_masks_turn_with_their_image(orientation: int, upright: bool, tmp_
             "annotations": rows,
         }
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-        check(load_masked(f"coco:{tmp_path}/{name}.json").images[0], MASK, UPRIGHT)
+        check(load_masked(DataSource(f"coco:{tmp_path}/{name}.json")).images[0], MASK, UPRIGHT)
 
 
 class Sees:

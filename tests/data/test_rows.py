@@ -19,7 +19,7 @@ from radapter_serve.data.captions import load_captioned
 from radapter_serve.data.labelled import class_split, few_shot, load_labelled
 from radapter_serve.data.rows import list_folder
 from radapter_serve.data.runs import run_data
-from radapter_serve.data.source import RunSource
+from radapter_serve.data.source import DataSource, RunSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training.recipe import GROUPS, Recipe
 
@@ -57,14 +57,14 @@ def test_classes_have_the_numbers_of_the_file_in_every_split(tmp_path: Path) -> 
     images = tmp_path / "2750"
     (images / "test").mkdir(parents=True)
     Image.new("RGB", (4, 4), (9, 0, 0)).save(images / "test" / "1.jpg")
-    test = load_labelled(f"coop:{file}@test", images=images, every_class=False)
+    test = load_labelled(DataSource(f"coop:{file}@test", images=images), every_class=False)
     assert test.classes == ["Annual Crop Land", "Forest", "River", "Sea or Lake"]
     assert test.labels().tolist() == [3, 2, 2]
     image, label, prompt = test.pair(test.rows[1], random.Random(0))
     assert image.size == (4, 4) and label == 2 and prompt == "a photo of a River."
     novel = class_split(test, "novel")
     assert novel.classes == ["River", "Sea or Lake"] and novel.labels().tolist() == [1, 0, 0]
-    both = load_labelled(f"coop:{file}@train+val", images=images)
+    both = load_labelled(DataSource(f"coop:{file}@train+val", images=images))
     assert both.labels().tolist() == NUMBERS["train"] + NUMBERS["val"]
 
 
@@ -81,7 +81,7 @@ def test_a_run_of_few_shots_of_the_base_classes(tmp_path: Path) -> None:
 
 def test_karpathys_train_and_restval_are_one_source(tmp_path: Path) -> None:
     file = write(tmp_path / "dataset_coco.json", KARPATHY)
-    data = load_captioned(f"karpathy:{file}@train+restval", images=tmp_path / "coco")
+    data = load_captioned(DataSource(f"karpathy:{file}@train+restval", images=tmp_path / "coco"))
     found = {data.table[image.row]["image"]: image.captions for image in data.images}
     assert found == {
         "train2014/1.jpg": ("one", "uno"), "val2014/2.jpg": ("two",), "4.jpg": ("four",)
@@ -113,7 +113,7 @@ def test_files_of_captions_that_can_not_be_used(
     for name, content in files.items():
         write(tmp_path / f"{name}.json", content)
     with pytest.raises(RAdapterError) as error:
-        load_captioned(f"karpathy:{spec}")
+        load_captioned(DataSource(f"karpathy:{spec}"))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -131,7 +131,7 @@ def test_files_of_captions_that_can_not_be_used(
 def test_files_of_classes_that_can_not_be_used(change: Any, message: str, tmp_path: Path) -> None:
     file = write(tmp_path / "s.json", {**COOP, "val": change})
     with pytest.raises(RAdapterError) as error:
-        load_labelled(f"coop:{file}@test", every_class=False)
+        load_labelled(DataSource(f"coop:{file}@test"), every_class=False)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -20,6 +20,7 @@ from PIL import Image, ImageChops
 from benchmarks.drawings.iconify import LICENCES, load_roles
 from radapter_serve.contract.labels import read_label_file, split_label
 from radapter_serve.data.masks import load_masked
+from radapter_serve.data.source import DataSource
 from radapter_serve.demo import data
 from radapter_serve.errors import RAdapterError
 
@@ -155,7 +156,7 @@ def test_the_folders_are_data_of_masks_and_of_captions(folder: data.SceneData) -
     made += [(path, data.compose("test", style, FEW, 0)) for style, path in folder.test.items()]
     for place, drawn in made:
         composed = list(drawn)
-        masked = load_masked(f"masks:{place}", classes=folder.classes)
+        masked = load_masked(DataSource(f"masks:{place}", classes=folder.classes))
         assert masked.classes == list(data.scene_classes())
         with (place / "captions.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))

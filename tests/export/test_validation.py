@@ -25,6 +25,7 @@ from radapter_serve.data.captions import load_captioned
 from radapter_serve.data.labelled import Labelled, load_labelled
 from radapter_serve.data.rows import LabelledImages
 from radapter_serve.data.runs import held_out_digest
+from radapter_serve.data.source import DataSource
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.errors import RAdapterError
@@ -248,8 +249,8 @@ def test_images_in_a_table_are_known_by_their_bytes_and_captions_by_their_image(
     rows = [(str(file), f"{file.name} {word}") for file in files for word in ("one", "two")]
     pd.DataFrame(rows, columns=["image", "caption"]).to_csv("texts.csv", index=False)
     expected = digest([file.name for file in files])
-    assert held_out_digest(load_captioned("csv:texts.csv")) == expected
+    assert held_out_digest(load_captioned(DataSource("csv:texts.csv"))) == expected
     images = [{"bytes": file.read_bytes(), "path": "x"} for file in files]
     pd.DataFrame({"image": images, "label": list("aab")}).to_parquet("t.parquet")
     expected = digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
-    assert held_out_digest(load_labelled("parquet:t.parquet")) == expected
+    assert held_out_digest(load_labelled(DataSource("parquet:t.parquet"))) == expected

@@ -76,13 +76,9 @@ def train_in_two_processes(tmp_path: Path) -> Callable[[Recipe, Path], None]:
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe.to_dict()))
         command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *("-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(out)),
         ]
-        command += ["-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(out)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.Popen(
             command,

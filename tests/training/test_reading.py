@@ -5,11 +5,10 @@ refusals.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import re
 import shutil
 import tarfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,14 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.data.captions import Captioned, load_captioned
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.data.masks import Masked
+from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.run import open_set, own_validation
 from radapter_serve.training import Recipe
-from radapter_serve.training.batches import Examples, batches
+from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.recipe import load_recipe
 from radapter_serve.training.setup import augmentation
 from radapter_serve.training.tasks import open_data
-
-TEXTS = {
-    "a.png": ["a dark square", "night"],
-    "b.png": ["a grey square", "fog", "an overcast sky"],
-    "c.png": ["a bright square"],
-}
-BY_BRIGHTNESS = dict(enumerate(TEXTS.values()))
-PAIRS = [(name, text) for name, texts in TEXTS.items() for text in texts]
 
 
 def pixels(data: Any) -> dict[bytes, str]:
@@ -57,16 +49,6 @@ def opened(recipe: Recipe, **changes: Any) -> Any:
     return open_data(dataclasses.replace(recipe, **changes), None)  # type: ignore[arg-type]
 
 
-def shard(path: Path, files: list[tuple[str, bytes]]) -> str:
-    """A tar of files by name, as WebDataset has them."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return f"webdataset:{path}"
-
-
 def table(folder: Path, images: list[str], labels: list[Any]) -> str:
     path = folder / "t.csv"
     pd.DataFrame({"image": images, "label": labels}).to_csv(path, index=False)
@@ -82,40 +64,45 @@ def test_every_reader_gives_the_same_images_and_labels(images: Path, tmp_path: P
     pd.DataFrame({"image": stored, "label": labels}).to_parquet(tmp_path / "table.parquet")
     classes = tmp_path / "classes.txt"
     classes.write_text("blue\ngreen, lime\nred\n")
-    contents = []
-    for index, file in enumerate(files):
-        number = str(["blue", "green", "red"].index(file.parent.name)).encode()
-        contents += [(f"{index:04d}.png", file.read_bytes()), (f"{index:04d}.cls", number)]
-    tar = shard(tmp_path / "shard.tar", contents)
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for index, file in enumerate(files):
+            (tmp_path / "number").write_text(str(["blue", "green", "red"].index(labels[index])))
+            tar.add(file, f"{index:04d}.png")
+            tar.add(tmp_path / "number", f"{index:04d}.cls")
     for spec in (
         f"imagefolder:{images}",
         f"imagefolder:{images}@train",
         csv,
         f"parquet:{tmp_path}/table.parquet",
     ):
-        assert pixels(load_labelled(spec)) == expected
+        assert pixels(load_labelled(DataSource(spec))) == expected
     named = {key: {"green": "green, lime"}.get(name, name) for key, name in expected.items()}
-    assert pixels(load_labelled(csv, classes=classes)) == named
+    assert pixels(load_labelled(DataSource(csv, classes=classes))) == named
     web: dict[str, Any] = {"image_column": "png", "label_column": "cls", "classes": classes}
-    assert pixels(load_labelled(tar, **web)) == named
+    assert pixels(load_labelled(DataSource(f"webdataset:{tmp_path}/shard.tar", **web))) == named
 
 
-def items(data: Any, *, seed: int = 0, **options: Any) -> list[Any]:
+def items(data: Any, count: int, **options: Any) -> list[Any]:
+    """Labels, texts and the sum of the pixels of the next batches of four."""
     data.templates = ["a {}", "the {}"]
-    common = {"epoch": 0, "start": 0, "rank": 0, "world": 1, "workers": 0} | options
-    loader = batches(Examples(data, transform, seed), 4, **common)
-    return [(b["labels"].tolist(), b["texts"], b["pixels"].sum().item()) for b in loader]
+    examples = Examples(data, transform, options.pop("seed", 0))
+    source = endless(examples, 4, **{"workers": 0} | options)
+    return [
+        (b["labels"].tolist(), b["texts"], b["pixels"].sum().item())
+        for _, b in islice(source, count)
+    ]
 
 
 def test_order_depends_on_seed_and_epoch_alone(images: Path) -> None:
-    data = load_labelled(f"imagefolder:{images}")
+    data = load_labelled(DataSource(f"imagefolder:{images}"))
     torch.manual_seed(1)
-    first = items(data)
+    first = items(data, 12)  # two epochs
     torch.manual_seed(2)
-    assert items(data) == items(data, workers=2) == first and len(first) == 6
-    assert items(data, start=2) == first[2:]
-    for other in (items(data, epoch=1), items(data, seed=1)):  # not only augmented otherwise
-        assert [labels for labels, *_ in other] != [labels for labels, *_ in first]
+    assert items(data, 12, workers=2) == first
+    assert items(data, 5, position=(0, 2)) == first[2:7]
+    assert items(data, 6, position=(1, 0)) == items(data, 6, position=(0, 6)) == first[6:]
+    for other in (first[6:], items(data, 6, seed=1)):  # not only augmented otherwise
+        assert [labels for labels, *_ in other] != [labels for labels, *_ in first[:6]]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -124,30 +111,27 @@ def test_processes_take_equal_shares_of_images_that_they_cannot_divide(
 ) -> None:
     """23 images: a process with a batch more than another would wait for it for ever."""
     (images / "red" / "7.png").unlink()
-    examples = Examples(load_labelled(f"imagefolder:{images}"), transform, 0)
-    shares: list[Any] = []
+    examples = Examples(load_labelled(DataSource(f"imagefolder:{images}")), transform, 0)
+    seen: list[bytes] = []
     for rank in range(world):
-        loader = batches(examples, 4, epoch=0, start=0, rank=rank, world=world, workers=0)
-        shares.append(list(loader.batch_sampler))  # type: ignore[arg-type]
-    assert {len(share) for share in shares} == {23 // world // 4}
-    indices = [index for share in shares for batch in share for index in batch]
-    assert len(indices) == len(set(indices))
+        source = endless(examples, 4, rank=rank, world=world, workers=0)
+        for (epoch, _), batch in source:
+            if epoch:
+                break
+            seen += [image.numpy().tobytes() for image in batch["pixels"]]
+        assert len(seen) == (rank + 1) * (23 // world // 4) * 4
+    assert len(set(seen)) == len(seen)
 
 
-def test_broken_and_missing_images(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = load_labelled(f"imagefolder:{images}")
+def test_an_image_that_breaks_after_it_was_checked(images: Path) -> None:
+    data = load_labelled(DataSource(f"imagefolder:{images}"))
     (images / "red" / "3.png").write_bytes(b"\x89PNG not really")
     (images / "red" / "4.png").unlink()
-
-    def loaded(refuse: bool) -> list[dict[str, Any]]:
-        examples = Examples(data, transform, 0, refuse=refuse)
-        return list(batches(examples, 4, epoch=0, start=0, rank=0, world=1, workers=0))
-
-    errors = [batch["error"] for batch in loaded(True) if "error" in batch]
-    pattern = r"red/[34]\.png can't be read.*--on-broken skip"
-    assert errors and all(re.search(pattern, error) for error in errors)
-    seen = loaded(False)
-    assert len(seen) == 6 and all(len(batch["labels"]) == 4 for batch in seen)
+    with pytest.raises(RAdapterError, match=r"red/[34]\.png can't be read.*--on-broken skip"):
+        list(islice(endless(Examples(data, transform, 0), 4, workers=0), 6))
+    skipping = Examples(data, transform, 0, refuse=False)
+    seen = [batch for _, batch in islice(endless(skipping, 4, workers=0), 6)]
+    assert all(len(batch["labels"]) == 4 for batch in seen)
     names = {name.split(" can't")[0][-5:] for batch in seen for name in batch["broken"]}
     assert names == {"3.png", "4.png"}
 
@@ -169,16 +153,16 @@ def test_labels_that_do_not_fit_a_class_file(
     classes.write_text("blue\ngreen\n")
     csv = table(tmp_path, ["a.png", "b.png"], labels)
     with pytest.raises(RAdapterError, match=message):
-        load_labelled(csv, classes=classes)
+        load_labelled(DataSource(csv, classes=classes))
 
 
 def test_labels_by_number_synonym_line_and_first_name(tmp_path: Path) -> None:
     classes = tmp_path / "classes.txt"
     classes.write_text("red, dark\ndark, night\n")
     csv = table(tmp_path, ["a.png"] * 4, ["red", "dark", "night", "red, dark"])
-    assert load_labelled(csv, classes=classes).labels().tolist() == [0, 1, 1, 0]
+    assert load_labelled(DataSource(csv, classes=classes)).labels().tolist() == [0, 1, 1, 0]
     csv = table(tmp_path, ["a.png"] * 2, [0.0, 1.0])
-    assert load_labelled(csv, classes=classes).labels().tolist() == [0, 1]
+    assert load_labelled(DataSource(csv, classes=classes)).labels().tolist() == [0, 1]
 
 
 def test_data_that_cannot_be_read(images: Path, tmp_path: Path) -> None:
@@ -193,7 +177,7 @@ def test_data_that_cannot_be_read(images: Path, tmp_path: Path) -> None:
         (f"imagefolder:{images}", "1 class folders of .* hold no image: 'yellow'; add"),
     ):
         with pytest.raises(RAdapterError, match=message):
-            load_labelled(spec)
+            load_labelled(DataSource(spec))
     for content, message in (
         (b"", "No columns to parse"),
         (b"image,label\n", "it holds no rows"),
@@ -202,7 +186,7 @@ def test_data_that_cannot_be_read(images: Path, tmp_path: Path) -> None:
     ):
         csv.write_bytes(content)
         with pytest.raises(RAdapterError, match=message):
-            load_labelled(f"csv:{csv}")
+            load_labelled(DataSource(f"csv:{csv}"))
 
 
 def test_a_share_of_each_class_is_held_out_for_validation(images: Path) -> None:
@@ -236,7 +220,7 @@ def test_held_out_captions_and_segments_keep_an_image_together(tmp_path: Path) -
     assert (len(kept.images), len(held.images)) == (3, 2)
 
 
-def validation_set(recipe: Recipe, classes: list[str] | None = None) -> Any:
+def validation_set(recipe: Recipe, classes: list[str] | None) -> Any:
     """The run's own validation data, as evaluation opens it."""
     fields = {"task": recipe.task, "recipe": recipe.to_dict(), "classes": classes}
     suite = own_validation(Metadata("ViT-B-32", "sha256:0", **fields))  # type: ignore[arg-type]
@@ -247,13 +231,12 @@ def test_validation_data_is_evaluated_among_all_classes_of_the_run(
     images: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(images, tmp_path / "val", ignore=shutil.ignore_patterns("green"))
-    (tmp_path / "val" / "amber").mkdir()
-    shutil.copy(images / "red" / "0.png", tmp_path / "val" / "amber")
+    (tmp_path / "val" / "red").rename(tmp_path / "val" / "amber")
     recipe = Recipe(data=f"imagefolder:{images}", val_data=f"imagefolder:{tmp_path}/val")
     data, val = opened(recipe)
     assert val.classes == [*data.classes, "amber"] == ["blue", "green", "red", "amber"]
     labels = {(Path(val.name(row)).parent.name, val.classes[val.label(row)]) for row in val.rows}
-    assert labels == {(name, name) for name in ("amber", "blue", "red")}
+    assert labels == {(name, name) for name in ("amber", "blue")}
     _, base = opened(recipe, class_split="base")
     assert base.classes == ["blue", "green"] and np.bincount(base.labels()).tolist() == [8]
     evaluated = validation_set(recipe, data.classes)
@@ -265,45 +248,31 @@ def test_validation_data_is_evaluated_among_all_classes_of_the_run(
 def test_the_share_that_training_held_out_is_the_run_s_own_validation_data(
     task: Any, images: Path, tmp_path: Path
 ) -> None:
-    files = sorted(images.rglob("*.png"))
-    rows = [(str(file), f"photo {file.stem}") for file in files]
+    rows = [(str(file), f"photo {file.stem}") for file in sorted(images.rglob("*.png"))]
     pd.DataFrame(rows, columns=["image", "caption"]).to_csv(tmp_path / "t.csv")
     data = f"csv:{tmp_path}/t.csv" if task == "retrieval" else f"imagefolder:{images}"
     recipe = Recipe(task=task, data=data, val_fraction=0.25, seed=3)
     _, val = opened(recipe)
     held = val.rows if task == "classification" else [val.table[of.row] for of in val.images]
-    evaluated = validation_set(recipe, val.classes if task == "classification" else None)
-    names = {evaluated.images[number].name for number in range(len(evaluated))}
-    assert names == {val.name(row) for row in held}
-    assert len(evaluated) == len(held) == 6
+    evaluated = validation_set(recipe, getattr(val, "classes", None))
+    assert [of.name for of in evaluated.images] == [val.name(row) for row in held]
+    assert len(evaluated) == 6
 
 
 def test_names_of_splits_in_folders_of_images(images: Path) -> None:
     (images / "red").rename(images / "train")
     (images / "blue" / "0.png").rename(images / "blue" / "test-0.png")
-    data = load_labelled(f"imagefolder:{images}")
+    data = load_labelled(DataSource(f"imagefolder:{images}"))
     assert data.classes == ["blue", "green", "train"] and len(data.rows) == 24
     root = images.parent / "split"
     for split, names in (("train", ("blue", "green")), ("val", ("blue",))):
         for name in names:
             shutil.copytree(images / name, root / split / name)
-    assert len(load_labelled(f"imagefolder:{root}").rows) == 16
+    assert len(load_labelled(DataSource(f"imagefolder:{root}")).rows) == 16
     shutil.copytree(images / "green", root / "val" / "green")
-    assert load_labelled(f"imagefolder:{root}@val").classes == ["blue", "green"]
+    assert load_labelled(DataSource(f"imagefolder:{root}@val")).classes == ["blue", "green"]
     with pytest.raises(RAdapterError, match="no folder .*split/test"):
-        load_labelled(f"imagefolder:{root}@test")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Three images, and their captions as rows of a table, not sorted by image, and as lists."""
-    for value, name in enumerate(TEXTS):
-        Image.new("RGB", (8, 8), (60 * value,) * 3).save(tmp_path / name)
-    rows = [PAIRS[index] for index in (0, 2, 1, 5, 3, 4)]
-    pd.DataFrame(rows, columns=["image", "caption"]).to_csv(tmp_path / "rows.csv", index=False)
-    lists = [{"image": name, "caption": texts} for name, texts in TEXTS.items()]
-    (tmp_path / "lists.json").write_text("\n".join(json.dumps(row) for row in lists))
-    return tmp_path
+        load_labelled(DataSource(f"imagefolder:{root}@test"))
 
 
 def captions_of(data: Captioned) -> dict[int, list[str]]:
@@ -311,64 +280,40 @@ def captions_of(data: Captioned) -> dict[int, list[str]]:
     captions: dict[int, list[str]] = {}
     for row in data.images:
         image = data.image(data.table[row.row])
-        captions[np.asarray(image)[0, 0, 0] // 60] = list(row.captions)
-    return {number: sorted(texts) for number, texts in captions.items()}
+        captions[np.asarray(image)[0, 0, 0] // 60] = sorted(row.captions)
+    return captions
 
 
-def test_every_reader_gives_the_same_captions(folder: Path) -> None:
-    expected = {number: sorted(texts) for number, texts in BY_BRIGHTNESS.items()}
-    assert captions_of(load_captioned(f"csv:{folder}/rows.csv")) == expected
-    assert captions_of(load_captioned(f"json:{folder}/lists.json")) == expected
-    stored = []  # the same bytes are the same image
-    for name, text in PAIRS:
-        picture = {"bytes": (folder / name).read_bytes(), "path": None}
-        stored.append({"picture": picture, "text": text})
-    pd.DataFrame(stored).to_parquet(folder / "stored.parquet")
+def test_every_reader_gives_the_same_captions(tmp_path: Path) -> None:
+    texts = [
+        ["a dark square", "night"],
+        ["a grey square", "fog", "overcast sky"],
+        ["a bright square"],
+    ]
+    pairs = [(f"{value}.png", text) for value, of in enumerate(texts) for text in of]
+    for value in range(3):
+        Image.new("RGB", (8, 8), (60 * value,) * 3).save(tmp_path / f"{value}.png")
+    rows = [pairs[index] for index in (0, 2, 1, 5, 3, 4)]
+    pd.DataFrame(rows, columns=["image", "caption"]).to_csv(tmp_path / "rows.csv", index=False)
+    lists = [{"image": f"{value}.png", "caption": of} for value, of in enumerate(texts)]
+    (tmp_path / "lists.json").write_text("\n".join(map(json.dumps, lists)))
+    stored = [  # the same bytes are the same image
+        {"picture": {"bytes": (tmp_path / name).read_bytes(), "path": None}, "text": text}
+        for name, text in pairs
+    ]
+    pd.DataFrame(stored).to_parquet(tmp_path / "stored.parquet")
     columns: Any = {"image_column": "picture", "caption_column": "text"}
-    assert captions_of(load_captioned(f"parquet:{folder}/stored.parquet", **columns)) == expected
-    contents = []
-    for number, (name, text) in enumerate(PAIRS):
-        files = {"png": (folder / name).read_bytes(), "txt": text.encode()}
-        contents += [(f"{number:03d}.{ending}", content) for ending, content in files.items()]
-    spec = shard(folder / "shard.tar", contents)
-    assert captions_of(load_captioned(spec, image_column="png", caption_column="txt")) == expected
-
-
-def loaded(data: Captioned, size: int, **options: Any) -> list[dict[str, Any]]:
-    examples = Examples(data, lambda image: pil_to_tensor(image).float(), 0)
-    common = {"epoch": 0, "start": 0, "rank": 0, "world": 1, "workers": 0} | options
-    return list(batches(examples, size, **common))
-
-
-def test_a_row_without_a_caption(folder: Path) -> None:
-    rows = [{"image": "a.png", "caption": "night"}, {"image": "b.png", "caption": "  "}]
-    (folder / "t.json").write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(RAdapterError, match=r"row 2 of .* has no text in 'caption': .*--on-broken"):
-        load_captioned(f"json:{folder}/t.json")
-    broken: list[str] = []
-    data = load_captioned(f"json:{folder}/t.json", broken=broken)
-    assert len(data.images) == 1 and len(broken) == 1 and broken[0].startswith("row 2 of")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"caption_column": "text"}, "no column 'text'; its columns: image, caption; see --cap"),
-        ({"image_column": "picture"}, "no column 'picture'.*--image-column"),
-        ({"captions_per_image": 4}, "captions_per_image is 4 but no image of .* has more than 3"),
-    ],
-)
-def test_options_that_the_table_does_not_have(
-    folder: Path, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(RAdapterError, match=message):
-        load_captioned(f"csv:{folder}/rows.csv", **options)
-
-
-def test_a_missing_image_is_an_error(folder: Path) -> None:
-    (folder / "a.png").unlink()
-    (batch,) = loaded(load_captioned(f"csv:{folder}/rows.csv"), 6)
-    assert "a.png can't be read" in batch["error"]
+    table = f"csv:{tmp_path}/rows.csv"
+    for source in (
+        DataSource(table),
+        DataSource(f"json:{tmp_path}/lists.json"),
+        DataSource(f"parquet:{tmp_path}/stored.parquet", **columns),
+    ):
+        assert captions_of(load_captioned(source)) == dict(enumerate(texts))
+    with pytest.raises(RAdapterError, match="no column 'text'; its columns: .*; see --caption-c"):
+        load_captioned(DataSource(table, caption_column="text"))
+    with pytest.raises(RAdapterError, match="captions_per_image is 4 but no image of .* than 3"):
+        load_captioned(DataSource(table), captions_per_image=4)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK"])

@@ -13,7 +13,8 @@ import torch
 
 from radapter_serve import evaluate
 from radapter_serve.adapter import load_adapter
-from radapter_serve.data.labelled import Labelled, class_split, few_shot, load_labelled
+from radapter_serve.data.labelled import class_split, few_shot, load_labelled
+from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.run import open_set
 from radapter_serve.evaluation.suite import Suite, entry_of
@@ -30,19 +31,8 @@ from tests.training.test_wiring import (
     prompts,
 )
 
-SETS = [
-    (0, 2),
-    (1,),
-    (2, 1),
-    (0,),
-    (2,),
-    (0, 1, 2),
-    (1, 0),
-    (2,),
-    (1,),
-    (0,),
-    (2, 0),
-]  # of each image, in its own order
+# Of each image, in its own order.
+SETS = [*[(0, 2), (1,), (2, 1), (0,), (2,), (0, 1, 2)], *[(1, 0), (2,), (1,), (0,), (2, 0)]]
 
 
 def several(folder: Path, kind: str, seed: int = 0) -> tuple[str, list[Pair]]:
@@ -65,23 +55,13 @@ def several(folder: Path, kind: str, seed: int = 0) -> tuple[str, list[Pair]]:
     return f"csv:{folder}/rows.csv", pairs
 
 
-def label_sets(data: Labelled) -> dict[str, list[str]]:
-    return {
-        Path(data.name(row)).name: [data.classes[label] for label in data.labels_of(row)]
-        for row in data.rows
-    }
-
-
-def opened(spec: str, kind: str = "text", **options: Any) -> Labelled:
-    return load_labelled(spec, label_separator=";" if kind == "text" else None, **options)
-
-
 @pytest.mark.parametrize("kind", ["text", "lists"])
 def test_every_form_has_the_same_labels(tmp_path: Path, kind: str) -> None:
-    data = opened(several(tmp_path, kind)[0], kind)
-    expected = {f"{i}.png": [CLASSES[label] for label in of] for i, of in enumerate(SETS)}
-    assert data.classes == CLASSES and label_sets(data) == expected
-    assert len(data.rows) == len(SETS)
+    spec, _ = several(tmp_path, kind)
+    data = load_labelled(DataSource(spec, label_separator=";" if kind == "text" else None))
+    names = [(Path(data.name(row)).name, data.labels_of(row)) for row in data.rows]
+    assert data.classes == CLASSES
+    assert names == [(f"{number}.png", labels) for number, labels in enumerate(SETS)]
 
 
 def test_training_is_as_by_hand(tiny_clip_dir: str, tmp_path: Path) -> None:
@@ -139,33 +119,15 @@ def test_evaluation_is_as_by_hand(
     assert row.metrics == pytest.approx(
         {"mean_average_precision": np.mean(each), "acc1": hits}, abs=1e-6
     )
-    assert [(of.name, of.n) for of in row.per_class or ()] == list(
-        zip(CLASSES, truth.sum(axis=0).tolist(), strict=True)
-    )
+    assert [of.n for of in row.per_class or ()] == truth.sum(axis=0).tolist()
     assert [of.average_precision for of in row.per_class or ()] == pytest.approx(each, abs=1e-4)
-    again = evaluate(run, 1.0, data=val, out=tmp_path / "results")
-    assert again.measured == 0 and again.rows == found.rows
-
-
-def test_a_semicolon_stays_a_part_of_a_name_unless_asked(tmp_path: Path) -> None:
-    data, _ = several(tmp_path, "text")
-    assert len(load_labelled(data).classes) == len({";".join(map(str, of)) for of in SETS})
-    notes = open_run(Recipe(data=data), progress=False).notes
-    assert any("hold a semicolon" in note and "--label-separator ';'" in note for note in notes)
-
-
-def test_an_image_without_a_label_is_refused(tmp_path: Path) -> None:
-    table = pd.DataFrame({"image": ["a.png", "b.png", "c.png"], "label": ["cat", "dog", " ; "]})
-    table.to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(RAdapterError, match=r"image c\.png has no label in 'label'; take it out"):
-        load_labelled(f"csv:{tmp_path}/t.csv", label_separator=";")
 
 
 def test_what_is_held_out_leaves_every_class_an_image(tmp_path: Path) -> None:
     rows = [(f"{i}.png", "all;rare" if i < 2 else "all;often") for i in range(12)]
     rows += [("12.png", "one;rare")]
     pd.DataFrame(rows, columns=["image", "label"]).to_csv(tmp_path / "t.csv", index=False)
-    data = load_labelled(f"csv:{tmp_path}/t.csv", label_separator=";")
+    data = load_labelled(DataSource(f"csv:{tmp_path}/t.csv", label_separator=";"))
     assert data.classes == ["all", "often", "one", "rare"]
     assert data.labels().tolist() == [3, 3, *[1] * 10, 2]  # the rarest of each
     for seed in range(8):
@@ -181,7 +143,7 @@ def test_few_shots_leave_every_class_an_image(tmp_path: Path) -> None:
     labels = [name + beside for name in "abc" for beside in ("", ";wide") for _ in range(3)]
     rows = [(f"{number}.png", label) for number, label in enumerate(labels)]
     pd.DataFrame(rows, columns=["image", "label"]).to_csv(tmp_path / "t.csv", index=False)
-    data = load_labelled(f"csv:{tmp_path}/t.csv", label_separator=";")
+    data = load_labelled(DataSource(f"csv:{tmp_path}/t.csv", label_separator=";"))
     sizes = set()
     for seed in range(20):
         draws = [few_shot(data, shots, seed) for shots in (1, 2, 6)]
@@ -193,15 +155,23 @@ def test_few_shots_leave_every_class_an_image(tmp_path: Path) -> None:
     assert sizes == {3, 4}
 
 
-def test_what_needs_one_label_says_so(tmp_path: Path) -> None:
+def test_what_is_refused_or_noted(tmp_path: Path) -> None:
     data, _ = several(tmp_path, "text")
+    # A semicolon is a part of a name unless it separates.
+    whole = Recipe(data=data)
+    assert len(load_labelled(whole).classes) == len({";".join(map(str, of)) for of in SETS})
+    notes = open_run(whole, progress=False).notes
+    assert any("hold a semicolon" in note and "--label-separator ';'" in note for note in notes)
     with pytest.raises(RAdapterError, match="class_split base needs one label an image"):
-        class_split(opened(data), "base")
+        class_split(load_labelled(DataSource(data, label_separator=";")), "base")
     plain = {"name": "x", "data": data, "metric": "mean_average_precision"}
     with pytest.raises(RAdapterError, match="for images with several labels; leave it out"):
         open_set(Suite("s", ()), entry_of(plain, "s"))
     chosen = entry_of({**plain, "label_separator": ";", "metric": "acc1"}, "s")
     assert open_set(Suite("s", ()), chosen).entry.metric == "mean_average_precision"
+    (tmp_path / "t.csv").write_text("image,label\na.png,cat\nb.png,dog\nc.png, ; \n")
+    with pytest.raises(RAdapterError, match=r"image c\.png has no label in 'label'; take it out"):
+        load_labelled(DataSource(f"csv:{tmp_path}/t.csv", label_separator=";"))
 
 
 @pytest.mark.slow

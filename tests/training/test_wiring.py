@@ -183,9 +183,8 @@ def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) 
 def test_a_base_with_a_bias_learns_by_its_sigmoids(
     recipe: Recipe, tmp_path: Path, tiny_clip_dir: str, positives: Literal["several", "single"]
 ) -> None:
-    source = Path(tiny_clip_dir.removeprefix("local-dir:"))
     sigmoid = tmp_path / "sigmoid"
-    shutil.copytree(source, sigmoid)
+    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), sigmoid)
     config = json.loads((sigmoid / "open_clip_config.json").read_text())
     config["model_cfg"]["init_logit_bias"] = -10.0
     (sigmoid / "open_clip_config.json").write_text(json.dumps(config))
@@ -202,28 +201,17 @@ def test_a_base_with_a_bias_learns_by_its_sigmoids(
 def test_low_rank(recipe: Recipe, tmp_path: Path) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)
     recipe = dataclasses.replace(recipe, data=data, rank=3)
-    still = dataclasses.replace(
-        recipe, steps=1, learning_rate=1e-20, min_learning_rate=0.0, warmup_steps=0
-    )
-    start = load_adapter(train(dataclasses.replace(still, out=tmp_path / "start"))).tensors
-    assert all(
-        value.any() == name.endswith(".down")
-        for name, value in start.items()
-        if not name.endswith(".up")
-    )
+    still: dict[str, Any] = {"steps": 1, "learning_rate": 1e-20, "min_learning_rate": 0.0}
+    first = dataclasses.replace(recipe, **still, warmup_steps=0, out=tmp_path / "start")
+    start = load_adapter(train(first)).tensors
     assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs, start))
 
 
 @pytest.mark.parametrize("captions_per_image", [1, 2])
 def test_retrieval(recipe: Recipe, tmp_path: Path, captions_per_image: int) -> None:
     data, pairs = captioned(tmp_path / "data", 6, seed=1)
-    recipe = dataclasses.replace(
-        recipe,
-        task="retrieval",
-        data=data,
-        captions_per_image=captions_per_image,
-        templates="simple",
-    )
+    fields: dict[str, Any] = {"templates": "simple", "captions_per_image": captions_per_image}
+    recipe = dataclasses.replace(recipe, task="retrieval", data=data, **fields)
     if captions_per_image == 1:  # each caption comes by itself, with its image
         pairs = [
             Pair(pair.image, pair.label, [caption]) for pair in pairs for caption in pair.texts
@@ -232,17 +220,10 @@ def test_retrieval(recipe: Recipe, tmp_path: Path, captions_per_image: int) -> N
 
 
 def test_segmentation(recipe: Recipe, tmp_path: Path) -> None:
-    data, pairs = masked(
-        tmp_path / "data", 4, padding=0.2, fill=(122, 117, 105)
-    )  # the mean of the tiny CLIP
-    recipe = dataclasses.replace(
-        recipe,
-        task="segmentation",
-        data=data,
-        mask_padding=0.2,
-        mask_min_area=1,
-        negative_classes=2,
-    )
+    mean = (122, 117, 105)  # of the tiny CLIP
+    data, pairs = masked(tmp_path / "data", 4, padding=0.2, fill=mean)
+    fields: dict[str, Any] = {"mask_padding": 0.2, "mask_min_area": 1, "negative_classes": 2}
+    recipe = dataclasses.replace(recipe, task="segmentation", data=data, **fields)
     assert_trains_as_by_hand(recipe, pairs, prompts=[prompts(name) for name in CLASSES])
 
 
@@ -291,15 +272,9 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
 
 def test_validation_by_captions(recipe: Recipe, tmp_path: Path) -> None:
     data, pairs = captioned(tmp_path / "data", 16, seed=1)
+    fields: dict[str, Any] = {"templates": "simple", "steps": 24, "weight_decay": 0.0}
     recipe = dataclasses.replace(
-        recipe,
-        task="retrieval",
-        data=data,
-        val_data=data,
-        alpha=0.6,
-        templates="simple",
-        steps=24,
-        weight_decay=0.0,
+        recipe, task="retrieval", data=data, val_data=data, alpha=0.6, **fields
     )
     adapter = load_adapter(train(recipe))
     clip = ClipWithAdapters(recipe.architecture, adapter.tensors)
