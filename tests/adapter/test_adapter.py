@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,14 +98,6 @@ def random_adapter(model: nn.Module, rank: int | None = None, std: float = 0.1) 
     return Adapter(tensors, Metadata(architecture="tiny", base_digest=digest, rank=rank))
 
 
-def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def test_vit_b_32_has_the_papers_number_of_parameters() -> None:
     with torch.device("meta"):
         model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
@@ -118,7 +111,7 @@ def test_vit_b_32_has_the_papers_number_of_parameters() -> None:
 def test_no_effect_at_the_start_and_none_left_behind(
     model: nn.Module, inputs: tuple[Tensor, Tensor], rank: int | None, form: Any
 ) -> None:
-    before = state_of(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = embeds(model, inputs)
     adapters = attach(model, rank, form=form)
     with pytest.raises(RAdapterError, match="has an adapter already"):
@@ -126,7 +119,7 @@ def test_no_effect_at_the_start_and_none_left_behind(
     attached = embeds(model, inputs)
     adapters.remove()
     torch.testing.assert_close(attached, expected, rtol=0, atol=1e-5)
-    assert_same_state(model, before)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
 class PlainAdapter(nn.Module):
@@ -210,14 +203,10 @@ def test_fold_is_linear_in_alpha(model: nn.Module, alpha: float) -> None:
 
 
 def test_fold_computes_in_fp32_and_casts_once(model: nn.Module) -> None:
-    half: dict[str, Tensor] = {}
-    wide: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        half[name] = value.half() if value.is_floating_point() else value
-        wide[name] = half[name].float() if value.is_floating_point() else value
+    half = copy.deepcopy(model).half().state_dict()
+    wide = {name: value.float() for name, value in half.items()}
     tensors = random_adapter(model).tensors
-    keys = {name.removesuffix(".up").removesuffix(".down") for name in tensors}
-    adapter = Adapter(tensors, Metadata("tiny", base_digest(wide, keys)))
+    adapter = Adapter(tensors, Metadata("tiny", base_digest(wide, tensors)))
     expected = fold(wide, adapter, 0.5)
     for name, value in fold(half, adapter, 0.5).items():
         assert value.dtype == half[name].dtype
@@ -257,7 +246,7 @@ def test_attach_refuses_before_it_changes_anything(tiny_clip_dir: str) -> None:
         with pytest.raises(RAdapterError, match="allowed"):
             attach(normed, **arguments)
     normed.transformer.resblocks[1].ln_attn = nn.LayerNorm(64)
-    with pytest.raises(RAdapterError, match=r"resblocks\.1\.ln_attn .*stands between .*--partial"):
+    with pytest.raises(RAdapterError, match=r"resblocks\.1\.ln_attn .*lies between .*--partial"):
         attach(normed)
     assert all(p.requires_grad for p in normed.parameters())
     assert not any(module._forward_hooks for module in normed.modules())
@@ -277,14 +266,6 @@ def test_dropping_draws_one_scaled_gate_an_adapter(model: nn.Module) -> None:
     assert sum(gates) / len(gates) == pytest.approx(1.0, abs=0.04)
     adapters.stop_drop()
     assert {layer.gate for layer in layers} == {1.0}
-
-
-def test_cropped_and_merged_texts_are_exact(
-    model: nn.Module, inputs: tuple[Tensor, Tensor]
-) -> None:
-    with torch.no_grad():
-        expected = model.encode_text(inputs[1], normalize=True)  # type: ignore[operator]
-        torch.testing.assert_close(encode_text(model, inputs[1]), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -337,7 +318,7 @@ def test_training_moves_adapters_alone_and_they_fold_exactly(
     pixels = torch.randn(
         4, 3, base.image_size, base.image_size, generator=torch.Generator().manual_seed(0)
     )
-    tokens = base.tokenizer(["a cat", "many words " * 30, "", "a dog, in the snow"])
+    tokens = base.tokenizer(["a cat", "many words " * 30, "", "a cat"])  # equal ones are merged
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=0.02)
     for _ in range(2):
         loss = mpm_nce(
@@ -375,14 +356,11 @@ def test_convolutional_towers_are_refused_or_left_out(
     family: str, tower: str, load: Callable[[str], Base]
 ) -> None:
     model = load(family).model
-    with pytest.raises(
-        RAdapterError, match=rf"image tower of .* \({tower}\) has no blocks .*--partial"
-    ):
+    no_blocks = rf"image tower of .* \({tower}\) has no blocks"
+    with pytest.raises(RAdapterError, match=f"{no_blocks} .*--partial"):
         attach(model)
     adapters = attach(model, partial=True)
-    assert f"left out: the image tower of {type(model).__name__} ({tower})" in adapters.summary(
-        model
-    )
+    assert re.search(f"left out: the {no_blocks}", adapters.summary(model))
     adapters.remove()
     with pytest.raises(RAdapterError, match=r"image tower .*nothing was changed$"):
         find_sites(model, text=False, partial=True)
@@ -396,13 +374,12 @@ def test_norms_between_are_refused_or_left_out(load: Callable[[str], Base]) -> N
     for block in (ResPostBlock(64, 2), EvaBlockPostNorm(64, 2)):
         model: Any = load("siglip").model
         model.visual.trunk.blocks[0] = block
-        with pytest.raises(
-            RAdapterError, match=r"blocks\.0\.norm1 \(LayerNorm\) stands between .*--partial"
-        ):
+        between = r"blocks\.0\.norm1 \(LayerNorm\) lies between"
+        with pytest.raises(RAdapterError, match=f"{between} .*--partial"):
             attach(model)
         adapters = attach(model, partial=True)
         assert [site.key for site in adapters.sites] == CUSTOM
-        assert "norm1" in adapters.summary(model) and "and 1 more" in adapters.summary(model)
+        assert re.search(f"{between} .* and 1 more", adapters.summary(model))
 
 
 def test_an_adapter_of_layers_that_none_fits_is_refused(load: Callable[[str], Base]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -146,9 +147,8 @@ def test_tensors_that_the_specification_does_not_allow(
     tmp_path: Path, tensors: dict[str, torch.Tensor], rank: int | None, message: str
 ) -> None:
     assert message in refused(write(tmp_path / "adapter.safetensors", tensors, rank=rank))
-    with pytest.raises(RAdapterError) as error:
+    with pytest.raises(RAdapterError, match=re.escape(message)):
         save_adapter(Adapter(tensors, Metadata("x", "y", rank=rank)), tmp_path / "saved")
-    assert message in str(error.value)
     assert not (tmp_path / "saved").exists()
 
 
@@ -268,32 +268,25 @@ def test_a_soup_says_what_was_held_out_where_all_held_out_the_same() -> None:
     assert (soup.held_out, soup.recipe) == (None, {"seed": 1})
 
 
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ([0.5, 0.6], "weights are 0.5 0.6; allowed: .* sum is 1"),
-        ([float("nan"), 1], "weights are nan 1"),
-        ([1], "1 weights for 2 adapters"),
-    ],
-)
-def test_weights_that_are_no_average(weights: list[float], message: str) -> None:
-    with pytest.raises(RAdapterError, match=message):
-        average_adapters([make(0, None), make(1, 2)], weights)
-
-
-def test_adapters_of_other_bases_or_layers_are_refused() -> None:
+def test_adapters_that_have_no_average() -> None:
     first = make(0, None)
     other = dataclasses.replace(first.metadata, base_digest="sha256:0123", architecture="ViT-B-16")
-    with pytest.raises(
-        RAdapterError, match=f"{first.metadata.base_digest}.*adapter 3 on sha256:0123 .ViT-B-16"
-    ):
-        average_adapters([first, first, Adapter(first.tensors, other)])
     fewer = Adapter(
         {"a.out_proj": first.tensors["a.out_proj"]}, dataclasses.replace(other, architecture="x")
     )
-    with pytest.raises(
-        RAdapterError, match=r"adapter 1 adapts b.c_proj and adapter 2 does not.*--adapt-text"
-    ):
-        average_adapters([first, fewer])
-    with pytest.raises(RAdapterError, match="no adapters"):
-        average_adapters([])
+    two = [first, make(1, 2)]
+    cases: list[tuple[list[Adapter], list[float] | None, str]] = [
+        ([], None, "no adapters"),
+        (two, [0.5, 0.6], "weights are 0.5 0.6; allowed: .* sum is 1"),
+        (two, [float("nan"), 1], "weights are nan 1"),
+        (two, [1], "1 weights for 2 adapters"),
+        (
+            [first, first, Adapter(first.tensors, other)],
+            None,
+            f"{first.metadata.base_digest}.*adapter 3 on sha256:0123 .ViT-B-16",
+        ),
+        ([first, fewer], None, "adapter 1 adapts b.c_proj and adapter 2 does not.*--adapt-text"),
+    ]
+    for adapters, weights, message in cases:
+        with pytest.raises(RAdapterError, match=message):
+            average_adapters(adapters, weights)

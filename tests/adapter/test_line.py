@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -103,10 +104,6 @@ def test_a_folder_needs_no_base_where_it_is_taken_as_it_is(
             line.at(0.5)
 
 
-class _Pickled:
-    """What a pickle may hold beside tensors."""
-
-
 def _with(name: str, change: Callable[[Tensor], Tensor | None]) -> Callable[[Any], Any]:
     """A change of one weight; it is left out if that gives None."""
 
@@ -124,15 +121,12 @@ _BIAS = "visual.ln_post.bias"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            _with(_BIAS, lambda _: None),
-            "is of another architecture than its base: it has no weight",
-        ),
+        (_with(_BIAS, lambda _: None), "is of another architecture than its base: it has no w"),
         (_with(_BIAS, lambda x: x[:5]), r"its weight visual.ln_post.bias is \[5\], and \[64\]"),
         (_with(_BIAS, lambda x: x.fill_(float("nan"))), "is damaged: its weight visual.ln_post"),
         (lambda weights: {**weights, "head.weight": torch.ones(2)}, "has the weight head.weight"),
         (_with(_BIAS, lambda x: x.to(torch.int8)), r"is torch.int8, .* allowed are plain floating"),
-        (lambda weights: {**weights, "x": _Pickled()}, "loading them could run foreign code"),
+        (lambda weights: {**weights, "x": Path("x")}, "loading them could run foreign code"),
         (None, "could not read the checkpoint .* neither of torch.save nor of safetensors"),
     ],
 )
@@ -164,27 +158,31 @@ def test_what_is_no_checkpoint_or_has_no_architecture_is_refused(
             load_checkpoint(name, base)
 
 
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["model_cfg", "quick_gelu"], False, "it has .*GELU, and the base .*QuickGELU"),
+        (["model_cfg", "vision_cfg", "head_width"], 16, "of 4 heads, and the base"),
+        (["preprocess_cfg", "mean"], [0.5] * 3, "another way than its base: mean is"),
+    ],
+)
 def test_models_that_compute_differently_are_refused(
-    tuned: dict[str, Tensor], tiny_clip_dir: str, tmp_path: Path
+    tuned: dict[str, Tensor],
+    tiny_clip_dir: str,
+    tmp_path: Path,
+    keys: list[str],
+    value: Any,
+    message: str,
 ) -> None:
     """Neither activations nor heads nor the images' normalisation show in a weight's shape."""
     folder = _folder(tmp_path / "tuned", tuned, tiny_clip_dir)
     file = folder / "open_clip_config.json"
     config = json.loads(file.read_text())
-
-    def refused(message: str, *keys: str, value: Any) -> None:
-        changed = copy.deepcopy(config)
-        place = changed
-        for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = value
-        file.write_text(json.dumps(changed))
-        with pytest.raises(RAdapterError, match=message):
-            load_checkpoint(str(folder), tiny_clip_dir)
-
-    refused("it has .*GELU, and the base .*QuickGELU", "model_cfg", "quick_gelu", value=False)
-    refused("of 4 heads, and the base", "model_cfg", "vision_cfg", "head_width", value=16)
-    refused("another way than its base: mean is", "preprocess_cfg", "mean", value=[0.5] * 3)
+    *outer, last = keys
+    functools.reduce(dict.__getitem__, outer, config)[last] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(RAdapterError, match=message):
+        load_checkpoint(str(folder), tiny_clip_dir)
 
 
 @pytest.fixture(scope="module")
@@ -297,10 +295,7 @@ _Q = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weigh
         (_edited("r", 3), "has rank 4, and 3 by adapter_config.json"),
         (lambda folder: (folder / "adapter_config.json").write_text("["), "is no folder of peft"),
         (_reweighted(lambda w: w[_Q].fill_(float("inf"))), "holds values that are not finite"),
-        (
-            _reweighted(lambda w: w.update({"x.lora_embedding_A": w[_Q].clone()})),
-            "has the tensor x.lora",
-        ),
+        (_reweighted(lambda w: w.update({"x.lora_embedding_A": w[_Q] + 1})), "has the tensor x.l"),
         (_reweighted(lambda w: w.update({_Q: torch.ones(4, 3)})), "is of another base than"),
     ],
 )

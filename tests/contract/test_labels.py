@@ -26,52 +26,51 @@ from radapter_serve.contract.labels import (
 )
 from radapter_serve.errors import RAdapterError
 
-SIMPLE = ["a photo of a {}."]
-
-
-def write(tmp_path, text, encoding="utf-8"):
-    path = tmp_path / "classes.txt"
-    path.write_bytes(text.encode(encoding))
-    return path
-
 
 def test_label_file(tmp_path):
-    path = write(tmp_path, "\ufeff# animals\n\ncat, kitty ,cat\n  dog\r\nC# code\nÖlkäfer\n")
+    path = tmp_path / "classes.txt"
+    text = "\ufeff# animals\n\ncat, kitty ,cat\n  dog\r\nC# code\nÖlkäfer\n"
+    path.write_text(text, encoding="utf-8", newline="")
     assert read_label_file(path) == ["cat, kitty", "dog", "C# code", "Ölkäfer"]
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
         ("cat\ndog\n# x\ncat, kitty\n", "line 4: the class 'cat' is already on line 1"),
         ("cat\n,,\n", "line 2.*names no class"),
         ("# nothing\n", "names no class"),
         ("", "names no class"),
+        ("Käfer".encode("latin-1"), "UTF-8"),
+        (None, "No such file"),
     ],
 )
-def test_label_file_errors(tmp_path, text, message):
+def test_label_file_errors(tmp_path, content, message):
+    path = tmp_path / "classes.txt"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(RAdapterError, match=message):
-        read_label_file(write(tmp_path, text))
-
-
-def test_label_file_that_is_no_text_or_missing(tmp_path):
-    with pytest.raises(RAdapterError, match="UTF-8"):
-        read_label_file(write(tmp_path, "Käfer", "latin-1"))
-    with pytest.raises(RAdapterError, match="No such file"):
-        read_label_file(tmp_path / "none.txt")
+        read_label_file(path)
 
 
 def test_templates(tmp_path):
-    assert read_templates("simple") == SIMPLE
-    assert read_templates("a {} here") == ["a {} here"]
-    assert read_templates(["x {}", "y {}"]) == ["x {}", "y {}"]
-    assert read_templates(write(tmp_path, "# t\na {}\nthe {}\n")) == ["a {}", "the {}"]
-    with pytest.raises(RAdapterError, match=r"no \{\}"):
-        read_templates(write(tmp_path, "a photo\n"))
-    with pytest.raises(RAdapterError, match="built-in sets: simple, vild, ovseg"):
-        read_templates("openia")
-    with pytest.raises(RAdapterError, match="no template"):
-        read_templates([])
+    path = tmp_path / "templates.txt"
+    path.write_text("# t\na {}\nthe {}\n")
+    for source, expected in (
+        ("simple", ["a photo of a {}."]),
+        ("a {} here", ["a {} here"]),
+        (["x {}", "y {}"], ["x {}", "y {}"]),
+        (path, ["a {}", "the {}"]),
+    ):
+        assert read_templates(source) == expected
+    path.write_text("a photo\n")
+    for source, message in (
+        (path, r"no \{\}"),
+        ("openia", "built-in sets: simple, vild, ovseg"),
+        ([], "no template"),
+    ):
+        with pytest.raises(RAdapterError, match=message):
+            read_templates(source)
 
 
 def test_the_mean_is_over_names_and_templates_and_each_text_is_embedded_once():
@@ -86,54 +85,45 @@ def test_the_mean_is_over_names_and_templates_and_each_text_is_embedded_once():
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("lists", "message"),
-    [
-        ([(3000, 3000)], "^.invalid_argument. 9000000 prompts .* at most 20000 .*--label-set"),
-        ([(10_000, 1), (10_000, 1), (1, 1)], "20001 prompts"),
-        ([(2_500, 8)], "17100000 characters in all prompts .* at most 10000000"),
-        ([(10_000, 1), (10_000, 1)], None),
-    ],
-)
-def test_prompts_are_counted_before_they_are_built(lists, message):
-    pairs = [
-        ([f"{n:05}" + "x" * 845 * (templates == 8) for n in range(labels)], ["a {}."] * templates)
-        for labels, templates in lists
-    ]
-    if message is None:
-        module.check_prompts(pairs)
-        return
-    with pytest.raises(TaskError, match=message):
-        module.check_prompts(pairs)
+def test_prompts_are_counted_before_they_are_built():
+    def check(*lists: tuple[int, int], length: int = 0) -> None:
+        """So many labels and templates of each list."""
+        module.check_prompts(
+            ([f"{number:05}".ljust(length, "x") for number in range(labels)], ["a {}."] * templates)
+            for labels, templates in lists
+        )
+
+    check((10_000, 1), (10_000, 1))
+    with pytest.raises(
+        TaskError, match="^.invalid_argument. 9000000 prompts .* at most 20000 .*--l"
+    ):
+        check((3000, 3000))
+    with pytest.raises(TaskError, match="20001 prompts"):
+        check((10_000, 1), (10_000, 1), (1, 1))
+    with pytest.raises(TaskError, match="17100000 characters in all prompts .* at most 10000000"):
+        check((2_500, 8), length=850)
 
 
 NAMES = ["photos", "Büro", "写真", "हिन्दी", "صور", "می\u200cخواهم", "🦊", "a.b-c_d", "_x", "1"]
-
-
-@pytest.mark.parametrize("name", [*NAMES, "Ωμέγα 2", "👩‍🔬 photos", "é" * 100])
-def test_names(name: str) -> None:
-    assert is_name(name)
-    assert all(is_name(one) for one in spellings(name) if len(one.encode()) <= MAX_NAME_BYTES)
-
-
 NO_NAMES = [*[".", "..", ".x", "-x", "a/b", "/", "../a"], "", " a", "a ", "a\n", "a\0b", "a" * 201]
 
 
-@pytest.mark.parametrize("name", [*NO_NAMES, "\u202etxt", "\ud800", "\u200d"])
-def test_no_names(name: str) -> None:
-    assert not is_name(name)
+def test_names() -> None:
+    for name in (*NAMES, "Ωμέγα 2", "👩‍🔬 photos", "é" * 100):
+        assert is_name(name)
+        short = [form for form in spellings(name) if len(form.encode()) <= MAX_NAME_BYTES]
+        assert all(map(is_name, short)), name
+    for name in (*NO_NAMES, "\u202etxt", "\ud800", "\u200d"):
+        assert not is_name(name), name
+    for kind in ("NFC", "NFD"):
+        assert set(spellings(unicodedata.normalize(kind, "é"))) == {"\u00e9", "e\u0301"}
+    assert spellings("a") == ["a"]
 
 
 @given(st.text("./-\0\n a\u202e\u200d\ud800é", max_size=6))
 def test_a_name_stays_in_its_folder(text: str) -> None:
     if is_name(text):
         assert text not in (".", "..") and not {"/", "\0", "\n"} & set(text) and text.encode()
-
-
-def test_both_ways_to_write_a_letter_are_found() -> None:
-    for form in ("NFC", "NFD"):
-        assert set(spellings(unicodedata.normalize(form, "é"))) == {"\u00e9", "e\u0301"}
-    assert spellings("a") == ["a"]
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 200), st.none() | st.floats(-20, 20))
@@ -178,11 +168,8 @@ def test_labels_that_are_alike_are_named_once() -> None:
     embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
     assert indistinguishable(list("abcdef"), embeds) == [("a", "c"), ("a", "d"), ("b", "f")]
     assert indistinguishable(["a"], embeds[:1]) == indistinguishable([], embeds[:0]) == []
-
-
-def test_many_labels_are_compared_across_blocks() -> None:
-    generator = np.random.default_rng(0)
-    embeds = generator.normal(size=(3000, 16)).astype(np.float32)
+    # Across blocks.
+    embeds = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
     embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
     embeds[2999] = embeds[5]
     assert indistinguishable([str(n) for n in range(3000)], embeds) == [("5", "2999")]

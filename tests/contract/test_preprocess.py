@@ -5,7 +5,8 @@ filled pixel by pixel, and how images of several callers are decoded side by sid
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,7 @@ from radapter_serve.contract import images as files
 from radapter_serve.contract import preprocess as module
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import read_headers
-from radapter_serve.contract.preprocess import (
-    Decoder,
-    MaskCrop,
-    Preprocess,
-    decode_pixels,
-)
+from radapter_serve.contract.preprocess import Decoder, MaskCrop, Preprocess, decode_pixels
 from tests.helpers.small_release import png
 
 MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "YCbCr", "I", "F"]
@@ -45,16 +41,8 @@ def picture(mode: str, width: int, height: int, seed: int) -> Image.Image:
     return image.quantize(17) if mode == "P" else image.convert(mode)
 
 
-def reference(image: Image.Image, **config: Any) -> np.ndarray:
-    transform = image_transform(
-        config["size"],
-        is_train=False,
-        mean=(0, 0, 0),
-        std=(1, 1, 1),
-        resize_mode=config["resize_mode"],
-        interpolation=config["interpolation"],
-        fill_color=config["fill_color"],
-    )
+def reference(image: Image.Image, size: Any, **config: Any) -> np.ndarray:
+    transform = image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), **config)
     return (transform(image) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
@@ -139,11 +127,20 @@ def test_a_squashed_crop_stretches_the_box_alone() -> None:
     )
 
 
-@pytest.mark.parametrize("mode", ["LA", "P", "CMYK", "1", "I;16"])
-def test_any_mode_becomes_rgb(mode: str) -> None:
-    image = Image.fromarray(numbered(6, 8)).convert("L" if mode == "I;16" else "RGB").convert(mode)
-    crop = MaskCrop()(image, np.ones((6, 8), bool))
-    assert crop.mode == "RGB" and crop.size == (8, 8)
+def test_crops_are_rgb_and_masks_that_do_not_fit_are_refused() -> None:
+    for mode in ("LA", "P", "CMYK", "1", "I;16"):
+        gray = Image.fromarray(numbered(6, 8)).convert("L" if mode == "I;16" else "RGB")
+        crop = MaskCrop()(gray.convert(mode), np.ones((6, 8), bool))
+        assert crop.mode == "RGB" and crop.size == (8, 8)
+    image = Image.new("RGB", (8, 6))
+    for mask, message in (
+        (np.ones((8, 6), bool), r"a mask of 6 x 8 pixels does not fit .* 8 x 6"),
+        (np.zeros((6, 8), bool), "empty"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            MaskCrop()(image, mask)
+    with pytest.raises(TaskError, match=r"\[image_too_large\] .* 9000 x 9000"):
+        MaskCrop()(Image.new("L", (9000, 1)), np.ones((1, 9000), bool))
 
 
 PREPROCESS = Preprocess((16, 16))
@@ -162,22 +159,10 @@ def pixels_of(images: Sequence[bytes]) -> list[np.ndarray]:
     return [decode_pixels(image, PREPROCESS) for image in images]
 
 
-def in_time(work: Callable[[], Any]) -> Any:
-    """What `work` gives, or None where it hangs."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
-    thread.start()
-    thread.join(WAIT)
-    return found[0] if found else None
-
-
-def test_images_in_their_order(decoder: Decoder) -> None:
+def test_images_in_their_order_and_the_first_bad_one_is_named(decoder: Decoder) -> None:
     images = [png(seed, kind=kind) for seed, kind in enumerate(["PNG", "JPEG", "WEBP"] * 3)]
     np.testing.assert_array_equal(decoder.start(read_headers(images))(), pixels_of(images))
     assert decoder.start([])().shape == (0, 16, 16, 3)
-
-
-def test_the_first_bad_image_is_named_where_there_are_several(decoder: Decoder) -> None:
     broken = png(0)[:-40]
     with pytest.raises(TaskError, match=r"^\[invalid_image\] image 2 of 3: ") as error:
         decoder.start(read_headers([png(1), broken, broken]))()
@@ -224,10 +209,10 @@ def test_threads_are_for_small_images_of_all_callers(
 
     thread = threading.Thread(target=lambda: found.append(decoder.start(large, stays)()))
     thread.daemon = True
-    with files.turn(large[0]):
+    with ThreadPoolExecutor() as pool, files.turn(large[0]):
         thread.start()
         assert waits.wait(WAIT)
-        assert in_time(decoder.start(small)).shape == (3, 16, 16, 3)
+        assert pool.submit(decoder.start(small)).result(WAIT).shape == (3, 16, 16, 3)
         assert not found
     thread.join(WAIT)
     np.testing.assert_array_equal(found[0], pixels_of([file.data for file in large]))
@@ -260,15 +245,3 @@ def test_images_of_several_callers_are_decoded_in_turns(
     # Behind the two that were begun, and at most one more that its thread took on at once.
     assert {order.index(image) for image in few} <= {2, 3, 4}
     assert len(order) == 14
-
-
-def test_masks_that_do_not_fit_are_refused() -> None:
-    image = Image.new("RGB", (8, 6))
-    for mask, message in (
-        (np.ones((8, 6), bool), r"a mask of 6 x 8 pixels does not fit .* 8 x 6"),
-        (np.zeros((6, 8), bool), "empty"),
-    ):
-        with pytest.raises(TaskError, match=message):
-            MaskCrop()(image, mask)
-    with pytest.raises(TaskError, match=r"\[image_too_large\] .* 9000 x 9000"):
-        MaskCrop()(Image.new("L", (9000, 1)), np.ones((1, 9000), bool))

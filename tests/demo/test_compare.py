@@ -71,34 +71,6 @@ def run(given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
     return train(Recipe(**given, momentum=0.0, out=out)).folder
 
 
-@pytest.fixture(scope="module")
-def two_styles(some: data.DemoData) -> data.DemoData:
-    """Two styles to test on."""
-    return dataclasses.replace(
-        some, test={style: some.test[style] for style in (data.FINE_TUNED, "filled")}
-    )
-
-
-@pytest.fixture(scope="module")
-def hits(run: Path, rival: Ends, two_styles: data.DemoData) -> dict[str, Line]:
-    """Of both."""
-    alphas = {OURS: (0.0, 0.3, 1.0), RIVAL: (0.0, 0.5, 1.0)}
-    return right({OURS: line_of(run), RIVAL: rival}, two_styles, alphas)
-
-
-@pytest.fixture(scope="module")
-def suite(two_styles: data.DemoData) -> Suite:
-    """The same test sets as `radapter-eval` takes them."""
-    more: dict[str, Any] = {
-        "classes": str(two_styles.classes),
-        "templates": str(two_styles.templates),
-    }
-    entries = (
-        Entry(f"imagefolder:{of}", name=style, **more) for style, of in two_styles.test.items()
-    )
-    return Suite("styles", tuple(entries))
-
-
 def assert_equal(line: Line, rows: list[Row]) -> None:
     expected = {(row.dataset, row.alpha): 100 * row.metrics["acc1"] for row in rows}
     figures = {
@@ -126,8 +98,16 @@ def test_full_fine_tuning_is_that_of_the_rivals(
 
 @pytest.mark.slow
 def test_both_are_right_as_often_as_other_judges_say(
-    given: dict[str, Any], run: Path, hits: dict[str, Line], suite: Suite, tmp_path: Path
+    given: dict[str, Any], run: Path, rival: Ends, some: data.DemoData, tmp_path: Path
 ) -> None:
+    test = {style: some.test[style] for style in (data.FINE_TUNED, "filled")}
+    alphas = {OURS: (0.0, 0.3, 1.0), RIVAL: (0.0, 0.5, 1.0)}
+    two_styles = dataclasses.replace(some, test=test)
+    hits = right({OURS: line_of(run), RIVAL: rival}, two_styles, alphas)
+    # The same test sets as `radapter-eval` takes them.
+    more: dict[str, Any] = {"classes": str(some.classes), "templates": str(some.templates)}
+    entries = [Entry(f"imagefolder:{of}", name=style, **more) for style, of in test.items()]
+    suite = Suite("styles", tuple(entries))
     rows = evaluate_suite(from_adapter(run, (0.0, 0.3, 1.0)), suite, Results(tmp_path))
     assert_equal(hits[OURS], rows)
     method = FullFineTuning({"weight_decay": 0.0})

@@ -12,9 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
-import torch
 from PIL import Image, ImageChops
 
 from benchmarks.drawings.iconify import LICENCES, load_roles
@@ -37,28 +35,21 @@ def sets_of(place: str) -> set[str]:
     }
 
 
-def test_no_drawing_is_in_two_places() -> None:
+def test_no_drawing_is_in_two_places_and_the_shifts_are_by_unseen_hands() -> None:
     assert {path.rsplit("/", 2)[0] for path in data.drawings()} == set(PLACES)
     held = {
         place: {svg for of in data.drawings_of(place).values() for svg in of} for place in PLACES
     }
     for one, other in combinations(PLACES, 2):
         assert not held[one] & held[other], (one, other)
-
-
-def test_the_shifts_are_by_hands_that_neither_base_nor_fine_tuning_has_seen() -> None:
     held_out = load_roles().held_out  # from training the base
     for place in PLACES:
         assert sets_of(place) <= held_out
         assert place in PLACES[:3] or not sets_of(place) & sets_of("train")
-
-
-def test_every_class_can_be_learned_and_has_a_prompt() -> None:
+    # Every class can be learned.
     names = [split_label(line)[0] for line in read_label_file(data.CLASSES)]
     assert names == sorted(names) == sorted(data.drawings_of("train"))
-    assert len(names) > 200
     assert all(set(data.drawings_of(place)) <= set(names) for place in PLACES)
-    assert all("{}" in line for line in data.TEMPLATES.read_text(encoding="utf-8").splitlines())
 
 
 def test_every_set_is_credited_and_asks_for_no_licence() -> None:
@@ -70,17 +61,14 @@ def test_every_set_is_credited_and_asks_for_no_licence() -> None:
     assert {licence for *_, licence in rows} <= set(LICENCES)
 
 
-def test_folders_hold_what_is_shipped(some: data.DemoData) -> None:
+def test_folders_hold_what_is_shipped_on_white_paper_and_silhouettes_on_black(
+    some: data.DemoData,
+) -> None:
     assert tuple(some.test) == (data.FINE_TUNED, *data.SHIFTS)
     folder = some.classes.parent
     made = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.png")}
     classes = {path.split("/")[-2] for path in made}
     assert made == {p.removesuffix(".svg") for p in data.drawings() if p.split("/")[-2] in classes}
-    for place in (some.train, some.val, *some.test.values()):
-        assert any(place.glob("*/*.png")), place
-
-
-def test_drawings_are_on_white_paper_and_silhouettes_on_black(some: data.DemoData) -> None:
     for style, ground in (("line", 255), ("silhouettes", 0)):
         corners = []
         for path in some.test[style].glob("*/*.png"):
@@ -128,7 +116,9 @@ def test_a_mask_is_where_the_drawings_cover_the_paper() -> None:
     assert both[2] > 0.8 * both[0]  # half transparent edges are painted and not inside
 
 
-def test_scenes_show_drawings_of_their_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scenes_show_drawings_of_their_own_place_and_styles_the_same_scenes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shown: list[str] = []
 
     def note(svg: str) -> Image.Image:
@@ -141,9 +131,7 @@ def test_scenes_show_drawings_of_their_own_place(monkeypatch: pytest.MonkeyPatch
         assert list(data.compose(split, style, 10, 0))  # type: ignore[arg-type]
         known = {svg for of in data.drawings_of(place).values() for svg in of}
         assert shown and set(shown) <= known
-
-
-def test_styles_show_the_same_scenes() -> None:
+    monkeypatch.undo()
     colour, noto = (list(data.compose("test", style, FEW, 1)) for style in ("colour", "emoji-noto"))
     for first, second in zip(colour, noto, strict=True):
         assert first.shown == second.shown
@@ -158,8 +146,8 @@ def test_the_folders_are_data_of_masks_and_of_captions(folder: data.SceneData) -
         composed = list(drawn)
         masked = load_masked(DataSource(f"masks:{place}", classes=folder.classes))
         assert masked.classes == list(data.scene_classes())
-        with (place / "captions.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        lines = (place / "captions.csv").read_text(encoding="utf-8").splitlines()
+        rows = list(csv.DictReader(lines))
         assert len(rows) == FEW * data.CAPTIONS
         for scene, image, row in zip(composed, masked.images, rows[:: data.CAPTIONS], strict=True):
             assert Image.open(image.path).tobytes() == scene.image.tobytes()
@@ -169,8 +157,7 @@ def test_the_folders_are_data_of_masks_and_of_captions(folder: data.SceneData) -
             assert len(image.segments()) == len(scene.shown)
             assert (place / row["image"]).samefile(image.path)
             assert all(split_label(line)[0] in row["caption"] for line in scene.shown)
-    with folder.gallery.open(encoding="utf-8", newline="") as file:
-        gallery = list(csv.DictReader(file))
+    gallery = list(csv.DictReader(folder.gallery.read_text(encoding="utf-8").splitlines()))
     assert len(gallery) == FEW * len(folder.test)
     assert all((folder.gallery.parent / row["image"]).is_file() for row in gallery)
 
@@ -183,12 +170,4 @@ def test_captions_name_all_that_is_shown() -> None:
             for caption in data.captions(shown, random.Random(seed))
         )
         assert sorted(names) == ["home", "key", "search"]
-        lines = [next(line for line in shown if word in line.split(", ")) for word in words]
-        assert sorted(lines) == shown
-
-
-def test_open_clip_loads_the_base_in_fp32() -> None:
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{data.BASE}")
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert tuple(preprocess(Image.new("RGB", (96, 80))).shape) == (3, 48, 48)
-    assert sum(path.stat().st_size for path in data.BASE.iterdir()) < 20e6
+        assert sorted(next(of for of in shown if word in of.split(", ")) for word in words) == shown
