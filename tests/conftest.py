@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from tests.helpers.served import client, local, repository, sealed, server
 from tests.helpers.shared import common_folder, shared
 from tests.helpers.small_models import random_adapter as make_adapter
 
 if TYPE_CHECKING:
-    from radapter_serve.adapter import Adapter
+    import tritonclient.grpc as grpc
 
-__all__ = ["client", "local", "repository", "sealed", "server"]
+    from radapter_serve.adapter import Adapter
+    from radapter_serve.server.triton_server import TritonServer
+    from tests.helpers.small_release import Local
+
 # Tests, too, import openvino without telling its makers, and without a file in the user's home.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
@@ -206,3 +209,51 @@ def _export(
     )
     with quick_exports(common):
         export_release(source / "adapter.safetensors", alphas, settings)
+
+
+@pytest.fixture(scope="session")
+def repository(common: Path) -> Path:
+    """Two small releases; what makes them is imported where a test asks for it."""
+
+    def make(folder: Path) -> None:
+        from tests.helpers.small_release import write_release
+
+        write_release(folder, 1, seed=1, dense=False)
+        write_release(folder, 2, seed=2)
+
+    return shared(common, "release", make)
+
+
+@pytest.fixture
+def sealed(repository: Path, tmp_path: Path) -> Path:
+    """A copy of the two releases, with digests, that a test may change."""
+    from tests.helpers.small_release import seal
+
+    copy = shutil.copytree(repository, tmp_path / "repository")
+    seal(copy, 1, 2)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[TritonServer]:
+    from radapter_serve.server.config import ServerConfig
+    from radapter_serve.server.endpoints import Endpoints
+    from radapter_serve.server.triton_server import TritonServer
+
+    with TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), timeout=120)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server: TritonServer) -> Iterator[grpc.InferenceServerClient]:
+    from tests.helpers.asking import connect
+
+    with connect(server) as client:
+        yield client
+
+
+@pytest.fixture
+def local(repository: Path) -> Local:
+    from tests.helpers.small_release import Local
+
+    return Local(repository, 2)

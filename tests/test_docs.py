@@ -9,11 +9,9 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-import io
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,11 +25,9 @@ from starlette.routing import Route
 import radapter_client
 import radapter_export
 import radapter_serve
-from radapter_serve import cli
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.gateway import app as gateway
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.training.progress import Interruption
 from radapter_serve.training.recipe import Recipe, load_recipe, ready_recipes
 from tests.helpers.commands import COMMANDS, help_of
 
@@ -99,39 +95,13 @@ def test_the_page_of_what_is_stable_names_it_all() -> None:
     assert set(re.findall(r"`(\w+)`", row)) <= {*radapter_client.__all__}
 
 
-def _raises(error: BaseException) -> Callable[[], None]:
-    """What a command does that ends so."""
-
-    def work() -> None:
-        raise error
-
-    return work
-
-
-def test_the_page_of_what_is_stable_names_every_exit_status(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    text = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
-    named = {int(status) for status in re.findall(r"^\| (\d+) \| ", text, re.MULTILINE)}
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    endings: list[Callable[[], Any]] = [
-        lambda: None,
-        lambda: 1,  # as `radapter-index verify` and `radapter-query` say that not all is well
-        _raises(radapter_serve.RAdapterError("mend this")),
-        _raises(KeyboardInterrupt()),
-    ]
-    statuses = {cli.guard(ending, [], prog="radapter-index") for ending in endings}
-    assert cli.guard(_raises(BrokenPipeError()), [], prog="radapter-index") in statuses
-    sys.stdout.close()
-    with pytest.raises(SystemExit) as stopped, Interruption(lambda line: None) as interruption:
-        signal.raise_signal(signal.SIGTERM)
-        interruption.end()
-    assert named == statuses | {stopped.value.code}
-
-
 def test_one_version_everywhere() -> None:
     version = radapter_serve.__version__
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    chart = (ROOT / "deploy" / "kubernetes" / "chart" / "Chart.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r"^(?:version|appVersion): \W?([\w.]+)", chart, re.MULTILINE)) == {
+        version
+    }
     newest = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     assert version in [one for one in newest if one != "Unreleased"][:1]
 

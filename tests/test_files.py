@@ -30,24 +30,12 @@ def test_the_mode_follows_the_umask_whoever_writes(umask: int, tmp_path: Path) -
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
-def test_what_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("old", encoding="utf-8")
-    with pytest.raises(ValueError, match="half"), staged(tmp_path / "text") as path:
-        path.write_text("new", encoding="utf-8")
-        raise ValueError("half-written")
-    assert [file.name for file in tmp_path.iterdir()] == ["text"]
-    assert (tmp_path / "text").read_text(encoding="utf-8") == "old"
-
-
 def test_the_digest_of_files_is_that_of_their_bytes_in_a_row(tmp_path: Path) -> None:
-    first = os.urandom((1 << 20) + 3)
-    second = b"more"
-    (tmp_path / "a").write_bytes(first)
-    (tmp_path / "b").write_bytes(second)
-    assert (
-        digest_of(tmp_path / "a", tmp_path / "b")
-        == f"sha256:{hashlib.sha256(first + second).hexdigest()}"
-    )
+    contents = [os.urandom((1 << 20) + 3), b"more"]
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    assert digest_of(*paths) == f"sha256:{hashlib.sha256(b''.join(contents)).hexdigest()}"
 
 
 def write(folder: Path, content: str) -> None:
@@ -93,8 +81,12 @@ def test_a_link_to_a_folder_is_replaced_and_its_target_is_kept(tmp_path: Path) -
         assert names(tmp_path) == {"elsewhere", "folder"}
 
 
-def test_a_failure_leaves_the_old_folder_and_no_new_parents(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_old_file_or_folder_and_no_new_parents(tmp_path: Path) -> None:
     write(tmp_path / "folder", "old")
+    with pytest.raises(ValueError, match="half"), staged(tmp_path / "folder" / "old") as path:
+        path.write_text("new", encoding="utf-8")
+        raise ValueError("half-written")
+    assert (tmp_path / "folder" / "old").read_text(encoding="utf-8") == ""
     for folder in (tmp_path / "folder", tmp_path / "a" / "b" / "c"):
         with pytest.raises(ValueError, match="half"), staged_folder(folder, "a test") as temporary:
             (temporary / "new").touch()

@@ -1,19 +1,26 @@
-"""What a wheel carries."""
+"""What a wheel carries, what each extra brings, and what is said about a missing library."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from radapter_serve.cli import EXTRAS, guard
+from radapter_serve.errors import install_command
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = (
@@ -50,18 +57,8 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
         stray.parent.mkdir(exist_ok=True)
         stray.write_bytes(b"weights")
         (stray.parents[1] / "config.pbtxt").write_text("name: 'x'")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        str(tmp_path),
-        str(tree),
-    ]
-    subprocess.run(command, check=True, timeout=300)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
+    subprocess.run([*command, str(tmp_path), str(tree)], check=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     packed = {name.partition("/")[0] for name in names if "dist-info" not in name}
@@ -74,17 +71,12 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
     }
     tasks = {f"{model}/model.py" for model in TEMPLATES if not model.endswith("encoder")}
     assert held == tasks | {f"{model}/config.template.pbtxt" for model in TEMPLATES}
-    for name in (
-        "triton/backends/onnxruntime/model.py",
-        "triton/backends/openvino/model.py",
-        "triton/backends/tensorrt/model.py",
-        "demo/recipes/retrieval.yaml",
-        "recipes/small.yaml",
-        "recipes/suites/pacs.yaml",
-        "demo/base/open_clip_config.json",
-        "demo/drawings/drawings.json.xz",
-    ):
-        assert f"radapter_serve/{name}" in names
+    carried = [
+        f"triton/backends/{name}/model.py" for name in ("onnxruntime", "openvino", "tensorrt")
+    ]
+    carried += ["demo/recipes/retrieval.yaml", "recipes/small.yaml", "recipes/suites/pacs.yaml"]
+    carried += ["demo/base/open_clip_config.json", "demo/drawings/drawings.json.xz"]
+    assert {f"radapter_serve/{name}" for name in carried} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -140,25 +132,6 @@ def test_an_extra_has_what_its_commands_import(extras: tuple[str, ...], modules:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_the_gpu_extra_has_all_that_all_has() -> None:
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-    def packages(extra: str) -> set[str]:
-        found: set[str] = set()
-        for line in project["optional-dependencies"][extra]:
-            own = re.fullmatch(r"radapter-serve\[(.*)\]", line)
-            found |= (
-                set().union(*map(packages, own[1].split(",")))
-                if own
-                else {re.split(r"[\[<>=; ]", line)[0]}
-            )
-        return found
-
-    assert packages("all") - packages("gpu") == {"onnxruntime"}
-    assert packages("gpu") - packages("all") == {"onnxruntime-gpu"}
-
-
 def test_commands_of_a_base_installation_can_say_what_is_missing() -> None:
     """Nothing that an extra brings is imported before a command's errors are one line."""
     program = """
@@ -177,3 +150,85 @@ for command in sys.argv[1:]:
     modules = [one.module for one in scripts if one.group == "console_scripts"]
     assert "radapter_serve.cli.serve" in modules
     subprocess.run([sys.executable, "-c", program, *modules], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("origin", "said"),
+    [
+        (
+            {"url": "file:///home/a%20b/r", "dir_info": {"editable": True}},
+            "run: pip install -e '/home/a b/r[server,demo]'",
+        ),
+        ({"url": "file:///src/r", "dir_info": {}}, "run: pip install '/src/r[server,demo]'"),
+        ({"url": "file:///w/r-1-py3-none-any.whl", "archive_info": {}}, "install .* again as you"),
+        (None, "install .* again as you did before, with its extra: .*server,demo"),
+    ],
+    ids=["checkout", "folder", "wheel", "index"],
+)
+def test_an_extra_is_installed_from_where_the_package_came(
+    origin: object, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = None if origin is None else json.dumps(origin)
+    package = SimpleNamespace(read_text=lambda name: text)
+    monkeypatch.setattr("radapter_serve.errors.distribution", lambda name: package)
+    found = install_command("server,demo")
+    assert found == said or re.match(said, found)
+
+
+def test_only_one_place_says_how_to_install_this_package() -> None:
+    name = re.compile(r"pip install[^\n]*radapter.serve|radapter-serve\[")
+    for folder in ("radapter_serve", "export", "clients", "model_repository", "rivals"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path != ROOT / "radapter_serve" / "errors.py":
+                assert not name.search(path.read_text(encoding="utf-8")), path
+
+
+@pytest.fixture(scope="module")
+def brought() -> dict[str, set[str]]:
+    """The packages that each extra of pyproject.toml brings, with those of the extras in it."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    written = project["optional-dependencies"]
+
+    def packages(extra: str) -> Iterator[str]:
+        for requirement in map(Requirement, written[extra]):
+            if requirement.name == "radapter-serve":
+                for other in requirement.extras:
+                    yield from packages(other)
+            else:
+                yield canonicalize_name(requirement.name)
+
+    return {extra: set(packages(extra)) for extra in written}
+
+
+def test_where_a_library_is_looked_for_an_extra_that_brings_it_is_named(
+    brought: dict[str, set[str]],
+) -> None:
+    installed = importlib.metadata.packages_distributions()
+    count = 0
+    for folder in ("radapter_serve", "export", "clients"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check_installed":
+                    module, extras = (ast.literal_eval(argument) for argument in node.args)
+                    packages = {canonicalize_name(name) for name in installed.get(module, ())}
+                    names = set().union(*(brought[extra] for extra in extras.split(",")))
+                    assert not packages or packages & names, (module, extras)
+                    count += 1
+    assert count > 10
+    assert set(EXTRAS.values()) <= set(brought)
+
+
+def test_the_gpu_extra_has_all_that_all_has(brought: dict[str, set[str]]) -> None:
+    assert brought["all"] - brought["gpu"] == {"onnxruntime"}
+    assert brought["gpu"] - brought["all"] == {"onnxruntime-gpu"}
+
+
+def test_a_missing_library_is_named_with_the_extra_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    for prog, extra in (("radapter-train", "train"), ("radapter-query", "all")):
+        assert guard(lambda: importlib.import_module("pydantic"), [], prog=prog) == 2
+        line = f"{prog}: error: pydantic is not installed; {install_command(extra)}\n"
+        assert capsys.readouterr().err == line

@@ -46,22 +46,13 @@ def run(stage: str, place: Path, folder: Path) -> None:
     """
     variables = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for instruction, rest in stages()[stage]:
-        here = rest.replace("/opt/radapter", f"{place}/{stage}").replace(
-            "/wheels", f"{place}/wheels"
-        )
+        here = rest.replace("/opt/radapter", f"{place}/{stage}")
+        here = here.replace("/wheels", f"{place}/wheels")
         if instruction == "ENV" and (found := re.match(r"PATH=(\S+?):", here)):
             variables["PATH"] = f"{found[1]}:{variables['PATH']}"
         elif instruction == "RUN" and "apt-get" not in rest:
             script = re.sub(r"--mount=\S+ ", "", here)
-            done = subprocess.run(
-                ["sh", "-ec", script],
-                cwd=folder,
-                env=variables,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+            subprocess.run(["sh", "-ec", script], cwd=folder, env=variables, check=True)
 
 
 @pytest.fixture(scope="module")

@@ -228,6 +228,9 @@ def test_one_request_followed_through_triton(
 ) -> None:
     with collecting() as collector:
         monkeypatch.setenv(OTLP_ENDPOINTS[0], collector.url)
+        # Triton's exporter resets its connection after 2 s, and sends no batch twice: on a machine
+        # that is busy for so long its spans would be lost.
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
         config = ServerConfig(repository, Endpoints.on_free_ports())
         with TritonServer(config) as server, gateway(server) as url:
             # Without a traceparent the gateway begins a trace, and Triton alone sends nothing.

@@ -105,7 +105,7 @@ def as_text(value: str | bytes) -> str:
     return value if isinstance(value, str) else base64.b64encode(value).decode()
 
 
-def number(value: float, kind: Any = np.float32) -> Any:
+def number(value: float, kind: Any = np.int32) -> Any:
     return np.array([value], kind)
 
 
@@ -115,18 +115,18 @@ def right(random: Random) -> Ask:
     image = [png(random.randrange(8), random.randrange(8, 60), random.randrange(8, 60), kind)]
     labels = {"labels": [f"label {place}" for place in range(random.randrange(1, 5))]}
     choice: dict[str, Any] = random.choice([labels, {"label_set": [LABEL_SET]}])
-    small = {name: number(value, np.int32) for name, value in (("refine", 2), ("short_side", 24))}
+    small = {"refine": number(2), "short_side": number(24)}
     masks = np.full((2, 20, 20), 255, np.uint8)
     masks[1, :10] = 0
-    search = {"index": [INDEX], "top_k": number(2, np.int32)}
-    limits = {"min_score": number(-0.5), "where": ["width > 10 AND NOT (height = 3)"]}
+    search = {"index": [INDEX], "top_k": number(2)}
+    limits = {"min_score": number(-0.5, np.float32), "where": ["width > 10 AND NOT (height = 3)"]}
     requests: list[tuple[str, dict[str, Any]]] = [
         ("embed_image", {"image": image}),
         ("embed_text", {"text": [random.choice(["a cat", "ein Fahrrad", "猫", "x" * 300])]}),
-        ("classify", {"image": image, **choice, "top_k": number(1, np.int32)}),
+        ("classify", {"image": image, **choice, "top_k": number(1)}),
         ("classify", {"image": image, **labels, "templates": ["a photo of a {}.", "{}"]}),
-        ("segment", {"image": image, **choice, "threshold": number(0.5)}),
-        ("segment", {"image": image, **choice, **small, "stride": number(8, np.int32)}),
+        ("segment", {"image": image, **choice, "threshold": number(0.5, np.float32)}),
+        ("segment", {"image": image, **choice, **small, "stride": number(8)}),
         ("segment", {"image": [png(1, 20, 20)], "labels": ["a", "b"], "proposals": masks}),
         ("retrieve", {"image": image, **search}),
         ("retrieve", {"text": ["a cat"], **search, **limits}),
@@ -176,7 +176,6 @@ _NAMES = (
     *("shared_memory_region", "shared_memory_offset", "priority", "sequence_id", "timeout"),
     *("outputs", ""),
 )
-_KINDS = ("BYTES", "INT32", "INT64", "UINT8", "FP16", "FP32", "BOOL", "STRING", "bytes", "x")
 _SIZES = (0, -1, 1, 2, 65, 2**31, 2**32, 2**62, 2**63, -(2**63), 1.5, "1", None, True)
 _HEADERS = (TYPE, "Content-Encoding", "Host", "Authorization", "Expect", LENGTH)
 _VALUES = (
@@ -279,11 +278,10 @@ def _change(request: Ask, random: Random) -> None:
         tree, key = random.choice(places)
         if way < 8:  # a field of a tensor, by a value of its kind
             dims = random.choice([0, 1, 2, 2, 3, 9, 100, 10_000])
+            kinds = ["BYTES", "INT32", "FP16", "BOOL", "STRING", "bytes", ""]
             values = {
                 "name": random.choice(_NAMES),
-                "datatype": random.choice(
-                    ["BYTES", "INT32", "FP16", "BOOL", "STRING", "bytes", ""]
-                ),
+                "datatype": random.choice(kinds),
                 "shape": [random.choice(_SIZES) for _ in range(dims)],
                 "data": ["a"] * random.choice([0, 2, 3, 65, 300]),
                 "binary_data_size": random.choice(_SIZES),
@@ -301,12 +299,10 @@ def _change(request: Ask, random: Random) -> None:
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
     """Every value in JSON, as its parent and its key."""
-    keys: Any = tree.keys() if isinstance(tree, dict) else ()
-    if isinstance(tree, list):
-        keys = range(len(tree))
     places: list[tuple[Any, Any]] = []
-    for key in keys:
-        places += [(tree, key), *_places(tree[key])]
+    if isinstance(tree, (dict, list)):
+        for key in tree if isinstance(tree, dict) else range(len(tree)):
+            places += [(tree, key), *_places(tree[key])]
     return places
 
 

@@ -136,8 +136,6 @@ def _bodies() -> Iterator[Case]:
     for name in ("gzip", "deflate", "br", "gzip, gzip"):
         yield Case("bodies: compressed", post({"Content-Encoding": name}, body))
     form = "application/x-www-form-urlencoded"
-    for kind in ("text/plain", form, "multipart/form-data", "application/xml", "a" * 9000):
-        yield Case("bodies: types", post({TYPE: kind}, body))
     zeros = Ask("embed_text", request.head, bytes(60 * MIB), binary=True)
     bomb = partial(gzip.compress, bytes(200 * MIB), mtime=0)
     large: list[Callable[[], bytes]] = [
@@ -184,12 +182,9 @@ def _doors() -> Iterator[Case]:
     pixels = np.zeros((16, 16, 3), np.uint8)
     for model, name in (("image_encoder", "image"), ("text_encoder", "tokens")):
         yield Case("closed doors: encoders", ask(model, {name: pixels}).raw())
-        for tail in ("", "/config", "/ready"):
-            yield Case("closed doors: encoders", message("GET", f"/v2/models/{model}{tail}", {}))
-    secrets = (None, "", "Bearer", "Bearer x", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer é")
-    for secret in (*secrets, "a" * 9000):
+        yield Case("closed doors: encoders", message("GET", f"/v2/models/{model}/config", {}))
+    for secret in (None, "Bearer x", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer é", "a" * 9000):
         yield Case("wrong keys", post({"Authorization": secret}, body))
-        yield Case("wrong keys", message("GET", "/metrics", {"Authorization": secret}))
     yield Case("wrong keys", message("POST", f"{INFER}?key={KEY}", {"Authorization": None}, body))
     names = [
         "".join(f"%{byte:02x}" for byte in text.encode("utf-8", "surrogatepass"))[:3000]
@@ -198,70 +193,33 @@ def _doors() -> Iterator[Case]:
     names += ["../classify", "classify%00", "CLASSIFY", "classify;x", "%ff%fe", "a" * 10_000, "猫"]
     for name in names:
         yield Case("names", message("POST", f"/v2/models/{name}/infer", {}, body))
-    numbers = (str(2**63), "1" * 500, "0", "-1", "01", "3", "1.0", "x", "%00", "..", "+1", "١")
-    for version in numbers:
-        path = f"/v2/models/embed_text/versions/{version}"
-        yield Case("versions", message("POST", f"{path}/infer", {}, body))
-        yield Case("versions", message("GET", f"{path}/config", {}))
+    for version in (
+        str(2**63),
+        "1" * 500,
+        "0",
+        "-1",
+        "01",
+        "3",
+        "1.0",
+        "x",
+        "%00",
+        "..",
+        "+1",
+        "١",
+    ):
+        path = f"/v2/models/embed_text/versions/{version}/infer"
+        yield Case("versions", message("POST", path, {}, body))
 
 
 def _values() -> Iterator[Case]:
     image: list[Any] = [png(1, 20, 20)]
     search: dict[str, Any] = {"text": ["a"], "index": [INDEX]}
-    segment: dict[str, Any] = {"image": image, "labels": ["a"]}
-    alone: dict[str, Any] = {**segment, "multi_label": np.array([True])}
-    masks = np.full((1, 20, 20), 255, np.uint8)
 
-    # Numbers that are not finite, or out of range; other values that are not allowed.
-    refused: list[tuple[str, dict[str, Any]]] = []
-    floats = (np.nan, np.inf, -np.inf, -1.1, 3e38)
-    sizes = (-1, 0, -(2**31), 2**31 - 1)
-    for model, inputs, names, values in (
-        ("segment", segment, ("threshold", "proposal_weight"), floats),
-        ("classify", alone, ("threshold",), floats),
-        ("retrieve", search, ("min_score",), floats),
-        ("retrieve", search, ("weight",), (np.nan, 0.0)),
-        ("segment", segment, ("short_side", "stride"), sizes),
-        ("retrieve", search, ("top_k",), sizes),
-        ("classify", segment, ("top_k",), (0,)),
-        ("segment", segment, ("refine",), (-1, 2**31 - 1)),
-        ("retrieve", search, ("offset",), (-1, 2**31 - 1)),
-    ):
-        for name in names:
-            for value in values:
-                kind = np.float32 if isinstance(value, float) else np.int32
-                refused.append((model, {**inputs, name: number(value, kind)}))
-    scores = (np.zeros((2, 1)), np.full((1, 1), np.nan), -np.ones((1, 1)))
-    odd: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-        ("retrieve", search, {"weight": np.ones(2, np.float32)}),
-        ("retrieve", search, {"index_version": ["\x00" * 1000]}),
-        *(("retrieve", search, {"id": value}) for value in (["' OR 1 = 1 --"], ["a"] * 17)),
-        *(
-            ("classify", segment, {"multi_label": np.ones(1, kind)})
-            for kind in (np.int32, np.uint8)
-        ),
-        *(
-            ("segment", segment, {"proposals": wrong})
-            for wrong in (masks[:, :10], masks[:0], masks * 0, masks[:, :1, :1])
-        ),
-        *(
-            ("segment", segment, {"proposals": masks, "proposal_scores": one.astype(np.float32)})
-            for one in scores
-        ),
-    ]
-    refused += [(model, {**inputs, **more}) for model, inputs, more in odd]
+    # Names and conditions
     for text in asks.TEXTS:
         if text not in (INDEX, "colours"):
-            refused.append(("retrieve", {"text": ["a"], "index": [text]}))
-            refused.append(("classify", {"image": image, "label_set": [text]}))
-            refused.append(("segment", {"image": image, "label_set": [text]}))
-    for model, inputs in refused:
-        for binary in (True, False):
-            yield Case("values", ask(model, inputs, binary=binary).raw())
-    for more in ({"calibrated": np.array([False])}, {"threshold": number(1)}):
-        yield Case("values", ask("classify", {**alone, **more}).raw(), CHECKED)
-
-    # Conditions
+            yield Case("values", ask("retrieve", {"text": ["a"], "index": [text]}).raw())
+            yield Case("values", ask("segment", {"image": image, "label_set": [text]}).raw())
     deep = ("(" * 900 + "width>1" + ")" * 900, "NOT " * 400 + "width>1", "-" * 1900 + "1 > 0")
     long = ("width > 1" + " OR width > 1" * 160, "CASE" * 400, "a" * 2001, "a" * 10_000_000)
     for text in (*asks.WHERE, *deep, *long):
@@ -272,7 +230,7 @@ def _values() -> Iterator[Case]:
     many: list[Any] = [f"label {place}" for place in range(20_000)]
     wide: list[Any] = [png(1, 500, 250)]
     options = {"short_side": 160, "stride": 16, "refine": 100}
-    fine = {name: number(value, np.int32) for name, value in options.items()}
+    fine = {name: number(value) for name, value in options.items()}
     for inputs in (
         {"image": image, "labels": many},
         {"image": wide, "labels": many[:4000], **fine},
@@ -315,35 +273,17 @@ def _embed(inputs: Any, **fields: Any) -> bytes:
 
 def _embeddings() -> Iterator[Case]:
     image = _url(png())
-    inputs: list[Any] = [
-        None,
-        [],
-        ["a", 1],
-        ["a", " "],
-        [["a"]],
-        [[1, 2]],
-        [True],
-        [{"url": image}],
-    ]
-    inputs += [_url(b"no image"), _url(b"<script>", "text/html"), _url(b"<svg/>", "image/svg")]
-    inputs += [_url(b"\x89PNG"), _url(b"RIFF", "image/webp"), _url(png()[:60]), image + "==="]
-    inputs += ["data:image/png;base64,@@@@", "data:image/png;base64,", _url(image.encode())]
-    inputs += [[*([image] * 70), _url(png()[:60])], "x" * 10_001]
-    inputs += ["http://127.0.0.1:8002/metrics", "HTTP://0x7f000001/", "https://a\\@b"]
-    for value in inputs:
+    refused = [_url(b"<script>", "text/html"), _url(png()[:60]), _url(image.encode()), "x" * 10_001]
+    for value in (*refused, [*([image] * 70), _url(png()[:60])], "http://127.0.0.1:8002/metrics"):
         yield Case("embeddings", _embed(value))
     odd = ["file:///etc/passwd", "{{7*7}}", "a\0b", "\u202e", "data: x"]
     for value in (odd, _url(png(), "image/jpeg"), [f"text {place}" for place in range(2048)]):
         yield Case("embeddings", _embed(value), CHECKED)
-    fields: list[dict[str, Any]] = [{"model": name} for name in ("radapter-999", "radapter-\u0661")]
-    fields += [{"dimensions": 10**400}, {"alpha": 0.123}, {"messages": [], "stream": True}]
-    for more in fields:
-        yield Case("embeddings", _embed("a", **more))
+    yield Case("embeddings", _embed("a", dimensions=10**400))
     large: list[Callable[[], bytes]] = [
         lambda: _embed(["a"] * 100_000),
         lambda: _embed([1] * 3_000_000),
         lambda: _embed(f"data:image/png;base64,{'A' * 60 * MIB}"),
-        lambda: _embed("data:image/" + "a" * 60 * MIB),
     ]
     for make in large:
         yield Case("embeddings: large", make)

@@ -97,17 +97,16 @@ def _zip() -> bytes:
     return file.getvalue()
 
 
-def _exif(width: int, orientation: int, loop: bool = False) -> bytes:
-    entry = struct.pack("<HHII", 0x0112, 3, 1, orientation)
-    ifd = b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + entry + struct.pack("<I", 8 if loop else 0)
-    body = b"Exif\0\0" + ifd
-    data = jpeg(width)
-    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + data[2:]
+def _exif_loop() -> bytes:
+    """A JPEG turned by EXIF whose list of fields names itself as the next one."""
+    entry = struct.pack("<HHII", 0x0112, 3, 1, 6)
+    body = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 1) + entry + struct.pack("<I", 8)
+    return jpeg()[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg()[2:]
 
 
-def _segments(marker: int, count: int) -> bytes:
-    segment = b"\xff" + bytes([marker]) + struct.pack(">H", 65535) + b"x" * 65533
-    return jpeg()[:2] + segment * count + jpeg()[2:]
+def _segments() -> bytes:
+    segment = b"\xff\xe2" + struct.pack(">H", 65535) + b"x" * 65533
+    return jpeg()[:2] + segment * 500 + jpeg()[2:]
 
 
 _SIZES = {
@@ -115,7 +114,6 @@ _SIZES = {
     "WebP": (struct.pack("<I", 63 | 63 << 14), struct.pack("<I", 0x3FFF | 0x3FFF << 14)),
 }
 _WEBP = b"RIFF\xff\xff\xff\xffWEBPVP8 \xff\xff\xff\xff"
-_GIF = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
 _SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
 _EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n"
 _MARKERS = b"\xff\xd8" + b"\xff\xe1\0\2" * 10_000 + b"\xff\xd9"
@@ -136,27 +134,18 @@ BAD: Files = {
     "scan bomb: 100,000 scans of 1,000 x 1,000": lambda: scan_bomb(1000, 1000, 100_000),
     "scan bomb: 20,000 scans behind a wrong marker": hidden_scans,
     "decompression bomb: zTXt": lambda: png_of(8, 8, chunk(b"zTXt", b"k\0\0" + _zeros(2**28))),
-    "decompression bomb: iTXt": lambda: png_of(
-        8, 8, chunk(b"iTXt", b"k\0\1\0\0\0" + _zeros(2**28))
-    ),
     "decompression bomb: 100 x zTXt of 1 MB": lambda: png_of(
         8, 8, *[chunk(b"zTXt", b"k%d\0\0" % number + _zeros(2**20 - 1)) for number in range(100)]
     ),
     "thin image: 1 x 60,000,000": lambda: png_of(1, 60_000_000, bits=8),
     "no image: empty": b"",
-    "no image: one byte": b"\xff",
     "no image: SVG": _SVG,
     "no image: EPS": _EPS,
-    "no image: GIF": _GIF,
-    "no image: BMP": b"BM" + bytes(52),
     "no image: TIFF that points to itself": b"II*\0\x08\0\0\0\0\0\x08\0\0\0",
     "no image: zip": _zip,
     "no image: gzip of a PNG": lambda: gzip.compress(png(), mtime=0),
-    "no image: base64 of base64": b"aVZCT1J3MEtHZ289" * 20,
-    "no image: data URI of HTML": b"data:text/html,<script>alert(1)</script>",
     "no image: RIFF of 4 GB": _WEBP,
     "no image: path": b"/etc/passwd",
-    "no image: URL": b"http://127.0.0.1:8000/v2/repository/index",
     "broken image: PNG without pixels": _NO_PIXELS,
     "broken image: PNG of 0 x 0": png_header(0, 0),
     "broken image: PNG of 99 bits": _patched(png_of(8, 8, bits=8), b"\x08\0\0\0\0", b"c\0\0\0\0"),
@@ -167,7 +156,6 @@ BAD: Files = {
     "truncated image: PNG": png()[: len(png()) // 2],
     "truncated image: JPEG": jpeg()[: len(jpeg()) // 2],
     "truncated image: WebP": webp(64, 64)[:-8],
-    "truncated image: signature alone": _SIGNATURE,
 }
 
 # These may be answered, as long as the answer is right.
@@ -176,22 +164,17 @@ ODD: Files = {
     "odd image: colour profile": lambda: png_of(8, 8, chunk(b"iCCP", b"k\0\0" + _zeros(2**28))),
     "odd image: 20 scans of 500 x 500": scan_bomb(500, 500, 20),
     "many chunks: 100,000 of PNG": lambda: png_of(8, 8, *[chunk(b"tEXt", b"k\0v")] * 100_000),
-    "many chunks: 500 x APP2 of 64 kB": lambda: _segments(0xE2, 500),
-    "many chunks: 500 comments of 64 kB": lambda: _segments(0xFE, 500),
+    "many chunks: 500 x APP2 of 64 kB": _segments,
     "many frames: WebP of 200": lambda: webp(16, 16, 200),
     "odd image: 1 x 250": png_of(1, 250, bits=8),
-    "polyglot: JPEG and HTML": jpeg() + b"<html><script>alert(1)</script>",
     "polyglot: JPEG and zip": lambda: jpeg() + _zip(),
-    "polyglot: PNG and zip": lambda: png() + _zip(),
     "polyglot: JPEG with PHP in a comment": _PHP,
     "polyglot: JPEG behind JPEG": jpeg() * 2,
-    "odd image: EXIF orientation 99": _exif(40, 99),
-    "odd image: EXIF that points to itself": _exif(40, 6, loop=True),
+    "odd image: EXIF that points to itself": _exif_loop(),
     "odd image: PNG of 16 bits": png_of(9, 9, bits=16),
     "odd image: palette without colours": png_of(9, 9, bits=8, colour=3),
     "odd image: CMYK": _saved(Image.new("CMYK", (20, 20)), "JPEG"),
     "odd image: transparent": _saved(Image.new("RGBA", (20, 20)), "PNG"),
-    "odd image: one pixel": png(0, 1, 1),
 }
 
 

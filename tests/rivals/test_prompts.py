@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import open_clip
 import pytest
@@ -62,16 +61,13 @@ def by_hand(tiny_clip_dir: str) -> ByHand:
     return ByHand(tiny_clip_dir)
 
 
-def changed(method: Any, run: Run) -> set[str]:
-    return set(learned(method, run).end)
-
-
 def test_coop_learns_a_context_for_all_classes_and_nothing_else(
     make_run: Callable[..., Run], by_hand: ByHand
 ):
     run = make_run()
-    assert changed(CoOp(), run) == {"context.vectors"}
-    system = learned(CoOp(), run).system
+    coop = learned(CoOp(), run)
+    assert set(coop.end) == {"context.vectors"}
+    system = coop.system
     assert isinstance(system, Prompted)
     vectors = system.context.vectors.detach()
     assert vectors.shape == (16, 64)
@@ -114,14 +110,9 @@ def test_context_that_starts_as_words_is_zero_shot_with_them(
     torch.testing.assert_close(found[0], by_hand.text(text, []), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "length, words, problem",
-    [(5, "a photo of a", "has fewer"), (3, "a photo {}", "has fewer"), (75, None, "no room")],
-)
-def test_contexts_that_do_not_fit_are_refused(
-    length: int, words: str, problem: str, make_run: Callable[..., Run]
-):
-    with pytest.raises(RAdapterError, match=problem):
+@pytest.mark.parametrize("length, words", [(5, "a photo of a"), (3, "a photo {}"), (75, None)])
+def test_contexts_that_do_not_fit_are_refused(length, words, make_run: Callable[..., Run]):
+    with pytest.raises(RAdapterError):
         CoOp(length=length, words=words).start(make_run())
 
 
@@ -134,8 +125,9 @@ def test_maple_couples_prompts_of_both_towers(
     depth = min(depth, 2)  # no deeper than the towers
     names = {"context.vectors", *(f"deep.{j}" for j in range(depth - 1))}
     names |= {f"couple.{j}.{name}" for j in range(depth) for name in ("weight", "bias")}
-    assert changed(method, run) == names
-    system = learned(method, run).system
+    maple = learned(method, run)
+    assert set(maple.end) == names
+    system = maple.system
     assert isinstance(system, Coupled)
     texts = [system.context.vectors, *system.deep]
     assert [tuple(prompts.shape) for prompts in texts] == [(2, 64)] * depth

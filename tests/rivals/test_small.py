@@ -39,29 +39,6 @@ def test_a_draw_is_of_its_seed_and_takes_so_many_of_each_class(data_root: Path, 
     assert len(drawn[0]) == sum(min(of.shots, len(images)) for images in of.images.values())
 
 
-def test_the_drawings_keep_the_classes_with_the_most_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("rivals.small.CLASSES", 2)
-    drawings = tmp_path / "DATA" / "drawings"
-    for place in ("train", "val", "test", "shifts/line"):
-        for name, count in (("ant", 1), ("bee", 3), ("cat", 2)):
-            if (place, name) == ("shifts/line", "bee"):
-                continue  # a style may lack a class
-            (drawings / place / name).mkdir(parents=True)
-            for number in range(count):
-                (drawings / place / name / f"{number}.png").write_text(f"{place} {name} {number}")
-    (drawings / "classes.txt").write_text("ant\nbee, honeybee\ncat\n")
-    (drawings / "templates.txt").write_text("a drawing of a {}\n")
-    of = set_of("drawings", tmp_path / "DATA", tmp_path / "copy")
-    assert {name: len(images) for name, images in of.images.items()} == {"bee": 3, "cat": 2}
-    copy = tmp_path / "copy" / "drawings"
-    assert (copy / "classes.txt").read_text().splitlines() == ["bee, honeybee", "cat"]
-    assert [path.name for path in (copy / "shifts" / "line").iterdir()] == ["cat"]
-    assert (copy / "test" / "bee" / "2.png").read_text() == "test bee 2"
-    assert of.suite.is_file() and of.root == tmp_path / "copy"
-
-
 def test_leads_are_paired_and_validation_is_the_mean_of_what_chooses() -> None:
     def found(candidate: str, seed: int, own: float, held_out: float) -> Outcome:
         return Outcome(candidate, seed, 5e-4, 0.5, held_out, 40.0, own, 30.0, 7.0)
@@ -78,11 +55,7 @@ def test_leads_are_paired_and_validation_is_the_mean_of_what_chooses() -> None:
 
 @pytest.mark.slow
 def test_every_candidate_learns_once_and_is_judged(
-    data_root: Path,
-    tiny_clip_dir: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    data_root: Path, tiny_clip_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("rivals.small.BASE", tiny_clip_dir.removeprefix("local-dir:"))
     candidates = {name: CANDIDATES[name] for name in ("5e-4", "auto")}
@@ -98,11 +71,9 @@ def test_every_candidate_learns_once_and_is_judged(
     flags = ["--set-name", "pacs", "--data-root", str(data_root), "--seeds", "3", "--out", str(out)]
     assert main(flags) == 0
     text = (out / "small.md").read_text()
-    assert capsys.readouterr().out.strip() == text.strip()
     made = (out / "small.json").read_text()
     runs = {run["candidate"]: run for run in json.loads(made)}
-    assert list(runs) == list(candidates)
-    assert runs["5e-4"]["rate"] == 5e-4
+    assert list(runs) == list(candidates) and runs["5e-4"]["rate"] == 5e-4
     for number, (candidate, run) in enumerate(runs.items()):
         chosen, tested = found[2 * number : 2 * number + 2]
         assert chosen.choice is not None
@@ -110,14 +81,15 @@ def test_every_candidate_learns_once_and_is_judged(
         assert chosen.suite is None and run["alpha"] == best  # by the run's own images
         assert {row.alpha for row in tested.rows} == {best}
         of = {row.dataset: 100 * row.metrics["acc1"] for row in tested.rows}
-        assert list(of) == ["sketch, validation", "photo", "art_painting", "cartoon"]
         scores = {point["alpha"]: point["score"] for point in chosen.choice.curve}
-        assert run["held_out"] == pytest.approx(100 * scores[best])
-        assert run["style"] == pytest.approx(of["sketch, validation"])
-        assert run["own"] == pytest.approx(of["photo"])
-        assert run["shifts"] == pytest.approx((of["art_painting"] + of["cartoon"]) / 2)
+        figures = {
+            "held_out": 100 * scores[best],
+            "style": of["sketch, validation"],
+            "own": of["photo"],
+            "shifts": (of["art_painting"] + of["cartoon"]) / 2,
+        }
+        assert {name: run[name] for name in figures} == pytest.approx(figures)
         (row,) = [line for line in text.splitlines() if line.startswith(f"| {candidate} |")]
         assert f"{run['own']:.1f}" in row and f"{run['held_out']:.1f}" in row
     assert main(flags) == 0
     assert (out / "small.json").read_text() == made
-    assert not list(out.glob("*.jsonl"))  # those are cells of tables
