@@ -362,6 +362,7 @@ def test_refuses_what_makes_no_table(flags: str, benchmark_file: Path):
 
 
 def test_fields_of_a_benchmark_have_the_types_of_a_recipe(benchmark_file: Path, tmp_path: Path):
+    (tmp_path / "classes.txt").touch()
     more = "  weight_decay: 1e-4\n  precision: no\n  classes: classes.txt\n"
     benchmark_file.write_text(benchmark_file.read_text() + more)
     fields = load_benchmark(benchmark_file).fields
