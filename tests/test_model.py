@@ -64,7 +64,7 @@ def merged(exported: Path) -> Path:
     ],
 )
 def test_every_form_answers_as_open_clip(
-    exported_tiny_clip: Path, photos: Path, form: str, options: dict[str, float]
+    exported_tiny_clip: Path, photos: Path, form: str, options: dict[str, Any]
 ) -> None:
     source = str(exported_tiny_clip / form.format(newest=merged(exported_tiny_clip).name))
     images = [path.read_bytes() for path in sorted(photos.glob("*.png"))]
