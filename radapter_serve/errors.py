@@ -64,14 +64,6 @@ def listed(lines: Sequence[str]) -> str:
     )
 
 
-def all_of(problems: Sequence[str], subject: str) -> RAdapterError:
-    """One error for all problems of a subject; one alone is its message."""
-    if len(problems) == 1:
-        return RAdapterError(problems[0])
-    lines = "".join(f"\n  - {problem}" for problem in problems)
-    return RAdapterError(f"{subject} won't do, for {len(problems)} reasons:{lines}")
-
-
 @contextmanager
 def one_line(extra: str | None = None) -> Iterator[None]:
     """Turn what a missing library or the disk raises within the block into an `RAdapterError`;

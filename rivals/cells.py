@@ -25,7 +25,7 @@ from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.models import Candidate, Change, in_torch
 from radapter_serve.evaluation.rows import Row, by_shift, own_metric, unpacked
-from radapter_serve.evaluation.run import evaluate, warn_of_overlap
+from radapter_serve.evaluation.run import evaluate_set, warn_of_overlap
 from radapter_serve.process import limit_threads
 from rivals.benchmark import Benchmark
 from rivals.method import Cost, Learned, Method, Run, System, kept, learned, moved
@@ -48,7 +48,7 @@ def judge(
         line = Change(type(learned.system).__name__, changes)
         crop = run.recipe.mask_crop(run.base.preprocess["mean"])
         models = in_torch(run.base, line, alphas, crop=crop)
-    return [row for data in sets for row in evaluate(models, data)]
+    return [row for data in sets for row, _ in evaluate_set(models, data)]
 
 
 def systems_of(learned: Learned, base: Base, alphas: Sequence[float]) -> list[SystemModel]:

@@ -28,7 +28,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet, EvaluationSet
 from radapter_serve.evaluation.metrics import check_finite, fit_confidence
 from radapter_serve.evaluation.models import Change, from_release, in_torch
-from radapter_serve.evaluation.run import evaluate_answers, open_set, own_validation
+from radapter_serve.evaluation.run import evaluate_set, open_set, own_validation
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.release import Confidence
@@ -173,7 +173,7 @@ def measure(
         def done(count: int, total: int, name: str = name) -> None:
             say(f"{entry.data}: {count} of {total} images by {name}")
 
-        [(row, answers)] = evaluate_answers([model], data, keep=["scores"], progress=done)
+        [(row, answers)] = evaluate_set([model], data, keep=["scores"], progress=done)
         percents.append(round(100 * row.metrics[row.metric], 3))
     by_torch, by_release = percents
     drop = round(by_torch - by_release, 3)

@@ -260,8 +260,7 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
     who reaches the port.
     """
     check_installed("uvicorn", "server")
-    from radapter_serve.gateway.in_process import InProcess
-    from radapter_serve.gateway.run import GatewayServer
+    from radapter_serve.gateway.in_process import in_front_of
     from radapter_serve.server.engine_server import EngineServer
 
     if trust_network and flags.api_keys is None:
@@ -269,11 +268,7 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
     endpoints = config.endpoints
     settings = flags.settings(endpoints.host, endpoints.http_port, config.indexes)
     server = EngineServer(config)
-
-    def connect() -> InProcess:
-        return InProcess(server.engine, settings.max_concurrent)
-
-    with GatewayServer(settings, connect) as gateway:
+    with in_front_of(server, settings) as gateway:
         with (
             handled(lambda *_: sys.exit(0), *STOPPING),
             Console(stderr=True).status("starting") as status,

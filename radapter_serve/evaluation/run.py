@@ -52,12 +52,7 @@ Say = Callable[[str], None]
 _READERS = (*READERS, "masks", "coco")
 
 
-def evaluate(models: Sequence[Candidate], data: EvaluationSet, **options: Any) -> list[Row]:
-    """The rows of `evaluate_answers`."""
-    return [row for row, _ in evaluate_answers(models, data, **options)]
-
-
-def evaluate_answers(
+def evaluate_set(
     models: Sequence[Candidate],
     data: EvaluationSet,
     *,
@@ -177,7 +172,7 @@ def evaluate_suite(
             wanted = [m for m in models if m in missing or (keep and m.alpha == 0.0)]
             by = f"{len(wanted)} model{'s' if len(wanted) > 1 else ''}"
             say(f"{entry.name}: embedding its texts by {by}")
-            new = evaluate(
+            new = evaluate_set(
                 wanted,
                 data,
                 batch_size=batch_size,
@@ -186,7 +181,7 @@ def evaluate_suite(
                     f"{name}: {done} of {n} images by {by}"
                 ),
             )
-            results.add(replace(row, **stamp) for row in new)
+            results.add(replace(row, **stamp) for row, _ in new)
         rows += [row for case in cases if (row := results.find(case)) is not None]
     return rows
 

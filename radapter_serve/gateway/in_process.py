@@ -75,15 +75,16 @@ class InProcess:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
+def in_front_of(server: EngineServer, settings: Settings) -> GatewayServer:
+    """A gateway that asks an engine's server in this process, which may start after it."""
+    return GatewayServer(settings, lambda: InProcess(server.engine, settings.max_concurrent))
+
+
 @contextlib.contextmanager
 def answering(config: ServerConfig, settings: Settings) -> Iterator[EngineServer]:
     """Serve an engine over HTTP in a thread of this process; raises `RAdapterError` for a release
     that can't be served, or a port that is taken.
     """
     server = EngineServer(config)
-
-    def connect() -> InProcess:
-        return InProcess(server.engine, settings.max_concurrent)
-
-    with GatewayServer(settings, connect) as gateway, server, gateway.in_thread():
+    with in_front_of(server, settings) as gateway, server, gateway.in_thread():
         yield server

@@ -15,7 +15,7 @@ from radapter_serve.data.captions import Captioned
 from radapter_serve.data.labelled import IMAGENET, Labelled, few_shot, split_labels
 from radapter_serve.data.masks import Masked, SegmentCrops, list_segments
 from radapter_serve.data.runs import broken_images, equal_names, run_data, validation_data
-from radapter_serve.errors import RAdapterError, all_of, listed
+from radapter_serve.errors import RAdapterError, listed
 from radapter_serve.sources import LOCAL
 from radapter_serve.training.recipe import Recipe
 
@@ -156,7 +156,11 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         tried(lambda: recipe.resolved(len(opened.rows), processes))
     if problems or opened is None:
-        raise all_of(list(dict.fromkeys(problems)), "the data of this run")
+        problems = list(dict.fromkeys(problems))
+        if len(problems) == 1:
+            raise RAdapterError(problems[0])
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise RAdapterError(f"the data of this run won't do, for {len(problems)} reasons:{lines}")
     return RunData(opened, opened_val, len(opened.rows), tuple(broken), tuple(notes))
 
 

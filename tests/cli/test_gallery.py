@@ -60,8 +60,10 @@ def decoded(source: str | None) -> Image.Image:
 
 def test_page():
     about = {"path": "deep/a.jpg", "digest": "sha256:00", "author": "Zoë", "tags": ["a", "b"]}
-    hits = [Hit("deep/a.jpg", 0.28125, about, jpeg(8, 6)), Hit("b.jpg", -0.5, {}, None)]
-    found = Page(page(hits, "a red bicycle", None, {"index": "photos", "release": "3"}))
+    web = Hit("https://example.org/b.jpg", -0.5, {"url": "https://example.org"}, None)
+    hits = [Hit("deep/a.jpg", 0.28125, about, jpeg(8, 6)), web]
+    content = page(hits, "a red bicycle", None, {"index": "photos", "release": "3"})
+    found = Page(content)
     text = "\n".join(found.text)
     for piece in ("a red bicycle", "index: photos · release: 3", "1. deep/a.jpg", "author", "Zoë"):
         assert piece in text
@@ -70,6 +72,15 @@ def test_page():
     [picture] = found.all("img")
     assert (decoded(picture["src"]).size, picture["alt"]) == ((8, 6), "deep/a.jpg")
     assert [meter["value"] for meter in found.all("meter")] == ["0.2812", "-0.5000"]
+
+    # The page needs nothing but itself.
+    assert not {"script", "link", "iframe", "a", "object"} & {tag for tag, _ in found.elements}
+    for _, attributes in found.elements:
+        for name in {"src", "href", "srcset", "style"} & set(attributes):
+            assert str(attributes[name]).startswith("data:")
+    style = re.search(r"<style>(.*)</style>", content.decode(), re.S)
+    assert style and "url(" not in style[1] and "@import" not in style[1]
+    assert "Content-Security-Policy" in {meta.get("http-equiv") for meta in found.all("meta")}
 
 
 def test_page_of_an_image():
@@ -102,17 +113,3 @@ def test_nothing_gets_out_of_its_place(evil: str):
     shown = evil.encode("utf-8", "replace").decode()
     assert found.all("article")[0]["title"] == shown
     assert f"1. {shown}" in "".join(found.text)
-
-
-def test_page_needs_nothing_but_itself():
-    hit = Hit("https://example.org/a.jpg", 1, {"url": "https://example.org"}, jpeg())
-    content = page([hit], "t", None, {})
-    found = Page(content)
-    assert not {"script", "link", "iframe", "a", "object"} & {tag for tag, _ in found.elements}
-    for _, attributes in found.elements:
-        for name in {"src", "href", "srcset", "style"} & set(attributes):
-            assert str(attributes[name]).startswith("data:")
-    style = re.search(r"<style>(.*)</style>", content.decode(), re.S)
-    assert style and "url(" not in style[1] and "@import" not in style[1]
-    policies = {meta.get("http-equiv") for meta in found.all("meta")}
-    assert policies == {None, "Content-Security-Policy"}

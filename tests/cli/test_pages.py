@@ -1,5 +1,6 @@
 """The commands of each page in their order: all are read as they stand; those of two pages run on a
-small model.
+small model. And every command that a command prints as the next one works as it is printed,
+whatever the folders are called.
 """
 
 from __future__ import annotations
@@ -8,17 +9,20 @@ import functools
 import re
 import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import tyro
 from PIL import Image
 
+from radapter_serve.cli import serve
+from radapter_serve.server.endpoints import free_ports
 from tests.helpers.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -67,24 +71,31 @@ def test_the_commands_of_a_page_are_read(
         # Of a run that is not here.
         if "--resume" in command or any("/recipe.yaml" in word for word in command):
             continue
-        assert COMMANDS[command[0]].load()(command[1:]) == 0, shlex.join(command)
+        run(command)
+
+
+def run(command: list[str]) -> None:
+    assert COMMANDS[command[0]].load()(command[1:]) == 0, shlex.join(command)
+
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
 @pytest.fixture
 def place(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with `photos` of three classes, and with a suite's folders that hold the
-    same.
+    """A working folder with `photos` of three classes, other folders that hold the same, and a
+    photo that is called as in the printed command.
     """
-    generator = np.random.default_rng(0)
-    for number in range(30):
-        folder = tmp_path / "photos" / ("cat", "dog", "house")[number % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 255, (40, 36, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    (tmp_path / "photos-test").symlink_to(tmp_path / "photos")
+    for name, colour in COLOURS.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            shade = tuple(min(255, value + 5 * number) for value in colour)
+            Image.new("RGB", (40, 36), shade).save(tmp_path / "photos" / name / f"{number}.png")
+    Image.new("RGB", (40, 36), COLOURS["red"]).save(tmp_path / "PHOTO.jpg")
     (tmp_path / "data" / "pacs").mkdir(parents=True)
-    for style in ("photo", "art_painting", "cartoon", "sketch"):
-        (tmp_path / "data" / "pacs" / style).symlink_to(tmp_path / "photos")
+    styles = [f"data/pacs/{style}" for style in ("photo", "art_painting", "cartoon", "sketch")]
+    for same in ("photos-test", "my photos", *styles):
+        (tmp_path / same).symlink_to(tmp_path / "photos")
     monkeypatch.setattr("radapter_serve.evaluation.plots.draw", lambda *_, **__: [])
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -112,16 +123,69 @@ def test_the_pages_from_photos_to_a_release_run_in_their_order(
     ran = [small(command, tiny_clip_dir) for command in pages if command[0] in RUN_HERE]
     assert [command[0] for command in ran].count("radapter-eval") >= 2
     for command in ran:
-        for run in re.findall(r"runs/\w+", " ".join(command)):
-            if command[0] != "radapter-train" and not Path(run).exists():
-                shutil.copytree("runs/photos", run)  # several to average
-        assert COMMANDS[command[0]].load()(command[1:]) == 0, (
-            f"{shlex.join(command)}\n{capfd.readouterr().err}"
-        )
+        for folder in re.findall(r"runs/\w+", " ".join(command)):
+            if command[0] != "radapter-train" and not Path(folder).exists():
+                shutil.copytree("runs/photos", folder)  # several to average
+        run(command)
     assert {path.parent.as_posix() for path in Path("results").rglob("results.jsonl")} >= {
         "results/photos/validation",
         "results/photos/pacs",
     }
     sweep = next(command for command in ran if "--suite" in command)
-    assert COMMANDS[sweep[0]].load()(sweep[1:]) == 0
+    run(sweep)
     assert "all of this was measured before" in capfd.readouterr().out
+
+
+def printed(text: str) -> list[list[str]]:
+    """The commands that stand at the end of a line, or of a clause, of what a command prints."""
+    return [shlex.split(line) for line in re.findall(r"(radapter-[a-z-]+ [^;\n]+)", text)]
+
+
+@contextmanager
+def serving(command: list[str]) -> Iterator[str]:
+    """A server started by a printed command, on a free port; gives its URL."""
+    port = str(free_ports()[0])
+    options = [*command[1:], "--engine", "process", "--http-port", port]
+    started = [sys.executable, "-m", serve.__name__, *options]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            said = ""
+            while "Ctrl-C stops the server" not in said:
+                line = server.stdout.readline()
+                assert line, f"the server ended: {said}"
+                said += line
+            (tried,) = [words for words in printed(said) if words[0] == "radapter-query"]
+            run(tried)
+            yield f"http://localhost:{port}"
+        finally:
+            server.terminate()
+
+
+def test_from_training_to_answers(
+    place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Train, choose alpha, export.
+    photos = "imagefolder:my photos"
+    data = ["--data", photos, "--val-data", photos, "--out", "my runs/first run"]
+    short = "--steps 4 --batch-size 8 --warmup-steps 1 --workers 0 --tracker none"
+    run(["radapter-train", "--architecture", tiny_clip_dir, *data, *short.split()])
+    (command,) = [words for words in printed(capfd.readouterr().out) if words[0] == "radapter-eval"]
+    run([*command, "--device", "cpu"])
+    command, *other = printed(capfd.readouterr().out)
+    assert command[-1] == "auto" and other in ([], [[*command[:-1], "best"]])
+    run([*command, "--model-repository", "my models", "--merged", "my merged"])
+    *_, served, asked = printed(capfd.readouterr().out)
+    assert served == ["radapter-serve", "my models"]
+    assert asked == ["radapter-query", "classify", "PHOTO.jpg", "--label-set", "classes"]
+
+    # Index, serve and ask.
+    build = ["radapter-index", "build", "my photos", "--out", "my indexes/Büro"]
+    run([*build, "--model-repository", "my models"])
+    served, searched = printed(capfd.readouterr().out)
+    assert served == ["radapter-serve", "my models", "--indexes", "my indexes"]
+    with serving(served) as url:
+        for command in (asked, searched):
+            run([*command, "--url", url])
+    answer = capfd.readouterr().out
+    assert any(name in answer for name in COLOURS) and "0.png" in answer

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from radapter_serve.evaluation.models import (
     from_release,
 )
 from radapter_serve.evaluation.rows import Results, Row
-from radapter_serve.evaluation.run import evaluate, evaluate_suite, open_set
+from radapter_serve.evaluation.run import evaluate_set, evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.tasks.dense import encode_windows, segment_densely
 from tests.evaluation.conftest import Fake, candidate
@@ -125,8 +125,12 @@ def suite_of(masked: Path, *sets: str) -> Suite:
     return load_suite(masked / "s.yaml", masked)
 
 
-def rows_of(suite: Suite) -> list[Row]:
-    return [evaluate([oracle()], open_set(suite, entry))[0] for entry in suite.entries]
+def rows_of(suite: Suite, model: Candidate | None = None) -> list[Row]:
+    rows = []
+    for entry in suite.entries:
+        [(row, _)] = evaluate_set([model or oracle()], open_set(suite, entry))
+        rows.append(row)
+    return rows
 
 
 def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
@@ -195,7 +199,7 @@ def test_an_object_without_a_pixel_is_no_proposal(masked: Path, tmp_path: Path) 
     (tmp_path / "objects.json").write_text(json.dumps(content), encoding="utf-8")
     fields = {"name": "o", "dense": "proposals", "images": images}
     entry = Entry("coco:objects.json", "segmentation", **fields)  # type: ignore[arg-type]
-    (row,) = evaluate([oracle()], open_set(Suite("s", (entry,), data_root=tmp_path), entry))
+    (row,) = rows_of(Suite("s", (entry,), data_root=tmp_path))
     # The one proposal, the whole second image, gets the label that most of it shows.
     assert row.n == 2 and row.metrics == ALL_RIGHT
 
@@ -215,6 +219,95 @@ def test_true_masks_reach_one_and_background_is_a_class_without_a_prompt(masked:
     # The oracle sees no class where grass is: equal cosines.
     assert dense.metrics["pixel_accuracy"] > 0.8
     assert without.metrics["pixel_accuracy"] == 1.0
+
+
+COSINES = np.array(
+    [[0.2, 0.9, 0.4, 0.3], [0.8, 0.1, 0.3, 0.2], [0.5, 0.4, 0.1, 0.2], [0.1, 0.4, 0.9, 0.2]],
+    np.float32,
+)
+SCALE = 3.0
+
+
+def fixed() -> Candidate:
+    """A model that gives the crops of an image the cosines of the table, one after the other."""
+    fake = Fake(NAMES, lambda crops, dense: COSINES[: len(crops)])
+    crop = {"padding": 0.0, "square": True, "fill": [0, 0, 0]}
+    return candidate(fake, 4, crop=crop, logit_scale=SCALE, max_batch_size=8)
+
+
+def rewrite(folder: Path, change: Callable[[NDArray[Any], NDArray[Any]], dict[str, Any]]) -> None:
+    """Write other masks and scores into the files of proposals."""
+    for path in sorted((folder / "found").iterdir()):
+        with np.load(path) as arrays:
+            changed = change(arrays["masks"], arrays["scores"])
+        np.savez(path, **changed)
+
+
+@pytest.fixture
+def proposed(masked: Path, tmp_path: Path) -> Path:
+    """The data with proposals that overlap."""
+    shutil.copytree(masked, tmp_path, dirs_exist_ok=True)
+    generator = np.random.default_rng(0)
+
+    def overlapping(masks: NDArray[Any], scores: NDArray[Any]) -> dict[str, Any]:
+        return {"masks": generator.integers(0, 256, masks.shape, np.uint8), "scores": scores}
+
+    rewrite(tmp_path, overlapping)
+    return tmp_path
+
+
+def by_ovseg(folder: Path, weight: float | None) -> list[list[int]]:
+    """Counts by true and found class: sum_q (p_proposal^(1-w) p_clip^w) mask_q of each pixel, in
+    OVSeg's own order.
+    """
+    logits = SCALE * COSINES.astype(float)
+    clip = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    counts = np.zeros((4, 5), int)
+    for file in (folder / "found").iterdir():
+        with np.load(file) as found:
+            classes = clip
+            if weight is not None:
+                classes = found["scores"].astype(float) ** (1 - weight) * clip**weight
+            masks = found["masks"] / 255
+        best = np.einsum("qc,qhw->chw", classes, masks).argmax(0)
+        truth = np.asarray(Image.open(folder / "data" / "masks" / f"{file.stem}.png"))
+        np.add.at(counts, (truth[truth < 255], best[truth < 255]), 1)
+    return counts.tolist()
+
+
+def test_scores_and_masks_are_fused_as_ovseg_does(proposed: Path) -> None:
+    found = "dense: proposals, proposals: found"
+    weights = (0.0, 0.45, 1.0)
+    sets = [f"{found}, proposal_weight: {weight}" for weight in weights]
+    *rows, usual = rows_of(suite_of(proposed, *sets, found), fixed())
+    for row, weight in zip(rows, weights, strict=True):
+        assert row.confusion == by_ovseg(proposed, weight)
+        assert (row.dense, row.proposals, row.proposal_weight) == ("proposals", "found", weight)
+    assert usual.confusion == by_ovseg(proposed, 0.7) and usual.proposal_weight == 0.7
+    assert len({json.dumps(row.confusion) for row in rows}) == 3
+
+    # Without scores, the classes are CLIP's.
+    rewrite(proposed, lambda masks, scores: {"masks": masks})
+    (row,) = rows_of(suite_of(proposed, found), fixed())
+    assert row.confusion == by_ovseg(proposed, None) and row.proposal_weight is None
+    with pytest.raises(RAdapterError, match="proposal_weight is 0.6 but found has no scores"):
+        rows_of(suite_of(proposed, sets[0].replace("0.0", "0.6")), fixed())
+
+
+def test_masks_that_are_empty_take_their_scores_along(proposed: Path) -> None:
+    """The first mask has nothing above one half: the others keep the scores that they came with."""
+    suite = suite_of(proposed, "dense: proposals, proposals: found")
+    rewrite(proposed, lambda masks, scores: {"masks": [0 * masks[0], *masks[1:]], "scores": scores})
+    (whole,) = rows_of(suite, fixed())
+    rewrite(proposed, lambda masks, scores: {"masks": masks[1:], "scores": scores[1:]})
+    (rest,) = rows_of(suite, fixed())
+    assert whole.confusion == rest.confusion
+
+    # Where all are, all is background.
+    rewrite(proposed, lambda masks, scores: {"masks": np.full(masks.shape, 0.4)})
+    np.savez(proposed / "found" / "0.npz", masks=np.zeros((0, 144, 160)))
+    (row,) = rows_of(suite, fixed())
+    assert np.array(row.confusion)[:, 4].sum() == np.array(row.confusion).sum()
 
 
 @pytest.fixture(scope="module")
@@ -357,16 +450,14 @@ def test_an_error_names_the_image(masked: Path) -> None:
     def refuse(*_: object, **__: object) -> Any:
         raise RAdapterError("too long and thin")
 
-    suite = suite_of(masked, "dense: naclip")
     with pytest.raises(RAdapterError, match="data set 's0', oracle: 0.png: too long and thin"):
-        evaluate([oracle(refuse)], open_set(suite, suite.entries[0]))
+        rows_of(suite_of(masked, "dense: naclip"), oracle(refuse))
 
 
 @pytest.mark.parametrize(
     ("task", "recipe", "metric", "n"),
     [
         ("segmentation", {"val_data": "masks:{masked}/data"}, "miou", 6),
-        ("segmentation", {"val_data": "masks:{masked}/data", "dense": "naclip"}, "miou", 6),
         ("retrieval", {"val_data": "csv:{world}/captions.csv"}, "image_retrieval_recall@1", 12),
     ],
 )
@@ -394,6 +485,5 @@ def test_alpha_is_chosen_on_the_runs_own_validation_data(
     assert (choice.sets["validation"].metric, choice.sets["validation"].n) == (metric, n)
     scores = {row.alpha: row.metrics[metric] for row in results.rows}
     assert scores[choice.best] == max(scores.values())
-    assert choice.own_alpha == metadata.alpha == 0.5
     if task == "segmentation":
-        assert {row.dense for row in results.rows} == {recipe.get("dense", "proposals")}
+        assert {row.dense for row in results.rows} == {"proposals"}

@@ -350,7 +350,7 @@ def test_a_release_that_loses_points_is_refused(
         drop(points - 0.01)
     metrics = iter([0.5, float("nan")])
     monkeypatch.setattr(
-        "radapter_export.checks.evaluate_answers",
+        "radapter_export.checks.evaluate_set",
         lambda *_, **__: [(a_row(share=next(metrics)), {"scores": np.zeros((1, 2))})],
     )
     with pytest.raises(RAdapterError, match="the encoders lose nan points"):
