@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from ._images import ImageLike, encode_small, is_one_image
-from ._wire import Array, ServerURL
+from ._wire import ServerURL
 from .failures import InvalidImage, bad_argument, shown
+from .tensors import Array
 
 EXAMPLE_WEIGHT = 0.5  # of a label's examples; the rest is its text's
 

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from ._wire import DATATYPES, Reply, Request, ServerURL, pack, unpack
+from ._wire import Reply, Request, ServerURL
 from .failures import (
     InvalidRequest,
     RAdapterClientError,
@@ -18,6 +18,7 @@ from .failures import (
     Timeout,
     from_server,
 )
+from .tensors import DATATYPES, pack, unpack
 
 CHANNEL = [
     ("grpc.max_send_message_length", -1),

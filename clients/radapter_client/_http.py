@@ -20,8 +20,9 @@ import numpy as np
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from ._wire import DATATYPES, KINDS, Array, Reply, Request, ServerURL, pack, unpack
+from ._wire import Reply, Request, ServerURL
 from .failures import ServerError, ServerUnavailable, Timeout, from_server
+from .tensors import DATATYPES, NUMPY, Array, pack, unpack
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 CONNECTIONS = 64  # kept open for the next request; more are opened where more threads ask
@@ -135,7 +136,7 @@ def decode(body: bytes, length: str | None) -> Reply:
         if "data" in output:
             texts = datatype == "BYTES"
             values = [text.encode() for text in output["data"]] if texts else output["data"]
-            array = np.array(values, KINDS[datatype]).reshape(shape)
+            array = np.array(values, NUMPY[datatype]).reshape(shape)
         else:
             start = end
             end += int(output["parameters"]["binary_data_size"])

@@ -5,7 +5,6 @@ replies. The scheme of the server's URL chooses the protocol.
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -13,20 +12,9 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
-import numpy.typing as npt
 
 from .failures import InvalidURL, shown
-
-Array = npt.NDArray[Any]
-KINDS: dict[str, type[np.generic]] = {
-    "BOOL": np.bool_,
-    "UINT8": np.uint8,
-    "UINT16": np.uint16,
-    "INT32": np.int32,
-    "FP32": np.float32,
-    "BYTES": np.object_,
-}
-DATATYPES = {np.dtype(kind): name for name, kind in KINDS.items()}
+from .tensors import Array
 
 
 class Values(Mapping[str, Array]):
@@ -88,29 +76,6 @@ def _array(value: Any) -> Array:
     if kind is np.object_:  # numpy's own kind of bytes would cut off zeros at the end
         items = [item.encode() if isinstance(item, str) else item for item in items]
     return np.array(items, kind)
-
-
-def pack(array: Array) -> bytes:
-    """A tensor in KServe's binary form; texts and files each follow their length."""
-    if array.dtype != object:
-        return array.tobytes()
-    return b"".join(part for data in array.ravel() for part in (struct.pack("<I", len(data)), data))
-
-
-def unpack(data: bytes | memoryview, datatype: str, shape: Sequence[int]) -> Array:
-    """The tensor of `pack`; raises `ValueError`, `KeyError` or `struct.error` if it is none."""
-    if datatype != "BYTES":
-        return np.frombuffer(data, KINDS[datatype]).reshape(shape)
-    items = []
-    end = 0
-    while end < len(data):
-        start = end + 4
-        (size,) = struct.unpack_from("<I", data, end)
-        end = start + size
-        if end > len(data):
-            raise ValueError("a text is longer than its tensor")
-        items.append(bytes(data[start:end]))
-    return np.array(items, object).reshape(shape)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from radapter_client import Reply
+from radapter_client.tensors import DATATYPES, NUMPY, pack
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.gateway.upstream import IMAGES, Inference, Model, bad_request
-from radapter_serve.tasks.table import DATATYPES, NUMPY, TASKS
+from radapter_serve.tasks.table import TASKS
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_VALUES = 2**20
@@ -344,14 +345,3 @@ def write(reply: Reply, request: Inference) -> tuple[bytes, dict[str, str]]:
         return text, {"Content-Type": "application/json"}
     headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
     return b"".join([text, *parts]), headers
-
-
-def pack(array: NDArray[Any]) -> bytes:
-    """Pack a tensor in KServe's binary form; texts and files each follow their length."""
-    if array.dtype != object:
-        return np.ascontiguousarray(array).tobytes()
-    parts: list[bytes] = []
-    for value in array.ravel():
-        data = value.encode() if isinstance(value, str) else value
-        parts += (struct.pack("<I", len(data)), data)
-    return b"".join(parts)

@@ -9,12 +9,10 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import deserialize_bytes_tensor
 
 from radapter_client import Reply
-from radapter_serve.gateway.kserve import pack
+from radapter_client.tensors import pack, unpack
 from radapter_serve.gateway.upstream import (
     LOG,
     SHORT_TIMEOUT,
@@ -23,7 +21,7 @@ from radapter_serve.gateway.upstream import (
     Model,
     from_status,
 )
-from radapter_serve.tasks.table import NUMPY, TASKS
+from radapter_serve.tasks.table import TASKS
 
 RESOLVE_SECONDS = 30.0  # until a name is looked up again, which may have more servers
 MAX_DRAIN_SECONDS = 3600.0  # for requests under way with the servers of before
@@ -79,13 +77,10 @@ class Triton:
         for name in request.outputs:
             message.outputs.add(name=name)
         answer = await self._ask(self._stub.ModelInfer, message, timeout, metadata)
-        outputs = {}
-        for output, values in zip(answer.outputs, answer.raw_output_contents, strict=True):
-            if output.datatype == "BYTES":
-                array = deserialize_bytes_tensor(values)
-            else:
-                array = np.frombuffer(values, NUMPY[output.datatype])
-            outputs[output.name] = array.reshape(output.shape)
+        outputs = {
+            output.name: unpack(values, output.datatype, output.shape)
+            for output, values in zip(answer.outputs, answer.raw_output_contents, strict=True)
+        }
         return Reply(int(answer.model_version), outputs)
 
     async def config(self, model: str, version: str = "") -> Model:

@@ -136,14 +136,14 @@ def free_ports() -> tuple[int, int, int]:
     raise RAdapterError("no three ports from 10000 to 32767 are free on this machine")
 
 
-def address_of(host: str, flag: str = "--host") -> str:
-    """The address of a host name that `flag` gave; IPv4 if it has both."""
+def address_of(host: str) -> str:
+    """The address of the host name of --host; IPv4 if it has both."""
     try:
         addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise RAdapterError(
-            f"{flag} {host!r}: {why}; give a name or an address of this machine, such as localhost"
+            f"--host {host!r}: {why}; give a name or an address of this machine, such as localhost"
             " or 0.0.0.0"
         ) from None
     return str(min(addresses, key=lambda info: info[0] != socket.AF_INET)[4][0])

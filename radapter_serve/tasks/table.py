@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_client import Values
+from radapter_client.tensors import DATATYPES
 from radapter_serve.contract.errors import Cancelled, invalid
 from radapter_serve.contract.images import read_headers
 from radapter_serve.contract.labels import check_prompts, known_as
@@ -45,15 +46,6 @@ Form = tuple[str, Sequence[int]]  # KServe's datatype and the shape of an input
 Wants = Callable[[str], bool]  # whether a caller asks for an output
 
 MAX_ENCODED = 256  # examples of a request, for each run of rows with the same options
-NUMPY = {
-    "BOOL": np.bool_,
-    "UINT8": np.uint8,
-    "UINT16": np.uint16,
-    "INT32": np.int32,
-    "FP32": np.float32,
-    "BYTES": np.object_,
-}
-DATATYPES = {np.dtype(kind): name for name, kind in NUMPY.items()}
 # The steps to the answer of one request, of a task of one release.
 Run = Callable[[R, Cancelled | None], Steps[A]]
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from radapter_client import Request
 from radapter_client._http import encode
+from radapter_client.tensors import NUMPY
 from radapter_serve.gateway.kserve import MAX_JSON_VALUES, read
 from radapter_serve.gateway.upstream import CODES, IMAGES, Inference, Model, Refused
 from radapter_serve.release.release import TASKS
-from radapter_serve.tasks.table import NUMPY
 from tests.helpers.fake_upstream import config
 
 MODELS = {name: config(name) for name in TASKS}

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from radapter_client import Client, ServerError
+from radapter_client.tensors import NUMPY
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.tasks.embed import EmbedTextsRequest
-from radapter_serve.tasks.table import NUMPY, TASKS, forms
+from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.small_release import Local, png
 from tests.helpers.stand_ins import Recorder
 

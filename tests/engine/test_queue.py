@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radapter_serve.contract.errors import OVERLOADED, TIMED_OUT, Cancelled, TaskError
-from radapter_serve.encoders import queue
 from radapter_serve.encoders.encoder import Step, collected, step
 from radapter_serve.encoders.loaded import Need
-from radapter_serve.encoders.queue import Queue
+from radapter_serve.engine import engine as queue
+from radapter_serve.engine.engine import Queue
 
 WAIT = 20.0  # seconds, in which a test that works has long ended
 

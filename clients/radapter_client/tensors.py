@@ -1,0 +1,50 @@
+"""Tensors of the KServe protocol in its binary form: what the client sends, and a gateway reads and
+passes on.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+NUMPY: dict[str, type[np.generic]] = {
+    "BOOL": np.bool_,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "INT32": np.int32,
+    "FP32": np.float32,
+    "BYTES": np.object_,
+}
+DATATYPES = {np.dtype(kind): name for name, kind in NUMPY.items()}
+
+
+def pack(array: Array) -> bytes:
+    """A tensor in binary; texts and files each follow their length."""
+    if array.dtype != object:
+        return array.tobytes()
+    parts: list[bytes] = []
+    for value in array.ravel():
+        data = value.encode() if isinstance(value, str) else value
+        parts += (struct.pack("<I", len(data)), data)
+    return b"".join(parts)
+
+
+def unpack(data: bytes | memoryview, datatype: str, shape: Sequence[int]) -> Array:
+    """The tensor of `pack`; raises `ValueError`, `KeyError` or `struct.error` if it is none."""
+    if datatype != "BYTES":
+        return np.frombuffer(data, NUMPY[datatype]).reshape(shape)
+    items = []
+    end = 0
+    while end < len(data):
+        start = end + 4
+        (size,) = struct.unpack_from("<I", data, end)
+        end = start + size
+        if end > len(data):
+            raise ValueError("a text is longer than its tensor")
+        items.append(bytes(data[start:end]))
+    return np.array(items, object).reshape(shape)
