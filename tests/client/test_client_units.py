@@ -352,36 +352,22 @@ def test_one_image_or_several():
 # Requests
 
 
-def test_options_are_sent_with_each_row():
+def test_options_are_sent_with_each_row_and_examples_with_the_first_image_alone():
     recorder = Recorder()
-    with Client(transport=recorder, release=1) as client:
-        client.classify([b"x", b"y"], ["a", "b"])
-        options: dict[str, Any] = {"threshold": 0.25, "top_k": 3, "calibrated": True}
-        client.classify([b"x", b"y"], ["a", "b"], multi_label=True, **options)
-    plain, asked = (request.inputs for request in recorder.inferences)
-    assert {name: array.tolist() for name, array in plain.items()} == {
-        **{"labels": [[b"a", b"b"]] * 2, "image": [[b"x"], [b"y"]]}
-    }
-    values = {"multi_label": True, **options}
-    assert {name: asked[name].tolist() for name in values} == {
-        name: [[value]] * 2 for name, value in values.items()
-    }
-    kinds = {name: asked[name].dtype for name in values}
-    assert kinds == {
-        **dict.fromkeys(("multi_label", "calibrated"), bool),
-        "threshold": np.float32,
-    } | {"top_k": np.int32}
-
-
-def test_examples_are_sent_with_the_first_image_alone():
-    recorder = Recorder()
+    shown: dict[str, Any] = {"mug": [b"m1", b"m2"], "cup": b"c"}
+    options: dict[str, Any] = {"multi_label": True, "threshold": 0.25, "top_k": 3}
     with Client(transport=recorder, release=1, batch_size=2) as client:
-        shown: dict[str, Any] = {"mug": [b"m1", b"m2"], "cup": b"c"}
+        client.classify([b"x", b"y"], ["a", "b"], **options)
         client.classify([b"x", b"y", b"z"], ["cup", "tin", "mug"], examples=shown, unknown=0.25)
         client.classify(b"x", examples=shown, example_weight=1)
         by_label: dict[str, float] = {"mug": 0.75}
         client.classify(b"x", ["cup", "mug", "tin"], examples=shown, example_weight=by_label)
-    first, second, alone, apart = [request.inputs for request in recorder.inferences]
+    plain, first, second, alone, apart = [request.inputs for request in recorder.inferences]
+    assert {name: array.tolist() for name, array in plain.items()} == {
+        **{"labels": [[b"a", b"b"]] * 2, "image": [[b"x"], [b"y"]]},
+        **{name: [[value]] * 2 for name, value in options.items()},
+    }
+    assert [str(plain[name].dtype) for name in options] == ["bool", "float32", "int32"]
     assert apart["example_weight"].tolist() == [[0.5, 0.75, 0.5]]
     assert first["examples"].tolist() == [[b"m1", b"m2", b"c"], [b"", b"", b""]]
     assert first["example_labels"].tolist() == [[2, 2, 0]] * 2

@@ -1,4 +1,4 @@
-"""A loaded release, of a repository or of a live server that is none here; and tasks side by side:
+"""A loaded release, of a repository or of a live server; and tasks side by side:
 what they need is encoded together, and an error is its own task's alone.
 """
 
@@ -9,7 +9,6 @@ import itertools
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from PIL import Image
 
 from radapter_client import RAdapterClientError
 from radapter_serve.contract.errors import OVERLOADED, TaskError
-from radapter_serve.encoders import loaded as module
 from radapter_serve.encoders.loaded import (
     LoadedRelease,
     Need,
@@ -29,13 +27,15 @@ from radapter_serve.encoders.loaded import (
     served_release,
 )
 from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway.upstream import Refused
+from radapter_serve.release.release import TASKS
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
     EmbedTextsRequest,
     embed_images,
-    embed_labels,
     embed_texts,
 )
+from tests.helpers.fake_upstream import config, serving
 from tests.helpers.small_models import release
 from tests.helpers.small_release import SIZE, Local, png, together
 
@@ -86,68 +86,22 @@ def test_the_release_of_a_repository(repository: Path, tmp_path: Path) -> None:
         load_release(repository, 7)
 
 
-class Client:
-    """A client of a server that is none."""
-
-    facts: dict[str, Any]
-    asked: list[Any]
-
-    def __init__(self, url: str, **options: Any) -> None:
-        self.asked.append((url, options))
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def release(self) -> SimpleNamespace:
-        return SimpleNamespace(version=3, facts=self.facts)
-
-    def embed_images(self, images: list[np.ndarray], alpha: float | None) -> np.ndarray:
-        self.asked.append(([one.shape for one in images], alpha))
-        return np.ones((len(images), 2))
-
-    def embed_texts(self, texts: list[str], alpha: float | None) -> np.ndarray:
-        if "fails" in texts:
-            raise RAdapterClientError("it is gone")
-        self.asked.append((texts, alpha))
-        return np.array([[len(text), 1] for text in texts])
-
-    def close(self) -> None:
-        self.asked.append("closed")
-
-
-@pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> type[Client]:
-    monkeypatch.setattr(module, "Client", Client)
-    monkeypatch.setattr(Client, "asked", [], raising=False)
-    monkeypatch.setattr(Client, "facts", release(3).to_dict(), raising=False)
-    return Client
-
-
-@pytest.mark.parametrize(("most", "rows"), [(4, 4), (64, 16)])
-def test_a_server_embeds_pixels_and_texts(client: type[Client], most: int, rows: int) -> None:
-    client.facts = release(3, dynamic_alpha=True, max_batch_size=most).to_dict()
-    loaded = served_release("http://localhost:8000").at(0.25)
-    assert loaded.release.version == 3
-    assert loaded.origin == {"url": "http://localhost:8000"}
-    assert client.asked[-1] == ("http://localhost:8000", {"release": 3, "batch_size": rows})
-    client.asked.clear()
-    pixels = np.zeros((3, 4, 4, 3), np.uint8)
-    found = loaded.embed_pixels(list(pixels))
-    assert found.dtype == np.float32 and found.shape == (3, 2)
-    found = loaded.embed_texts(["four", "sixsix", "four"])
-    assert found.dtype == np.float32 and found[:, 0].tolist() == [4, 6, 4]
-    assert client.asked == [([(4, 4, 3)] * 3, 0.25), (["four", "sixsix"], 0.25)]
-    with pytest.raises(RAdapterError, match=r"http://localhost:8000: it is gone$") as error:
-        loaded.embed_texts(["fails"])
-    assert not isinstance(error.value, RAdapterClientError)
-    # And a task says so in place of "internal error".
-    with pytest.raises(TaskError, match=r"\[encoder_failed\] .*it is gone"):
-        complete(embed_labels(loaded, ["fails"], ["{}"]))
-    loaded.close()
-    assert client.asked[-1] == "closed"
+def test_a_live_server_embeds_pixels_and_texts() -> None:
+    facts = release(1, dynamic_alpha=True, max_batch_size=4).to_dict()
+    with serving() as served:
+        served.upstream.configs = {name: config(name, facts) for name in TASKS}
+        loaded = served_release(served.url).at(0.25)
+        assert loaded.release.version == 1 and loaded.origin == {"url": served.url}
+        found = loaded.embed_texts(["four", "sixsix", "four"])
+        assert found.dtype == np.float32 and found[:, 0].tolist() == [4, 6, 4]
+        pixels = np.zeros((6, 4, 4, 3), np.uint8)
+        assert loaded.embed_pixels(list(pixels)).shape == (6, 2)
+        asked = [(one.version, one.inputs["alpha"].tolist()) for one in served.upstream.asked]
+        assert asked == [("1", [[0.25]] * rows) for rows in (2, 3, 3)]
+        served.upstream.error = Refused(500, "internal_error", "it is gone")
+        with pytest.raises(TaskError, match=rf"{served.url}: .*it is gone$"):
+            loaded.embed_texts(["fails"])
+        loaded.close()
 
 
 def test_nobody_there() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from radapter_serve.encoders.encoder import Step, collected, step
 from radapter_serve.encoders.loaded import Need
 from radapter_serve.engine import engine as queue
 from radapter_serve.engine.engine import Queue
+from tests.helpers.fake_upstream import until
 
 WAIT = 20.0  # seconds, in which a test that works has long ended
 
@@ -73,13 +73,6 @@ class Callers:
 
     def _submit(self, number: int, cancelled: Cancelled | None) -> None:
         self.futures[number] = self._pool.submit(self.asked, [need(number, cancelled=cancelled)])
-
-
-def until(there: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT
-    while not there():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def has_waiting(asked: Queue, count: int) -> bool:

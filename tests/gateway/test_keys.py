@@ -21,15 +21,13 @@ from hypothesis import strategies as st
 
 from radapter_client import Client, RAdapterClientError, ServerUnavailable, Unauthorized
 from radapter_serve.errors import RAdapterError
-from radapter_serve.gateway.access import Key, Keys, Quota, TokenBucket
+from radapter_serve.gateway.access import Keys, TokenBucket
 from radapter_serve.gateway.settings import Timeouts
 from radapter_serve.gateway.upstream import Refused
 from tests.gateway.test_gateway import ALIVE, BODY, HEAD, heard
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import INFER, TEXT, Served, serving, until
 from tests.helpers.small_release import png
-
-KEY = Key(name="ann", digest="", requests_per_second=2, at_once=3, images_per_minute=60)
 
 
 def line(name: str, key: str, limits: str = "") -> str:
@@ -137,32 +135,6 @@ def test_a_bucket_gives_out_its_limit_and_what_it_held(
             taken += count
         # A full bucket gives more than it holds, once, and has a debt then.
         assert taken <= size + (clock.now - start) * limit / period + max(0, count - size) + 1e-6
-
-
-def test_a_key_is_refused_by_each_limit_alone() -> None:
-    clock = FakeClock()
-    quota = Quota(KEY, clock.monotonic)
-    for _ in range(2):
-        with quota.request():
-            pass
-    with pytest.raises(Refused, match="key ann may send 2 requests a second") as refused:
-        quota.request().__enter__()
-    assert (refused.value.status, refused.value.retry_after) == (429, 1)
-    clock.now += 60
-    with contextlib.ExitStack() as running:
-        for _ in range(3):
-            running.enter_context(quota.request())
-            clock.now += 1
-        with pytest.raises(Refused, match="3 requests at once"):
-            quota.request().__enter__()
-    clock.now += 1
-    with quota.request():
-        quota.images(60)
-        with pytest.raises(Refused, match="60 images a minute") as refused:
-            quota.images(30)
-    assert refused.value.retry_after == 30
-    clock.now += 30
-    quota.images(30)
 
 
 @pytest.fixture

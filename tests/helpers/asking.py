@@ -1,10 +1,7 @@
-"""How tests ask a served model: tensors over gRPC, and plain JSON over HTTP."""
+"""How tests ask a served model: tensors over gRPC."""
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
 from typing import Any
 
 import numpy as np
@@ -30,17 +27,3 @@ def tensor(name: str, value: Any) -> grpc.InferInput:
 
 def tensors(**values: Any) -> list[grpc.InferInput]:
     return [tensor(name, value) for name, value in values.items()]
-
-
-def post(server: TritonServer, path: str, body: Any) -> tuple[int, Any]:
-    """Status and answer of JSON sent to a path below /v2."""
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(
-        f"{server.http_url}/v2/{path}", json.dumps(body).encode(), headers
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)

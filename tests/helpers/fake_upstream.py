@@ -85,9 +85,10 @@ class FakeUpstream:
         return Reply(int(asked.version or 1), self.outputs or self._answer(asked))
 
     def _answer(self, asked: Inference) -> dict[str, np.ndarray]:
-        first = as_bytes(next(iter(asked.inputs.values())))
-        embeds = np.array([[len(one), *one[:1]] for one in first], np.float32)
-        return {f"{asked.model.removeprefix('embed_')}_embeds": embeds}
+        kind = asked.model.removeprefix("embed_")
+        values = as_bytes(asked.inputs.get(kind, next(iter(asked.inputs.values()))))
+        embeds = np.array([[len(one), *one[:1]] for one in values], np.float32)
+        return {f"{kind}_embeds": embeds}
 
     async def config(self, model: str, version: str = "") -> Model:
         if (model, version) in self.older:

@@ -91,12 +91,6 @@ def urls_of(served: Running) -> list[str]:
     return [served.url, *grpc]
 
 
-def metrics_of(served: Running) -> str:
-    if isinstance(served.server, TritonServer):
-        return served.server.metrics_url
-    return f"{served.url}/metrics"
-
-
 class Load:
     """Callers of every task over each way, who compare each answer with what its release answers
     here.

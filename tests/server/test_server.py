@@ -188,14 +188,6 @@ def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch)
             file.unlink(missing_ok=True)
 
 
-def program(folder: Path, code: str, interpreter: str = "/bin/sh") -> Installation:
-    """A fake tritonserver, a script."""
-    path = folder / "tritonserver"
-    path.write_text(f"#!{interpreter}\n{code}\n")
-    path.chmod(0o755)
-    return Installation(path, OUR_BACKENDS)
-
-
 def pids(folder: Path) -> list[int]:
     """Numbers of the processes of fake servers, which note them in the file `pids`."""
     file = folder / "pids"
@@ -219,7 +211,9 @@ def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     line = 'E1124 15:45:35.510363 7432 main.cc:1] "no memory"'
-    installation = program(tmp_path, f"echo '{line}'\necho $$ >> {tmp_path}/pids\n{end}")
+    program = tmp_path / "tritonserver"
+    program.write_text(f"#!/bin/sh\necho '{line}'\necho $$ >> {tmp_path}/pids\n{end}\n")
+    program.chmod(0o755)
 
     class Clock:
         """A minute passes once the program sleeps."""
@@ -231,42 +225,12 @@ def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(
             time.sleep(0.01)
 
     config = local(repository, timeout=60)
-    server = TritonServer(config, installation=installation, clock=Clock())
+    server = TritonServer(config, installation=Installation(program, OUR_BACKENDS), clock=Clock())
     with pytest.raises(RAdapterError, match=f"tritonserver {message}"):
         server.start()
     assert server.pid is None
     assert len(pids(tmp_path)) == starts and not any(map(psutil.pid_exists, pids(tmp_path)))
     assert not list(temporary.iterdir())
-
-
-ABORTS_ONCE = """
-import http.server, os, pathlib, sys
-pids = pathlib.Path(__file__).with_name("pids")
-first = not pids.exists()
-with pids.open("a") as file:
-    print(os.getpid(), file=file)
-if first:
-    os.abort()
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"[]")
-    do_POST = do_GET
-    log_message = lambda *_: None
-[port] = [int(word.partition("=")[2]) for word in sys.argv if word.startswith("--http-port=")]
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
-
-
-def test_a_server_that_aborts_before_it_is_ready_is_started_once_again(
-    repository, tmp_path, capsys
-):
-    installation = program(tmp_path, ABORTS_ONCE, sys.executable)
-    with TritonServer(local(repository), installation=installation) as server:
-        assert server.pid == pids(tmp_path)[1]
-    message = "died before it was ready: it was killed by SIGABRT; starting it once again"
-    assert capsys.readouterr().err == f"tritonserver {message}\n"
 
 
 def test_shared_memory_too_small_to_start_is_refused_with_what_to_set(tmp_path, monkeypatch):

@@ -508,24 +508,6 @@ def test_a_release_without_patch_encoder(repository):
     assert ask(local.loaded, png(0), **PROPOSALS).mask.shape == (20, 30)
 
 
-def test_a_request_that_asks_for_too_much_work_is_refused(
-    local: Local, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # 30 x 20 pixels and 3 labels; in a step of refinement 3.5 times as much for the working image,
-    # 36 x 24.
-    monkeypatch.setattr(module, "MAX_WORK", 1800)
-    ask(local.loaded, png(3))
-    with pytest.raises(
-        TaskError, match=r"3 labels and 1 steps of refinement .* 30 x 20 are 6.0 times the work"
-    ):
-        ask(local.loaded, png(3), refine=1)
-    monkeypatch.setattr(module, "MAX_WORK", 1799)
-    with pytest.raises(
-        TaskError, match=r"\[invalid_argument\] 3 labels and 0 steps .* send a smaller image"
-    ):
-        ask(local.loaded, png(3))
-
-
 def sized(*shape: int) -> dict[str, Any]:
     return {"proposals": np.full(shape, 255, np.uint8)}
 
@@ -534,9 +516,13 @@ def sized(*shape: int) -> dict[str, Any]:
     ("given", "limits", "message"),
     [
         ({"labels": Labels([str(n) for n in range(5_000)]), "refine": 100}, {}, "the work"),
-        ({}, {"MAX_WINDOWS": 7}, r"an image of 30 x 20, resized to 36 x 24, takes 8 windows"),
-        ({}, {"MAX_VALUES": 383}, "3 labels are too many .* at most 2 are allowed at a smaller"),
-        ({"refine": 1}, {"MAX_VALUES": 2591}, "at most 2 are allowed to refine"),
+        # 30 x 20 pixels and 3 labels; in a step of refinement 3.5 times as much for the working
+        # image, 36 x 24.
+        ({}, {"segment.MAX_WORK": 1799}, r"3 labels and 0 steps .* send a smaller image"),
+        ({"refine": 1}, {"segment.MAX_WORK": 10_871}, "1 steps of refinement .* are 1.0 times"),
+        ({}, {"dense.MAX_WINDOWS": 7}, "an image of 30 x 20, resized to 36 x 24, takes 8 windows"),
+        ({}, {"dense.MAX_VALUES": 383}, "3 labels are too many .* at most 2 .* at a smaller"),
+        ({"refine": 1}, {"dense.MAX_VALUES": 2591}, "at most 2 are allowed to refine"),
         (sized(1, 20, 31), {}, r"proposals are uint8 \[1, 20, 31\]; for this image: .*20, 30\]"),
         (
             {**sized(1, 1, 9_000), "image": png(0, 9_000, 1)},
@@ -550,17 +536,17 @@ def sized(*shape: int) -> dict[str, Any]:
 def test_what_asks_for_too_much_is_refused_before_anything_is_done(
     local, given, limits, message, monkeypatch
 ):
-    for name, value in limits.items():
-        monkeypatch.setattr(f"radapter_serve.tasks.dense.{name}", value)
-    monkeypatch.setattr(module, "decode", lambda *_, **__: pytest.fail("decoded"))
     monkeypatch.setattr(module, "MAX_WORK", 1_000_000_000)
+    for name, value in limits.items():
+        monkeypatch.setattr(f"radapter_serve.tasks.{name}", value)
+    monkeypatch.setattr(module, "decode", lambda *_, **__: pytest.fail("decoded"))
     request = {"image": png(3), **given}
     with pytest.raises(TaskError, match=message):
         ask(local.loaded, **request)
     assert not local.calls
     if limits:  # and at the limit it is not
         for name, value in limits.items():
-            monkeypatch.setattr(f"radapter_serve.tasks.dense.{name}", value + 1)
+            monkeypatch.setattr(f"radapter_serve.tasks.{name}", value + 1)
         monkeypatch.setattr(module, "decode", decode)
         ask(local.loaded, **request)
 
