@@ -151,7 +151,9 @@ def _state(path: Path) -> object:
 class TokenBucket:
     """Allows `limit` in a period of some seconds, any number if None; full at first."""
 
-    def __init__(self, limit: float | None, period: float, now: Callable[[], float]) -> None:
+    def __init__(
+        self, limit: float | None, period: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._limit = limit
         self._period = period
         self._now = now
@@ -180,10 +182,10 @@ class TokenBucket:
 class Quota:
     """Counts the requests and images of a key towards its limits."""
 
-    def __init__(self, key: Key, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, key: Key) -> None:
         self.key = key
-        self._requests = TokenBucket(key.requests_per_second, 1.0, now)
-        self._images = TokenBucket(key.images_per_minute, 60.0, now)
+        self._requests = TokenBucket(key.requests_per_second, 1.0)
+        self._images = TokenBucket(key.images_per_minute, 60.0)
         self._running = 0
 
     @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,10 +11,22 @@ import pytest
 
 from radapter_client import Client, InvalidRequest, ModelNotFound
 from tests.helpers.fake_model import embed, ranked
+from tests.helpers.fake_server import FakeServer, write_repository
 
 pytestmark = pytest.mark.triton
 
 LABELS = ["a cat", "ein Hündchen", "🦊", "d", "e", "f, g"]
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with FakeServer(write_repository(tmp_path_factory.mktemp("fake") / "models")) as server:
+        yield server.urls
+
+
+@pytest.fixture(params=["grpc", "http"])
+def url(urls: dict[str, str], request: pytest.FixtureRequest) -> str:
+    return urls[request.param]
 
 
 def test_release(url: str) -> None:

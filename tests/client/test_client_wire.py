@@ -29,6 +29,11 @@ from radapter_serve.cli import query
 from tests.helpers.stand_ins import grpc_server, http_server
 
 
+@pytest.fixture(params=["grpc", "http"])
+def protocol(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def attempt(url: str, ask: Callable[[Client], Any], **options: Any) -> Any:
     """The answer of a call, or the error."""
     try:
