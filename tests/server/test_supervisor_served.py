@@ -193,7 +193,7 @@ def test_what_waits_is_begun_as_soon_as_a_process_is_free(
 
 def test_stopping_lets_calls_under_way_finish_and_is_unavailable_to_others(folder, threads):
     """It takes its models away meanwhile, one after the other."""
-    with FakeServer(folder, drain_seconds=4) as server, contextlib.ExitStack() as stack:
+    with FakeServer(folder) as server, contextlib.ExitStack() as stack:
         busy, others = (
             [
                 stack.enter_context(Client(url, timeout=30, retries=0))
@@ -201,7 +201,7 @@ def test_stopping_lets_calls_under_way_finish_and_is_unavailable_to_others(folde
             ]
             for _ in range(2)
         )
-        calls = begun(threads, busy, order(sleep=3))
+        calls = begun(threads, busy, order(sleep=2))
         stopping = threads.submit(server.stop)
         seen = set()
         while not stopping.done():
