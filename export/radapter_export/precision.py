@@ -10,7 +10,7 @@ import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,18 +28,13 @@ from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from radapter_export.checks import Inputs
 from radapter_export.graph import EXTERNAL_ABOVE, Graph, size_of
+from radapter_export.source import Source, read_image
 from radapter_serve.clip.base import Base
-from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import spread
 from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
-
-if TYPE_CHECKING:
-    from radapter_export.source import Source
-
 
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOAT = ir.DataType.FLOAT
@@ -158,10 +153,8 @@ def calibrate(
     preprocess = Preprocess.from_dict({**base.preprocess, **turns})
     pixels = []
     for path in spread(images, IMAGES):
-        try:
-            pixels.append(decode_pixels(path.read_bytes(), preprocess))
-        except TaskError as error:
-            raise RAdapterError(f"calibration image {path}: {error.what}") from error
+        where = f"calibration image {path}"
+        pixels.append(read_image(path, where, lambda data: decode_pixels(data, preprocess)))
     prompts = [
         template.replace("{}", name)
         for file in source.label_sets.values()

@@ -67,7 +67,7 @@ class LabelFile:
         """The images as the encoder takes them: small PNGs, without the files' metadata."""
         shown = []
         for path in self.images:
-            pixels = _read_image(path, f"{path}", lambda data: decode_pixels(data, preprocess))
+            pixels = read_image(path, f"{path}", lambda data: decode_pixels(data, preprocess))
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "PNG", compress_level=1)
             shown.append(file.getvalue())
@@ -131,11 +131,11 @@ def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
         why = ", as servers embed them again at each alpha" if dynamic_alpha else ""
         raise RAdapterError(f"{path} has {len(images)} images; at most {most} are allowed{why}")
     for file in images:
-        _read_image(file, f"{path}: {file}", verify)
+        read_image(file, f"{path}: {file}", verify)
     return LabelFile(labels, tuple(images), tuple(places), tuple(weights))
 
 
-def _read_image(path: Path, where: str, use: Callable[[bytes], T]) -> T:
+def read_image(path: Path, where: str, use: Callable[[bytes], T]) -> T:
     """Use the bytes of an image; of a larger file than any image may be, only the first."""
     try:
         with path.open("rb") as file:

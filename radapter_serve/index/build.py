@@ -147,6 +147,11 @@ def add(
         summary = writer.write(collection, progress)
         if prune:
             gone = {id for id in writer.known if not os.path.lexists(root / id)}
+            if len(gone) == len(writer.known):
+                raise RAdapterError(
+                    f"every image of the index {out} is gone, and an index has one at least; to end"
+                    " it, remove its folder"
+                )
             writer.remove(gone, summary)
         writer.publish(summary)
     return summary

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import digest_of, staged
 from radapter_serve.index.conditions import Met, evaluate, text_array
-from radapter_serve.index.facts import FACTS, FileFacts, Hit, Index, IndexFacts
+from radapter_serve.index.facts import FACTS, Hit, Index, IndexFacts
 from radapter_serve.index.neighbours import CODES, Neighbours, Positions, near_best
 
 GENERATION = "generation"
@@ -86,16 +86,6 @@ def generations_of(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if is_generation(path.name)]
 
 
-def describe_files(folder: Path) -> dict[str, FileFacts]:
-    """The size and digest of each file that a search reads, by name."""
-    paths = [folder / name for name in (ROWS, VECTORS, CODES)]
-    return {
-        path.name: FileFacts(path.stat().st_size, digest_of(path))
-        for path in paths
-        if path.is_file()
-    }
-
-
 def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> None:
     """Make a finished folder the current generation. A reader meanwhile finds this one or the one
     before, which stays for the time `keep`.
@@ -128,14 +118,15 @@ def write_text(path: Path, text: str) -> None:
 class FolderIndex(Index):
     """The mapped files of a folder's current generation, for any number of searches at once.
 
-    `complete` compares all files with their digests, however large.
+    `complete` compares all files with their digests, however large; `codes` False leaves out those
+    of FAISS, which can be made again from the vectors.
     """
 
-    def __init__(self, folder: Path, *, complete: bool = False) -> None:
+    def __init__(self, folder: Path, *, complete: bool = False, codes: bool = True) -> None:
         super().__init__(folder, *read_pointer(folder))
         try:
-            self._check_files(complete)
-            self._map_files()
+            self._check_files(complete, codes)
+            self._map_files(codes)
         except RAdapterError as error:
             raise RAdapterError(
                 f"the index {folder} can't be used: {error}; build it again:"
@@ -146,9 +137,9 @@ class FolderIndex(Index):
         # The parser and Arrow's functions load what they need at their first use.
         evaluate("path LIKE 'a%' AND path = 'a'", self._columns.slice(0, 1))
 
-    def _check_files(self, complete: bool) -> None:
+    def _check_files(self, complete: bool, codes: bool) -> None:
         """Compare the files with their sizes and digests."""
-        files = self.facts.files
+        files = {name: known for name, known in self.facts.files.items() if codes or name != CODES}
         every = complete or sum(known.size for known in files.values()) <= CHECKED_AT_OPEN
 
         def is_same(name: str) -> bool:
@@ -167,7 +158,7 @@ class FolderIndex(Index):
                 f"{', '.join(damaged)} in {self.generation} is not as it was written"
             )
 
-    def _map_files(self) -> None:
+    def _map_files(self, codes: bool) -> None:
         folder = self.folder / self.generation
         try:
             with (folder / ROWS).open("rb") as file:
@@ -187,7 +178,7 @@ class FolderIndex(Index):
                 " names"
             )
         self.vectors: NDArray[np.float32] = vectors  # [N, D], mapped
-        self._neighbours = Neighbours(folder, vectors) if self.facts.nearest else None
+        self._neighbours = Neighbours(folder, vectors) if codes and self.facts.nearest else None
 
     @property
     def schema(self) -> pa.Schema:

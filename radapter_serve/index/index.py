@@ -60,6 +60,7 @@ class _Opened:
     pointer: bytes  # the text of the folder's `index.json`
     index: Index | None  # None if it can't be opened
     asked: float  # time at which it was opened
+    error: str  # that is in the log; empty if it was opened
 
 
 class Indexes:
@@ -151,12 +152,15 @@ class Indexes:
                 if isinstance(index, QdrantIndex):  # perhaps another is published there now
                     pause = POLL
             if known is None or self._clock() - known.asked >= pause:
+                why = ""
                 try:
                     index = open_index(folder)
                 except RAdapterError as error:
                     # If what a link names now is broken, what it named before stays open.
-                    print(error, file=sys.stderr)
-                self._known[name] = _Opened(pointer, index, self._clock())
+                    why = str(error)
+                    if known is None or known.error != why:  # once, however long it lasts
+                        print(why, file=sys.stderr)
+                self._known[name] = _Opened(pointer, index, self._clock(), why)
         if index is None:
             raise TaskError(
                 UNKNOWN_INDEX, f"the index {name!r} can't be opened; the server's log says why"

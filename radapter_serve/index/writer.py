@@ -25,16 +25,15 @@ from pyarrow import parquet
 
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import disk_errors, lock, staged
+from radapter_serve.files import digest_of, disk_errors, lock, staged
 from radapter_serve.index.collection import Cluster, Collection, Item, Progress, Read, read
-from radapter_serve.index.facts import IndexFacts, Plan, read_facts
+from radapter_serve.index.facts import FileFacts, IndexFacts, Plan, read_facts
 from radapter_serve.index.folder import (
     EXACT,
     THUMBNAIL,
     VECTOR,
     VECTORS,
     FolderIndex,
-    describe_files,
     install,
     vector_column,
     vectors_of,
@@ -83,7 +82,8 @@ def writing(
 
     It begins with the rows of the current generation if that has the same plan, and with those that
     a stopped command embedded; `resume` False begins with nothing. What is embedded stays if the
-    work fails. A damaged generation is replaced, or refused if `extend`.
+    work fails. A damaged generation is replaced, or refused if `extend`; if its codes alone are
+    damaged, they are made again.
     """
     folder = out.with_name(f".{out.name}.building")
     with disk_errors(out), lock(folder, "radapter-index"):
@@ -140,12 +140,16 @@ class Writer:
 
         # The current generation, if it has the same plan.
         base: FolderIndex | None = None
+        self._has_codes = True
         if resume and not plan.rows:
             try:
                 base = FolderIndex(out, complete=True)
             except RAdapterError:
                 if extend:
                     raise
+                with contextlib.suppress(RAdapterError):
+                    base = FolderIndex(out, complete=True, codes=False)
+                    self._has_codes = False
         if base is not None and base.facts.plan.differences(plan):
             base = None
         self._base = base
@@ -243,7 +247,8 @@ class Writer:
         base = self._base
 
         # The generation stays if it has these rows.
-        if base is not None and not self._parts and summary.count == len(base):
+        has_all = self._has_codes and not self._parts
+        if base is not None and has_all and summary.count == len(base):
             summary.changed = False
             nearest = base.facts.nearest
         else:
@@ -261,7 +266,10 @@ class Writer:
                 plan=self._plan,
                 count=summary.count,
                 columns=[name for name in self.schema.names if name not in (VECTOR, THUMBNAIL)],
-                files=describe_files(place),
+                files={
+                    path.name: FileFacts(path.stat().st_size, digest_of(path))
+                    for path in sorted(place.iterdir())
+                },
                 nearest=nearest,
                 created=base.facts.created if base else now,
                 changed=now,

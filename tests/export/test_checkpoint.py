@@ -16,7 +16,6 @@ from torch import Tensor
 
 from radapter_export import ExportSettings, export_release
 from radapter_export import export as export_function
-from radapter_serve.cli.export import main
 from radapter_serve.clip.base import Base
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.release.integrity import verify
@@ -132,23 +131,3 @@ def test_a_lora_becomes_a_release_on_the_base_that_it_names(
     torch.testing.assert_close(
         weights, dict(model.merge_and_unload().state_dict()), rtol=0, atol=1e-6
     )
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ("--alpha dynamic", "--alpha dynamic is for adapters; leave it out with --checkpoint"),
-        ("--alpha auto", "--alpha auto is chosen for one run"),
-        ("--adapter runs/x", "--adapter and --checkpoint don't go together"),
-        ("--validation own", "--validation own is for adapters"),
-    ],
-)
-def test_flags_that_a_checkpoint_has_no_use_for_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: str, message: str
-) -> None:
-    tuned = tmp_path / "tuned.pt"
-    tuned.touch()
-    flags = ["--checkpoint", str(tuned), "--base", "ViT-B-32:openai", *args.split()]
-    assert main(flags) == 2
-    assert message in capsys.readouterr().err.replace("\n", " ")
-    assert list(tmp_path.iterdir()) == [tuned]

@@ -76,27 +76,15 @@ def test_release_json(exported: Exported, adapter_path: Path, tiny_base: Base) -
             path = folder / "repository" / model / str(release.version) / "release.json"
             assert json.loads(path.read_text(encoding="utf-8")) == facts
         expected = {
-            "format": 1,
             "base_digest": adapter.metadata.base_digest,
             "adapter_digest": adapter.digest,
-            "preprocess": {
-                "size": 32,
-                "mode": "RGB",
-                "mean": [0.48, 0.46, 0.41],
-                "std": [0.27, 0.26, 0.28],
-                "interpolation": "bicubic",
-                "resize_mode": "shortest",
-                "fill_color": 0,
-                "exif_orientation": True,
-            },
-            "embed_dim": 32,
             "dense": {"way": "naclip", "grid": 2},
-            "crop": {"padding": 0.0, "square": True, "fill": [122, 117, 105]},  # of that mean
             "logit_scale": pytest.approx(tiny_base.model.get_parameter("logit_scale").exp().item()),
-            "logit_bias": None,
             "templates": ["a photo of a {}.", "a drawing of a {}."],
         }
         assert {name: facts[name] for name in expected} == expected
+        preprocess = facts["preprocess"]
+        assert (preprocess["size"], preprocess["mean"]) == (32, [0.48, 0.46, 0.41])
         tokenizer = facts["tokenizer"]
         assert (tokenizer["context_length"], tokenizer["dynamic_length"]) == (77, True)
         assert facts["tools"]["onnxruntime"] == onnxruntime.__version__
@@ -152,15 +140,17 @@ def test_versions_count_up_and_other_models_stay(
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_recipe_says_how_patches_are_embedded_and_segments_cropped(
+def test_the_recipe_says_how_patches_are_embedded_segments_cropped_and_photos_turned(
     export: Export, adapter_path: Path, tmp_path: Path
 ) -> None:
     adapter = load_adapter(adapter_path)
     recipe = {"dense": "naclip", "mask_padding": 0.25, "mask_square": False}
+    recipe["exif_orientation"] = False
     path = tmp_path / "dense.safetensors"
     metadata = dataclasses.replace(adapter.metadata, recipe=recipe)
     save_adapter(Adapter(adapter.tensors, metadata), path)
     (release,) = export(adapter=path)
+    assert release.facts["preprocess"]["exif_orientation"] is False
     assert release.facts["dense"] == {"way": "naclip", "grid": 2}
     assert release.facts["crop"] == {"padding": 0.25, "square": False, "fill": [122, 117, 105]}
     assert sorted(graph.name for graph in release.graphs) == sorted(GRAPHS)
@@ -168,57 +158,34 @@ def test_the_recipe_says_how_patches_are_embedded_and_segments_cropped(
     assert without.facts["dense"] is None
     assert [graph.name for graph in without.graphs] == ["image_encoder", "text_encoder"]
     assert names(tmp_path / "repository" / PATCH_ENCODER) == {"1"}
-    (plain,) = export()
-    assert plain.facts["dense"] is None
-    served = {path.parent.name for path in (tmp_path / "repository").glob(f"*/{CONFIG}")}
-    assert served == set(WITHOUT_PATCHES)
 
 
-@pytest.mark.parametrize(
-    ("alphas", "changes", "message"),
-    [
-        ([0.5, float("nan")], {}, "alpha is nan"),
-        ([], {}, "alpha is empty; give one number"),
-        ([0.5, 0.5], {}, "alpha is 0.5 0.5; .* several that differ"),
-        ([0.5], {"label_sets": {"../a": "nothing.txt"}}, "'../a' can't be the name"),
-        ([0.5], {"tolerance": 1e-12}, "image_encoder in fp32 differs from torch"),
-        ([0.5], {"tolerance": 2}, "tolerance is 2: "),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(
-    export: Export, tmp_path: Path, alphas: Any, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(RAdapterError, match=message) as error:
-        export(alphas, **changes)
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("fault", ["disk full at a graph", "disk full at the tokenizer", "Ctrl-C"])
+@pytest.mark.parametrize("fault", ["disk full", "another result", "Ctrl-C"])
 def test_a_failure_leaves_everything_as_it_was(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     export()
     before = tree(tmp_path)
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        if fault == "disk full at a graph":
-            args[1].write_bytes(b"half a graph")
+    def full(model: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half a graph")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def interrupt(line: str) -> None:
         if fault == "Ctrl-C" and "text_encoder at alpha 0.3" in line:
             raise KeyboardInterrupt
 
-    if fault == "disk full at a graph":
+    if fault == "disk full":
         monkeypatch.setattr(onnx_ir, "save", full)
-    if fault == "disk full at the tokenizer":
-        monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises((RAdapterError, KeyboardInterrupt)) as error:
-        export((0.2, 0.3), progress=interrupt)
-    if fault != "Ctrl-C":
-        assert "No space left on device" in str(error.value)
-        assert "run radapter-export again" in str(error.value) and "\n" not in str(error.value)
+    messages = {
+        "disk full": "No space left on device.*run radapter-export again",
+        "another result": "image_encoder in fp32 differs from torch",
+        "Ctrl-C": "^$",
+    }
+    tolerance = 1e-12 if fault == "another result" else None
+    with pytest.raises((RAdapterError, KeyboardInterrupt), match=messages[fault]) as error:
+        export((0.2, 0.3), progress=interrupt, tolerance=tolerance)
+    assert "\n" not in str(error.value)
     assert tree(tmp_path) == before
 
 

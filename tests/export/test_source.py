@@ -1,5 +1,5 @@
-"""What goes with an adapter into its releases: classes, label sets with examples, the chosen α, the
-turning of photos; and what is warned of.
+"""What goes with an adapter into its releases: classes, label sets with examples, the chosen α; and
+what is warned of.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ import pytest
 
 import radapter_serve
 from radapter_client import InvalidRequest
-from radapter_export.source import read_label_set
+from radapter_export import ExportSettings
+from radapter_export.source import read_label_set, read_source
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
-from radapter_serve.cli.export import main
 from radapter_serve.contract.labels import split_label
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
@@ -42,52 +43,45 @@ def run(adapter_path: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_the_runs_classes_are_a_label_set(
-    run: Callable[..., Path], export: Export, tmp_path: Path
-) -> None:
-    def classes(version: int) -> LabelSet:
-        folder = tmp_path / "repository" / "classify" / str(version) / "label_sets"
-        return LabelSet.load(folder / "classes.npz")
+def test_the_runs_classes_are_a_label_set(run: Callable[..., Path], tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("zebra\nhorse\n", encoding="utf-8")
 
-    [release] = export(adapter=run(classes=["dog", "cat, kitty", "dog", "zebra", "cat, tom"]))
-    assert classes(1).labels == ("dog", "cat", "zebra")
-    assert classes(1).lines == ("dog", "cat, kitty", "zebra")
-    assert release.facts["label_sets"]["classes"]["labels"] == 3
-    assert release.warnings == []
-    (tmp_path / "own.txt").write_text("zebra\nhorse\n", encoding="utf-8")
-    [release] = export(adapter=run(classes=["dog"]), label_sets={"animals": tmp_path / "own.txt"})
-    assert set(release.facts["label_sets"]) == {"animals", "classes"}
-    export(adapter=run(classes=["dog"]), label_sets={"classes": tmp_path / "own.txt"})
-    assert classes(3).labels == ("zebra", "horse")
-    [release] = export(adapter=run())
-    assert release.facts["label_sets"] == {}
+    def label_sets(names: list[str] | None, **paths: Path) -> dict[str, list[str]]:
+        source = read_source([run(classes=names)], None, ExportSettings(label_sets=paths))
+        return {name: file.labels for name, file in source.label_sets.items()}
+
+    twice = ["dog", "cat, kitty", "dog", "zebra", "cat, tom"]
+    assert label_sets(twice) == {"classes": ["dog", "cat, kitty", "zebra"]}
+    both = {"classes": ["dog"], "animals": ["zebra", "horse"]}
+    assert label_sets(["dog"], animals=own) == both
+    assert label_sets(["dog"], classes=own) == {"classes": ["zebra", "horse"]}
+    assert label_sets(None) == {}
 
 
 def test_labels_that_cannot_be_told_apart_are_named(
-    run: Callable[..., Path],
-    quick: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    run: Callable[..., Path], quick: None, tmp_path: Path
 ) -> None:
     """The tokenizer makes all letters small."""
     folder = run(classes=["Crane", "dog", "crane"])
-    monkeypatch.chdir(tmp_path)
-    assert main(["--adapter", str(folder), "--alpha", "0.5", "0.6"]) == 0
-    err = capfd.readouterr().err
-    assert err.startswith("note: label set classes") and err.count("\n") == 1
-    assert "'Crane' and 'crane'" in err and "dog" not in err
+    places: dict[str, Any] = {"model_repository": tmp_path / "r", "merged": tmp_path / "merged"}
+    (note,) = radapter_serve.export(folder, [0.5, 0.6], **places).notes
+    assert "'Crane' and 'crane'" in note and "dog" not in note
 
 
 def test_an_export_says_which_alpha_it_takes(
-    run: Callable[..., Path], quick: None, tmp_path: Path
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = run()
 
+    def resolved(paths: Any, alphas: Any, settings: Any, progress: Any) -> list[Any]:
+        found = read_source(paths, alphas, settings).alphas
+        return [SimpleNamespace(alpha=alpha, warnings=[]) for alpha in found]
+
+    monkeypatch.setattr("radapter_export.release.export_release", resolved)
+
     def export(alpha: Any = None, adapter: Any = folder) -> Any:
-        done = radapter_serve.export(
-            adapter, alpha, model_repository=tmp_path / "repository", merged=tmp_path / "merged"
-        )
+        done = radapter_serve.export(adapter, alpha)
         return [release.alpha for release in done.releases], done.choice, done.notes
 
     # Without a choice it is the run's own.
@@ -96,6 +90,8 @@ def test_an_export_says_which_alpha_it_takes(
     assert note.startswith(f"alpha 0.5 is the run's own: no alpha was chosen for {folder}; ")
     assert export(None, [folder, folder]) == ([0.5], None, ("alpha 0.5 is the average's own",))
     assert export("dynamic")[0] == [0.5]
+    with pytest.raises(RAdapterError, match="alpha is empty; give one number"):
+        read_source([folder], [], ExportSettings())
 
     # With one it is followed where no number is given.
     chosen = Choice(0.3, 0.7, 0.5, "rule", [], {}, load_adapter(folder).digest)
@@ -120,11 +116,6 @@ def test_an_export_says_which_alpha_it_takes(
             export(alpha)
         with pytest.raises(RAdapterError, match=f"--alpha {alpha} is chosen for one run"):
             export(alpha, [folder, folder])
-
-
-def test_photos_are_turned_as_in_training(run: Callable[..., Path], export: Export) -> None:
-    [release] = export(adapter=run(recipe={"exif_orientation": False}))
-    assert release.facts["preprocess"]["exif_orientation"] is False
 
 
 NAMES = ["cat", "dog", "guinea pig", "horse", "old wall"]
@@ -257,10 +248,8 @@ def test_as_many_images_as_are_allowed(
         read_label_set(path, dynamic_alpha=dynamic)
 
 
-def test_a_comma_in_a_name_stays_one_name_in_every_file(tmp_path: Path) -> None:
-    (tmp_path / "labels.txt").write_text("salt\\, pepper, spices\ncat\n", encoding="utf-8")
+def test_a_comma_in_a_name_stays_one_name(tmp_path: Path) -> None:
     entries = [{"label": "salt\\, pepper,spices"}, "cat"]
     (tmp_path / "labels.yaml").write_text(json.dumps(entries), encoding="utf-8")
-    for name in ("labels.txt", "labels.yaml"):
-        labels = read_label_set(tmp_path / name, dynamic_alpha=False).labels
-        assert [split_label(label) for label in labels] == [["salt, pepper", "spices"], ["cat"]]
+    labels = read_label_set(tmp_path / "labels.yaml", dynamic_alpha=False).labels
+    assert [split_label(label) for label in labels] == [["salt, pepper", "spices"], ["cat"]]

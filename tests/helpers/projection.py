@@ -27,10 +27,12 @@ class Projection:
     """An encoder; a text is the number of its vector in `texts`, or its length is."""
 
     def __init__(self, texts: NDArray[np.float32]) -> None:
+        self.embedded = 0  # images so far
         self._texts = texts
         self._weight = np.random.default_rng(0).standard_normal((SIZE * SIZE * 3, DIM))
 
     def images(self, pixels: NDArray[np.uint8], alpha: Any = None) -> NDArray[np.float32]:
+        self.embedded += len(pixels)
         embeds = (pixels.reshape(len(pixels), -1) / 255 - 0.5) @ self._weight
         return np.asarray(embeds / np.linalg.norm(embeds, axis=1, keepdims=True), np.float32)
 

@@ -13,13 +13,12 @@ import pytest
 from pyarrow import csv, parquet
 
 from radapter_serve.cli.index import main
-from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build, build_from_embeddings, verify
 from radapter_serve.index.index import current, open_index
 from tests.helpers.indexes import generation
-from tests.helpers.projection import DIM
-from tests.index.test_index import FakeRelease, write
+from tests.helpers.projection import DIM, projecting
+from tests.index.test_index import embedded, write
 
 COUNT = 5000  # more than are read at once
 
@@ -47,7 +46,7 @@ def test_searches_are_numpys(
 ) -> None:
     np.save(files[0], vectors.astype(dtype))
     out = tmp_path / "index"
-    summary = build_from_embeddings(*files, out, FakeRelease())
+    summary = build_from_embeddings(*files, out, projecting())
     assert (summary.count, summary.embedded, summary.recall) == (COUNT, 0, None)
     unit = vectors.astype(dtype).astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
@@ -69,7 +68,7 @@ def test_searches_are_numpys(
 def test_a_search_loads_no_pandas(files: tuple[Path, Path], tmp_path: Path) -> None:
     """It would cost a server some 30 MB."""
     out = tmp_path / "index"
-    build_from_embeddings(*files, out, FakeRelease())
+    build_from_embeddings(*files, out, projecting())
     code = (
         "import sys, numpy as np, radapter_serve.index.index\n"
         "from radapter_serve.index.index import open_index\n"
@@ -85,17 +84,17 @@ def test_the_index_names_the_command_that_makes_it_again(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "index"
-    build_from_embeddings(*files, out, FakeRelease())
+    build_from_embeddings(*files, out, projecting())
     command = f"radapter-index build --from-embeddings {files[0]} --rows {files[1]} --out {out}"
     assert current(out)[1].plan.command(out).startswith(command)
     with pytest.raises(RAdapterError, match=f"was made of embeddings; .*{command}"):
-        add(out, FakeRelease())
+        add(out, projecting())
     first = generation(out)
-    assert build_from_embeddings(*files, out, FakeRelease()).count == COUNT
+    assert build_from_embeddings(*files, out, projecting()).count == COUNT
     assert generation(out) != first and len(open_index(out)) == COUNT
     # A build of images replaces it.
     write(tmp_path / "photos" / "a.png", 1)
-    assert build(str(tmp_path / "photos"), out, FakeRelease()).count == 1
+    assert build(str(tmp_path / "photos"), out, projecting()).count == 1
 
 
 NAMES = [str(number) for number in range(COUNT)]
@@ -142,7 +141,7 @@ def test_files_that_do_not_fit_are_refused_and_leave_nothing(
     else:
         (tmp_path / change).write_bytes(b"noise")
     with pytest.raises(RAdapterError, match=message) as error:
-        build_from_embeddings(*files, tmp_path / "index", FakeRelease())
+        build_from_embeddings(*files, tmp_path / "index", projecting())
     assert "\n" not in str(error.value) and not list(tmp_path.glob("*index*"))
 
 
@@ -154,7 +153,7 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    release = FakeRelease()
+    release = projecting()
     monkeypatch.setattr("radapter_serve.encoders.loaded.release_at", lambda origin: release)
     csv.write_csv(parquet.read_table(files[1]).rename_columns(["year", "id", "share"]), "r.csv")
     call = ["build", "--from-embeddings", "v.npy", "--rows", "r.csv", "--image-column", "id"]
@@ -167,4 +166,4 @@ def test_the_command(
         arguments = wrong if wrong[:1] == ["build"] else ["build", *wrong]
         assert main([*arguments, "--out", "other"]) == 2
         assert "--from-embeddings" in capsys.readouterr().err
-    assert isinstance(release, LoadedRelease) and release.embedded == 0
+    assert embedded(release) == 0

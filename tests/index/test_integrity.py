@@ -20,8 +20,8 @@ from radapter_serve.index.folder import ROWS, VECTORS
 from radapter_serve.index.index import open_index
 from radapter_serve.index.neighbours import CODES
 from tests.helpers.indexes import generation, said, say
-from tests.helpers.projection import DIM
-from tests.index.test_index import FakeRelease, embeds_of, write
+from tests.helpers.projection import DIM, embeds_of, projecting
+from tests.index.test_index import embedded, write
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def out(tmp_path: Path) -> Path:
     for number in range(4):
         write(tmp_path / "photos" / f"{number}.png", number)
         if number > 1:
-            build(str(tmp_path / "photos"), tmp_path / "index", FakeRelease())
+            build(str(tmp_path / "photos"), tmp_path / "index", projecting())
     return tmp_path / "index"
 
 
@@ -48,7 +48,7 @@ def test_one_flipped_bit_of_any_file_is_refused_and_named(
         path = generation(out) / name
         before = path.read_bytes()
         flip(path, int(where * len(before)))
-        for tried in (verify, open_index, lambda out: add(out, FakeRelease())):
+        for tried in (verify, open_index, lambda out: add(out, projecting())):
             with pytest.raises(RAdapterError, match=f"{name} in g-.* is not.*build it") as refused:
                 tried(out)
             assert "\n" not in str(refused.value)
@@ -67,7 +67,7 @@ def test_of_a_large_index_verify_compares_all_and_opening_it_the_codes_and_the_s
     parquet.write_table(rows, tmp_path / "r.parquet")
     files = tmp_path / "v.npy", tmp_path / "r.parquet"
     out = tmp_path / "index"
-    build_from_embeddings(*files, out, FakeRelease())
+    build_from_embeddings(*files, out, projecting())
     for name in (ROWS, VECTORS):
         flip(generation(out) / name, 2000)
         assert len(open_index(out)) == 200
@@ -86,6 +86,23 @@ def test_of_a_large_index_verify_compares_all_and_opening_it_the_codes_and_the_s
         open_index(out)
 
 
+def test_codes_that_are_damaged_are_made_again_of_the_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "EXACT", 100)
+    release = projecting()
+    photos, out = tmp_path / "photos", tmp_path / "index"
+    for number in range(120):
+        write(photos / f"{number}.png", number)
+    build(str(photos), out, release)
+    flip(generation(out) / CODES, 2000)
+    with pytest.raises(RAdapterError, match=f"{CODES} in .*; build it again: radapter-index build"):
+        add(out, release)
+    summary = build(str(photos), out, release)
+    assert (summary.changed, summary.kept, embedded(release)) == (True, 120, 120)
+    assert verify(out).ok and said(out)["nearest"]
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("value", [1e35, float("nan")])
 def test_scores_that_no_cosine_has_are_refused(
@@ -96,9 +113,9 @@ def test_scores_that_no_cosine_has_are_refused(
         monkeypatch.setattr(writer, "EXACT", 100)
         for number in range(4, 120):
             write(tmp_path / "photos" / f"{number}.png", number)
-        build(str(tmp_path / "photos"), out, FakeRelease())
+        build(str(tmp_path / "photos"), out, projecting())
         assert said(out)["nearest"]
-    query = embeds_of(FakeRelease(), [tmp_path / "photos" / "1.png"])[0]
+    query = embeds_of([tmp_path / "photos" / "1.png"])[0]
     path = generation(out) / VECTORS
     data = path.read_bytes()
     assert query.tobytes() in data
@@ -123,11 +140,11 @@ def test_damage_to_a_stopped_build_is_refused(
         write(photos / f"{number}.png", number)
     (photos / "z.png").write_bytes(b"broken")
     with pytest.raises(RAdapterError, match="are kept"):
-        build(str(photos), tmp_path / "index", FakeRelease())
+        build(str(photos), tmp_path / "index", projecting())
     (photos / "z.png").unlink()
     part = tmp_path / ".index.building" / "000000.parquet"
-    vector = embeds_of(FakeRelease(), [photos / "0.png"])[0].tobytes()
+    vector = embeds_of([photos / "0.png"])[0].tobytes()
     flip(part, part.read_bytes().index(vector[:4]))
     with pytest.raises(RAdapterError, match="can't be resumed: .*; discard it with --no-resume"):
-        build(str(photos), tmp_path / "index", FakeRelease())
-    assert build(str(photos), tmp_path / "index", FakeRelease(), resume=False).count == 4
+        build(str(photos), tmp_path / "index", projecting())
+    assert build(str(photos), tmp_path / "index", projecting(), resume=False).count == 4

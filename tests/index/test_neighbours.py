@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.index import folder, neighbours, writer
@@ -24,7 +25,9 @@ from radapter_serve.index.folder import ROWS, VECTORS
 from radapter_serve.index.index import open_index
 from radapter_serve.index.neighbours import CODES, Neighbours, tune, write_neighbours
 from tests.helpers.indexes import generation, said, say
-from tests.index.test_index import Counting, FakeRelease
+from tests.helpers.projection import Projection
+from tests.helpers.small_models import release as release_facts
+from tests.index.test_index import embedded
 
 COUNT = 3000
 DIM = 32
@@ -41,20 +44,20 @@ def small_is_approximate() -> Iterator[None]:
         yield
 
 
-class Ready(FakeRelease):
+class Ready(LoadedRelease):
     """Takes an image file as the number of its vector."""
 
     def __init__(self, vectors: Array, texts: Array) -> None:
-        super().__init__()
+        encoder = Projection(texts)
+        super().__init__(release_facts(embed_dim=vectors.shape[1]), encoder, encoder)
         self.vectors = vectors
         self.texts = texts
-        self.release = dataclasses.replace(self.release, embed_dim=vectors.shape[1])
 
     def pixels(self, data: bytes) -> Any:
         return int(data)
 
     def embed_pixels(self, pixels: Sequence[Any]) -> Array:
-        assert isinstance(self.encoder, Counting)
+        assert isinstance(self.encoder, Projection)
         self.encoder.embedded += len(pixels)
         return self.vectors[list(pixels)]
 
@@ -193,7 +196,7 @@ def test_an_index_grows_beyond_what_is_compared_and_shrinks(
         os.utime(path, (0, 0))
     (photos / "000000.jpg").write_text("0")
     add(out, release)
-    assert len(list(out.glob("g-*"))) == 2 and release.embedded == 302
+    assert len(list(out.glob("g-*"))) == 2 and embedded(release) == 302
 
 
 def other_codes(dim: int, kind: str) -> Any:
@@ -280,8 +283,10 @@ def test_more_hits_than_the_cells_hold_are_found_in_others(
 @pytest.mark.parametrize(
     "kept",
     [
-        *(f"share {share}" for share in (0.9, 0.005)),
-        *(f"beyond {share}" for share in (0.02, 0.8)),
+        "share 0.9",
+        "share 0.005",
+        "beyond 0.02",
+        "beyond 0.8",
         "nearest half",
     ],
 )

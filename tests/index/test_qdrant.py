@@ -21,7 +21,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import FACTS
 from radapter_serve.index.folder import THUMBNAIL, FolderIndex
-from radapter_serve.index.index import POLL, open_index
+from radapter_serve.index.index import POLL, Indexes, open_index
 from radapter_serve.index.qdrant import (
     FACTS_KEY,
     KEYS,
@@ -37,9 +37,8 @@ from radapter_serve.index.qdrant import (
 )
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from tests.helpers.fake_clock import FakeClock
-from tests.helpers.indexes import retrieving
-from tests.helpers.projection import DIM
-from tests.index.test_index import FakeRelease, embeds_of, write
+from tests.helpers.projection import DIM, Searching, projecting
+from tests.index.test_index import write
 
 if TYPE_CHECKING:  # Qdrant's client takes a second to load, so tests load it as they need it
     from tests.helpers.fake_qdrant import FakeQdrant
@@ -66,12 +65,17 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def put(store: FakeQdrant, source: str, tmp_path: Path) -> FakeRelease:
-    """Build, publish, and link an index, of which only the link stays beside `index`."""
-    build(source, tmp_path / "index", release := FakeRelease())
+def put(store: FakeQdrant, source: str, tmp_path: Path) -> Path:
+    """Build `index`, publish it, and link it; returns the folder of the link."""
+    build(source, tmp_path / "index", projecting())
     publish(tmp_path / "index", f"{store.url}/photos")
     link(f"{store.url}/photos", tmp_path / "indexes" / "photos")
-    return release
+    return tmp_path / "indexes" / "photos"
+
+
+@pytest.fixture
+def linked(store: FakeQdrant, photos: Path, tmp_path: Path) -> Path:
+    return put(store, str(photos), tmp_path)
 
 
 def test_the_commands(
@@ -81,7 +85,7 @@ def test_the_commands(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("radapter_serve.encoders.loaded.release_at", lambda origin: FakeRelease())
+    monkeypatch.setattr("radapter_serve.encoders.loaded.release_at", lambda origin: projecting())
     linked = tmp_path / "linked"
     url = f"{store.url}/photos"
     call = ["build", str(photos), "--out", str(tmp_path / "index")]
@@ -94,23 +98,29 @@ def test_the_commands(
     assert len(open_index(linked).search(QUERY, 100)) == 8
 
 
-def test_the_hits_are_numpys(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
-    release = put(store, str(photos), tmp_path)
-    index = open_index(tmp_path / "indexes" / "photos")
-    embeds = embeds_of(release, sorted(photos.iterdir()))
-    for query in (QUERY, -embeds[5]):
-        hits = index.search(query, 5)
+def test_hits_and_embeddings_are_those_of_the_folder(
+    linked: Path, store: FakeQdrant, tmp_path: Path
+) -> None:
+    here = open_index(tmp_path / "index")
+    there = open_index(linked)
+    for query in (QUERY, -here.embeddings(["5.png"])[0]):
+        found, expected = (index.search(query, 8, thumbnails=True) for index in (there, here))
         assert store.asked[-1][2]["params"]["exact"] is True
-        best = np.argsort(-(embeds @ query))[:5]
-        assert [hit.id for hit in hits] == [f"{number}.png" for number in best]
-        np.testing.assert_allclose([hit.score for hit in hits], (embeds @ query)[best], atol=1e-6)
-        assert not any(hit.thumbnail for hit in hits)
-    hits = index.search(QUERY, 8, thumbnails=True)
-    kept = open_index(tmp_path / "index").search(QUERY, 8, thumbnails=True)
-    assert [(hit.id, hit.metadata, hit.thumbnail) for hit in hits] == [
-        (hit.id, hit.metadata, hit.thumbnail) for hit in kept
-    ]
-    assert hits[0].thumbnail.startswith(b"\xff\xd8") and len(index) == 8
+        assert [(hit.id, hit.metadata, hit.thumbnail) for hit in found] == [
+            (hit.id, hit.metadata, hit.thumbnail) for hit in expected
+        ]
+        scores, wanted = ([hit.score for hit in hits] for hits in (found, expected))
+        np.testing.assert_allclose(scores, wanted, atol=1e-6)
+    assert found[0].thumbnail.startswith(b"\xff\xd8") and len(there) == 8
+    assert not any(hit.thumbnail for hit in there.search(QUERY, 5))
+    ids = ["3.png", "5.png", "3.png"]
+    np.testing.assert_allclose(there.embeddings(ids), here.embeddings(ids), atol=1e-6)
+    with pytest.raises(TaskError, match="has no image 'no.png'"):
+        there.embeddings(["no.png"])
+    broken = {"points": [{"id": 1, "payload": {"path": "3.png"}, "vector": [1.0]}]}
+    store.answer = lambda path, true: broken if "scroll" in path else true
+    with pytest.raises(TaskError, match=r"\[unknown_index\].*can't be searched in Qdrant"):
+        there.embeddings(["3.png"])
 
 
 CONDITIONS = [
@@ -158,19 +168,15 @@ def table(photos: Path, tmp_path: Path) -> str:
     return f"parquet:{tmp_path / 't.parquet'}"
 
 
-def test_conditions_are_met_as_in_sql(store: FakeQdrant, table: str, tmp_path: Path) -> None:
-    put(store, table, tmp_path)
+def test_conditions_are_met_as_in_sql_or_refused(
+    store: FakeQdrant, table: str, tmp_path: Path
+) -> None:
+    index = open_index(put(store, table, tmp_path))
     local = open_index(tmp_path / "index")
-    linked = open_index(tmp_path / "indexes" / "photos")
     for where in CONDITIONS:
         wanted = {hit.id: hit.metadata for hit in local.search(QUERY, 100, where)}
         assert 0 < len(wanted) < 8, where
-        assert {hit.id: hit.metadata for hit in linked.search(QUERY, 100, where)} == wanted, where
-
-
-def test_other_conditions_are_refused(store: FakeQdrant, table: str, tmp_path: Path) -> None:
-    put(store, table, tmp_path)
-    index = open_index(tmp_path / "indexes" / "photos")
+        assert {hit.id: hit.metadata for hit in index.search(QUERY, 100, where)} == wanted, where
     for where, message in (
         *((where, "an index in Qdrant takes a column") for where in REFUSED),
         *((f"year = {value}", "'year', a number, with") for value in ("'2000'", "NULL", 2**53 + 1)),
@@ -188,53 +194,33 @@ def test_other_conditions_are_refused(store: FakeQdrant, table: str, tmp_path: P
 REFUSED = ("path LIKE 'a%'", "year + 1 > 2000", "path < 'b'", "1 = 1")
 
 
-def test_embeddings_are_those_of_the_folder(
-    store: FakeQdrant, photos: Path, tmp_path: Path
-) -> None:
-    put(store, str(photos), tmp_path)
-    linked = open_index(tmp_path / "indexes" / "photos")
-    ids = ["3.png", "5.png", "3.png"]
-    np.testing.assert_allclose(
-        linked.embeddings(ids), open_index(tmp_path / "index").embeddings(ids), atol=1e-6
-    )
-    with pytest.raises(TaskError, match="has no image 'no.png'"):
-        linked.embeddings(["no.png"])
-    broken = {"points": [{"id": 1, "payload": {"path": "3.png"}, "vector": [1.0]}]}
-    store.answer = lambda path, true: broken if "scroll" in path else true
-    with pytest.raises(TaskError, match=r"\[unknown_index\].*can't be searched in Qdrant"):
-        linked.embeddings(["3.png"])
-
-
 def test_a_server_goes_over_to_what_was_published_last(
-    store: FakeQdrant, photos: Path, tmp_path: Path
+    linked: Path, store: FakeQdrant, photos: Path, tmp_path: Path
 ) -> None:
-    release = put(store, str(photos), tmp_path)
     clock = FakeClock()
-    retrieve = retrieving(release, tmp_path / "indexes", QUERY, clock.monotonic)
+    request = RetrieveRequest("photos", Query(["a"]), top_k=100)
+    search = Searching.of(projecting(linked.parent), clock.monotonic)
 
     def count() -> int:
         clock.now += POLL
-        return len(retrieve(RetrieveRequest("photos", Query(["a"]), top_k=100)).hits)
+        return len(search.ids(request))
 
     assert count() == 8 and not publish(tmp_path / "index", f"{store.url}/photos")
     for number in range(3):
         write(photos / f"new{number}.png", 90 + number)
-        add(tmp_path / "index", release)
+        add(tmp_path / "index", projecting())
         assert count() == 8 + number  # not published yet
         assert publish(tmp_path / "index", f"{store.url}/photos") and count() == 9 + number
         assert len(store.local.get_collections().collections) == 2
     with pytest.raises(TaskError, match=r"\[index_mismatch\]"):
-        retrieving(FakeRelease(0.1), tmp_path / "indexes", QUERY)(
-            RetrieveRequest("photos", Query(["a"]))
-        )
+        Searching.of(projecting(linked.parent, alpha=0.1))(request)
 
 
 def test_a_publication_that_dies_is_not_seen(
-    store: FakeQdrant, photos: Path, tmp_path: Path
+    linked: Path, store: FakeQdrant, photos: Path, tmp_path: Path
 ) -> None:
-    release = put(store, str(photos), tmp_path)
     write(photos / "new.png", 9)
-    add(tmp_path / "index", release)
+    add(tmp_path / "index", projecting())
     store.answer = lambda path, result: b"{" if path.endswith("/points") else result
     with pytest.raises(RAdapterError, match="can't be used: its answer makes no sense"):
         publish(tmp_path / "index", f"{store.url}/photos")
@@ -242,9 +228,9 @@ def test_a_publication_that_dies_is_not_seen(
     with pytest.raises(RAdapterError, match="has 3 of 9 images"):
         publish(tmp_path / "index", f"{store.url}/photos")
     store.answer = None
-    assert len(open_index(tmp_path / "indexes" / "photos").search(QUERY, 100)) == 8
+    assert len(open_index(linked).search(QUERY, 100)) == 8
     assert publish(tmp_path / "index", f"{store.url}/photos")
-    assert len(open_index(tmp_path / "indexes" / "photos").search(QUERY, 100)) == 9
+    assert len(open_index(linked).search(QUERY, 100)) == 9
 
 
 def test_the_key_comes_from_the_environment(
@@ -254,8 +240,7 @@ def test_the_key_comes_from_the_environment(
     with pytest.raises(RAdapterError, match="HTTP 401; see RADAPTER_QDRANT_API_KEY"):
         put(store, str(photos), tmp_path)
     monkeypatch.setenv("QDRANT_API_KEY", "secret")
-    put(store, str(photos), tmp_path)
-    assert len(open_index(tmp_path / "indexes" / "photos").search(QUERY)) == 8
+    assert len(open_index(put(store, str(photos), tmp_path)).search(QUERY)) == 8
     monkeypatch.setenv("RADAPTER_QDRANT_API_KEY", "wrong")
     with pytest.raises(RAdapterError, match="HTTP 401"):
         open_index(tmp_path / "indexes" / "photos")
@@ -266,12 +251,9 @@ def test_the_key_comes_from_the_environment(
 @pytest.mark.parametrize(
     "hit", [b"", b'{"result": null}', {"score": "x"}, {"payload": None}, {"payload": {}}]
 )
-def test_answers_that_make_no_sense(
-    hit: Any, store: FakeQdrant, photos: Path, tmp_path: Path
-) -> None:
+def test_answers_that_make_no_sense(hit: Any, linked: Path, store: FakeQdrant) -> None:
     """Bytes are the whole answer; else the first hit is changed."""
-    release = put(store, str(photos), tmp_path)
-    retrieve = retrieving(release, tmp_path / "indexes", QUERY)
+    retrieve = Searching.of(projecting(linked.parent))
     request = RetrieveRequest("photos", Query(["a"]), top_k=8, thumbnails=True)
 
     def bent(path: str, result: Any) -> Any:
@@ -293,11 +275,8 @@ def test_answers_that_make_no_sense(
     assert len(retrieve(request).hits) == 8
 
 
-def test_facts_that_make_no_sense(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
-    put(store, str(photos), tmp_path)
-    url = f"{store.url}/photos"
-    folder = tmp_path / "indexes" / "photos"
-    generation, facts = Qdrant(url).current()
+def test_facts_that_make_no_sense(linked: Path, store: FakeQdrant) -> None:
+    generation, facts = Qdrant(f"{store.url}/photos").current()
     wider = dataclasses.replace(facts.plan.release, embed_dim=DIM + 1)
     values = {**dataclasses.asdict(facts), "generation": generation}
     changes: list[dict[str, Any]] = [
@@ -306,24 +285,18 @@ def test_facts_that_make_no_sense(store: FakeQdrant, photos: Path, tmp_path: Pat
         {"generation": "elsewhere"},
         {"plan": dataclasses.asdict(dataclasses.replace(facts.plan, release=wider))},
     ]
-    for change in changes:
-        _answer_facts(store, json.dumps({**values, **change}))
-        with pytest.raises(
-            RAdapterError, match="holds no index that can be read.*radapter-index publish"
-        ):
-            open_index(folder)
-    for text in ("", "[]", "[" * 50_000, None):
-        _answer_facts(store, text)
-        with pytest.raises(RAdapterError, match="can't be used|no index that can be read"):
-            open_index(folder)
+    texts = [json.dumps({**values, **change}) for change in changes]
+    said: list[Any] = [None]
 
-
-def _answer_facts(store: FakeQdrant, text: Any) -> None:
     def answer(_: str, result: Any) -> Any:
-        result["config"]["metadata"] = {FACTS_KEY: text}
+        result["config"]["metadata"] = {FACTS_KEY: said[0]}
         return result
 
     store.answer = answer
+    for text in (*texts, "", "[]", "[" * 50_000, None):
+        said[0] = text
+        with pytest.raises(RAdapterError, match="can't be used|no index that can be read"):
+            open_index(linked)
 
 
 def test_refusals(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
@@ -337,27 +310,33 @@ def test_refusals(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(RAdapterError, match="no index at"):
         publish(tmp_path / "nothing", url)
     assert not (tmp_path / "nothing").exists()
-    release = put(store, str(photos), tmp_path)
-    linked = tmp_path / "indexes" / "photos"
+    linked = put(store, str(photos), tmp_path)
     with pytest.raises(RAdapterError, match="read-only"):
-        add(linked, release)
+        add(linked, projecting())
     assert main(["verify", str(linked)]) == 2
     store.local.create_collection("mine", {})
     with pytest.raises(RAdapterError, match="is a collection that radapter-index did not make"):
         publish(tmp_path / "index", f"{store.url}/mine")
 
 
-def test_qdrant_that_is_gone(photos: Path, tmp_path: Path) -> None:
+def test_qdrant_that_is_gone(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was opened stays open, and the log has one line, however often it is asked for."""
     from tests.helpers.fake_qdrant import fake_qdrant
 
+    clock = FakeClock()
     with fake_qdrant() as store:
-        put(store, str(photos), tmp_path)
-        index = open_index(tmp_path / "indexes" / "photos")
+        linked = put(store, str(photos), tmp_path)
+        indexes = Indexes(projecting(linked.parent), clock=clock.monotonic)
+    capsys.readouterr()
+    for _ in range(3):
+        clock.now += POLL
+        assert len(indexes.get("photos")[0]) == 8
+    assert capsys.readouterr().err.count("it does not answer as it should") == 1
     with pytest.raises(TaskError, match="in Qdrant: it does not answer as it should") as error:
-        index.search(QUERY)
+        indexes.get("photos")[0].search(QUERY)
     assert error.value.code == UNKNOWN_INDEX
-    with pytest.raises(RAdapterError, match="it does not answer as it should"):
-        open_index(tmp_path / "indexes" / "photos")
 
 
 def native(one: Any) -> Any:
@@ -385,7 +364,7 @@ def native(one: Any) -> Any:
 def test_qdrants_own_engine_meets_the_conditions(table: str, tmp_path: Path, indexed: bool) -> None:
     """The engine of Qdrant's server, which comes as a library, answers as an index in a folder."""
     edge = pytest.importorskip("qdrant_edge", reason="pip install -e '.[integrations]'")
-    build(table, tmp_path / "index", FakeRelease())
+    build(table, tmp_path / "index", projecting())
     local = FolderIndex(tmp_path / "index")
     types = OWN | local.facts.plan.column_types
     vectors = edge.EdgeVectorParams(size=DIM, distance=edge.Distance.Dot)

@@ -69,6 +69,23 @@ def test_tolerance_widens_the_cosine_by_its_square_and_the_advice_suffices() -> 
         assert agreement_of(near, units(0), own.widened(advice)).max_error <= advice
 
 
+NAN = units(0) * np.where(np.arange(512) == 7, np.nan, 1)
+
+
+@pytest.mark.parametrize(
+    ("embeds", "message"), [(NAN, "not finite"), (units(0)[:, :8], r"gives \(4, 8\) where torch")]
+)
+def test_embeddings_that_are_none_are_refused(embeds: np.ndarray, message: str) -> None:
+    with pytest.raises(RAdapterError, match=message):
+        agreement_of(embeds, units(0), Tolerance(1.0))
+
+
+def test_a_graph_that_fails_on_a_batch_is_named() -> None:
+    samples = Samples([np.zeros((4, 1), np.uint8)], [units(0).astype(np.float32)])
+    with pytest.raises(RAdapterError, match=r"graph fails on a batch of shape \(4, 1\): "):
+        compare("graph", lambda values: values["x"], samples, Tolerance(1.0))
+
+
 @pytest.mark.parametrize(
     "alphas", [(), (np.full((2, 1), 0.3, np.float32), np.ones((1, 1), np.float32))]
 )

