@@ -4,6 +4,7 @@ test says.
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import threading
@@ -15,8 +16,9 @@ from typing import Any
 
 import grpc
 import numpy as np
+from PIL import Image
 
-from radapter_client import Reply, Request
+from radapter_client import InvalidImage, InvalidRequest, Reply, Request
 
 
 def described(version: int, **facts: Any) -> dict[str, Any]:
@@ -82,6 +84,52 @@ class Recorder:
 
     def close(self) -> None:
         pass
+
+
+class Answers(Recorder):
+    """Has the releases 1 and 2; scores labels by their place, and the first as much more as α says;
+    cuts a picture into stripes, a label each; and has three pictures in an index "photos".
+    """
+
+    def send(self, request: Request, timeout: float) -> Any:
+        reply = super().send(request, timeout)
+        if request.action == "config":
+            first, second = (described(version, **self.facts)["parameters"] for version in (1, 2))
+            return {"parameters": first | second}
+        if request.action == "infer":
+            return Reply(int(request.version or 2), reply.outputs)
+        return reply
+
+    def _outputs(self, request: Request) -> dict[str, np.ndarray]:
+        inputs = request.inputs
+        if "image" in inputs and b"broken" in inputs["image"].ravel().tolist():
+            raise InvalidImage("no image", code="invalid_image")
+        labels = inputs.get("labels", np.array([b"a", b"b", b"c"], object))
+        if request.model == "classify":
+            names = np.atleast_2d(labels)[:1, : inputs["top_k"][0, 0] if "top_k" in inputs else 5]
+            rows = len(inputs["image"])
+            scores = np.linspace(0.75, 0.25, names.shape[1], dtype=np.float32)
+            scores[0] += inputs["alpha"][0, 0] / 5 if "alpha" in inputs else 0
+            return {"label": np.repeat(names, rows, 0), "score": np.tile(scores, (rows, 1))}
+        if request.model == "segment":
+            width, height = Image.open(io.BytesIO(inputs["image"][0])).size
+            mask = np.add.outer(np.zeros(height), np.arange(width)) % len(labels)
+            scores = np.full(len(labels), 0.5, np.float32)
+            return {"mask": mask.astype(np.uint16), "label": labels, "score": scores}
+        if request.model != "retrieve":
+            return super()._outputs(request)
+        if inputs["index"][0] != b"photos":
+            raise InvalidRequest("no index 'none'; there are: photos", code="unknown_index")
+        where = inputs["where"][0].decode() if "where" in inputs else ""
+        files = [io.BytesIO() for _ in range(3)]
+        for colour, file in zip(("red", "green", "blue"), files, strict=True):
+            Image.new("RGB", (8, 8), colour).save(file, "PNG")
+        return {
+            "id": np.array([b"ordner/bild [b]\xc3\xbc.jpg", b"b.jpg", b"c.jpg"], object),
+            "score": np.array([0.75, 0.5, -0.5], np.float32),
+            "metadata": np.array([json.dumps({"where": where}).encode(), b"{}", b"{}"], object),
+            "thumbnail": np.array([file.getvalue() for file in files], object),
+        }
 
 
 @contextmanager
