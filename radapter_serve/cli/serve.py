@@ -62,11 +62,6 @@ class GatewayFlags:
     tls_key: Path | None = None
     log: Literal["off", "json"] = "off"
 
-    @property
-    def lets_in(self) -> bool:
-        """Whether callers beyond this machine are let in, with keys or all of them."""
-        return self.no_api_keys or self.api_keys is not None
-
     def settings(self, host: str, port: int, indexes: Path, triton: str = "") -> Settings:
         """The settings of a gateway at a host and a port."""
         from radapter_serve.gateway.settings import Settings  # here: Triton alone needs no gateway
@@ -165,7 +160,7 @@ def serve(
         http_port,
         grpc_port,
         metrics_port,
-        trust_network or (in_process and gateway.lets_in),
+        trust_network or (in_process and (gateway.no_api_keys or gateway.api_keys is not None)),
         in_process and gateway.tls_certificate is not None,
     )
     if model_repository.as_posix().startswith(HUB):

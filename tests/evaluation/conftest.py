@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.adapter import Adapter, save_adapter
-from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.evaluation.models import Candidate
 from tests.helpers.own_cache import own_cache as own_cache
-from tests.helpers.small_models import release
 
 CLASSES = ["cat", "dog", "guitar", "horse", "house", "tree"]
 SUITE = """
@@ -76,39 +70,3 @@ def run_folder(
     run.mkdir()
     save_adapter(random_adapter(alpha=0.5), run / "adapter.safetensors")
     return run
-
-
-class Fake:
-    """An encoder and a tokenizer of words: an image is seen by `see`, a text is the direction of
-    its place in `names`.
-    """
-
-    def __init__(self, names: Sequence[str], see: Callable[..., Floats]) -> None:
-        self.names = list(names)
-        self.see = see
-
-    def images(self, pixels: NDArray[np.uint8], alpha: object = None) -> Floats:
-        return self.see(pixels, dense=False)
-
-    def patches(self, pixels: NDArray[np.uint8], alpha: object = None) -> Floats:
-        return self.see(pixels, dense=True)
-
-    def tokens(self, tokens: NDArray[np.int32], alpha: object = None) -> Floats:
-        return np.eye(len(self.names), dtype=np.float32)[tokens[:, 0]]
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[self.names.index(text)] for text in texts]
-
-    def batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
-        return np.array(rows, np.int32)
-
-    def close(self) -> None:
-        pass
-
-
-def candidate(fake: Fake, size: int, **facts: Any) -> Candidate:
-    """A model by a fake, whose prompts are the names alone; `facts` are those of a release."""
-    preprocess = {"size": [size, size], "interpolation": "bilinear"}
-    fields = {"templates": ["{}"], "preprocess": preprocess, **facts}
-    loaded = LoadedRelease(release(3, **fields), fake, fake)  # type: ignore[arg-type]
-    return Candidate("oracle", None, {}, loaded)

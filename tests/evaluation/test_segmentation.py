@@ -36,7 +36,6 @@ from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate_set, evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.tasks.dense import encode_windows, segment_densely
-from tests.evaluation.conftest import Fake, candidate
 from tests.helpers.small_models import release
 from tests.helpers.ways import in_process
 
@@ -83,6 +82,42 @@ def by_colour(pixels: NDArray[np.uint8], *, dense: bool) -> Floats:
         return at[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
     votes = at.sum((1, 2)) + 1e-6
     return np.asarray(votes / np.linalg.norm(votes, axis=1, keepdims=True), np.float32)
+
+
+class Fake:
+    """An encoder and a tokenizer of words: an image is seen by `see`, a text is the direction of
+    its place in `names`.
+    """
+
+    def __init__(self, names: Sequence[str], see: Callable[..., Floats]) -> None:
+        self.names = list(names)
+        self.see = see
+
+    def images(self, pixels: NDArray[np.uint8], alpha: object = None) -> Floats:
+        return self.see(pixels, dense=False)
+
+    def patches(self, pixels: NDArray[np.uint8], alpha: object = None) -> Floats:
+        return self.see(pixels, dense=True)
+
+    def tokens(self, tokens: NDArray[np.int32], alpha: object = None) -> Floats:
+        return np.eye(len(self.names), dtype=np.float32)[tokens[:, 0]]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[self.names.index(text)] for text in texts]
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+        return np.array(rows, np.int32)
+
+    def close(self) -> None:
+        pass
+
+
+def candidate(fake: Fake, size: int, **facts: Any) -> Candidate:
+    """A model by a fake, whose prompts are the names alone; `facts` are those of a release."""
+    preprocess = {"size": [size, size], "interpolation": "bilinear"}
+    fields = {"templates": ["{}"], "preprocess": preprocess, **facts}
+    loaded = LoadedRelease(release(3, **fields), fake, fake)  # type: ignore[arg-type]
+    return Candidate("oracle", None, {}, loaded)
 
 
 def oracle(see: Any = by_colour) -> Candidate:
