@@ -16,10 +16,10 @@ from radapter_serve.demo.data import (
     TEST,
     TRAIN,
     compose,
-    made_whole,
     prepare_scenes,
     write_scenes,
 )
+from radapter_serve.files import staged_folder
 from rivals.benchmark import write_benchmark
 
 VALIDATION = "validation"
@@ -36,7 +36,7 @@ def scenes(out: Path, /) -> None:
     """
     prepare_scenes(out, train=TRAIN, test=TEST)
     if not (out / VALIDATION).is_dir():
-        with made_whole(out / VALIDATION, "scenes") as part:
+        with staged_folder(out / VALIDATION, "rivals.scenes") as part:
             write_scenes(part, compose("val", FINE_TUNED, TEST, seed=1), seed=1)
     shutil.copy(TEMPLATES, out / TEMPLATES.name)
 

@@ -35,7 +35,8 @@ from benchmarks.drawings.iconify import (
     signature,
     sources,
 )
-from radapter_serve.demo.data import made_whole, on_paper
+from radapter_serve.demo.data import on_paper
+from radapter_serve.files import staged_folder
 
 SIDE = 96
 MOST_A_CLASS = 10  # test drawings of a class in one style
@@ -163,7 +164,7 @@ def build(package: Path, pairs: Path, out: Path, roles: Roles, classes: Classes)
     seen = known_marks(pairs, classes)
     rows = []
     count = Counter[str]()
-    with made_whole(out, "images") as part:
+    with staged_folder(out, "benchmarks.drawings") as part:
         for style in track((roles.fine_tuned, *roles.shifts), "Drawing the styles"):
             tuned = style is roles.fine_tuned
             for name, own in samples(package, style, classes, variants=tuned).items():

@@ -17,7 +17,8 @@ from PIL import Image
 
 from benchmarks.drawings.build import SIDE
 from benchmarks.drawings.iconify import Classes
-from radapter_serve.demo.data import made_whole, on_paper
+from radapter_serve.demo.data import on_paper
+from radapter_serve.files import staged_folder
 
 PRESENTATION = "-fe0f"  # of a file whose character is not an emoji by default
 
@@ -25,7 +26,7 @@ PRESENTATION = "-fe0f"  # of a file whose character is not an emoji by default
 def write_emoji(package: Path, out: Path, classes: Classes) -> int:
     """Write the emoji of all classes as OUT/CLASS/CODE.png; returns how many they are."""
     count = 0
-    with made_whole(out, "images") as part:
+    with staged_folder(out, "benchmarks.drawings") as part:
         for path in sorted((package / "assets").glob("*.webp")):
             code = path.stem.removesuffix(PRESENTATION)
             if "-" in code:

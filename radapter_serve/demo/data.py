@@ -6,7 +6,6 @@ licences: `ATTRIBUTION.md`.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import io
@@ -27,6 +26,7 @@ from rich.progress import track
 
 from radapter_serve.contract.labels import read_label_file, split_label
 from radapter_serve.errors import RAdapterError, install_command
+from radapter_serve.files import disk_errors, staged_folder
 
 BASE = Path(__file__).parent / "base"
 DRAWINGS = Path(__file__).parent / "drawings"
@@ -132,7 +132,6 @@ def prepare(
     *,
     styles: Sequence[str] = tuple(STYLES),
     shipped: Path = DRAWINGS,
-    quiet: bool = False,
 ) -> DemoData:
     """Draw the demo's image folders, each whole or not at all; those that are there already are
     taken as they are. `styles` are those of the test drawings.
@@ -141,8 +140,8 @@ def prepare(
     test = {style: folder / place_of(style) for style in styles}
     places = ["train", "val", *map(place_of, styles)]
     missing = [place for place in places if not (folder / place).is_dir()]
-    for place in track(missing, "Drawing the images", disable=quiet or not missing):
-        with made_whole(folder / place, "images") as part:
+    for place in track(missing, "Drawing the images", disable=not missing):
+        with disk_errors(folder), staged_folder(folder / place, "radapter-demo") as part:
             for path, svg in drawings(shipped).items():
                 start, class_name, name = path.rsplit("/", 2)
                 if start == place:
@@ -156,21 +155,6 @@ def prepare(
     return DemoData(
         folder / "train", folder / "val", test, folder / CLASSES.name, folder / TEMPLATES.name
     )
-
-
-@contextlib.contextmanager
-def made_whole(folder: Path, what: str) -> Iterator[Path]:
-    """Yield a new folder to fill, which replaces `folder` on success; nothing is left otherwise."""
-    part = folder.with_name(f".{folder.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        part.replace(folder)
-    except OSError as error:
-        raise RAdapterError(f"could not make the demo's {what} in {folder}: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def style_of(name: str) -> str:
@@ -204,7 +188,7 @@ class SceneData:
 
 
 def prepare_scenes(
-    folder: str | Path, *, train: int = TRAIN, test: int = TEST, seed: int = 0, quiet: bool = False
+    folder: str | Path, *, train: int = TRAIN, test: int = TEST, seed: int = 0
 ) -> SceneData:
     """Compose the demo's scenes, so many to train on and of each style to test on; each folder is
     made whole or not at all, and those that are there already are taken as they are.
@@ -214,10 +198,8 @@ def prepare_scenes(
     wanted: list[tuple[Path, Split, str, int]] = [(folder / "train", "train", FINE_TUNED, train)]
     wanted += [(place, "test", style, test) for style, place in tests.items()]
     missing = [scenes for scenes in wanted if scenes[3] and not scenes[0].is_dir()]
-    for place, split, style, count in track(
-        missing, "Composing the scenes", disable=quiet or not missing
-    ):
-        with made_whole(place, "scenes") as part:
+    for place, split, style, count in track(missing, "Composing the scenes", disable=not missing):
+        with disk_errors(folder), staged_folder(place, "radapter-demo") as part:
             write_scenes(part, compose(split, style, count, seed), seed)
 
     # List the test scenes with the captions that name the classes.

@@ -173,7 +173,7 @@ def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
     ]
 
 
-def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
+def fine_tune(recipe: Recipe) -> Ends:
     """Full fine-tuning of the image tower and a linear head by cross-entropy, with the batches that
     R-Adapter sees by the same seed; between its ends lies WiSE-FT.
 
@@ -193,7 +193,7 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
     examples = Examples(data, augmentation(base, recipe), recipe.seed)
     source = endless(examples, recipe.batch_size, workers=recipe.workers)
     plan = recipe.resolved(None)
-    for step in track(range(plan.steps), "Full fine-tuning", disable=quiet):
+    for step in track(range(plan.steps), "Full fine-tuning"):
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate(step)
         _, batch = next(source)

@@ -7,6 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -74,13 +75,8 @@ class Progress:
         if len(self.first) < 2:
             self.first.append(seconds)
             if len(self.first) == 2 and step < self.steps:  # the first one also warms up
-                rest = (self.steps - step) * min(self.first)
-                duration = f"{rest / 3600:.1f} hours"
-                if rest < 90:
-                    duration = f"{rest:.0f} seconds"
-                elif rest < 5400:
-                    duration = f"{rest / 60:.0f} minutes"
-                self.say(f"the first two steps say: the rest of training takes about {duration}")
+                rest = timedelta(seconds=round((self.steps - step) * min(self.first)))
+                self.say(f"the first two steps say: the rest of training takes about {rest}")
         speed = self.batch_size / seconds
         self.speed = speed if not self.speed else 0.9 * self.speed + 0.1 * speed
         self.bar.update(self.task, completed=step, loss=loss, speed=self.speed)

@@ -253,7 +253,7 @@ def test_what_is_shipped_makes_the_same_folders_without_share_alike(
     assert "| `lines` | 2 |" in credit  # of lines:star-filled there is no test
     assert "copies" not in credit
     assert "| `seen` | 2 |" in credit.partition("## What the base was trained on")[2]
-    data.prepare(tmp_path / "made", shipped=tmp_path / "first", quiet=True)
+    data.prepare(tmp_path / "made", shipped=tmp_path / "first")
     for name in ("classes.txt", "templates.txt"):
         assert (tmp_path / "made" / name).read_bytes() == first[name]
     built = files(tmp_path / "data", "*.png")

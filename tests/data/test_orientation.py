@@ -19,8 +19,6 @@ from PIL import Image
 from pycocotools import mask as runs
 
 from radapter_serve.contract.preprocess import MaskCrop
-from radapter_serve.data.captions import load_captioned
-from radapter_serve.data.labelled import load_labelled
 from radapter_serve.data.masks import Masked, list_segments, load_masked
 from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
@@ -52,19 +50,6 @@ def save(path: Path, pixels: NDArray[Any], orientation: int) -> None:
     exif = Image.Exif()
     exif[274] = orientation
     Image.fromarray(pixels).save(path, exif=exif if orientation != 1 else b"")
-
-
-def test_labelled_and_captioned_images(tmp_path: Path) -> None:
-    save(tmp_path / "set" / "cat" / "a.png", stored(UPRIGHT, 7), 7)
-    save(tmp_path / "set" / "dog" / "b.png", UPRIGHT, 1)
-    (tmp_path / "t.csv").write_text("image,caption\nset/cat/a.png,a cat\n")
-    for turned, pixels in ((True, UPRIGHT), (False, stored(UPRIGHT, 7))):
-        folder = DataSource(f"imagefolder:{tmp_path / 'set'}", exif_orientation=turned)
-        labelled = load_labelled(folder)
-        table = DataSource(f"csv:{tmp_path / 't.csv'}", exif_orientation=turned)
-        captioned = load_captioned(table)
-        np.testing.assert_array_equal(np.asarray(labelled.image(labelled.rows[0])), pixels)
-        np.testing.assert_array_equal(np.asarray(captioned.image(captioned.table[0])), pixels)
 
 
 def masked(folder: Path, mask: NDArray[Any], orientation: int) -> str:

@@ -33,4 +33,4 @@ def some(tmp_path_factory: pytest.TempPathFactory) -> data.DemoData:
         "".join(f"{line}\n" for line in lines if line.split(",")[0] in SOME), encoding="utf-8"
     )
     shutil.copy(data.TEMPLATES, shipped)
-    return data.prepare(folder, shipped=shipped, quiet=True)
+    return data.prepare(folder, shipped=shipped)

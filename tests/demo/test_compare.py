@@ -61,7 +61,7 @@ def given(some: data.DemoData) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def rival(given: dict[str, Any]) -> Ends:
     """The demo's full fine-tuning."""
-    return fine_tune(Recipe(**given), quiet=True)
+    return fine_tune(Recipe(**given))
 
 
 @pytest.fixture(scope="module")

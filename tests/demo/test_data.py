@@ -84,22 +84,22 @@ def test_folders_hold_what_is_shipped_on_white_paper_and_silhouettes_on_black(
 def test_a_finished_folder_is_taken_as_it_is(some: data.DemoData, folder: data.SceneData) -> None:
     images = [next(some.train.glob("*/*.png")), next((folder.train / "images").iterdir())]
     changed = [image.stat().st_mtime_ns for image in images]
-    assert data.prepare(some.classes.parent, quiet=True) == some
-    assert data.prepare_scenes(folder.train.parent, quiet=True) == folder
+    assert data.prepare(some.classes.parent) == some
+    assert data.prepare_scenes(folder.train.parent) == folder
     assert [image.stat().st_mtime_ns for image in images] == changed
 
 
 def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(RAdapterError, match="could not make the demo's images"):
-        data.prepare(tmp_path / "file" / "images", quiet=True)
+    with pytest.raises(RAdapterError, match="cannot write into"):
+        data.prepare(tmp_path / "file" / "images")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> data.SceneData:
     place = tmp_path_factory.mktemp("demo") / "scenes"
-    return data.prepare_scenes(place, train=FEW, test=FEW, quiet=True)
+    return data.prepare_scenes(place, train=FEW, test=FEW)
 
 
 def test_a_mask_is_where_the_drawings_cover_the_paper() -> None:

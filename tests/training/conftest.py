@@ -5,7 +5,6 @@ processes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import signal
 import subprocess
@@ -15,12 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
-from radapter_serve.adapter import load_adapter
-from radapter_serve.training import Average, Recipe, train
+from radapter_serve.training import Recipe
 from tests.helpers.own_cache import own_cache as own_cache
 
 COLOURS = {"blue": (30, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
@@ -38,34 +35,6 @@ def images(tmp_path: Path) -> Path:
             pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{index}.png")
     return tmp_path / "images"
-
-
-@pytest.fixture
-def assert_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Recipe, int], None]:
-    """Checks that a run that is killed after a step, and resumed, ends with the adapter of the
-    whole run.
-    """
-    update = Average.update
-
-    def check(recipe: Recipe, steps: int) -> None:
-        def die(self: Average) -> None:
-            update(self)
-            if self.steps == steps:
-                raise KeyboardInterrupt
-
-        whole = load_adapter(train(recipe))
-        cut = dataclasses.replace(recipe, out=tmp_path / "cut")
-        with monkeypatch.context() as patch:
-            patch.setattr(Average, "update", die)
-            with pytest.raises(KeyboardInterrupt):
-                train(cut)
-        assert not (tmp_path / "cut" / "adapter.safetensors").exists()
-        resumed = load_adapter(train(dataclasses.replace(cut, resume=True)))
-        torch.testing.assert_close(resumed.tensors, whole.tensors, rtol=0, atol=1e-7)
-
-    return check
 
 
 @pytest.fixture

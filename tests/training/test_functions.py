@@ -27,12 +27,6 @@ FIELDS: dict[str, Any] = {
     "seed": 3,
     "tracker": "none",
 }
-SUITE = """
-templates: simple
-sets:
-  - {name: test, data: "imagefolder:images"}
-  - {name: held, data: "imagefolder:images", split: validation}
-"""
 
 
 @pytest.fixture
@@ -46,9 +40,6 @@ def run(
     # As if stderr were a terminal, so that there is progress to show at once, if it is shown.
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.chdir(images.parent)
-    monkeypatch.setattr("radapter_serve.evaluation.plots.draw", lambda *_, **__: [])
-    monkeypatch.setattr("radapter_serve.evaluation.plots.draw_choice", lambda *_: Path("drawn"))
-    Path("suite.yaml").write_text(SUITE, encoding="utf-8")
     run = train(
         recipe="small",
         architecture=tiny_clip_dir,
@@ -84,8 +75,9 @@ def test_a_run_can_be_resumed_and_shows_progress_in_a_terminal(
     assert load_adapter(train(resume=run)).digest == load_adapter(run).digest
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with pytest.raises(RAdapterError, match=r"^suite\.yaml/run: Not a directory$"):
-        train(dataclasses.replace(run.recipe, out=Path("suite.yaml/run")))
+    Path("file").touch()
+    with pytest.raises(RAdapterError, match="^file/run: Not a directory$"):
+        train(dataclasses.replace(run.recipe, out=Path("file/run")))
     # A batch of all images, and an average that keeps little.
     few = dataclasses.replace(run.recipe, out=Path("few"), batch_size=100, momentum=0.99, steps=3)
     notes = train(few).notes
@@ -120,27 +112,6 @@ def test_refusals_are_one_line_and_leave_nothing(
         call(**arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "") and not any(tmp_path.iterdir())
-
-
-def test_evaluation_gives_rows_notes_and_files(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    evaluation = evaluate(run, alpha=[0, 0.5], suite="suite.yaml", seed=2, limit=9, out="python")
-    assert capfd.readouterr() == ("", "")
-    assert [row.alpha for row in evaluation.rows] == [0, 0.5]
-    for row in evaluation.rows:
-        low, high = (row.intervals or {})["acc1"]
-        assert low <= row.metrics["acc1"] <= high and row.n == 9
-    assert (evaluation.choice, evaluation.chosen_alpha, evaluation.measured) == (None, None, 2)
-    assert evaluation.files == (Path("python/results.jsonl"),)
-    # Nine test images are validation images, too.
-    [note] = evaluation.notes
-    assert note.startswith("test:") and note in str(evaluation) and "adapter" in str(evaluation)
-    again = evaluate(run, alpha=0.5, suite="suite.yaml", seed=2, limit=9, out="python")
-    assert (again.measured, again.chosen_alpha) == (0, 0.5)
-
-    # One data set is opened as the run opened its own.
-    (row,) = evaluate(run.adapter, alpha=1, data="imagefolder:images").rows
-    assert (row.dataset, row.classes, row.n) == ("imagefolder:images", 3, 24)
-    assert Path("results/python/imagefolder_images/results.jsonl").is_file()
 
 
 def test_an_image_takes_the_way_that_the_page_describes(tiny_clip_dir: str, tmp_path: Path) -> None:

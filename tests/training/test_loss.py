@@ -5,7 +5,6 @@ and over two processes; prompts of absent classes, attention's in-projection.
 from __future__ import annotations
 
 import copy
-import math
 import random
 from pathlib import Path
 from typing import Any
@@ -86,33 +85,6 @@ def test_equals_the_formula(
     if not others and widest == 1:  # one label an image may be given by itself
         plain = mpm_nce(f, g, torch.tensor(of_texts), logit_scale=scale, **numbers)
         assert plain.item() == loss
-
-
-@pytest.mark.parametrize("several", [True, False])
-@pytest.mark.parametrize("others", [0, 3])  # texts that are right for no image
-@pytest.mark.parametrize(("delta", "epsilon"), [(0.0, 0.0), (0.07, 0.0), (0.05, 0.1)])
-def test_the_pairwise_sigmoid_equals_its_formula(
-    several: bool, others: int, delta: float, epsilon: float
-) -> None:
-    f, g = units(9, 9 + others, seed=1)
-    labels = torch.tensor([0, 1, 0, 2, 1, 3, 0, 4, 5]) if several else torch.arange(9)
-    of_texts = torch.cat([labels, torch.full((others,), 99)])
-    scale = 7.5
-    bias = -3.25
-    total = 0.0
-    for i in range(9):
-        wrong = sum(int(labels[i] != of_text) for of_text in of_texts)
-        for j in range(len(of_texts)):
-            right = bool(labels[i] == of_texts[j])
-            cosine = float(f[i].double() @ g[j].double())
-            z = scale * (cosine + (0.0 if right else delta)) + bias
-            target = 1 - epsilon if right else epsilon / wrong
-            total += target * math.log1p(math.exp(-z)) + (1 - target) * math.log1p(math.exp(z))
-    numbers = {"logit_scale": scale, "logit_bias": bias, "delta": delta, "epsilon": epsilon}
-    loss = pairwise_sigmoid(f, g, labels[:, None] == of_texts, **numbers).item()
-    assert loss == pytest.approx(total / 9, rel=1e-5)
-    if not others:
-        assert pairwise_sigmoid(f, g, labels, **numbers).item() == loss
 
 
 def test_with_one_positive_a_row_they_are_the_losses_of_clip_and_siglip() -> None:

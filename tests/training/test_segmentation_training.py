@@ -9,27 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torchvision import transforms
 
-from radapter_serve.adapter import Adapter, Metadata, attach_adapter, load_adapter
+from radapter_serve.adapter import load_adapter
 from radapter_serve.clip.base import load_base
-from radapter_serve.clip.towers import encode_image, zero_shot_classifier
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.masks import Masked, list_segments, load_masked
 from radapter_serve.data.runs import run_data
 from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.image_sets import SegmentationSet
-from radapter_serve.evaluation.run import open_set, own_validation
 from radapter_serve.training import Recipe, train
 from tests.helpers.short_run import short_run
 
 COLOURS = {1: (220, 30, 30), 2: (20, 200, 40), 3: (30, 40, 220)}
 NAMES = ["red", "green, lime", "blue"]
 IMAGES = 8
-BROKEN = {3: 0, 4: 200}  # bytes that are kept; the second breaks only when it is decoded
 
 
 @pytest.fixture
@@ -100,73 +94,35 @@ def test_broken_images_are_refused_or_left_out(scenes: Path) -> None:
     assert len(data.rows) == 3 * (IMAGES - 1) and len(broken) == 1
 
 
-def accuracy(recipe: Recipe, adapter: Adapter, scenes: Path, alpha: float) -> float:
-    """From the files: crops made here, torchvision's own steps, one segment after another."""
-    base = load_base(recipe.architecture)
-    crop = recipe.mask_crop(base.preprocess["mean"])
-    attach_adapter(base.model, adapter, alpha)
-    prepare = transforms.Compose(
-        [
-            transforms.Resize(32, transforms.InterpolationMode.BICUBIC),
-            transforms.ToTensor(),
-            transforms.Normalize(base.preprocess["mean"], base.preprocess["std"]),
-        ]
-    )
-    classifier = zero_shot_classifier(base.model, base.tokenizer, NAMES, ["a photo of a {}."])
-    hits = []
-    for number in set(range(IMAGES)) - set(BROKEN):
-        image = Image.open(scenes / "images" / f"{number}.png")
-        ids = np.asarray(Image.open(scenes / "masks" / f"{number}.png"))
-        for id_ in COLOURS:
-            with torch.no_grad():
-                embed = encode_image(base.model, prepare(crop(image, ids == id_))[None])
-            hits.append(int((embed @ classifier.T).argmax()) == id_ - 1)
-    return float(np.mean(hits))
-
-
 def test_a_run_learns_and_its_file_says_how_to_crop(recipe: Recipe, scenes: Path) -> None:
-    for number, kept in BROKEN.items():
+    for number, kept in ((3, 0), (4, 200)):  # the second breaks only when it is decoded
         path = scenes / "images" / f"{number}.png"
         path.write_bytes(path.read_bytes()[:kept])
     run = train(dataclasses.replace(recipe, on_broken="skip"))
-    adapter = load_adapter(run)
-    metadata = adapter.metadata
+    metadata = load_adapter(run).metadata
     crop = metadata.source.mask_crop(load_base(recipe.architecture).preprocess["mean"])
     assert crop == MaskCrop(0.1, True, (122, 117, 105))  # the mean of this base, not CLIP's
     assert metadata.task == "segmentation" and metadata.recipe["dense"] == "naclip"
-    expected = {
-        f"acc1@alpha={alpha:g}": pytest.approx(accuracy(recipe, adapter, scenes, alpha), abs=1e-4)
-        for alpha in (0.4, 1.0)
-    }
-    assert metadata.metrics == expected
     assert metadata.metrics["acc1@alpha=1"] == 1  # three plain colours
     names = (run.folder / "broken.txt").read_text().splitlines()
     assert len(names) == 2 and "3.png" in names[0] and "4.png" in names[1]
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["red", "green, lime", "sky"], "has the class 'sky', which the run has not (1 of 3)"),
-        (["red", "green, lime"], "the run has the class 'blue', which masks:"),
-        (["blue", "green, lime", "red"], None),
-    ],
-)
 def test_validation_masks_have_the_classes_of_the_run(
-    recipe: Recipe, scenes: Path, tmp_path: Path, names: list[str], message: str | None
+    recipe: Recipe, scenes: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(scenes, tmp_path / "val")
-    (tmp_path / "val" / "classes.json").write_text(json.dumps(dict(enumerate(names, 1))))
     other = dataclasses.replace(recipe, val_data=f"masks:{tmp_path}/val")
-    fields = {"task": "segmentation", "recipe": other.to_dict(), "classes": NAMES}
-    suite = own_validation(Metadata("x", "y", **fields))  # type: ignore[arg-type]
-    if message is None:
-        held = run_data(other)[1]
-        evaluated = open_set(suite, suite.entries[0])
-        assert isinstance(held, Masked) and isinstance(evaluated, SegmentationSet)
-        assert held.classes == evaluated.classes == names
-        return
-    for open_data in (lambda: run_data(other), lambda: open_set(suite, suite.entries[0])):
-        with pytest.raises(RAdapterError) as error:
-            open_data()
-        assert message in str(error.value) and "--classes FILE" in str(error.value)
+    for names, message in (
+        (["red", "green, lime", "sky"], "has the class 'sky', which the run has not .1 of 3."),
+        (["red", "green, lime"], "the run has the class 'blue', which masks:.*--classes FILE"),
+        (["blue", "green, lime", "red"], None),
+    ):
+        classes = json.dumps(dict(enumerate(names, 1)))
+        (tmp_path / "val" / "classes.json").write_text(classes)
+        if message is None:
+            held = run_data(other)[1]
+            assert isinstance(held, Masked) and held.classes == names
+        else:
+            with pytest.raises(RAdapterError, match=message):
+                run_data(other)
