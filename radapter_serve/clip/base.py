@@ -23,7 +23,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from radapter_serve.clip.towers import pool_type, text_tower
-from radapter_serve.clip.transformers import is_transformers, read
+from radapter_serve.clip.transformers import read
 from radapter_serve.errors import RAdapterError, quiet, reason, short
 from radapter_serve.sources import (
     HUB,
@@ -109,7 +109,8 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
     source = name
     if (folder := _folder(name)) is not None:
         check_folder(folder)
-        if is_transformers(folder):
+        is_theirs = (folder / "config.json").is_file()
+        if is_theirs and not (folder / "open_clip_config.json").is_file():
             try:
                 with quiet():
                     clip, config, read_tokens = read(folder)

@@ -362,11 +362,6 @@ def check_processor(folder: Path, preprocess: Mapping[str, Any], tokenizer: Any)
             )
 
 
-def is_transformers(folder: Path) -> bool:
-    """True for a folder with a model in this form, and none in open_clip's."""
-    return (folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file()
-
-
 def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
     """Read a `CLIPModel` as a model of open_clip's in fp32, with open_clip's `model_cfg` and
     tokenizer.

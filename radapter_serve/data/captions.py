@@ -62,13 +62,13 @@ class Captioned(ImageColumn):
         return image, label, [texts[index % len(texts)] for index in range(count)]
 
     def held_out(self, fraction: float, seed: int) -> tuple[Captioned, Captioned]:
-        """The data without a share of the images, drawn by the seed, and that share; captions stay
-        with their image.
+        """The data without a share of the images, drawn by the seed, and that share, with one
+        caption a pair; captions stay with their image.
         """
         images = random.Random(seed).sample(list(self.images), len(self.images))
         count = check_share(len(images), fraction)
         kept = dataclasses.replace(self, images=images[count:])
-        return kept, dataclasses.replace(self, images=images[:count])
+        return kept, dataclasses.replace(self, images=images[:count], captions_per_image=1)
 
 
 def load_captioned(

@@ -56,8 +56,8 @@ def open_source(
 
 
 def run_data(source: RunSource, broken: list[str] | None = None) -> tuple[Images, Images | None]:
-    """Open the data that a run trains with, and the data that it is validated on. `broken` gets
-    lines about rows that are skipped, if the source says so.
+    """Open the data that a run trains with, and the share of it that is held out, None without one.
+    `broken` gets lines about rows that are skipped, if the source says so.
     """
     data = open_source(
         source,
@@ -69,19 +69,13 @@ def run_data(source: RunSource, broken: list[str] | None = None) -> tuple[Images
         if source.classes is None:
             refuse_wordnet_ids(data.keys)
         data = class_split(data, source.class_split)
-    held = None
-    if source.val_data:
-        classes = None if isinstance(data, Captioned) else data.classes
-        held = validation_data(source, classes, broken)
-    elif source.val_fraction:
-        data, held = data.held_out(source.val_fraction, source.seed)
-    if isinstance(held, Captioned):
-        held = dataclasses.replace(held, captions_per_image=1)
-    return data, held
+    if not source.val_fraction:
+        return data, None
+    return data.held_out(source.val_fraction, source.seed)
 
 
 def validation_data(
-    source: RunSource, classes: Sequence[str] | None, broken: list[str] | None = None
+    source: RunSource, classes: Sequence[str] | None = None, broken: list[str] | None = None
 ) -> Images | None:
     """Open the data that a run is validated on: all of `val_data`, or the share of the data that
     training held out; None where the source has neither.

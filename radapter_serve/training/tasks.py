@@ -86,7 +86,7 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
         tried(lambda: read_templates(recipe.templates))
 
     # Open the data.
-    pair = tried(lambda: run_data(dataclasses.replace(source, val_data=None), broken))
+    pair = tried(lambda: run_data(source, broken))
     data, val = pair or (None, None)
     if recipe.val_data:
         names = None if data is None or isinstance(data, Captioned) else data.classes

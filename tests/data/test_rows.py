@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from radapter_serve.data.captions import load_captioned
 from radapter_serve.data.labelled import class_split, load_labelled
 from radapter_serve.data.rows import list_folder, open_rows
-from radapter_serve.data.runs import run_data
+from radapter_serve.data.runs import validation_data
 from radapter_serve.data.source import DataSource, RunSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training.recipe import GROUPS, Recipe
@@ -75,9 +75,8 @@ def test_karpathys_train_and_restval_are_one_source(tmp_path: Path) -> None:
         "train2014/1.jpg": ("one", "uno"), "val2014/2.jpg": ("two",), "4.jpg": ("four",)
     }  # fmt: skip
     assert len(data.rows) == 4
-    parts = {"data": f"karpathy:{file}@train+restval", "val_data": f"karpathy:{file}@test"}
-    train, held = run_data(RunSource(task="retrieval", **parts))  # type: ignore[arg-type]
-    assert len(train.images) == 3 and len(held.images) == 1  # type: ignore[union-attr]
+    held = validation_data(RunSource(task="retrieval", val_data=f"karpathy:{file}@test"))
+    assert len(held.images) == 1  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

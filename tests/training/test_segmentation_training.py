@@ -15,7 +15,7 @@ from radapter_serve.adapter import load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.masks import Masked, list_segments, load_masked
-from radapter_serve.data.runs import run_data
+from radapter_serve.data.runs import validation_data
 from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, train
@@ -121,8 +121,8 @@ def test_validation_masks_have_the_classes_of_the_run(
         classes = json.dumps(dict(enumerate(names, 1)))
         (tmp_path / "val" / "classes.json").write_text(classes)
         if message is None:
-            held = run_data(other)[1]
+            held = validation_data(other, NAMES)
             assert isinstance(held, Masked) and held.classes == names
         else:
             with pytest.raises(RAdapterError, match=message):
-                run_data(other)
+                validation_data(other, NAMES)
