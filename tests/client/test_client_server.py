@@ -33,7 +33,7 @@ def test_release(url: str) -> None:
     with Client(url) as client:
         release = client.release()
         assert (release.version, release.alpha, release.embed_dim) == (2, 1.0, 4)
-        assert release.facts["preprocess"] == {"size": 224}
+        assert release.facts["preprocess"] == {"size": 32}
         assert [release.version for release in client.releases()] == [1, 2]
         with pytest.raises(InvalidRequest, match="this server does not list its indexes") as caught:
             client.indexes()

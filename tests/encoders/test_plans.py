@@ -71,7 +71,7 @@ def test_every_encoder_gets_an_engine_that_agrees_and_tensorrt_serves_it(
         assert (sidecar.version, sidecar.gpu) == ("11.4.0.106", "NVIDIA H100")
         assert (sidecar.compute_capability, sidecar.agreement) == ("9.0", one.agreement)
         names = {path.name for path in folder.iterdir()}
-        assert names == {"model.onnx", "samples.npz", PLAN, SIDECAR}
+        assert names == {"config.pbtxt", "model.onnx", "samples.npz", PLAN, SIDECAR}
     for model in ENCODERS:
         now = read_config(mine / model / "config.pbtxt")
         assert (now.backend, now.default_model_filename) == ("tensorrt", PLAN)

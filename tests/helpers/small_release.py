@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import json
 import shutil
 import struct
 import tempfile
@@ -20,25 +19,22 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime
-from google.protobuf import text_format
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
-from tritonclient.grpc import model_config_pb2
 
-from radapter_export.repository import add_tensors
-from radapter_serve.contract.preprocess import MaskCrop
+from radapter_export.repository import TEMPLATE, config, sources
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.labels import load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease, complete, run_together
-from radapter_serve.release.agreement import LEAST_COSINE, Samples
-from radapter_serve.release.config import configure, named_releases, read_config
+from radapter_serve.release.agreement import Samples
+from radapter_serve.release.config import named_releases, read_config
 from radapter_serve.release.integrity import write_sums
-from radapter_serve.release.release import TASKS, Release
-from radapter_serve.release.repository import MODELS
+from radapter_serve.release.release import Release
+from radapter_serve.release.repository import CONFIG, MODELS
 from radapter_serve.tasks.embed import embed_labels
+from tests.helpers.small_models import release as facts
 
-SOURCES = Path(__file__).parents[2] / "model_repository"
 SIZE = 16
 GRID = 4
 WIDTH = 8
@@ -116,68 +112,33 @@ def clip_tokenizer() -> tuple[bytes, dict[str, Any]]:
 
 def write_release(repository: Path, version: int, seed: int, *, dense: bool = True) -> None:
     random = np.random.default_rng(seed)
-    release: dict[str, Any] = {
-        "format": 1,
-        "version": version,
-        "alpha": 0.5,
-        "architecture": "ViT-B-32",
-        "base_digest": "sha256:1",
-        "adapter_digest": f"sha256:{seed}",
-        "precision": "fp32",
-        "runtime": "onnxruntime",
-        "agreement": {"tolerance": 1e-4, "min_cosine": LEAST_COSINE},
-        "preprocess": {
-            "size": SIZE,
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-            "fill_color": 0,
-        },
-        "embed_dim": WIDTH,
-        "logit_scale": 10.0,
-        "logit_bias": None,
-        "templates": ["a photo of a {}."],
-        "max_batch_size": 64,
-        "dense": {"way": "naclip", "grid": GRID} if dense else None,
-        "crop": MaskCrop().to_dict(),
-        "confidence": CONFIDENCE,
-        "dynamic_alpha": False,
-        "adapters": [],
-        "label_sets": {},
-        "tools": {},
-        "created": "",
-    }
-    names = ["image_encoder", "text_encoder", *(["patch_encoder"] if dense else [])]
-    encoders = {name: encoder(name, random) for name in names}
-    for name, model in encoders.items():
+    tokenizer, spec = clip_tokenizer()
+    release = facts(
+        version,
+        adapter_digest=f"sha256:{seed}",
+        tokenizer=spec,
+        preprocess={"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest"},
+        embed_dim=WIDTH,
+        logit_scale=10.0,
+        dense={"way": "naclip", "grid": GRID} if dense else None,
+        confidence=CONFIDENCE,
+    )
+    models = [name for name in MODELS if dense or name != "patch_encoder"]
+    for name in models:
         folder = repository / name / str(version)
         folder.mkdir(parents=True)
-        onnx.save(model, folder / "model.onnx")
-        samples(name, model, random).save(folder)
-    for name in TASKS:
-        folder = repository / name / str(version)
-        folder.mkdir(parents=True)
-        shutil.copy(SOURCES / name / "model.py", folder)
-        file, release["tokenizer"] = clip_tokenizer()
-        (folder / "tokenizer.json").write_bytes(file)
-        Release.from_dict(release).save(folder)
-    for name in (*encoders, *TASKS):
-        text = (SOURCES / name / "config.template.pbtxt").read_text()
-        config = text_format.Parse(text, model_config_pb2.ModelConfig())
-        add_tensors(config, name)
-        path = repository / name / "config.pbtxt"
-        before = named_releases(read_config(path)) if path.exists() else {}
-        for one in (*before.values(), Release.from_dict(release)):
-            config.parameters[f"release.{one.version}"].string_value = json.dumps(one.to_dict())
-        config.parameters["release"].string_value = json.dumps(release)
-        config.version_policy.specific.versions[:] = [*before, version]
-        for tensor in [*config.input, *config.output]:
-            if tensor.name == "image" and tensor.data_type == model_config_pb2.TYPE_UINT8:
-                tensor.dims[:] = [SIZE, SIZE, 3]
-            if tensor.name.endswith("_embeds"):
-                tensor.dims[:] = [WIDTH] if len(tensor.dims) == 1 else [GRID, GRID, WIDTH]
-        if name in encoders:
-            configure(config, release["runtime"], release["precision"], release["max_batch_size"])
-        path.write_text(text_format.MessageToString(config))
+        if name in ENCODERS:
+            model = encoder(name, random)
+            onnx.save(model, folder / "model.onnx")
+            samples(name, model, random).save(folder)
+        else:
+            shutil.copy(sources() / name / "model.py", folder)
+            (folder / "tokenizer.json").write_bytes(tokenizer)
+            release.save(folder)
+        path = repository / name / CONFIG
+        before = named_releases(read_config(path)).values() if path.exists() else ()
+        for place, releases in ((path, [*before, release]), (folder / CONFIG, [release])):
+            place.write_text(config(sources() / name / TEMPLATE, name, releases))
     local = Local(repository, version)
     for name in ("classify", "segment"):
         sets = repository / name / str(version) / "label_sets"
@@ -187,19 +148,8 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
 
 
 def seal(repository: Path, *versions: int) -> None:
-    """Give releases what an export gives them besides their models: configs and digests."""
+    """Write the digests of releases that were changed, as if they had been exported so."""
     for version in versions:
-        for model in MODELS:
-            if (folder := repository / model / str(version)).is_dir():
-                config = read_config(repository / model / "config.pbtxt")
-                own = config.parameters[f"release.{version}"].string_value
-                for name in [name for name in config.parameters if name.startswith("release")]:
-                    del config.parameters[name]
-                config.parameters["release"].string_value = config.parameters[
-                    f"release.{version}"
-                ].string_value = own
-                config.version_policy.specific.versions[:] = [version]
-                (folder / "config.pbtxt").write_text(text_format.MessageToString(config))
         write_sums(repository, version)
 
 

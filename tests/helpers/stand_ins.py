@@ -19,21 +19,12 @@ import numpy as np
 from PIL import Image
 
 from radapter_client import InvalidImage, InvalidRequest, Reply, Request
+from tests.helpers.small_models import release
 
 
 def described(version: int, **facts: Any) -> dict[str, Any]:
     """A model's configuration that describes one release."""
-    known = {
-        "version": version,
-        "alpha": 0.5,
-        "architecture": "ViT-B-32",
-        "precision": "fp32",
-        "embed_dim": 4,
-        "logit_scale": 100.0,
-        "templates": ["a photo of a {}."],
-        "label_sets": {},
-        **facts,
-    }
+    known = {**release(version, embed_dim=4).to_dict(), **facts}
     return {"parameters": {f"release.{version}": {"string_value": json.dumps(known)}}}
 
 

@@ -18,13 +18,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from radapter_export.repository import sources
 from radapter_serve.encoders.runtimes import load_graph, openvino_properties
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
 from radapter_serve.server.launch import OUR_BACKENDS
 from tests.helpers.fake_triton import Request, Response, Tensor, TritonError, install, load
 from tests.helpers.needs_triton import needs_triton
-from tests.helpers.small_release import SOURCES, png, png_header
+from tests.helpers.small_release import png, png_header
 
 pytestmark = needs_triton
 # Of each model a right request, and wrong ones with the code that callers get.
@@ -68,7 +69,7 @@ def model(repository, local, monkeypatch):
     install(monkeypatch, encode)
 
     def make(name: str) -> Any:
-        made = load(SOURCES / name / "model.py")
+        made = load(sources() / name / "model.py")
         made.initialize({"model_repository": str(repository / name), "model_version": "2"})
         return made
 
