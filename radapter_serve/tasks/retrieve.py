@@ -72,26 +72,6 @@ class Query:
         return len(self) == len(self.texts) == 1 and self.factors == [1.0]
 
 
-def combine(
-    vectors: Sequence[NDArray[np.float32]], weights: Sequence[float]
-) -> NDArray[np.float32]:
-    """The weighted sum of vectors, float32 [D], made unit length, unless it cancels out."""
-    if list(weights) == [1.0]:
-        return vectors[0]
-    factors = np.array(weights, np.float64)
-    largest = np.abs(factors).max()
-    if largest > 0:
-        factors /= largest
-    total = factors @ np.array(vectors, np.float64)
-    length = np.linalg.norm(total)
-    if length <= MIN_LENGTH * max(np.abs(factors).sum(), 1.0):
-        shown = ", ".join(f"{weight:g}" for weight in weights)
-        raise invalid(
-            f"the weights {shown} cancel to nothing; change one, so that a direction is left"
-        )
-    return np.asarray(total / length, np.float32)
-
-
 @dataclass(frozen=True)
 class RetrieveRequest:
     """A search of an index; raises a `TaskError` for values that do not go together."""
@@ -152,8 +132,24 @@ def retrieve(
     if query.ids:
         vectors += list(index.embeddings(list(query.ids)))
 
+    # Their weighted sum, made unit length, unless it cancels out.
+    wanted = vectors[0]
+    if query.factors != [1.0]:
+        factors = np.array(query.factors, np.float64)
+        largest = np.abs(factors).max()
+        if largest > 0:
+            factors /= largest
+        total = factors @ np.array(vectors, np.float64)
+        length = np.linalg.norm(total)
+        if length <= MIN_LENGTH * max(np.abs(factors).sum(), 1.0):
+            shown = ", ".join(f"{weight:g}" for weight in query.factors)
+            raise invalid(
+                f"the weights {shown} cancel to nothing; change one, so that a direction is left"
+            )
+        wanted = np.asarray(total / length, np.float32)
+
     hits = index.search(
-        combine(vectors, query.factors),
+        wanted,
         DEFAULT_TOP_K if request.top_k is None else request.top_k,
         request.where,
         thumbnails=request.thumbnails,

@@ -28,10 +28,9 @@ _WAITING = re.compile(
 class Surplus:
     """Requests that this process must still reject, by a file that the server writes."""
 
-    def __init__(self, file: Path | None = None) -> None:
-        self._file = file
-        self._last = b""
-        self._left = 0
+    _file: Path | None = None
+    _last = b""
+    _left = 0
 
     def open(self, model: str) -> None:
         """Read the file of this model from now on, if a server has set its folder."""

@@ -229,7 +229,7 @@ def photo(width: int, height: int, kind: str = "JPEG", mode: str = "RGB", turn: 
     [
         ((1200, 1600, "JPEG", "RGB", 6), (448, 597), "JPEG"),
         ((1600, 1200, "JPEG", "L"), (597, 448), "JPEG"),
-        ((1600, 1200, "PNG", "RGBA"), (597, 448), "PNG"),
+        ((800, 600, "PNG", "RGBA"), (597, 448), "PNG"),
         ((1600, 1200, "WEBP"), (597, 448), "JPEG"),
     ],
 )

@@ -26,19 +26,9 @@ from radapter_client import (
 )
 from radapter_serve.contract import images as preprocess
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.encoders.loaded import complete, load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
 from radapter_serve.model import Model
-from radapter_serve.tasks.classify import ClassifyRequest, classify
-from radapter_serve.tasks.embed import (
-    EmbedImagesRequest,
-    EmbedTextsRequest,
-    Labels,
-    embed_images,
-    embed_texts,
-)
-from radapter_serve.tasks.segment import SegmentRequest, segment
 from tests.helpers.fake_upstream import until
 from tests.helpers.small_release import Local, png, seal
 from tests.helpers.walks import check_walk
@@ -54,33 +44,13 @@ def texts(*values: bytes) -> np.ndarray:
     return np.array([[value] for value in values], object)
 
 
-def test_answers_are_those_of_the_tasks(repository: Path) -> None:
-    releases = {number: load_release(repository, number) for number in (1, 2)}
-    images = [png(0), png(1, kind="JPEG"), png(2, 60, 61, kind="WEBP")]
-    words = ["a cat", "Ölkäfer 猫", "word " * 200]
-    labels = ["cat", "dog, hound", "bird"]
-    with Engine(list(releases.values())) as engine:
-        assert [release.version for release in Client(transport=engine).releases()] == [1, 2]
-        for number, loaded in releases.items():
-            client = Client(transport=engine, release=number)
-            assert client.is_ready()
-            embeds = complete(embed_images(loaded, EmbedImagesRequest(images)))
-            np.testing.assert_array_equal(client.embed_images(images), embeds)
-            embeds = complete(embed_texts(loaded, EmbedTextsRequest(words)))
-            np.testing.assert_array_equal(client.embed_texts(words), embeds)
-            rankings = complete(classify(loaded, ClassifyRequest(images, Labels(labels), top_k=2)))
-            answers = client.classify(images, labels, top_k=2)
-            for answer, ranking in zip(answers, rankings, strict=True):
-                assert answer.labels == ranking.labels
-                np.testing.assert_array_equal(np.array(answer.scores, np.float32), ranking.scores)
-        mask = complete(segment(releases[2], SegmentRequest(png(3), Labels(["red", "green"]))))
-        segmented = Client(transport=engine).segment(png(3), ["red", "green"])
-        np.testing.assert_array_equal(segmented.mask, mask.mask)
-        assert segmented.release == 2
-
-
-def test_refusals_and_one_output_alone(engine: Engine) -> None:
+def test_releases_refusals_and_one_output_alone(engine: Engine) -> None:
+    """That all answers are those of the tasks, tests/server/test_releases_served.py shows."""
     client = Client(transport=engine)
+    assert [release.version for release in client.releases()] == [1, 2]
+    for number in (1, 2):
+        pinned = Client(transport=engine, release=number)
+        assert pinned.is_ready() and pinned.classify(png(0), ["a"]).release == number
     for inputs, message in (
         ({"texts": texts(b"a")}, "no input 'texts'; it has text, alpha"),
         ({"text": texts(b"\xff")}, "UTF-8"),

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.process import SURPLUS
 from radapter_serve.server.control import Answer, NoAnswer, warm_up
 from radapter_serve.server.supervisor import (
     BUSY_SECONDS,
@@ -261,13 +262,14 @@ nv_cpu_utilization 0.5
 """
 
 
-def test_each_process_refuses_its_share_once(tmp_path: Path):
+def test_each_process_refuses_its_share_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(SURPLUS, str(tmp_path))
     processes = {"classify": 2, "segment": 1}
     # Its thread reads no metrics there.
     backlog = Backlog("http://localhost:1/metrics", tmp_path, lambda: processes, 4)
-    first = Surplus(tmp_path / "classify")
-    second = Surplus(tmp_path / "classify")
-    segment = Surplus(tmp_path / "segment")
+    first, second, segment = Surplus(), Surplus(), Surplus()
+    for surplus, model in ((first, "classify"), (second, "classify"), (segment, "segment")):
+        surplus.open(model)
     backlog.observe(METRICS.format(waiting=6))
     assert (first.take(2), first.take(10), first.take(10)) == (2, 1, 0)
     assert (second.take(10), segment.take(10)) == (3, 0)
