@@ -111,7 +111,7 @@ def test_errors_of_the_server(
 ):
     body = json.dumps({"error": text}).encode()
     with (
-        grpc_server(grpc.StatusCode[status[0]], text) as one,
+        grpc_server((grpc.StatusCode[status[0]], text)) as (one, _),
         http_server(status[1], body) as (other, _),
     ):
         for url in (one, other):
@@ -426,39 +426,16 @@ def test_what_is_asked_again_over_http(
 
 def test_over_grpc() -> None:
     """What is asked again, and the key, which is a header."""
-    left = [
-        (grpc.StatusCode.UNAVAILABLE, "[server_stopping] x"),
-        (grpc.StatusCode.UNAVAILABLE, "y"),
-    ]
-    seen: list[Any] = []
-
-    def infer(request: Any, context: grpc.ServicerContext) -> service_pb2.ModelInferResponse:
-        seen.append(dict(context.invocation_metadata()))
-        if left:
-            context.abort(*left.pop(0))
-        answer = service_pb2.ModelInferResponse(model_version="1")
-        answer.outputs.add(name="text_embeds", datatype="FP32", shape=[1, 1])
-        answer.raw_output_contents.append(np.float32(7).tobytes())
-        return answer
-
-    handler = grpc.unary_unary_rpc_method_handler(
-        infer,
-        service_pb2.ModelInferRequest.FromString,
-        service_pb2.ModelInferResponse.SerializeToString,
-    )
-    service = grpc.method_handlers_generic_handler(
-        "inference.GRPCInferenceService", {"ModelInfer": handler}
-    )
-    server = grpc.server(ThreadPoolExecutor(1), handlers=[service])
-    url = f"grpc://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
-    try:
+    answer = service_pb2.ModelInferResponse(model_version="1")
+    answer.outputs.add(name="text_embeds", datatype="FP32", shape=[1, 1])
+    answer.raw_output_contents.append(np.float32(7).tobytes())
+    away = grpc.StatusCode.UNAVAILABLE
+    failures = (away, "[server_stopping] x"), (away, "y")
+    with grpc_server(*failures, answer=answer.SerializeToString()) as (url, seen):
         assert attempt(url, embed, api_key="secret").tolist() == [[7]]
         assert len(seen) == 3 and seen[-1]["authorization"] == "Bearer secret"
-        left.append((grpc.StatusCode.DEADLINE_EXCEEDED, "late"))
-        assert type(attempt(url, embed)) is Timeout and len(seen) == 4
-    finally:
-        server.stop(None).wait()
+    with grpc_server((grpc.StatusCode.DEADLINE_EXCEEDED, "late")) as (url, seen):
+        assert type(attempt(url, embed)) is Timeout and len(seen) == 1
 
 
 def test_whether_it_is_ready_is_asked_once() -> None:

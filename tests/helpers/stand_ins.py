@@ -182,17 +182,29 @@ def http_server(
 
 
 @contextmanager
-def grpc_server(code: grpc.StatusCode, text: str) -> Iterator[str]:
-    """A server that fails every call in one way; its URL."""
+def grpc_server(
+    *failures: tuple[grpc.StatusCode, str], answer: bytes | None = None
+) -> Iterator[tuple[str, list[Any]]]:
+    """A server that fails in these ways, one a call, and then gives an answer; without one, every
+    call fails in the first way. Its URL, and the metadata of its calls.
+    """
+    left = list(failures)
+    seen: list[Any] = []
 
-    class Fails(grpc.GenericRpcHandler):
+    def call(request: bytes, context: grpc.ServicerContext) -> bytes | None:
+        seen.append(dict(context.invocation_metadata()))
+        if answer is None or left:
+            context.abort(*(left.pop(0) if answer is not None else left[0]))
+        return answer
+
+    class Service(grpc.GenericRpcHandler):
         def service(self, _: Any) -> Any:
-            return grpc.unary_unary_rpc_method_handler(lambda _, context: context.abort(code, text))
+            return grpc.unary_unary_rpc_method_handler(call)
 
-    server = grpc.server(ThreadPoolExecutor(1), handlers=[Fails()])
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Service()])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        yield f"grpc://127.0.0.1:{port}"
+        yield f"grpc://127.0.0.1:{port}", seen
     finally:
         server.stop(None).wait()
