@@ -255,8 +255,7 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
     who reaches the port.
     """
     check_installed("uvicorn", "server")
-    from radapter_serve.gateway.in_process import in_front_of
-    from radapter_serve.server.engine_server import EngineServer
+    from radapter_serve.gateway.in_process import EngineServer, in_front_of
 
     if trust_network and flags.api_keys is None:
         flags = replace(flags, no_api_keys=True)
