@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.evaluation.metrics import LEAST
 from tests.helpers.graphs import graph_of, quick_exports
+from tests.helpers.shared import shared
 
 ALPHAS = (0.3, 0.8)
 CLASSES = ("cat", "dog", "guinea pig", "horse", "old wall")
@@ -72,22 +74,26 @@ def _photos(folder: Path, count: int) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def exported(
-    common: Path, adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Exported:
-    """A folder with `repository` and `merged`, and the two releases that were exported into it. Not
-    to be changed.
+def exported_once(common: Path, name: str, adapter: Any, alphas: Any, **settings: Any) -> Exported:
+    """A folder with `repository` and `merged`, and the releases that were exported into it by one
+    worker for all of them. Not to be changed.
     """
-    folder = tmp_path_factory.mktemp("exported")
-    settings = ExportSettings(
-        model_repository=folder / "repository",
-        merged=folder / "merged",
-        label_sets={"animals": labels_path},
-        dense="naclip",
-    )
-    with quick_exports(common):
-        return folder, export_release(adapter_path, ALPHAS, settings)
+
+    def make(folder: Path) -> None:
+        places = {"model_repository": folder / "repository", "merged": folder / "merged"}
+        with quick_exports(common):
+            releases = export_release(adapter, alphas, ExportSettings(**{**places, **settings}))
+        (folder / "releases").write_bytes(pickle.dumps(releases))
+
+    folder = shared(common, name, make)
+    return folder, pickle.loads((folder / "releases").read_bytes())
+
+
+@pytest.fixture(scope="session")
+def exported(common: Path, adapter_path: Path, labels_path: Path) -> Exported:
+    """The adapter at two α, with patches and a label set."""
+    sets = {"animals": labels_path}
+    return exported_once(common, "two", adapter_path, ALPHAS, label_sets=sets, dense="naclip")
 
 
 @pytest.fixture

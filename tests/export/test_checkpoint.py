@@ -14,14 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from radapter_export import ExportSettings, export_release
 from radapter_export import export as export_function
 from radapter_serve.clip.base import Base
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release
-from tests.export.conftest import GRAPHS, Exported
-from tests.helpers.graphs import quick_exports
+from tests.export.conftest import GRAPHS, Exported, exported_once
 
 
 @pytest.fixture(scope="session")
@@ -34,30 +32,16 @@ def tuned(tiny_base: Base) -> dict[str, Tensor]:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def line(
-    tuned: dict[str, Tensor],
-    tiny_clip_dir: str,
-    labels_path: Path,
-    common: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    tuned: dict[str, Tensor], tiny_clip_dir: str, common: Path, tmp_path_factory: Any
 ) -> Exported:
-    """A folder with `repository`, `merged` and `transformers`, and the releases of a checkpoint at
-    0.5 and 1. Not to be changed.
-    """
+    """The releases of a checkpoint at 0.5 and 1, in the form of `transformers`, too."""
     folder = tmp_path_factory.mktemp("line")
     torch.save({"epoch": 1, "state_dict": tuned}, folder / "tuned.pt")
-    settings = ExportSettings(
-        model_repository=folder / "repository",
-        merged=folder / "merged",
-        transformers=folder / "transformers",
-        checkpoint=str(folder / "tuned.pt"),
-        base=tiny_clip_dir,
-        dense="naclip",
-        label_sets={"animals": labels_path},
-    )
-    with quick_exports(common):
-        return folder, export_release((), [0.5, 1.0], settings)
+    settings = {"checkpoint": str(folder / "tuned.pt"), "base": tiny_clip_dir, "dense": "naclip"}
+    forms = common / "line-forms"
+    return exported_once(common, "line", (), [0.5, 1.0], transformers=forms, **settings)
 
 
 def test_a_checkpoint_becomes_releases_on_its_line(
@@ -103,11 +87,11 @@ def test_a_checkpoint_becomes_releases_on_its_line(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_lora_becomes_a_release_on_the_base_that_it_names(
-    line: Exported, tmp_path: Path, quick: None
+    line: Exported, common: Path, tmp_path: Path, quick: None
 ) -> None:
     import peft  # here: it takes seconds to load
 
-    base = line[0] / "transformers" / "alpha-1"
+    base = common / "line-forms" / "alpha-1"
     torch.manual_seed(0)
     model = peft.get_peft_model(
         transformers.CLIPModel.from_pretrained(base),

@@ -16,7 +16,7 @@ from onnx import load
 from torch import nn
 from tritonclient.grpc import model_config_pb2
 
-from radapter_export import ExportedRelease, ExportSettings, export_release
+from radapter_export import ExportedRelease
 from radapter_export.graph import DynamicAlphaTower, Graph
 from radapter_export.precision import quantize
 from radapter_serve.adapter import (
@@ -33,7 +33,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Samples, Tolerance, compare
 from radapter_serve.release.config import encoders_of
 from radapter_serve.server.models import load_as_triton
-from tests.export.conftest import GRAPHS, Export, Exported
+from tests.export.conftest import GRAPHS, Export, Exported, exported_once
 
 ALPHAS = np.array([[0], [0.25], [0.5], [1], [0.8], [0.25], [0]], np.float32)
 TEXTS = ["a cat", "hello", "", "many words " * 100, "a drawing of a dog, in the rain", "x y", "7"]
@@ -98,20 +98,10 @@ def test_each_row_is_what_the_fold_at_its_alpha_gives(
     assert stored & set(adapter.tensors) == wanted
 
 
-@pytest.fixture(scope="module")
-def dynamic(
-    adapter_path: Path, dynamic_graphs: dict[str, Graph], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, ExportedRelease]:
+@pytest.fixture(scope="session")
+def dynamic(common: Path, adapter_path: Path) -> tuple[Path, ExportedRelease]:
     """A model repository with one release that takes any α."""
-    folder = tmp_path_factory.mktemp("dynamic")
-    settings = ExportSettings(
-        model_repository=folder / "repository", merged=folder / "merged", dense="naclip"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("image", "patch", "text"):
-            graph = dynamic_graphs[f"{name}_encoder"]
-            patch.setattr(f"radapter_export.release.{name}_graph", lambda *_, graph=graph: graph)
-        [release] = export_release(adapter_path, "dynamic", settings)
+    folder, [release] = exported_once(common, "any", adapter_path, "dynamic", dense="naclip")
     return folder / "repository", release
 
 
@@ -150,17 +140,15 @@ def test_runtimes_and_int8_take_alpha(
 ) -> None:
     pytest.importorskip("openvino")
     for encoder in encoders_of(dynamic[0]):
-        for runtime in ("onnxruntime", "openvino"):
-            graph = load_as_triton(encoder, 1, runtime, 1)
-            samples = Samples.load(encoder.folder / "1")
-            assert compare(encoder.name, graph, samples, Tolerance(1e-5)).min_cosine > 1 - 1e-6
+        graph = load_as_triton(encoder, 1, "openvino", 1)
+        samples = Samples.load(encoder.folder / "1")
+        assert compare(encoder.name, graph, samples, Tolerance(1e-5)).min_cosine > 1 - 1e-6
         text = encoder.configured("openvino", 1)
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
         # The batch is a dimension of the tensor for this runtime.
         assert list(config.input[1].dims) == [-1, 1]
         shutil.copy(encoder.file(1, "onnxruntime"), tmp_path / "model.onnx")
         quantize(tmp_path / "model.onnx")
-        samples = Samples.load(encoder.folder / "1")
         for runtime in ("onnxruntime", "openvino"):
             quantized = EncoderGraph(tmp_path / "model.onnx", runtime, precision="int8", threads=1)
             assert compare(encoder.name, quantized, samples, TOLERANCES["int8"]).max_error > 1e-5

@@ -26,6 +26,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.training import train
 from tests.export.conftest import Export, Exported
 from tests.helpers.graphs import quick_exports
+from tests.helpers.shared import shared
 from tests.helpers.short_run import short_run
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
@@ -91,12 +92,10 @@ def unit(output: Any) -> np.ndarray:
     return np.asarray(values / np.linalg.norm(values, axis=-1, keepdims=True))
 
 
-def export_forms(
-    common: Path, folder: Path, base: str, alphas: Any, rank: int | None = 4, scale: float = 0.3
-) -> None:
+def export_forms(common: Path, folder: Path, base: str, alphas: Any) -> None:
     """Export a random adapter of a base, and the adapter, into a folder."""
     path = folder / "adapter.safetensors"
-    save_adapter(random_adapter(base, rank=rank, scale=scale), path)
+    save_adapter(random_adapter(base, rank=4, scale=0.3), path)
     settings = ExportSettings(
         model_repository=folder / "repository",
         merged=folder / "merged",
@@ -106,22 +105,26 @@ def export_forms(
         export_release(path, alphas, settings)
 
 
-@pytest.fixture(scope="module")
-def clip(common: Path, tiny_clip_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def clip(common: Path, tiny_clip_dir: str) -> Path:
     """A base, a low-rank adapter of it, and all forms at two alphas. Not to be changed."""
-    folder = tmp_path_factory.mktemp("forms")
-    (folder / "base").symlink_to(tiny_clip_dir.removeprefix("local-dir:"))
-    export_forms(common, folder, f"local-dir:{folder / 'base'}", [0.3, 0.8])
-    return folder
+
+    def make(folder: Path) -> None:
+        (folder / "base").symlink_to(tiny_clip_dir.removeprefix("local-dir:"))
+        export_forms(common, folder, f"local-dir:{folder / 'base'}", [0.3, 0.8])
+
+    return shared(common, "forms", make)
 
 
-@pytest.fixture(scope="module")
-def siglip(common: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def siglip(common: Path) -> Path:
     """The same of a SigLIP whose texts have 64 tokens, as `transformers` takes for granted."""
-    folder = tmp_path_factory.mktemp("siglip")
     text = {**FAMILIES["siglip"].text, "context_length": 64}
-    export_forms(common, folder, make_base("siglip", folder / "base", text_cfg=text), [0.7])
-    return folder
+
+    def make(folder: Path) -> None:
+        export_forms(common, folder, make_base("siglip", folder / "base", text_cfg=text), [0.7])
+
+    return shared(common, "siglip", make)
 
 
 def check_transformers(

@@ -217,13 +217,7 @@ def test_a_card_is_read_by_the_hub_and_says_what_the_release_is(library: str) ->
     [result] = head.eval_results
     assert (result.dataset_name, result.metric_type) == ("photos", "acc1")
     assert result.metric_value == 71.25
-    for words in (
-        "base is ViT-B-32 with the weights openai (`sha256:1`)",
-        "| **0.5** | 96.2 | 71.5 |",
-        "| acc1, 200 images of photos | 71.25 % |",
-        "| data | train.csv |",
-        "`image_encoder` from torch | 1.2e-06 |",
-    ):
+    for words in ("| **0.5** | 96.2 | 71.5 |", "| data | train.csv |"):
         assert words in card.text
     assert f"import {library}" in card.text.replace("from transformers", "import transformers")
     assert "secret" not in card.content
