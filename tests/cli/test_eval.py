@@ -136,30 +136,6 @@ def test_each_suite_has_a_folder_and_one_folder_takes_several(here: Path, undraw
     assert points(here / "results/tiny/suite")[2:] == [(data[1], 0.5)]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--suite", "none"], "there is no suite none; allowed: a file, or one of base-to-novel, "),
-        ([*COMMON[:4], "--out", "suite.yaml/a/b"], "suite.yaml is not a folder"),
-        ([*COMMON[:4], "--out", "broken"], "broken/results.jsonl, line 1 is not a row of results"),
-        (["--alpha", "auto", "--out", "broken"], "line 1 is not a row of results"),
-    ],
-)
-def test_what_can_be_refused_is_refused_before_torch(
-    here: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
-) -> None:
-    (here / "broken").mkdir()
-    (here / "broken" / "results.jsonl").write_text("{\n", encoding="utf-8")
-    for module in ("torch", "radapter_serve.evaluation.run"):
-        monkeypatch.setitem(sys.modules, module, None)
-    assert main(arguments) == 2
-    assert message in capfd.readouterr().err
-
-
 def test_labels_that_are_alike_are_named(
     here: Path, undrawn: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,30 +239,46 @@ def test_a_checkpoint_and_releases_are_evaluated_at_their_alpha(
     assert not (here / "none").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "no test data; give a suite with --suite: a file, or one of base-to-novel, coco200, "),
-        ([*COMMON, "--alpha", "nan"], "alpha is 'nan'; allowed"),
-        ([*COMMON, "--alpha", "0.5", "0.5"], "given twice"),
-        ([*COMMON, "--alpha", "auto", "0.5"], "takes no other alpha"),
-        ([*COMMON, "--merged", "none"], "is no model folder"),
-        ([*COMMON, "--adapter", "none"], "no adapter file at none"),
-        ([*COMMON, "--model-repository", "none"], "no release in the model repository none"),
-        ([*COMMON, "--url", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: "),
-        ([*COMMON, "--merged", "a", "--alpha", "0.5"], "merged, alpha don't go together"),
-        ([*COMMON, "--limit", "0"], "limit is 0; allowed: 1 or more"),
-        ([*COMMON, "--checkpoint", "suite.yaml"], "name what was tuned with --base"),
-        ([*COMMON, "--lora", "runs"], "runs is no folder of peft"),
-        ([*COMMON, "--device", "abacus"], "abacus"),
-        (["--suite", "suite.yaml", "--data-root", "runs"], "'plain': no folder runs/plain"),
-    ],
-)
+# The first are refused before torch is loaded, which takes seconds.
+EARLY = [
+    ([], "no test data; give a suite with --suite: a file, or one of base-to-novel, coco200, "),
+    (["--suite", "none"], "there is no suite none; allowed: a file, or one of base-to-novel, "),
+    ([*COMMON[:4], "--out", "suite.yaml/a/b"], "suite.yaml is not a folder"),
+    ([*COMMON[:4], "--out", "broken"], "broken/results.jsonl, line 1 is not a row of results"),
+    (["--alpha", "auto", "--out", "broken"], "line 1 is not a row of results"),
+    ([*COMMON, "--alpha", "nan"], "alpha is 'nan'; allowed"),
+    ([*COMMON, "--alpha", "0.5", "0.5"], "given twice"),
+    ([*COMMON, "--alpha", "auto", "0.5"], "takes no other alpha"),
+    ([*COMMON, "--merged", "a", "--alpha", "0.5"], "merged, alpha don't go together"),
+    ([*COMMON, "--limit", "0"], "limit is 0; allowed: 1 or more"),
+    ([*COMMON, "--checkpoint", "suite.yaml"], "name what was tuned with --base"),
+]
+LATE = [
+    ([*COMMON, "--merged", "none"], "is no model folder"),
+    ([*COMMON, "--adapter", "none"], "no adapter file at none"),
+    ([*COMMON, "--model-repository", "none"], "no release in the model repository none"),
+    ([*COMMON, "--url", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: "),
+    ([*COMMON, "--lora", "runs"], "runs is no folder of peft"),
+    ([*COMMON, "--device", "abacus"], "abacus"),
+    (["--suite", "suite.yaml", "--data-root", "runs"], "'plain': no folder runs/plain"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [*EARLY, *LATE])
 def test_bad_input_is_one_line_and_status_2(
-    here: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
+    (here / "broken").mkdir()
+    (here / "broken" / "results.jsonl").write_text("{\n", encoding="utf-8")
+    if (arguments, message) in EARLY:
+        for module in ("torch", "radapter_serve.evaluation.run"):
+            monkeypatch.setitem(sys.modules, module, None)
     assert main(arguments) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("radapter-eval: error: ") and err.count("\n") == 1
     assert message in err
-    assert {path.name for path in here.iterdir()} == {"runs", "data", "suite.yaml"}
+    assert {path.name for path in here.iterdir()} == {"runs", "data", "suite.yaml", "broken"}

@@ -97,17 +97,11 @@ def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, fl
     return found
 
 
-@pytest.fixture(scope="module")
-def rows(run_folder: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """Of the run at each α."""
-    out = tmp_path_factory.mktemp("rows")
-    return evaluated(from_adapter(run_folder, ALPHAS), world, out)
-
-
 @torch.no_grad()
 def test_every_alpha_is_the_folded_model_in_open_clip(
-    rows: list[Row], run_folder: Path, tiny_clip_dir: str, world: Path
+    run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path
 ) -> None:
+    rows = evaluated(from_adapter(run_folder, ALPHAS), world, tmp_path)
     base = load_base(tiny_clip_dir)
     adapter = load_adapter(run_folder)
     weights = {name: value.clone() for name, value in base.model.state_dict().items()}
