@@ -20,7 +20,6 @@ from PIL import Image
 
 from radapter_serve.adapter import load_adapter, save_adapter
 from radapter_serve.adapter.file import Adapter
-from radapter_serve.contract.images import decode
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.encoders.loaded import LoadedRelease, load_release, served_release
 from radapter_serve.errors import RAdapterError
@@ -35,7 +34,6 @@ from radapter_serve.evaluation.models import (
 from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate_set, evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
-from radapter_serve.tasks.dense import encode_windows, segment_densely
 from tests.helpers.small_models import release
 from tests.helpers.ways import in_process
 
@@ -378,38 +376,6 @@ def masks_of(models: Sequence[Candidate], suite: Suite) -> dict[str, list[NDArra
         ]
     model.close()
     return found
-
-
-def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_clip_dir: str) -> None:
-    import open_clip
-    import torch
-
-    from radapter_serve.adapter import fold
-    from radapter_serve.clip.base import load_base
-    from radapter_serve.clip.towers import encode_patches, zero_shot_classifier
-
-    suite = suite_of(masked, *SETS)
-    found = masks_of(from_adapter(dense_run, [0.0, 0.6]), suite)["s0"]
-    base = load_base(tiny_clip_dir)
-    base.model.load_state_dict(fold(base.model.state_dict(), load_adapter(dense_run), 0.6))
-    _, _, transform = open_clip.create_model_and_transforms(tiny_clip_dir)
-    classifier = zero_shot_classifier(base.model, base.tokenizer, NAMES, ["a photo of a {}."])
-
-    @torch.no_grad()
-    def encode(windows: NDArray[np.uint8]) -> NDArray[np.float32]:
-        pixels = torch.stack([transform(Image.fromarray(window)) for window in windows])
-        return encode_patches(base.model, pixels, "naclip").numpy()
-
-    nothing: Any = None
-    loaded = LoadedRelease(release(preprocess=base.preprocess), nothing, nothing)
-    data: Any = open_set(suite, suite.entries[0])
-    for image, mask in zip(data.images, found, strict=True):
-        options = data.query(oracle()).options
-        picture = decode(image.data())
-        windows = segment_densely(loaded, picture, classifier.numpy(), options, rows=5)
-        expected = encode_windows(windows, encode).mask
-        assert (mask == expected).mean() > 0.999
-    assert len(np.unique(np.stack(found))) > 1
 
 
 @pytest.fixture(scope="module")
