@@ -176,14 +176,19 @@ def classify(
         "example_weight": example_weight,
     }
 
-    def of(image: str, answer: Classification) -> Answer:
+    def facts_and_rows(image: str, answer: Classification) -> Answer:
         pairs = zip(answer.labels, answer.scores, strict=True)
         rows = [{"image": image, "label": label, "score": score} for label, score in pairs]
         return {"image": image, **vars(answer)}, rows
 
     with server.client() as client:
         answers = files.answers(lambda paths: client.classify(paths, **options), 64)
-        report(itertools.starmap(of, answers), ("image", "label", "score"), server.json, out)
+        report(
+            itertools.starmap(facts_and_rows, answers),
+            ("image", "label", "score"),
+            server.json,
+            out,
+        )
     return int(files.left_out)
 
 
@@ -223,7 +228,7 @@ def segment(
     pictures = files.pictures("--save", save, ".png", ".jpg")
     masks = files.pictures("--save-mask", save_mask, ".png")
 
-    def of(image: str, answer: Segmentation) -> Answer:
+    def facts_and_rows(image: str, answer: Segmentation) -> Answer:
         if image in pictures:
             save_picture(pictures[image], answer.overlay())
         if image in masks:
@@ -244,7 +249,7 @@ def segment(
     with server.client() as client:
         answers = files.answers(lambda paths: client.segment(paths, **options), 8)
         columns = ("image", "label", "share", "score")
-        report(itertools.starmap(of, answers), columns, server.json, out)
+        report(itertools.starmap(facts_and_rows, answers), columns, server.json, out)
     if not server.json:
         for path in filter(None, (save, save_mask)):
             print(path)
