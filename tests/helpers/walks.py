@@ -13,13 +13,6 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def steps_of(title: str) -> list[tuple[str, str]]:
-    """The steps of a walk on the page: function and file."""
-    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
-    section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    return re.findall(r"^\| *\d+ \| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE)
-
-
 def calls_of(work: Callable[[], Any]) -> list[tuple[str, str]]:
     """The functions of the project that some work calls, in their order: name and file."""
     calls: list[tuple[str, str]] = []
@@ -43,7 +36,9 @@ def calls_of(work: Callable[[], Any]) -> list[tuple[str, str]]:
 
 def check_walk(title: str, work: Callable[[], Any]) -> None:
     """Fail where the work does not take the steps that the page names, in their order."""
-    steps = steps_of(title)
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    steps = re.findall(r"^\| *\d+ \| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE)
     assert len(steps) > 10
     calls = calls_of(work)
     start = 0

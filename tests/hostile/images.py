@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from tests.helpers.small_release import png, png_header
-
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+from tests.helpers.small_release import SIGNATURE, chunk, png, png_header
 
 
 def _zeros(count: int) -> bytes:
@@ -24,11 +21,6 @@ def _zeros(count: int) -> bytes:
     block = bytes(2**20)
     packed = b"".join(packer.compress(block) for _ in range(count // len(block)))
     return packed + packer.compress(bytes(count % len(block))) + packer.flush()
-
-
-def chunk(name: bytes, body: bytes) -> bytes:
-    """A chunk of a PNG."""
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 def png_of(
@@ -44,7 +36,7 @@ def png_of(
         channels = {0: 1, 2: 3, 3: 1, 6: 4}[colour]
         data = _zeros((1 + (width * bits * channels + 7) // 8) * height)
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
-    return _SIGNATURE + header + b"".join(extra) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return SIGNATURE + header + b"".join(extra) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -54,8 +46,7 @@ def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def jpeg(width: int = 40, height: int = 30) -> bytes:
-    pixels = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return _saved(Image.fromarray(pixels), "JPEG")
+    return png(3, width, height, "JPEG")
 
 
 def webp(width: int, height: int, frames: int = 1) -> bytes:
@@ -118,7 +109,7 @@ _SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd
 _EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n"
 _MARKERS = b"\xff\xd8" + b"\xff\xe1\0\2" * 10_000 + b"\xff\xd9"
 _NO_TABLES = b"\xff\xd8\xff\xda\0\x08\x01\x01\0\0\x3f\0" + bytes(100) + b"\xff\xd9"
-_NO_PIXELS = _SIGNATURE + png_of(8, 8)[8:33] + chunk(b"IEND", b"")
+_NO_PIXELS = SIGNATURE + png_of(8, 8)[8:33] + chunk(b"IEND", b"")
 _PHP = jpeg()[:2] + b"\xff\xfe\0\x18<?php system('id'); ?>" + jpeg()[2:]
 
 Files = dict[str, "bytes | Callable[[], bytes]"]
