@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import json
+import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
     from radapter_serve.server.triton_server import TritonServer
     from tests.helpers.small_release import Local
 
+# Data sets of Hugging Face are cached for this run alone; the variable is read at their import.
+_datasets = tempfile.TemporaryDirectory(prefix="radapter-datasets-")
+atexit.register(_datasets.cleanup)
+os.environ["HF_DATASETS_CACHE"] = _datasets.name
 # Tests, too, import openvino without telling its makers, and without a file in the user's home.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 

@@ -13,12 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
-import torch
-from PIL import Image
 
 from tests.helpers.small_release import png
+from tests.test_model import by_open_clip
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -26,10 +24,8 @@ WALK_THROUGH = ROOT / "docs" / "quickstart.md"
 HTTP_API = ROOT / "docs" / "http-api.md"
 
 
-PRELUDE = [
-    "set -eumo pipefail",
-    "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT",
-]  # else a server holds the pipe
+# Without the trap a server holds the pipe.
+PRELUDE = ["set -eumo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
 
 # The demo ends with the playground, which a browser opens: here a script that keeps the address,
 # and then a real one.
@@ -111,13 +107,13 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
             os.killpg(process.pid, signal.SIGTERM)
     assert process.returncode == 0, output[-4000:]
     assert "all 60 labels equal to open_clip's" in output
-    for name in ("classified.png", "found.png", "segmented.png", "results.json"):
-        assert (tmp_path / "demo-output" / name).is_file()
-    for name in ("found.html", "overlay.png", "merged/open_clip_model.safetensors"):
-        assert (tmp_path / name).is_file()
-    assert (tmp_path / "quick" / "runs" / "photos" / "adapter.safetensors").is_file()
-    assert (tmp_path / "quick" / "runs" / "photos" / "alpha.json").is_file()
-    assert (tmp_path / "quick" / "merged" / "open_clip_model.safetensors").is_file()
+    for name in (
+        *(f"demo-output/{name}.png" for name in ("classified", "found", "segmented")),
+        *("demo-output/results.json", "found.html", "overlay.png"),
+        *("merged/open_clip_model.safetensors", "quick/merged/open_clip_model.safetensors"),
+        *("quick/runs/photos/adapter.safetensors", "quick/runs/photos/alpha.json"),
+    ):
+        assert (tmp_path / name).is_file(), name
     for model in ("classify", "embed_text", "retrieve", "segment"):
         assert f'"model_name":"{model}"' in output
     assert "not opened: " in output or all(
@@ -137,17 +133,6 @@ def test_commands_of_the_walk_through_exist() -> None:
     } <= commands
     for command in commands:
         assert (Path(sys.executable).parent / command).is_file()
-
-
-def best_by_open_clip(folder: Path, image: Path, labels: list[str]) -> str:
-    """What open_clip alone takes an image for."""
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    model.eval()
-    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([f"a photo of a {x}." for x in labels])
-    with torch.inference_mode():
-        seen = model.encode_image(transform(Image.open(image).convert("RGB"))[None], normalize=True)
-        said = model.encode_text(tokens, normalize=True)
-    return labels[int((seen @ said.T).argmax())]
 
 
 def test_the_python_of_the_readme(
@@ -171,6 +156,6 @@ def test_the_python_of_the_readme(
     exec(lines.replace('data="photos"', small), made)
     assert (made["run"].folder / "alpha.json").is_file()  # what `evaluate` measured is kept
     assert made["done"].alpha == 0.5  # held-out photos can't show what is lost elsewhere
-    assert (
-        capfd.readouterr().out == f"{best_by_open_clip(Path('merged'), Path('cat.jpg'), classes)}\n"
-    )
+    texts = [f"a photo of a {name}." for name in classes]
+    [scores] = by_open_clip(tmp_path / "merged", [(tmp_path / "cat.jpg").read_bytes()], texts)
+    assert capfd.readouterr().out == f"{classes[scores.argmax()]}\n"

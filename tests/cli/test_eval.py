@@ -17,7 +17,6 @@ from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import main
 from radapter_serve.evaluation.alpha_choice import chosen
 from tests.evaluation.conftest import picture
-from tests.helpers.own_cache import own_cache as own_cache
 
 CLASSES = ["cat", "dog", "house"]
 SUITE = """

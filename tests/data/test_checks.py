@@ -31,7 +31,6 @@ from radapter_serve.index.collection import open_collection
 from radapter_serve.sources import unreachable
 from radapter_serve.training import Recipe
 from radapter_serve.training.tasks import open_run
-from tests.helpers.own_cache import own_cache as own_cache
 
 
 def encoded(format: str, size: tuple[int, int] = (90, 70)) -> bytes:

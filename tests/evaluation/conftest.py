@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from radapter_serve.adapter import Adapter, save_adapter
-from tests.helpers.own_cache import own_cache as own_cache
 
 CLASSES = ["cat", "dog", "guitar", "horse", "house", "tree"]
 SUITE = """

@@ -31,7 +31,6 @@ from radapter_serve.model import Model
 from radapter_serve.release.config import named_releases, read_config
 from radapter_serve.training import train
 from tests.export.conftest import CLASSES, Export
-from tests.helpers.own_cache import own_cache as own_cache
 from tests.helpers.short_run import short_run
 from tests.helpers.small_models import make_base
 

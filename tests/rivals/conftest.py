@@ -14,7 +14,6 @@ from radapter_serve.evaluation.suite import Entry, Suite
 from rivals import cells as cells_module
 from rivals.benchmark import write_benchmark
 from rivals.method import Run, learned
-from tests.helpers.own_cache import own_cache as own_cache
 from tests.training.conftest import images as images
 
 

@@ -18,7 +18,6 @@ import yaml
 from PIL import Image
 
 from radapter_serve.training import Recipe
-from tests.helpers.own_cache import own_cache as own_cache
 
 COLOURS = {"blue": (30, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
 
