@@ -10,13 +10,11 @@ import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from email.message import Message
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import ModelCard, constants, snapshot_download
@@ -33,6 +31,7 @@ from radapter_serve.release.repository import CONFIG as MODEL_CONFIG
 from radapter_serve.release.repository import MODELS
 from radapter_serve.sources import unreachable
 from tests.export.conftest import Export
+from tests.helpers.answering import Answer, answering
 from tests.helpers.small_models import release
 from tests.helpers.small_release import png
 
@@ -43,47 +42,13 @@ class FakeHub:
     """Repositories by name, each a list of commits."""
 
     def __init__(self) -> None:
+        self.url = ""
         # Commits of each, the newest last: a name of 40 digits, and the files
         self.repositories: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
         self.private: set[str] = set()
         # Statuses in place of an answer, by method and a pattern of the path
         self.answers: dict[tuple[str, str], int] = {}
         self.asked: list[tuple[str, str]] = []  # method and path
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def _any(self) -> None:
-                path = unquote(urlsplit(self.path).path)
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                hub.asked.append((self.command, path))
-                status, headers, content = hub.answer(
-                    self.command, path, body, self.headers.get("Authorization")
-                )
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(content)
-
-            do_GET = do_HEAD = do_POST = _any  # names of the base class
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
     def files(self, name: str) -> dict[str, bytes]:
         """The newest files of a repository."""
@@ -95,15 +60,14 @@ class FakeHub:
         commits.append((oid, files))
         return oid
 
-    def answer(
-        self, method: str, path: str, body: bytes, token: str | None
-    ) -> tuple[int, dict[str, str], bytes]:
+    def answer(self, method: str, path: str, headers: Message, body: bytes) -> Answer:
+        self.asked.append((method, path))
         for (wanted, pattern), status in self.answers.items():
             if method == wanted and re.search(pattern, path):
                 return status, {}, b""
         if path == "/":
             return 200, {}, b""
-        if method == "POST" and token != f"Bearer {TOKEN}":
+        if method == "POST" and headers.get("Authorization") != f"Bearer {TOKEN}":
             return 401, {}, b""
         if path == "/api/validate-yaml":
             return _json({})
@@ -117,7 +81,7 @@ class FakeHub:
             return self._resolve(*found.groups())
         return 404, {}, b""
 
-    def _create(self, asked: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+    def _create(self, asked: dict[str, Any]) -> Answer:
         name = f"{asked['organization'] or 'someone'}/{asked['name']}"
         known = name in self.repositories
         if not known:
@@ -126,9 +90,7 @@ class FakeHub:
                 self.private.add(name)
         return _json({"url": f"{self.url}/{name}"}, 409 if known else 200)
 
-    def _of_model(
-        self, name: str, action: str, revision: str, body: bytes
-    ) -> tuple[int, dict[str, str], bytes]:
+    def _of_model(self, name: str, action: str, revision: str, body: bytes) -> Answer:
         commit = self._at(name, revision)
         if commit is None:
             code = "RevisionNotFound" if name in self.repositories else "RepoNotFound"
@@ -157,7 +119,7 @@ class FakeHub:
         url = f"{self.url}/{name}/commit/{made}"
         return _json({"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""})
 
-    def _resolve(self, name: str, revision: str, file: str) -> tuple[int, dict[str, str], bytes]:
+    def _resolve(self, name: str, revision: str, file: str) -> Answer:
         commit = self._at(name, revision)
         if commit is None or file not in commit[1]:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
@@ -171,7 +133,7 @@ class FakeHub:
         return {oid: (oid, files) for oid, files in commits}.get(revision)
 
 
-def _json(value: Any, status: int = 200) -> tuple[int, dict[str, str], bytes]:
+def _json(value: Any, status: int = 200) -> Answer:
     return status, {"Content-Type": "application/json"}, json.dumps(value).encode()
 
 
@@ -242,21 +204,22 @@ NAME = "someone/tiny-clip"
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub that the libraries of this process ask, with a token and an empty cache."""
     hub = FakeHub()
-    cache = tmp_path / "cache"
-    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    for name, value in {
-        "ENDPOINT": hub.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": template,
-        "HF_HUB_CACHE": str(cache),
-        "HF_HUB_OFFLINE": False,
-        "HF_TOKEN_PATH": str(cache / "token"),
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    unreachable.cache_clear()
-    yield hub
-    hub.close()
+    with answering(hub.answer) as port:
+        hub.url = f"http://127.0.0.1:{port}"
+        cache = tmp_path / "cache"
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_OFFLINE": False,
+            "HF_TOKEN_PATH": str(cache / "token"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        unreachable.cache_clear()
+        yield hub
     unreachable.cache_clear()
 
 

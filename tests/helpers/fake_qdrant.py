@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from email.message import Message
 from typing import Any
 
 from pydantic import TypeAdapter
 from qdrant_client import QdrantClient, models
 
+from tests.helpers.answering import Answer, answering
+
+JSON = {"Content-Type": "application/json"}
 _OK = models.UpdateResult(operation_id=0, status=models.UpdateStatus.COMPLETED)
 
 
@@ -31,8 +33,6 @@ class FakeQdrant:
         )
         self.asked: list[tuple[str, str, Any]] = []
         self.url = ""
-        self.pause = 0.0  # seconds between two bytes of an answer
-        self.gone = False
         self._lock = threading.Lock()
 
     def result(self, method: str, path: str, body: Any) -> Any:
@@ -95,60 +95,22 @@ def fake_qdrant() -> Iterator[FakeQdrant]:
     """A server in this process."""
     fake = FakeQdrant()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(method: str, path: str, headers: Message, data: bytes) -> Answer:
+        body = json.loads(data) if data else None
+        fake.asked.append((method, path, body))
+        if fake.key is not None and headers.get("api-key") != fake.key:
+            return 401, JSON, b'{"status": {"error": "who are you?"}}'
+        try:
+            result = fake.result(method, path, body)
+        except ValueError as error:
+            return (404 if re.search("not found", str(error)) else 400), JSON, b"{}"
+        plain = result.model_dump(mode="json") if hasattr(result, "model_dump") else result
+        if fake.answer is not None:
+            plain = fake.answer(path, plain)
+        if not isinstance(plain, bytes):
+            plain = json.dumps({"result": plain, "status": "ok", "time": 0.1}).encode()
+        return 200, JSON, plain
 
-        def do_GET(self) -> None:
-            if fake.gone:
-                self.close_connection = True
-                return
-            path = self.path.partition("?")[0]
-            data = self.rfile.read(int(self.headers.get("content-length") or 0))
-            body = json.loads(data) if data else None
-            fake.asked.append((self.command, path, body))
-            if fake.key is not None and self.headers.get("api-key") != fake.key:
-                return self.say(401, b'{"status": {"error": "who are you?"}}')
-            try:
-                result = fake.result(self.command, path, body)
-            except ValueError as error:
-                return self.say(404 if re.search("not found", str(error)) else 400, b"{}")
-            plain = result.model_dump(mode="json") if hasattr(result, "model_dump") else result
-            if fake.answer is not None:
-                plain = fake.answer(path, plain)
-            if not isinstance(plain, bytes):
-                plain = json.dumps({"result": plain, "status": "ok", "time": 0.1}).encode()
-            return self.say(200, plain)
-
-        do_PUT = do_POST = do_DELETE = do_GET
-
-        def say(self, status: int, data: bytes) -> None:
-            self.send_response(status)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(data)))
-            self.end_headers()
-            for start in range(len(data)) if fake.pause else ():
-                self.wfile.write(data[start : start + 1])
-                time.sleep(fake.pause)
-            if not fake.pause:
-                self.wfile.write(data)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *_: Any) -> None:  # a caller that gave up
-            pass
-
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    fake.url = f"qdrant://127.0.0.1:{server.server_port}"
-    try:
+    with answering(answer) as port:
+        fake.url = f"qdrant://127.0.0.1:{port}"
         yield fake
-    finally:
-        fake.gone = True
-        server.shutdown()
-        server.server_close()
-        thread.join()
