@@ -28,6 +28,7 @@ from radapter_serve.errors import RAdapterError, reason
 # form.
 METHODS = ("maskclip", "naclip")
 STD = 5.0  # of NACLIP's Gaussian, in patches, as its authors have it
+_BATCH = 256  # texts
 Tokenizer = Callable[[list[str]], Tensor]
 Pixels = NDArray[np.uint8]
 Embeds = NDArray[np.float32]
@@ -56,14 +57,14 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1)[inverse]
 
 
-def encode_texts(model: Any, tokens: Tensor, batch_size: int = 256) -> Tensor:
+def encode_texts(model: Any, tokens: Tensor) -> Tensor:
     """Embed one or more texts in batches of similar length, as `encode_text` does; `tokens` may be
     on any device, the result is on the model's.
     """
     device = next(model.parameters()).device
     order = torch.argsort(tokens.ne(0).sum(dim=1), stable=True)
     embeds = torch.cat(
-        [encode_text(model, tokens[some].to(device)) for some in torch.split(order, batch_size)]
+        [encode_text(model, tokens[some].to(device)) for some in torch.split(order, _BATCH)]
     )
     return embeds[torch.argsort(order).to(device)]
 

@@ -109,9 +109,7 @@ def validation_data(
     return val
 
 
-def broken_images(
-    data: Images, max_decoded: int = _MAX_DECODED, *, progress: bool = True
-) -> list[str]:
+def broken_images(data: Images, *, progress: bool = True) -> list[str]:
     """Images that are missing or can't be decoded, a line each.
 
     Every file that the data names is looked for, also those that are not decoded.
@@ -156,7 +154,7 @@ def broken_images(
 
     # Look for all, and decode some.
     count = len(rows)
-    chosen = spread(range(count), max_decoded)
+    chosen = spread(range(count), _MAX_DECODED)
     console = Console(stderr=True, quiet=not progress)
     if not console.is_terminal and len(chosen) >= _BLOCK:
         console.print(f"checking {len(chosen):,} of {count:,} images", highlight=False)

@@ -187,9 +187,7 @@ class SceneData:
     gallery: Path  # CSV of all test scenes: image, style, caption
 
 
-def prepare_scenes(
-    folder: str | Path, *, train: int = TRAIN, test: int = TEST, seed: int = 0
-) -> SceneData:
+def prepare_scenes(folder: str | Path, *, train: int = TRAIN, test: int = TEST) -> SceneData:
     """Compose the demo's scenes, so many to train on and of each style to test on; each folder is
     made whole or not at all, and those that are there already are taken as they are.
     """
@@ -200,7 +198,7 @@ def prepare_scenes(
     missing = [scenes for scenes in wanted if scenes[3] and not scenes[0].is_dir()]
     for place, split, style, count in track(missing, "Composing the scenes", disable=not missing):
         with disk_errors(folder), staged_folder(place, "radapter-demo") as part:
-            write_scenes(part, compose(split, style, count, seed), seed)
+            write_scenes(part, compose(split, style, count, seed=0), seed=0)
 
     # List the test scenes with the captions that name the classes.
     classes = folder / "classes.txt"

@@ -305,58 +305,27 @@ def of_texts(**fields: Any) -> dict[str, Any]:
 
 
 # A file of a folder, what is added to it, and the message; `evil` is a module of the folder.
-HOSTILE: dict[str, tuple[str, dict[str, Any] | str, str]] = {
-    "trusted tokenizer": (
-        "open_clip_config.json",
-        of_texts(tokenizer_kwargs={"trust_remote_code": True}),
-        "open_clip_config.json has trust_remote_code",
-    ),
-    "mapped tokenizer": (
-        "tokenizer_config.json",
-        {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}},
-        "tokenizer_config.json has auto_map",
-    ),
-    "mapped config": (
-        "config.json",
-        {"model_type": "own", "auto_map": {"AutoConfig": "evil.Evil"}},
-        "config.json has auto_map",
-    ),
-    "config of a version": (
-        "config.json",
-        {"configuration_files": ["config.4.0.json"]},
-        "config.json has configuration_files",
-    ),
-    "mapped text tower": (
-        "text/config.json",
-        {"auto_map": {"AutoConfig": "evil.Evil"}},
-        "text/config.json has auto_map",
-    ),
-    "kernel of the hub": (
-        "text/config.json",
-        {"attn_implementation": "someone/kernel"},
-        "text/config.json has attn_implementation someone/kernel",
-    ),
-    "adapter of peft": (
-        "adapter_config.json",
-        {"megatron_core": "evil"},
-        "holds adapter_config.json, an adapter of peft",
-    ),
-    "other keyword": (
-        "open_clip_config.json",
-        of_texts(tokenizer_kwargs={"tokenizer_file": "/etc/passwd"}),
-        "has tokenizer_kwargs.tokenizer_file.*allowed are clean",
-    ),
-    "timm of a folder": (
-        "open_clip_config.json",
-        {"model_cfg": {"vision_cfg": {"timm_model_name": "local-dir:."}}},
-        "has timm_model_name local-dir:",
-    ),
-    "not JSON": (
-        "tokenizer_config.json",
-        "[" * 100_000,
-        "tokenizer_config.json: it is no JSON",
-    ),
-}
+OURS = "open_clip_config.json"
+TRUSTED = of_texts(tokenizer_kwargs={"trust_remote_code": True})
+TOKENIZER = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+CONFIG = {"auto_map": {"AutoConfig": "evil.Evil"}}
+OTHER = of_texts(tokenizer_kwargs={"tokenizer_file": "/etc/passwd"})
+TIMM = {"model_cfg": {"vision_cfg": {"timm_model_name": "local-dir:."}}}
+KERNEL = {"attn_implementation": "someone/kernel"}
+HOSTILE: list[tuple[str, dict[str, Any] | str, str]] = [
+    (OURS, TRUSTED, "open_clip_config.json has trust_remote_code"),
+    (OURS, OTHER, "has tokenizer_kwargs.tokenizer_file.*allowed are clean"),
+    (OURS, TIMM, "has timm_model_name local-dir:"),
+    ("tokenizer_config.json", TOKENIZER, "tokenizer_config.json has auto_map"),
+    ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json: it is no JSON"),
+    ("config.json", {"model_type": "own", **CONFIG}, "config.json has auto_map"),
+    ("config.json", {"configuration_files": ["config.4.0.json"]}, "has configuration_files"),
+    ("text/config.json", CONFIG, "text/config.json has auto_map"),
+    ("text/config.json", KERNEL, "text/config.json has attn_implementation someone/kernel"),
+    ("adapter_config.json", {"megatron_core": "evil"}, "adapter_config.json, an adapter of peft"),
+    (OURS, "new pickle", "could not load"),
+    (OURS, "old pickle", "could not load"),
+]
 
 
 def update(found: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -374,9 +343,14 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "base"
 
 
-@pytest.mark.parametrize("kind", [*HOSTILE, "pickled weights", "old pickled weights"])
+@pytest.mark.parametrize(("file", "change", "message"), HOSTILE)
 def test_a_folder_that_would_run_code_is_refused(
-    roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    roberta: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    change: dict[str, Any] | str,
+    message: str,
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda _: "y")  # to a library that asks whether it may
     base = tmp_path / "base"
@@ -384,23 +358,22 @@ def test_a_folder_that_would_run_code_is_refused(
     mark = tmp_path / "mark"
     line = f"open({str(mark)!r}, 'w').close()"
     (base / "evil.py").write_text(f"{line}\nclass Evil: pass\n")
-    file, fields, message = HOSTILE.get(kind, ("open_clip_config.json", {}, "could not load"))
-    for name, change in (
-        ("open_clip_config.json", of_texts(hf_model_name=str(base / "text"))),
-        (file, fields),
-    ):
-        path = base / name
-        found = json.loads(path.read_text()) if path.is_file() else {}
-        if isinstance(change, dict):
-            update(found, change)
-        path.write_text(change if isinstance(change, str) else json.dumps(found))
-    if kind not in HOSTILE:
+    fields = json.loads((base / OURS).read_text())
+    update(fields, of_texts(hf_model_name=str(base / "text")))
+    (base / OURS).write_text(json.dumps(fields))
+    if isinstance(change, dict):
+        fields = json.loads((base / file).read_text()) if (base / file).is_file() else {}
+        update(fields, change)
+        (base / file).write_text(json.dumps(fields))
+    elif change.endswith("pickle"):
         (base / "open_clip_model.safetensors").unlink()
         path = base / "open_clip_pytorch_model.bin"
-        if kind == "pickled weights":
+        if change == "new pickle":
             torch.save({"logit_scale": Line(line)}, path)
         else:
             path.write_bytes(pickle.dumps(Line(line)))
+    else:
+        (base / file).write_text(change)
     with pytest.raises(RAdapterError, match=message) as caught:
         load_base(f"local-dir:{base}")
     assert not mark.exists()

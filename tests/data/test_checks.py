@@ -121,7 +121,9 @@ def test_one_report_names_all_that_is_wrong(photos: Path, tmp_path: Path) -> Non
     assert "23 of 32 images of imagefolder:" in report and "and 3 more" in report
 
 
-def test_missing_files_of_a_table_and_broken_ones_of_a_sample(photos: Path, tmp_path: Path) -> None:
+def test_missing_files_of_a_table_and_broken_ones_of_a_sample(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = sorted(photos.rglob("[0-9]*.jpg"))
     pd.DataFrame({"image": files, "label": [file.parent.name for file in files]}).to_csv(
         tmp_path / "t.csv"
@@ -132,7 +134,8 @@ def test_missing_files_of_a_table_and_broken_ones_of_a_sample(photos: Path, tmp_
         files[number].write_bytes(b"<html>")
     data = load_labelled(DataSource(f"csv:{tmp_path}/t.csv"))
     for max_decoded, numbers in ((6, (4, 5, 7)), (24, (4, 5, 6, 7))):
-        names = [line.split(" can't be read: ")[0] for line in broken_images(data, max_decoded)]
+        monkeypatch.setattr("radapter_serve.data.runs._MAX_DECODED", max_decoded)
+        names = [line.split(" can't be read: ")[0] for line in broken_images(data)]
         assert names == [f"image {files[number]}" for number in numbers]
     recipe = Recipe(data=f"csv:{tmp_path}/t.csv", on_broken="skip")
     skipping = open_run(recipe)
