@@ -159,32 +159,32 @@ def test_labels_that_do_not_fit_a_class_file(
 def test_labels_by_number_synonym_line_and_first_name(tmp_path: Path) -> None:
     classes = tmp_path / "classes.txt"
     classes.write_text("red, dark\ndark, night\n")
-    csv = table(tmp_path, ["a.png"] * 4, ["red", "dark", "night", "red, dark"])
-    assert load_labelled(DataSource(csv, classes=classes)).labels().tolist() == [0, 1, 1, 0]
-    csv = table(tmp_path, ["a.png"] * 2, [0.0, 1.0])
-    assert load_labelled(DataSource(csv, classes=classes)).labels().tolist() == [0, 1]
+    for labels, numbers in (
+        (["red", "dark", "night", "red, dark"], [0, 1, 1, 0]),
+        ([0.0, 1.0], [0, 1]),
+    ):
+        csv = table(tmp_path, ["a.png"] * len(labels), labels)
+        assert load_labelled(DataSource(csv, classes=classes)).labels().tolist() == numbers
 
 
 def test_data_that_cannot_be_read(images: Path, tmp_path: Path) -> None:
     (images / "yellow").mkdir()
+    with pytest.raises(RAdapterError, match="1 class folders of .* hold no image: 'yellow'; add"):
+        load_labelled(DataSource(f"imagefolder:{images}"))
     csv = tmp_path / "t.csv"
     csv.write_text("image,label\na.png,cat\nb.png,cat\n")
     with pytest.raises(RAdapterError, match="has the one class 'cat'"):
         opened(Recipe(data=f"csv:{csv}"))
-    for spec, message in (
-        (f"imagefolder:{tmp_path}/nowhere", "no folder"),
-        (f"csv:{tmp_path}/nowhere.csv", "could not read"),
-        (f"imagefolder:{images}", "1 class folders of .* hold no image: 'yellow'; add"),
-    ):
-        with pytest.raises(RAdapterError, match=message):
-            load_labelled(DataSource(spec))
     for content, message in (
         (b"", "No columns to parse"),
         (b"image,label\n", "it holds no rows"),
         (b"image,label\na.png,gr\xfcn\n", "'utf-8' codec can't decode.*save the file as UTF-8"),
         (b"picture,label\na.png,blue\n", "no column 'image'; its columns: picture, label; see --i"),
+        (None, "could not read"),
     ):
-        csv.write_bytes(content)
+        csv.unlink()
+        if content is not None:
+            csv.write_bytes(content)
         with pytest.raises(RAdapterError, match=message):
             load_labelled(DataSource(f"csv:{csv}"))
 
