@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from PIL import Image
 
 from radapter_serve.evaluation.rows import packed
 from rivals import others
@@ -136,7 +135,7 @@ def test_the_table_is_written_and_no_run_made_twice(
     assert page.count("| preserve, words |") == 2 * len(others.ALPHAS)
     assert page.count("| CoOp, no full stop | 1 |") == page.count("| CoOp, no full stop |") == 2
     assert "| base | 0 |" in page
-    assert Image.open(tmp_path / "out" / "others.png").width > 500
+    assert (tmp_path / "out" / "others.png").stat().st_size > 10_000
     assert capsys.readouterr().err.count("seed 0") == 6  # three methods on two halves
     assert others.main(call) == 0
     assert "seed 0" not in capsys.readouterr().err
