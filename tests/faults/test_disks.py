@@ -15,6 +15,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
 from tests.helpers.small_disk import small_disk
+from tests.helpers.small_release import photos_in
 
 if TYPE_CHECKING:
     from radapter_serve.adapter import Adapter
@@ -28,36 +29,24 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    from tests.helpers.small_release import png
-
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(40):
-        (folder / f"{number}.png").write_bytes(png(number, 120, 90))
-    return folder
-
-
 @pytest.mark.parametrize("leave", [0, 16 << 10, 64 << 10])
-def test_an_index_on_a_disk_that_fills(
-    repository: Path, photos: Path, tmp_path: Path, leave: int
-) -> None:
+def test_an_index_on_a_disk_that_fills(repository: Path, tmp_path: Path, leave: int) -> None:
     """A build that fills the disk is refused in one line; the index of before is whole, and space
     mends it all.
     """
     release = load_release(f"{repository}@2")
+    photos = photos_in(tmp_path / "photos", 40, 120, 90)
     with small_disk(tmp_path / "disk", "8m") as disk:
         index = disk.folder / "index"
-        build(str(photos), index, release)
+        build(photos, index, release)
         before = contents(index)
         disk.fill(leave)
         with pytest.raises(RAdapterError, match="No space left on device") as error:
-            build(str(photos), index, load_release(f"{repository}@1"), thumbnails=256)
+            build(photos, index, load_release(f"{repository}@1"), thumbnails=256)
         assert "\n" not in str(error.value)
         assert contents(index) == before
         disk.empty()
-        build(str(photos), index, load_release(f"{repository}@1"), thumbnails=256, resume=False)
+        build(photos, index, load_release(f"{repository}@1"), thumbnails=256, resume=False)
         assert {path.name for path in disk.folder.iterdir()} == {"index"}
         assert open_index(index).facts.plan.release.digest
 

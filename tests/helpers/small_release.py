@@ -212,11 +212,11 @@ def together(tasks: Any, *encode: Any) -> list[Any]:
     return run_together(tasks, *encode)
 
 
-def photos_in(folder: Path, count: int = 4) -> str:
+def photos_in(folder: Path, count: int = 4, width: int = 30, height: int = 20) -> str:
     """Write images into a new folder, 0.png and so on; returns its path, as `build` takes it."""
     folder.mkdir()
     for number in range(count):
-        (folder / f"{number}.png").write_bytes(png(number))
+        (folder / f"{number}.png").write_bytes(png(number, width, height))
     return str(folder)
 
 
