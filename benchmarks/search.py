@@ -26,12 +26,12 @@ from loop import read_totals
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.index.facts import Index, IndexFacts, MadeBy, Plan
+from radapter_serve.files import digest_of
+from radapter_serve.index.facts import FileFacts, Index, IndexFacts, MadeBy, Plan
 from radapter_serve.index.folder import (
     EXACT,
     VECTORS,
     FolderIndex,
-    describe_files,
     install,
     vector_column,
     write_table,
@@ -186,7 +186,7 @@ def make(vectors: Array, texts: Array, out: Path) -> None:
     """An index as `radapter-index build` writes it, with a thumbnail a row."""
     place = out.with_name(f".{out.name}.building")
     place.mkdir(parents=True, exist_ok=True)
-    write_table(place, rows_of(vectors), vectors.shape)
+    write_table(place, rows_of(vectors), (len(vectors), vectors.shape[1]))
     nearest = None
     if len(vectors) > EXACT:
         mapped = np.asarray(np.load(place / VECTORS, mmap_mode="r"))
@@ -195,9 +195,11 @@ def make(vectors: Array, texts: Array, out: Path) -> None:
     plan = Plan("", "/", "image", {}, 128, True, "refuse", release, {})
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     columns = ["path", "width", "height", "digest", "year", "kind"]
-    facts = IndexFacts(
-        plan, len(vectors), columns, describe_files(place), nearest, created=now, changed=now
-    )
+    files = {
+        path.name: FileFacts(path.stat().st_size, digest_of(path))
+        for path in sorted(place.iterdir())
+    }
+    facts = IndexFacts(plan, len(vectors), columns, files, nearest, created=now, changed=now)
     install(place, out, facts, datetime.timedelta(0))
 
 

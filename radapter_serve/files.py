@@ -158,10 +158,12 @@ def staged_folder(folder: Path, writer: str) -> Iterator[Path]:
 
     A failure leaves what was there before, and the next call removes what a killed one left.
     Readers find one of the two folders; only a disk that can't exchange folders has a moment
-    without any. A second writer at the same time is refused with an `RAdapterError`, in which
-    `writer` is the name of the command.
+    without any. A file, and a second writer at the same time, are refused with an `RAdapterError`,
+    in which `writer` is the name of the command.
     """
     folder = folder.absolute()
+    if folder.exists() and not folder.is_dir():
+        raise RAdapterError(f"{folder} is a file, and a folder is to be written there; remove it")
     temporary = folder.with_name(f".{folder.name}.new")
     old = folder.with_name(f".{folder.name}.old")
     new_parents = [path for path in folder.parents if not path.exists()]

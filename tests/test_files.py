@@ -94,6 +94,16 @@ def test_a_failure_leaves_the_old_file_or_folder_and_no_new_parents(tmp_path: Pa
     assert names(tmp_path) == {"folder"} and names(tmp_path / "folder") == {"old"}
 
 
+def test_a_file_is_never_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with (
+        pytest.raises(RAdapterError, match="is a file"),
+        staged_folder(tmp_path / "file", "a test"),
+    ):
+        pass
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
 def test_a_killed_swap_is_undone(tmp_path: Path) -> None:
     """Killed after the old folder went away, and before the new one took its place."""
     write(tmp_path / "folder", "old")

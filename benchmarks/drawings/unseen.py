@@ -48,8 +48,10 @@ def main(package: Path, out: Path) -> None:
 
     Args:
         package: the unpacked npm package.
-        out: folder to make.
+        out: folder to make; it must not be there.
     """
+    if out.exists():
+        raise SystemExit(f"{out} is there already; remove it, or name another folder")
     print(f"{write_emoji(package, out, Classes())} images")
 
 

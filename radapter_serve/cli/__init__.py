@@ -64,8 +64,8 @@ def run_one_of(
     first: Mapping[str, Collection[str]] | None = None,
     description: str | None = None,
 ) -> int:
-    """`run` for a command with sub-commands; `first` has the options that most people set of some
-    of them.
+    """`run` for a command with sub-commands; for some of them, `first` has the options that most
+    people set.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""

@@ -229,6 +229,7 @@ class LineEncoder(TorchEncoder):
     @torch.no_grad()
     def _set(self, alpha: float) -> None:
         if alpha != self._alpha:
+            self._alpha = float("nan")  # until all are copied
             for key in self._base:
                 self._tensors[key].copy_(self._at(key, alpha))
             self._alpha = alpha

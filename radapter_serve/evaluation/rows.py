@@ -24,7 +24,13 @@ FILE = "results.jsonl"
 KEPT = "kept"  # of metrics; see `Row`
 _STRICT = {"extra": "forbid"}
 _MEASURED = (
-    *("metrics", "intervals", "per_class", "confusion", "indistinguishable", "right", "runtime"),
+    "metrics",
+    "intervals",
+    "per_class",
+    "confusion",
+    "indistinguishable",
+    "right",
+    "runtime",
 )
 
 

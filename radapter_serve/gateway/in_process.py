@@ -157,7 +157,7 @@ class InProcess:
 
 
 def in_front_of(server: EngineServer, settings: Settings) -> GatewayServer:
-    """A gateway that asks an engine's server in this process, which may start after it."""
+    """Make a gateway that asks an engine's server in this process; the server may start later."""
     return GatewayServer(settings, lambda: InProcess(server.engine, settings.max_concurrent))
 
 

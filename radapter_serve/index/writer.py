@@ -82,8 +82,8 @@ def writing(
 
     It begins with the rows of the current generation if that has the same plan, and with those that
     a stopped command embedded; `resume` False begins with nothing. What is embedded stays if the
-    work fails. A damaged generation is replaced, or refused if `extend`; if its codes alone are
-    damaged, they are made again.
+    work fails. A damaged generation is replaced, or refused if `extend`; a build makes damaged
+    codes again, of the vectors.
     """
     folder = out.with_name(f".{out.name}.building")
     with disk_errors(out), lock(folder, "radapter-index"):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from radapter_serve.process import OTLP_ENDPOINTS
-from tests.deploy.files import DEPLOY, command, document, instructions, rendered
+from tests.deploy.files import CHART, DEPLOY, command, document, instructions, rendered
 
 helm_errors = pytest.importorskip("helm_python.errors", reason="pip install -e '.[integrations]'")
 kubernetes_validate = pytest.importorskip(
@@ -222,3 +222,12 @@ def test_values_reach_what_they_name(of_triton: Objects) -> None:
 def test_wrong_values_are_refused_by_name(values: dict[str, Any], message: str) -> None:
     with pytest.raises(helm_errors.HelmError, match=message):
         rendered(values)
+
+
+def test_every_value_is_used_and_has_a_schema() -> None:
+    schema = document(CHART / "values.schema.json")["properties"]
+    templates = "".join(path.read_text("utf-8") for path in (CHART / "templates").iterdir())
+    for name, value in document(CHART / "values.yaml").items():
+        for inner in value if isinstance(value, dict) else [""]:
+            assert not inner or inner in schema[name]["properties"]
+            assert f".Values.{name}.{inner}".rstrip(".") in templates

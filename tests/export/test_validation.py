@@ -38,7 +38,7 @@ from tests.helpers.small_models import make_base
 def test_a_release_carries_what_its_validation_data_says(
     export: Export, many_photos: Path, tmp_path: Path
 ) -> None:
-    """What is fitted, tests/evaluation/test_confidence.py shows."""
+    """What is fitted, tests/evaluation/test_metrics.py shows."""
     data = f"imagefolder:{many_photos}"
     (release,) = export([0.7], validation=data, max_drop=100)
     fitted = release.facts["confidence"]

@@ -364,6 +364,7 @@ NAN = float("nan")
         (ONE, {"weights": [0]}, "the weights 0 cancel to nothing"),
         ({"ids": ["none.png"]}, {}, "the index 'photos' has no image 'none.png'"),
         ({"ids": ["x" * 10_001]}, {}, "a name of an image of 10001 characters"),
+        (ONE, {"top_k": 1001}, "top_k is 1001"),
         (ONE, {"offset": -1}, "offset is -1; allowed"),
         (ONE, {"offset": 46}, "offset is 46, past the end; this search finds 45"),
         (ONE, {"offset": 9, "where": "path < '05'"}, "offset is 9, past the end.* 5 images"),

@@ -121,6 +121,8 @@ def test_processes_take_equal_shares_of_images_that_they_cannot_divide(
             seen += [image.numpy().tobytes() for image in batch["pixels"]]
         assert len(seen) == (rank + 1) * (23 // world // 4) * 4
     assert len(set(seen)) == len(seen)
+    with pytest.raises(RAdapterError, match="fewer images that can be read than a batch of 24"):
+        next(endless(examples, 24, workers=0))
 
 
 def test_an_image_that_breaks_after_it_was_checked(images: Path) -> None:

@@ -183,6 +183,9 @@ def test_a_batch_is_all_images_at_most(
         plan = recipe.resolved(images, parts // accumulate)
         assert plan.recipe == dataclasses.replace(recipe, batch_size=fitted)
         assert plan.part == fitted // parts
+        assert any(f"a batch is {fitted} images" in note for note in plan.notes) == (
+            fitted < batch_size
+        )
     with pytest.raises(RAdapterError, match="is not a multiple of 3 parts"):
         Recipe(batch_size=32).resolved(300, 3)
     for few, of_batch, least in ((1, 1, 2), (0, 1, 2), (3, 4, 4)):

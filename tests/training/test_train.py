@@ -33,7 +33,7 @@ from radapter_serve.data.labelled import (
 from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Average, Recipe, choose_form, train
-from radapter_serve.training.setup import start_accelerator
+from radapter_serve.training.setup import build, start_accelerator
 from radapter_serve.training.tasks import open_run
 from radapter_serve.training.validation import answers, validate
 from tests.helpers.by_hand import assert_same
@@ -112,6 +112,25 @@ def test_bf16_trains_to_nearly_the_same_adapter(recipe: Recipe, tmp_path: Path) 
     for name, value in load_adapter(train(half)).tensors.items():
         assert value.dtype == torch.float32 and not torch.equal(value, plain[name])
         assert F.cosine_similarity(value.flatten(), plain[name].flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "precision"), [(1, 0, "bf16"), (0, 1, "bf16"), (0, 0, "no")]
+)
+def test_auto_takes_bf16_where_the_processor_computes_with_it(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    amx: bool,
+    avx512: bool,
+    precision: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    recipe = dataclasses.replace(recipe, precision="auto", val_data=None)
+    learner = build(recipe, open_run(recipe), tmp_path)
+    assert learner.plan.recipe.precision == precision
 
 
 @pytest.mark.slow
