@@ -1,3 +1,3 @@
-"""The gateway: HTTP for callers that are not trusted, in front of Triton or of an engine. It checks
-keys and requests, and needs no torch.
+"""HTTP gateway for untrusted callers, in front of Triton or an engine: checks API keys and
+requests. Needs no torch.
 """

@@ -1,6 +1,6 @@
-"""Who may ask, and how much: API keys with their limits, and the limits for all callers together.
+"""API keys with their limits, and limits on all callers together.
 
-A file of keys has names, SHA-256 digests and limits; the keys themselves are stored nowhere.
+The key file holds names, SHA-256 digests and limits, never the keys themselves.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
 
 
 class Key(BaseModel):
-    """One key of a file; None is no limit."""
+    """An entry of the key file; a limit of None means no limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str  # of its owner
+    name: str  # of the owner
     digest: str  # SHA-256, in hex
     requests_per_second: Annotated[float, Field(gt=0, lt=1e9)] | None = None
-    at_once: Annotated[int, Field(gt=0, lt=1e9)] | None = None  # inferences under way
+    at_once: Annotated[int, Field(gt=0, lt=1e9)] | None = None  # concurrent inferences
     images_per_minute: Annotated[float, Field(gt=0, lt=1e9)] | None = None
-    until: date | None = None  # the last day, in UTC, on which it works
+    until: date | None = None  # last day on which the key is valid, in UTC
 
 
 class Keys:
-    """The keys of a file, which is read again when it changes. An unreadable file lets in nobody:
-    a revoked key must never work again.
+    """The keys of a file, reloaded when it changes. While the file is unreadable, no key is
+    accepted, so that a revoked key never works again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +53,9 @@ class Keys:
         self._keys = _parse(path, _text(path))
 
     def check(self, authorization: str | None) -> Key:
-        """The key of the header `Authorization: Bearer KEY`; raises `Refused` without one."""
+        """Return the key of an `Authorization: Bearer KEY` header; raises `Refused` if the key is
+        missing, unknown or expired.
+        """
         if (state := _state(self._path)) != self._state:
             self._state = state
             try:
@@ -64,7 +66,7 @@ class Keys:
                 LOG.error("no key is accepted: %s", error)
         kind, _, secret = (authorization or "").partition(" ")
         digest = hashlib.sha256(secret.strip().encode("utf-8", "replace")).hexdigest()
-        # Compares with every digest, so that the time tells nothing.
+        # Compare with every digest, so that the time does not reveal which one matches.
         keys = [key for key in self._keys.values() if hmac.compare_digest(digest, key.digest)]
         if kind.lower() != "bearer" or not keys:
             raise Refused(
@@ -104,7 +106,7 @@ def new_key(path: Path, name: str) -> str:
 
 def _text(path: Path) -> str:
     try:
-        if path.exists() and not path.is_file():  # a pipe would keep all callers waiting
+        if path.exists() and not path.is_file():  # reading a pipe would block all callers
             raise OSError(errno.EINVAL, "it is no file")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -140,7 +142,7 @@ def _parse(path: Path, text: str) -> dict[str, Key]:
 
 
 def _state(path: Path) -> object:
-    """Facts that change with a file."""
+    """Inode, size and modification time of a file; None if it cannot be accessed."""
     try:
         status = path.stat()
     except OSError:
@@ -149,7 +151,7 @@ def _state(path: Path) -> object:
 
 
 class TokenBucket:
-    """Allows `limit` in a period of some seconds, any number if None; full at first."""
+    """A token bucket: `limit` tokens per `period` seconds, any number if None; full at first."""
 
     def __init__(
         self, limit: float | None, period: float, now: Callable[[], float] = time.monotonic
@@ -162,8 +164,8 @@ class TokenBucket:
         self._updated = now()
 
     def take(self, count: int = 1) -> float:
-        """Take so many and return 0; if there are too few, take none and return the seconds until
-        there are enough.
+        """Take `count` tokens and return 0; if there are too few, take no token and return the
+        seconds until there are enough.
         """
         if self._limit is None:
             return 0.0
@@ -171,9 +173,9 @@ class TokenBucket:
         self._left += (now - self._updated) * self._limit / self._period
         self._left = min(self._size, self._left)
         self._updated = now
-        # A full bucket gives more than it holds, and has a debt afterwards.
+        # A count larger than the bucket needs a full bucket, and leaves a debt.
         lacking = min(count, self._size) - self._left
-        if lacking > 1e-9:  # above the error of rounding
+        if lacking > 1e-9:  # more than a rounding error
             return lacking * self._period / self._limit
         self._left -= count
         return 0.0
@@ -214,7 +216,7 @@ class Quota:
 
 
 class ConcurrencyLimit:
-    """Limits the requests that run at once, and those that wait for a place."""
+    """Limits the number of running requests, and of requests that wait for a slot."""
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self._max_running = max_running
@@ -225,8 +227,8 @@ class ConcurrencyLimit:
 
     @contextlib.asynccontextmanager
     async def slot(self, entry: Entry) -> AsyncIterator[None]:
-        """Hold a place, or raise `Refused`; the entry gets the milliseconds in the queue and in
-        the block.
+        """Hold a slot for the block, or raise `Refused` if too many requests wait; sets the entry's
+        `queue_ms` and `model_ms`.
         """
         asked = time.monotonic()
         if self._free.locked() and self.waiting >= self._max_waiting:
@@ -253,7 +255,7 @@ class ConcurrencyLimit:
 
 
 class MemoryBudget:
-    """Limits the bytes of bodies that are held at once."""
+    """Limits the memory that the bodies of all requests take, in bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -261,8 +263,8 @@ class MemoryBudget:
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that holds so many bytes more until the block ends, or raises `Refused`
-        where there is no room.
+        """Yield a function that reserves a number of bytes until the block ends, and raises
+        `Refused` if the budget is exceeded.
         """
         leased = 0
 

@@ -60,12 +60,13 @@ from radapter_serve.index.facts import index_names
 from radapter_serve.release.release import TASKS
 from radapter_serve.tasks.table import PROBES
 
-# Larger bodies are parsed in threads: one for those up to `SMALL_BODY`, one for the others.
+# Larger JSON or bodies are parsed in threads: one for bodies up to `SMALL_BODY`, one for larger
+# ones.
 SMALL_JSON = 2**16  # bytes
 SMALL_BODY = 2**22
-# Seconds for which a model's configuration is remembered, and an answer proves that a task works
+# Seconds for which a task's configuration is cached, and an answer shows that the task works
 FRESH = 5.0
-# Codes of a task that does not work. Any other refusal proves that it does.
+# Codes of a task that does not work. Any other refusal shows that it does.
 _FAILED = {
     *(ENCODER_FAILED, INTERNAL_ERROR, RESTARTING, SERVER_STOPPING),
     *(SERVER_UNAVAILABLE, TIMED_OUT, UNKNOWN_MODEL),
@@ -75,8 +76,8 @@ T = TypeVar("T")
 
 
 class Gateway:
-    """The app, which answers while it is `opened`; `connect` makes the upstream in that event
-    loop.
+    """The gateway's ASGI app, `app`, which answers inside `opened`; `connect` creates the upstream
+    in that event loop.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Connect to the upstream for the block, in which `app` answers."""
+        """Connect to the upstream for the block, during which `app` answers."""
         self._upstream = self._connect()
         self._health = Health(self._upstream)
         self._openai = openai.OpenAI(self._upstream, self._model, self._concurrency)
@@ -190,7 +191,7 @@ class Gateway:
         return JSONResponse(model.metadata())
 
     async def config(self, request: Request) -> Response:
-        """The configuration, always asked of the upstream: clients choose their release by it."""
+        """The configuration of a task, never cached: clients choose their release by it."""
         name, version = _named(request)
         return JSONResponse((await self._model(name, version, fresh=0)).config())
 
@@ -220,7 +221,7 @@ class Gateway:
     # Inferences
 
     async def infer(self, request: Request) -> Response:
-        """Answer an inference; its work is cancelled if the caller leaves or its time is over."""
+        """Answer an inference; its work is cancelled if the caller disconnects or its time is over."""
         start = time.monotonic()
         limit = self._settings.timeout
         name, version = _named(request)
@@ -233,13 +234,13 @@ class Gateway:
             json_size = kserve.json_length(length, len(body))
             read = partial(kserve.read, body, length, model, version)
             inference = await self._read(request, body, json_size, start + limit, read)
-            # Many short texts, or a text with an emoji, take more than their bytes in the body.
+            # Many short texts, or a text with an emoji, take more memory than in the body.
             more = max(inference.size - len(body), 0)
             acquire(min(more, self._memory.max_bytes - len(body)))
             del body, read
             self._count_images(request, inference.images)
 
-            # Ask the model, when the request may run
+            # Ask the upstream, once a slot is free
             end = start + min(limit, inference.timeout or limit)
 
             async def ask() -> Reply:
@@ -267,7 +268,7 @@ class Gateway:
             return Response(answer, media_type="application/json")
 
     async def _body(self, request: Request, acquire: Callable[[int], None]) -> bytes:
-        """The body of a request; `acquire` gets the size of each part as it comes."""
+        """Read the body of a request; `acquire` is called with the size of each part."""
         headers = request.headers
         if headers.get("Content-Encoding", "identity") != "identity":
             raise Refused(
@@ -283,8 +284,8 @@ class Gateway:
             raise Refused(413, TOO_LARGE, too_large)
         parts = []
         size = 0
-        # Not `asyncio.wait_for`, whose exceptions are cycles of references that keep the body, and
-        # with it the connection, until Python looks for cycles.
+        # Not `asyncio.wait_for`: its exceptions form reference cycles, which keep the body and the
+        # connection until the garbage collector runs.
         with anyio.move_on_after(self._settings.timeout) as scope:
             async for part in request.stream():
                 size += len(part)
@@ -310,11 +311,12 @@ class Gateway:
         call = partial(asyncio.get_running_loop().run_in_executor, thread)
 
         async def reading() -> T:
-            # Requests wait for the lock, not in the thread's queue: one that leaves holds nothing.
+            # Wait for the lock, not in the thread's queue: a cancelled request then leaves nothing
+            # behind.
             async with lock:
                 size = await call(kserve.json_memory, body[:json_size])
                 with self._memory.lease() as acquire:
-                    # A request that has all memory to itself is never refused for its size.
+                    # The limit lets a request that has all memory to itself run, whatever its size.
                     acquire(min(size, self._memory.max_bytes - len(body)))
                     return await call(read)
 
@@ -328,7 +330,7 @@ class Gateway:
             self._metrics.count_images(quota.key.name, count)
 
     async def _model(self, name: str, version: str = "", fresh: float = FRESH) -> Model:
-        """A task by its configuration, which is remembered for `fresh` seconds."""
+        """The description of a task; a cached one if it is younger than `fresh` seconds."""
         now = time.monotonic()
         when, model = self._models.get((name, version), (now, None))
         if model is None or now - when >= fresh:
@@ -352,7 +354,7 @@ class Health:
         self._answered[task] = self._now()
 
     async def trouble(self) -> str | None:
-        """Why not all tasks work, or None; one answer for all who ask in the same seconds."""
+        """The reason why not all tasks work, or None; a failure is cached for `FRESH` seconds."""
         async with self._probing:
             when, why = self._failed
             now = self._now()
@@ -378,7 +380,7 @@ class Health:
 
 
 async def _closed(request: Request, error: Exception) -> NoReturn:
-    """Refuse a path or a method that is not open."""
+    """Refuse a path or a method that the gateway does not have."""
     message = (
         f"{request.method} of this path is not open here; open are POST /v2/models/MODEL/infer and"
         " /v1/embeddings; GET /v2, /v2/models/MODEL, its config and ready, /v1/models,"
@@ -388,7 +390,7 @@ async def _closed(request: Request, error: Exception) -> NoReturn:
 
 
 def _named(request: Request) -> tuple[str, str]:
-    """Task and version of a request's path; encoders and other models are not reached."""
+    """Task and version in a request's path; refuses encoders and other models."""
     name = request.path_params["model"]
     version = request.path_params.get("version", "")
     if name not in TASKS:
@@ -403,13 +405,13 @@ def _named(request: Request) -> tuple[str, str]:
 async def _run_until_disconnect(
     request: Request, work: Coroutine[Any, Any, Any], end: float
 ) -> Any:
-    """The result of work, which is cancelled if the caller disconnects or the time `end` is over;
-    the whole body must have been read.
+    """Return the result of `work`; cancel it if the caller disconnects, or a second after the time
+    `end`. The whole body must have been read.
     """
     task = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(request.receive())
     try:
-        # A second more: the upstream has the same deadline, and a better answer.
+        # A second more: the upstream has the same deadline, and a better error message.
         await asyncio.wait(
             {task, disconnect},
             timeout=max(end - time.monotonic(), 0) + 1,
@@ -422,7 +424,7 @@ async def _run_until_disconnect(
         raise Refused(504, TIMED_OUT, "the request took longer than it may")
     finally:
         disconnect.cancel()
-        if not task.done():  # its place is free before anybody hears of this
+        if not task.done():  # its slot is free before the error is raised
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        del task  # its exception holds this frame, and this frame would hold it
+        del task  # breaks the reference cycle of its exception and this frame

@@ -1,10 +1,10 @@
-"""Connections of callers: how many there may be, and what each may take before the app sees its
-request. uvicorn speaks HTTP/1.1 on them.
+"""Connections of callers: limits on their number, and on the time and the bytes that each takes
+before the app sees its request. uvicorn speaks HTTP/1.1 on them.
 
 A connection waits for a request (in its handshake, before the end of a request's headers, or after
-an answer), has a request under way, or has ended. One that waits has a time limit, and where places
-run out, the one that has waited longest ends. So connections that are kept open without requests
-keep nobody else out.
+an answer), has a request under way, or has ended. A waiting connection has a time limit; when all
+places are taken, the connection that has waited longest is closed. So idle connections keep nobody
+else out.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 MAX_HEADERS = 32 * 1024  # bytes of the headers of a request, and of the trailers of its chunks
-MAX_DISCARDED = 2**20  # bytes that are read of the body of a refused request
-TICK_SECONDS = 0.25  # between two looks for connections whose time is over
-WARN_SECONDS = 60.0  # between two warnings that an address has all its places
+MAX_DISCARDED = 2**20  # bytes of a refused request's body that are read and discarded
+TICK_SECONDS = 0.25  # between checks for connections past their time limit
+WARN_SECONDS = 60.0  # between warnings that an address has reached its limit
 _HEAD_END = b"\r\n\r\n"
 _NO_REQUEST = bad_request(
     "these bytes are no request of HTTP/1.1; its lines end with CRLF, and a path has ASCII"
     " characters alone, all others as %XX"
 )
 _TOO_LARGE = Refused(431, TOO_LARGE, f"the headers have more than {MAX_HEADERS} bytes")
-# A request may follow an empty line, which some callers send after the one before.
+# A request may follow an empty line, which some callers send after a body.
 _BEGINNING = re.compile(rb"(\r\n)?([A-Z]|\Z)|\r\Z")
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\n"
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
@@ -62,7 +62,7 @@ class Connections:
 
     def __init__(self, app: ASGIApp, settings: Settings, timeouts: Timeouts) -> None:
         self._max = settings.max_connections
-        # An address that may have all places waits for one, as all others do.
+        # A limit not below the total is no limit: the address waits for a place, as all others do.
         per_address = settings.max_connections_per_address or max(1, self._max // 4)
         self._max_of_address = per_address if per_address < self._max else sys.maxsize
         self._timeouts = timeouts
@@ -72,7 +72,7 @@ class Connections:
             self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
             self._tls.options |= ssl.OP_NO_RENEGOTIATION
             self._tls.set_alpn_protocols(["http/1.1"])
-            # Refuses a key with a password, for which it would ask at the terminal.
+            # The empty password refuses an encrypted key, which would ask at the terminal.
             self._tls.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
         any_app: Any = app
         self.config = uvicorn.Config(
@@ -87,14 +87,14 @@ class Connections:
         self.state = ServerState()
         self.open: set[_Connection] = set()
         self._of_address: Counter[str] = Counter()
-        # Since when each waits for a request, or for its caller to read; the longest first
+        # Start times of waiting for a request, and for the caller to read; oldest first
         self.waiting: dict[_Connection, float] = {}
         self.unread: dict[_Connection, float] = {}
-        self.place_is_free = asyncio.Event()  # set where one may have become free
+        self.place_is_free = asyncio.Event()  # set when a place may have become free
         self._warned = -WARN_SECONDS
 
     async def serve(self, listener: socket.socket, stop: asyncio.Event) -> None:
-        """Answer until `stop` is set; running requests then have `timeouts.drain` to end."""
+        """Answer until `stop` is set; running requests then have `timeouts.drain` seconds to end."""
         self.loop = asyncio.get_running_loop()
         self._listener = listener
         self._listener.setblocking(False)
@@ -115,7 +115,7 @@ class Connections:
                 ticking.cancel_scope.cancel()
         finally:
             self._listener.close()
-            # Callers who still wait learn that there is no answer.
+            # Cancel the requests that still run, so that their callers do not wait on.
             for request in list(self.state.tasks):
                 request.cancel()
             if self.state.tasks:
@@ -163,7 +163,7 @@ class Connections:
         connection.wait_for_request()
 
         def opened(opening: asyncio.Future[Any]) -> None:
-            if opening.cancelled() or opening.exception() is not None:  # of the handshake
+            if opening.cancelled() or opening.exception() is not None:  # the handshake failed
                 accepted.close()
                 self.leave(connection)
 
@@ -173,7 +173,9 @@ class Connections:
         connection.opening.add_done_callback(opened)
 
     def _may_have_another(self, address: str) -> bool:
-        """True if an address may have one more connection; its oldest ends if it has too many."""
+        """True if an address may have one more connection; at its limit, its longest waiting
+        connection is closed first.
+        """
         if self._of_address[address] < self._max_of_address or self._end_oldest(address):
             return True
         if self.loop.time() - self._warned >= WARN_SECONDS:
@@ -187,8 +189,8 @@ class Connections:
         return False
 
     def _end_oldest(self, address: str | None = None) -> bool:
-        """End the connection, of an address or of all, that has waited longest for a request; False
-        if none waits.
+        """Close the connection that has waited longest for a request, of one address or of all;
+        False if no connection waits.
         """
         for connection in self.waiting:
             if address in (None, connection.address) and connection.is_idle:
@@ -197,7 +199,7 @@ class Connections:
         return False
 
     async def _tick(self) -> None:
-        """End connections whose time is over, and set the date of answers."""
+        """Close connections past their time limit, and update the date of answers, for ever."""
         while True:
             self.state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
             for since, seconds in (
@@ -211,7 +213,7 @@ class Connections:
 
 
 class _Connection(HttpToolsProtocol):
-    """One connection, on which one request after the other is parsed and answered."""
+    """One connection, whose requests are parsed and answered one after the other."""
 
     opening: asyncio.Future[Any]  # the handshake
 
@@ -221,30 +223,30 @@ class _Connection(HttpToolsProtocol):
         self.access_log = False
         self.address = address
         self._others = others
-        # Bytes that are not parsed yet: headers without their end, or requests behind the current
+        # Bytes that are not parsed yet: incomplete headers, or requests behind the current one
         self._left = b""
-        # The body: whether it is the turn of one, its bytes to come (None if it has chunks), and
-        # the bytes since the last of its pieces
+        # The body: whether one is being read, its remaining bytes (None if it is chunked), and the
+        # bytes since its last data, such as trailers
         self._in_body = False
         self._body_left: int | None = None
         self._between = 0
-        self._is_deaf = False  # after a refusal of bytes that are no request, nothing is parsed
-        self._discarded = 0  # bytes after a refusal
+        self._is_deaf = False  # after invalid bytes were refused, nothing is parsed
+        self._discarded = 0  # bytes read after a refusal
 
     @property
     def is_idle(self) -> bool:
-        """True if all that was answered is on its way."""
+        """True if nothing is left in the write buffer."""
         return self.transport is None or not self.transport.get_write_buffer_size()
 
     def wait_for_request(self) -> None:
-        """Give the caller time for another request from now on."""
+        """Start the time limit for the caller's next request."""
         if self in self._others.open:
             self._others.waiting.pop(self, None)
             self._others.waiting[self] = self._others.loop.time()
             self._others.place_is_free.set()
 
     def end(self) -> None:
-        """End it at once; its place is free from now on."""
+        """Close the connection at once, and free its place."""
         self._others.leave(self)
         if self.transport is None:
             self.opening.cancel()
@@ -252,7 +254,7 @@ class _Connection(HttpToolsProtocol):
             self.transport.abort()
 
     def finish(self) -> None:
-        """End it with the answer that is under way."""
+        """Close the connection after the answer under way, or at once when idle."""
         if self._has_request:
             self.cycle.keep_alive = False
         elif self.is_idle:
@@ -260,7 +262,7 @@ class _Connection(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    # Calls of asyncio
+    # Callbacks of asyncio
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -292,12 +294,12 @@ class _Connection(HttpToolsProtocol):
         data = self._left + data
         start = 0
         piece: bytes | memoryview
-        # Requests behind the current one wait until it has its answer.
+        # Pipelined requests wait until the current one is answered.
         while start < len(data) and not self._is_answering:
             if not self._in_body:
-                # Headers, which are parsed as a whole
+                # Headers: parsed once they are complete
                 if data.startswith(_HTTP2, start):
-                    self.end()  # a caller by gRPC, who does not understand an answer
+                    self.end()  # a gRPC client, which would not understand an answer
                     return
                 if not _BEGINNING.match(data, start):
                     self._refuse(_NO_REQUEST)
@@ -311,14 +313,15 @@ class _Connection(HttpToolsProtocol):
                     if start or not is_continued:
                         self.wait_for_request()
                     break
-                # `Upgrade` would make the parser leave HTTP, and take a body for a request.
+                # With `Upgrade`, the parser would leave HTTP, and the body would be taken for a
+                # request.
                 piece = _UPGRADE.sub(b"\r\nx-upgrade:", data[start:end])
             elif self._body_left:
                 # A body of known length
                 end = min(start + self._body_left, len(data))
                 piece = memoryview(data)[start:end]
             else:
-                # Chunks, not far beyond their end, where another request begins
+                # Chunks: parsed not far beyond their end, where another request may begin
                 last = min(start + MAX_HEADERS, len(data))
                 end = data.find(_HEAD_END, start + _MIN_CHUNKED_PIECE, last) + len(_HEAD_END)
                 if end < len(_HEAD_END):
@@ -326,7 +329,7 @@ class _Connection(HttpToolsProtocol):
                 piece = memoryview(data)[start:end]
                 self._between += len(piece)
             if self._in_body and not self._has_request:
-                # The rest of a body whose request was refused: a caller who is cut off while
+                # Discard the rest of a refused request's body: a caller who is cut off while
                 # sending never reads the answer.
                 self._discard(piece)
                 if self.transport.is_closing():
@@ -336,7 +339,7 @@ class _Connection(HttpToolsProtocol):
             except (httptools.HttpParserError, httptools.HttpParserUpgrade):
                 self._refuse(_NO_REQUEST)
                 return
-            if self._between > MAX_HEADERS:  # of trailers, or of the extensions of a chunk
+            if self._between > MAX_HEADERS:  # trailers, or extensions of a chunk
                 self._refuse(_TOO_LARGE)
                 return
             start = end
@@ -344,10 +347,10 @@ class _Connection(HttpToolsProtocol):
         if self._is_answering and self._left:
             self.flow.pause_reading()
 
-    # Calls of the parser
+    # Callbacks of the parser
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._in_body:  # else it is a trailer
+        if not self._in_body:  # trailers are ignored
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -376,12 +379,12 @@ class _Connection(HttpToolsProtocol):
         self._in_body = False
         self._between = 0
 
-    # The call of an answer that is complete
+    # Callback of uvicorn, once an answer is complete
 
     def on_response_complete(self) -> None:
-        # A caller who reads its end slowly, or goes on to send, has the time of one who waits.
+        # From now on the waiting limit applies, even if the caller still reads or sends.
         self.wait_for_request()
-        if self.cycle.more_body and self.expect_100_continue:  # its body may not come now
+        if self.cycle.more_body and self.expect_100_continue:  # its body may never come
             self.transport.close()
         if not self.transport.is_closing():
             self.flow.resume_reading()
@@ -394,7 +397,7 @@ class _Connection(HttpToolsProtocol):
 
     @property
     def _is_answering(self) -> bool:
-        """True if all of a request has come, and not all of its answer is sent."""
+        """True if the request has come in full, and its answer is not complete."""
         return self._has_request and not self.cycle.more_body
 
     def _discard(self, data: bytes | memoryview) -> None:
@@ -403,12 +406,12 @@ class _Connection(HttpToolsProtocol):
             self.end()
 
     def _refuse(self, error: Refused) -> None:
-        """Answer bytes that are not a request, and parse nothing that comes after them."""
+        """Answer invalid bytes with an error, and parse nothing after them."""
         self._is_deaf = True
-        if self._is_answering:  # the connection ends with that answer
+        if self._is_answering:  # close after the answer under way
             self.cycle.keep_alive = False
             return
-        if self._has_request:  # its body is broken, so the app's answer is not wanted
+        if self._has_request:  # its body is broken: drop the app's answer
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             if self.cycle.response_started:
@@ -420,7 +423,7 @@ class _Connection(HttpToolsProtocol):
             "\r\n\r\n"
         )
         self.transport.write(STATUS_LINE[error.status] + headers.encode() + body)
-        # The caller closes it after reading this, or its time is over.
+        # The caller closes the connection after reading the answer, or its time limit ends it.
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.wait_for_request()

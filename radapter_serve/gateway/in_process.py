@@ -1,5 +1,5 @@
-"""An engine that answers over HTTP in this process: its releases, changed while they are served,
-and the upstream that asks it.
+"""An engine that answers over HTTP in this process: `EngineServer`, whose releases can change while
+it runs, and `InProcess`, the gateway's `Upstream` to it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,21 @@ from radapter_serve.server.releases import ReleaseServer, Say
 
 
 class EngineServer(ReleaseServer):
-    """An engine with the releases that are served; `radapter-release` finds it by its `folder`."""
+    """Serves the releases of a repository by an `Engine` in this process; `radapter-release` finds
+    the server by its `folder`.
+    """
 
     engine: Engine
     folder: Path
 
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config)
-        self.runtime = config.runtime  # of all encoders; None for that of the export
+        self.runtime = config.runtime  # of all encoders; None: each encoder's runtime at its export
         self._releases: dict[int, LoadedRelease] = {}
         self._stack = contextlib.ExitStack()
 
     def start(self, progress: Say = lambda line: None) -> EngineServer:
-        """Load the releases, and ask each of their tasks once."""
+        """Verify and load the served releases, and probe each of their tasks."""
         repository = self.config.model_repository
         check_repository(repository)
         served = Served.load(repository)
@@ -58,11 +60,11 @@ class EngineServer(ReleaseServer):
         return self
 
     def stop(self) -> None:
-        """Let go of everything."""
+        """Close the engine and remove the server's folder."""
         self._stack.close()
 
     def _take_over(self, wanted: Served, say: Say) -> None:
-        # Load what is not loaded yet, and check it.
+        # Load and check the releases that are not loaded yet.
         config = self.config
         runtime = self.runtime
         releases: dict[int, LoadedRelease] = {}
@@ -71,7 +73,7 @@ class EngineServer(ReleaseServer):
                 releases[number] = self._releases[number]
                 continue
             asked = runtime
-            runtime, _ = configure(  # the same for all releases
+            runtime, _ = configure(  # resolves AUTO once, for all releases
                 config.model_repository, [number], asked, config.encoder_threads, RUNTIMES, say
             )
             say(f"loading release {number}")
@@ -84,7 +86,7 @@ class EngineServer(ReleaseServer):
             )
             assert isinstance(loaded.encoder, GraphEncoder)
             for encoder in encoders_of(config.model_repository, [number]):
-                if asked not in (None, encoder.runtime):  # compared by `configure`
+                if asked not in (None, encoder.runtime):  # already compared by `configure`
                     continue
                 say(f"comparing {encoder.name} of release {number} with torch's embeddings")
                 check_agreement(encoder, number, loaded.encoder.graphs[encoder.name])
@@ -95,7 +97,7 @@ class EngineServer(ReleaseServer):
         except TaskError as error:
             raise RAdapterError(f"a task does not answer: {error.message}") from error
 
-        # From here on they are served.
+        # Serve them from here on.
         self.engine.commit(prepared)
         self.runtime = runtime
         self._releases = releases
@@ -109,8 +111,8 @@ class EngineServer(ReleaseServer):
 
 
 class InProcess:
-    """An `Upstream` that runs up to `max_concurrent` requests in threads, where each waits for its
-    batch.
+    """An `Upstream` to an engine in this process. Requests run in up to `max_concurrent` threads,
+    each of which waits for its batch.
     """
 
     def __init__(self, engine: Engine, max_concurrent: int) -> None:
@@ -157,14 +159,14 @@ class InProcess:
 
 
 def in_front_of(server: EngineServer, settings: Settings) -> GatewayServer:
-    """Make a gateway that asks an engine's server in this process; the server may start later."""
+    """Make the gateway of an `EngineServer` in this process; the server may be started afterwards."""
     return GatewayServer(settings, lambda: InProcess(server.engine, settings.max_concurrent))
 
 
 @contextlib.contextmanager
 def answering(config: ServerConfig, settings: Settings) -> Iterator[EngineServer]:
     """Serve an engine over HTTP in a thread of this process; raises `RAdapterError` for a release
-    that can't be served, or a port that is taken.
+    that cannot be served, or a port in use.
     """
     server = EngineServer(config)
     with in_front_of(server, settings) as gateway, server, gateway.in_thread():

@@ -1,4 +1,4 @@
-"""KServe v2 over HTTP: bodies of requests to checked tensors, and replies to bodies."""
+"""KServe v2 over HTTP: reads request bodies into checked tensors, and writes replies as bodies."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from radapter_serve.tasks.table import TASKS
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_VALUES = 2**20
-# Lists, objects and their fields cost many times what a number does; a million numbers in rows of
-# 16 have as many.
+# Lists, objects and fields take many times the memory of a number. A million numbers in rows of 16
+# have this many lists.
 MAX_JSON_LISTS = 2**16
 MAX_TEXTS = 2**17  # of an input
 FILES = {"thumbnail"}  # outputs of type BYTES that hold files
@@ -37,7 +37,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """JSON without unknown fields and without values of a similar type."""
+    """JSON without unknown fields and without type conversion."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -76,9 +76,9 @@ class _Header(Strict):
 
 
 def from_json(kind: type[Body], text: bytes, advice: str) -> Body:
-    """Parse JSON of a caller, or raise `Refused`; `advice` is for JSON with too many values."""
-    # A list or an object begins with a bracket, a field has a colon, and each value of a list but
-    # the first follows a comma. Texts may have these characters too.
+    """Parse a caller's JSON, or raise `Refused`; `advice` ends the message about too many values."""
+    # Bound the memory before parsing: lists and objects begin with a bracket, a field has a colon,
+    # and each value of a list but the first follows a comma. These characters count in texts, too.
     if _count(text, b"[{:", MAX_JSON_LISTS) > MAX_JSON_LISTS:
         raise bad_request(f"the JSON has more than {MAX_JSON_LISTS} brackets and colons; {advice}")
     if _count(text, b",[{", MAX_JSON_VALUES) > MAX_JSON_VALUES:
@@ -93,7 +93,7 @@ def from_json(kind: type[Body], text: bytes, advice: str) -> Body:
 
 
 def json_length(header_length: str | None, size: int) -> int:
-    """Bytes of a body that are JSON: as `HEADER_LENGTH` says, or all of its `size`."""
+    """Bytes of a body that are JSON: the value of the header `HEADER_LENGTH`, else all `size`."""
     if header_length is None:
         return size
     is_number = header_length.isascii() and header_length.isdigit()
@@ -106,10 +106,10 @@ def json_length(header_length: str | None, size: int) -> int:
 
 
 def json_memory(text: bytes) -> int:
-    """Bytes that parsing JSON takes at most, besides the text."""
-    # Each string exists as parsed and, of an image, as bytes; JSON before binary tensors is copied
-    # twice. One character of four bytes makes all characters of its string take four, and one more
-    # while it is parsed.
+    """Upper bound of the bytes that parsing JSON takes, without the text itself."""
+    # A string exists as parsed and, for an image, as bytes; JSON in front of binary tensors is
+    # copied twice. If a string has one character of four bytes, each of its characters takes four,
+    # and one more during parsing.
     is_plain = text.isascii() and b"\\" not in text
     values = min(_count(text, b",", MAX_JSON_VALUES), MAX_JSON_VALUES)
     lists = min(_count(text, b"[{", MAX_JSON_LISTS), MAX_JSON_LISTS)
@@ -117,7 +117,7 @@ def json_memory(text: bytes) -> int:
 
 
 def _count(text: bytes, characters: bytes, limit: int) -> int:
-    """Count some characters until there are more than `limit`."""
+    """Count occurrences of `characters`, up to a few more than `limit`."""
     count = 0
     for start in range(0, len(text), _PIECE):
         for character in characters:
@@ -131,7 +131,7 @@ def _count(text: bytes, characters: bytes, limit: int) -> int:
 
 
 def read(body: bytes, header_length: str | None, model: Model, version: str = "") -> Inference:
-    """Parse and check the body of an inference: JSON, which binary tensors may follow; raises
+    """Parse and check the body of an inference: JSON, optionally followed by binary tensors. Raises
     `Refused` for the first error.
     """
     end = json_length(header_length, len(body))
@@ -224,7 +224,7 @@ def _from_binary(tensor: _Input, data: memoryview) -> NDArray[Any]:
 
 
 def _from_json(tensor: _Input) -> NDArray[Any]:
-    """Read data that are flat, or nested as the shape is."""
+    """Read the data of a tensor, flat or nested according to its shape."""
     name = tensor.name
     shape = tensor.shape
     data = tensor.data or []
@@ -244,7 +244,7 @@ def _from_json(tensor: _Input) -> NDArray[Any]:
             raise bad_request(f"the data of the input {name} are not all texts")
         return _objects(list(map(str.encode, data)) if name in IMAGES else data, shape)
 
-    # Numbers and truth values: in 64 bits first, to see whether they fit
+    # Numbers and booleans: convert to 64 bits first, to check that they fit
     kind = np.dtype(NUMPY[tensor.datatype])
     is_float = kind.kind == "f"
     allowed: dict[str, set[type]] = {"f": {int, float}, "b": {bool}}
@@ -276,7 +276,7 @@ def _objects(values: Sequence[Any], shape: Sequence[int]) -> NDArray[np.object_]
 
 
 def _outputs(header: _Header, model: Model) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Names of the wanted outputs, and those of them in binary; refuses files in JSON."""
+    """Names of the requested outputs, and the names of those in binary; refuses files in JSON."""
     default = header.parameters.binary_data_output
     names: list[str] = []
     binary = set()
@@ -304,7 +304,9 @@ def _outputs(header: _Header, model: Model) -> tuple[tuple[str, ...], frozenset[
 
 
 def _check_fits_json(output: str, count: int | None) -> None:
-    """Refuse an output with too many values for JSON, or a file, of which `count` is None."""
+    """Refuse an output with too many values for JSON, or with bytes that are no text (`count` is
+    None).
+    """
     if count is None:
         raise bad_request(
             f"the output {output} is no text; ask for it in binary, or name the outputs that you"
@@ -320,7 +322,9 @@ def _check_fits_json(output: str, count: int | None) -> None:
 
 
 def write(reply: Reply, request: Inference) -> tuple[bytes, dict[str, str]]:
-    """The body of an answer and its headers, or `Refused` for an output that JSON can't hold."""
+    """Return the body and the headers of an answer; raises `Refused` for an output that JSON cannot
+    hold.
+    """
     outputs: list[dict[str, Any]] = []
     parts: list[bytes] = []
     for name, array in reply.outputs.items():

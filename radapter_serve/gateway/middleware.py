@@ -1,8 +1,8 @@
-"""ASGI middlewares of one duty each, in the order in which `app` lists them.
+"""ASGI middlewares, one duty each, in the order in which `app` lists them.
 
-An answer is recorded when it begins, so no figure depends on how fast a caller reads.
-`connections` bounds the rest: the number of connections, handshakes, slow headers, pipelining,
-trailers, upgrades, and callers who do not read.
+A response is recorded when it starts, so no figure depends on how fast the caller reads. Limits on
+connections are in `connections`: their number, handshakes, slow headers, pipelining, trailers,
+upgrades, and callers who do not read.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from radapter_serve.gateway.spans import Spans
 
 REQUEST_ID = "X-Request-Id"
-PIECE = 512 * 1024  # bytes of an answer that the caller has to take before the next are sent
-# Upper bounds of the histogram of a request's time, in seconds
+PIECE = 512 * 1024  # bytes of a response that are sent at a time
+# Upper bounds of the request time's histogram, in seconds
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
 def _on_start(send: Send, note: Callable[[Message], object]) -> Send:
-    """`send`, which shows `note` the status and the headers of an answer first."""
+    """Wrap `send`: `note` is called with the start of the response, its status and headers, first."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -58,13 +58,13 @@ def _on_start(send: Send, note: Callable[[Message], object]) -> Send:
 
 @dataclass(frozen=True)
 class RequestId:
-    """Gives every request an id, which its answer repeats, and an `Entry`."""
+    """Gives every request an `Entry` and an id, which the response repeats."""
 
     app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = Headers(scope=scope).get(REQUEST_ID, "")
-        # Any other id could write lines into a log.
+        # Other characters could forge lines of a log.
         if not _ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         scope["state"]["entry"] = Entry(request_id)
@@ -77,7 +77,7 @@ class RequestId:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Sends an answer in pieces, each once the caller has taken the last."""
+    """Sends a response in pieces, each once the caller has taken the piece before."""
 
     app: ASGIApp
 
@@ -96,7 +96,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Errors:
-    """Turns every failure into an answer, in OpenAI's form below /v1."""
+    """Turns every exception into an error response, in OpenAI's form below /v1."""
 
     app: ASGIApp
 
@@ -127,22 +127,22 @@ class Errors:
             if scope["path"].startswith(openai.PREFIX):
                 content = openai.refusal(refused)
             answer = JSONResponse(content, refused.status, headers)
-            # A frame that names its own error would keep all that it holds, such as the body,
-            # until Python looks for cycles.
+            # A frame with a reference to its own exception is a cycle: it would keep its objects,
+            # such as the body, in memory until the garbage collector runs.
             cause: BaseException | None = error
             while cause is not None:
                 cause.__traceback__ = None
                 cause = cause.__context__
             del refused
-        # If an answer has begun already, uvicorn takes no other and ends the connection.
+        # If a response has started already, uvicorn ignores this one and closes the connection.
         await answer(scope, receive, send)
 
 
 @dataclass(frozen=True)
 class BrowserRule:
-    """Refuses requests of other sites' pages, by `Host`, `Origin` and `Sec-Fetch-Site`.
+    """Refuses requests from web pages of other sites, by `Host`, `Origin` and `Sec-Fetch-Site`.
 
-    `host` is the name or address that the gateway listens on; None lets it answer under any name.
+    `host` is the name or address that the gateway listens on; None allows any `Host`.
     """
 
     app: ASGIApp
@@ -151,7 +151,7 @@ class BrowserRule:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         hosts = headers.getlist("Host")
-        # Another site may give its own name this machine's address: a browser takes both for one.
+        # DNS rebinding: the name of another site may resolve to this machine.
         if self.host is not None and not (len(hosts) == 1 and self._is_local(hosts[0])):
             raise Refused(
                 403,
@@ -179,12 +179,12 @@ class BrowserRule:
 
 
 class Metrics:
-    """The metrics of one gateway. Labels are tasks, codes and names of keys, never what a caller
-    sends.
+    """Prometheus metrics of one gateway. Labels are tasks, codes and names of keys, never values
+    that callers send.
     """
 
     def __init__(self, gauges: Mapping[str, Callable[[], float]]) -> None:
-        """Each gauge, `running`, `waiting` or `body_bytes`, is read when Prometheus asks."""
+        """`gauges` has the functions `running`, `waiting` and `body_bytes`, called at each scrape."""
         self._registry = CollectorRegistry()
         registered: dict[str, Any] = {"namespace": "radapter_gateway", "registry": self._registry}
         self._seconds = Histogram(
@@ -222,14 +222,14 @@ class Metrics:
         self._images_of_key.labels(key).inc(count)
 
     def text(self) -> bytes:
-        """All metrics in the format of Prometheus."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
 
 @dataclass(frozen=True)
 class Record:
-    """Records what became of a request when its answer begins: a line of the log, and of an
-    inference metrics and a span.
+    """Records the outcome of a request when its response starts: a log line; for an inference, also
+    metrics and a span.
     """
 
     app: ASGIApp
@@ -261,7 +261,7 @@ class Record:
                 if entry.steps:
                     entry.encoder_ms = encoder_ms(entry.steps)
                 entry.write()
-            # A caller without a key must not reach the collector.
+            # A caller without a key must not send spans to the collector.
             if self.spans is not None and span is not None and entry.code != UNAUTHORIZED:
                 self.spans.end(span, entry)
 
@@ -270,13 +270,13 @@ class Record:
 
 @dataclass(frozen=True)
 class RequireKey:
-    """Lets in callers with a key. An inference counts towards the key's quota until its answer
-    begins; `quota` in the state of the request counts its images.
+    """Refuses callers without a key. An inference counts towards the key's quota until its response
+    starts; its images are counted by `quota` in the request's state.
     """
 
     app: ASGIApp
     keys: Keys
-    quotas: dict[str, Quota] | None = None  # by the names of the keys; None if not an inference
+    quotas: dict[str, Quota] | None = None  # by name of the key; None for routes without inference
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = self.keys.check(Headers(scope=scope).get("Authorization"))
@@ -294,14 +294,14 @@ class RequireKey:
 
 
 def open_spans() -> Spans | None:
-    """A sender of spans; None where none is wanted, or, with a warning, where OpenTelemetry is not
+    """Return a `Spans`; None if tracing is off or, with a warning, if OpenTelemetry is not
     installed.
     """
     variable = otlp_endpoint()
     if variable is None:
         return None
     try:
-        from radapter_serve.gateway.spans import Spans  # here: it loads slowly, and few need it
+        from radapter_serve.gateway.spans import Spans  # here: loads slowly, and few need it
     except ImportError:
         LOG.warning(
             "%s is set, but no traces are sent, because OpenTelemetry is not installed; %s",

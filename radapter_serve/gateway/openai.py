@@ -1,4 +1,4 @@
-"""OpenAI's API: releases are models, and `embed_text` and `embed_image` make the embeddings."""
+"""OpenAI's API: releases are models, and `embed_text` and `embed_image` compute the embeddings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from radapter_serve.gateway.upstream import (
 PREFIX = "/v1/"
 NEWEST = "radapter"  # the newest release; NEWEST-N is release N
 MEDIA = ("image/jpeg", "image/jpg", "image/png", "image/webp")
-MAX_INPUTS = 2048  # of a request
+MAX_INPUTS = 2048  # in a request
 CHARACTERS_PER_TOKEN = 4  # an estimate: the gateway has no tokenizer
 _DATA_URL = re.compile(r"data:(image/|[^\s,]{0,200},)", re.IGNORECASE)
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
@@ -59,23 +59,23 @@ class _Body(Strict):
 
 @dataclass
 class EmbeddingsRequest:
-    """A checked request for embeddings; texts in UTF-8 and image files by their place among the
-    inputs.
+    """A checked request for embeddings. Texts (UTF-8) and image files are keyed by their position
+    in the input, from 0.
     """
 
     model: str  # name of the release
     count: int  # of inputs
     texts: dict[int, bytes] = field(default_factory=dict)
     images: dict[int, bytes] = field(default_factory=dict)
-    in_base64: bool = False  # the form of the embeddings in the answer
+    in_base64: bool = False  # encoding of the embeddings in the answer
     alpha: float | None = None
-    dimensions: int | None = None  # that the caller expects
+    dimensions: int | None = None  # width of the embeddings that the caller expects
     tokens: int = 0  # an estimate
 
 
 def read(text: bytes) -> EmbeddingsRequest:
-    """Parse and check a body; raises `Refused` for the first error, with the input's place from
-    0.
+    """Parse and check a body; raises `Refused` for the first error, with the position of the input,
+    from 0.
     """
     body = from_json(_Body, text, "send fewer inputs")
     values = [body.input] if isinstance(body.input, str) else body.input
@@ -133,7 +133,7 @@ def read(text: bytes) -> EmbeddingsRequest:
 
 
 def _decode_image(place: int, url: str) -> bytes:
-    # The head alone is searched: the rest is long.
+    # Search only the beginning: the rest may be megabytes of base64.
     comma = url.find(",", 0, _MAX_URL_HEAD)
     head = url[5 : comma if comma >= 0 else _MAX_URL_HEAD]
     media, _, parameters = head.lower().partition(";")
@@ -163,7 +163,7 @@ def _wrong(place: int, what: str, code: str = INVALID_ARGUMENT) -> Refused:
 async def write(
     rows: Sequence[NDArray[np.float32]], model: str, request: EmbeddingsRequest
 ) -> bytes:
-    """The body of an answer; other requests get the event loop after every 64 rows."""
+    """Serialize an answer; lets other requests run after every 64 rows."""
     parts = []
     for place, row in enumerate(rows):
         embedding: Any = row.tolist()
@@ -179,7 +179,7 @@ async def write(
 
 
 def refusal(error: Refused) -> dict[str, Any]:
-    """A refusal in OpenAI's form."""
+    """The body of an error response in OpenAI's form."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     kind = "rate_limit_error" if error.status == 429 else kind
     return {
@@ -188,8 +188,8 @@ def refusal(error: Refused) -> dict[str, Any]:
 
 
 class OpenAI:
-    """Answers below /v1; `model(task, version, fresh=0)` asks for the latest
-    configuration of a task.
+    """Answers requests below /v1; `model(task, version, fresh=0)` returns the current configuration
+    of a task.
     """
 
     def __init__(
@@ -216,9 +216,7 @@ class OpenAI:
         return _described(name, facts)
 
     async def embed(self, request: EmbeddingsRequest, seconds: float, entry: Entry) -> bytes:
-        """The answer to a request, all of it by one release, within `seconds`; `entry` gets the
-        release.
-        """
+        """Answer a request within `seconds`, all of it by one release, which is noted in `entry`."""
         end = time.monotonic() + seconds
         version, facts = await self._release(request.model)
         width = int(facts.get("embed_dim", 0))
@@ -240,7 +238,7 @@ class OpenAI:
             except Refused as error:
                 if version or error.code != UNKNOWN_MODEL:
                     raise
-                # Another release took over in the middle.
+                # The release was replaced between two batches: start again with the new one.
                 rows, answered = await self._rows(request, version, end, entry)
         entry.release = answered
         return await write(rows, f"{NEWEST}-{answered}", request)
@@ -248,7 +246,7 @@ class OpenAI:
     async def _rows(
         self, request: EmbeddingsRequest, version: str, end: float, entry: Entry
     ) -> tuple[list[NDArray[np.float32]], str]:
-        """The embeddings in the order of the inputs, and the version that made them."""
+        """Return the embeddings in the order of the inputs, and the version that computed them."""
         rows: dict[int, NDArray[np.float32]] = {}
         for tensor, values in (("text", request.texts), ("image", request.images)):
             places = list(values)
@@ -268,7 +266,7 @@ class OpenAI:
                     )
                 except Refused as error:
                     raise _at_input(error, batch) from None
-                version = str(reply.version)  # which makes all other rows, too
+                version = str(reply.version)  # for all further rows, too
                 embeds = reply.outputs.get(f"{tensor}_embeds")
                 if embeds is None or len(embeds) != len(batch):
                     raise Refused(
@@ -280,10 +278,10 @@ class OpenAI:
         return [rows[place] for place in range(request.count)], version
 
     async def _release(self, name: str) -> tuple[str, dict[str, Any]]:
-        """Version, empty for the newest, and facts of a release by its name."""
+        """Return the version, empty for the newest, and the facts of a release by its model name."""
         wanted = re.fullmatch(f"{NEWEST}(?:-([1-9][0-9]{{0,17}}))?", name)
         releases: dict[int, dict[str, Any]] = {}
-        # A release that was loaded a moment ago is not among those that are remembered.
+        # The cached configuration may lack a release that was just loaded: then ask again.
         for options in ({}, {"fresh": 0}):
             releases = (await self._model("embed_text", **options)).facts()
             if wanted is not None and not wanted[1] and releases:
@@ -295,7 +293,7 @@ class OpenAI:
 
 
 def _described(name: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """A release as an entry of the list, with facts that OpenAI's entries do not have."""
+    """A release as an entry of OpenAI's list of models, with additional facts."""
     try:
         created = int(datetime.fromisoformat(facts["created"]).timestamp())
     except (KeyError, ValueError):
@@ -311,9 +309,7 @@ def _described(name: str, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at_input(error: Refused, places: list[int]) -> Refused:
-    """Name an image by its place among the inputs, where a task names it by its place in the
-    batch.
-    """
+    """Change an error so that it names an image by its position in the input, not in the batch."""
     if error.message.startswith("alpha is "):
         return Refused(error.status, error.code, error.message, "alpha")
     in_batch = re.match(r"image (\d+) of \d+: ", error.message)

@@ -1,4 +1,4 @@
-"""`GatewayServer`: a gateway that runs in this process, in its main thread or in another."""
+"""`GatewayServer`: runs a gateway in the main thread, or another thread, of this process."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from radapter_serve.process import STOPPING, handled
 
 
 class GatewayServer:
-    """A gateway that listens, as its settings say, and answers while it runs; `began` is set once
-    it can be stopped.
+    """A gateway that listens on its address from creation on, and answers during `run`; `began` is
+    set once `stop` has an effect.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class GatewayServer:
                 f"cannot listen on {settings.host} port {settings.port}:"
                 f" {os.strerror(error.errno or 0)}; choose another port"
             ) from None
-        # Without this, an answer's body waits 40 ms for the caller to confirm the headers.
+        # Otherwise the body of an answer waits 40 ms for the acknowledgement of its headers.
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         host, port = self._listener.getsockname()[:2]
         scheme = "https" if settings.tls_certificate else "http"
@@ -73,8 +73,8 @@ class GatewayServer:
         self._listener.close()
 
     def run(self) -> None:
-        """Serve until `stop`, or in the main thread until SIGTERM, SIGHUP or SIGINT, which raises
-        `KeyboardInterrupt`.
+        """Serve until `stop` is called or, in the main thread, until SIGTERM, SIGHUP or SIGINT
+        arrives; SIGINT then raises `KeyboardInterrupt`.
         """
         received: list[int] = []
 
@@ -103,14 +103,14 @@ class GatewayServer:
             raise KeyboardInterrupt
 
     def stop(self) -> None:
-        """Take no new connections, and let running requests end; works from any thread."""
+        """Accept no new connections, and let running requests end. Thread-safe."""
         with contextlib.suppress(RuntimeError, AttributeError):  # it has ended, or never began
             self._loop.call_soon_threadsafe(self._stopping.set)
 
     @contextlib.contextmanager
     def in_thread(self) -> Iterator[None]:
         """Serve in a thread until the end of the block. If the gateway fails, the main thread gets
-        SIGTERM, and the end of the block raises RAdapterError.
+        SIGTERM, and leaving the block raises `RAdapterError`.
         """
         failures: list[BaseException] = []
 
@@ -135,7 +135,7 @@ class GatewayServer:
 
 
 def _allow_files(connections: int) -> None:
-    """Raise the limit of open files, one for each connection; usually it is 1,024."""
+    """Raise the limit of open files, often 1,024, to one for each connection and 256 more."""
     try:
         import resource
     except ImportError:  # Windows, which has no such limit

@@ -1,4 +1,4 @@
-"""Settings of a gateway, which are the flags of `radapter-gateway`."""
+"""Settings of a gateway: the flags of `radapter-gateway`."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Settings:
-    """Where the gateway listens, whom it asks, and what it allows.
+    """Address, upstream and limits of a gateway.
 
     Args:
         host: address or name to listen on.
-        port: of it.
-        server: HOST:PORT of Triton's gRPC endpoint, which strangers must not reach.
-        indexes: folder of the indexes that the server searches, to list their names; they are not
-            listed if none is given.
-        api_keys: file of the keys that let callers in; --new-key makes one.
-        no_api_keys: let everybody in who reaches the port, also beyond this machine.
-        tls_certificate: PEM file of the certificate and its chain, to be reached by https.
-        tls_key: PEM file of its key.
-        max_body: MiB of a request's body.
-        max_memory: MiB of the bodies of all requests under way, and of reading large ones.
+        port: port to listen on; 0 takes a free port.
+        server: HOST:PORT of Triton's gRPC endpoint, which must not be open to untrusted callers.
+        indexes: folder of the server's indexes, to list their names; if not given, they are not
+            listed.
+        api_keys: file of the API keys that callers need; --new-key makes a key.
+        no_api_keys: accept callers without a key, also from other machines.
+        tls_certificate: PEM file of the certificate and its chain, to serve HTTPS.
+        tls_key: PEM file of the certificate's private key.
+        max_body: largest body of a request, in MiB.
+        max_memory: memory for the bodies of all requests under way, and for parsing large ones, in
+            MiB.
         max_concurrent: requests that run at once.
-        max_queue: requests that wait for that; one more is answered 429.
-        max_connections: connections at once; where there are more, those end that have waited
-            longest for a request.
-        max_connections_per_address: of these, connections of one address, or of one network of 64
-            bits by IPv6; a quarter of --max-connections if not given. Behind a proxy, where all
-            callers come from one address, give it the number of --max-connections.
-        timeout: seconds that a request may take, the sending of its body included.
-        log: whether to write a line of JSON for each request to stderr. Traces go to where the
-            variable OTEL_EXPORTER_OTLP_ENDPOINT says.
+        max_queue: requests that wait to run; further requests are answered 429.
+        max_connections: connections at once; above that, the connection that has waited longest for
+            a request is closed.
+        max_connections_per_address: of these, connections from one IPv4 address or one 64-bit IPv6
+            network; a quarter of --max-connections if not given. Behind a proxy, where all callers
+            have one address, set it to the number of --max-connections.
+        timeout: seconds that a request may take, including the upload of its body.
+        log: json writes a line of JSON for each request to stderr. Traces go to the endpoint in the
+            variable OTEL_EXPORTER_OTLP_ENDPOINT.
     """
 
     host: str = "127.0.0.1"
@@ -62,8 +63,8 @@ class Settings:
     log: Literal["off", "json"] = "off"
 
     def check(self) -> str:
-        """The address to listen on; raises `RAdapterError` for values that are not allowed, and for
-        a port that is open to others by mistake.
+        """Return the address to listen on. Raises `RAdapterError` for invalid values, and for a
+        host that other machines can reach without --api-keys or --no-api-keys.
         """
         if not 0 <= self.port <= 65535:
             raise RAdapterError(
@@ -102,7 +103,7 @@ class Settings:
         return address
 
     def note(self) -> str:
-        """What whoever starts it should know; empty if nothing."""
+        """A security warning for the operator; may be empty."""
         if self.no_api_keys:
             return "without keys, anyone who reaches the gateway may use the models"
         if self.api_keys is not None and self.tls_certificate is None:
@@ -112,12 +113,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds that a gateway waits; no flag changes them."""
+    """Time limits of a gateway, in seconds; no flag changes them."""
 
     idle: float = 10.0  # for a handshake, the headers of a request, and between two requests
     piece: float = 8.0  # for a caller to take a piece of an answer: 64 KiB a second at least
     drain: float = 20.0  # for running requests, when the gateway stops
-    spans: float = 2.0  # for the last spans to be sent, after that
+    spans: float = 2.0  # for the last spans to be exported, after the drain
 
 
 TIMEOUTS = Timeouts()

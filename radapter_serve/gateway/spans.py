@@ -1,5 +1,5 @@
-"""Spans of requests by OTLP over HTTP; imported only where traces are wanted. OpenTelemetry's own
-variables of the environment say where spans go, and which are kept.
+"""Trace spans of requests, exported by OTLP over HTTP. Imported only if tracing is on;
+OpenTelemetry's environment variables choose the endpoint and the sampling.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _W3C = TraceContextTextMapPropagator()
 
 
 class Spans:
-    """Sends a span of each request; at most 2,048 wait in memory, OpenTelemetry's default."""
+    """Exports a span for each request; at most 2,048 are buffered, OpenTelemetry's default."""
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
         resource = Resource.create({SERVICE_NAME: "radapter-serve"})
@@ -32,8 +32,8 @@ class Spans:
         self._tracer = self._provider.get_tracer("radapter_serve")
 
     def begin(self, headers: Mapping[str, str], method: str, route: str, entry: Entry) -> Span:
-        """Begin the span of a request, in the trace that its headers name. `entry` gets the
-        `traceparent` for the server that computes, if this trace is kept.
+        """Start the span of a request, in the trace of its `traceparent` header. If the trace is
+        sampled, set `entry.traceparent` for the model server.
         """
         carrier = {name: headers[name] for name in _W3C.fields if name in headers}
         span = self._tracer.start_span(
@@ -49,7 +49,7 @@ class Spans:
         return span
 
     def end(self, span: Span, entry: Entry) -> None:
-        """End the span with what became of the request, and add the steps of an engine."""
+        """End the span with the outcome of the request, and add child spans for the engine's steps."""
         facts = {
             "radapter.request_id": entry.id,
             "radapter.task": entry.task or "none",
@@ -76,7 +76,7 @@ class Spans:
         span.end()
 
     def close(self, seconds: float) -> None:
-        """Send the spans that wait, for so many seconds."""
+        """Export the buffered spans, within `seconds`."""
         closing = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
         closing.start()
         closing.join(seconds)

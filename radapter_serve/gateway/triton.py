@@ -23,24 +23,26 @@ from radapter_serve.gateway.upstream import (
 )
 from radapter_serve.tasks.table import TASKS
 
-RESOLVE_SECONDS = 30.0  # until a name is looked up again, which may have more servers
-MAX_DRAIN_SECONDS = 3600.0  # for requests under way with the servers of before
+RESOLVE_SECONDS = 30.0  # between DNS lookups, which find servers that were added
+MAX_DRAIN_SECONDS = 3600.0  # for requests under way on a replaced channel
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # gRPC's defaults wait up to two minutes before they look again for a server.
+    # By default, gRPC waits up to two minutes before it reconnects.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # An http_proxy of the environment is not for the model server.
+    # Ignore http_proxy of the environment: it is not meant for the model server.
     ("grpc.enable_http_proxy", 0),
-    # Each address of a name is a server.
+    # Each address of the name is a server: take them in turn.
     ("grpc.lb_policy_name", "round_robin"),
 ]
 
 
 class Triton:
-    """An `Upstream` at an address such as 127.0.0.1:8001, made in a running event loop."""
+    """An `Upstream` to Triton at an address such as 127.0.0.1:8001. Create it in a running event
+    loop.
+    """
 
     def __init__(self, address: str, now: Callable[[], float] = time.monotonic) -> None:
         self._address = address
@@ -55,8 +57,9 @@ class Triton:
 
     @property
     def _stub(self) -> service_pb2_grpc.GRPCInferenceServiceStub:
-        # A channel looks a name up when it is made and when a connection ends, but not when servers
-        # are added. A new channel shares the connections that there are.
+        # A channel resolves its name when it is created and when a connection ends, but not when
+        # servers are added, so it is replaced regularly. The new channel shares the open
+        # connections.
         if self._now() - self._opened >= RESOLVE_SECONDS:
             closing = asyncio.ensure_future(self._channel.close(MAX_DRAIN_SECONDS))
             self._closing.add(closing)

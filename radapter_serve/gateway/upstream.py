@@ -1,6 +1,6 @@
-"""What passes between callers and the upstream, which is Triton or an engine in this process:
-requests, their records, what is known of the tasks, and refusals. The tasks' own codes are in
-`contract/errors.py`, names, types and shapes of tensors in `tasks/table.py`.
+"""Types shared by the gateway and its upstreams (Triton, or an engine in this process): requests,
+their log records, facts about tasks, and refusals. The tasks' error codes are in
+`contract/errors.py`; names, types and shapes of tensors in `tasks/table.py`.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ TOO_LARGE = "too_large"
 UNSUPPORTED_TYPE = "unsupported_type"
 SERVER_UNAVAILABLE = "server_unavailable"
 
-# Every code that a caller can get: these, and the tasks' own.
+# Every code that a caller can get: the gateway's and the tasks'.
 CODES = frozenset(
     {UNAUTHORIZED, RATE_LIMITED, NOT_FOUND, TOO_LARGE, UNSUPPORTED_TYPE, SERVER_UNAVAILABLE}
     | {value for name, value in vars(tasks).items() if name.isupper() and isinstance(value, str)}
 )
 
-# HTTP statuses of task codes that say more than the status of gRPC does.
+# HTTP statuses of task codes, where they are more precise than the status of gRPC.
 _STATUS_OF_CODE = {OVERLOADED: 429, RESTARTING: 503, SERVER_STOPPING: 503, TIMED_OUT: 504}
 _STATUS_OF_GRPC = {
     "INVALID_ARGUMENT": 400,
@@ -64,7 +64,8 @@ _STATUS_OF_GRPC = {
     "CANCELLED": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-# Code and message of a failure that Triton reports without a code; None keeps Triton's own message.
+# Code and message, by HTTP status, of a failure that Triton reports without a code; None keeps
+# Triton's message.
 _WITHOUT_CODE: dict[int, tuple[str, str | None]] = {
     404: (UNKNOWN_MODEL, None),
     400: (INVALID_ARGUMENT, None),
@@ -79,7 +80,7 @@ _WITHOUT_CODE: dict[int, tuple[str, str | None]] = {
 
 
 class Refused(RAdapterError):
-    """A request that gets no answer; `str()` is "[code] message"."""
+    """The error of a refused request; `str()` is "[code] message"."""
 
     def __init__(
         self,
@@ -102,8 +103,8 @@ def bad_request(message: str, param: str | None = None) -> Refused:
 
 
 def from_status(status: str, text: str) -> Refused:
-    """Translate a failure of Triton or an engine, by its gRPC status and message: the code and the
-    first line, without paths.
+    """Translate a failure of Triton or an engine, with its gRPC status and message, into a refusal
+    with the code and the first line, without paths.
     """
     number = _STATUS_OF_GRPC.get(status, 500)
     failure = read_failure(text)
@@ -132,7 +133,7 @@ class Inference:
     version: str  # empty for the newest
     inputs: dict[str, NDArray[Any]]
     outputs: tuple[str, ...] = ()  # names of the wanted outputs; all if empty
-    id: str = ""  # of the caller, which the answer repeats
+    id: str = ""  # the caller's request id, which the answer repeats
     binary: frozenset[str] = frozenset()  # outputs that the caller wants in binary
     timeout: float | None = None  # seconds that the caller allows
     size: int = 0  # bytes of the inputs
@@ -146,8 +147,8 @@ class Inference:
 
 @dataclass(frozen=True)
 class Model:
-    """A task as callers see it; `releases` has the facts of its releases by the names of their
-    parameters.
+    """A task as callers see it; `releases` maps names of config parameters to the facts of a
+    release.
     """
 
     name: str
@@ -158,13 +159,13 @@ class Model:
 
     @classmethod
     def of(cls, task: str, releases: Mapping[str, str]) -> Model:
-        """A task with these releases, as JSON; the newest is named `release`, and paths of the
-        machine that made them are cut to their last name.
+        """Make the model of a task from its releases' facts in JSON; the newest is named `release`.
+        Paths of the machine that exported them are cut to their last name.
         """
 
         def without_paths(value: Any) -> Any:
             if isinstance(value, dict):
-                # A slash in a template is no path.
+                # A slash in a template does not make it a path.
                 return {
                     key: item if key == "templates" else without_paths(item)
                     for key, item in value.items()
@@ -183,11 +184,11 @@ class Model:
         return cls(task, rows, TASKS[task].inputs, outputs, public)
 
     def facts(self) -> dict[int, dict[str, Any]]:
-        """The facts of the releases by their versions."""
+        """Facts of the releases by version."""
         return {int(facts["version"]): facts for facts in self.releases.values()}
 
     def config(self) -> dict[str, Any]:
-        """The answer to `/config`, in Triton's form."""
+        """The response to `/config`, in Triton's form."""
 
         def described(tensor: Tensor) -> dict[str, Any]:
             kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
@@ -207,7 +208,7 @@ class Model:
         }
 
     def metadata(self) -> dict[str, Any]:
-        """The answer to `/v2/models/MODEL`, in KServe's form."""
+        """The response to `/v2/models/MODEL`, in KServe's form."""
         batch = [-1] if self.max_batch_size else []
 
         def described(tensor: Tensor) -> dict[str, Any]:
@@ -225,13 +226,13 @@ class Model:
 
 @dataclass
 class Entry:
-    """The record of one request."""
+    """The log record of one request."""
 
     id: str  # `X-Request-Id` of the caller, or a new one
     key: str | None = None  # name of the caller's key
     task: str | None = None  # or "embeddings"; None of requests other than inferences
     release: str | None = None  # that answered
-    code: str = "ok"  # or that of the refusal, or "caller_gone"
+    code: str = "ok"  # or the code of the refusal, or "caller_gone"
     status: int = 200
     bytes_in: int = 0  # of the body
     bytes_out: int = 0
@@ -240,8 +241,8 @@ class Entry:
     model_ms: float = 0.0  # of these, in Triton or the engine
     # Of these, in encoders that ran the batch of this request; None in front of Triton.
     encoder_ms: float | None = None
-    traceparent: str | None = None  # for the server that computes; not in the log
-    steps: list[Step] = field(default_factory=list)  # of an engine; not in the log
+    traceparent: str | None = None  # for the model server; not in the log
+    steps: list[Step] = field(default_factory=list)  # of the engine; not in the log
 
     def write(self) -> None:
         """Print a line of JSON on stderr."""
@@ -254,10 +255,12 @@ class Entry:
 
 
 class Upstream(Protocol):
-    """The methods raise nothing but `Refused`; cancelling one cancels its request upstream too."""
+    """A backend of the gateway. Methods raise only `Refused`; cancelling a call cancels its request
+    upstream, too.
+    """
 
     async def infer(self, request: Inference, timeout: float, entry: Entry) -> Reply:
-        """Answer within `timeout` seconds; `entry` has the request's id and trace, and takes the
+        """Answer within `timeout` seconds; `entry` has the request's id and trace, and collects the
         steps of an engine.
         """
 

@@ -1,4 +1,4 @@
-"""The settings of a server, checked when they are made."""
+"""`ServerConfig`: the settings of a server, checked on creation."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ MAX_WAITING = 128
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """The settings of a `TritonServer`. Messages name the flags of radapter-serve.
+    """Settings of a `TritonServer`. Error messages name the flags of radapter-serve.
 
     Args:
         model_repository: folder that radapter-export has filled.
         endpoints: where the server listens.
         indexes: folder of the indexes for `retrieve`; it need not exist yet.
-        runtime: runs the encoders, once its embeddings have been compared with torch's:
-            onnxruntime, openvino or tensorrt. "auto" takes the one that is usually fastest on this
-            machine and agrees with torch. None keeps the runtime of the export.
+        runtime: runtime of the encoders: onnxruntime, openvino or tensorrt; unless it is that of
+            the export, its embeddings are first compared with torch's. "auto" takes the runtime
+            that is usually fastest on this machine and agrees with torch. None keeps the runtime of
+            the export.
         threads: threads that compute in an encoder, shared by its instances; None takes one for
             each core.
         instances: number of processes of each task, as a number for all tasks or TASK=NUMBER. A
@@ -36,8 +37,8 @@ class ServerConfig:
             longest are refused.
         timeout: seconds to wait until every model answers.
         drain_seconds: seconds that running calls may take when the server is stopped.
-        verbose: let the server write its messages to this process's stderr, in place of a file
-            from which the reason of a failure is read.
+        verbose: let the server write its log to this process's stderr, instead of the file from
+            which the reason of a failure is read.
 
     Raises:
         RAdapterError: an unknown runtime or task, or a number that is not allowed.
@@ -55,7 +56,7 @@ class ServerConfig:
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        # The server's processes have another current folder.
+        # Make paths absolute: the server's processes have another working directory.
         object.__setattr__(self, "model_repository", self.model_repository.resolve())
         object.__setattr__(self, "indexes", self.indexes.resolve())
         if not self.timeout > 0:
@@ -77,7 +78,7 @@ class ServerConfig:
 
     @property
     def encoder_threads(self) -> int:
-        """Threads that compute in an encoder."""
+        """Threads that compute in an encoder: `threads`, or the default for this machine."""
         return self.threads or total()
 
     def instance_counts(self) -> dict[str, int]:

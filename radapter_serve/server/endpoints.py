@@ -1,4 +1,4 @@
-"""Where a server listens, and where clients on this machine reach it."""
+"""Addresses of a server: to listen on, and for clients on this machine."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Endpoints:
         http_port: 1 to 65535; all three ports differ.
         grpc_port: as `http_port`.
         metrics_port: port of the Prometheus metrics, as `http_port`.
-        trust_network: whether everybody who can reach a host beyond loopback may use the server.
-        tls: whether HTTP is spoken over TLS.
+        trust_network: whether all machines that can reach a host beyond loopback may use the server.
+        tls: whether the HTTP endpoint uses TLS.
 
     Raises:
         RAdapterError: an unknown host, or one that other machines can reach although the network is
@@ -50,7 +50,7 @@ class Endpoints:
 
     @classmethod
     def on_free_ports(cls) -> Endpoints:
-        """Endpoints that only this machine reaches, on ports that are free now."""
+        """Endpoints on loopback, with ports that are free now."""
         return cls("127.0.0.1", *free_ports())
 
     @property
@@ -60,7 +60,7 @@ class Endpoints:
 
     @property
     def address(self) -> str:
-        """The host to reach the server at from this machine."""
+        """Host at which clients on this machine reach the server."""
         address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"[{address}]" if self._is_ipv6 else address
 
@@ -104,7 +104,7 @@ class Endpoints:
                 raise RAdapterError(f"cannot listen on {self.host} port {port}: {why}") from None
 
     def flags(self) -> list[str]:
-        """Arguments that let tritonserver listen here."""
+        """Arguments of tritonserver for these endpoints."""
         host = f"ipv6:{self.host}" if self._is_ipv6 else self.host
         return [
             f"--http-address={host}",
@@ -121,10 +121,10 @@ class Endpoints:
 
 
 def free_ports() -> tuple[int, int, int]:
-    """Three ports on which no program of this machine listens.
+    """Return three free ports of this machine.
 
-    They lie below those that Linux gives to programs that ask for any port, so that no such program
-    takes one before its server listens.
+    They are below Linux's ephemeral ports, so that no program that asks for any port takes one
+    before the server listens.
     """
     ports: list[int] = []
     for port in random.sample(range(10_000, 32_768), 1_000):
@@ -137,7 +137,7 @@ def free_ports() -> tuple[int, int, int]:
 
 
 def address_of(host: str) -> str:
-    """The address of the host name of --host; IPv4 if it has both."""
+    """The address of the host in --host; IPv4 if it has both."""
     try:
         addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:

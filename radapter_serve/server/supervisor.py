@@ -1,4 +1,6 @@
-"""Keeps a server up: starts again what died or fell silent, gives up what never becomes ready."""
+"""Keeps a server up: starts again processes that died or no longer answer, and gives up after
+repeated failures.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,22 @@ from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER, Failure
 from radapter_serve.tasks.table import GLANCES
 
-# Of a supervisor.
-INTERVAL_SECONDS = 1.0  # from one look to the next
+# Supervisor
+INTERVAL_SECONDS = 1.0  # between checks
 WINDOW_SECONDS = 60.0  # starts within this time lengthen the next pause
 MAX_PAUSE_SECONDS = 8.0
-MAX_FAILURES = 5  # starts in a row that made nothing ready
-# Of a probe.
+MAX_FAILURES = 5  # failed starts in a row
+# Probe
 PROBE_SECONDS = 5.0  # from an answer to the next request
 TIMEOUT_SECONDS = 10.0  # to wait for an answer
-MAX_UNANSWERED = 2  # requests in a row
-BUSY_SECONDS = 0.1  # processor time before the timeout that shows a model busy, not frozen
+MAX_UNANSWERED = 2  # in a row
+BUSY_SECONDS = 0.1  # CPU time within the timeout that shows a model busy, not frozen
 
 
 @dataclass
 class _Asked:
-    """One model: when to ask next, the answer that is waited for, the processor time at its
-    request, and how many requests in a row got no answer.
+    """The probe of one model: time of the next request, pending answer, CPU time at the request,
+    and number of requests in a row without an answer.
     """
 
     due: float
@@ -40,11 +42,10 @@ class _Asked:
 
 
 class Probe:
-    """Finds what lives but does not answer, such as a process that waits for itself.
+    """Finds processes that live but do not answer, for example because of a deadlock.
 
-    A loaded server may leave a request in its queue for long. So silence counts only while nothing
-    that could answer, the model or an encoder, computes: `cpu_seconds` gives the processor time of
-    models.
+    A loaded server may leave a request in its queue for long. So a missing answer counts only if
+    neither the model nor an encoder computes meanwhile: `cpu_seconds` gives the CPU time of models.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Probe:
         cpu_seconds: Callable[[Collection[str]], float],
         *,
         clock: Clock = SYSTEM,
-        threads: Executor | None = None,  # they wait for the answers
+        threads: Executor | None = None,  # to wait for the answers
         interval: float = PROBE_SECONDS,
         timeout: float = TIMEOUT_SECONDS,
     ) -> None:
@@ -73,7 +74,7 @@ class Probe:
         return [SERVER] if self._is_silent(SERVER) else silent
 
     def forget(self) -> None:
-        """Begin anew, after something was started again."""
+        """Forget all requests, after a restart."""
         self._asked.clear()
 
     def _is_silent(self, name: str) -> bool:
@@ -94,7 +95,7 @@ class Probe:
         return asked.misses >= MAX_UNANSWERED
 
     def _answers(self, name: str) -> bool:
-        """Whether any answer comes: even a failure is one of a process that lives."""
+        """True if any answer comes: an error shows a living process, too."""
         path = "health/live" if name == SERVER else f"models/{name}/infer"
         body = None if name == SERVER else {"inputs": in_json(GLANCES[name])}
         try:
@@ -106,17 +107,18 @@ class Probe:
 
 @dataclass
 class _History:
-    """Starts of one program: when they were, and how many of the last ones failed in a row."""
+    """Restarts of a model or the server: their times, and the number of failures in a row."""
 
     starts: deque[float] = field(default_factory=deque)
     failures: int = 0
 
 
 class Supervisor:
-    """Starts again what died or no longer answers, with pauses that grow where it dies often.
+    """Starts again models, or the server, that died or no longer answer, with growing pauses after
+    frequent deaths.
 
-    A program that becomes ready is started again for ever; one that does not in `MAX_FAILURES`
-    starts in a row is given up. `say` takes one line for each death and each return.
+    There is no limit for programs that become ready; after `MAX_FAILURES` failed starts in a row,
+    `step` raises. `say` is called with a line for each death and each recovery.
     """
 
     def __init__(
@@ -134,20 +136,22 @@ class Supervisor:
         self._histories: defaultdict[str, _History] = defaultdict(_History)
 
     def run(self) -> None:
-        """Look after the server until an exception ends it, such as that of a signal."""
+        """Supervise the server until an exception, such as that of a signal, ends the loop."""
         while True:
             self.step()
             self._clock.sleep(INTERVAL_SECONDS)
 
     def step(self) -> None:
-        """Look once, and start again what died; raise an error if it never becomes ready."""
+        """Check once, and start again what died; raises `RAdapterError` after too many failed
+        starts.
+        """
         failures = self._server.failures()
         if not failures:
             for name in self._probe.step(self._server.models):
                 self._server.kill(name)
                 failures.append(Failure(name, "it no longer answered, so it was killed"))
         if any(failure.name == SERVER for failure in failures):
-            # A restart brings its models back, too.
+            # A restart of the server restarts its models, too.
             failures = [failure for failure in failures if failure.name == SERVER]
         for failure in failures:
             self._start_again(failure)
@@ -163,7 +167,7 @@ class Supervisor:
                     " messages: radapter-serve --verbose"
                 )
 
-            # No pause before the first start of a minute, then twice as long each time.
+            # No pause before the first start within `WINDOW_SECONDS`, then 1 s, doubled each time.
             now = self._clock.monotonic()
             while history.starts and now - history.starts[0] > WINDOW_SECONDS:
                 history.starts.popleft()
@@ -180,7 +184,7 @@ class Supervisor:
                 else:
                     self._server.reload(name)
                 break
-            except NoAnswer:  # the server died or froze meanwhile: the next look finds it
+            except NoAnswer:  # the server died or froze meanwhile: the next check finds it
                 history.failures += 1
                 return
             except RAdapterError as error:
@@ -189,7 +193,7 @@ class Supervisor:
                 failure = Failure(name, why, failure.version)
 
         for other, past in self._histories.items():
-            if name in (SERVER, other):  # with tritonserver all its models are ready
+            if name in (SERVER, other):  # when tritonserver is ready, so are all its models
                 past.failures = 0
         self._probe.forget()
         self._say(f"{name} is back after {self._clock.monotonic() - began:.1f} s")

@@ -1,4 +1,4 @@
-"""The processes of one tritonserver: which died or was stopped, and why."""
+"""Watches the processes of one tritonserver: which died or was stopped, and why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ _SEGMENTATION_FAULT = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A death: the name is a model's or `SERVER`; `why` is a clause about "it"."""
+    """The death of a process: `name` is a model or `SERVER`; `why` is a clause with the subject
+    "it".
+    """
 
     name: str
     why: str
@@ -36,11 +38,11 @@ class Failure:
 
 
 class Watch:
-    """Looks at a tritonserver and at the processes of its models, its children.
+    """Polls a tritonserver and its child processes, which run the models.
 
-    A death is reported once a look has seen it twice: a process whose model is unloaded is a
-    zombie for a moment, too. The whole model is then started again, so later deaths of its
-    present processes are not reported.
+    A death is reported once two polls in a row have seen it: a process whose model is being
+    unloaded is a zombie for a moment, too. The whole model is then started again, so later deaths
+    of its present processes are not reported.
     """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
@@ -50,14 +52,14 @@ class Watch:
         self._reported: set[int] = set()
 
     def poll(self) -> list[Failure]:
-        """Report what has died since the last look; kill what a signal has stopped, for it holds
-        up its callers.
+        """Return the deaths since the last poll; kill processes that a signal has stopped, because
+        their callers wait.
         """
         if (code := self._process.poll()) is not None:
             why = how_it_ended(code)
             return [Failure(SERVER, _SEGMENTATION_FAULT if code == -signal.SIGSEGV else why)]
 
-        # Processes that are dead or stopped in this look and were so in the last one.
+        # Processes that are dead or stopped in this poll and the last one.
         states = self._states()
         bad = {psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED}
         suspects = {pid for pid, state in states.items() if state in bad} - self._reported
@@ -77,7 +79,7 @@ class Watch:
             elif pid in self._models:
                 name, version = self._models[pid]
                 failure = Failure(name, why, version)
-            else:  # the model to load again is unknown, so all of them are
+            else:  # its model is unknown, so the whole server restarts
                 failure = Failure(SERVER, f"process {pid} of it ended: {why}")
             failures[failure.name, failure.version] = failure
         names = {failure.name for failure in failures.values()}
@@ -86,8 +88,8 @@ class Watch:
         return list(failures.values())
 
     def models(self) -> dict[int, str]:
-        """Models of the living processes, by process number; to be asked after models were loaded,
-        too, since a zombie no longer says its own.
+        """Models of the living processes, by process number. Call it after models are loaded, too:
+        a zombie has no command line that names its model.
         """
         states = self._states()
         return {
@@ -97,7 +99,7 @@ class Watch:
         }
 
     def cpu_seconds(self, names: Collection[str]) -> float:
-        """Processor time that these models, or the server itself, have used."""
+        """CPU time in seconds that these models, or the server itself, have used."""
         pids = [pid for pid, name in self.models().items() if name in names]
         pids += [self._process.pid] if SERVER in names else []
         total = 0.0
@@ -118,7 +120,7 @@ class Watch:
                     os.kill(pid, signal.SIGKILL)
 
     def _states(self) -> dict[int, str]:
-        """States of the server and its children by process number; learns their models."""
+        """States of the server and its children by process number; also records their models."""
         states = {}
         with contextlib.suppress(psutil.Error):
             server = psutil.Process(self._process.pid)
@@ -126,14 +128,14 @@ class Watch:
                 with contextlib.suppress(psutil.Error):
                     states[process.pid] = process.status()
                     model = re.search(r"([^/]+)/(\d+)/[^/]+$", "".join(process.cmdline()[1:2]))
-                    if model and process is not server:  # a child is a shell for a moment
+                    if model and process is not server:  # a child is first a shell
                         self._models[process.pid] = (model[1], int(model[2]))
         return states
 
 
 def _exit_code(pid: int) -> int:
-    """Exit status of a zombie, which psutil tells of own children alone: the last field of
-    proc_pid_stat(5).
+    """Exit status of a zombie: the last field of proc_pid_stat(5). psutil has it for direct
+    children only.
     """
     with contextlib.suppress(OSError, ValueError):
         return os.waitstatus_to_exitcode(int(Path(f"/proc/{pid}/stat").read_text().split()[-1]))
@@ -141,7 +143,9 @@ def _exit_code(pid: int) -> int:
 
 
 def how_it_ended(code: int) -> str:
-    """Describe an exit status, or minus the number of the signal that killed a process."""
+    """Describe an exit status; a negative one is minus the number of the signal that killed the
+    process.
+    """
     if code == -signal.SIGKILL:
         return "it was killed by SIGKILL, as the kernel does where memory runs out"
     if code < 0:
