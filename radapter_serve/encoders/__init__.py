@@ -1,6 +1,6 @@
-"""A loaded release: its encoder, wherever it runs, its tokenizer and its label sets.
+"""Loaded releases: encoder, tokenizer and label sets.
 
-An encoder is the release's graphs by ONNX Runtime, OpenVINO or TensorRT, or a live server. What
-several callers need at once is encoded together. Nothing here knows of tasks, and nothing imports
+An encoder runs the release's graphs by ONNX Runtime, OpenVINO or TensorRT, or calls a live server.
+Rows of concurrent callers are encoded together. Nothing here depends on tasks, and nothing imports
 torch.
 """

@@ -1,5 +1,5 @@
-"""`Encoder`: what encodes images and texts of one release, wherever it runs; its kind for exported
-graphs, by any of the runtimes; and how long the steps of a request take.
+"""`Encoder`: encodes images and texts of one release; `GraphEncoder`, which runs its exported
+graphs; and the steps of a request, with their times.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from radapter_serve.contract.errors import ENCODER_FAILED, Alpha, TaskError, red
 from radapter_serve.encoders.runtimes import load_graph
 from radapter_serve.release.repository import RUNTIMES, TENSORRT
 
-ENCODER = "_encoder"  # how the names of the steps end that are calls of an encoder
+ENCODER = "_encoder"  # suffix of the names of steps that call an encoder
 
 
 class Encoder(Protocol):
-    """Encodes images and texts of one release, and raises a `TaskError` where it fails; `alpha` is
-    None where it is folded.
+    """Encodes images and texts of one release; raises a `TaskError` on failure. `alpha` is None if
+    it is folded into the weights.
     """
 
     def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
         """uint8 [B, S, S, 3] -> float32 [B, D] of unit length."""
 
     def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        """uint8 [B, S, S, 3] -> float32 [B, g, g, D]; only where `release.dense` says how."""
+        """uint8 [B, S, S, 3] -> float32 [B, g, g, D]; only if the release has `dense`."""
 
     def tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> NDArray[np.float32]:
         """int32 [B, L] -> float32 [B, D] of unit length."""
 
     def close(self) -> None:
-        """Let go of what it holds open."""
+        """Close open resources."""
 
 
 class GraphEncoder:
@@ -56,7 +56,7 @@ class GraphEncoder:
         return self._encode("text_encoder", tokens, alpha)
 
     def close(self) -> None:
-        """The graphs go with their last user."""
+        """Do nothing: the graphs are freed with their last reference."""
 
     def _encode(self, name: str, rows: NDArray[Any], alpha: Alpha | None) -> NDArray[np.float32]:
         graph = self.graphs[name]
@@ -68,11 +68,11 @@ class GraphEncoder:
 
 
 class EncoderGraph:
-    """A graph of an encoder in one of `RUNTIMES`, and in no other: a fall-back is an error.
+    """A graph of an encoder in one of `RUNTIMES`, without fall-back to another.
 
-    OpenVINO computes in bf16 if the release's precision says so and the CPU can, else in fp32; the
-    other runtimes compute as the graph is typed. `device` is the number of a GPU, None for the CPU
-    (TensorRT has its own); `parameters` are those of the encoder's config.pbtxt.
+    OpenVINO computes in bf16 if the release's precision is bf16 and the CPU supports it, else in
+    fp32; the other runtimes use the types of the graph. `device` is the number of a GPU, None for
+    the CPU (TensorRT always takes GPU 0); `parameters` are those of the encoder's config.pbtxt.
     """
 
     def __init__(
@@ -99,8 +99,8 @@ class EncoderGraph:
         self._graph = load_graph(path, runtime, options, device=device)
 
     def __call__(self, *values: NDArray[np.generic]) -> NDArray[np.float32]:
-        """One batch of images or tokens, an array for each of the graph's inputs, to embeddings,
-        float32 [B, D] ([B, g, g, D] of a patch encoder).
+        """Encode a batch, an array for each of the graph's inputs, to float32 [B, D] ([B, g, g, D]
+        with a patch encoder).
         """
         feed = dict(zip(self._graph.inputs, values, strict=True))
         [embeds] = self._graph.run(feed, self._graph.outputs[:1])
@@ -122,7 +122,9 @@ _taken: ContextVar[list[Step] | None] = ContextVar("steps", default=None)
 
 @contextlib.contextmanager
 def collected(into: list[Step] | None = None) -> Iterator[list[Step]]:
-    """Yields the steps that this thread takes in the block, as they end; perhaps `into` a list."""
+    """Collect the steps of this thread in the block, as they end, in a new list or `into` one;
+    yields the list.
+    """
     steps = [] if into is None else into
     token = _taken.set(steps)
     try:
@@ -132,7 +134,7 @@ def collected(into: list[Step] | None = None) -> Iterator[list[Step]]:
 
 
 def add_steps(steps: Iterable[Step]) -> None:
-    """Count steps that another thread took among those of this one, where these are collected."""
+    """Add steps of another thread to those of this thread, if these are collected."""
     taken = _taken.get()
     if taken is not None:
         taken.extend(steps)
@@ -140,9 +142,9 @@ def add_steps(steps: Iterable[Step]) -> None:
 
 @contextlib.contextmanager
 def step(name: str) -> Iterator[None]:
-    """Take a step of this thread, also where the block fails."""
+    """Record the block as a step of this thread, even if it fails."""
     start = time.time_ns()
-    began = time.monotonic_ns()  # the clock of the day may be set meanwhile
+    began = time.monotonic_ns()  # the wall clock may be set meanwhile
     try:
         with collected() as parts:
             yield
@@ -152,7 +154,7 @@ def step(name: str) -> Iterator[None]:
 
 
 def encoder_ms(steps: Iterable[Step]) -> float:
-    """The milliseconds of these steps in which an encoder ran."""
+    """Milliseconds of these steps in which encoders ran."""
     total_ms = 0.0
     for taken in steps:
         if taken.name.endswith(ENCODER):

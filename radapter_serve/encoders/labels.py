@@ -1,4 +1,4 @@
-"""Label sets with their text embeddings, and the embeddings of labels that requests bring."""
+"""Label sets with their text embeddings, and a cache for the embeddings of requests' labels."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_text, staged
 
-DEFAULT_WEIGHT = 0.5  # of a label's examples; the rest is its text's
+DEFAULT_WEIGHT = 0.5  # of a label's examples; its text has the rest
 MAX_EXAMPLES = 128  # of a request, and of a label set that is embedded again
-_TEXTS = ("labels", "lines", "templates")  # of a label set
-MAX_LABELS = 20_000  # whose embeddings are kept
+_TEXTS = ("labels", "lines", "templates")  # texts of a label set
+MAX_LABELS = 20_000  # labels whose embeddings are cached
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded images that show some labels of a list."""
+    """Image files that are examples of some labels of a list."""
 
     images: tuple[bytes, ...]
-    labels: tuple[int, ...]  # of each example, the place of its label in the list
-    # Of the examples of a label, in [0, 1]: one for all labels, or one for each.
+    labels: tuple[int, ...]  # for each example, the index of its label in the list
+    # Of a label's examples, in [0, 1]: one weight for all labels, or one for each.
     weights: tuple[float, ...] = (DEFAULT_WEIGHT,)
 
     @cached_property
@@ -40,16 +40,16 @@ class Examples:
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Classes and their embeddings, and what it takes to embed them again."""
+    """Classes with their embeddings, and the texts and examples from which these are computed."""
 
     labels: tuple[str, ...]  # names to show, C of them
-    embeds: NDArray[np.float32]  # [C, D], unit length, those of examples mixed in
+    embeds: NDArray[np.float32]  # [C, D], unit length, with examples mixed in
     lines: tuple[str, ...]  # the labels with their synonyms
     templates: tuple[str, ...]
-    examples: Examples | None = None  # those mixed in
+    examples: Examples | None = None  # mixed into `embeds`
 
     def save(self, path: str | Path) -> None:
-        """Write all of it as npz, in one piece or not at all."""
+        """Write the label set as npz, atomically."""
         arrays: dict[str, Any] = {
             name: np.array(getattr(self, name), dtype=np.str_) for name in _TEXTS
         }
@@ -65,7 +65,7 @@ class LabelSet:
 
     @classmethod
     def load(cls, path: str | Path) -> LabelSet:
-        """Read what `save` wrote; more examples than an export writes are refused."""
+        """Read a file of `save`; refuses more than `MAX_EXAMPLES` examples."""
         with np.load(path, allow_pickle=False) as file:
             values: dict[str, Any] = {name: tuple(file[name].tolist()) for name in _TEXTS}
             embeds = np.ascontiguousarray(file["embeds"], np.float32)
@@ -86,12 +86,12 @@ class LabelSet:
 
 
 def load_label_sets(folder: Path) -> dict[str, LabelSet]:
-    """All `NAME.npz` of a folder by name; empty if there is no such folder."""
+    """Load all `NAME.npz` of a folder by name; empty if the folder does not exist."""
     return {as_text(path.stem): LabelSet.load(path) for path in sorted(folder.glob("*.npz"))}
 
 
 class LabelCache:
-    """Embeddings and label sets by key; those used longest ago go first. Thread-safe."""
+    """Least-recently-used cache of embeddings and label sets. Thread-safe."""
 
     def __init__(self, max_size: int = MAX_LABELS) -> None:
         self._max_size = max_size
@@ -100,7 +100,7 @@ class LabelCache:
         self._lock = threading.Lock()
 
     def get(self, key: Any) -> Any:
-        """The value of a key; None if it is not kept."""
+        """The value of a key; None if it is not cached."""
         with self._lock:
             if key not in self._entries:
                 return None
@@ -108,7 +108,9 @@ class LabelCache:
             return self._entries[key][0]
 
     def put(self, key: Any, value: Any, size: int = 1) -> None:
-        """Keep a value, which is no view of a larger array; `size` counts labels and templates."""
+        """Cache a value, not a view of a larger array; `size` is its number of labels and
+        templates.
+        """
         with self._lock:
             if key in self._entries:  # another thread was quicker
                 return

@@ -1,9 +1,9 @@
-"""`LoadedRelease`: a release with what it takes to ask it, in this process or of a live server; and
-how the rows that several tasks need are encoded together.
+"""`LoadedRelease`: a release with its encoder, in this process or on a live server; and
+`run_together`, which encodes the rows of several tasks as one batch.
 
-A task is a generator: it yields a `Need`, is sent the embeddings, and returns its answer. So it
-reads from top to bottom, and knows nothing of other requests; the server encodes its rows with
-those of all that wait.
+A task is a generator: it yields a `Need`, is sent the embeddings, and returns its answer. So its
+code reads from top to bottom and does not depend on other requests, while its rows are encoded
+together with theirs.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ A = TypeVar("A")
 Part: TypeAlias = Literal["pixels", "images", "patches", "tokens"]
 Rows = NDArray[np.generic]
 
-# Images that the encoder takes at once. On a CPU more are slower: what lies between the layers no
-# longer fits in its cache.
+# Images in one call of the encoder. More are slower on a CPU: the activations between the layers no
+# longer fit into its cache.
 CHUNK = 16
-MOST_ROWS = 256  # of several tasks that are encoded at once
+MOST_ROWS = 256  # rows of several tasks in one batch
 
 
 class Tokenize(Protocol):
-    """Turns texts into token ids; `Tokenizer` does."""
+    """Turns texts into token ids, as `Tokenizer` does."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
@@ -80,27 +80,27 @@ class Need:
 
     loaded: LoadedRelease
     part: Part
-    rows: Any  # the headers of images; pixels; or the token ids of each text
-    alpha: float | None  # None where it is folded
+    rows: Any  # headers of images, pixels, or the token ids of each text
+    alpha: float | None  # None if it is folded into the weights
     cancelled: Cancelled | None  # whether the caller has given up
 
 
 Steps: TypeAlias = Generator[Need, Any, A]
 Result: TypeAlias = "Rows | TaskError"
-# The results of needs of one part of one release.
+# Returns a result for each need; all needs are of one part of one release.
 EncodeTogether: TypeAlias = Callable[[Sequence[Need]], Sequence[Result]]
 
 
 def encode_together(needs: Sequence[Need]) -> list[Result]:
-    """Encode needs of one part of one release as few batches.
+    """Encode needs of one part of one release in few batches.
 
-    Needs that fail together are halved until the one is found that does it, so that no request
-    touches its neighbours; but not where the encoder can't answer anybody now.
+    A batch that fails is halved until the failing need is found, so that a request does not affect
+    others; except if the encoder is overloaded, restarting or stopping.
     """
     loaded = needs[0].loaded
     results: list[Result] = []
     if needs[0].part == "pixels":
-        # Begin to decode the images of all needs before the first is waited for.
+        # Start to decode the images of all needs, before waiting for the first.
         waits: list[Callable[[], Rows] | None] = []
         for need in needs:
             try:
@@ -126,18 +126,18 @@ def encode_together(needs: Sequence[Need]) -> list[Result]:
     else:
         ends = itertools.accumulate(len(need.rows) for need in needs)
         return [embeds[end - len(need.rows) : end] for need, end in zip(needs, ends, strict=True)]
-    # Here the error is let go of: the log has it once, not again for each half.
+    # Outside of `except`, so that the log does not repeat this error for each half.
     half = len(needs) // 2
     return encode_together(needs[:half]) + encode_together(needs[half:])
 
 
 def encode(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.float32]:
-    """Embeddings of the rows of all needs, which are of one encoder, in their order."""
+    """Embed the rows of all needs, in their order; all needs are of one encoder."""
     size = loaded.release.max_batch_size
     alphas: NDArray[np.float32] | None = None
     parts = []
     if needs[0].part == "tokens":
-        # Each text once at each α, with others of about its length.
+        # Encode each text once at each α, together with texts of similar length.
         asked = [(tuple(row), need.alpha) for need in needs for row in need.rows]
         unique = sorted(dict.fromkeys(asked), key=lambda text: len(text[0]))
         for start in range(0, len(unique), size):
@@ -151,7 +151,7 @@ def encode(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.float32]:
         places = {text: place for place, text in enumerate(unique)}
         return np.concatenate(parts)[[places[text] for text in asked]]
 
-    # Images in as few calls as there can be, of about as many rows.
+    # Encode images in as few calls as possible, of about equal size.
     encoder = loaded.encoder.images if needs[0].part == "images" else loaded.encoder.patches
     rows = [np.asarray(need.rows) for need in needs]
     pixels = rows[0] if len(rows) == 1 else np.concatenate(rows)
@@ -168,7 +168,7 @@ def encode(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.float32]:
 
 
 def complete(steps: Steps[A], together: EncodeTogether = encode_together) -> A:
-    """Run one task; raises the `TaskError` that it ends with."""
+    """Run one task, and return its answer or raise its `TaskError`."""
     [answer] = run_together([steps], together)
     if isinstance(answer, TaskError):
         raise answer
@@ -178,12 +178,14 @@ def complete(steps: Steps[A], together: EncodeTogether = encode_together) -> A:
 def run_together(
     tasks: Sequence[Steps[A]], together: EncodeTogether = encode_together
 ) -> list[A | TaskError]:
-    """Run tasks side by side, whose needs are encoded `together`; an error is one task's."""
+    """Run tasks side by side, with their needs encoded by `together`; returns the answer or the
+    error of each.
+    """
     answers: list[Any] = [None] * len(tasks)
     needs: dict[int, Need] = {}
 
     def advance(number: int, resume: Callable[[], Need]) -> None:
-        """Let a task go on until it needs something, or ends."""
+        """Run a task until its next need, or its end."""
         try:
             needs[number] = resume()
         except StopIteration as done:
@@ -196,7 +198,7 @@ def run_together(
             stack.callback(task.close)
             advance(number, partial(next, task))
         while needs:
-            # Those of the first task that waits, and others of the same kind, up to some rows: the
+            # Take the first waiting need and others of the same kind, up to `MOST_ROWS` rows: the
             # rest have their turn after other callers.
             first = next(iter(needs.values()))
             numbers: list[int] = []
@@ -223,11 +225,11 @@ def run_together(
 
 
 class LoadedRelease:
-    """A release with the α that it is used at, its encoder, its tokenizer and its label sets, which
-    are read when one is first needed.
+    """A release at an α, with its encoder, its tokenizer and its label sets, which are read at
+    first use.
 
-    `indexes` is the folder of those that `retrieve` searches; `origin` is the flag of
-    radapter-index that names the release, `model_repository` or `url`, and its value.
+    `indexes` is the folder of the indexes for `retrieve`; `origin` maps the flag of radapter-index
+    that names the release, `model_repository` or `url`, to its value.
     """
 
     def __init__(
@@ -241,7 +243,7 @@ class LoadedRelease:
         origin: Mapping[str, str] | None = None,
     ) -> None:
         self.release = release
-        self.exported_alpha = float(np.float32(release.alpha))  # also where it is used at another
+        self.exported_alpha = float(np.float32(release.alpha))  # `at` does not change it
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.preprocess = Preprocess.from_dict(release.preprocess)
@@ -256,20 +258,20 @@ class LoadedRelease:
 
     @cached_property
     def decoder(self) -> Decoder:
-        """Decodes images to what the encoder takes."""
+        """Decodes images to the pixels that the encoder takes."""
         return Decoder(self.preprocess, decoders())
 
     @cached_property
     def label_cache(self) -> LabelCache:
-        """The embeddings of labels that requests brought."""
+        """Cached embeddings of requests' labels."""
         return LabelCache()
 
     def request_alpha(self, alpha: float | None) -> float | None:
-        """The encoder's α for a request, which may bring one; None where it is folded."""
+        """The encoder's α for a request, the release's if it brings None; None if α is folded."""
         return request_alpha(alpha, self.release.alpha, dynamic=self.release.dynamic_alpha)
 
     def at(self, alpha: float) -> LoadedRelease:
-        """The release as it is used at one α, which it must have."""
+        """The release at another α, which it must support."""
         return self._changed(release=self.release.at(alpha))
 
     def turned(self, exif_orientation: bool) -> LoadedRelease:
@@ -278,7 +280,7 @@ class LoadedRelease:
         return self._changed(preprocess=preprocess)
 
     def _changed(self, **fields: Any) -> LoadedRelease:
-        # What was made of other fields is made again.
+        # Drop the cached properties, which depend on the fields.
         changed = copy.copy(self)
         for name in ("decoder", "label_cache", "label_sets"):
             changed.__dict__.pop(name, None)
@@ -290,15 +292,15 @@ class LoadedRelease:
         return decode_pixels(data, self.preprocess)
 
     def embed_pixels(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """Prepared images to float32 [N, D]; any N."""
+        """Embed prepared images, any number N, to float32 [N, D]."""
         return self._encode("images", np.asarray(pixels))
 
     def embed_patches(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """Prepared images to float32 [N, g, g, D]; any N."""
+        """Embed the patches of prepared images, any number N, to float32 [N, g, g, D]."""
         return self._encode("patches", np.asarray(pixels))
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Texts to float32 [N, D]."""
+        """Embed texts to float32 [N, D]."""
         if not texts:
             return np.zeros((0, self.release.embed_dim), np.float32)
         return self._encode("tokens", self.tokenizer.encode(texts))
@@ -313,7 +315,7 @@ class LoadedRelease:
         alpha: float | None = None,
         cancelled: Cancelled | None = None,
     ) -> Steps[NDArray[Any]]:
-        """The step of a task that encodes rows, at a checked α or the release's own."""
+        """Step of a task: encode rows at a checked α, or the release's."""
         check_cancelled(cancelled)
         if alpha is None:
             alpha = self.request_alpha(None)
@@ -323,12 +325,12 @@ class LoadedRelease:
     def decoded(
         self, files: Sequence[ImageFile], cancelled: Cancelled | None = None
     ) -> Steps[NDArray[np.uint8]]:
-        """The step of a task that decodes images, uint8 [N, S, S, 3]."""
+        """Step of a task: decode images to uint8 [N, S, S, 3]."""
         pixels: NDArray[np.uint8] = yield Need(self, "pixels", files, None, cancelled)
         return pixels
 
     def close(self) -> None:
-        """End the threads that decode images, and let go of what the encoder holds open."""
+        """Stop the threads that decode images, and close the encoder."""
         if "decoder" in self.__dict__:
             self.decoder.close()
         self.encoder.close()
@@ -344,11 +346,11 @@ def load_release(
     runtime: str | None = None,
     spin: bool = False,
 ) -> LoadedRelease:
-    """A release of a model repository: `DIR@N` or `version` names it, else it is the newest.
+    """Load a release of a model repository: that of `DIR@N` or `version`, else the newest.
 
-    It runs on GPU `device` of ONNX Runtime, or on the CPU; with `threads`, or one a core; in
-    `runtime`, or the one of its export. With `spin` the threads of ONNX Runtime wait for work
-    busily: a call is a fifth quicker, and others who share the cores are slower.
+    The release runs on the CPU or, with ONNX Runtime, on GPU `device`; with `threads` threads, or
+    one a core; in `runtime`, or that of its export. With `spin`, ONNX Runtime's threads wait
+    busily: a call is a fifth quicker, but programs that share the cores are slower.
     """
     folder = find_release(repository if version is None else f"{repository}@{version}")
     release = Release.load(folder)
@@ -379,8 +381,8 @@ def load_release(
 
 
 def release_at(origin: Mapping[str, str], version: int | None = None) -> LoadedRelease:
-    """The release at the `model_repository` (perhaps `DIR@N`) or the `url` that `origin` has; of a
-    repository that names none, that of `version`, or the one that is served. Close it at the end.
+    """Load the release of an `origin`, its `url` or its `model_repository` (perhaps `DIR@N`); in a
+    repository without N, it is `version`, or the served release. The caller closes it.
     """
     if "url" in origin:
         return served_release(origin["url"])
@@ -391,11 +393,11 @@ def release_at(origin: Mapping[str, str], version: int | None = None) -> LoadedR
 
 
 def served_release(url: str) -> LoadedRelease:
-    """The newest release of a live server, also when a newer one appears meanwhile."""
+    """The newest release of a live server; stays the same when a newer one appears."""
     try:
         with Client(url) as client:
             served = client.release()
-        # A batch becomes some requests at once.
+        # A batch is split into several concurrent requests.
         rows = min(16, int(served.facts.get("max_batch_size", 16)))
         pinned = Client(url, release=served.version, batch_size=rows)
     except RAdapterClientError as error:
@@ -405,7 +407,7 @@ def served_release(url: str) -> LoadedRelease:
 
 
 class ServerEncoder:
-    """The encoders and the tokenizer of a live server's release, which the client is pinned to."""
+    """Encoders and tokenizer of a live server's release, to which the client is pinned."""
 
     def __init__(self, client: Client, url: str) -> None:
         self.client = client
@@ -421,7 +423,7 @@ class ServerEncoder:
         return self._embed(self.client.embed_texts, tokens, alpha)
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
-        """Texts as they are: the server has the tokenizer."""
+        """Wrap texts as rows, without tokens: the server has the tokenizer."""
         return [[text] for text in texts]
 
     def batch(self, rows: Sequence[Any]) -> NDArray[Any]:
@@ -429,7 +431,7 @@ class ServerEncoder:
         return np.array([text for (text,) in rows], object)
 
     def ask(self, task: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """The answer of one of the client's methods; raises a `TaskError` where there is none."""
+        """Call a method of the client; its errors become a `TaskError`."""
         try:
             return task(*arguments, **options)
         except RAdapterClientError as error:

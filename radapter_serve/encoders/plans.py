@@ -1,8 +1,8 @@
 """TensorRT engines of a model repository: a `model.plan` for the `model.onnx` of each encoder and
-release, and `model.plan.json`, a sidecar with the facts of how it was built.
+release, and a sidecar, `model.plan.json`, with facts about its build.
 
-An engine runs under the TensorRT and on the kind of GPU that built it; the sidecar shows a
-mismatch before a server starts. It is written last, so an engine without it is not finished.
+An engine runs only with the TensorRT and the kind of GPU that built it; the sidecar shows a
+mismatch before a server starts. The sidecar is written last, so an engine without it is unfinished.
 """
 
 from __future__ import annotations
@@ -30,23 +30,25 @@ OPT_BATCH_SIZE = 8  # rows of the batch that engines are tuned for
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The facts of how a plan was built: `model.plan.json`."""
+    """Facts about the build of a plan: `model.plan.json`."""
 
     version: str  # of TensorRT, such as "11.2.1"
-    gpu: str  # its name
+    gpu: str  # name of the GPU
     compute_capability: str  # of the GPU, such as "9.0"
     onnx: str  # `sha256:` of the graph and its weights
     opt_batch_size: int
-    agreement: Agreement  # with torch, measured where it was built
+    agreement: Agreement  # with torch, measured on the machine of the build
 
     def save(self, folder: Path) -> None:
-        """Write it next to the plan."""
+        """Write the sidecar next to the plan."""
         with staged(folder / SIDECAR) as path:
             path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Sidecar:
-        """Read what `save` wrote; the error of a missing or damaged file says how to build it."""
+        """Read the sidecar; if it is missing or damaged, the error names the command that builds
+        it.
+        """
         path = folder / SIDECAR
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -60,8 +62,8 @@ class Sidecar:
 
 
 def check_plan(folder: Path) -> Sidecar:
-    """The sidecar of the plan in a folder such as `model_repository/image_encoder/1`; raises a
-    `RAdapterError` where the plan can't be served here: it is missing, unfinished, or for another
+    """Return the sidecar of the plan in a folder such as `model_repository/image_encoder/1`; raises
+    a `RAdapterError` if the plan cannot be served here: it is missing, unfinished, or for another
     TensorRT, GPU or graph, or there is no GPU.
     """
     gpu = find_gpu()
@@ -69,7 +71,7 @@ def check_plan(folder: Path) -> Sidecar:
         raise RAdapterError(f"{folder / PLAN} does not exist; {_again(folder)}")
     sidecar = Sidecar.load(folder)
     version = sidecar.version
-    # Triton's container has TensorRT without Python's package, and checks the version itself.
+    # Triton's container has TensorRT without the Python package, and checks the version itself.
     with contextlib.suppress(RAdapterError):
         version = str(import_tensorrt().__version__)
     problem = ""
@@ -106,12 +108,12 @@ def build_engines(
     tolerance: float | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Built]:
-    """Build the engine of every encoder and release that a repository serves, and let TensorRT
-    serve them.
+    """Build the engines of all encoders and releases that a repository serves, and make TensorRT
+    their runtime.
 
-    An engine is compared with torch, to `tolerance` or the release's own, before it is written.
-    Configs change at the very end: a failure before leaves the repository served as it was. Engines
-    that fit this machine and batch size stay.
+    An engine is compared with torch, to `tolerance` or the release's bounds, before it is written.
+    Configs change at the very end: after an earlier failure, the repository is served as before.
+    Engines that fit this machine and batch size are kept.
     """
     if not repository.is_dir():
         raise RAdapterError(
@@ -167,10 +169,10 @@ def write_plan(
     bounds: Tolerance,
     progress: Callable[[str], None],
 ) -> Sidecar:
-    """Write an engine next to `model.onnx` and `samples.npz` in the folder of one version, once its
-    difference from torch is within `bounds`; the sidecar comes last.
+    """Build an engine, and write it next to `model.onnx` and `samples.npz` in the folder of one
+    version if its difference from torch is within `bounds`; the sidecar is written last.
     """
-    gpu = find_gpu()  # before TensorRT is touched
+    gpu = find_gpu()  # first: TensorRT ends the process where there is no driver
     trt = import_tensorrt()
     label = f"building {name} of release {folder.name}"
     progress(label)
@@ -199,7 +201,7 @@ def write_plan(
 
 
 def _digest(folder: Path) -> str:
-    """`sha256:` of a version's graph and its weights."""
+    """Digest, `sha256:...`, of a version's graph and its weights."""
     weights = folder / f"{ONNX}.data"
     return digest_of(folder / ONNX, *([weights] if weights.exists() else []))
 

@@ -1,4 +1,4 @@
-"""A graph in a runtime of this process: ONNX Runtime, OpenVINO or TensorRT."""
+"""Graphs in a runtime of this process: ONNX Runtime, OpenVINO or TensorRT."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.release.repository import CUDA_OPTIONS, TENSORRT
 
 CUDA = "CUDAExecutionProvider"
-# What a run may have before its memory is given back, which makes it somewhat slower: images, and
-# tokens of texts, of which CLIP has 77 in the longest. What requests bring together is mostly less.
+# Sizes above which a run gives its memory back afterwards, which makes it somewhat slower: images,
+# and tokens, of which CLIP's longest text has 77. Most batches are smaller.
 LARGE_ROWS = 32
 LARGE_TOKENS = 16 * 77
 _OPENVINO_PARAMETERS = ("INFERENCE_NUM_THREADS", "NUM_STREAMS", "PERFORMANCE_HINT")
@@ -27,8 +27,8 @@ _OPENVINO_PARAMETERS = ("INFERENCE_NUM_THREADS", "NUM_STREAMS", "PERFORMANCE_HIN
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph that a runtime has loaded: the names of its inputs, in its order, and of its outputs,
-    and what runs it, from inputs by name and names of outputs to these.
+    """A graph loaded by a runtime: the names of its inputs and outputs, in order, and a function
+    that runs it, from inputs by name and names of outputs to output arrays.
     """
 
     inputs: Sequence[str]
@@ -43,8 +43,8 @@ def load_graph(
     *,
     device: int | None = None,
 ) -> Graph:
-    """Load a graph into a runtime, as its config.pbtxt asks for it, on GPU `device` (None: the CPU)
-    and nowhere else.
+    """Load a graph into a runtime with the parameters of its config.pbtxt, on GPU `device` (None:
+    the CPU), without fall-back.
     """
     if runtime == "openvino":
         graph = _load_openvino(path, parameters, device)
@@ -65,24 +65,24 @@ def load_graph(
         )
     else:
         graph = _load_onnxruntime(path, parameters, device)
-    # What was read to be packed is free by now, but the allocator keeps it: up to a copy of all
-    # weights. Other systems than Linux with glibc lack the function.
+    # Give the memory that loading has freed, up to a copy of all weights, back to the system. Only
+    # Linux with glibc has the function.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
     return graph
 
 
 def _load_onnxruntime(path: Path, parameters: Mapping[str, str], device: int | None) -> Graph:
-    """By `intra_op_thread_count` and `session.*`, as NVIDIA's backend reads them."""
+    """Load a graph with `intra_op_thread_count` and `session.*`, read as NVIDIA's backend does."""
     check_installed("onnxruntime", "server")
     import onnxruntime
 
-    onnxruntime.disable_telemetry_events()  # a graph tells nobody but its callers
+    onnxruntime.disable_telemetry_events()  # no usage data leaves the machine
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = int(parameters.get("intra_op_thread_count", 0))
-    # A pattern takes another block for each shape on top of what the runs before took; batches have
-    # many shapes, and are no faster by it.
+    # A memory pattern takes another block for each input shape; batches have many shapes, and are
+    # no faster with patterns.
     options.enable_mem_pattern = False
     for key, value in parameters.items():
         if key.startswith("session."):
@@ -107,8 +107,7 @@ def _load_onnxruntime(path: Path, parameters: Mapping[str, str], device: int | N
     shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(feed: Mapping[str, NDArray[Any]], names: Sequence[str]) -> Sequence[NDArray[Any]]:
-        # A large run needs more memory between its layers than a usual one, which ONNX Runtime
-        # would keep for good.
+        # ONNX Runtime would keep the memory for a large run's activations for good.
         is_large = False
         if device is None:
             for array in feed.values():
@@ -130,24 +129,26 @@ def _load_onnxruntime(path: Path, parameters: Mapping[str, str], device: int | N
 
 @functools.cache
 def cuda_provider(device: int = 0) -> tuple[str, dict[str, str]]:
-    """ONNX Runtime's provider on a GPU, and its options, by which fp32 is fp32.
+    """ONNX Runtime's provider for a GPU, with options that turn TF32 off, so that fp32 is fp32.
 
-    The CUDA and cuDNN that came with pip, which lie where no loader looks, are loaded first.
+    Loads the CUDA and cuDNN libraries of pip's packages first, which the loader would not find.
     """
     import onnxruntime
 
-    with contextlib.redirect_stdout(io.StringIO()):  # what is missing shows when it falls back
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # a missing library shows in a fall-back to the CPU
         onnxruntime.preload_dlls()
     return CUDA, {"device_id": str(device), **CUDA_OPTIONS}
 
 
 def _load_openvino(path: Path, parameters: Mapping[str, str], device: int | None) -> Graph:
-    """By those of the parameters in NVIDIA's backend that `openvino_properties` takes."""
+    """Load a graph with the parameters of NVIDIA's backend that `openvino_properties` takes."""
     if device is not None:
         raise RAdapterError(
             f"instance on GPU {device}: OpenVINO runs on the CPU; set instance_group kind: KIND_CPU"
         )
-    # Each import would report to its makers.
+    # Otherwise each import would send usage data.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     check_installed("openvino", "openvino")
     import openvino
@@ -172,11 +173,11 @@ def _load_openvino(path: Path, parameters: Mapping[str, str], device: int | None
 
 @functools.cache
 def openvino_core() -> Any:
-    """OpenVINO in this process, one for all graphs and to its end.
+    """OpenVINO in this process: one core for all graphs, never freed.
 
-    Its CPU plugin gives the thread a stack for signals, and puts the one before back when it goes.
-    Of two that go in another order the second puts back what the first has freed, and the next
-    signal, such as Ctrl-C, is the last.
+    Its CPU plugin sets a signal stack for the thread, and restores the previous stack when it is
+    freed. If two cores are freed in another order, the second restores a stack that the first has
+    freed, and the next signal, such as Ctrl-C, kills the process.
     """
     import openvino
 
@@ -184,16 +185,16 @@ def openvino_core() -> Any:
 
 
 def openvino_properties(parameters: Mapping[str, str]) -> dict[str, Any]:
-    """Properties of OpenVINO's CPU plugin for these parameters of a config.pbtxt.
+    """Properties of OpenVINO's CPU plugin for parameters of a config.pbtxt.
 
-    It would compute fp32 in bf16 wherever the CPU can, so the precision is always given. A CPU
-    without bf16 computes in fp32.
+    The plugin would compute fp32 in bf16 wherever the CPU can, so the precision is always given. A
+    CPU without bf16 computes in fp32.
     """
     bf16 = parameters.get("HINT_BF16", "").upper() == "YES"
     return {
         "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
         "PERFORMANCE_HINT": "LATENCY",
-        # Each encoder's process would pin its first thread to the first core.
+        # With pinning, each encoder's process would pin its first thread to the first core.
         "ENABLE_CPU_PINNING": False,
         **{name: parameters[name] for name in _OPENVINO_PARAMETERS if name in parameters},
     }

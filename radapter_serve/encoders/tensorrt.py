@@ -1,10 +1,11 @@
-"""An ONNX graph as an engine of TensorRT, and the GPU that builds and runs it.
+"""Builds engines of TensorRT from ONNX graphs, and runs them on a GPU.
 
-The GPU is reached through its driver alone, libcuda: neither torch nor a CUDA toolkit is needed.
-TensorRT ends the process where there is no driver, so `find_gpu` comes first.
+The code calls only the GPU's driver, libcuda: neither torch nor a CUDA toolkit is needed. TensorRT
+ends the process if there is no driver, so call `find_gpu` first.
 
-Networks are strongly typed: precision is what the ONNX says. Works with TensorRT 10.13 and newer,
-11 included. The functions take the module, for TensorRT's RTX edition builds without a GPU.
+Networks are strongly typed: the ONNX graph sets the precision. Works with TensorRT 10.13 and newer,
+including 11. Functions take the module as an argument, because TensorRT's RTX edition builds
+without a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 from radapter_serve.errors import RAdapterError
 
 _DRIVER = "libcuda.so.1"
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: TensorRT wants another stream than the default one
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: TensorRT wants a stream other than the default
 # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 _MAJOR = 75
 _MINOR = 76
@@ -49,7 +50,7 @@ class Gpu:
 
 
 def find_gpu() -> Gpu:
-    """The GPU of this machine; raises a `RAdapterError` where there is no driver or no GPU."""
+    """The GPU of this machine; raises a `RAdapterError` if there is no driver or no GPU."""
     driver, device = _open()
     name = ctypes.create_string_buffer(256)
     major = ctypes.c_int()
@@ -66,7 +67,7 @@ class Stream:
     def __init__(self) -> None:
         self._driver, self._device = _open()
         self._memory: list[int] = []
-        # The device's primary context, which is that of the CUDA runtime too, and so TensorRT's.
+        # The device's primary context, which the CUDA runtime, and so TensorRT, uses, too.
         context = ctypes.c_void_p()
         stream = ctypes.c_void_p()
         _check(self._driver, "cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
@@ -84,14 +85,14 @@ class Stream:
         self._driver.cuDevicePrimaryCtxRelease_v2(self._device)
 
     def allocate(self, size: int) -> int:
-        """Address of so many bytes."""
+        """Allocate `size` bytes on the GPU; returns their address."""
         address = ctypes.c_uint64()
         _check(self._driver, "cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
         self._memory.append(address.value)
         return address.value
 
     def upload(self, array: NDArray[np.generic]) -> int:
-        """Address of a copy of an array."""
+        """Copy an array to the GPU; returns its address."""
         address = self.allocate(array.nbytes)
         source = np.ascontiguousarray(array)
         self._copy(
@@ -103,7 +104,7 @@ class Stream:
         return address
 
     def download(self, address: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """The array at an address, once all work of the stream is done."""
+        """Copy the array at an address to the host, after all work of the stream."""
         array = np.empty(shape, dtype)
         self._copy(
             "cuMemcpyDtoHAsync_v2",
@@ -116,12 +117,12 @@ class Stream:
     def _copy(self, function: str, target: Any, source: Any, size: int) -> None:
         stream = ctypes.c_void_p(self.handle)
         _check(self._driver, function, target, source, ctypes.c_size_t(size), stream)
-        # Before the array is touched on this side.
+        # Wait for the copy before the host uses the array.
         _check(self._driver, "cuStreamSynchronize", stream)
 
 
 def _open() -> tuple[ctypes.CDLL, ctypes.c_int]:
-    """The driver, and the first GPU that it shows."""
+    """Load the driver; returns the driver and its first GPU."""
     try:
         driver = ctypes.CDLL(_DRIVER)
     except OSError:
@@ -153,7 +154,7 @@ def _error(driver: ctypes.CDLL, status: int) -> str:
 
 
 def import_tensorrt() -> Any:
-    """The module `tensorrt`, or its bindings alone, for the system's libraries."""
+    """Import `tensorrt`, or only its bindings, which use the system's libraries."""
     problem = "TensorRT is not installed for Python"
     for name in ("tensorrt", "tensorrt_bindings"):
         try:
@@ -176,16 +177,16 @@ def build(
     max_length: int,
     progress: Callable[[str], None] = lambda line: None,
 ) -> bytes:
-    """Build an engine by the module `tensorrt` or `tensorrt_rtx`.
+    """Build an engine with the module `tensorrt` or `tensorrt_rtx`.
 
-    It takes batches of up to `max_batch_size` rows and texts of up to `max_length` tokens, and is
-    tuned for `opt_batch_size` and `opt_length`; prompts have 8 to 16 tokens. `progress` is called
-    with lines from TensorRT's own threads.
+    The engine takes batches of up to `max_batch_size` rows and texts of up to `max_length` tokens,
+    and is tuned for `opt_batch_size` and `opt_length`; prompts have 8 to 16 tokens. `progress` is
+    called with lines, from TensorRT's threads.
     """
     log = _log(trt)
     log.clear()
     builder = trt.Builder(log)
-    # TensorRT 10 asks for the flag; since 11 there is nothing else.
+    # TensorRT 10 needs the flag; from 11 on, all networks are strongly typed.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx)):
@@ -201,8 +202,8 @@ def build(
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32; fp16 and bf16 are for speed
 
-    # The smallest, usual and largest shape of each input. An open dimension (-1) is the batch if
-    # it is the first, else a length.
+    # Set the smallest, usual and largest shape of each input. An open dimension (-1) is the batch
+    # if it is the first, else a length.
     profile = builder.create_optimization_profile()
     limits = (
         (1, 1),
@@ -221,7 +222,7 @@ def build(
         profile.set_shape(tensor.name, *shapes)
     config.add_optimization_profile(profile)
 
-    # In another thread: TensorRT drops the exception of a Ctrl-C that comes while it calls us.
+    # Build in another thread: TensorRT drops a KeyboardInterrupt that is raised in its callbacks.
     config.progress_monitor = monitor = _monitor(trt, progress)
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -235,8 +236,8 @@ def build(
 
 
 class Engine:
-    """An engine that `build` made, in this process, to be called with the graph's inputs in their
-    order; raises a `RAdapterError` where TensorRT refuses it: another version, another GPU, or too
+    """An engine of `build`, loaded into this process, and called with the graph's inputs in order.
+    Raises a `RAdapterError` if TensorRT refuses the engine: another version, another GPU, or too
     little memory.
     """
 
@@ -262,7 +263,7 @@ class Engine:
         self.outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
 
     def __call__(self, *inputs: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Any number of rows to embeddings, float32 [B, D] ([B, g, g, D] of a patch encoder)."""
+        """Encode any number of rows to float32 [B, D] ([B, g, g, D] with a patch encoder)."""
         most = self._engine.get_tensor_profile_shape(self.inputs[0], 0)[2][0]
         starts = range(0, len(inputs[0]), most)
         return np.concatenate(
@@ -286,7 +287,7 @@ class Engine:
             return stream.download(addresses[output], shape, dtype).astype(np.float32, copy=False)
 
     def shapes(self, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Set the inputs' shapes, which must be in the engine's profile; gives the outputs'."""
+        """Set the inputs' shapes, which must fit the engine's profile; returns the outputs'."""
         for name, shape in inputs.items():
             if not self._context.set_input_shape(name, shape):
                 limits = self._engine.get_tensor_profile_shape(name, 0)
@@ -297,7 +298,7 @@ class Engine:
         return {name: tuple(self._context.get_tensor_shape(name)) for name in self.outputs}
 
     def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
-        """Run on these addresses of the GPU, in the shapes that were set, without waiting."""
+        """Start a run on addresses of the GPU, in the shapes that were set, without waiting."""
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
         if not self._context.execute_async_v3(stream):
@@ -307,7 +308,7 @@ class Engine:
 @functools.cache  # TensorRT keeps the first logger of a process and ignores all others
 def _log(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc,name-defined]
-        """Keeps what TensorRT says went wrong, for our own error's message."""
+        """Keeps TensorRT's errors, for the messages of our errors."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -328,7 +329,7 @@ def _log(trt: Any) -> Any:
 
 def _monitor(trt: Any, progress: Callable[[str], None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
-        """Passes on phase and step, and ends the build at the next one once it is interrupted."""
+        """Reports phase and step, and stops the build at the next step if `interrupted`."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)

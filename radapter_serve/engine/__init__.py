@@ -1,5 +1,5 @@
-"""Releases in this process: the tasks, wired to runtimes, asked as a server is asked.
+"""Runs the tasks of releases in this process, with the interface of a server.
 
-`Engine` is a `Transport` of the client, and the gateway can stand in front of it as in front of
-Triton. It needs neither torch nor tritonserver.
+`Engine` is a `Transport` of the client, and serves as the gateway's upstream in place of Triton. It
+needs neither torch nor tritonserver.
 """

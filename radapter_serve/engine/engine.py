@@ -1,5 +1,5 @@
-"""`Engine`: the tasks of releases in this process, with the interface of a server; and the queue of
-each of its encoders, in which the rows of callers of several threads are encoded together.
+"""`Engine`: the tasks of releases in this process, with the interface of a server; and `Queue`,
+which encodes the rows of concurrent callers together.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from radapter_serve.release.release import Release, release_parameters
 from radapter_serve.release.repository import Served, find_release, split_repository
 from radapter_serve.tasks.table import PROBES, TASKS, Run, Tensors, forms
 
-SEGMENTED = 2  # images at once, each of which may hold half a gigabyte of cosines
+SEGMENTED = 2  # images at once; each may take half a gigabyte for cosines
 TEXTS = 256  # texts of a batch, unless one caller has more
-MAX_WAITING = 128  # callers of one encoder
-POLL_SECONDS = 0.2  # after which a caller who waits is asked again whether it still does
+MAX_WAITING = 128  # waiting callers of one encoder
+POLL_SECONDS = 0.2  # between checks whether a waiting caller has given up
 
 
 @dataclass(eq=False)
@@ -57,17 +57,19 @@ class _Caller:
     needs: Sequence[Need]
     # Set once there are results, or a batch that this caller is to encode.
     wake: threading.Event = field(default_factory=threading.Event)
-    batch: list[_Caller] = field(default_factory=list)  # that it encodes, itself among them
+    batch: list[_Caller] = field(
+        default_factory=list
+    )  # callers that it encodes for, itself included
     results: Sequence[Result] | None = None
-    steps: list[Step] = field(default_factory=list)  # of the batch that its needs were in
+    steps: list[Step] = field(default_factory=list)  # of the batch that had its needs
 
 
 class Queue:
-    """Encodes what waits as one batch, in the thread of one of its callers.
+    """Batches concurrent calls: one of the callers encodes for several, in its own thread.
 
-    A caller who finds the encoder idle encodes at once. Others wait meanwhile; then the first of
-    them encodes for all that wait, up to `max_rows` unless one caller has more. More callers than
-    `max_waiting` are refused, and one who gives up leaves the queue.
+    A caller that finds the encoder idle encodes at once. Later callers wait; then the first of them
+    encodes for all waiting callers, up to `max_rows` rows unless one caller has more. At most
+    `max_waiting` callers wait, others are refused; a caller that gives up leaves the queue.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class Queue:
         self._is_busy = False
 
     def __call__(self, needs: Sequence[Need]) -> Sequence[Result]:
-        """The results of one caller's needs; a `TaskError` where too many wait, or it gave up."""
+        """Return the results of one caller's needs; raises a `TaskError` if too many callers wait,
+        or this one gave up.
+        """
         caller = _Caller(needs)
         with self._lock:
             if not self._is_busy:
@@ -103,7 +107,7 @@ class Queue:
             with self._lock:
                 if caller in self._waiting:
                     self._waiting.remove(caller)
-            # Also where this thread is interrupted: others wait for what it is to encode.
+            # Even if this thread is interrupted: the callers of its batch wait.
             if caller.batch:
                 self._lead(caller.batch)
         add_steps(caller.steps)
@@ -112,7 +116,7 @@ class Queue:
         return caller.results
 
     def _lead(self, batch: list[_Caller]) -> None:
-        """Encode a batch, and hand over to the first who waits."""
+        """Encode a batch, and hand the next one to the first waiting caller."""
         needs = [need for caller in batch for need in caller.needs]
         try:
             with collected() as taken:
@@ -123,7 +127,7 @@ class Queue:
                 results = results[len(caller.needs) :]
         finally:
             with self._lock:
-                # The next batch of those who wait.
+                # Form the next batch from the waiting callers.
                 following: list[_Caller] = []
                 rows = 0
                 while self._waiting:
@@ -140,9 +144,7 @@ class Queue:
 
 
 class ServedRelease:
-    """A release, the queues of its encoder and its tasks; `served` are all releases that are
-    served.
-    """
+    """A release with the queues of its encoder and its tasks; `served` returns all releases."""
 
     def __init__(
         self,
@@ -156,13 +158,13 @@ class ServedRelease:
             part: Queue(encode_together, max_rows=size, max_waiting=max_waiting)
             for part, size in (("images", rows), ("patches", rows), ("tokens", TEXTS))
         }
-        self.turns = Turns(SEGMENTED, max_waiting)  # of segmentation
+        self.turns = Turns(SEGMENTED, max_waiting)  # for segmentation
         self._served = served
         self._lock = threading.Lock()
         self._runs: dict[str, Run[Any, Any]] = {}
 
     def run(self, name: str) -> Run[Any, Any]:
-        """The steps of a task, which is made when it is first asked."""
+        """Return a task, which is made at its first use."""
         with self._lock:
             if name not in self._runs:
                 self._runs[name] = TASKS[name].make(
@@ -173,10 +175,10 @@ class ServedRelease:
 
 
 class Engine:
-    """Releases in this process; a `Transport` of the client.
+    """Runs releases in this process; a `Transport` of the client.
 
-    Each request runs in its caller's thread, and the rows that it needs encoded join those of all
-    requests that wait, of which there may be `max_waiting`.
+    Each request runs in its caller's thread; its rows are encoded together with those of other
+    requests, of which at most `max_waiting` wait for an encoder.
     """
 
     def __init__(
@@ -184,9 +186,9 @@ class Engine:
     ) -> None:
         self._closed = False
         self._max_waiting = max_waiting
-        # So few that others find a place.
+        # Only a part of the waiting requests, so that small images find a place.
         LARGE_IMAGES.max_waiting = max(1, max_waiting // 4)
-        # Replaced as a whole, so that a request sees one of two states.
+        # Replaced as a whole, so that a request sees either the old or the new releases.
         self._served: Mapping[int, ServedRelease] = {
             loaded.release.version: self._ready(loaded) for loaded in releases
         }
@@ -201,11 +203,11 @@ class Engine:
         threads: int | None = None,
         spin: bool = False,
     ) -> Engine:
-        """Open a model repository: of `DIR@N` release N, else those that `radapter-release` chose,
-        or the newest export.
+        """Open a model repository: release N of `DIR@N`; else the releases chosen with
+        `radapter-release`, or the newest export.
 
         `device` is the number of a GPU for ONNX Runtime, `threads` compute a batch (one a core if
-        None), and `spin` is that of `load_graphs`. Raises `RAdapterError` for a release that is
+        None), and `spin` is that of `load_release`. Raises `RAdapterError` for a release that is
         missing, changed since its export, or not loadable.
         """
         folder = find_release(repository).parent.parent
@@ -222,8 +224,8 @@ class Engine:
         return cls(releases)
 
     def prepare(self, releases: Sequence[LoadedRelease]) -> Mapping[int, ServedRelease]:
-        """Prepare releases, next to those that are served, and probe each task of the new ones;
-        raises `TaskError` if one fails.
+        """Prepare releases next to the served ones, and probe each task of the new releases; raises
+        a `TaskError` if one fails.
         """
         prepared: dict[int, ServedRelease] = {}
         known = {served.loaded: served for served in self._served.values()}
@@ -239,13 +241,11 @@ class Engine:
         return prepared
 
     def commit(self, prepared: Mapping[int, ServedRelease]) -> None:
-        """Serve prepared releases from the next request on; requests under way end as they
-        began.
-        """
+        """Serve prepared releases from the next request on; running requests keep their release."""
         self._served = prepared
 
     def send(self, request: Request, timeout: float) -> Any:
-        """The reply to a request of the client's; see `Transport`."""
+        """Answer a request of the client; see `Transport`."""
         model = request.model
         version = request.version
         try:
@@ -278,28 +278,28 @@ class Engine:
         deadline: float = math.inf,
         cancelled: Cancelled = lambda: False,
     ) -> Reply:
-        """The answer of a task by a release, the newest if `version` is empty, with the named
-        outputs, or all; `deadline` is in seconds of `time.monotonic`. Raises a `TaskError`.
+        """Run a task of a release, the newest if `version` is empty, and return the named outputs,
+        or all; `deadline` is in seconds of `time.monotonic`. Raises a `TaskError`.
         """
         with step("engine"):
             served = self._pick(model, version)
             return self._answer(served, model, inputs, outputs, deadline, cancelled)
 
     def releases(self, model: str, version: str = "") -> list[Release]:
-        """The facts of the releases that are served, the newest last; raises a `TaskError` for an
-        unknown task or release.
+        """The served releases, the newest last; raises a `TaskError` for an unknown task or
+        release.
         """
         self._pick(model, version)
         served = self._served
         return [served[number].loaded.release for number in sorted(served)]
 
     def indexes(self) -> list[str]:
-        """The names of the indexes that `retrieve` searches."""
+        """Names of the indexes that `retrieve` searches."""
         served = self._served
         return index_names(served[max(served)].loaded.indexes) if served else []
 
     def versions(self) -> list[int]:
-        """The releases that are served, the newest last."""
+        """Numbers of the served releases, the newest last."""
         return sorted(self._served)
 
     def close(self) -> None:
@@ -357,21 +357,21 @@ class Engine:
         def wants(name: str) -> bool:
             return not asked or name in asked
 
-        # Typed requests: of a caller in this process, or from tensors.
+        # Typed requests, from a caller in this process or from tensors.
         if isinstance(inputs, Values):
             requests = [task.request(dict(inputs.plain), wants)]
         else:
             task.check(model, forms(inputs), served.loaded.release.max_batch_size)
             requests = task.read(served.loaded, inputs, wants)
 
-        # The steps of each, in this thread.
+        # Run them in this thread.
         turn = served.turns(given_up) if model == "segment" else contextlib.nullcontext()
         with turn, step(model):
             run = served.run(model)
             encode = partial(self._encode, served)
             answers = run_together([run(request, given_up) for request in requests], encode)
 
-        # From the answers to outputs, which become tensors only for a server.
+        # Convert the answers to outputs, which become tensors only in a server.
         for answer in answers:
             if isinstance(answer, TaskError):
                 raise answer
@@ -379,8 +379,8 @@ class Engine:
         return Reply(served.loaded.release.version, Values(outputs))
 
     def _encode(self, asked: ServedRelease, needs: Sequence[Need]) -> Sequence[Result]:
-        """Encode the needs of a request to a release with those of others; pixels are decoded in
-        this thread.
+        """Encode needs of one release in its queue, together with those of other requests; images
+        are decoded without a queue.
         """
         first = needs[0]
         if first.part == "pixels":

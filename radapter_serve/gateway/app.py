@@ -221,7 +221,7 @@ class Gateway:
     # Inferences
 
     async def infer(self, request: Request) -> Response:
-        """Answer an inference; its work is cancelled if the caller disconnects or its time is over."""
+        """Answer an inference; cancelled if the caller disconnects or its time is over."""
         start = time.monotonic()
         limit = self._settings.timeout
         name, version = _named(request)

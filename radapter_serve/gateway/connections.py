@@ -94,7 +94,7 @@ class Connections:
         self._warned = -WARN_SECONDS
 
     async def serve(self, listener: socket.socket, stop: asyncio.Event) -> None:
-        """Answer until `stop` is set; running requests then have `timeouts.drain` seconds to end."""
+        """Answer until `stop` is set; running requests then have `timeouts.drain` s to end."""
         self.loop = asyncio.get_running_loop()
         self._listener = listener
         self._listener.setblocking(False)

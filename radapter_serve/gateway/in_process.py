@@ -159,7 +159,7 @@ class InProcess:
 
 
 def in_front_of(server: EngineServer, settings: Settings) -> GatewayServer:
-    """Make the gateway of an `EngineServer` in this process; the server may be started afterwards."""
+    """Make the gateway of an `EngineServer` in this process, which may be started later."""
     return GatewayServer(settings, lambda: InProcess(server.engine, settings.max_concurrent))
 
 

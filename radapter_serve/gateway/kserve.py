@@ -76,7 +76,7 @@ class _Header(Strict):
 
 
 def from_json(kind: type[Body], text: bytes, advice: str) -> Body:
-    """Parse a caller's JSON, or raise `Refused`; `advice` ends the message about too many values."""
+    """Parse a caller's JSON, or raise `Refused`; `advice` is for JSON with too many values."""
     # Bound the memory before parsing: lists and objects begin with a bracket, a field has a colon,
     # and each value of a list but the first follows a comma. These characters count in texts, too.
     if _count(text, b"[{:", MAX_JSON_LISTS) > MAX_JSON_LISTS:

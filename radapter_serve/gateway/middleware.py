@@ -43,7 +43,7 @@ _ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
 def _on_start(send: Send, note: Callable[[Message], object]) -> Send:
-    """Wrap `send`: `note` is called with the start of the response, its status and headers, first."""
+    """Wrap `send` so that `note` first gets the response's status and headers."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -184,7 +184,7 @@ class Metrics:
     """
 
     def __init__(self, gauges: Mapping[str, Callable[[], float]]) -> None:
-        """`gauges` has the functions `running`, `waiting` and `body_bytes`, called at each scrape."""
+        """`gauges` has functions for `running`, `waiting` and `body_bytes`, read at each scrape."""
         self._registry = CollectorRegistry()
         registered: dict[str, Any] = {"namespace": "radapter_gateway", "registry": self._registry}
         self._seconds = Histogram(

@@ -216,7 +216,7 @@ class OpenAI:
         return _described(name, facts)
 
     async def embed(self, request: EmbeddingsRequest, seconds: float, entry: Entry) -> bytes:
-        """Answer a request within `seconds`, all of it by one release, which is noted in `entry`."""
+        """Answer a request within `seconds`, all of it by one release, which `entry` notes."""
         end = time.monotonic() + seconds
         version, facts = await self._release(request.model)
         width = int(facts.get("embed_dim", 0))
@@ -278,7 +278,7 @@ class OpenAI:
         return [rows[place] for place in range(request.count)], version
 
     async def _release(self, name: str) -> tuple[str, dict[str, Any]]:
-        """Return the version, empty for the newest, and the facts of a release by its model name."""
+        """The version, empty for the newest, and the facts of a release by its model name."""
         wanted = re.fullmatch(f"{NEWEST}(?:-([1-9][0-9]{{0,17}}))?", name)
         releases: dict[int, dict[str, Any]] = {}
         # The cached configuration may lack a release that was just loaded: then ask again.

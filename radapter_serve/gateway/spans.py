@@ -49,7 +49,7 @@ class Spans:
         return span
 
     def end(self, span: Span, entry: Entry) -> None:
-        """End the span with the outcome of the request, and add child spans for the engine's steps."""
+        """End the span with the outcome of the request, and add spans of the engine's steps."""
         facts = {
             "radapter.request_id": entry.id,
             "radapter.task": entry.task or "none",

@@ -1,6 +1,6 @@
-"""Triton's interface for its owner, who loads models by it, and a switch of releases over it.
+"""Client of Triton's API for its owner, and `switch`, which replaces the served releases by it.
 
-It can load code into the server, so it is closed to requests without the secret.
+The API can load code into the server, so it refuses requests without the server's secret.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from radapter_serve.tasks.table import PROBES, Tensors
 LOAD_TIMEOUT_SECONDS = 300.0
 DRAIN_TIMEOUT_SECONDS = 180.0  # for tasks to answer their calls; longer than the longest request
 _POLL_SECONDS = 0.2
-# Statuses of a task that works: a refusal is an answer.
+# Statuses of a task that works: a refusal is an answer, too.
 _WORKS = (200, 400, 429, 504)
 
 
@@ -36,7 +36,7 @@ class NoAnswer(RAdapterError):
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP status, and the JSON of the body."""
+    """An HTTP status, and the body's JSON; None if the body is not JSON."""
 
     status: int
     body: Any
@@ -57,29 +57,29 @@ class Control:
         self._headers = {SECRET_HEADER: secret, "Connection": "close"}
 
     def index(self, *, ready: bool = False) -> list[dict[str, Any]]:
-        """Versions of models, or those that are ready: name, version, state, reason."""
+        """All versions of models, or only the ready ones: name, version, state, reason."""
         versions: list[dict[str, Any]] = self._need("repository/index", {"ready": ready})
         return versions
 
     def serving(self) -> dict[str, list[int]]:
-        """Versions of each model that answer requests."""
+        """Ready versions of each model."""
         models: dict[str, list[int]] = {}
         for version in self.index(ready=True):
             models.setdefault(version["name"], []).append(int(version["version"]))
         return {name: sorted(versions) for name, versions in sorted(models.items())}
 
     def load(self, model: str, *, timeout: float = 120.0) -> None:
-        """Load a model from its folder, and wait until it answers; its loaded versions are served
+        """Load a model from its folder, and wait until it is ready; its loaded versions are served
         meanwhile.
         """
         self._need(f"repository/models/{quote(model)}/load", {}, timeout=timeout)
 
     def unload(self, model: str) -> None:
-        """Let a model answer what it has begun, without waiting for that, and take no more."""
+        """Unload a model without waiting: it finishes its running requests, and takes no more."""
         self._need(f"repository/models/{quote(model)}/unload", {}, timeout=30.0)
 
     def is_ready(self) -> bool:
-        """Whether the server says that all its models are ready."""
+        """True if the server reports that all its models are ready."""
         try:
             return self.ask("health/ready", timeout=5.0).status == 200
         except NoAnswer:
@@ -92,14 +92,14 @@ class Control:
     def ask(
         self, path: str, body: Mapping[str, Any] | None = None, *, timeout: float = 10.0
     ) -> Answer:
-        """Post JSON to a path below /v2, or get it if `body` is None; raise `NoAnswer` if nothing
-        comes within `timeout` seconds.
+        """POST JSON to a path below /v2, or GET the path if `body` is None; raises `NoAnswer` if
+        nothing comes within `timeout` seconds.
         """
         method = "GET" if body is None else "POST"
         url = f"{self.url}/v2/{path}".rstrip("/")
         try:
-            # A connection for each request: a model's process inherits those that are open when it
-            # starts, and they would stay open, and silent, after the server has died.
+            # A new connection for each request: a model's process inherits the open ones when it
+            # starts, and would keep them open, and silent, after the server has died.
             with urllib3.PoolManager(retries=False, headers=self._headers) as http:
                 response = http.request(method, url, json=body, timeout=timeout)
         except urllib3.exceptions.HTTPError as error:
@@ -117,7 +117,7 @@ class Control:
 
 
 def in_json(tensors: Tensors) -> list[dict[str, Any]]:
-    """Inputs of a request, texts and encoded images, for its JSON body."""
+    """Inputs of a request, texts and encoded images, in the form of its JSON body."""
     inputs = []
     for name, array in tensors.items():
         values = [
@@ -130,8 +130,8 @@ def in_json(tensors: Tensors) -> list[dict[str, Any]]:
 
 
 def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: float) -> None:
-    """Ask each version of each task once, within `timeout` seconds each; raise an error if one
-    fails.
+    """Probe each version of each task once, within `timeout` seconds each; raises `RAdapterError`
+    if one fails.
     """
     for model, versions in models.items():
         for version in versions if model in PROBES else ():
@@ -169,7 +169,7 @@ def check_side_by_side(old: Mapping[str, ModelEntry], new: Mapping[str, ModelEnt
 
 
 class Server(Protocol):
-    """The part of a `TritonServer` that a switch needs."""
+    """The interface of a `TritonServer` that `switch` needs."""
 
     control: Control
     offered: dict[str, ModelEntry]
@@ -186,18 +186,18 @@ def switch(
     say: Callable[[str], None],
     clock: Clock = SYSTEM,
 ) -> None:
-    """Serve the models of other releases in the place of those that a server offers, so that no
-    caller notices; `say` takes a line before each step.
+    """Replace the models of a server by those of other releases, without a gap for callers; `say`
+    is called with a line before each step.
 
-    1. Encoders: the new versions are loaded next to the old ones, which the old tasks still call,
-       and `check` raises a `RAdapterError` if they compute something else than torch.
-    2. Tasks: each loads its new version, and goes over to it in one step when it is ready. From
-       here on the new release answers new calls; the old one answers the calls that it has begun.
-       Each new task is asked once.
-    3. Once the old tasks have answered, their encoders are unloaded.
+    1. Encoders: the new versions are loaded next to the old ones, which the old tasks still call;
+       `check` raises a `RAdapterError` if they do not agree with torch.
+    2. Tasks: each loads its new version, and switches to it in one step when it is ready. From
+       here on the new release answers new calls, while the old one finishes its running calls.
+       Each new task is probed once.
+    3. Once the old tasks have finished, their encoders are unloaded.
 
-    If something fails in 1 or 2, the steps are undone, the last one first, and a `RAdapterError`
-    says why.
+    If 1 or 2 fails, the steps are undone, the last one first, and a `RAdapterError` gives the
+    reason.
     """
     old = dict(server.offered)
     encoders = [name for name in new if name in ENCODERS]
@@ -205,8 +205,8 @@ def switch(
     gone = [name for name in MODELS if name in old and name not in new]
     gone_tasks = [name for name in gone if name not in ENCODERS]
 
-    # Load the new encoders, one by one, and then all tasks. Except for its versions, an encoder
-    # keeps the config that it is served by: Triton goes on to run the versions that it has.
+    # Load the new encoders, one by one, and then all tasks. Of an encoder's config only the
+    # versions change, so that Triton keeps running the loaded versions.
     steps: list[dict[str, ModelEntry]] = []
     for name in encoders:
         both = new[name]
@@ -224,8 +224,8 @@ def switch(
             _load(server, models)
         warm_up(server.control, {name: new[name].versions for name in tasks}, LOAD_TIMEOUT_SECONDS)
     except (RAdapterError, OSError) as error:
-        # Undo the steps. A server that died is restarted from its folder, so each of them is undone
-        # there, whatever Triton answers.
+        # Undo the steps, in the server's folder, too, whatever Triton answers: a server that died
+        # is restarted from its folder.
         for models in reversed(taken):
             say(f"undoing: loading {', '.join(models)}")
             if models is not steps[-1]:
@@ -248,8 +248,8 @@ def switch(
 
 
 def _load(server: Server, models: Mapping[str, ModelEntry | None]) -> None:
-    """Load models at once; None unloads one."""
-    # The folder first, so that a restart needs no more.
+    """Load models at once; None unloads a model."""
+    # Update the folder first, so that a restart loads the same models.
     for name, model in models.items():
         server.put(name, model)
 
@@ -265,10 +265,10 @@ def _load(server: Server, models: Mapping[str, ModelEntry | None]) -> None:
     with ThreadPoolExecutor(len(models) or 1) as pool:
         loading = [pool.submit(load, name) for name in models]
     try:
-        for change in loading:  # all were tried, whatever the first one raises
+        for change in loading:  # all have been tried, even if the first one raises
             change.result()
     finally:
-        # After each step: this removes the names of the memory of processes that are starting.
+        # After each step: unlinks the shared memory of the new processes.
         server.refresh()
 
 
@@ -278,7 +278,7 @@ def _try_to_load(server: Server, models: Mapping[str, ModelEntry | None]) -> Non
 
 
 def _drain(server: Server, tasks: Collection[str], clock: Clock) -> None:
-    """Wait until the old versions of tasks have answered their calls."""
+    """Wait until the old versions of tasks have finished their calls."""
     deadline = clock.monotonic() + DRAIN_TIMEOUT_SECONDS
     with contextlib.suppress(RAdapterError):  # a server that died has no calls
         while clock.monotonic() < deadline:

@@ -22,7 +22,7 @@ class Endpoints:
         http_port: 1 to 65535; all three ports differ.
         grpc_port: as `http_port`.
         metrics_port: port of the Prometheus metrics, as `http_port`.
-        trust_network: whether all machines that can reach a host beyond loopback may use the server.
+        trust_network: whether all who can reach a host beyond loopback may use the server.
         tls: whether the HTTP endpoint uses TLS.
 
     Raises:

@@ -1,6 +1,4 @@
-"""tritonserver as a program: where it is installed, its folder, its command line and environment,
-and how it ends.
-"""
+"""Launches tritonserver: its installation, folder, command line, environment and log."""
 
 from __future__ import annotations
 
@@ -28,18 +26,18 @@ if TYPE_CHECKING:
     from radapter_serve.server.config import ServerConfig
     from radapter_serve.server.models import ModelEntry
 
-# The backends in Python that come with this package, by name.
+# The backends in Python of this package, by name.
 _BACKENDS = Path(__file__).absolute().parents[1] / "triton" / "backends"
 OUR_BACKENDS = {name: _BACKENDS / name for name in RUNTIMES}
 FOLDER_PREFIX = "radapter-serve-"
 WAITING = "surplus"  # folder of the files that say how many requests a model is to reject
-MODELS = "models"  # folder of what Triton may load, in a server's folder
+MODELS = "models"  # folder of the models that Triton may load, in a server's folder
 SECRET_HEADER = "radapter-secret"
 DISK_ADVICE = "free some space, or set TMPDIR to another"
-# A caller could read or change the server's memory, files and log by these, so they ask for the
-# secret of this server.
+# Protocols that can read or change the server's memory, files and log: they require the secret of
+# this server.
 _RESTRICTED = "shared-memory,model-repository,trace,logging"
-# Spans of the requests that bring a `traceparent`, to where OTEL_EXPORTER_OTLP_ENDPOINT says.
+# Trace requests with a `traceparent`; spans go to OTEL_EXPORTER_OTLP_ENDPOINT.
 _TRACING = (
     "mode=opentelemetry",
     "level=TIMESTAMPS",
@@ -57,13 +55,13 @@ class Installation:
     """A tritonserver that can be started."""
 
     binary: Path
-    backends: dict[str, Path]  # folders by name; ours where the server lacks one
+    backends: dict[str, Path]  # folders by name; ours where the server lacks the backend
     libraries: tuple[Path, ...] = ()  # folders for LD_LIBRARY_PATH
-    stub: Path | None = None  # runs Python models, if it is not with the Python backend
+    stub: Path | None = None  # runs Python models, if not in the Python backend's folder
 
     @property
     def in_python(self) -> list[str]:
-        """Backends whose models run in processes of their own."""
+        """Backends whose models run in separate processes."""
         ours = [name for name, path in self.backends.items() if path == OUR_BACKENDS.get(name)]
         return ["python", *ours]
 
@@ -97,7 +95,7 @@ def find_tritonserver() -> Installation:
             f"nvidia-pytriton at {package} brings no server for {_python()}; {_advice()}"
         )
 
-    # Its stub is linked against the shared library of Python.
+    # The wheel's stub is linked against the shared library of Python.
     library = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     libdir = Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")
     multiarch = libdir / (sysconfig.get_config_var("MULTIARCH") or "")
@@ -149,12 +147,12 @@ def _advice() -> str:
 
 @contextlib.contextmanager
 def server_folder() -> Iterator[Path]:
-    """A folder for a server that only its owner can read, locked while the server lives, and
-    removed at the end; the folders of killed servers, whose locks are gone, are removed first.
+    """Make a folder for a server: only its owner can read it, and it is locked until it is removed
+    at the end of the block. The folders of killed servers, whose locks are gone, are removed first.
     """
     parent = Path(tempfile.gettempdir())
     for folder in parent.glob(f"{FOLDER_PREFIX}*"):
-        # A folder of another user can't be read; one that was just made is not locked yet.
+        # Skip folders of other users, and new ones: these are not locked yet, and lack MODELS.
         with contextlib.suppress(OSError):
             if (folder / MODELS).is_dir():
                 with hold(folder):
@@ -165,7 +163,7 @@ def server_folder() -> Iterator[Path]:
         with disk_errors(parent, DISK_ADVICE):
             stack.enter_context(hold(folder))
             stack.callback(_remove, folder)
-            (folder / MODELS).mkdir()  # a folder with this and without a lock is left over
+            (folder / MODELS).mkdir()  # with this and without a lock, a folder is left over
         yield folder
 
 
@@ -180,7 +178,7 @@ def shm_prefix(folder: Path) -> str:
 
 
 def hide_shared_memory(folder: Path) -> None:
-    """Unlink a server's files in /dev/shm: its processes keep them open, no other can open them."""
+    """Unlink a server's files in /dev/shm: its processes keep them open, others cannot."""
     for file in Path("/dev/shm").glob(f"{shm_prefix(folder)}*"):
         file.unlink(missing_ok=True)
 
@@ -189,7 +187,7 @@ def lay_out(
     folder: Path, installation: Installation, repository: Path, models: Mapping[str, ModelEntry]
 ) -> None:
     """Fill a server's folder with its backends and models, and the configs for this machine."""
-    # Backends are links but for the Python backend, of which Triton insists on a copy.
+    # Link the backends, except the Python backend, of which Triton requires a copy.
     backends = folder / "backends"
     backends.mkdir()
     for name, source in installation.backends.items():
@@ -205,7 +203,9 @@ def lay_out(
 
 
 def put(folder: Path, repository: Path, name: str, model: ModelEntry | None) -> None:
-    """Make a model's folder in the server's hold what Triton is to load next; None removes it."""
+    """Update a model's folder in a server's folder to the versions and the config to load next;
+    None removes the model.
+    """
     target = folder / MODELS / name
     versions = set() if model is None else {str(version) for version in model.versions}
     for path in target.glob("*"):
@@ -223,8 +223,8 @@ def put(folder: Path, repository: Path, name: str, model: ModelEntry | None) -> 
             (target / version).symlink_to(source)
             continue
         (target / version).mkdir()
-        # A file in the place of the folder into which Python would compile model.py: Triton would
-        # take that for another version of the code.
+        # A file with the name of the folder in which Python would cache model.py: Triton would take
+        # the folder for a change of the code.
         (target / version / "__pycache__").touch()
         for path in source.iterdir():
             if path.name != "__pycache__":
@@ -240,17 +240,17 @@ def command_line(
     secret: str,
     models: Collection[str],
 ) -> list[str]:
-    """The program and its arguments."""
+    """Command line of the server."""
     arguments = [
         str(installation.binary),
         f"--model-repository={folder / MODELS}",
         f"--backend-directory={folder / 'backends'}",
         *config.endpoints.flags(),
-        # The secret lets its owner load models, and with them code.
+        # The secret allows to load models, and with them code.
         "--model-control-mode=explicit",
         f"--http-restricted-api={_RESTRICTED}:{SECRET_HEADER}={secret}",
         f"--grpc-restricted-protocol={_RESTRICTED}:{SECRET_HEADER}={secret}",
-        # The configs of an export are complete; this halves the start.
+        # The configs of an export are complete; without completion the start takes half as long.
         "--disable-auto-complete-config",
         f"--exit-timeout-secs={config.drain_seconds}",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix(folder)}",
@@ -264,7 +264,7 @@ def command_line(
 def server_environment(
     folder: Path, installation: Installation, config: ServerConfig
 ) -> dict[str, str]:
-    """Variables of the server's processes."""
+    """Environment variables of the server's processes."""
     variables = {
         **os.environ,
         **environment(config.encoder_threads),
@@ -274,9 +274,9 @@ def server_environment(
         SURPLUS: str(folder / WAITING),
     }
     if "OTEL_EXPORTER_OTLP_TIMEOUT" not in variables:
-        # How long it waits for a collector, also when it stops; 10 s if unset.
+        # Wait for a collector, also at the server's end; 10 s if unset.
         variables.setdefault("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "2s")
-    # The model processes take their Python from the first python3 on PATH.
+    # Model processes run the first python3 on PATH.
     first = {"LD_LIBRARY_PATH": installation.libraries, "PATH": (Path(sys.executable).parent,)}
     for name, folders in first.items():
         others = [Path(path) for path in variables.get(name, "").split(":") if path]
@@ -288,7 +288,7 @@ def server_environment(
 def ending_with_parent(command: Sequence[str]) -> list[str]:
     """Wrap a command so that, on Linux, it is killed when the thread that starts it ends.
 
-    SIGTERM would leave its ports taken for as long as a caller keeps a connection open.
+    SIGTERM would leave the server's ports in use for as long as a caller keeps a connection open.
     """
     if sys.platform != "linux":
         return list(command)
@@ -296,10 +296,10 @@ def ending_with_parent(command: Sequence[str]) -> list[str]:
 
 
 def reason(log: str) -> str:
-    """The line of a server's log that says best why it failed: a model that did not load, else the
-    last error.
+    """The line of a server's log that explains a failure best: a model that failed to load, else
+    the last error.
     """
-    # Without a GPU it complains of three libraries.
+    # Without a GPU, the server complains of three libraries.
     lines = [line for line in log.splitlines() if not re.search("CudaDriver|NVML|DCGM", line)]
     errors = [line for line in lines if re.match(r"[EF]\d{4} ", line)]
     best = (
@@ -315,7 +315,7 @@ def reason(log: str) -> str:
 def hide_argument(pid: int, secret: str) -> None:
     """Overwrite a secret in the command line of a child, which every user can read.
 
-    The secret stays there where the kernel does not let a parent do this.
+    The secret stays if the kernel does not let a parent write to the child's memory.
     """
     with contextlib.suppress(OSError, IndexError, ValueError):
         # Fields 48 and 49 of proc_pid_stat(5) are the bounds of the arguments; field 2, a name,

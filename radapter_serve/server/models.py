@@ -1,5 +1,5 @@
-"""The models that a server loads for some releases of a repository: their versions, their configs,
-and the runtime of the encoders, which is any that computes here what torch computed.
+"""The models that a server loads for some releases of a repository: their versions and configs, and
+a runtime for the encoders that agrees with torch on this machine.
 """
 
 from __future__ import annotations
@@ -91,11 +91,12 @@ def configure(
     backends: Collection[str],
     progress: Callable[[str], None],
 ) -> tuple[str | None, dict[str, str]]:
-    """Choose the runtime of all encoders, None if each has that of its export, and check that it
-    computes what torch computed; returns it and the text of each encoder's config.
+    """Choose the runtime of all encoders, and check that it agrees with torch. Returns the runtime,
+    None if each encoder has that of its export, and the text of each encoder's config.
 
-    Without `releases` the configs say which are served; without `runtime`, by what. `backends` are
-    those of the server, and the instances of an encoder share the `threads`.
+    If `releases` is empty, the configs say which releases are served; if `runtime` is None, by
+    which runtime. `backends` are the server's backends; the instances of an encoder share
+    `threads`.
     """
     encoders = encoders_of(repository, releases)
     if runtime is not None and not encoders:
@@ -104,7 +105,7 @@ def configure(
         )
 
     def by(runtime: str | None, *, check: bool) -> tuple[str | None, dict[str, str]]:
-        """The encoders by one runtime, or by those of their export; `check` compares them all."""
+        """Configure the encoders for one runtime, or that of their export; `check` compares all."""
         configs = {}
         for encoder in encoders:
             chosen = runtime or encoder.runtime
@@ -112,9 +113,9 @@ def configure(
                 raise RAdapterError(
                     f"this server has no backend {chosen}, which {encoder.name} asks for"
                 )
-            # An encoder's instances compute at once when many ask for it. Encoders are not set
-            # against each other: where only images are asked for, half of the cores would idle, and
-            # where texts are, too, so many threads cost no more than they do one encoder alone
+            # The instances of an encoder compute at once under load, so they share the threads.
+            # Different encoders do not share threads: with images alone, half of the cores would
+            # idle, and with texts, too, so many threads cost no more than with one encoder
             # (benchmarks/README.md).
             per_instance = max(1, threads // encoder.instances)
             for version in encoder.versions:
@@ -139,8 +140,9 @@ def configure(
     if runtime != AUTO:
         return by(runtime, check=False)
 
-    # The first that is there and agrees with torch, of those that are usually fastest
-    # (docs/export.md): on a CPU OpenVINO, but for int8 whose ranges are found at run time.
+    # AUTO: take the first runtime that is installed and agrees with torch, beginning with the
+    # usually fastest (docs/export.md): on a CPU OpenVINO, except for int8 with ranges found at run
+    # time.
     quantization = encoders[0].facts.quantization or {}
     order = ["openvino", "onnxruntime"]
     if _gpu() is not None:
@@ -159,8 +161,8 @@ def configure(
 def load_as_triton(
     encoder: ServedEncoder, version: int, runtime: str, threads: int
 ) -> EncoderGraph:
-    """An encoder in this process where Triton places it: ONNX Runtime on a GPU if there is one,
-    unless the config says KIND_CPU.
+    """Load an encoder into this process, on the device that Triton would choose: ONNX Runtime and
+    TensorRT on a GPU if there is one, unless the config says KIND_CPU.
     """
     kinds = {group.kind for group in encoder.config.instance_group}
     on_cpu = runtime == encoder.runtime and model_config_pb2.ModelInstanceGroup.KIND_CPU in kinds
@@ -174,15 +176,15 @@ def load_as_triton(
 
 
 def check_agreement(encoder: ServedEncoder, version: int, encode: Encode, how: str = "") -> None:
-    """Compare an encoder of a release, as a function, with torch's embeddings of its export; raises
-    an error if it differs by more than was allowed then. `how` says what runs it.
+    """Compare an encoder of a release, as a function, with torch's embeddings at its export; raises
+    `RAdapterError` if the difference exceeds the export's bounds. `how` names the runtime.
     """
     name = f"{encoder.name} of release {version}{how}"
     compare(name, encode, Samples.load(encoder.folder / str(version)), encoder.facts.bounds)
 
 
 def _gpu() -> int | None:
-    """The number of the GPU of this machine; None without one."""
+    """Number of this machine's GPU; None without a GPU."""
     try:
         find_gpu()
     except RAdapterError:
@@ -196,9 +198,8 @@ def plan_models(
     """Models of some releases, in the order of loading; `encoders` has the config of each encoder
     for this machine.
 
-    The configs of tasks name the releases that are served, for clients to read. Those of encoders
-    name none: with an unchanged config, Triton keeps the versions that it has and loads the others
-    next to them.
+    Configs of tasks name the served releases, for clients to read. Configs of encoders do not: if
+    the config is unchanged, Triton keeps the loaded versions and loads new ones next to them.
     """
     models = {}
     facts = {version: Release.load(repository / MODELS[-1] / str(version)) for version in releases}
@@ -212,7 +213,7 @@ def plan_models(
             config = config_of(repository, model, versions[-1])
         named = versions if model in TASKS else ()
         name_releases(config, {version: facts[version] for version in named})
-        # Triton's own limits of a queue go; `triton.backlog` says why, and has others.
+        # Remove Triton's limits of a queue; `triton.backlog` says why, and replaces them.
         if config.HasField("dynamic_batching"):
             config.dynamic_batching.ClearField("default_queue_policy")
             config.dynamic_batching.ClearField("priority_queue_policy")
@@ -224,8 +225,8 @@ def plan_models(
 
 
 def other_models(repository: Path, encoders: Mapping[str, str]) -> dict[str, ModelEntry]:
-    """Models that belong to no release, as their owner wrote them; all models of a repository
-    without `classify`, which has the releases.
+    """Models that belong to no release, with their configs as written; all models of a repository
+    without releases.
     """
     released = MODELS if releases_of(repository) else ()
     return {
@@ -240,10 +241,10 @@ def other_models(repository: Path, encoders: Mapping[str, str]) -> dict[str, Mod
 def check_shared_memory(
     models: Mapping[str, ModelEntry], in_python: Collection[str], folder: Path = SHARED_MEMORY
 ) -> str | None:
-    """Compare /dev/shm with what the processes of models with a backend `in_python` need.
+    """Compare /dev/shm with the needs of models whose backends, `in_python`, run in processes.
 
-    Raise an error if the server could not even start; return a warning if many large requests at
-    once may need more than there is.
+    Raises `RAdapterError` if the server could not even start; returns a warning if many large
+    requests at once may need more memory.
     """
     if not folder.is_dir():
         return None

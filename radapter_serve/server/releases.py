@@ -1,9 +1,10 @@
-"""A server whose releases can be changed while it runs, and how `radapter-release` asks it to.
+"""`ReleaseServer`, whose releases can change while it runs, and `AdminSocket`, by which
+`radapter-release` changes them.
 
-It asks over TCP on this machine alone. The server's folder, which only its owner can read, has an
-empty file whose name says the port and the secret of each request: a full disk takes it, too. A
-request is a line of JSON, such as `{"do": "load", "releases": [2]}`; the answer is lines of
-`{"say": ...}`, and a last one of `{"done": ...}` or `{"error": ...}`.
+The socket listens on this machine only. Its port, and the secret of each request, are in the name
+of an empty file in the server's folder, which only its owner can read: even a full disk has room
+for an empty file. A request is a line of JSON, such as `{"do": "load", "releases": [2]}`; the
+answer is lines of `{"say": ...}`, and a last line `{"done": ...}` or `{"error": ...}`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Say = Callable[[str], None]
 
 
 class ReleaseServer(ABC):
-    """Serves releases of a model repository; `load` and `rollback` serve others."""
+    """Serves releases of a model repository; `load` and `rollback` change them."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
@@ -44,22 +45,22 @@ class ReleaseServer(ABC):
 
     @abstractmethod
     def _take_over(self, wanted: Served, say: Say) -> None:
-        """Check that releases answer rightly, and serve them; what is served stays if they do
-        not.
+        """Check that the releases answer correctly, and serve them; if they do not, keep serving
+        the present ones.
         """
 
     def load(self, releases: Sequence[int], say: Say = lambda line: None) -> str:
-        """Serve these releases in the place of the present ones.
+        """Serve these releases in place of the present ones.
 
-        The highest answers callers who name none. `say` takes a short line before each step; the
-        result is one about what was done. The present releases stay if one of these does not exist,
-        is not as it was exported, or does not answer rightly.
+        The highest one answers callers that name no release. `say` is called with a short line
+        before each step; returns a line about the result. The present releases stay if a new one
+        does not exist, has changed since its export, or does not answer correctly.
         """
         wanted = require_known(self.config.model_repository, releases)
         return self._change(self.served.next(wanted), say)
 
     def rollback(self, say: Say = lambda line: None) -> str:
-        """Serve again what was served before, as `load` does."""
+        """Serve the previous releases again, like `load`."""
         return self._change(self.served.back(), say)
 
     def describe(self) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class ReleaseServer(ABC):
 
 
 class AdminSocket:
-    """Answers requests for a server while it is entered."""
+    """Answers the requests of `radapter-release` to a server, as a context manager."""
 
     def __init__(self, folder: Path, server: ReleaseServer) -> None:
         self._folder = folder
@@ -141,7 +142,7 @@ class AdminSocket:
 
     def _serve(self, caller: socketserver.StreamRequestHandler) -> None:
         def say(**line: Any) -> None:
-            # A change goes on when its caller has left.
+            # A change goes on after its caller has disconnected.
             with contextlib.suppress(OSError):
                 caller.wfile.write(json.dumps(line).encode() + b"\n")
 
@@ -168,15 +169,17 @@ class AdminSocket:
 
 
 def ask(folder: Path, request: dict[str, Any], say: Say = lambda line: None) -> Any:
-    """Ask the server of a folder; `say` takes the lines before the answer.
+    """Send a request to the server of a folder, and return the answer; `say` is called with the
+    lines before it.
 
-    Raises `RAdapterError` if the server refuses or ends meanwhile, and `OSError` if none listens.
+    Raises `RAdapterError` if the server refuses or ends meanwhile, and `OSError` if no server
+    listens.
     """
     files = list(folder.glob(FILE.format(port="*", secret="*")))
     if not files:
         raise FileNotFoundError(folder)
     _, port, secret = files[-1].name.split("-")
-    # A change of releases takes as long as it takes.
+    # A change of releases has no time limit.
     timeout = READ_TIMEOUT_SECONDS if request["do"] == "state" else None
     with socket.create_connection(("127.0.0.1", int(port)), timeout) as server:
         server.sendall(json.dumps({**request, "secret": secret}).encode() + b"\n")
@@ -194,12 +197,12 @@ def ask(folder: Path, request: dict[str, Any], say: Say = lambda line: None) -> 
 
 
 def find_server(repository: Path, http_port: int | None = None) -> Path | None:
-    """The folder of the running server of a model repository, None if there is none; `http_port`
+    """The folder of the running server of a model repository, None without a server; `http_port`
     chooses one of several.
     """
     servers = {}
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
-        # A folder may be another user's, or of a server that is gone.
+        # Skip folders of other users, and of servers that are gone.
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RAdapterError):
             state = ask(folder, {"do": "state"})
             if state["repository"] == str(repository.resolve()):

@@ -1,4 +1,4 @@
-"""Starting, changing and stopping tritonserver."""
+"""`TritonServer`: starts, changes and stops tritonserver."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ from radapter_serve.server.releases import ReleaseServer, Say
 from radapter_serve.server.watch import SERVER, Failure, Watch, how_it_ended
 from radapter_serve.triton.backlog import Backlog
 
-_LOG = "server.log"  # of a server, in its folder
+_LOG = "server.log"  # in the server's folder
 _READY_POLL_SECONDS = 0.05
-# To ask an encoder that is overloaded.
+# Requests to an overloaded encoder
 _MAX_ATTEMPTS = 20
 _PAUSE_SECONDS = 0.5
 
@@ -53,26 +53,26 @@ _PAUSE_SECONDS = 0.5
 class TritonServer(ReleaseServer):
     """A running tritonserver, as a context manager.
 
-    The server ends with the thread that started it, so that none survives a killed program.
+    The server ends with the thread that started it, so it does not outlive a killed program.
 
-    No caller can load a model into it: that would let him run his own code. `load` puts other
-    releases in the place of those that it serves, and a `Supervisor` keeps it up.
+    Callers cannot load models into the server, because a model can run any code. `load` replaces
+    the served releases, and a `Supervisor` restarts processes that died.
 
     Args:
-        config: its settings.
+        config: settings of the server.
         installation: the tritonserver to start; the one of this machine if None.
-        clock: tells the time and waits.
+        clock: measures time and sleeps.
 
     Attributes:
-        control: asks Triton itself, while it runs.
-        served: the releases that it serves, and those before them.
-        models: the models that are loaded, and their versions.
-        runtime: runs all encoders; None if each has the runtime of its export.
-        warning: what a user should know about this machine; None if nothing.
+        control: client of Triton's API for its owner, while the server runs.
+        served: the served releases, and those served before.
+        models: the loaded models, and their versions.
+        runtime: runtime of all encoders; None if each has the runtime of its export.
+        warning: a warning about this machine's shared memory, or None.
 
     Raises:
         RAdapterError: at `start` (or on entering): no server, no release, a port in use, a runtime
-            that is not right here, or a model that does not load or does not answer.
+            that cannot be used here, or a model that does not load or does not answer.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class TritonServer(ReleaseServer):
         self.control = Control(config.endpoints.http_url, self._secret)
         self._installation = installation
         self._clock = clock
-        self.offered: dict[str, ModelEntry] = {}  # what the server's folder holds
+        self.offered: dict[str, ModelEntry] = {}  # models in the server's folder
         self._folder: Path | None = None
         self._stack = contextlib.ExitStack()  # removes the folder
         self._process: subprocess.Popen[bytes] | None = None
@@ -115,7 +115,7 @@ class TritonServer(ReleaseServer):
 
     @property
     def pid(self) -> int | None:
-        """The number of its process; None if it does not run."""
+        """Number of the server's process; None if it does not run."""
         return None if self._process is None else self._process.pid
 
     @property
@@ -133,7 +133,7 @@ class TritonServer(ReleaseServer):
         """Start the server and wait until all its tasks have answered once.
 
         Args:
-            progress: called with a short line before each step that takes long.
+            progress: called with a short line before each long step.
         """
         repository = self.config.model_repository
         try:
@@ -157,39 +157,33 @@ class TritonServer(ReleaseServer):
         return self
 
     def restart(self) -> None:
-        """Start tritonserver again with the same models, in whatever state it is."""
+        """Start tritonserver again with the same models, whatever its state."""
         with self.lock:
             self._end_process(grace_seconds=0)
             self._run("ab")
 
     def reload(self, model: str) -> None:
-        """Start the processes of a model again; the calls that they had begun fail, and the other
-        models go on.
-        """
+        """Start the processes of a model again; their running calls fail, other models go on."""
         with self.lock:
             self.control.unload(model)
             self.control.load(model, timeout=self.config.timeout)
             self.refresh()
 
     def put(self, name: str, model: ModelEntry | None) -> None:
-        """Change a model in the server's folder, to be loaded from there; None removes it."""
+        """Change a model in the server's folder, without loading it; None removes the model."""
         launch.put(self.folder, self.config.model_repository, name, model)
         offered = {other: entry for other, entry in self.offered.items() if other != name}
         self.offered = offered if model is None else {**offered, name: model}
 
     def refresh(self) -> None:
-        """Hide the memory of processes, and note what is loaded; to be called after models were
-        loaded.
-        """
+        """Hide the processes' shared memory, and update `models`. Call it after loading models."""
         launch.hide_shared_memory(self.folder)
         if self._watch is not None:
-            self._watch.models()  # so that a process that dies before the next look is known
+            self._watch.models()  # so that the processes are known if they die before the next poll
         self.models = self.control.serving()
 
     def failures(self) -> list[Failure]:
-        """The deaths since the last call; to be called now and then, because Triton does not
-        look by itself.
-        """
+        """Deaths since the last call. Call it regularly: Triton does not watch its processes."""
         if self._process is None or self._watch is None:
             return [Failure(SERVER, "it was not started, or it was stopped")]
         failures = self._watch.poll()
@@ -199,7 +193,7 @@ class TritonServer(ReleaseServer):
         return [Failure(SERVER, f"{failure.why}: {self._reason()}") for failure in failures]
 
     def check(self) -> None:
-        """Check that the server works, for programs that do not leave that to a `Supervisor`.
+        """Check that the server works, for programs without a `Supervisor`.
 
         Raises:
             RAdapterError: the server, or the process of one of its models, is gone.
@@ -208,7 +202,7 @@ class TritonServer(ReleaseServer):
             raise RAdapterError(f"{failure}; start the server again: radapter-serve")
 
     def cpu_seconds(self, models: Collection[str]) -> float:
-        """Processor time that the processes of models have used."""
+        """CPU time in seconds that the processes of models have used."""
         return 0.0 if self._watch is None else self._watch.cpu_seconds(models)
 
     def pids(self, model: str) -> list[int]:
@@ -222,8 +216,8 @@ class TritonServer(ReleaseServer):
             self._watch.kill(name)
 
     def stop(self) -> None:
-        """Stop the server and all its processes; nothing of it stays, in /dev/shm, /tmp or the
-        model repository.
+        """Stop the server and all its processes; leaves no files in /dev/shm, /tmp or the model
+        repository.
         """
         # A second Ctrl-C must not cut this short.
         with handled(signal.SIG_IGN, signal.SIGINT, *STOPPING):
@@ -247,7 +241,9 @@ class TritonServer(ReleaseServer):
     def _plan(
         self, releases: Sequence[int], progress: Say, *, others: bool = False
     ) -> dict[str, ModelEntry]:
-        """Models of releases, and `others` of the repository, as this machine is to load them."""
+        """Models of releases, configured for this machine; `others` adds the repository's other
+        models.
+        """
         assert self._installation is not None
         repository = self.config.model_repository
         backends = self._installation.backends
@@ -270,14 +266,14 @@ class TritonServer(ReleaseServer):
                     check_agreement(encoder, version, _encode(client, encoder, version))
 
     def _run(self, mode: Literal["wb", "ab"]) -> None:
-        """Start the process, and wait until all tasks have answered; `mode` begins its log or adds
-        to it.
+        """Start the process, and wait until all tasks have answered; `mode` begins the log or
+        appends.
         """
         config = self.config
         deadline = self._clock.monotonic() + config.timeout
         self._start_process(mode)
 
-        # Wait until all models are loaded. tritonserver 2.51 now and then aborts at its start, with
+        # Wait until all models are loaded. tritonserver 2.51 sometimes aborts at its start with
         # lock_exception, and starts the next time: triton-inference-server/server#8882.
         again = False
         while not self.control.is_ready():
@@ -342,7 +338,7 @@ class TritonServer(ReleaseServer):
 
     def _end_process(self, *, grace_seconds: float) -> None:
         if self._process is not None:
-            # The leader of its process group in order, then whatever is left of the group.
+            # End the leader of its process group in order, then kill the rest of the group.
             if grace_seconds > 0:
                 self._process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -357,7 +353,7 @@ class TritonServer(ReleaseServer):
             launch.hide_shared_memory(self._folder)
 
     def _reason(self) -> str:
-        """Why the server failed, and where to read the rest."""
+        """The reason of a failure, and where to read the rest."""
         if self.config.verbose:
             return "its messages above say why"
         log = (self.folder / _LOG).read_text(encoding="utf-8", errors="replace")
@@ -367,7 +363,7 @@ class TritonServer(ReleaseServer):
 def _encode(
     client: tritonclient.grpc.InferenceServerClient, encoder: ServedEncoder, version: int
 ) -> Encode:
-    """An encoder of a server as a function of arrays."""
+    """A function that calls an encoder of a running server."""
 
     def encode(*arrays: NDArray[Any]) -> NDArray[np.float32]:
         tensors = []
@@ -380,7 +376,7 @@ def _encode(
                 reply = client.infer(encoder.name, tensors, str(version), client_timeout=120.0)
                 break
             except InferenceServerException as error:
-                # Callers of the served release may take all room there is.
+                # Callers of the served release may fill the queue.
                 if "UNAVAILABLE" not in str(error.status()) or attempt == _MAX_ATTEMPTS - 1:
                     raise
                 time.sleep(_PAUSE_SECONDS)

@@ -1,4 +1,4 @@
-"""What the server answers: embed, classify, segment, retrieve.
+"""The tasks of a server: embed, classify, segment, retrieve.
 
-A task takes encoders as functions; it imports neither torch nor a runtime.
+A task yields the rows that it needs encoded; it imports neither torch nor a runtime.
 """

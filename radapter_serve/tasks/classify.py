@@ -33,7 +33,7 @@ from radapter_serve.tasks.embed import (
 DEFAULT_TOP_K = 5
 DEFAULT_THRESHOLD = 0.5
 UNKNOWN = "unknown"
-_CANCELLED = 1e-6  # length below which a sum of unit vectors points nowhere
+_CANCELLED = 1e-6  # length below which a sum of unit vectors has no direction
 _BY_EXAMPLE = (
     "scores are not calibrated for labels by example; leave multi_label, calibrated and unknown out"
 )
@@ -41,16 +41,16 @@ _BY_EXAMPLE = (
 
 @dataclass(frozen=True)
 class ClassifyRequest:
-    """Encoded images to classify by the same labels; its values are checked."""
+    """Image files to classify by the same labels; values are checked on creation."""
 
     images: Sequence[bytes | ImageFile]
     labels: Labels
     top_k: int | None = None  # None: 5, and all with `multi_label`
     alpha: float | None = None  # None: the release's own
-    multi_label: bool = False  # each label is scored by itself: several may be right, or none
-    threshold: float | None = None  # score from which such labels are given back; None: 0.5
-    calibrated: bool = False  # scores as the release fitted them to validation data
-    unknown: float | None = None  # the best label's own score below which an image is unknown
+    multi_label: bool = False  # score each label by itself: any number may be right
+    threshold: float | None = None  # with multi_label, the least score to return; None: 0.5
+    calibrated: bool = False  # scores calibrated on the release's validation data
+    unknown: float | None = None  # an image is unknown if its best label's own score is less
     examples: Examples | None = None
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class ClassifyRequest:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The labels of an image, the best first, and their scores, float32; perhaps none."""
+    """The labels of an image, the best first, and their scores, float32; may be empty."""
 
     labels: Sequence[str]
     scores: NDArray[np.float32]
@@ -100,10 +100,10 @@ class Ranking:
 def classify(
     loaded: LoadedRelease, request: ClassifyRequest, cancelled: Cancelled | None = None
 ) -> Steps[list[Ranking]]:
-    """Rank labels for each image by the cosines of their embeddings; a `TaskError` says what is
-    wrong with the request before an image is encoded.
+    """Rank labels for each image by the cosines of their embeddings; raises a `TaskError` for an
+    invalid request before an image is encoded.
     """
-    # What can be refused by values and headers alone.
+    # Check values and headers, before anything is encoded.
     alpha = loaded.request_alpha(request.alpha)
     rule = _score_rule(loaded, request, alpha)
     count = check_labels(loaded, request.labels, alpha, by_example=True)
@@ -123,13 +123,13 @@ def classify(
                 shown.append(read_header(image))
     files = checked_headers(loaded, request.images, shown)
 
-    # The labels' embeddings, with examples mixed in.
+    # Embed the labels, with examples mixed in.
     label_set = yield from embed_label_set(loaded, request.labels, alpha, cancelled)
     for mixed in (label_set.examples, examples):
         if mixed is not None:
             label_set = yield from mix_examples(loaded, label_set, mixed, alpha, cancelled)
 
-    # The images' embeddings, and the best labels of each.
+    # Embed the images, and rank the labels of each.
     pixels = yield from loaded.decoded(files, cancelled)
     embeds = yield from loaded.encoded("images", pixels, alpha, cancelled)
     return [rule.ranking(cosines, label_set) for cosines in finite(embeds) @ label_set.embeds.T]
@@ -137,20 +137,20 @@ def classify(
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How labels are scored; `scale` and `bias` are those of `class_probabilities`."""
+    """A rule to score labels; `scale` and `bias` are those of `class_probabilities`."""
 
     top_k: int | None  # None: all
     scale: float
     bias: float | None
     threshold: float | None = None  # score below which labels are left out
-    unknown: float | None = None  # as of the request
+    unknown: float | None = None  # as in `ClassifyRequest`
     sigmoid: tuple[float, float] = (1.0, 0.0)  # scale and bias of a label's own score
 
     def ranking(self, cosines: NDArray[np.float32], label_set: LabelSet) -> Ranking:
-        """The best labels of an image, by its finite cosines with them, float32 [C].
+        """Rank the labels of an image by its finite cosines with them, float32 [C].
 
-        Labels are ranked by their cosines: in float32, a sigmoid is the same for all logits above
-        17. Of equal ones the first comes first.
+        The order is that of the cosines, not the scores: in float32, a sigmoid is the same for all
+        logits above 17. Labels with equal cosines keep their order.
         """
         if self.unknown is not None:
             best = class_probabilities(cosines.max(keepdims=True), *self.sigmoid)[0]
@@ -169,7 +169,7 @@ class ScoreRule:
 
 
 def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, alpha: float | None) -> ScoreRule:
-    """The rule of a request; raises a `TaskError` where the release has no such scores."""
+    """The rule of a request; raises a `TaskError` if the release has no calibration for it."""
     release = loaded.release
     is_fitted = request.multi_label or request.calibrated or request.unknown is not None
     confidence: Confidence | None = None
@@ -182,8 +182,8 @@ def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, alpha: float | 
         confidence = fitted_at(release, loaded.exported_alpha, alpha)
         sigmoid = confidence.scale, confidence.bias
     if request.multi_label:
-        # Also of a model that was pretrained with a sigmoid: training moves the cosines, and leaves
-        # the scale and the bias of its base as they were.
+        # Use the fitted scale and bias even for a model that was pretrained with a sigmoid:
+        # training moves the cosines, but keeps the scale and the bias of the base.
         threshold = DEFAULT_THRESHOLD if request.threshold is None else request.threshold
         return ScoreRule(request.top_k, *sigmoid, threshold)
     scale = release.logit_scale
@@ -202,7 +202,7 @@ def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, alpha: float | 
 
 @contextlib.contextmanager
 def _example(examples: Examples, image: bytes) -> Iterator[None]:
-    """Name the example in an error, which is not one of the image that is classified."""
+    """Make an error name the example, so that it is not taken for an image to classify."""
     try:
         yield
     except TaskError as error:
@@ -220,10 +220,10 @@ def mix_examples(
     alpha: float | None,
     cancelled: Cancelled | None = None,
 ) -> Steps[LabelSet]:
-    """Labels by example: (1 - w) text + w mean of the label's examples, both of unit length, made
-    unit length again; raises a `TaskError` where they cancel out.
+    """Mix examples into labels: (1 - w) text + w mean of the label's examples, both of unit length,
+    scaled to unit length again; raises a `TaskError` if they cancel out.
     """
-    # The embedding of each example, computed once and kept.
+    # Embed each example once, and cache its embedding.
     cache = loaded.label_cache
     embeds: dict[bytes, NDArray[np.float32]] = {}
     for image, digest in zip(examples.images, examples.digests, strict=True):
@@ -236,7 +236,7 @@ def mix_examples(
             cache.put((digest, alpha), kept)
         embeds[image] = kept
 
-    # The label's own, mixed.
+    # Mix them into the embeddings of their labels.
     weights = np.broadcast_to(np.array(examples.weights, np.float32), len(label_set.labels))
     shown = np.stack([embeds[image] for image in examples.images])
     places = np.array(examples.labels)

@@ -1,5 +1,5 @@
-"""Dense segmentation: windows over an image, the cosines of their patches with labels, and from
-these to pixels; with the options and the result that segmentation by proposals has in common.
+"""Dense segmentation: cosines of labels with the patches of windows over an image, mapped to its
+pixels. Also has the options and the result of segmentation by proposals.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.tasks.embed import finite
 
 S = TypeVar("S")
-# Yields images for an encoder, uint8 [B, S, S, 3], and is sent what it makes of them.
+# Yields images for an encoder, uint8 [B, S, S, 3], and is sent their embeddings.
 Windows: TypeAlias = Generator[NDArray[np.uint8], NDArray[np.float32], S]
 
 MAX_REFINE = 100
 MAX_LABELS = 65_534  # the background's index and every label's fit into uint16
-# of the softmax over a pixel's cosines: SCLIP's (Wang et al., ECCV 2024); patches are less sure
+# Scale of the softmax over a pixel's cosines, from SCLIP (Wang et al., ECCV 2024); patches are less
+# certain than whole images.
 PATCH_SCALE = 40.0
 MAX_WINDOWS = 500
 MAX_VALUES = 2**27  # cosines of one image in memory, half a gigabyte
-# Pixels between a pixel and its neighbours; one 3 x 3 ring each. NACLIP's.
+# Distances in pixels of a pixel's neighbours, each a ring of 3 x 3; from NACLIP.
 DILATIONS = (8, 16)
 _RING = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
 BLOCK = 2**22  # values worked on at once: bounds the memory
-_CACHED = 2**18  # values of which a block and its sums stay in a core's second cache
+_CACHED = 2**18  # values of a block that fits, with its sums, into a core's L2 cache
 BAND = 256  # pixels whose weights are computed at once
 
 
 @dataclass(frozen=True)
 class SegmentOptions:
-    """How an image is segmented; raises a `TaskError` for a value out of its range."""
+    """Options of a segmentation; raises a `TaskError` for a value out of its range."""
 
-    # Shorter side in pixels of the working image that windows go over. None: 1.5 windows (336 for
-    # 224, as SCLIP has it), so that each pixel is seen in two or more contexts, and small objects
-    # get more patches.
+    # Shorter side in pixels of the working image, which the windows cover. None: 1.5 windows (336
+    # for 224, as in SCLIP), so that windows overlap, and small objects get more patches.
     short_side: int | None = None
-    stride: int | None = None  # pixels from one window to the next; None: half a window
+    stride: int | None = None  # pixels between the starts of windows; None: half a window
     refine: int = 0  # steps of pixel-adaptive refinement of the cosines; 10 is usual
-    # Probability below which a pixel is background. None: only pixels that no proposal covers are.
+    # Probability below which a pixel is background. None: only pixels without a proposal are.
     threshold: float | None = None
-    # w of the fusion p = p_proposal^(1-w) p_clip^w, for proposals that bring scores.
+    # w of the fusion p = p_proposal^(1-w) p_clip^w, for proposals with scores.
     proposal_weight: float = 0.7
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class SegmentOptions:
                 raise invalid(f"{name} is {share}; allowed: 0 to 1")
 
     def sizes(self, window: int) -> tuple[int, int]:
-        """`short_side` and `stride` in pixels, with their usual values where they are None.
+        """`short_side` and `stride` in pixels, with their defaults for None.
 
         Raises a `TaskError` for a working image smaller than a window of `window` pixels, or
         windows that leave pixels out.
@@ -84,17 +84,17 @@ USUAL = SegmentOptions()
 
 @dataclass
 class ScoredMask:
-    """The labels of an image's pixels, and a score a label: the mean probability over its pixels
-    (of background, one minus the best label's), 0 where there are none.
+    """The label of each pixel, and a score for each label: the mean probability of its pixels (for
+    background, one minus the best label's), 0 without pixels.
     """
 
-    mask: NDArray[np.uint16]  # [H, W], the image as it was turned; C is background, if there is any
+    mask: NDArray[np.uint16]  # [H, W], of the turned image; C is the background, if any
     scores: NDArray[np.float32]  # [C], or [C + 1] with the background
 
 
 class MaskTally:
-    """A `ScoredMask` while it fills; pixels may be background, of index `labels`, if `background`
-    is set, and are where their probability is below a threshold.
+    """Collects a `ScoredMask`. If `background` is set, index `labels` is the background: pixels get
+    it if their probability is below `threshold`.
     """
 
     def __init__(
@@ -118,13 +118,13 @@ class MaskTally:
         self._pixels += np.bincount(best.ravel(), minlength=len(self._sums))
 
     def result(self, shape: tuple[int, ...] | None = None) -> ScoredMask:
-        """The mask, in another shape if one is given, and its scores."""
+        """The mask, reshaped to `shape` if given, and its scores."""
         scores = np.asarray(self._sums / np.maximum(self._pixels, 1), np.float32)
         return ScoredMask(self._mask if shape is None else self._mask.reshape(shape), scores)
 
 
 def encode_windows(windows: Windows[S], encode: Encode) -> S:
-    """Run a segmentation by an encoder alone, such as one in torch."""
+    """Run a segmentation with an encoder function, such as a model in torch."""
     try:
         batch = next(windows)
         while True:
@@ -137,8 +137,8 @@ def encode_windows(windows: Windows[S], encode: Encode) -> S:
 def check_size(
     loaded: LoadedRelease, size: tuple[int, int], labels: int, options: SegmentOptions
 ) -> None:
-    """Raise a `TaskError`, before anything is decoded, for an image that is too long and thin, or
-    too many labels, for the windows that it takes.
+    """Raise a `TaskError`, before anything is decoded, for an image that takes too many windows,
+    because it is long and thin, or for too many labels.
     """
     window = loaded.preprocess.size[0]
     short_side, stride = options.sizes(window)
@@ -166,22 +166,22 @@ def segment_densely(
     rows: int,
     cancelled: Cancelled | None = None,
 ) -> Windows[ScoredMask]:
-    """Label each pixel of an image by the cosines of patches with labels, whose text embeddings are
-    of unit length, float32 [C, D]; yields batches of up to `rows` windows, and is sent their
-    patches.
+    """Label each pixel of an image by the cosines of patches with labels, whose text embeddings,
+    float32 [C, D], have unit length; yields batches of up to `rows` windows, and is sent their
+    patches' embeddings.
 
     The image is resized to a working image, in which windows overlap; cosines are upsampled
-    bilinearly to their window, averaged over the windows of a pixel, refined if wished, and
-    upsampled to the image's own size, where softmax(40 cos) gives the probabilities; of a release
+    bilinearly to their window, averaged over the windows of a pixel, refined if `refine` is set,
+    and upsampled to the image's size, where softmax(40 cos) gives the probabilities; for a release
     with a bias, the sigmoid of each label, as in `classify`.
 
-    The image, of any mode, is let go of before the first batch is encoded. Raises a `TaskError` for
-    options that don't fit, too much to compute, and a caller who has left.
+    The image, of any mode, is freed before the first batch is encoded. Raises a `TaskError` for
+    options that do not fit, too much to compute, and a caller that has left.
     """
     check = partial(check_cancelled, cancelled)
     finite(embeds)
 
-    # The working image, and where windows are on it.
+    # Resize to the working image, and place the windows.
     size = image.size
     window = loaded.preprocess.size[0]
     short_side, stride = options.sizes(window)
@@ -191,7 +191,7 @@ def segment_densely(
     tops = window_starts(height, window, stride)
     lefts = window_starts(width, window, stride)
 
-    # The cosines of the windows' patches, side by side: [windows down x g, C, windows across x g].
+    # Compute the cosines of all patches, side by side: [windows down x g, C, windows across x g].
     corners = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
     values = np.empty(0, np.float32)
     grid = 0
@@ -211,7 +211,7 @@ def segment_densely(
             values[row, :, :, column] = cosines.reshape(-1, grid, grid).transpose(1, 0, 2)
     values = values.reshape(len(tops) * grid, len(embeds), len(lefts) * grid)
 
-    # From these to the image's own pixels.
+    # Map them to the image's pixels, with refinement on the working image.
     down = Axis(size[1], height, window, grid, tuple(tops))
     across = Axis(size[0], width, window, grid, tuple(lefts))
     if options.refine:
@@ -227,7 +227,7 @@ def segment_densely(
             Axis(a.pixels, a.working, a.working, a.working, (0,)) for a in (down, across)
         )
 
-    # The best label of each pixel; a bias belongs to the scale that it was trained with.
+    # Take the best label of each pixel; a bias needs the scale that it was trained with.
     bias = loaded.release.logit_bias
     scale = PATCH_SCALE if bias is None else loaded.release.logit_scale
     has_background = options.threshold is not None
@@ -259,7 +259,7 @@ def refine(
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Replace, `steps` times, each pixel's scores in `maps`, float32 [C, h, w], by the mean of its
-    neighbours', weighted by likeness of colour in `image`, uint8 [h, w, 3].
+    neighbours', weighted by similarity of colour in `image`, uint8 [h, w, 3].
 
     The weights are softmax over the neighbours of -|I_i - I_j| / (0.1 s_i), mean over the channels,
     where s_i is the standard deviation of the colours around pixel i (Araslanov & Roth,
@@ -277,11 +277,11 @@ def refine(
         for y, x in _RING
     ]
 
-    # The weights, float32 [neighbours, h, w], of sum one at each pixel.
+    # Compute the weights, float32 [neighbours, h, w], with sum one at each pixel.
     weights = np.zeros((len(views), height, width), np.float32)
     for channel in np.moveaxis(image, 2, 0).astype(np.float32) / 255:
         padded = np.pad(channel, border, mode="edge")
-        # Around a pixel: its neighbours, and the pixel itself once for each ring.
+        # The neighbours of each pixel, and the pixel itself once for each ring.
         around = [padded[view] for view in views] + [channel] * len(DILATIONS)
         mean = sum(around[1:], around[0]) / len(around)
         deviation = np.sqrt(sum((values - mean) ** 2 for values in around) / (len(around) - 1))
@@ -292,7 +292,7 @@ def refine(
     weights /= weights.sum(0)
 
     product = np.empty((height, width), np.float32)
-    # One by one: a map, its weights and the product stay in the cache.
+    # Map by map: a map, its weights and the product stay in the cache.
     for scores in maps:
         for _ in range(steps):
             padded = np.pad(scores, border, mode="edge")
@@ -303,18 +303,18 @@ def refine(
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin so that they cover an axis; the last one ends at the border."""
+    """Starts of windows that cover an axis; the last window ends at the border."""
     return [*range(0, length - window, stride), length - window]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Rows (or columns) of an image as weighted sums of rows (or columns) of its windows' patches.
+    """The linear map from patches to pixels along one axis of an image.
 
-    Everything between patches and pixels is linear and acts on each axis alone: patches are
-    upsampled to their window, overlapping windows averaged, and the working image resized to the
-    image's own size, both bilinearly as torch does with `align_corners=False`. So no map of the
-    working image is ever held.
+    All steps from patches to pixels are linear and separable: patches are upsampled to their
+    window, overlapping windows are averaged, and the working image is resized to the image's size;
+    both resizes are bilinear, as in torch with `align_corners=False`. So no map of the working
+    image is kept in memory.
     """
 
     pixels: int  # of the image itself
@@ -324,8 +324,8 @@ class Axis:
     starts: tuple[int, ...]  # first working pixel of each window
 
     def weights(self, first: int, last: int) -> tuple[slice, NDArray[np.float32]]:
-        """For the image's own pixels first..last-1: which K of the patches (windows one after the
-        other) count, and their weights, float32 [last - first, K].
+        """For the image's pixels first..last-1: the slice of the K patches (window after window)
+        that count, and their weights, float32 [last - first, K].
         """
         low, high, share = _between(np.arange(first, last), self.pixels, self.working)
         share = share[:, None]
@@ -349,7 +349,9 @@ class Axis:
 def upsampled(
     values: NDArray[np.float32], rows: Axis, columns: Axis
 ) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32]]]:
-    """The values [k, C, l] of patches at the image's pixels, by blocks, float32 [C, h, w]."""
+    """Upsample values [k, C, l] of patches to the image's pixels; yields the place and the values,
+    float32 [C, h, w], of each block.
+    """
     count = values.shape[1]
     across = _bands(columns, BAND)
     step = max(1, _CACHED // (min(columns.pixels, BAND) * count))
@@ -362,7 +364,7 @@ def upsampled(
             yield (vertical, horizontal), block.reshape(count, len(down), -1)
 
 
-@lru_cache(maxsize=8)  # those of four sizes of images, some megabytes at most
+@lru_cache(maxsize=8)  # the bands of four sizes of images, some megabytes at most
 def _bands(axis: Axis, step: int) -> tuple[tuple[slice, slice, NDArray[np.float32]], ...]:
     """The image's pixels in bands of at most `step`, with the patches and weights of each."""
     bands = []

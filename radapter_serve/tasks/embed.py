@@ -1,5 +1,5 @@
 """The tasks `embed_image` and `embed_text`: images or texts in, embeddings out; and the labels of a
-request, a list that it brings or a label set of the release, with their embeddings.
+request, a list or a label set of the release, with their embeddings.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from radapter_serve.contract.labels import (
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, Steps
 
-_PROMPTS = 256  # after which the labels so far are kept, and other callers have a turn
+_PROMPTS = 256  # prompts of a part: then its labels are cached, and other callers have a turn
 
 
 @dataclass(frozen=True)
 class EmbedImagesRequest:
-    """Encoded images to embed, at an α or the release's own."""
+    """Image files to embed, at `alpha` or, if None, at the release's α."""
 
     images: Sequence[bytes | ImageFile]
     alpha: float | None = None
@@ -47,7 +47,7 @@ class EmbedImagesRequest:
 
 @dataclass(frozen=True)
 class EmbedTextsRequest:
-    """Texts to embed, none of them empty or too long, at an α or the release's own."""
+    """Texts to embed, none empty or too long, at `alpha` or, if None, at the release's α."""
 
     texts: Sequence[str]
     alpha: float | None = None
@@ -64,7 +64,7 @@ class EmbedTextsRequest:
 def embed_images(
     loaded: LoadedRelease, request: EmbedImagesRequest, cancelled: Cancelled | None = None
 ) -> Steps[NDArray[np.float32]]:
-    """Embed images, float32 [N, D]; a `TaskError` names the first bad image."""
+    """Embed images to float32 [N, D]; a `TaskError` names the first bad image."""
     alpha = loaded.request_alpha(request.alpha)
     files = checked_headers(loaded, request.images)
     pixels = yield from loaded.decoded(files, cancelled)
@@ -74,7 +74,7 @@ def embed_images(
 def embed_texts(
     loaded: LoadedRelease, request: EmbedTextsRequest, cancelled: Cancelled | None = None
 ) -> Steps[NDArray[np.float32]]:
-    """Embed texts, float32 [N, D]; too long ones are cut as open_clip cuts them."""
+    """Embed texts to float32 [N, D]; texts with too many tokens are cut as in open_clip."""
     alpha = loaded.request_alpha(request.alpha)
     rows = loaded.tokenizer.encode(request.texts)
     return (yield from loaded.encoded("tokens", rows, alpha, cancelled))
@@ -85,8 +85,9 @@ def checked_headers(
     images: Sequence[bytes | ImageFile],
     others: Sequence[ImageFile] = (),
 ) -> list[ImageFile]:
-    """The headers of a request's images, which are checked, with `others` of the same request,
-    before one is decoded; raises the `TaskError` of the first bad one, or for too many pixels.
+    """Read and check the headers of a request's images, before any image is decoded. Raises a
+    `TaskError` for the first bad image, or for too many pixels together with `others` of the
+    request.
     """
     files = read_headers(images, others)
     for file in files:
@@ -95,7 +96,7 @@ def checked_headers(
 
 
 def finite(embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Embeddings as an encoder gave them; raises a `TaskError` where some are NaN or infinite."""
+    """Return an encoder's embeddings; raises a `TaskError` if some are NaN or infinite."""
     if not np.isfinite(embeds).all():
         raise TaskError(
             ENCODER_FAILED, "the embeddings hold values that are not finite (NaN or infinite)"
@@ -105,9 +106,9 @@ def finite(embeds: NDArray[np.float32]) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of a request: a list, or the name of a label set, and not both."""
+    """The labels of a request: either a list or the name of a label set."""
 
-    names: Sequence[str] | None = None  # each perhaps with synonyms after commas
+    names: Sequence[str] | None = None  # synonyms may follow a name after commas
     label_set: str | None = None
     templates: Sequence[str] | None = None  # prompts of `names`; None: the release's
 
@@ -119,8 +120,8 @@ class Labels:
 def check_labels(
     loaded: LoadedRelease, labels: Labels, alpha: float | None, *, by_example: bool = False
 ) -> int:
-    """How many labels a request means; raises a `TaskError` for bad ones, or for a label set that
-    is unknown or has examples, which only `classify` takes (`by_example`).
+    """Return the number of labels; raises a `TaskError` for invalid labels, an unknown label set,
+    or, unless `by_example`, a label set with examples, which only `classify` takes.
     """
     if labels.label_set is not None:
         name = _known_label_set(loaded, labels.label_set)
@@ -144,14 +145,14 @@ def check_labels(
 def embed_label_set(
     loaded: LoadedRelease, labels: Labels, alpha: float | None, cancelled: Cancelled | None
 ) -> Steps[LabelSet]:
-    """The label set of a checked request; its examples are still to be mixed in."""
+    """Return the label set of a checked request, with its examples not mixed in yet."""
     if labels.label_set is None:
         names = labels.names or ()
         templates = loaded.release.templates if labels.templates is None else labels.templates
         return (yield from embed_labels(loaded, names, templates, alpha=alpha, cancelled=cancelled))
     exported = loaded.label_sets[_known_label_set(loaded, labels.label_set)]
     if alpha in (None, loaded.exported_alpha):
-        return replace(exported, examples=None)  # the export mixed them in
+        return replace(exported, examples=None)  # the export has mixed them in
     embedded = yield from embed_labels(
         loaded, exported.lines, exported.templates, alpha=alpha, cancelled=cancelled
     )
@@ -167,11 +168,11 @@ def embed_labels(
     cancelled: Cancelled | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Steps[LabelSet]:
-    """Embed labels: the mean over all prompts (names x templates) at unit length, made unit
-    length again; each is computed once per α and templates, and kept.
+    """Embed labels: the mean over all prompts (names x templates) at unit length, scaled to unit
+    length again. Each label is computed once per α and templates, and cached.
 
-    `progress` is called now and then with the number of labels that are embedded. A `TaskError`
-    names what is wrong with labels or templates.
+    `progress` is called after each part with the number of labels embedded so far. Raises a
+    `TaskError` for invalid labels or templates.
     """
     cache = loaded.label_cache
     whole = (tuple(labels), tuple(templates), alpha)
@@ -181,8 +182,8 @@ def embed_labels(
     names = check_names(labels)
     check_templates(templates)
 
-    # In parts, which are kept one by one: labels that are not kept yet and have at most so many
-    # prompts together, or one with more.
+    # Embed labels that are not cached in parts of about `_PROMPTS` prompts, and cache them part by
+    # part.
     digest = hashlib.sha256(repr(tuple(templates)).encode()).digest()
     embeds: dict[str, NDArray[np.float32]] = {}
     waiting = deque(labels)

@@ -1,4 +1,4 @@
-"""The task `retrieve`: texts and images in, the images of an index that are nearest to them out."""
+"""The task `retrieve`: texts and images in, the nearest images of an index out."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ from radapter_serve.tasks.embed import (
 
 DEFAULT_TOP_K = 10
 MAX_PARTS = 16
-# A sum that is shorter than this, relative to its parts, is mostly their rounding errors.
+# A sum that is shorter than this, relative to its parts, is mostly rounding errors.
 MIN_LENGTH = 1e-3
 
 
 @dataclass(frozen=True)
 class Query:
-    """Texts, encoded images and ids of an index's images, with weights in this order."""
+    """The parts of a query: texts, image files and ids of an index's images, with weights in this
+    order.
+    """
 
     texts: Sequence[str] = ()
     images: Sequence[bytes | ImageFile] = ()
@@ -63,28 +65,28 @@ class Query:
 
     @property
     def factors(self) -> list[float]:
-        """The weight of each part."""
+        """The weight of each part; 1 if the query has no weights."""
         return [1.0] * len(self) if self.weights is None else [float(w) for w in self.weights]
 
     @property
     def is_one_text(self) -> bool:
-        """True for a text and nothing else, such as scores are calibrated for."""
+        """True for a single text with weight 1: only its scores are calibrated."""
         return len(self) == len(self.texts) == 1 and self.factors == [1.0]
 
 
 @dataclass(frozen=True)
 class RetrieveRequest:
-    """A search of an index; raises a `TaskError` for values that do not go together."""
+    """A search of an index; raises a `TaskError` for values that exclude each other."""
 
     index: str
     query: Query
     top_k: int | None = None  # None: 10
-    where: str | None = None  # a condition in SQL on the metadata's columns
+    where: str | None = None  # a condition in SQL on columns of the metadata
     thumbnails: bool = False
-    offset: int | None = None  # images to leave out before the first; None: no pages
-    index_version: str | None = None  # as an answer named it; None: whichever there is
-    min_score: float | None = None  # cosine in [-1, 1] from which images are given back
-    calibrated: bool = False  # the one that the release was fitted to; for one text
+    offset: int | None = None  # images to skip; None: no pages
+    index_version: str | None = None  # from an earlier answer; None: any version
+    min_score: float | None = None  # least cosine, in [-1, 1], of an image to return
+    calibrated: bool = False  # use the release's calibrated min_score; for one text
 
     def __post_init__(self) -> None:
         if self.calibrated and self.min_score is not None:
@@ -105,7 +107,7 @@ class Retrieved:
 def retrieve(
     indexes: Indexes, request: RetrieveRequest, cancelled: Cancelled | None = None
 ) -> Steps[Retrieved]:
-    """Search an index for the nearest to a query; a `TaskError` says why it can't be done."""
+    """Search an index for the images nearest to a query; raises a `TaskError` on failure."""
     index, loaded = indexes.get(request.index)
     if request.index_version not in (None, index.generation):
         raise TaskError(
@@ -120,7 +122,7 @@ def retrieve(
         if min_score is None:
             raise TaskError(NOT_CALIBRATED, f"this release has no calibrated least score; {HOW}")
 
-    # The embedding of each part of the query.
+    # Embed each part of the query.
     query = request.query
     vectors: list[NDArray[np.float32]] = []
     if query.texts:
@@ -132,7 +134,7 @@ def retrieve(
     if query.ids:
         vectors += list(index.embeddings(list(query.ids)))
 
-    # Their weighted sum, made unit length, unless it cancels out.
+    # Take their weighted sum, scaled to unit length, unless they cancel out.
     wanted = vectors[0]
     if query.factors != [1.0]:
         factors = np.array(query.factors, np.float64)

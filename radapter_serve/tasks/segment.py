@@ -1,6 +1,6 @@
 """The task `segment`: an image and labels in, a mask with the names of its labels out; by dense
-patches, or by proposals (OVSeg): masks that a request brings are classified, and their classes go
-to pixels.
+patches, or by proposals (OVSeg): the masks of the request are classified, and pixels get their
+classes.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ from radapter_serve.tasks.dense import (
 from radapter_serve.tasks.embed import Labels, check_labels, embed_label_set, finite
 
 BACKGROUND = "background"
-# Of one request: each pixel's score for each label counts once; and in each step of refinement
-# REFINED times, which is how much longer that takes. It is about a minute of work for one core.
+# Work of one request, about a minute on one core: 1 for each pixel and label, and `REFINED` in each
+# step of refinement, which takes so much longer.
 MAX_WORK = 2**32
 REFINED = 3.5
-# 0.4 of 255: a proposal's crop holds the pixels above it (Liang et al., OVSeg, CVPR 2023).
+# 0.4 of 255: a proposal's crop shows the pixels above this value (Liang et al., OVSeg, CVPR 2023).
 BINARY = 102
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentRequest:
-    """An encoded image to segment, densely or by proposals; its values are checked."""
+    """An image file to segment, densely or by proposals; values are checked on creation."""
 
     image: bytes | ImageFile
     labels: Labels
     alpha: float | None = None  # None: the release's own
-    # As of `SegmentOptions`; None: the usual value.
+    # As in `SegmentOptions`; None: its default.
     threshold: float | None = None
     short_side: int | None = None
     stride: int | None = None
     refine: int | None = None
     proposals: NDArray[np.uint8] | None = None  # masks to classify, uint8 [N, H, W]
-    proposal_scores: NDArray[np.float32] | None = None  # of the labels, [N, C]
+    proposal_scores: NDArray[np.float32] | None = None  # probabilities of the labels, [N, C]
     proposal_weight: float | None = None
 
     def __post_init__(self) -> None:
@@ -75,11 +75,11 @@ class SegmentRequest:
         for name, way_out in advice.items():
             if getattr(self, name) is not None:
                 raise invalid(f"{name} has no effect here; {way_out}")
-        _ = self.options  # raises what is wrong with them
+        _ = self.options  # raises for invalid options
 
     @property
     def options(self) -> SegmentOptions:
-        """How the image is segmented."""
+        """The options of the segmentation, with defaults for None."""
         names = "threshold", "short_side", "stride", "refine", "proposal_weight"
         values = {name: getattr(self, name) for name in names}
         return SegmentOptions(
@@ -89,7 +89,7 @@ class SegmentRequest:
 
 @dataclass(frozen=True)
 class LabelledMask:
-    """A mask, uint16 [H, W], the labels that it points to, and the score of each, float32."""
+    """A mask, uint16 [H, W], of indices of labels, the labels, and the score of each, float32."""
 
     mask: NDArray[np.uint16]
     labels: tuple[str, ...]
@@ -101,10 +101,10 @@ def segment(
 ) -> Steps[LabelledMask]:
     """Label each pixel of an image, by dense patches or by the proposals of the request.
 
-    A `TaskError` says what is wrong: labels are refused before the image is looked at, and what
-    asks for too much before anything is encoded.
+    Raises a `TaskError` for an invalid request: for its labels before the image is read, and for
+    too much work before anything is encoded.
     """
-    # What can be refused by values and headers alone.
+    # Check values and the header, before anything is encoded.
     release = loaded.release
     options = request.options
     alpha = loaded.request_alpha(request.alpha)
@@ -118,7 +118,7 @@ def segment(
                 "this release has no patch_encoder; export with radapter-export --dense naclip, or"
                 " send proposals",
             )
-        options.sizes(window)  # raises what does not fit
+        options.sizes(window)  # raises if they do not fit
     count = check_labels(loaded, request.labels, alpha)
     if count > MAX_LABELS:
         raise invalid(f"{count} labels; 1 to {MAX_LABELS} are allowed")
@@ -163,7 +163,7 @@ def segment(
                 windows = segment_proposals(
                     loaded, image, embeds, masks, scores, options, cancelled=cancelled
                 )
-            del image  # a large one goes before the next is decoded
+            del image  # frees a large image before the next one is decoded
             batch = next(windows)
         try:
             while True:
@@ -175,7 +175,7 @@ def segment(
         raise TaskError(
             IMAGE_TOO_LARGE, "the server has not enough memory for this image; send a smaller one"
         ) from None
-    except (OSError, ValueError) as error:  # what Pillow says of modes that it cannot resize
+    except (OSError, ValueError) as error:  # by Pillow, for modes that it cannot resize
         raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
     extra = () if len(scored.scores) == len(label_set.labels) else (BACKGROUND,)
     return LabelledMask(scored.mask, label_set.labels + extra, scored.scores)
@@ -188,9 +188,9 @@ def check_proposals(
     sizes: Sequence[tuple[int, int]],
     labels: int,
 ) -> None:
-    """Raise a `TaskError` for masks or scores that do not fit, or hold nothing, and for a crop that
-    is too large, before anything is decoded; `sizes` are widths and heights that the image may
-    have.
+    """Raise a `TaskError` for masks or scores of a wrong shape or value, for empty masks, and for a
+    crop that is too large, before anything is decoded; `sizes` are the possible widths and heights
+    of the image.
     """
     width, height = sizes[0]
     expected = f"uint8 [N, {height}, {width}], N from 1, 255 inside and 0 outside"
@@ -215,7 +215,7 @@ def check_proposals(
             )
         if not ((scores >= 0) & (scores <= 1)).all():
             raise invalid("proposal_scores hold a value outside 0 to 1; send probabilities")
-    # Only of long and thin images a square crop may be too large.
+    # Only for long and thin images a square crop may be too large.
     crop = MaskCrop.from_dict(loaded.release.crop)
     if crop.side(max(masks.shape[1:])) ** 2 > MAX_PIXELS:
         for mask in masks:
@@ -233,18 +233,18 @@ def segment_proposals(
     *,
     cancelled: Cancelled | None = None,
 ) -> Windows[ScoredMask]:
-    """Label each pixel of an image by the classes of the masks that cover it, as OVSeg does, by
-    labels' text embeddings of unit length, float32 [C, D]; yields batches of crops, and is sent
-    their embeddings.
+    """Label each pixel of an image by the classes of the masks that cover it, as OVSeg does;
+    `embeds` are the labels' text embeddings of unit length, float32 [C, D]. Yields batches of
+    crops, and is sent their embeddings.
 
-    `masks`, uint8 [N, H, W], have the probability of each mask, 0 to 255: a crop holds what is
-    above 0.4, and a mask that holds nothing is left out. Each crop is classified as `classify` does
-    it; with `scores`, the proposals' class probabilities, float32 [N, C], those of mask q are
-    p_q = scores_q^(1-w) p_clip^w. A pixel gets the best label of sum_q p_q mask_q, divided by
-    sum_q mask_q where that is above one (which changes no label and keeps it a probability). A
+    `masks`, uint8 [N, H, W], hold the probabilities of each mask, 0 to 255: a crop shows the pixels
+    above 0.4, and a mask without such pixels is left out. Each crop is classified as in `classify`;
+    with `scores`, the proposals' class probabilities, float32 [N, C], the probabilities of mask q
+    are p_q = scores_q^(1-w) p_clip^w. A pixel gets the best label of sum_q p_q mask_q, divided by
+    sum_q mask_q where this sum is above one (which changes no label and keeps a probability). A
     pixel without any mask is background, with a threshold or without.
 
-    Raises a `TaskError` for what does not fit, and for a caller who has left.
+    Raises a `TaskError` for masks, scores or crops that do not fit, and for a caller that has left.
     """
     finite(embeds)
     check_proposals(loaded, masks, scores, [image.size], len(embeds))
@@ -253,7 +253,7 @@ def segment_proposals(
     crop = MaskCrop.from_dict(release.crop)
     used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
 
-    # The cosines and the class probabilities of each mask's crop.
+    # Classify the crop of each mask.
     parts = []
     for start in range(0, len(used), release.max_batch_size):
         check()
@@ -267,7 +267,7 @@ def segment_proposals(
         weight = options.proposal_weight
         classes = scores[used] ** np.float32(1 - weight) * classes ** np.float32(weight)
 
-    # The best label of each pixel by sums over its masks.
+    # Take the best label of each pixel, by sums over its masks.
     flat = masks.reshape(len(masks), -1)
     tally = MaskTally((flat.shape[1],), len(embeds), True, options.threshold)
     step = max(1, BLOCK // max(len(masks), len(embeds)))
@@ -275,7 +275,7 @@ def segment_proposals(
         check()
         part = flat[:, where][used]
         part = part[present := part.any(1)]
-        # Runs of pixels that are inside the same masks have the same label.
+        # Runs of pixels with the same values in all masks have the same label: compute it once.
         changes = (part[:, 1:] != part[:, :-1]).any(0)
         starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
         lengths = np.diff(starts, append=part.shape[1])
@@ -284,7 +284,8 @@ def segment_proposals(
         total = inside.sum(0)
         sums /= np.maximum(total, 1)[:, None]
         best = sums.argmax(1)
-        # Of equal labels, as a sigmoid ends at 1 in float32, the one with the greater cosines.
+        # Of labels with equal sums (a sigmoid ends at 1 in float32), take the one with the greater
+        # cosines.
         equal = sums == sums.max(1, keepdims=True)
         unclear = equal.sum(1) > 1
         if unclear.any():

@@ -1,8 +1,9 @@
-"""The wire form of the tasks: the tensors of each, its requests from them, and its answers as them.
+"""The wire form of the tasks: the tensors of each task, their conversion to typed requests, and of
+answers to tensors.
 
-Whatever way a request comes, by KServe's JSON or binary form, by gRPC or in Triton's processes, its
-tensors become a typed request here. The configs of Triton's models, the metadata of the HTTP API
-and the tables of docs/http-api.md follow from this table.
+Every request, by KServe's JSON or binary form, by gRPC or in Triton's processes, becomes a typed
+request here. The configs of Triton's models, the metadata of the HTTP API and the tables of
+docs/http-api.md follow from this table.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ Tensors = Mapping[str, NDArray[Any]]
 Form = tuple[str, Sequence[int]]  # KServe's datatype and the shape of an input
 Wants = Callable[[str], bool]  # whether a caller asks for an output
 
-MAX_ENCODED = 256  # examples of a request, for each run of rows with the same options
-# The steps to the answer of one request, of a task of one release.
+MAX_ENCODED = 256  # examples to encode for one request, over all its rows
+# A task of one release: runs a request, with the steps to its answer.
 Run = Callable[[R, Cancelled | None], Steps[A]]
 
 
@@ -64,24 +65,26 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Task(Generic[R, A]):
-    """One of the tasks: its tensors, and the way from them to typed requests and back."""
+    """A task: its tensors, and the conversion to typed requests and from answers."""
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     # Whether tensors have a batch dimension first, of up to the release's max_batch_size rows.
     batched: bool
-    # From plain values by the names of the inputs, such as texts as `str`, and from which outputs
-    # are wanted, to a typed request; raises a `TaskError`.
+    # Makes a typed request of plain values, such as texts as `str`, by the names of the inputs, and
+    # the wanted outputs; raises a `TaskError`.
     request: Callable[[dict[str, Any], Wants], R]
-    # The task of a release; `retrieve` also searches indexes of the others that are served.
+    # Makes the task of a release, given the other served releases: `retrieve` searches their
+    # indexes, too.
     make: Callable[[LoadedRelease, Callable[[], Sequence[LoadedRelease]]], Run[R, A]]
-    # From the answers to what `read` gave to the outputs: plain values, which become tensors at a
-    # server's edge.
+    # Makes the outputs of the answers to the requests of `read`: plain values, which become tensors
+    # at a server's edge.
     write: Callable[[Sequence[A]], Values]
 
     def check(self, name: str, inputs: Mapping[str, Form], max_rows: int) -> None:
-        """Raise a `TaskError` for the first input whose form (`forms` has those of arrays) is not
-        that of the task's, and for more than `max_rows` rows.
+        """Raise a `TaskError` for the first unknown or missing input, or input with another
+        datatype or shape than the task's (`forms` makes `inputs` of arrays), and for more than
+        `max_rows` rows.
         """
         batch = [-1] if self.batched else []
         rows: set[int] = set()
@@ -110,8 +113,8 @@ class Task(Generic[R, A]):
             raise invalid(f"{max(rows)} rows in a request; at most {max_rows} are taken")
 
     def read(self, loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[R]:
-        """Typed requests to a release from the tensors of one request that `check` let through:
-        several where its rows differ in more than their image or text.
+        """Make typed requests of the tensors of one request that passed `check`: several if its
+        rows differ in more than their image or text.
         """
         if not self.batched:
             return [self.request(_plain_values(inputs), wants)]
@@ -124,7 +127,7 @@ class Task(Generic[R, A]):
                     examples[row] = examples[row - 1]
             inputs = {**inputs, "examples": examples}
 
-        # The rows in runs that have all in common but their image or text.
+        # Group the rows in runs that differ in their image or text only.
         varied = "text" if "text" in self.inputs else "image"
         items: Sequence[Any] = inputs[varied].ravel().tolist()
         items = read_headers(items) if varied == "image" else _texts(items)
@@ -172,7 +175,7 @@ def _texts(values: Sequence[Any]) -> tuple[str, ...]:
     return tuple(map(_text, values))
 
 
-# Inputs that are lists, and may be of several dimensions; all others are one value.
+# Inputs that are lists or arrays; all others are one value.
 _LISTS = ("labels", "templates", "text", "id")
 _NUMBERS = ("weight", "example_labels", "example_weight")
 _ARRAYS = ("proposals", "proposal_scores")
@@ -225,7 +228,7 @@ def _classify_request(values: dict[str, Any], wants: Wants) -> ClassifyRequest:
 
 
 def _check_together(loaded: LoadedRelease, requests: Sequence[ClassifyRequest]) -> None:
-    """Refuse what the rows of a request ask for too much together."""
+    """Refuse too many prompts or examples over all rows of a request."""
     templates = loaded.release.templates
     lists = {request.labels for request in requests if request.labels.names is not None}
     check_prompts([(labels.names or (), labels.templates or templates) for labels in lists])
@@ -245,7 +248,7 @@ def _check_together(loaded: LoadedRelease, requests: Sequence[ClassifyRequest]) 
 
 
 def _write_rankings(answers: Sequence[list[Ranking]]) -> Values:
-    """As wide as the image with most labels; others have empty ones of score 0 at the end."""
+    """Pad rankings to the longest with empty labels of score 0."""
     rankings = [ranking for answer in answers for ranking in answer]
     width = max(1, *(len(ranking.labels) for ranking in rankings))
     scores = np.zeros((len(rankings), width), np.float32)
@@ -273,7 +276,7 @@ def _write_mask(answers: Sequence[LabelledMask]) -> Values:
 
 
 def _retrieve_request(values: dict[str, Any], wants: Wants) -> RetrieveRequest:
-    # Here and below: the index's libraries are for the processes of this task alone.
+    # Imported here and below: only processes of this task need the index's libraries.
     from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 
     query = Query(
@@ -309,7 +312,7 @@ def _write_hits(answers: Sequence[Retrieved]) -> Values:
 
 
 def _plain(task: Callable[..., Steps[A]]) -> Callable[..., Run[Any, A]]:
-    """The `make` of a task that needs the release alone."""
+    """The `make` of a task that needs only its release."""
 
     def make(loaded: LoadedRelease, others: Any) -> Run[Any, A]:
         return lambda request, cancelled: task(loaded, request, cancelled)
@@ -416,7 +419,7 @@ assert tuple(TASKS) == NAMES
 
 
 def outputs_of(task: str, embed_dim: int) -> dict[str, Tensor]:
-    """The outputs of a task of a release, whose embeddings have a width."""
+    """Outputs of a task, for a release with embeddings of width `embed_dim`."""
     return {
         name: replace(tensor, dims=(embed_dim,)) if name.endswith("_embeds") else tensor
         for name, tensor in TASKS[task].outputs.items()
@@ -424,21 +427,21 @@ def outputs_of(task: str, embed_dim: int) -> dict[str, Tensor]:
 
 
 def _probes(image: bytes, text: bytes, **labels: NDArray[Any]) -> dict[str, Tensors]:
-    """A request for each task by an image and a text, alone or as the one row of a batch."""
+    """Requests for each task with an image and a text, alone or as the one row of a batch."""
     images = np.array([image], object)
     texts = np.array([text], object)
     return {
         "embed_image": {"image": images[None]},
         "embed_text": {"text": texts[None]},
-        # No index has this name, and the task says so.
+        # No index has this name: the task refuses.
         "retrieve": {"index": np.array([b"/"], object), "text": np.array([b"a"], object)},
         "segment": {"image": images, **labels},
         "classify": {"image": images[None], **{name: one[None] for name, one in labels.items()}},
     }
 
 
-# The smallest request that goes through a task's encoders, so that no caller's first request has to
-# wait for them; and one that a task answers at once, and be it with a refusal.
+# `PROBES` are the smallest requests that run a task's encoders, so that no caller waits for their
+# first run. `GLANCES` are answered at once, usually by a refusal.
 _file = io.BytesIO()
 Image.new("RGB", (8, 8), "grey").save(_file, "PNG")
 PROBES: Mapping[str, Tensors] = _probes(_file.getvalue(), b"a", labels=np.array([b"a"], object))

@@ -1,8 +1,8 @@
-"""Limit of what waits for a model: the server counts by Triton's metrics how many requests are too
-many, and writes that into a file, by which the processes of the model reject them.
+"""Limits the requests that wait for a model. The server finds in Triton's metrics how many requests
+are too many, and writes the number into a file; the model's processes read it and reject them.
 
-Triton's own limits, `max_queue_size` and timeouts, are in no config: a queue with either is not
-looked at when a model becomes free, so what waits there waits for the next request, or for half a
+Triton's own limits, `max_queue_size` and timeouts, are in no config: with either, Triton does not
+look at the queue when a model becomes free, and requests wait for the next one, or for half a
 second.
 """
 
@@ -19,33 +19,33 @@ from pathlib import Path
 from radapter_serve.files import staged
 from radapter_serve.process import SURPLUS
 
-INTERVAL_SECONDS = 0.25  # from one look to the next
+INTERVAL_SECONDS = 0.25  # between readings of the metrics
 _WAITING = re.compile(
     r'^nv_inference_pending_request_count\{(?:[^}]*,)?model="([^"]+)"[^}]*\} (\d+)', re.MULTILINE
 )
 
 
 class Surplus:
-    """Requests that this process must still reject, by a file that the server writes."""
+    """Counts the requests that this process must still reject, from the file of a `Backlog`."""
 
     _file: Path | None = None
     _last = b""
     _left = 0
 
     def open(self, model: str) -> None:
-        """Read the file of this model from now on, if a server has set its folder."""
+        """Read the file of this model from now on, if the environment names its folder."""
         folder = os.environ.get(SURPLUS)
         self._file = Path(folder, model) if folder else None
 
     def take(self, count: int) -> int:
-        """How many of `count` waiting requests are to be rejected: the first, which have waited
+        """Return how many of `count` waiting requests to reject: the first, which have waited
         longest.
         """
         if self._file is None:
             return 0
         try:
             content = self._file.read_bytes()
-        except OSError:  # nothing to reject
+        except OSError:  # no file: nothing to reject
             content = b"0 0"
         if content != self._last:
             self._last = content
@@ -59,8 +59,9 @@ of_this_process = Surplus()
 
 
 class Backlog:
-    """A thread of the server that reads Triton's metrics at `url`, and writes into `folder` how
-    many requests each process of a model is to reject; `processes` says how many a model has.
+    """A thread of the server. It reads Triton's metrics at `url`, and writes into a file for each
+    model in `folder` how many requests each of its processes must reject; `processes` returns the
+    number of processes of each model.
     """
 
     def __init__(
@@ -76,18 +77,18 @@ class Backlog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop the thread."""
         self._ended.set()
         self._thread.join()
 
     def observe(self, metrics: str) -> None:
-        """Write how many requests each model is to reject, by Triton's metrics."""
-        waiting: dict[str, int] = defaultdict(int)  # for each model in all its versions
+        """Write the number of requests that each model must reject, given Triton's metrics."""
+        waiting: dict[str, int] = defaultdict(int)  # by model, over all its versions
         for model, value in _WAITING.findall(metrics):
             waiting[model] += int(value)
 
-        # No file means that nothing is to be rejected; the number tells this time from one with as
-        # many.
+        # No file means nothing to reject. The first number changes each time, so that a process
+        # notices the same count again.
         self._number += 1
         for model, processes in self._processes().items():
             surplus = max(0, waiting[model] - self._max_waiting)
@@ -99,11 +100,11 @@ class Backlog:
                 (self._folder / model).unlink(missing_ok=True)
 
     def _run(self) -> None:
-        import urllib3  # here: the processes of models do without
+        import urllib3  # here: the processes of models do not need it
 
         with urllib3.PoolManager(timeout=2.0, retries=False) as pool:
             while not self._ended.wait(INTERVAL_SECONDS):
-                # Triton may be away or busy, which the supervisor sees, and the folder may go.
+                # Triton may be down or busy, which is the supervisor's concern, or the folder gone.
                 with contextlib.suppress(urllib3.exceptions.HTTPError, OSError):
                     text = pool.request("GET", self._url).data.decode("utf-8", "replace")
                     self.observe(text)

@@ -1,6 +1,6 @@
-"""The body of Triton's backends in Python: the requests of one `execute` become one run of a graph.
+"""Base of the Triton backends in Python: runs the requests of one `execute` as one batch.
 
-Importable only inside one of Triton's processes.
+Importable only inside Triton's processes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Feed = dict[str, NDArray[Any]]
 
 
 class GraphModel:
-    """One graph in one runtime, as Triton wants a `TritonPythonModel` to be."""
+    """A graph in one runtime, with the interface of Triton's `TritonPythonModel`."""
 
     runtime: str  # one of `RUNTIMES`
 
@@ -58,7 +58,7 @@ class GraphModel:
             for tensor in config["output"]
         }
 
-        # Load the graph, which must have the same names.
+        # Load the graph, whose inputs and outputs have the names in the config.
         file = config.get("default_model_filename") or "model.onnx"
         path = Path(args["model_repository"]) / args["model_version"] / file
         device = None
@@ -73,7 +73,7 @@ class GraphModel:
         del self._graph
 
     def _answers(self, requests: Sequence[Any]) -> list[Feed | TaskError]:
-        """The outputs of each request; one that fails does not hurt the others."""
+        """The outputs or the error of each request; an error does not affect other requests."""
         results: list[Any] = [None] * len(requests)
         feeds: dict[int, Feed] = {}
         for number, request in enumerate(requests):
@@ -82,7 +82,7 @@ class GraphModel:
             except Exception as error:
                 results[number] = task_error(error)
 
-        # As one run of the graph, if they have the same shapes.
+        # Run them as one batch, if they have the same shapes.
         shapes = {tuple(array.shape[1:] for array in feed.values()) for feed in feeds.values()}
         if self._batched and len(feeds) > 1 and len(shapes) == 1:
             with contextlib.suppress(Exception):
@@ -100,7 +100,7 @@ class GraphModel:
                     results[number] = {name: split[place] for name, split in parts.items()}
                 return results
 
-        # One by one, also where they fail together.
+        # Otherwise, or if the batch fails, run them one by one.
         for number, feed in feeds.items():
             try:
                 results[number] = self._run(feed)
@@ -131,7 +131,7 @@ class GraphModel:
         try:
             outputs = self._graph.run(feed, list(self._outputs))
         except Exception as error:
-            # Runtimes' errors have no common base; ONNX Runtime names what a caller did wrong.
+            # Runtimes' errors have no common base; ONNX Runtime has a class for callers' mistakes.
             code = INVALID_ARGUMENT if type(error).__name__ == "InvalidArgument" else ENCODER_FAILED
             raise TaskError(code, f"{self.runtime}: {redact(str(error))}") from None
         return {

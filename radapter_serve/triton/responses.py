@@ -1,4 +1,4 @@
-"""From results to Triton's responses; importable only inside one of its processes."""
+"""Converts results to Triton's responses. Importable only inside Triton's processes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ _TOO_MANY = TaskError(OVERLOADED, "too many requests wait for this model; ask ag
 
 
 def given_up(request: Any) -> Cancelled:
-    """A function that returns whether nobody waits for a request any more.
+    """Return a function that is true once the caller of a request has left.
 
-    Over gRPC Triton knows when a caller has left. Over HTTP it does not, so the function raises an
-    error once the request takes longer than its parameter `timeout` (microseconds), or than
-    `MAX_SECONDS`.
+    Triton knows that over gRPC only. So the function also raises a `TaskError` once the request has
+    taken longer than its parameter `timeout` (microseconds) or `MAX_SECONDS`.
     """
     seconds = min(request.timeout() / 1e6 or MAX_SECONDS, MAX_SECONDS)
     deadline = time.monotonic() + seconds
@@ -48,12 +47,12 @@ def answer(
     requests: Sequence[Any],
     run: Callable[[Sequence[Any]], Sequence[Mapping[str, NDArray[Any]] | TaskError]],
 ) -> list[Any]:
-    """One response for each request of `execute`, from the output tensors or the error that `run`
-    returns for it.
+    """Run the requests of an `execute`; return a response for each, with its output tensors or
+    error.
 
-    Too many waiting requests are rejected, the first of them, which have waited longest. A batch
-    that takes `HUNG` seconds ends this process with a traceback in the server's log, and
-    `radapter-serve` starts it again: from outside nobody sees a hang if another instance answers.
+    If too many requests wait, the first ones, which have waited longest, are rejected. A batch that
+    takes `HUNG` seconds ends this process with a traceback in the server's log, and
+    `radapter-serve` starts it again: probes do not notice a hang while another instance answers.
     """
     rejected = backlog.of_this_process.take(len(requests))
     rest = requests[rejected:]
@@ -69,8 +68,8 @@ def answer(
 
 
 def trace_of_request() -> dict[str, Any]:
-    """Argument of a request to another model that puts its span inside that of the present
-    request, the first traced one of a batch.
+    """Argument of a request to another model that makes its span a child of the present request's
+    span; of a batch, the first traced request's.
     """
     trace = _trace.get()
     return {} if trace is None else {"trace": trace}
@@ -79,7 +78,7 @@ def trace_of_request() -> dict[str, Any]:
 def _response(result: Mapping[str, NDArray[Any]] | TaskError) -> Any:
     if not isinstance(result, TaskError):
         return pb.InferenceResponse([pb.Tensor(name, array) for name, array in result.items()])
-    # Triton has another name for one of gRPC's statuses.
+    # Triton's name for one of gRPC's statuses differs.
     name = "INVALID_ARG" if result.status == "INVALID_ARGUMENT" else result.status
     code = getattr(pb.TritonError, name)
     return pb.InferenceResponse(error=pb.TritonError(str(result), code))

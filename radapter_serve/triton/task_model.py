@@ -1,5 +1,5 @@
-"""A task as a `TritonPythonModel` of Triton, which asks the encoders of the same server; importable
-only inside one of its processes.
+"""A task as Triton's `TritonPythonModel`, which calls the encoders of the same server. Importable
+only inside Triton's processes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from radapter_serve.triton.responses import answer, given_up, trace_of_request
 
 
 class TritonPythonModel:
-    """The task of `tasks.table` that its folder is named after, for all requests that wait
-    together; `initialize` loads its release.
+    """Runs the task of `tasks.table` that its folder is named after; all waiting requests are
+    encoded together.
     """
 
     task: str
@@ -51,7 +51,7 @@ class TritonPythonModel:
         others: dict[int, LoadedRelease] = {}
 
         def other_releases() -> list[LoadedRelease]:
-            """The other releases that are served: an index may be of one of them."""
+            """The other served releases: one of them may have built an index."""
             task = folder.parent / "embed_text"
             served = read_config(task / CONFIG).version_policy.specific.versions
             for version in served:
@@ -65,7 +65,7 @@ class TritonPythonModel:
         return answer(requests, self._answers)
 
     def _answers(self, requests: Sequence[Any]) -> list[Mapping[str, NDArray[Any]] | TaskError]:
-        """The output tensors for each request, or its error."""
+        """The output tensors or the error of each request."""
         task = TASKS[self.task]
 
         # From tensors to typed requests; one request may become several.
@@ -88,7 +88,7 @@ class TritonPythonModel:
             steps += [self._run(row, cancelled) for row in typed]
             owners += [number] * len(typed)
 
-        # All of them together, and from their answers to tensors.
+        # Run all of them together, and convert their answers to tensors.
         answers = run_together(steps)
         results: list[Mapping[str, NDArray[Any]] | TaskError] = []
         for number in range(len(requests)):
@@ -104,8 +104,8 @@ class TritonPythonModel:
 
 
 def load_version(folder: Path) -> LoadedRelease:
-    """The release of a version of a task model, with the encoders of the same version in the same
-    server.
+    """Load the release of a task model's version; its encoders are those of the same version in the
+    same server.
     """
     release = Release.load(folder)
     # The server's folder has links to the files of the model repository.
@@ -125,7 +125,7 @@ def load_version(folder: Path) -> LoadedRelease:
 
 
 class TritonEncoder:
-    """The encoders of one release, asked by another model of the same server."""
+    """The encoders of one release, called from another model of the same server."""
 
     def __init__(self, version: int) -> None:
         self._version = version
@@ -140,7 +140,7 @@ class TritonEncoder:
         return self._call("text_encoder", "tokens", tokens, alpha, "text_embeds")
 
     def close(self) -> None:
-        """Nothing to close: the server holds the encoders."""
+        """Do nothing: the server holds the encoders."""
 
     def _call(
         self, model: str, source: str, array: NDArray[Any], alpha: Alpha | None, target: str
