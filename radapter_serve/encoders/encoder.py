@@ -1,5 +1,5 @@
-"""`Encoder`: encodes images and texts of one release; `GraphEncoder`, which runs its exported
-graphs; and the steps of a request, with their times.
+"""`Encoder`, which encodes images and texts of one release; `GraphEncoder`, which runs its exported
+graphs; and the timed steps of a request.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ _taken: ContextVar[list[Step] | None] = ContextVar("steps", default=None)
 
 @contextlib.contextmanager
 def collected(into: list[Step] | None = None) -> Iterator[list[Step]]:
-    """Collect the steps of this thread in the block, as they end, in a new list or `into` one;
-    yields the list.
+    """Collect the steps of this thread in the block, as they end, in `into` or a new list; yields
+    the list.
     """
     steps = [] if into is None else into
     token = _taken.set(steps)

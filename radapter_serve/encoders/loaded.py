@@ -267,7 +267,7 @@ class LoadedRelease:
         return LabelCache()
 
     def request_alpha(self, alpha: float | None) -> float | None:
-        """The encoder's α for a request, the release's if it brings None; None if α is folded."""
+        """The encoder's α for a request, the release's if `alpha` is None; None if α is folded."""
         return request_alpha(alpha, self.release.alpha, dynamic=self.release.dynamic_alpha)
 
     def at(self, alpha: float) -> LoadedRelease:
@@ -381,8 +381,8 @@ def load_release(
 
 
 def release_at(origin: Mapping[str, str], version: int | None = None) -> LoadedRelease:
-    """Load the release of an `origin`, its `url` or its `model_repository` (perhaps `DIR@N`); in a
-    repository without N, it is `version`, or the served release. The caller closes it.
+    """Load the release of an `origin`: of its `url`, or of its `model_repository`, where N of
+    `DIR@N`, else `version`, else the served release counts. The caller closes it.
     """
     if "url" in origin:
         return served_release(origin["url"])

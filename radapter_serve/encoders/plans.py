@@ -127,6 +127,7 @@ def build_engines(
     import_tensorrt()
     with lock(repository, "radapter-export or radapter-build-engine"):
         encoders = encoders_of(repository)
+        # Build the engines that do not fit, and keep the others.
         engines = []
         for encoder in encoders:
             bounds = encoder.facts.bounds.widened(tolerance)
@@ -153,6 +154,7 @@ def build_engines(
                 size = (folder / PLAN).stat().st_size
                 seconds = time.perf_counter() - start
                 engines.append(Built(encoder.name, version, how, size, sidecar.agreement, seconds))
+        # All engines are there: let the configs name them.
         for encoder in encoders:
             with staged(encoder.folder / "config.pbtxt") as path:
                 path.write_text(encoder.configured(TENSORRT, None), encoding="utf-8")

@@ -135,9 +135,7 @@ def cuda_provider(device: int = 0) -> tuple[str, dict[str, str]]:
     """
     import onnxruntime
 
-    with contextlib.redirect_stdout(
-        io.StringIO()
-    ):  # a missing library shows in a fall-back to the CPU
+    with contextlib.redirect_stdout(io.StringIO()):  # a missing library shows as a fall-back
         onnxruntime.preload_dlls()
     return CUDA, {"device_id": str(device), **CUDA_OPTIONS}
 

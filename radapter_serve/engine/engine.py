@@ -57,9 +57,7 @@ class _Caller:
     needs: Sequence[Need]
     # Set once there are results, or a batch that this caller is to encode.
     wake: threading.Event = field(default_factory=threading.Event)
-    batch: list[_Caller] = field(
-        default_factory=list
-    )  # callers that it encodes for, itself included
+    batch: list[_Caller] = field(default_factory=list)  # callers to encode for, itself included
     results: Sequence[Result] | None = None
     steps: list[Step] = field(default_factory=list)  # of the batch that had its needs
 
@@ -186,7 +184,7 @@ class Engine:
     ) -> None:
         self._closed = False
         self._max_waiting = max_waiting
-        # Only a part of the waiting requests, so that small images find a place.
+        # Large images take at most a quarter of the waiting places.
         LARGE_IMAGES.max_waiting = max(1, max_waiting // 4)
         # Replaced as a whole, so that a request sees either the old or the new releases.
         self._served: Mapping[int, ServedRelease] = {

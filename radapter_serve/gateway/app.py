@@ -66,7 +66,7 @@ SMALL_JSON = 2**16  # bytes
 SMALL_BODY = 2**22
 # Seconds for which a task's configuration is cached, and an answer shows that the task works
 FRESH = 5.0
-# Codes of a task that does not work. Any other refusal shows that it does.
+# Codes of a task that does not work. Any other refusal shows that the task works.
 _FAILED = {
     *(ENCODER_FAILED, INTERNAL_ERROR, RESTARTING, SERVER_STOPPING),
     *(SERVER_UNAVAILABLE, TIMED_OUT, UNKNOWN_MODEL),

@@ -276,7 +276,7 @@ def _objects(values: Sequence[Any], shape: Sequence[int]) -> NDArray[np.object_]
 
 
 def _outputs(header: _Header, model: Model) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Names of the requested outputs, and the names of those in binary; refuses files in JSON."""
+    """Names of the requested outputs, and of the ones in binary; refuses files in JSON."""
     default = header.parameters.binary_data_output
     names: list[str] = []
     binary = set()

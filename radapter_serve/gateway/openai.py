@@ -78,6 +78,7 @@ def read(text: bytes) -> EmbeddingsRequest:
     from 0.
     """
     body = from_json(_Body, text, "send fewer inputs")
+    # The whole input: a list of texts, not of tokens
     values = [body.input] if isinstance(body.input, str) else body.input
     if not isinstance(values, list) or not values:
         raise bad_request(
@@ -103,6 +104,7 @@ def read(text: bytes) -> EmbeddingsRequest:
         alpha=body.alpha,
         dimensions=body.dimensions,
     )
+    # Each value: an image, or a text
     for place in range(len(values)):
         value = values[place]
         values[place] = None  # frees the base64 of an image once it is decoded

@@ -84,9 +84,9 @@ class Refused(RAdapterError):
 
     def __init__(
         self,
-        status: int,  # of HTTP
+        status: int,  # HTTP status
         code: str,  # one of `CODES`, or another of a task
-        message: str,  # what is wrong, which value, what is allowed
+        message: str,  # the mistake, its value, and the allowed values
         param: str | None = None,  # the field of the request that is wrong
         retry_after: int = 1,  # seconds until the same request may be answered
     ) -> None:
@@ -117,7 +117,7 @@ def from_status(status: str, text: str) -> Refused:
     return Refused(number, code, sentence or redact(failure.message))
 
 
-# Requests, and what is known of the tasks
+# Requests, and facts about the tasks
 
 IMAGES = {"image", "examples"}  # inputs of type BYTES that hold files
 _PATH = re.compile(r"((?:[\w-]+:)?)([/~].*|(?<=local-dir:).*)", re.DOTALL)
@@ -230,8 +230,8 @@ class Entry:
 
     id: str  # `X-Request-Id` of the caller, or a new one
     key: str | None = None  # name of the caller's key
-    task: str | None = None  # or "embeddings"; None of requests other than inferences
-    release: str | None = None  # that answered
+    task: str | None = None  # "embeddings" for OpenAI's; None if not an inference
+    release: str | None = None  # version that answered
     code: str = "ok"  # or the code of the refusal, or "caller_gone"
     status: int = 200
     bytes_in: int = 0  # of the body

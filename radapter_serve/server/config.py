@@ -33,8 +33,8 @@ class ServerConfig:
         instances: number of processes of each task, as a number for all tasks or TASK=NUMBER. A
             task that is not named has one, as its config says. With two, a slow request does not
             hold up the other requests of its task.
-        max_waiting: requests that may wait for a model; if there are more, those that have waited
-            longest are refused.
+        max_waiting: requests that may wait for a model; if there are more, the ones that have
+            waited longest are refused.
         timeout: seconds to wait until every model answers.
         drain_seconds: seconds that running calls may take when the server is stopped.
         verbose: let the server write its log to this process's stderr, instead of the file from

@@ -1,4 +1,4 @@
-"""Client of Triton's API for its owner, and `switch`, which replaces the served releases by it.
+"""Client of Triton's model control API, and `switch`, which replaces the served releases by it.
 
 The API can load code into the server, so it refuses requests without the server's secret.
 """

@@ -163,7 +163,7 @@ def server_folder() -> Iterator[Path]:
         with disk_errors(parent, DISK_ADVICE):
             stack.enter_context(hold(folder))
             stack.callback(_remove, folder)
-            (folder / MODELS).mkdir()  # with this and without a lock, a folder is left over
+            (folder / MODELS).mkdir()  # shows a folder without a lock to be left over
         yield folder
 
 
@@ -246,7 +246,7 @@ def command_line(
         f"--model-repository={folder / MODELS}",
         f"--backend-directory={folder / 'backends'}",
         *config.endpoints.flags(),
-        # The secret allows to load models, and with them code.
+        # Loading a model can load code, so it requires the secret.
         "--model-control-mode=explicit",
         f"--http-restricted-api={_RESTRICTED}:{SECRET_HEADER}={secret}",
         f"--grpc-restricted-protocol={_RESTRICTED}:{SECRET_HEADER}={secret}",
@@ -274,7 +274,7 @@ def server_environment(
         SURPLUS: str(folder / WAITING),
     }
     if "OTEL_EXPORTER_OTLP_TIMEOUT" not in variables:
-        # Wait for a collector, also at the server's end; 10 s if unset.
+        # Limits the wait for a collector, also at the server's end; 10 s if unset.
         variables.setdefault("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "2s")
     # Model processes run the first python3 on PATH.
     first = {"LD_LIBRARY_PATH": installation.libraries, "PATH": (Path(sys.executable).parent,)}

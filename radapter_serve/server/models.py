@@ -114,8 +114,8 @@ def configure(
                     f"this server has no backend {chosen}, which {encoder.name} asks for"
                 )
             # The instances of an encoder compute at once under load, so they share the threads.
-            # Different encoders do not share threads: with images alone, half of the cores would
-            # idle, and with texts, too, so many threads cost no more than with one encoder
+            # Different encoders do not share them: while only images come, half of the cores would
+            # idle; and with texts, too, the additional threads cost no more than with one encoder
             # (benchmarks/README.md).
             per_instance = max(1, threads // encoder.instances)
             for version in encoder.versions:

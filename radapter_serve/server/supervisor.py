@@ -25,7 +25,7 @@ MAX_FAILURES = 5  # failed starts in a row
 # Probe
 PROBE_SECONDS = 5.0  # from an answer to the next request
 TIMEOUT_SECONDS = 10.0  # to wait for an answer
-MAX_UNANSWERED = 2  # in a row
+MAX_UNANSWERED = 2  # requests in a row
 BUSY_SECONDS = 0.1  # CPU time within the timeout that shows a model busy, not frozen
 
 
@@ -117,8 +117,8 @@ class Supervisor:
     """Starts again models, or the server, that died or no longer answer, with growing pauses after
     frequent deaths.
 
-    There is no limit for programs that become ready; after `MAX_FAILURES` failed starts in a row,
-    `step` raises. `say` is called with a line for each death and each recovery.
+    A program that becomes ready is started again without limit; after `MAX_FAILURES` failed starts
+    in a row, `step` raises. `say` is called with a line for each death and each recovery.
     """
 
     def __init__(
@@ -177,6 +177,7 @@ class Supervisor:
             self._say(f"{failure}; starting it again" + (f" in {pause:g} s" if pause else ""))
             self._clock.sleep(pause)
 
+            # Start the program, and try again if it does not become ready.
             began = self._clock.monotonic()
             try:
                 if name == SERVER:

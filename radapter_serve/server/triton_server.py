@@ -64,7 +64,7 @@ class TritonServer(ReleaseServer):
         clock: measures time and sleeps.
 
     Attributes:
-        control: client of Triton's API for its owner, while the server runs.
+        control: client of Triton's model control API, while the server runs.
         served: the served releases, and those served before.
         models: the loaded models, and their versions.
         runtime: runtime of all encoders; None if each has the runtime of its export.

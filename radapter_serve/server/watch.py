@@ -66,6 +66,7 @@ class Watch:
         certain = sorted(suspects & self._suspects)
         self._suspects = suspects
 
+        # Why they died, once for each version of a model.
         failures: dict[tuple[str, int | None], Failure] = {}
         for pid in certain:
             if states[pid] == psutil.STATUS_STOPPED:
@@ -82,6 +83,7 @@ class Watch:
             else:  # its model is unknown, so the whole server restarts
                 failure = Failure(SERVER, f"process {pid} of it ended: {why}")
             failures[failure.name, failure.version] = failure
+        # The models that failed are started again, with all their processes.
         names = {failure.name for failure in failures.values()}
         again = {pid for pid, (name, _) in self._models.items() if name in names}
         self._reported = (self._reported | set(certain) | again) & states.keys()

@@ -47,7 +47,7 @@ class EmbedImagesRequest:
 
 @dataclass(frozen=True)
 class EmbedTextsRequest:
-    """Texts to embed, none empty or too long, at `alpha` or, if None, at the release's α."""
+    """Non-empty texts of allowed length to embed, at `alpha` or, if None, the release's α."""
 
     texts: Sequence[str]
     alpha: float | None = None

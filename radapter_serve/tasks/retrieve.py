@@ -70,7 +70,7 @@ class Query:
 
     @property
     def is_one_text(self) -> bool:
-        """True for a single text with weight 1: only its scores are calibrated."""
+        """True for a single text with weight 1: scores are calibrated for such queries only."""
         return len(self) == len(self.texts) == 1 and self.factors == [1.0]
 
 

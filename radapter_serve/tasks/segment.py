@@ -215,7 +215,7 @@ def check_proposals(
             )
         if not ((scores >= 0) & (scores <= 1)).all():
             raise invalid("proposal_scores hold a value outside 0 to 1; send probabilities")
-    # Only for long and thin images a square crop may be too large.
+    # A square crop can be too large only for long and thin images.
     crop = MaskCrop.from_dict(loaded.release.crop)
     if crop.side(max(masks.shape[1:])) ** 2 > MAX_PIXELS:
         for mask in masks:
@@ -241,7 +241,7 @@ def segment_proposals(
     above 0.4, and a mask without such pixels is left out. Each crop is classified as in `classify`;
     with `scores`, the proposals' class probabilities, float32 [N, C], the probabilities of mask q
     are p_q = scores_q^(1-w) p_clip^w. A pixel gets the best label of sum_q p_q mask_q, divided by
-    sum_q mask_q where this sum is above one (which changes no label and keeps a probability). A
+    sum_q mask_q where this sum is above one (which changes no label and keeps it a probability). A
     pixel without any mask is background, with a threshold or without.
 
     Raises a `TaskError` for masks, scores or crops that do not fit, and for a caller that has left.

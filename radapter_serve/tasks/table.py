@@ -71,14 +71,14 @@ class Task(Generic[R, A]):
     outputs: Mapping[str, Tensor]
     # Whether tensors have a batch dimension first, of up to the release's max_batch_size rows.
     batched: bool
-    # Makes a typed request of plain values, such as texts as `str`, by the names of the inputs, and
-    # the wanted outputs; raises a `TaskError`.
+    # Makes a typed request from plain values by the names of the inputs, such as texts as `str`,
+    # and from the wanted outputs; raises a `TaskError`.
     request: Callable[[dict[str, Any], Wants], R]
     # Makes the task of a release, given the other served releases: `retrieve` searches their
     # indexes, too.
     make: Callable[[LoadedRelease, Callable[[], Sequence[LoadedRelease]]], Run[R, A]]
-    # Makes the outputs of the answers to the requests of `read`: plain values, which become tensors
-    # at a server's edge.
+    # Makes the outputs from the answers to the requests of `read`: plain values, which become
+    # tensors at a server's edge.
     write: Callable[[Sequence[A]], Values]
 
     def check(self, name: str, inputs: Mapping[str, Form], max_rows: int) -> None:
@@ -119,7 +119,7 @@ class Task(Generic[R, A]):
         if not self.batched:
             return [self.request(_plain_values(inputs), wants)]
 
-        # A row whose examples are all empty has those of the row before.
+        # A row whose examples are all empty has the examples of the row before.
         if "examples" in inputs:
             examples = inputs["examples"].copy()
             for row in range(1, len(examples)):
