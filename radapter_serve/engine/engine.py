@@ -233,7 +233,7 @@ class Engine:
                 try:
                     self._answer(served, name, inputs)
                 except TaskError as error:
-                    # A refusal proves that the task works.
+                    # A refusal shows that the task works.
                     if error.status != "INVALID_ARGUMENT":
                         raise
         return prepared

@@ -124,7 +124,7 @@ class Connections:
                 connection.end()
 
     def leave(self, connection: _Connection) -> None:
-        """Give back the place of a connection."""
+        """Remove a connection, and free its place."""
         if connection in self.open:
             self.open.remove(connection)
             self.waiting.pop(connection, None)

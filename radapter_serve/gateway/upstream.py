@@ -85,7 +85,7 @@ class Refused(RAdapterError):
     def __init__(
         self,
         status: int,  # HTTP status
-        code: str,  # one of `CODES`, or another of a task
+        code: str,  # one of `CODES`, or another code of a task
         message: str,  # the mistake, its value, and the allowed values
         param: str | None = None,  # the field of the request that is wrong
         retry_after: int = 1,  # seconds until the same request may be answered

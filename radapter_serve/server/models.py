@@ -115,8 +115,7 @@ def configure(
                 )
             # The instances of an encoder compute at once under load, so they share the threads.
             # Different encoders do not share them: while only images come, half of the cores would
-            # idle; and with texts, too, the additional threads cost no more than with one encoder
-            # (benchmarks/README.md).
+            # idle; and with texts, too, the additional threads cost no more than with one encoder.
             per_instance = max(1, threads // encoder.instances)
             for version in encoder.versions:
                 file = encoder.file(version, chosen)

@@ -29,7 +29,7 @@ from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import FOLDER_PREFIX
 
 FILE = "release-{port}-{secret}"
-MAX_CALLERS = 8  # at once
+MAX_CALLERS = 8  # requests answered at once
 MAX_REQUEST_BYTES = 4096
 READ_TIMEOUT_SECONDS = 5.0  # to wait for a request
 Say = Callable[[str], None]
