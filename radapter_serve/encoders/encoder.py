@@ -122,9 +122,7 @@ _taken: ContextVar[list[Step] | None] = ContextVar("steps", default=None)
 
 @contextlib.contextmanager
 def collected(into: list[Step] | None = None) -> Iterator[list[Step]]:
-    """Collect the steps of this thread in the block, as they end, in `into` or a new list; yields
-    the list.
-    """
+    """Collect this thread's steps in the block, as they end, in `into` or a new list."""
     steps = [] if into is None else into
     token = _taken.set(steps)
     try:

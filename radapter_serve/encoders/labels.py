@@ -108,9 +108,7 @@ class LabelCache:
             return self._entries[key][0]
 
     def put(self, key: Any, value: Any, size: int = 1) -> None:
-        """Cache a value, not a view of a larger array; `size` is its number of labels and
-        templates.
-        """
+        """Cache a value, not a view of a larger array; `size` counts labels and templates."""
         with self._lock:
             if key in self._entries:  # another thread was quicker
                 return

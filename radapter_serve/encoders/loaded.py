@@ -178,9 +178,7 @@ def complete(steps: Steps[A], together: EncodeTogether = encode_together) -> A:
 def run_together(
     tasks: Sequence[Steps[A]], together: EncodeTogether = encode_together
 ) -> list[A | TaskError]:
-    """Run tasks side by side, with their needs encoded by `together`; returns the answer or the
-    error of each.
-    """
+    """Run tasks side by side, with needs encoded by `together`; each has an answer or error."""
     answers: list[Any] = [None] * len(tasks)
     needs: dict[int, Need] = {}
 

@@ -46,9 +46,7 @@ class Sidecar:
 
     @classmethod
     def load(cls, folder: Path) -> Sidecar:
-        """Read the sidecar; if it is missing or damaged, the error names the command that builds
-        it.
-        """
+        """Read the sidecar; the error of a missing or damaged file names the build command."""
         path = folder / SIDECAR
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

@@ -85,9 +85,7 @@ class Queue:
         self._is_busy = False
 
     def __call__(self, needs: Sequence[Need]) -> Sequence[Result]:
-        """Return the results of one caller's needs; raises a `TaskError` if too many callers wait,
-        or this one gave up.
-        """
+        """The results of one caller; raises a `TaskError` if it gave up, or too many callers wait."""
         caller = _Caller(needs)
         with self._lock:
             if not self._is_busy:

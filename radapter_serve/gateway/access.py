@@ -53,9 +53,7 @@ class Keys:
         self._keys = _parse(path, _text(path))
 
     def check(self, authorization: str | None) -> Key:
-        """Return the key of an `Authorization: Bearer KEY` header; raises `Refused` if the key is
-        missing, unknown or expired.
-        """
+        """The valid key in a header `Authorization: Bearer KEY`; raises `Refused` without it."""
         if (state := _state(self._path)) != self._state:
             self._state = state
             try:

@@ -173,9 +173,7 @@ class Connections:
         connection.opening.add_done_callback(opened)
 
     def _may_have_another(self, address: str) -> bool:
-        """True if an address may have one more connection; at its limit, its longest waiting
-        connection is closed first.
-        """
+        """True if an address may have one more connection; at its limit, closes a waiting one."""
         if self._of_address[address] < self._max_of_address or self._end_oldest(address):
             return True
         if self.loop.time() - self._warned >= WARN_SECONDS:

@@ -32,9 +32,7 @@ from radapter_serve.server.releases import ReleaseServer, Say
 
 
 class EngineServer(ReleaseServer):
-    """Serves the releases of a repository by an `Engine` in this process; `radapter-release` finds
-    the server by its `folder`.
-    """
+    """Serves releases by an `Engine` in this process; `radapter-release` finds its `folder`."""
 
     engine: Engine
     folder: Path

@@ -304,9 +304,7 @@ def _outputs(header: _Header, model: Model) -> tuple[tuple[str, ...], frozenset[
 
 
 def _check_fits_json(output: str, count: int | None) -> None:
-    """Refuse an output with too many values for JSON, or with bytes that are no text (`count` is
-    None).
-    """
+    """Refuse an output that JSON cannot hold: too many values, or a file (`count` is None)."""
     if count is None:
         raise bad_request(
             f"the output {output} is no text; ask for it in binary, or name the outputs that you"
@@ -322,9 +320,7 @@ def _check_fits_json(output: str, count: int | None) -> None:
 
 
 def write(reply: Reply, request: Inference) -> tuple[bytes, dict[str, str]]:
-    """Return the body and the headers of an answer; raises `Refused` for an output that JSON cannot
-    hold.
-    """
+    """The body and headers of an answer; raises `Refused` for an output that JSON cannot hold."""
     outputs: list[dict[str, Any]] = []
     parts: list[bytes] = []
     for name, array in reply.outputs.items():

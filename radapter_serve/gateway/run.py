@@ -104,7 +104,7 @@ class GatewayServer:
 
     def stop(self) -> None:
         """Accept no new connections, and let running requests end. Thread-safe."""
-        with contextlib.suppress(RuntimeError, AttributeError):  # the loop has ended, or never began
+        with contextlib.suppress(RuntimeError, AttributeError):  # loop has ended, or never began
             self._loop.call_soon_threadsafe(self._stopping.set)
 
     @contextlib.contextmanager

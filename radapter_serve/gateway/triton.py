@@ -40,9 +40,7 @@ _CHANNEL = [
 
 
 class Triton:
-    """An `Upstream` to Triton at an address such as 127.0.0.1:8001. Create it in a running event
-    loop.
-    """
+    """An `Upstream` to Triton at an address such as 127.0.0.1:8001; needs a running event loop."""
 
     def __init__(self, address: str, now: Callable[[], float] = time.monotonic) -> None:
         self._address = address

@@ -255,9 +255,7 @@ class Entry:
 
 
 class Upstream(Protocol):
-    """A backend of the gateway. Methods raise only `Refused`; cancelling a call cancels its request
-    upstream, too.
-    """
+    """Backend of a gateway. Methods raise only `Refused`; if cancelled, they cancel their request."""
 
     async def infer(self, request: Inference, timeout: float, entry: Entry) -> Reply:
         """Answer within `timeout` seconds; `entry` has the request's id and trace, and collects the

@@ -203,9 +203,7 @@ def lay_out(
 
 
 def put(folder: Path, repository: Path, name: str, model: ModelEntry | None) -> None:
-    """Update a model's folder in a server's folder to the versions and the config to load next;
-    None removes the model.
-    """
+    """Update a model's folder to the versions and config to load next; None removes it."""
     target = folder / MODELS / name
     versions = set() if model is None else {str(version) for version in model.versions}
     for path in target.glob("*"):

@@ -1,6 +1,4 @@
-"""Keeps a server up: starts again processes that died or no longer answer, and gives up after
-repeated failures.
-"""
+"""Keeps a server up: restarts processes that died or no longer answer."""
 
 from __future__ import annotations
 
@@ -114,11 +112,10 @@ class _History:
 
 
 class Supervisor:
-    """Starts again models, or the server, that died or no longer answer, with growing pauses after
-    frequent deaths.
+    """Restarts models, or the server, that died or no longer answer, with growing pauses.
 
-    A program that becomes ready is started again without limit; after `MAX_FAILURES` failed starts
-    in a row, `step` raises. `say` is called with a line for each death and each recovery.
+    A program that becomes ready is restarted without limit; after `MAX_FAILURES` failed starts in a
+    row, `step` raises. `say` is called with a line for each death and each recovery.
     """
 
     def __init__(
@@ -142,9 +139,7 @@ class Supervisor:
             self._clock.sleep(INTERVAL_SECONDS)
 
     def step(self) -> None:
-        """Check once, and start again what died; raises `RAdapterError` after too many failed
-        starts.
-        """
+        """Check once, and restart what died; raises `RAdapterError` after too many failures."""
         failures = self._server.failures()
         if not failures:
             for name in self._probe.step(self._server.models):

@@ -241,9 +241,7 @@ class TritonServer(ReleaseServer):
     def _plan(
         self, releases: Sequence[int], progress: Say, *, others: bool = False
     ) -> dict[str, ModelEntry]:
-        """Models of releases, configured for this machine; `others` adds the repository's other
-        models.
-        """
+        """Models of releases, and `others` of the repository, configured for this machine."""
         assert self._installation is not None
         repository = self.config.model_repository
         backends = self._installation.backends

@@ -22,9 +22,7 @@ _SEGMENTATION_FAULT = (
 
 @dataclass(frozen=True)
 class Failure:
-    """The death of a process: `name` is a model or `SERVER`; `why` is a clause with the subject
-    "it".
-    """
+    """A death: `name` is a model or `SERVER`; `why` is a clause with the subject "it"."""
 
     name: str
     why: str
@@ -145,9 +143,7 @@ def _exit_code(pid: int) -> int:
 
 
 def how_it_ended(code: int) -> str:
-    """Describe an exit status; a negative one is minus the number of the signal that killed the
-    process.
-    """
+    """Describe an exit status; a negative one is minus the number of the fatal signal."""
     if code == -signal.SIGKILL:
         return "it was killed by SIGKILL, as the kernel does where memory runs out"
     if code < 0:

@@ -36,9 +36,7 @@ MIN_LENGTH = 1e-3
 
 @dataclass(frozen=True)
 class Query:
-    """The parts of a query: texts, image files and ids of an index's images, with weights in this
-    order.
-    """
+    """Texts, image files and ids of an index's images, with weights in this order."""
 
     texts: Sequence[str] = ()
     images: Sequence[bytes | ImageFile] = ()
