@@ -73,7 +73,7 @@ def load_graph(
 
 
 def _load_onnxruntime(path: Path, parameters: Mapping[str, str], device: int | None) -> Graph:
-    """Load a graph with `intra_op_thread_count` and `session.*`, read as NVIDIA's backend does."""
+    """Load a graph; takes `intra_op_thread_count` and `session.*` as NVIDIA's backend does."""
     check_installed("onnxruntime", "server")
     import onnxruntime
 

@@ -85,7 +85,7 @@ class Queue:
         self._is_busy = False
 
     def __call__(self, needs: Sequence[Need]) -> Sequence[Result]:
-        """The results of one caller; raises a `TaskError` if it gave up, or too many callers wait."""
+        """The results of one caller; raises `TaskError` if it gave up, or too many callers wait."""
         caller = _Caller(needs)
         with self._lock:
             if not self._is_busy:

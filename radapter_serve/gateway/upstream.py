@@ -255,7 +255,7 @@ class Entry:
 
 
 class Upstream(Protocol):
-    """Backend of a gateway. Methods raise only `Refused`; if cancelled, they cancel their request."""
+    """Backend of a gateway. Methods raise only `Refused`; if cancelled, so is their request."""
 
     async def infer(self, request: Inference, timeout: float, entry: Entry) -> Reply:
         """Answer within `timeout` seconds; `entry` has the request's id and trace, and collects the

@@ -349,7 +349,7 @@ class Axis:
 def upsampled(
     values: NDArray[np.float32], rows: Axis, columns: Axis
 ) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32]]]:
-    """Upsample patches' values [k, C, l] to pixels; yields slices and float32 [C, h, w] of blocks."""
+    """Upsample patches' values [k, C, l] to pixels; yields slices and values of blocks."""
     count = values.shape[1]
     across = _bands(columns, BAND)
     step = max(1, _CACHED // (min(columns.pixels, BAND) * count))
