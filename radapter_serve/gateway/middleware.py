@@ -134,7 +134,7 @@ class Errors:
                 cause.__traceback__ = None
                 cause = cause.__context__
             del refused
-        # If a response has started already, uvicorn ignores this one and closes the connection.
+        # If a response has started already, uvicorn refuses this one and closes the connection.
         await answer(scope, receive, send)
 
 
