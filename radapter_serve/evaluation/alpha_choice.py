@@ -1,4 +1,4 @@
-"""Choosing α on validation data, and the file that keeps the choice next to the adapter."""
+"""The choice of α on validation data, and the file that stores it next to the adapter."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ RULE = (
     " either, the run's own. best has the highest score; of equal ones it is the smallest. The"
     " score is the mean over validation sets, and where some are shifted, the mean of the two means"
 )
-_DIGITS = 8  # of scores that are compared
-MUCH_KEPT = 0.9  # of the base's answers; a choice that keeps less has a note
+_DIGITS = 8  # decimals to which scores are compared
+MUCH_KEPT = 0.9  # share of the base's answers; a choice that keeps less gets a note
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """A validation set of a choice: fields of its rows."""
+    """A validation set that α is chosen on: fields of its rows."""
 
     shift: str
     metric: str
@@ -43,16 +43,15 @@ class Choice:
     """The α that `auto` takes, the best one, and how they were found.
 
     Attributes:
-        alpha: what `auto` takes, in [0, 1].
-        best: the α of the highest score.
-        own_alpha: the adapter's own, from its recipe, which `auto` does not exceed.
-        rule: in words.
-        curve: for each α, all in [0, 1]: `alpha` itself; `score` by the rule; how much it is
-            `behind` the best one's, and the half-width of the interval of that, `plus_minus`;
-            `kept` of the base, as of a row, where it was measured; and each validation set's
-            metric.
+        alpha: the α that `auto` takes, in [0, 1].
+        best: the α with the highest score.
+        own_alpha: the α of the adapter's recipe, which `auto` does not exceed.
+        rule: the rule of the choice, in words.
+        curve: for each α, all in [0, 1]: `alpha`; `score` by the rule; `behind`, the distance from
+            the best score, and `plus_minus`, the half-width of its interval; `kept`, the mean of
+            the rows' `kept`, where measured; and each validation set's metric by its name.
         sets: the validation sets, by name.
-        adapter_digest: of the adapter that it was chosen for.
+        adapter_digest: digest of the adapter that α was chosen for.
     """
 
     alpha: float
@@ -65,18 +64,18 @@ class Choice:
 
     @property
     def smallest(self) -> float:
-        """The smallest α above 0 that can't be told from the best."""
+        """The smallest α above 0 whose score can't be told from the best."""
         equal = [point["alpha"] for point in self.curve if point["alpha"] and _as_good(point)]
         return min(equal, default=self.best)
 
     @property
     def kept(self) -> float | None:
-        """How much of the base the chosen α keeps, in [0, 1]; None where that is not known."""
+        """The share of the base's answers that the chosen α keeps, in [0, 1]; None if unknown."""
         return next((point.get(KEPT) for point in self.curve if point["alpha"] == self.alpha), None)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for a user of this α, a line each."""
+        """Notes about the choice for the user, one line each."""
         equal = [point["alpha"] for point in self.curve if _as_good(point)]
         lines = []
         if 0.0 in equal and self.alpha == self.own_alpha:
@@ -116,9 +115,7 @@ class Choice:
         return tuple(lines)
 
     def table(self) -> Table:
-        """An α a row, with its score, how far that is behind the best, and what is kept; in per
-        cent.
-        """
+        """One row for each α: score, distance from the best, and share kept, in per cent."""
         out = Table(title="Validation: per cent")
         has_kept = any(KEPT in point for point in self.curve)
         for column in ("α", "score", "behind the best", *([KEPT] if has_kept else []), *self.sets):
@@ -156,7 +153,7 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
         raise RAdapterError(
             "alpha can't be chosen without an in-distribution validation set (split: validation)"
         )
-    # Sets of a kind count alike, and so do the two kinds.
+    # The in-distribution and the shifted group weigh the same, and so do the sets of a group.
     weights = {name: 1 / len(names) / len(groups) for names in groups for name in names}
     models: dict[float, dict[str, Row]] = {}
     for row in rows:
@@ -166,13 +163,13 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
         alpha: sum(weights[name] * row.metrics[row.metric] for name, row in of_set.items())
         for alpha, of_set in sorted(models.items())
     }
-    # Scores are rounded: where two differ by no more than the error of a sum, the smaller α wins.
+    # Rounding ties scores that differ by floating-point error alone; the smaller α wins a tie.
     best = max(scores, key=lambda alpha: (round(scores[alpha], _DIGITS), -alpha))
     curve = []
     for alpha, score in scores.items():
         apart = {name: _behind(models[best][name], row) for name, row in models[alpha].items()}
         behind = sum(weights[name] * share for name, (share, _) in apart.items())
-        # The data sets are independent of each other.
+        # The data sets are independent, so their variances add up.
         variance = sum((weights[name] * half) ** 2 for name, (_, half) in apart.items())
         point = {"alpha": alpha, "score": score, "behind": behind, "plus_minus": sqrt(variance)}
         kept = [row.metrics[KEPT] for row in models[alpha].values() if KEPT in row.metrics]
@@ -191,16 +188,16 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
 
 
 def _as_good(point: Mapping[str, float]) -> bool:
-    """Whether the score of this α can't be told from the best one's."""
+    """True if the score of this α can't be told from the best."""
     return round(point["behind"] - point["plus_minus"], _DIGITS) <= 0
 
 
 def _behind(best: Row, row: Row) -> tuple[float, float]:
-    """How far a row is behind the best one's, of the same data set, and the half-width of the
-    interval of that, in [0, 1].
+    """Distance of a row from the best α's row of the same data set, and the half-width of its 95 %
+    interval, both in [0, 1].
 
-    They are paired over the images where both rows have the results of each; a metric that is no
-    mean over images has the interval of the best one in place of that.
+    The rows are paired over images if both have per-image results. Otherwise the half-width is
+    that of the best row's own interval.
     """
     ours = best.per_image
     theirs = row.per_image
@@ -209,14 +206,14 @@ def _behind(best: Row, row: Row) -> tuple[float, float]:
     score = best.metrics[best.metric]
     behind = score - row.metrics[row.metric]
     interval = (best.intervals or {}).get(best.metric)
-    if interval is None:  # nothing says how far off it is
+    if interval is None:  # such as mIoU of a single image
         return behind, 0.0
     return behind, score - interval[0]
 
 
 def save_choice(choice: Choice, adapter: str | Path) -> Path:
-    """Write `alpha.json` next to an adapter file or into the folder of a run, in one piece; returns
-    its path.
+    """Write `alpha.json` atomically, next to an adapter file or into a run's folder; returns its
+    path.
     """
     path = _path(adapter)
     with staged(path) as temporary:
@@ -225,8 +222,8 @@ def save_choice(choice: Choice, adapter: str | Path) -> Path:
 
 
 def chosen(adapter: str | Path) -> Choice:
-    """Read the choice next to an adapter file or in the folder of a run; refused where it was made
-    for another adapter than is there now.
+    """Read the choice next to an adapter file or in a run's folder; an error if it was made for
+    another adapter.
     """
     from radapter_serve.adapter import load_adapter  # torch takes seconds to load
 

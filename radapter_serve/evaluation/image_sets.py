@@ -1,6 +1,4 @@
-"""Data sets of an evaluation, by task: what a model is asked about their images, and what its
-answers come to.
-"""
+"""Data sets of an evaluation, one class per task: they query models and measure their answers."""
 
 from __future__ import annotations
 
@@ -56,38 +54,36 @@ from radapter_serve.files import digest_of
 from radapter_serve.tasks.dense import SegmentOptions
 from radapter_serve.tasks.segment import BINARY
 
-MOST_CONFUSED = 50  # classes of a confusion matrix that a row keeps and a picture can show
+MOST_CONFUSED = 50  # most classes of a confusion matrix in a row and in a plot
 NOUN_TEMPLATES = ("a photo of a {}.",)
 _NOUN_STEP = 3  # every third of ImageNet's 1,000 names: 333 nouns
 _WORD = re.compile(r"[^\W_]+")
-_READERS = 8  # files that are read at once
-Answers = dict[str, NDArray[Any]]  # by name; a row an image, or a batch
+_READERS = 8  # threads that read files
+Answers = dict[str, NDArray[Any]]  # arrays by name, with a row for each image or batch
 _OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
 @dataclass(frozen=True)
 class EvaluationSet(ABC):
-    """A data set, opened as the entry of a suite says; its images are not decoded."""
+    """A data set, opened by the entry of a suite; its images are not decoded yet."""
 
     entry: Entry
     images: Sequence[Any]
 
     task: ClassVar[str]  # as CLIP_benchmark names it
-    most: ClassVar[int | None] = None  # images in memory at once
+    most: ClassVar[int | None] = None  # most images in memory at once; None: no limit
 
     def __len__(self) -> int:
         return len(self.images)
 
     @property
     def nouns(self) -> Sequence[str]:
-        """Nouns besides the set's classes that its images can be asked for; only where images have
-        classes as a whole.
-        """
+        """Common nouns other than the set's classes, to measure `kept`; only for classification."""
         return ()
 
     @cached_property
     def contents(self) -> list[str]:
-        """A digest of each image, and of its masks where it has some."""
+        """A digest of each image, with its masks if it has any."""
 
         def digest_of_image(image: Any) -> str:
             sha = hashlib.sha256()
@@ -105,21 +101,21 @@ class EvaluationSet(ABC):
 
     @cached_property
     def set_digest(self) -> str:
-        """A digest of everything that the figures depend on."""
+        """A digest of the truth and the images, on which the metrics depend."""
         return digest(*self.truth, self.contents)
 
     def parts(self, image: Any) -> Iterable[bytes | NDArray[Any]]:
-        """The data of an image, as files and arrays."""
+        """Yield the files and arrays of an image, for its digest."""
         yield image.data()
 
     @property
     @abstractmethod
     def truth(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        """The names of the set, and which of them are right for its images."""
+        """The classes or captions, and the labels or images that belong to them, for the digest."""
 
     @abstractmethod
     def fields(self, model: Candidate) -> dict[str, Any]:
-        """Fields of a row about the set, and how a model is evaluated on it."""
+        """Fields of `Row` about the set and the way a model is evaluated on it."""
 
     def prepare(self, model: Candidate, number: int) -> Any:
         """Read and decode an image; thread-safe."""
@@ -130,17 +126,17 @@ class EvaluationSet(ABC):
     def answer(
         self, model: Candidate, start: int, items: Sequence[Any], keep: Sequence[str] = ()
     ) -> Answers:
-        """A model's answers for the prepared images from number `start` on. Sets with classes of
-        whole images `keep` on request the best of `nouns` and the `scores`, cosines [N, C].
+        """Answer for prepared images, the first of which is image number `start`. In
+        classification, `keep` adds "nouns", the best of `nouns`, and "scores", cosines [N, C].
         """
 
     @abstractmethod
     def measure(self, model: Candidate, answers: Answers) -> dict[str, Any]:
-        """The measured fields of a row, from the answers for all images in order."""
+        """Compute the measured fields of `Row` from the answers for all images, in order."""
 
     def row(self, model: Candidate) -> Row:
-        """The row of a model on the set, before anything is measured; an error if the model lacks
-        the dense method of the set.
+        """A model's row on the set, without metrics; an error if the model lacks the set's dense
+        method.
         """
         entry = self.entry
         return Row(
@@ -164,7 +160,7 @@ class EvaluationSet(ABC):
 
 @dataclass(frozen=True)
 class Image:
-    """Reads the bytes of one image of a data set."""
+    """One image of a data set; a call reads its file."""
 
     column: ImageColumn
     rows: Any
@@ -172,7 +168,7 @@ class Image:
     border: int
 
     def __call__(self) -> bytes:
-        """The image file, its border cut off."""
+        """Read the image file and cut off its border."""
         data = self.data()
         if not self.border:
             return data
@@ -187,28 +183,28 @@ class Image:
         return png_of(image.crop(box))
 
     def data(self) -> bytes:
-        """The bytes of the file, with the border."""
+        """Read the image file, with its border."""
         return self.column.data(self.rows[self.index])
 
     @property
     def name(self) -> str:
-        """The image's name in an error."""
+        """The image's name in error messages."""
         return self.column.name(self.rows[self.index])
 
 
 @dataclass(frozen=True)
 class ClassificationSet(EvaluationSet):
-    """Images with one label, or with several of which one at least is right."""
+    """Images with one label each, or with one or more."""
 
-    labels: NDArray[Any]  # integer [N]; of several labels bool [N, C]
-    classes: list[str]  # synonyms after commas
-    templates: list[str] | None  # of prompts; None takes the model's own
+    labels: NDArray[Any]  # integer [N]; bool [N, C] where images may have several
+    classes: list[str]  # with synonyms after commas
+    templates: list[str] | None  # prompt templates; None takes the model's
 
     task = "zeroshot_classification"
 
     @property
     def several(self) -> bool:
-        """Whether an image may have several labels."""
+        """True if an image may have several labels."""
         return self.labels.ndim == 2
 
     @property
@@ -219,7 +215,7 @@ class ClassificationSet(EvaluationSet):
 
     @cached_property
     def nouns(self) -> list[str]:
-        """Nouns that have nothing to do with the classes."""
+        """Common nouns that don't overlap with the classes or their synonyms."""
         lines = dict.fromkeys(self.classes)
         return nouns_beside([name for line in lines for name in split_label(line)])
 
@@ -300,7 +296,7 @@ class RetrievalSet(EvaluationSet):
     """Images and their captions."""
 
     captions: list[str]  # of all images
-    image_of: NDArray[np.int64]  # the image that each caption belongs to, [T]
+    image_of: NDArray[np.int64]  # number of each caption's image, [T]
 
     task = "zeroshot_retrieval"
 
@@ -310,8 +306,8 @@ class RetrievalSet(EvaluationSet):
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:
-        """A number for each caption that equal ones share: images of equal captions match each
-        other's.
+        """Group number of each caption, [T]. Equal captions share a number and match each other's
+        images.
         """
         return caption_groups(self.captions)
 
@@ -333,7 +329,7 @@ class RetrievalSet(EvaluationSet):
         texts = model.embed_texts(self.captions)
         ranks = retrieval_ranks(images, texts, self.image_of, self.groups)
         metrics = recalls_of(ranks)
-        # Captions of one image are no independent cases: images are counted both ways.
+        # Captions of one image are not independent, so n is the number of images both ways.
         intervals = {name: wilson(share, len(images)) for name, share in metrics.items()}
         way, _, recall = self.entry.metric.partition("_retrieval_recall@")
         hits = ranks[way] < int(recall)
@@ -345,14 +341,14 @@ class RetrievalSet(EvaluationSet):
 
 @dataclass(frozen=True)
 class MaskedItem:
-    """An image file and the truth about its pixels."""
+    """An image file, the class of each pixel, and masks for the model to classify."""
 
     number: int  # of the image in its set
     data: bytes
     truth: NDArray[np.int32]  # class of each pixel, or IGNORE, [H, W]
-    # Where the model gets masks: those of a proposal network, or of the true segments, 0 to 255,
-    # [N, H, W]; and the network's own probabilities of the labels, [N, C], where it has some.
+    # Masks of a proposal network or of the true segments, 0 to 255, [N, H, W].
     masks: NDArray[np.uint8] | None = None
+    # The network's probabilities of the labels, [N, C], if it has any.
     scores: NDArray[np.float32] | None = None
 
 
@@ -361,12 +357,12 @@ class SegmentationSet(EvaluationSet):
     """Images with masks."""
 
     images: Sequence[MaskedImage]
-    classes: list[str]  # in the order of the numbers in the masks, synonyms after commas
-    templates: list[str] | None  # of prompts; None takes the model's own
-    proposals: Proposals | None = None  # of a network, in place of the true segments
+    classes: list[str]  # by their number in the masks, with synonyms after commas
+    templates: list[str] | None  # prompt templates; None takes the model's
+    proposals: Proposals | None = None  # masks of a network, in place of the true segments
 
     task = "zeroshot_segmentation"
-    most = 4  # images and their masks in memory at once
+    most = 4  # masks take much memory
 
     def __post_init__(self) -> None:
         names = first_names(self.classes)
@@ -392,13 +388,13 @@ class SegmentationSet(EvaluationSet):
 
     @cached_property
     def background(self) -> int | None:
-        """Number of the background class, which has no prompt."""
+        """Number of the background class, which has no prompt; None without such a class."""
         if self.entry.background is None:
             return None
         return first_names(self.classes).index(self.entry.background)
 
     def query(self, model: Candidate) -> SegmentQuery:
-        """How the set's images are segmented; sizes are written out for the row."""
+        """Labels, templates and options of the segmentation; default sizes are filled in."""
         entry = self.entry
         dense = model.way(entry.dense)
         if dense == PROPOSALS:
@@ -443,7 +439,7 @@ class SegmentationSet(EvaluationSet):
         truth = image.mask()
         if self.proposals is not None:
             masks, scores = self.proposals.read(image.name, (len(truth), truth.shape[1]))
-            used = masks.max(axis=(1, 2), initial=0) > BINARY  # the others have no crop
+            used = masks.max(axis=(1, 2), initial=0) > BINARY  # an empty mask has no crop
             return MaskedItem(
                 number, data, truth, masks[used], None if scores is None else scores[used]
             )
@@ -458,8 +454,8 @@ class SegmentationSet(EvaluationSet):
         self, model: Candidate, start: int, items: Sequence[Any], keep: Sequence[str] = ()
     ) -> Answers:
         query = self.query(model)
-        # The class of each index of an answer. Without a background class, an answer of no label is
-        # wrong everywhere.
+        # Map each index of an answer to a class. Without a background class, "no label" is wrong
+        # everywhere.
         count = len(self.classes)
         class_of = [number for number in range(count) if number != self.background]
         if query.dense == PROPOSALS or query.options.threshold is not None:
@@ -467,7 +463,7 @@ class SegmentationSet(EvaluationSet):
         classes = np.array(class_of, np.int64)
 
         total = np.zeros((count, count + 1), np.int64)
-        sums = []  # of each image, from which the intervals are drawn
+        sums = []  # of each image, for the bootstrap
         for item in items:
             if item.masks is not None and not len(item.masks):
                 labels = np.full(item.truth.shape, len(classes) - 1, np.int64)
@@ -487,7 +483,7 @@ class SegmentationSet(EvaluationSet):
         total = answers["total"].sum(axis=0)
         right, true, answered = pixel_sums(total)
         alike: list[tuple[str, str]] = []
-        if not isinstance(model.loaded.encoder, ServerEncoder):  # which embeds labels itself
+        if not isinstance(model.loaded.encoder, ServerEncoder):  # a server embeds labels itself
             query = self.query(model)
             embeds = model.embed_classes(query.labels, query.templates)
             alike = indistinguishable(first_names(query.labels), embeds)
@@ -506,15 +502,14 @@ class SegmentationSet(EvaluationSet):
 
 
 def nouns_beside(names: Iterable[str]) -> list[str]:
-    """Common nouns that have nothing to do with these names of classes.
+    """Common nouns that don't overlap with names of classes.
 
-    They are every third of the names that CLIP has for ImageNet's classes, from the first. A noun
-    that equals a class, has it among its words or is among its words is left out; upper and lower
-    case make no difference.
+    They are every third of CLIP's names for ImageNet's classes. A noun is left out if it equals a
+    class, contains it as whole words, or is contained in it; case is ignored.
     """
 
     def words(name: str) -> str:
-        # A space before and after each, so that a word matches as a whole alone.
+        # Spaces around each word, so that only whole words match.
         return f" {' '.join(_WORD.findall(name.casefold()))} "
 
     classes = [name for name in map(words, names) if name.strip()]
@@ -527,7 +522,7 @@ def nouns_beside(names: Iterable[str]) -> list[str]:
 
 
 def first_names(classes: Sequence[str]) -> list[str]:
-    """The first of each class's synonyms, which is shown."""
+    """The first name of each class, without its synonyms, for display."""
     return [split_label(line)[0] for line in classes]
 
 
@@ -539,7 +534,7 @@ def by_class(
     iou: NDArray[np.float64] | None = None,
     average_precision: NDArray[np.float64] | None = None,
 ) -> list[ClassFigures]:
-    """`per_class` of a row, from the cases and values of each class; NaN becomes None."""
+    """Build `per_class` of a row from the cases and values of each class; NaN becomes None."""
     columns: list[list[float | None]] = []
     for values in (recall, iou, average_precision):
         known = np.full(len(classes), np.nan) if values is None else values
@@ -549,8 +544,8 @@ def by_class(
 
 
 def as_seen(data: bytes, wanted: bool, turns: bool) -> bytes:
-    """An image file that a model sees as the suite says: turned by its EXIF orientation if
-    `wanted`, by a model that `turns` images or not.
+    """The image file, encoded again where needed so that the model sees it as the suite says:
+    turned by its EXIF orientation if `wanted`, whether or not the model `turns` images itself.
     """
     if wanted == turns:
         return data
@@ -562,21 +557,19 @@ def as_seen(data: bytes, wanted: bool, turns: bool) -> bytes:
 
 
 def png_of(image: Pictures.Image) -> bytes:
-    """An image as a PNG file that has no EXIF."""
+    """Encode an image as PNG, without EXIF."""
     out = io.BytesIO()
     (image if image.mode in _OF_PNG else image.convert("RGB")).save(out, "PNG", exif=b"")
     return out.getvalue()
 
 
 def drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
-    """Numbers of the images that are used of `count`: all, or `limit` drawn by the seed;
-    ascending.
-    """
+    """Indices of the images to use of `count`, ascending: all, or `limit` drawn by the seed."""
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
 
 
 def digest(*parts: Sequence[Any]) -> str:
-    """`sha256:` over lists of texts and numbers."""
+    """The `sha256:` digest of lists of texts and numbers."""
     return digest_of(json.dumps([list(part) for part in parts], ensure_ascii=False).encode())

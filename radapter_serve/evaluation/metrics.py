@@ -1,9 +1,8 @@
-"""Metrics, their intervals of 95 % (how far off a figure may be because other images of the same
-kind could have been drawn), and the fit of calibrated scores: one temperature for the softmax over
-labels, and a sigmoid for labels on their own.
+"""Metrics, their 95 % confidence intervals (over the draw of images), and the fit of calibrated
+scores: a temperature for the softmax over labels, and a sigmoid for each label alone.
 
-Temperature scaling is Guo et al.'s (ICML 2017), fitted to the best label alone as Le Coz et al.
-(NeurIPS 2024) do; the sigmoid is Platt's (1999), on all pairs of an image and a label.
+Temperature scaling is Guo et al.'s (ICML 2017), fitted to the best label alone as in Le Coz et al.
+(NeurIPS 2024); the sigmoid is Platt's (1999), fitted to all pairs of an image and a label.
 """
 
 from __future__ import annotations
@@ -24,26 +23,26 @@ Floats = NDArray[np.float32]
 Ranks = NDArray[np.int64]
 Interval = tuple[float, float]
 RECALLS = (1, 5, 10)
-# Of confidence, equally wide, as Guo et al. (ICML 2017) have them for the calibration error.
+# Equally wide bins of confidence for the calibration error, as in Guo et al. (ICML 2017).
 BINS = 15
 _BLOCK = 1024  # rows of similarities in memory at once
 NOT_FINITE = (
     "the embeddings hold values that are not finite (NaN or infinite); the weights or the adapter"
     " are broken"
 )
-_Z = 1.959964  # of the normal distribution, 95 % within
+_Z = 1.959964  # 95 % of a normal distribution lies within this many standard deviations
 _DRAWS = 1000  # of a bootstrap
 _DRAWN = 100  # draws in memory at once
-_FEWER_DRAWS = 200  # where each takes long
-_PRECISION_BLOCK = 20
-_MAX_SCORES = 5_000_000  # of an image and a class
-LEAST = 100  # images
-MAX_PAIRS = 4_000_000  # of an image and a label, by which is fitted
-RANGE = (0.01, 100.0)  # of temperatures
+_FEWER_DRAWS = 200  # of the bootstrap of mAP, which is slow
+_PRECISION_BLOCK = 20  # of these draws in memory at once
+_MAX_SCORES = 5_000_000  # images x classes; above, mAP has no interval
+LEAST = 100  # images for the fit of calibrated scores
+MAX_PAIRS = 4_000_000  # most pairs of an image and a label in a fit
+RANGE = (0.01, 100.0)  # of the fitted temperature
 
 
 def check_finite(values: Floats) -> Floats:
-    """Return values; an error where some are not finite, so that they can't be ranked."""
+    """Return `values`; an error if some are not finite and can't be ranked."""
     if not np.isfinite(values).all():
         raise RAdapterError(NOT_FINITE)
     return values
@@ -78,9 +77,9 @@ def average_precisions(
     """The average precision of each class, float64 [C] in [0, 1], from scores and labels, [N, C];
     NaN for a class without an image.
 
-    `Σ_n (R_n − R_{n−1})·P_n` over the scores from the highest on, in which images of equal score
-    come together; no interpolation. `weights` say how often each image counts, [N], or for several
-    draws [D, N], which gives [D, C].
+    `Σ_n (R_n − R_{n−1})·P_n` from the highest score down, without interpolation; images of equal
+    score make one step. `weights` is how often each image counts, [N], or [D, N] for D draws, which
+    returns [D, C].
     """
     counted = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
     classes = []
@@ -98,8 +97,8 @@ def average_precisions(
 
 def calibration_error(confidences: Floats, hits: NDArray[np.bool_]) -> float:
     """Expected calibration error (ECE; Guo et al., ICML 2017): the sum over bins of
-    n_b/N * |accuracy_b - confidence_b|, in [0, 1]; from the probability of the best label of each
-    image, and whether it is right, [N].
+    n_b/N * |accuracy_b - confidence_b|, in [0, 1]; from the probability of each image's best label,
+    and whether that label is right, [N].
 
     Bin k holds confidences above k/15 and up to (k + 1)/15, and the first bin 0 too.
     """
@@ -109,10 +108,10 @@ def calibration_error(confidences: Floats, hits: NDArray[np.bool_]) -> float:
 
 
 def caption_groups(captions: Sequence[str]) -> NDArray[np.int64]:
-    """A number for each caption that equal captions share, int64 [T].
+    """Group number of each caption, int64 [T]; equal captions share a number.
 
-    Captions are equal where they differ by nothing but Unicode's compatible forms (NFKC), upper and
-    lower case, white space, and full stops at the end.
+    Captions are equal if they differ only in Unicode's compatible forms (NFKC), case, white space,
+    and full stops at the end.
     """
     plain = [
         " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .")
@@ -123,9 +122,9 @@ def caption_groups(captions: Sequence[str]) -> NDArray[np.int64]:
 
 
 def recalls_of(ranks: Mapping[str, Ranks], recalls: Sequence[int] = RECALLS) -> dict[str, float]:
-    """Recall at k both ways, from `retrieval_ranks`: shares in [0, 1], `image_retrieval_recall@k`
-    over the texts and `text_retrieval_recall@k` over the images. A hit is at least one true match
-    among the best k.
+    """Recall at k both ways from `retrieval_ranks`, in [0, 1]: `image_retrieval_recall@k` over the
+    texts and `text_retrieval_recall@k` over the images. A hit has at least one true match among the
+    best k.
     """
     return {
         f"{way}_retrieval_recall@{k}": float((values < k).mean())
@@ -140,12 +139,12 @@ def retrieval_ranks(
     image_of: NDArray[Any],
     groups: NDArray[np.int64] | None = None,
 ) -> dict[str, Ranks]:
-    """The rank of the best true match both ways, 0 the best: `image`, int64 [T], where each text
-    looks for any of its images, and `text`, int64 [I], where each image looks for any of its texts.
+    """Rank of the best true match both ways, from 0: `image`, int64 [T], of each text among the
+    images, and `text`, int64 [I], of each image among the texts.
 
-    Embeddings are unit length, [I, D] and [T, D]; each image has a text at least, and `image_of`
-    says which image a text belongs to, [T]. An image and a text are a true match where the image
-    has that text, or one of its group by `caption_groups`.
+    Embeddings have unit length, [I, D] and [T, D]; each image has at least one text, and `image_of`
+    is the number of each text's image, [T]. An image matches its own texts, and all texts that are
+    in a group with one of them by `caption_groups`.
     """
     check_finite(images)
     check_finite(texts)
@@ -163,12 +162,12 @@ def retrieval_ranks(
 
 
 def _members(keys: NDArray[Any], values: NDArray[Any]) -> list[NDArray[Any]]:
-    """The values of each key 0, 1, 2, ..."""
+    """Split values by key: an array each for keys 0, 1, 2, ..."""
     return np.split(values[np.argsort(keys, kind="stable")], np.cumsum(np.bincount(keys))[:-1])
 
 
 def _best_ranks(queries: Floats, items: Floats, matches: Sequence[NDArray[Any]]) -> Ranks:
-    """The rank of the best among the true matches of each query."""
+    """Rank of each query's best true match."""
     parts = []
     for start in range(0, len(queries), _BLOCK):
         scores = queries[start : start + _BLOCK] @ items.T
@@ -181,8 +180,8 @@ def _best_ranks(queries: Floats, items: Floats, matches: Sequence[NDArray[Any]])
 
 
 def confusion(truth: NDArray[Any], answered: NDArray[Any], classes: int) -> NDArray[np.int64]:
-    """Counts of pixels or images by true class, integer [N], and answered class, where `classes`
-    means no class; int64 [classes, classes + 1].
+    """Count pixels or images by true and answered class, integer [N] each, where an answer equal to
+    `classes` means no class; int64 [classes, classes + 1].
     """
     pairs = truth.astype(np.int64) * (classes + 1) + answered
     return np.bincount(pairs.ravel(), minlength=classes * (classes + 1)).reshape(
@@ -191,9 +190,9 @@ def confusion(truth: NDArray[Any], answered: NDArray[Any], classes: int) -> NDAr
 
 
 def segmentation_metrics(counts: NDArray[np.int64]) -> dict[str, float]:
-    """Shares in [0, 1] from `confusion`, summed over the images of a set: `miou`, the mean of
-    `class_ious` over the classes that the truth or the answers have anywhere in the set;
-    `pixel_accuracy`; `mean_class_accuracy` over the classes that the truth has.
+    """Metrics in [0, 1] from `confusion`, summed over the images of a set: `miou`, the mean of
+    `class_ious` over the classes in the truth or the answers; `pixel_accuracy`;
+    `mean_class_accuracy` over the classes in the truth.
     """
     means = mean_metrics(np.stack(pixel_sums(counts)).astype(float)[:, None])
     return {name: float(values[0]) for name, values in means.items()}
@@ -202,26 +201,26 @@ def segmentation_metrics(counts: NDArray[np.int64]) -> dict[str, float]:
 def pixel_sums(
     counts: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Each class's pixels that are right, true and answered, int64 [C] each, from `confusion`."""
+    """Right, true and answered pixels of each class, int64 [C] each, from `confusion`."""
     return counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)[: len(counts)]
 
 
 def class_ious(
     right: NDArray[Any], true: NDArray[Any], answered: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """Intersection over union of each class, in [0, 1]; NaN where neither the truth nor the answers
-    have it.
+    """Intersection over union of each class, in [0, 1]; NaN for a class that is neither in the
+    truth nor in the answers.
     """
     return shares(right, true + answered - right)
 
 
 def shares(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
-    """Part by whole; NaN where the whole is 0."""
+    """`part / whole`; NaN where `whole` is 0."""
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
 def mean_metrics(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """`segmentation_metrics`, [B] each, of B data sets of the same classes, from `pixel_sums`,
+    """`segmentation_metrics` of B data sets of the same classes, [B] each, from `pixel_sums`,
     [3, B, C].
     """
     right, true, answered = sums
@@ -234,14 +233,14 @@ def mean_metrics(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 
 
 def _mean_of_known(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean over the last axis without NaN; 0 where all are."""
+    """Mean over the last axis, ignoring NaN; 0 if all values are NaN."""
     known = ~np.isnan(values)
     return np.asarray(np.where(known, values, 0).sum(axis=-1) / np.maximum(known.sum(axis=-1), 1))
 
 
 def wilson(share: float, n: float) -> Interval:
-    """Wilson's interval of a share of n independent cases; n is not whole where cases of different
-    weight count as so many equal ones.
+    """Wilson's interval of a share of n independent cases; n may be an effective sample size, which
+    need not be whole.
     """
     middle = share + _Z**2 / (2 * n)
     spread = _Z * sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
@@ -250,14 +249,13 @@ def wilson(share: float, n: float) -> Interval:
 
 
 def mean_recall_interval(hits: NDArray[Any], count: NDArray[Any]) -> Interval:
-    """The interval of a mean over classes, from right images and images of each, integer [C]:
-    Wilson's, of as many images as tell as much as these.
+    """Interval of mean recall over classes, from the right images and all images of each class,
+    integer [C]: Wilson's, with an effective sample size.
 
-    The variance within a class of n images is n/(n - 1) times that of its answers, which is
-    unbiased. A single image tells no variance: it counts as if its class were like all classes
-    together, which is more than the truth where classes differ. The mean variance has as many
-    degrees of freedom as images beyond the first of their class, and one more of the variance of
-    all classes together, so that it is not 0 by chance where there are few.
+    The variance of a class with n images is scaled by n/(n - 1), which is unbiased. A class with a
+    single image takes the variance of all classes pooled, which is too high where classes differ.
+    The mean variance has a degree of freedom for each image beyond the first of its class. The
+    pooled variance counts as one more, so that few images do not give a variance of 0 by chance.
     """
     recall = hits / count
     mean = float(recall.mean())
@@ -274,10 +272,10 @@ def mean_recall_interval(hits: NDArray[Any], count: NDArray[Any]) -> Interval:
 
 
 def precision_interval(scores: NDArray[Any], truth: NDArray[np.bool_]) -> Interval | None:
-    """The interval of the mean of `average_precisions`: a normal one, whose spread is that of a
-    bootstrap over images; None for a single image and for too many scores to draw from.
+    """Interval of the mean of `average_precisions`: normal, with the spread of a bootstrap over
+    images; None for a single image and for too many scores.
 
-    The draws' own mean is too high, for copies of an image rank together.
+    It is not centred on the mean of the draws, which is too high: copies of an image rank together.
     """
     n = len(scores)
     if n < 2 or scores.size > _MAX_SCORES:
@@ -295,9 +293,9 @@ def precision_interval(scores: NDArray[Any], truth: NDArray[np.bool_]) -> Interv
 def paired_difference(
     first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]]
 ) -> tuple[float, float]:
-    """How much better one system is than another on the same cases: the mean over data sets of the
-    mean differences, and the half-width of its normal interval of 95 %; from both systems' results
-    of each case, such as right or wrong, [N] for each data set, with N of 2 or more.
+    """Mean lead of one system over another on the same cases, averaged over data sets, and the
+    half-width of its normal 95 % interval; from both systems' results on each case, such as right
+    or wrong, [N] for each data set, with N of 2 or more.
     """
     differences = [
         np.asarray(a, float) - np.asarray(b, float) for a, b in zip(first, second, strict=True)
@@ -308,8 +306,8 @@ def paired_difference(
 
 
 def segmentation_intervals(sums: NDArray[Any]) -> dict[str, Interval]:
-    """The intervals of `segmentation_metrics` by a bootstrap over images, from `pixel_sums` of
-    each, [3, N, C]; empty for a single image, which says nothing about others.
+    """Intervals of `segmentation_metrics` by a bootstrap over images, from the `pixel_sums` of each
+    image, [3, N, C]; empty for a single image.
     """
     _, n, classes = sums.shape
     if n < 2:
@@ -335,8 +333,8 @@ def fit_confidence(
     logit_bias: float | None,
     dataset: str,
 ) -> Confidence:
-    """Fit what makes a release's scores calibrated, from the cosines of images with labels, [N, C],
-    and the right label of each, [N].
+    """Fit calibrated scores of a release to the cosines of images with labels, [N, C], and the
+    right label of each image, [N].
     """
     n, classes = cosines.shape
     if n < LEAST or classes < 2:
@@ -349,7 +347,7 @@ def fit_confidence(
     plain = class_probabilities(cosines, logit_scale, logit_bias)
     best = cosines.argmax(axis=1)
 
-    # Scores of each half of the images by a fit to the other half.
+    # Cross-validation: score each half of the images by a fit to the other half.
     halves = [np.arange(n) % 2 == number for number in (0, 1)]
     after = np.full(n, np.nan, np.float32)
     pairs = np.empty_like(plain)
@@ -366,7 +364,7 @@ def fit_confidence(
     hits = best == truth
     right = np.arange(classes) == truth[:, None]
     known = not np.isnan(after).any()
-    # The highest cosine that at least `KEPT` of the images have with their own label.
+    # The highest cosine that at least the share `KEPT` of images reaches with its own label.
     own_scores = np.sort(cosines[np.arange(n), truth])
     min_score = float(own_scores[int((1 - KEPT) * n + 1e-9)])
     others = np.where(right, -np.inf, cosines)
@@ -386,17 +384,16 @@ def fit_confidence(
 
 
 def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
-    """The temperature at which the highest score p predicts best whether its label is right.
+    """The temperature at which the highest score p best predicts whether its label is right.
 
-    The mean of -log p where it is right, and of -log(1 - p) where it is wrong, is least there. The
-    likelihood of the right label, which Guo et al. take, is ruled by the images that are wrong
-    where there are many labels: it makes the best label's score too low.
+    It minimizes the mean over images of -log p where that label is right and of -log(1 - p) where
+    it is wrong. Guo et al. maximize the likelihood of the right label, which the wrong images
+    dominate where there are many labels: the best label's score becomes too low.
 
-    None where there is no such temperature within `RANGE`: no image is wrong, or the scores do not
-    tell right from wrong. Of more than `MAX_PAIRS` of an image and a label, every k-th image
-    counts.
+    None if there is no such temperature within `RANGE`: no image is wrong, or the scores do not
+    tell right from wrong. Above `MAX_PAIRS` pairs of image and label, every k-th image is used.
     """
-    from scipy.optimize import minimize_scalar  # which takes a while to load
+    from scipy.optimize import minimize_scalar  # slow to load
 
     step = -(-logits.size // MAX_PAIRS)
     truth = truth[::step]
@@ -409,13 +406,13 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
     signs = np.where(right, -1.0, 1.0)
     logits -= logits[rows, best][:, None]
     logits[rows, best] = -np.inf
-    # The other logits are compared with the highest of them, so that none is too small.
+    # Shift the other logits so that the highest is 0: the sum of exponentials can't underflow.
     second = logits.max(axis=1)
     logits -= second[:, None]
 
     def loss(log_temperature: float) -> float:
         inverse = np.exp(-log_temperature)
-        # Of the best label against all others.
+        # Log odds of the best label against all others.
         log_odds = -inverse * second - np.log(np.exp(inverse * logits).sum(axis=1))
         return float(np.logaddexp(0, signs * log_odds).mean())
 
@@ -425,8 +422,8 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
 
 
 def fit_sigmoid(cosines: Floats, truth: NDArray[np.int64]) -> tuple[float, float]:
-    """Scale and bias at which sigmoid(scale x cosine + bias) says best which label is right, by as
-    many images as `fit_temperature` takes.
+    """Scale and bias at which sigmoid(scale x cosine + bias) best predicts which label is right;
+    images are thinned as in `fit_temperature`.
     """
     from scipy.optimize import minimize
     from scipy.special import expit
@@ -436,8 +433,8 @@ def fit_sigmoid(cosines: Floats, truth: NDArray[np.int64]) -> tuple[float, float
     right = (np.arange(cosines.shape[1]) == truth[:, None]).ravel()
     count = right.sum()
     others = len(right) - count
-    # Platt's targets: as if there were one more of both, so that there is an answer where all
-    # cosines tell all apart.
+    # Platt's targets: one more pair of each kind, so that the fit is finite even if the cosines
+    # separate all pairs.
     target = np.where(right, (count + 1) / (count + 2), 1 / (others + 2))
     values = np.asarray(cosines, np.float64).ravel()
     mean = values.mean()

@@ -1,6 +1,4 @@
-"""The models that are evaluated: each is a loaded release at one α, whether torch, a runtime or a
-server encodes.
-"""
+"""Models to evaluate: loaded releases at one α each, encoded by torch, a runtime or a server."""
 
 from __future__ import annotations
 
@@ -40,19 +38,17 @@ from radapter_serve.sources import LOCAL
 from radapter_serve.tasks.dense import SegmentOptions, encode_windows, segment_densely
 from radapter_serve.tasks.segment import segment_proposals
 
-TEMPLATES = ["a photo of a {}."]  # of models that name none
-_MAX_TEXTS = 256  # that torch encodes at once
+TEMPLATES = ["a photo of a {}."]  # of models that name no templates
+_MAX_TEXTS = 256  # in a batch of torch
 
 
 @dataclass(frozen=True)
 class SegmentQuery:
-    """Labels, with synonyms after commas, prompt templates, the dense method or `proposals`, and
-    the options of a segmentation.
-    """
+    """Arguments of a segmentation."""
 
-    labels: Sequence[str]
-    templates: Sequence[str]
-    dense: str
+    labels: Sequence[str]  # with synonyms after commas
+    templates: Sequence[str]  # of prompts
+    dense: str  # a dense method, or `proposals`
     options: SegmentOptions
 
 
@@ -61,10 +57,10 @@ class Candidate:
     """A model at one α."""
 
     source: str  # `adapter`, `checkpoint`, `lora`, `merged`, `release` or `server`
-    alpha: float | None  # None where it is unknown
+    alpha: float | None  # None if unknown
     facts: Mapping[str, Any]  # fields of `Row` about the model
     loaded: LoadedRelease  # at this α
-    # Embeddings of classes, float32 [D], by templates and class.
+    # Cache of class embeddings, float32 [D], by templates and class.
     known: dict[tuple[tuple[str, ...], str], Floats] = field(default_factory=dict)
 
     @property
@@ -107,8 +103,8 @@ class Candidate:
         return np.stack([self.known[key, line] for line in classes])
 
     def way(self, dense: str | None) -> str:
-        """The dense method to use where `dense` is asked for, None for the model's default; an
-        error where the model lacks it.
+        """The dense method to use for `dense`, where None asks for the model's default; an error if
+        the model lacks it.
         """
         release = self.loaded.release
         default = (release.dense or {}).get("way")
@@ -138,10 +134,10 @@ class Candidate:
         masks: NDArray[np.uint8] | None = None,
         scores: NDArray[np.float32] | None = None,
     ) -> NDArray[np.uint16]:
-        """The index of each pixel's label in an image file, uint16 [H, W]; C is the background.
+        """Segment an image file: the label index of each pixel, uint16 [H, W]; C is the background.
 
-        Proposals are given as masks, uint8 [N, H, W], 0 to 255, perhaps with their own
-        probabilities of the labels, float32 [N, C].
+        `masks` are proposals, uint8 [N, H, W], 0 to 255; `scores` are a network's probabilities of
+        their labels, float32 [N, C].
         """
         encoder = self.loaded.encoder
         options = query.options
@@ -177,7 +173,7 @@ class Candidate:
         return encode_windows(views, patches).mask
 
     def close(self) -> None:
-        """Release what this model and the others that were loaded with it hold."""
+        """Close the encoder, which this model shares with the others that were loaded with it."""
         self.loaded.close()
 
     @property
@@ -193,8 +189,8 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """Weights on a line from the base, `W + α·delta`: those of an adapter at 1, or of a model that
-    was tuned as a whole, less the base's.
+    """Tuned minus base weights, of an adapter at α = 1 or of a model tuned as a whole; at α, the
+    weights are `W + α·delta`.
     """
 
     source: str
@@ -203,7 +199,7 @@ class Change:
 
 
 class LineEncoder(TorchEncoder):
-    """Sets the weights in place to the α of each batch, on a line; None leaves them as they are."""
+    """Sets the weights in place to `W + α·delta` for each batch; an α of None leaves them as is."""
 
     def __init__(self, base: Base, deltas: Mapping[str, Tensor]) -> None:
         super().__init__(base.model, base.preprocess)
@@ -229,7 +225,7 @@ class LineEncoder(TorchEncoder):
     @torch.no_grad()
     def _set(self, alpha: float) -> None:
         if alpha != self._alpha:
-            self._alpha = float("nan")  # until all are copied
+            self._alpha = float("nan")  # unknown until all tensors are copied
             for key in self._base:
                 self._tensors[key].copy_(self._at(key, alpha))
             self._alpha = alpha
@@ -241,7 +237,7 @@ class LineEncoder(TorchEncoder):
 
 
 class _Tokens:
-    """A base's own tokenizer as `Tokenize`: rows without their padding of zeros."""
+    """Adapts a base's tokenizer to `Tokenize`, whose rows have no padding."""
 
     def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
         self._tokenizer = tokenizer
@@ -270,16 +266,16 @@ def in_torch(
     crop: MaskCrop | None = None,
     device: str | None = None,
 ) -> list[Candidate]:
-    """Models that differ from a base by α times a change, at each α; the weights of the base change
-    until `close`.
+    """Candidates at each α from a base and a change; the base's weights change in place until
+    `close`.
 
-    An α of None, of a model without changes, is not known. The templates are for data sets that
-    bring none, the crop is for the masks of proposals.
+    An α of None is unknown, for a model without a change. `templates` are for data sets that name
+    no templates, `crop` is for the masks of proposals.
     """
     where = to_device(base.model, device)
     encoder = LineEncoder(base, {key: delta.to(where) for key, delta in change.deltas.items()})
     facts = {**change.facts, "precision": "fp32"}
-    if "release" not in facts:  # which has a name
+    if "release" not in facts:  # whose facts name the model
         facts |= {"model": base.name, "pretrained": base.pretrained}
     release = Release(
         version=0,
@@ -322,7 +318,7 @@ def from_adapter(
     base: str | None = None,
     device: str | None = None,
 ) -> list[Candidate]:
-    """A run at several α: 0, its own and 1 if none."""
+    """Candidates of a run at each α; by default 0, its own and 1."""
     adapter = load_adapter(path)
     metadata = adapter.metadata
     alphas = alphas or sorted({0.0, metadata.alpha, 1.0})
@@ -356,8 +352,8 @@ def from_adapter(
 def from_line(
     tuned: Tuned, alphas: Sequence[float] = (), *, device: str | None = None
 ) -> list[Candidate]:
-    """A checkpoint or a LoRA that was tuned elsewhere at several α: if none, 0, 0.5 and 1, or 1
-    alone where there is no base.
+    """Candidates of a checkpoint or LoRA that was tuned elsewhere, at each α; by default 0, 0.5 and
+    1, or 1 alone if there is no base.
     """
     line = tuned.line
     alphas = alphas or ((1.0,) if line.base is None else (0.0, 0.5, 1.0))
@@ -376,7 +372,7 @@ def from_line(
 
 
 def from_merged(folder: str | Path, *, device: str | None = None) -> list[Candidate]:
-    """A merged checkpoint, or any folder that `load_base` takes by `local-dir:`."""
+    """Candidate of a merged checkpoint, or of any folder that `load_base` takes as `local-dir:`."""
     folder = Path(folder)
     base = load_base(f"{LOCAL}{folder}")
     release = Release.load(folder) if (folder / FILE).exists() else None
@@ -398,7 +394,7 @@ def from_merged(folder: str | Path, *, device: str | None = None) -> list[Candid
 def from_release(
     loaded: LoadedRelease, alphas: Sequence[float] = (), source: str = "release"
 ) -> list[Candidate]:
-    """A loaded release at several α, its own if none."""
+    """Candidates of a loaded release at each α; by default its own."""
     facts = release_facts(loaded.release)
     if loaded.release.quantization:  # of int8: ranges from running, or from which images
         facts["quantization"] = loaded.release.quantization
@@ -407,7 +403,7 @@ def from_release(
 
 
 def release_facts(release: Release) -> dict[str, Any]:
-    """Fields of a row about a release."""
+    """Fields of `Row` about a release."""
     return {
         "model": release.architecture,
         "base_digest": release.base_digest,

@@ -1,4 +1,4 @@
-"""Results as pictures."""
+"""Plots of results."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Points = Sequence[Mapping[str, float]]
 
 
 def draw_choice(choice: Choice, folder: Path) -> Path:
-    """Draw the curve on validation data that an α was chosen from, as `validation.png` in a folder;
-    returns its path.
+    """Draw the validation curve that α was chosen from as `validation.png` in a folder; returns
+    its path.
     """
     path = folder / "validation.png"
     points = [
@@ -47,10 +47,10 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
 
 
 def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = True) -> list[Path]:
-    """Draw what the rows of one call allow; returns the pictures' paths.
+    """Draw the rows of one call in a folder; returns the pictures' paths.
 
-    `alpha.png`, if `curve_too`, where there are several α, one each for dense segmentation and
-    proposals; by the last model `confusion-NAME.png` of each data set of few classes.
+    `alpha.png` shows the curve of several α, if `curve_too`; dense segmentation and proposals have
+    one each. `confusion-NAME.png` shows a data set of few classes, for the last model.
     """
     unit = _unit(row.metric for row in rows)
     pictures = []
@@ -80,7 +80,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
         )
         pictures.append(path)
 
-    # The confusions of each data set, by the last model that has them.
+    # The confusion matrix of each data set, for the last model that has it.
     confused = {row.dataset: row for row in rows if row.confusion is not None}
     for dataset, row in confused.items():
         name = re.sub(r"[^\w.-]+", "_", dataset)
@@ -90,7 +90,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
 
 
 def _unit(metrics: Iterable[str]) -> str:
-    """The unit of figures of these metrics: such as `mIoU, %`, or `%` where they differ."""
+    """The unit of an axis of these metrics, such as `mIoU, %`, or `%` if they differ."""
     names = {metric_name(metric) for metric in metrics}
     return f"{names.pop()}, %" if len(names) == 1 else "%"
 
@@ -111,11 +111,11 @@ def plot_alpha_curve(
     and each set over α.
 
     A row has `alpha`, and per cent by the name of the data set; rows ascend in α. The curve takes
-    the means of the sets in distribution and of the shifted ones, and needs both. `beside` has
-    other methods' rows, by name, such as WiSE-FT's. `kept` says how much of the base's answers each
-    α keeps, in per cent, on an axis on the right. `choice` marks what `auto` takes, the smallest α
-    as good as the best, the best, the base's level, and the score with the interval of its distance
-    from the best.
+    the means of the in-distribution and of the shifted sets, and needs both. `beside` has rows of
+    other methods by name, such as WiSE-FT. `kept` is the share of the base's answers that each α
+    keeps, in per cent, on the right axis. `choice` marks the α of `auto`, the smallest as good as
+    the best, the best, the base's level, and the score with the interval of its distance from the
+    best.
     """
     groups = [names for names in (ids, ood_names) if names]
     figure = Figure(figsize=(5 * len(groups) + 1.3, 4.2), dpi=150, layout="constrained")
@@ -125,7 +125,7 @@ def plot_alpha_curve(
     each = panels[-1]
     alphas = [row["alpha"] for row in rows]
     for number, name in enumerate((*ids, *ood_names)):
-        # There are ten colours.
+        # Colours repeat after ten sets, so the marker changes.
         style = "-" if name in ids else "--"
         marker = "os^D"[number // 10 % 4]
         values = [row[name] for row in rows]
@@ -201,13 +201,13 @@ def _draw_curve(
 
 
 def plot_confusion(row: Row, path: str | Path) -> None:
-    """Draw the confusion matrix of a row that has one, with the number of images (for segmentation:
-    pixels) of each class.
+    """Draw a row's confusion matrix, with the number of images (for segmentation: pixels) of each
+    class.
     """
     assert row.per_class is not None
     counts = np.array(row.confusion, float)
     if not counts[:, -1].any():
-        counts = counts[:, :-1]  # no answer is "none of them"
+        counts = counts[:, :-1]  # no image was answered with "none"
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     names = [figures.name for figures in row.per_class]
     side = 2.5 + 0.3 * len(names)

@@ -1,4 +1,4 @@
-"""Rows of results: a model on a data set each; their file, tables and notes."""
+"""Rows of results, one for each model and data set; their file, tables and notes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from radapter_serve.evaluation.metrics import Interval
 from radapter_serve.files import checker, staged
 
 FILE = "results.jsonl"
-KEPT = "kept"  # of metrics; see `Row`
+KEPT = "kept"  # name of a metric; see `Row`
 _STRICT = {"extra": "forbid"}
 _MEASURED = (
     "metrics",
@@ -38,9 +38,9 @@ _MEASURED = (
 class ClassFigures:
     """Figures of one class, in [0, 1]; None if it has no images."""
 
-    name: str  # the first
+    name: str  # without synonyms
     n: int  # images, or pixels
-    recall: float | None = None  # of images with one label, and of pixels
+    recall: float | None = None  # of images with one label, or of pixels
     iou: float | None = None  # of pixels
     average_precision: float | None = None  # of images with several labels
 
@@ -52,7 +52,7 @@ class ClassFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model on one data set, and what was measured: CLIP_benchmark's schema and more.
+    """The results of one model on one data set: CLIP_benchmark's schema and more.
 
     Attributes:
         dataset: name of the data set.
@@ -61,37 +61,38 @@ class Row:
         language: `en`.
         shift, split, metric, border, exif_orientation: as in a suite.
         source: `adapter`, `checkpoint`, `lora`, `merged`, `release` or `server`.
-        alpha: in [0, 1]; None where it is not known.
-        precision: of the model's weights.
-        base_digest, adapter_digest, weights_digest: of the files that the model was made from.
+        alpha: α in [0, 1]; None if unknown.
+        precision: precision of the model's weights.
+        base_digest, adapter_digest, weights_digest: digests of the files that the model was made
+            from.
         release: version of a release.
-        quantization: of an int8 release, as its `release.json` has it.
-        n: images.
-        classes: their number.
-        captions: their number, and in `different_captions` how many of them differ, where some are
+        quantization: the entry of an int8 release's `release.json`.
+        n: number of images.
+        classes: number of classes.
+        captions, different_captions: number of captions, and of different captions if some are
             equal.
-        class_split: `base` or `novel`; None where all classes are used.
-        classes_digest: of the names of the classes of masks.
-        set_digest: of everything that the figures depend on.
-        dense, short_side, stride, refine, threshold, background, proposals, proposal_weight: of
-            segmentation, as in a suite; sizes are written out.
-        size: of segmentation, side of the image encoder's input in pixels.
-        crop: how the masks of proposals are shown.
-        templates: of prompts; None where there are no prompts.
-        metrics: shares in [0, 1] by name. Of whole images with classes also `kept`, where alpha 0
-            is among the models: the share of images whose best noun is the one that alpha 0
-            answers, among some hundred common ones that are no class of the set.
+        class_split: `base` or `novel`; None if all classes are used.
+        classes_digest: digest of the names of the classes of masks.
+        set_digest: digest of all data that the metrics depend on.
+        dense, short_side, stride, refine, threshold, background, proposals, proposal_weight:
+            settings of segmentation, as in a suite, with default sizes filled in.
+        size: for segmentation, the side of the image encoder's input in pixels.
+        crop: how the masks of proposals are cropped.
+        templates: prompt templates; None if there are no prompts.
+        metrics: figures in [0, 1] by name. Classification also has `kept`, if alpha 0 is among the
+            models: the share of images for which the model and alpha 0 choose the same one of some
+            hundred common nouns that are not classes of the set.
         intervals: the two ends of each metric's 95 % interval.
-        per_class: of each class.
-        confusion: of few classes, cases by true and answered class.
+        per_class: figures of each class.
+        confusion: cases by true and answered class, if the classes are few.
         indistinguishable: pairs of labels that the model can't tell apart.
-        right: of the row's own metric, where it is a mean over images: whether each image is right,
-            one bit an image in base64; of images that captions find, how many of its captions find
-            each image.
+        right: results of each image, if the row's metric is a mean over images: whether the image
+            is right, one bit an image in base64; for image retrieval, how many of its captions find
+            the image.
         runtime: seconds of embedding and scoring, without reading and decoding.
         suite: name of the suite.
-        seed: of the draw of images.
-        version: of this package.
+        seed: seed of the draw of images.
+        version: version of this package.
     """
 
     dataset: str
@@ -152,22 +153,20 @@ class Row:
 
     @property
     def per_image(self) -> NDArray[np.float64] | None:
-        """What each image adds to the row's own metric, [n], whose mean is the metric; None where
-        the metric is no mean over images.
+        """Result of each image, [n], whose mean is the row's metric; None if the metric is not a
+        mean over images.
         """
         return None if self.right is None else unpacked(self.right, self.n, self.captions)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a line of `results.jsonl` has them: without what is not known, but for
-        α.
-        """
+        """Plain values for a line of `results.jsonl`; unknown values are left out, except α."""
         values = checker(Row).dump_python(self, mode="json", by_alias=True, exclude_none=True)
         return {"alpha": self.alpha, **values}
 
     @classmethod
     def from_json(cls, line: str) -> Row:
-        """Read what `to_dict` gave, as JSON; anything else raises a ValueError."""
-        from pydantic import ValidationError  # a client has no pydantic
+        """Read the JSON of `to_dict`; anything else raises a ValueError."""
+        from pydantic import ValidationError  # not installed for a client
 
         try:
             row = checker(cls).validate_json(line)
@@ -175,18 +174,18 @@ class Row:
             first = error.errors(include_url=False)[0]
             place = short(".".join(map(str, first["loc"])))
             raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
-        _ = row.per_image  # refuses what is no result of each image
+        _ = row.per_image  # raises if `right` has another length than `n`
         return row
 
 
 def packed(right: NDArray[np.bool_]) -> str:
-    """`right` of a row, from whether each image is right, [n]."""
+    """Encode whether each image is right, [n], as `right` of a row."""
     return base64.b64encode(np.packbits(right).tobytes()).decode()
 
 
 def unpacked(right: str | list[int], n: int, captions: int | None) -> NDArray[np.float64]:
-    """What each image adds to a row's metric, from the row's `right`, `n` and `captions`; a
-    ValueError where `right` has not as many images as the row.
+    """Result of each image, whose mean is the metric, from a row's `right`, `n` and `captions`; a
+    ValueError if `right` has another number of images than the row.
     """
     if isinstance(right, str):
         data = base64.b64decode(right, validate=True)
@@ -199,10 +198,10 @@ def unpacked(right: str | list[int], n: int, captions: int | None) -> NDArray[np
 
 
 class Results:
-    """`results.jsonl` in a folder: one row a line; after each `add` the file is whole.
+    """The file `results.jsonl` in a folder, one row a line, complete after each `add`.
 
-    The folder is made with the first row, which replaces the rows that are there unless `resume`
-    keeps them.
+    The first `add` makes the folder. It replaces the rows of an existing file unless `resume` keeps
+    them.
     """
 
     def __init__(self, folder: str | Path, *, resume: bool = True) -> None:
@@ -233,11 +232,11 @@ class Results:
         return list(self._rows.values())
 
     def find(self, row: Row) -> Row | None:
-        """The row of the same model, data set and settings."""
+        """The stored row of the same model, data set and settings; None if there is no such row."""
         return self._rows.get(row.identity)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Add rows, in place of those of the same identity, and write the file."""
+        """Add rows, replacing rows of the same identity, and write the file."""
         for row in rows:
             self._rows.pop(row.identity, None)
             self._rows[row.identity] = row
@@ -249,18 +248,18 @@ class Results:
 
 
 def own_metric(row: Any) -> float:
-    """The metric that the data set of a row is reported by, in per cent."""
+    """The value of the row's own metric, in per cent."""
     return float(100 * row.metrics[row.metric])
 
 
 def mean_kept(rows: Iterable[Row]) -> float | None:
-    """The mean of `kept` over the data sets that have it, in per cent; None if there are none."""
+    """The mean of `kept` over the data sets that have it, in per cent; None without such sets."""
     shares = [100 * row.metrics[KEPT] for row in rows if KEPT in row.metrics]
     return fmean(shares) if shares else None
 
 
 def by_shift(sets: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Names of the data sets in distribution, and of those whose `shift` is `ood`."""
+    """Names of the in-distribution data sets, and of the data sets whose `shift` is `ood`."""
     ids = [name for name, data in sets.items() if data.shift == "id"]
     return ids, [name for name, data in sets.items() if data.shift == "ood"]
 
@@ -282,18 +281,18 @@ def metric_name(metric: str) -> str:
 
 
 def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()) -> Table:
-    """Models down, data sets across, with number of images, intervals of 95 % and calibration
-    errors; per cent.
+    """Table of models by data sets, in per cent, with numbers of images, 95 % intervals and
+    calibration errors.
 
-    Means are over sets in or out of distribution that are measured alike: by one metric and one
-    method of segmentation. The share kept of the base is the mean over the sets that have it. H is
-    the harmonic mean of the means over `pairs`, the names of the sets of base and of novel classes.
+    Means are over sets of the same shift, metric and method of segmentation. The share kept of the
+    base is the mean over the sets that have it. H is the harmonic mean of the means over `pairs`,
+    the names of the sets of base and of novel classes.
     """
     # Columns: data sets, in distribution first; means over sets of one kind.
     sets = {row.dataset: row for row in sorted(rows, key=lambda row: row.shift)}
     kinds: dict[tuple[object, ...], list[str]] = {}
     for name, row in sets.items():
-        # Dense segmentation, true masks and a network's are no mean.
+        # Dense segmentation, true masks and masks of a network are never averaged.
         kind = (row.shift, row.metric, row.dense, row.proposals is None, row.background is None)
         kinds.setdefault(kind, []).append(name)
     means = [names for names in kinds.values() if len(names) > 1]
@@ -312,7 +311,7 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
     if has_kept:
         out.add_column("kept of\nthe base", justify="right")
 
-    # Rows: a model each. Means are of models that were evaluated on all of their sets.
+    # Rows: one for each model. A mean needs the model's results on all of its sets.
     models: dict[tuple[str, float | None], dict[str, Row]] = {}
     for row in rows:
         models.setdefault((row.source, row.alpha), {})[row.dataset] = row
@@ -346,7 +345,7 @@ def _figure(row: Row) -> str:
 
 
 def prompts(rows: Sequence[Row]) -> list[str]:
-    """A line for each list of prompt templates, with the data sets that used it."""
+    """One line for each list of prompt templates, with the data sets that use it."""
     sets: dict[tuple[str, ...], dict[str, None]] = {}
     for row in rows:
         if row.templates:
@@ -359,9 +358,7 @@ def prompts(rows: Sequence[Row]) -> list[str]:
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """A line for each list of labels that models can't tell apart, with the data sets and the
-    models.
-    """
+    """One line for each list of labels that models can't tell apart, with data sets and models."""
     of_pairs: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in rows:
         if row.indistinguishable:

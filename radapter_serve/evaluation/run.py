@@ -1,6 +1,4 @@
-"""Evaluate models on one data set or on a whole suite; open the data sets that a suite or a run
-names.
-"""
+"""Evaluation of models on a data set or a suite; opening of the data sets of a suite or a run."""
 
 from __future__ import annotations
 
@@ -63,16 +61,16 @@ def evaluate_set(
     """Evaluate models that prepare images alike on one data set; each image is read and decoded
     once.
 
-    `progress` gets the images done and their number. To `keep` "nouns" measures what is kept of the
-    base, which is the first model of alpha 0; see `Row`. To keep "scores" takes 4 bytes for each
-    model, image and class.
+    `progress` is called with the number of images done and of all images. `keep` may have "nouns",
+    to measure `kept` (see `Row`) against the first model of alpha 0, and "scores", which take 4
+    bytes for each model, image and class.
     """
     seconds = [0.0] * len(models)
     parts: list[list[Answers]] = [[] for _ in models]
 
     @contextmanager
     def turn(number: int) -> Iterator[None]:
-        """Count a model's seconds; an error names the model and the data set."""
+        """Add to a model's seconds; an error names the model and the data set."""
         start = time.perf_counter()
         try:
             yield
@@ -115,7 +113,7 @@ def evaluate_set(
 
 
 def _batches(model: Candidate, data: EvaluationSet, batch_size: int) -> Iterator[list[Any]]:
-    """Prepared images; the next batch is read and decoded while this one is embedded."""
+    """Yield batches of prepared images; the next batch is read and decoded meanwhile."""
 
     def item(number: int) -> Any:
         try:
@@ -149,10 +147,10 @@ def evaluate_suite(
     say: Say = lambda line: None,
     opened: Callable[[EvaluationSet], None] = lambda data: None,
 ) -> list[Row]:
-    """Evaluate models of one kind on the data sets of one split of a suite; rows that `results` has
-    are not made again.
+    """Evaluate models of one kind on the data sets of one split of a suite, except rows that
+    `results` has already.
 
-    `opened` gets each data set.
+    `opened` is called with each data set.
     """
     rows: list[Row] = []
     for entry in suite.of_split(split):
@@ -161,7 +159,7 @@ def evaluate_suite(
         stamp: dict[str, Any] = {"suite": suite.name, "seed": seed, "version": __version__}
         cases = [replace(data.row(model), **stamp) for model in models]
         opened(data)
-        # The share that is kept of the base is measured together with alpha 0.
+        # `kept` compares with the answers at alpha 0, which is evaluated again for it.
         keep = ["nouns"] if data.nouns and any(model.alpha == 0.0 for model in models) else []
         missing = []
         for model, case in zip(models, cases, strict=True):
@@ -189,8 +187,8 @@ def evaluate_suite(
 def warn_of_overlap(
     choosing: Iterable[EvaluationSet], testing: Iterable[EvaluationSet]
 ) -> list[str]:
-    """A line for each test set that has images, by the digests of their files, in common with
-    the validation sets: the figures of what these chose are too high.
+    """A warning for each test set that shares images, by the digests of their files, with the
+    validation sets.
     """
     set_of = {digest: data.entry.name for data in choosing for digest in data.contents}
     warnings = []
@@ -208,13 +206,13 @@ def warn_of_overlap(
 def open_set(
     suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0
 ) -> EvaluationSet:
-    """Open one data set of a suite: at most `limit` images, drawn by the seed; None takes all."""
+    """Open one data set of a suite, with at most `limit` images, drawn by the seed."""
     run = suite.run
     mapping = None
     data: Images | None
     if run is not None:
         data = validation_data(run.source, run.classes, broken=[])
-        assert data is not None  # as own_validation has seen
+        assert data is not None  # own_validation has checked it
         if run.held_out is not None and not run.source.val_data:
             check_held_out(data, run.held_out, run.source.data)
     else:
@@ -235,7 +233,7 @@ def open_set(
                 images=suite.data_root / entry.images if entry.images else None,
                 classes=classes if mapping is None else None,
             )
-            # The halves are of all classes.
+            # `class_split` takes half of all classes, with and without images.
             data = open_source(source, every_class=entry.class_split != "all")
             if isinstance(data, Labelled):
                 if classes is None:
@@ -288,10 +286,10 @@ def _classification_set(
     limit: int | None,
     seed: int,
 ) -> ClassificationSet:
-    """A set of labelled images from an open data set; `mapping` from the data's class names to
-    those for prompts leaves other classes out.
+    """Make a classification set from labelled images. `mapping`, from the data's class names to
+    names for prompts, leaves other classes out.
     """
-    # Images that have several labels always have one metric, and others never.
+    # Only images with several labels are measured by mAP, and they always are.
     if data.several:
         entry = dataclasses.replace(entry, metric=SEVERAL_METRIC)
     elif entry.metric == SEVERAL_METRIC:
@@ -300,7 +298,7 @@ def _classification_set(
             " labels; leave it out, or see label_separator"
         )
 
-    # Classes: all, or those that the mapping knows.
+    # Keep all classes, or the classes of the mapping.
     numbers = range(len(data.classes))
     classes = data.classes
     if mapping is not None:
@@ -315,7 +313,7 @@ def _classification_set(
     else:
         number_of = {index: index for index in numbers}
 
-    # Images that have one of these classes.
+    # Keep images that have one of these classes.
     sets = data.label_sets()
     labels = [[number_of[label] for label in row if label in number_of] for row in sets]
     chosen = np.flatnonzero([bool(row) for row in labels])
@@ -337,7 +335,7 @@ def _classification_set(
 
 
 def _mapping(path: Path) -> dict[str, str]:
-    """From the data's own class names to names for prompts."""
+    """Read a mapping from the data's class names to names for prompts."""
     mapping = read_yaml(path, "the classes")
     if (
         not isinstance(mapping, dict)
@@ -351,9 +349,8 @@ def _mapping(path: Path) -> dict[str, str]:
 
 
 def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
-    """The data set by which α is chosen without a suite: the run's validation data, opened as
-    training opened it; `data` is other data of the same columns, which the run must not have been
-    trained with.
+    """The suite that α is chosen on if the user names no suite: the run's validation data, opened
+    as in training; or `data` with the same columns, which must not be the training data.
     """
     source = metadata.source
     place = source.val_data
@@ -377,8 +374,8 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
 
 
 def as_trained(metadata: Metadata, data: str | None, entry: Entry | None = None) -> Suite:
-    """Data, such as `photos/test` or `csv:test.csv`, as a suite of one set, opened as a run opened
-    its validation data; None is that data itself. The entry is of test data unless it is given.
+    """A suite of one data set, such as `photos/test` or `csv:test.csv`, opened as the run opened
+    its validation data; None is the validation data. `entry` defaults to test data.
     """
     if data is not None:
         data = with_reader(data)
@@ -401,9 +398,7 @@ def as_trained(metadata: Metadata, data: str | None, entry: Entry | None = None)
 
 
 def _place(source: str) -> tuple[str, Path, str]:
-    """The reader, the file or folder, and the split that data is read from, however it is
-    written.
-    """
+    """Reader, absolute path and split of a data source, equal for all spellings of the source."""
     reader, _, rest = source.rpartition(":")
     path, _, split = rest.partition("@")
     return reader, Path(path).absolute().resolve(), split or "train"

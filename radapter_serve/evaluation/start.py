@@ -1,4 +1,4 @@
-"""Evaluation of a model on a suite: what can be refused is refused before torch is loaded."""
+"""Evaluation of a model on a suite; most errors are found before torch is loaded."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
     from radapter_serve.evaluation.suite import Suite
 
 AUTO = "auto"
-GRID = tuple(round(0.1 * step, 1) for step in range(11))  # of auto
+GRID = tuple(round(0.1 * step, 1) for step in range(11))  # alphas that auto tries
 Place = str | PathLike[str]
 Say = Callable[[str], None]
-INTERVAL = 10.0  # seconds between two plain lines
+INTERVAL = 10.0  # seconds between lines of progress outside a terminal
 
 
 @dataclass(frozen=True, repr=False)
 class Evaluation:
-    """What was measured; `print` shows the tables and notes that the command shows.
+    """Results of an evaluation; `print` shows the tables and notes of the command.
 
     Attributes:
-        rows: of each model on each data set: `metrics` in [0, 1], `intervals` that hold the true
+        rows: one for each model and data set: `metrics` in [0, 1], `intervals` that hold the true
             value in 95 % of cases, and more; see `Row`.
-        choice: the α that `auto` takes, the best one, and how they were found; None where an α was
+        choice: the α that `auto` takes, the best one, and how they were found; None if an α was
             given.
-        suite: the test data; None where only an α was chosen.
-        notes: what a reader of the figures should know, a line each.
-        files: `results.jsonl` with all rows, the choice beside the adapter, and the pictures.
-        measured: how many rows this call measured; the others were there.
+        suite: the test data; None if only an α was chosen.
+        notes: notes for a reader of the figures, one line each.
+        files: `results.jsonl` with all rows, the choice next to the adapter, and the pictures.
+        measured: number of rows that this call measured; the others were in the file already.
     """
 
     rows: tuple[Row, ...]
@@ -60,17 +60,15 @@ class Evaluation:
 
     @property
     def chosen_alpha(self) -> float | None:
-        """The α that `auto` took, or the only one that was evaluated; None where there are
-        several.
-        """
+        """The α that `auto` took, or the only α that was evaluated; None if there are several."""
         if self.choice is not None:
             return self.choice.alpha
         alphas = {row.alpha for row in self.rows}
         return alphas.pop() if len(alphas) == 1 else None
 
     def table(self) -> Table:
-        """Models down, data sets across, in per cent; without test data, how α was chosen. `rich`
-        prints it.
+        """Table of models by data sets, in per cent; without test data, the scores that α was
+        chosen by. `rich` prints it.
         """
         if self.choice is not None and not self.rows:
             return self.choice.table()
@@ -86,7 +84,7 @@ class Evaluation:
         )
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(str(self))  # the last line of a notebook's cell
+        printer.text(str(self))  # for notebooks
 
     def __str__(self) -> str:
         out = io.StringIO()
@@ -112,9 +110,10 @@ class EvaluatedModel:
         checkpoint: a model that was tuned elsewhere, instead of a run: a .pt or .safetensors file,
             a model's folder, hf-hub:NAME or NAME:TAG; at any alpha on the line from --base.
         lora: folder of a LoRA of peft for a CLIPModel, instead of a run.
-        base: what was tuned: an open_clip model with its weights, such as ViT-B-32:openai,
-            local-dir:PATH or hf-hub:NAME; what the adapter or the LoRA says if none is given.
-        device: of torch, such as cpu or cuda:1; a GPU if there is one.
+        base: the model that was tuned: an open_clip model with its weights, such as
+            ViT-B-32:openai, local-dir:PATH or hf-hub:NAME; by default the base that the adapter or
+            the LoRA names.
+        device: device of torch, such as cpu or cuda:1; a GPU by default if there is one.
     """
 
     adapter: str | None = None
@@ -128,13 +127,13 @@ class EvaluatedModel:
 
     @property
     def instead(self) -> list[str]:
-        """Names of the fields that are given in place of a run."""
+        """Names of the given fields that replace a run."""
         names = ("merged", "model_repository", "url", "checkpoint", "lora")
         return [name for name in names if getattr(self, name)]
 
     def check(self, alphas: Sequence[float], *, auto: bool) -> None:
-        """Refuse several models, what only a run has beside another model, and a checkpoint whose
-        base is not named.
+        """Refuse several models, options of a run for another model, and a checkpoint whose base is
+        not named.
         """
         of_runs = ["adapter"]
         if not (self.checkpoint or self.lora):
@@ -142,7 +141,7 @@ class EvaluatedModel:
         also = [name for name in of_runs if getattr(self, name)]
         if auto:
             also.append("alpha auto")
-        elif alphas and self.merged:  # a release is asked for its α when it is read
+        elif alphas and self.merged:  # a release checks α when it is loaded
             also.append("alpha")
         if len(self.instead) > 1 or (self.instead and also):
             raise RAdapterError(
@@ -153,8 +152,8 @@ class EvaluatedModel:
             check_base_is_named(self.checkpoint, self.base, alphas)
 
     def name(self, path: Path) -> str:
-        """A name for its results: the folder of the run, which is at `path`, of the checkpoint or
-        the release, or the address of the server.
+        """The model's name in the path of its results: the name of the run at `path`, of the
+        checkpoint or of the release's folder, or the address of the server.
         """
         if self.url:
             return self.url.partition("://")[2] or self.url
@@ -164,7 +163,7 @@ class EvaluatedModel:
         return (whole.parent if whole.name == ADAPTER else whole).name
 
     def load(self, path: Path, alphas: Sequence[float]) -> list[Candidate]:
-        """Load it at these alphas; a run from its path."""
+        """Load the model at each α; `path` is that of a run."""
         from radapter_serve.adapter.tuned import load_checkpoint, load_lora
         from radapter_serve.encoders.loaded import load_release, served_release
         from radapter_serve.evaluation import models
@@ -186,7 +185,7 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How a model is evaluated, and where its rows go.
+    """Settings of an evaluation.
 
     Attributes:
         data_root: folder that the suite's paths start from.
@@ -194,11 +193,11 @@ class EvaluationSettings:
             results/photos/pacs, and results/photos/validation where there is no suite.
         resume: keep the rows in OUT, and evaluate only what is missing or has changed; --no-resume
             evaluates all again, and replaces them.
-        limit: images of a data set at most, drawn by the seed.
-        seed: of that draw.
-        batch_size: images a pass.
-        threads: threads to compute with; one a core if none is given. Fewer is faster beside other
-            work.
+        limit: the most images of a data set, drawn by the seed.
+        seed: seed of the draw of images.
+        batch_size: images in a batch.
+        threads: threads to compute with; by default one for each core. Fewer are faster while other
+            work runs.
     """
 
     data_root: str = "."
@@ -216,7 +215,7 @@ class EvaluationSettings:
                 raise RAdapterError(f"{name} is {count}; allowed: 1 or more")
 
     def folder(self, model: str, suite: str) -> Path:
-        """Where the results of a model on a suite go."""
+        """The folder for the results of a model on a suite."""
         if self.out:
             return Path(self.out)
         return Path("results", *(re.sub(r"[^\w.@-]+", "_", part) for part in (model, suite)))
@@ -232,20 +231,19 @@ def evaluate(
     progress: bool = False,
     **fields: Any,
 ) -> Evaluation:
-    """Evaluate a model on test data, as `radapter-eval` does; it writes the rows and pictures that
-    the command writes.
+    """Evaluate a model on test data, and write rows and pictures, as `radapter-eval` does.
 
     Args:
-        adapter: a run, as `train` gives it, its folder, or an adapter file; the newest run in
-            ./runs if nothing else is named.
-        alpha: re-scalings in [0, 1]; 0, the run's own and 1 if none is given. `auto` takes the
-            smallest that can't be told from the best on validation data, and never more than the
-            run's own: the suite's sets with `split: validation`, else those of the run; see
-            `Choice`.
+        adapter: a run as `train` returns it, its folder, or an adapter file; by default the newest
+            run in ./runs.
+        alpha: one α or several in [0, 1]; by default 0, the run's own and 1. `auto` takes the
+            smallest α that can't be told from the best on validation data, and never more than the
+            run's own. The validation data is the suite's sets with `split: validation`, else the
+            run's; see `Choice`.
         suite: a YAML file, or the name of a suite that comes with the package.
         data: one data set in place of a suite, such as `photos/test` or `csv:test.csv`; it is
-            opened as the run opened its own, with its columns, and among its classes.
-        progress: show on stderr what is going on; without it nothing is printed.
+            opened as the run opened its validation data, with the same columns and classes.
+        progress: show progress on stderr; otherwise nothing is printed.
         fields: any field of `EvaluatedModel`, in place of a run (`checkpoint`, `model_repository`,
             `url`, ...), or of `EvaluationSettings` (`data_root`, `out`, `limit`, ...).
 
@@ -255,7 +253,7 @@ def evaluate(
     Raises:
         RAdapterError: the model, the data or a value is invalid.
     """
-    # The fields of each of the two objects.
+    # Split the keywords into the fields of the two objects.
     kinds: tuple[Any, Any] = (EvaluatedModel, EvaluationSettings)
     names = [{field.name for field in dataclasses.fields(kind)} for kind in kinds]
     if unknown := sorted(set(fields).difference(*names)):
@@ -282,7 +280,7 @@ def evaluate_model(
     *,
     progress: bool,
 ) -> Evaluation:
-    """`evaluate`, for the function and the command."""
+    """Evaluate a model, for `evaluate` and for the command."""
     limit_threads(settings.threads)
     auto = list(alpha) == [AUTO]
     alphas: Sequence[float] = GRID if auto else _numbers(alpha)
@@ -292,7 +290,7 @@ def evaluate_model(
     if not model.instead:
         path = Path(model.adapter) if model.adapter else newest_run()
         if data is not None:
-            # torch takes seconds to load: not before what is refused without it.
+            # These load torch, which takes seconds: after the checks that need no torch.
             from radapter_serve.adapter import load_adapter
             from radapter_serve.evaluation.run import as_trained
 
@@ -319,12 +317,12 @@ def evaluate_model(
     with status(Console(stderr=True), show=progress) as say:
         how: dict[str, Any] = {**draws, "batch_size": settings.batch_size, "say": say}
         say("loading the model")
-        if auto:  # which may take the run's own
+        if auto:  # the run's own α need not be on the grid
             metadata = load_adapter(path).metadata
             alphas = sorted({*alphas, metadata.alpha})
         models = model.load(path, alphas)
         try:
-            # α, on validation data.
+            # Choose α on validation data.
             tested = models
             if auto:
                 chosen_by = tests
@@ -337,18 +335,18 @@ def evaluate_model(
                 files.append(save_choice(choice, path))
                 chosen = (0.0, choice.alpha, choice.best)
                 tested = [candidate for candidate in models if candidate.alpha in chosen]
-            elif tests:  # α was chosen earlier, and perhaps by these
+            elif tests:  # α may have been chosen earlier on these validation sets
                 for entry in tests.of_split("validation"):
-                    with contextlib.suppress(RAdapterError):  # they need not be here
+                    with contextlib.suppress(RAdapterError):  # their files may be missing
                         choosing.append(open_set(tests, entry, **draws))
-            # The model, on test data.
+            # Evaluate on test data.
             if tests:
                 rows = evaluate_suite(tested, tests, results, opened=testing.append, **how)
         finally:
             models[0].close()
         overlaps = warn_of_overlap(choosing, testing)
         if tests and rows:
-            # After auto there are only a few α on test data: they must not replace a whole curve.
+            # Auto tests only a few α: their curve must not replace a whole one.
             files += draw(rows, folder, tests.name, curve_too=not auto)
         if choice:
             files.append(draw_choice(choice, folder))
@@ -372,7 +370,7 @@ def _numbers(values: Sequence[float | str]) -> tuple[float, ...]:
             number = float(value)
         except (TypeError, ValueError):
             number = -1.0
-        if not 0 <= number <= 1:  # also of NaN
+        if not 0 <= number <= 1:  # NaN fails too
             raise RAdapterError(
                 f"alpha is {value!r}; allowed: numbers from 0 (the base) to 1 (all learned), or"
                 " auto"
@@ -384,7 +382,7 @@ def _numbers(values: Sequence[float | str]) -> tuple[float, ...]:
 
 
 def _suite(suite: Place | None, data: str | None, data_root: Path, *, auto: bool) -> Suite | None:
-    """The test data; None where only α is chosen."""
+    """The test data; None if only α is to be chosen."""
     from radapter_serve.evaluation.suite import Entry, Suite, load_suite, ready_suites
 
     if suite is not None and data is not None:
@@ -405,8 +403,8 @@ def _suite(suite: Place | None, data: str | None, data_root: Path, *, auto: bool
 def status(
     console: Console, *, show: bool = True, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Say]:
-    """Yields a function that shows a line: on a terminal one line that changes, elsewhere a plain
-    line every ten seconds of the clock. `show` False shows nothing.
+    """Yield a function that shows a line of progress: a terminal shows the last line only, other
+    outputs get at most one line every ten seconds of the clock. With `show` False it does nothing.
     """
     if not show:
         yield lambda line: None

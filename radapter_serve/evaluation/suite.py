@@ -1,4 +1,4 @@
-"""Suites: YAML files that say on which data sets a model is evaluated, and how."""
+"""Suites: YAML files of the data sets to evaluate a model on, and their settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from radapter_serve.tasks.dense import SegmentOptions
 if TYPE_CHECKING:
     from radapter_serve.adapter import Metadata
 
-PROPOSALS = "proposals"  # in place of a dense method: masks are given, and their crops classified
+PROPOSALS = "proposals"  # instead of a dense method: classify crops of given masks
 SEVERAL_METRIC = "mean_average_precision"
 METRICS = {
     "classification": ("acc1", "acc5", "mean_per_class_recall", SEVERAL_METRIC),
@@ -43,24 +43,24 @@ def _templates(value: Any) -> Any:
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
 class Entry(DataSource):
-    """One data set of a suite: a data source, whose paths are below the data root, and how a model
-    is evaluated on it. docs/choose-alpha.md says what the fields are.
+    """One data set of a suite: a data source, whose paths are below the data root, and settings of
+    its evaluation. docs/choose-alpha.md describes the fields.
     """
 
     name: str
     shift: Literal["id", "ood"] = "id"
     split: Literal["test", "validation"] = "test"
-    metric: str = ""  # the task's first
-    templates: Annotated[Any, BeforeValidator(_templates)] = None  # the model's
+    metric: str = ""  # by default the task's first
+    templates: Annotated[Any, BeforeValidator(_templates)] = None  # by default the model's
     border: Annotated[int, Field(ge=0), For("classification", "retrieval")] = 0
     max_captions: Annotated[Count | None, For("retrieval")] = None
-    dense: Annotated[str | None, _PIXELS] = None  # the model's
+    dense: Annotated[str | None, _PIXELS] = None  # by default the model's
     short_side: Annotated[int | None, _PIXELS] = None
     stride: Annotated[int | None, _PIXELS] = None
     refine: Annotated[int, _PIXELS] = 0
     threshold: Annotated[float | None, _PIXELS] = None
     background: Annotated[str | None, _PIXELS] = None
-    proposals: Annotated[str | None, _PIXELS] = None  # the true masks
+    proposals: Annotated[str | None, _PIXELS] = None  # by default the true masks
     proposal_weight: Annotated[float | None, _PIXELS] = None
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class Entry(DataSource):
 
 
 def entry_of(values: Mapping[str, Any], where: str) -> Entry:
-    """An entry from the values of its fields; `where` they come from is named in errors."""
+    """Make an entry from the values of its fields; errors name `where` they come from."""
     fields = [field.name for field in dataclasses.fields(Entry)]
     unknown = sorted(short(name) for name in values if name not in fields)
     if unknown:
@@ -126,18 +126,16 @@ class Suite:
 
     name: str
     entries: tuple[Entry, ...]
-    folder: Path = Path()  # of the suite file, where its class and template files are
-    data_root: Path = Path()  # where relative paths of data start
-    run: Metadata | None = None  # of the run that opened its validation data as this is opened
+    folder: Path = Path()  # of the suite file; class and template files are relative to it
+    data_root: Path = Path()  # data paths are relative to it
+    run: Metadata | None = None  # of the run whose way to open validation data this suite uses
 
     def of_split(self, split: str) -> tuple[Entry, ...]:
         """The data sets of one split."""
         return tuple(entry for entry in self.entries if entry.split == split)
 
     def pairs(self, split: str) -> list[tuple[str, str]]:
-        """Names of the data sets of one split that are the base and the novel classes of the same
-        data.
-        """
+        """Pairs of data sets in a split: names of the base and novel classes of the same data."""
         entries = self.of_split(split)
         novel = {entry.data: entry.name for entry in entries if entry.class_split == "novel"}
         return [
@@ -153,11 +151,11 @@ def ready_suites() -> dict[str, Path]:
 
 
 def load_suite(source: str | Path, data_root: str | Path = ".") -> Suite:
-    """Read a suite, or one that comes with the package by its name; without torch, unless it asks
-    for dense embeddings.
+    """Read a suite from a file, or by its name one that comes with the package. Torch is loaded
+    only if a set has a dense method.
 
-    The YAML file has `sets`, a list of `Entry`'s fields; any of these fields next to `sets` is the
-    default of all sets.
+    The YAML file has `sets`, a list of `Entry`'s fields; a field next to `sets` is the default of
+    all sets.
     """
     ready = ready_suites()
     path = ready.get(str(source), Path(source))
@@ -176,7 +174,7 @@ def load_suite(source: str | Path, data_root: str | Path = ".") -> Suite:
     used_by = users(Entry)
     for number, item in enumerate(sets, 1):
         entry = entry_of({**document, **item}, f"{path}, set {number}")
-        # Only of what the set names itself: fields beside `sets` are for the sets that use them.
+        # Check only the set's own fields: a default next to `sets` may be for other tasks.
         for field, value in item.items():
             tasks = used_by.get(field, (entry.task,))
             if value is not None and entry.task not in tasks:
