@@ -1,5 +1,5 @@
-"""What torch and every server must do alike: preprocessing, tokenizer, labels, templates,
-error codes and the α of a request.
+"""The contract of torch and every server: preprocessing, tokenizer, labels, templates, error codes
+and the α of a request.
 
-numpy and Pillow only: neither torch nor a runtime belongs here.
+It needs numpy and Pillow, but neither torch nor a runtime.
 """

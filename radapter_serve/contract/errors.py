@@ -1,4 +1,4 @@
-"""Errors of a request: a code for programs, a sentence for people; and the check of its α."""
+"""Errors of a request, with a code for programs and a sentence for people; checks of its α."""
 
 from __future__ import annotations
 
@@ -28,28 +28,27 @@ CANCELLED = "cancelled"
 INTERNAL_ERROR = "internal_error"
 UNKNOWN_MODEL = "unknown_model"
 SERVER_STOPPING = "server_stopping"
-# The same request may succeed a little later: a part of the server is starting again, or has too
-# much to do.
+# The same request may succeed a little later: a part of the server is restarting or overloaded.
 RESTARTING = "restarting"
 OVERLOADED = "overloaded"
-RETRYABLE = {  # messages of these three, about a model
+RETRYABLE = {  # messages by code; {} is the name of a model
     SERVER_STOPPING: "the server is stopping; ask again when it is back",
     RESTARTING: "{} is being started again; ask again in a few seconds",
     OVERLOADED: (
         "{} has more to do than it can take on; ask again in a moment, with fewer requests at once"
     ),
 }
-# It took too long, and would again.
+# The request took too long, and would take too long again.
 TIMED_OUT = "timed_out"
 
-Cancelled = Callable[[], bool]  # whether the caller of a request has given up
-Alpha = NDArray[np.float32]  # [B, 1], one for each row
-# Rows to embeddings; with a second argument, `Alpha`, where α is an input.
+Cancelled = Callable[[], bool]  # True if the caller of a request has given up
+Alpha = NDArray[np.float32]  # [B, 1], an α for each row
+# Maps rows to embeddings; takes `Alpha` as a second argument if α is an input.
 Encode = Callable[..., NDArray[np.float32]]
 
 _PRIVATE = re.compile(r"['\"]?(?<![\w.])/\S+|\S*radapter_serve_\w+\S*")
 
-# gRPC's status of an error by its code; of all others it is INVALID_ARGUMENT.
+# gRPC status by code; all other codes have INVALID_ARGUMENT.
 _STATUS = {
     ENCODER_FAILED: "INTERNAL",
     INTERNAL_ERROR: "INTERNAL",
@@ -75,52 +74,52 @@ class TaskError(RAdapterError):
 
     @property
     def status(self) -> str:
-        """gRPC's name of the kind of error, such as INVALID_ARGUMENT."""
+        """Name of the gRPC status, such as INVALID_ARGUMENT."""
         return _STATUS.get(self.code, "INVALID_ARGUMENT")
 
 
 def invalid(message: str) -> TaskError:
-    """The error of a request that asks for something that is not allowed."""
+    """An `invalid_argument` error: the request has a value that is not allowed."""
     return TaskError(INVALID_ARGUMENT, message)
 
 
 def task_error(error: Exception) -> TaskError:
-    """The error as a caller learns of it. A `TaskError` stays; a fault of the program goes
-    to the log, and its caller learns no more than that there was one.
+    """Convert an error for the caller. A `TaskError` is returned as it is; any other error is a
+    bug, which is logged, and the caller gets an `internal_error` without details.
     """
     if not isinstance(error, TaskError):
         traceback.print_exception(error, file=sys.stderr)
         message = "the server failed on this request; its log says why"
         return TaskError(INTERNAL_ERROR, message)
-    # It lets go of where it came from, which may hold an image.
+    # Drop the traceback and the causes, whose frames may hold an image.
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
 
 def check_cancelled(cancelled: Cancelled | None) -> None:
-    """Raise a `TaskError` where the caller has given up, so that no one computes the rest."""
+    """Raise a `TaskError` if the caller has given up, so that work on the request ends."""
     if cancelled is not None and cancelled():
         raise TaskError(CANCELLED, "the caller gave up")
 
 
 def redact(message: str) -> str:
-    """The first line of an error's message, without paths and names of shared memory."""
+    """The first line of an error message, without paths and names of shared memory."""
     return _PRIVATE.sub("...", message.strip().partition("\n")[0])
 
 
 def check_alpha(alpha: float) -> None:
     """Refuse an α outside [0, 1]."""
-    if not 0 <= alpha <= 1:  # NaN, too
+    if not 0 <= alpha <= 1:  # NaN fails too
         raise RAdapterError(
             f"alpha is {alpha:g}; allowed: 0 (the base) to 1 (all that was learned)"
         )
 
 
 def request_alpha(alpha: float | None, release_alpha: float, *, dynamic: bool) -> float | None:
-    """The α that the encoders get for a request; None where it is folded into them.
+    """The α to pass to the encoders for a request; None if α is folded into their weights.
 
-    A request may bring an α where the encoders take one (`dynamic`). Raises a `TaskError` where it
-    is not in [0, 1], or not the one that was folded.
+    Encoders with α as an input (`dynamic`) take any α. Raises a `TaskError` for an α outside
+    [0, 1], or for another α than the folded one.
     """
     used = float(np.float32(release_alpha if alpha is None else alpha))
     try:

@@ -1,6 +1,4 @@
-"""Image files: which they are, by name; and from their bytes to decoded images, within limits of
-memory, time and size.
-"""
+"""Image files: listing them in folders, and decoding within limits of memory, time and size."""
 
 from __future__ import annotations
 
@@ -32,32 +30,32 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.errors import RAdapterError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of files in these formats
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # file names of these formats
 FORMATS = ("JPEG", "PNG", "WEBP")
 ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"
 MAX_PIXELS = 64_000_000
 MAX_REQUEST_PIXELS = 800_000_000  # of all images of a request: 64 photos of 12 megapixels fit
-# Bytes that decoding an image takes at most, without its file; and those above which one image at a
-# time is decoded in this process.
+# Most bytes that decoding an image may take, besides its file. Above LARGE_MEMORY, this process
+# decodes one image at a time.
 MAX_MEMORY = 512_000_000
 LARGE_MEMORY = 128_000_000
-# Bytes of a pixel while an image is decoded, turned and resized, as tests/contract/test_memory.py
-# measures them. Pillow decodes a WebP in three copies, and then makes its own.
+# Bytes per pixel while an image is decoded, turned and resized, as tests/contract/test_memory.py
+# measures them. For a WebP, the decoder makes three copies before Pillow makes its own.
 PIXEL_BYTES = 8
 WEBP_PIXEL_BYTES = 16
-LARGE_PIXELS = 16_000_000  # beyond which no thin image is blown up
+LARGE_PIXELS = 16_000_000  # most pixels of a thin image after resizing
 MAX_BYTES = 64 * 2**20  # of a file
-MAX_SIDE = 65_535  # as JPEG has it; decoders take seconds for the rows of a thin image
-# A progressive JPEG is decoded anew for each of its scans, of which a small file can have
-# thousands. Cameras and libjpeg write at most 20. Of an image above LARGE_PIXELS, as many fewer are
-# allowed as it is larger.
+MAX_SIDE = 65_535  # limit of JPEG; decoders take seconds for a thin image with more rows
+# A progressive JPEG is decoded once for each of its scans, and a small file can have thousands.
+# Cameras and libjpeg write at most 20. Above LARGE_PIXELS, the limit falls as the pixels grow.
 MAX_SCANS = 100
-POLL_SECONDS = 0.1  # after which those that wait for their turn ask for their callers again
-# markers of JPEG
+POLL_SECONDS = 0.1  # between checks that the caller of a waiting image is still there
+# JPEG markers
 _SCAN = b"\xff\xda"
 _END = 0xD9
-# Markers with a length. Within pixels 00 follows, or a restart, D0 to D7. Of 01 to BF a decoder
-# that looks for a restart passes over the marker alone, so no length can hide a scan there.
+# Markers with a length. In pixel data, FF is followed by 00 or by a restart, D0 to D7. 01 to BF are
+# left out: a decoder that looks for a restart skips such a marker without a length, so its length
+# must not hide a scan.
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 _OTHERS = (
@@ -75,23 +73,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An encoded image of which only the header has been read."""
+    """An encoded image; only its header has been read."""
 
     data: bytes = field(repr=False)
-    width: int  # in pixels, before it is turned
+    width: int  # in pixels, before turning by EXIF
     height: int
-    memory: int  # bytes that decoding takes at most, without the file
+    memory: int  # most bytes that decoding takes, besides the file
 
     @property
     def is_large(self) -> bool:
-        """Whether it is decoded while no other large image is."""
+        """True if no other large image may be decoded at the same time."""
         return self.memory > LARGE_MEMORY
 
 
 class Turns:
-    """Lets a few threads at a time through, in the order in which they come; refuses more than
-    `max_waiting` that wait.
-    """
+    """Admits `places` threads at a time, in order of arrival; at most `max_waiting` may wait."""
 
     def __init__(self, places: int = 1, max_waiting: int = 32) -> None:
         self.max_waiting = max_waiting
@@ -101,7 +97,7 @@ class Turns:
 
     @contextlib.contextmanager
     def __call__(self, cancelled: Cancelled | None = None) -> Iterator[None]:
-        """Wait for a turn, and have it until the block ends; too many that wait are refused."""
+        """Wait for a turn and hold it for the block; a `TaskError` if too many threads wait."""
         turn = threading.Event()
         with self._lock:
             if len(self._queue) >= self._places + self.max_waiting:
@@ -128,14 +124,14 @@ LARGE_IMAGES = Turns()  # of this process
 
 @contextlib.contextmanager
 def turn(file: ImageFile, cancelled: Cancelled | None = None) -> Iterator[None]:
-    """A block in which an image may be decoded: of large ones one at a time."""
+    """A block in which an image may be decoded; large images take turns."""
     check_cancelled(cancelled)
     with LARGE_IMAGES(cancelled) if file.is_large else contextlib.nullcontext():
         yield
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of an image, 1 to 8; 1, upright, where its EXIF cannot be read."""
+    """The EXIF orientation of an image, 1 to 8; 1 (upright) if its EXIF cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:
@@ -146,8 +142,8 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def oriented(image: Image.Image, orientation: int | None = None) -> Image.Image:
-    """Turn an image by an EXIF orientation, its own if None; the same image where there is nothing
-    to turn. A turned one has no orientation, so that nothing turns it twice.
+    """Turn an image by an EXIF orientation, by default its own; an upright image is returned as it
+    is. A turned image has no orientation, so that nothing turns it twice.
     """
     if orientation is not None:
         image.getexif()[ExifTags.Base.Orientation] = orientation
@@ -157,12 +153,12 @@ def oriented(image: Image.Image, orientation: int | None = None) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except (MemoryError, TaskError):
         raise
-    except Exception:  # as of `orientation_of`
+    except Exception:  # broken EXIF, as in `orientation_of`
         return image
 
 
 def read_header(data: bytes | ImageFile) -> ImageFile:
-    """Read the header of an image file, or of its base64 text or `data:` URI."""
+    """Read the header of an image file, base64 text or `data:` URI, and check its limits."""
     if isinstance(data, ImageFile):
         return data
     if not data.startswith(_MAGIC):
@@ -196,8 +192,9 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
             )
         pixels = width * height
         pixel_bytes = WEBP_PIXEL_BYTES if image.format == "WEBP" else PIXEL_BYTES
-        if isinstance(image, JpegImageFile):  # one of two pictures, whose format is MPO, is one too
-            # If its first scan has not all of its colours, libjpeg keeps two bytes of each as well.
+        if isinstance(image, JpegImageFile):  # also an MPO file of several pictures
+            # For a progressive JPEG, or if the first scan lacks a colour, libjpeg keeps two more
+            # bytes per pixel and colour.
             scan = next(
                 (place for marker, place in _markers(data) if marker == _SCAN[1]), len(data)
             )
@@ -221,8 +218,8 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
 def read_headers(
     images: Sequence[bytes | ImageFile], others: Sequence[ImageFile] = ()
 ) -> list[ImageFile]:
-    """Read the headers of all images of a request; errors say which image it is, or that they have
-    too many pixels together with `others` of the same request.
+    """Read the headers of a request's images; errors have the number of the image. Together with
+    `others` of the same request, they must not have too many pixels.
     """
     files = []
     for number, image in enumerate(images, 1):
@@ -247,21 +244,21 @@ def read_headers(
 def decode(data: bytes | ImageFile, *, exif_orientation: bool = True) -> Image.Image:
     """Decode a JPEG, PNG or WebP image; of an animation, the first frame.
 
-    Its mode is not converted, but of 16 bits of gray the upper 8 are kept. Without
-    `exif_orientation` the pixels stay as the file has them, as in open_clip.
+    The mode is not converted, but gray of 16 bits is cut to its upper 8. Without `exif_orientation`
+    the pixels stay as the file has them, as in open_clip.
     """
     image = _open(read_header(data).data)
     with _broken():
         image.load()
     if exif_orientation:
         image = oriented(image)
-    if image.mode.startswith("I"):  # Pillow takes the upper bits of colours, but clips gray
+    if image.mode.startswith("I"):  # Pillow cuts colours to their upper bits, but clips gray
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image
 
 
 def verify(data: bytes) -> None:
-    """Raise what `decode` raises, for less: a JPEG is decoded at an eighth of its size."""
+    """Raise the errors of `decode` in less time: a JPEG is decoded at an eighth of its size."""
     file = read_header(data)
     image = _open(file.data)
     image.draft(None, (1, 1))
@@ -270,7 +267,7 @@ def verify(data: bytes) -> None:
 
 
 def _open(data: bytes) -> Image.Image:
-    """The image of a file, of which only the header has been read."""
+    """Open an image file; only its header is read."""
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
@@ -282,14 +279,14 @@ def _broken() -> Iterator[None]:
         raise
     except Exception as error:
         # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error. The
-        # frames of contextlib hold the error, and without this it would hold them, and the image.
+        # frames of contextlib hold the error: with its traceback it would keep them and the image.
         error.__traceback__ = None
         what = f"the image is broken or truncated ({error})"
         raise TaskError(INVALID_IMAGE, what, ADVICE) from None
 
 
 def check_pixels(width: int, height: int, limit: int, what: str) -> None:
-    """Refuse an image of too many pixels; `what` names it."""
+    """Refuse an image of too many pixels; `what` names the image in the error."""
     if width * height > limit:
         raise TaskError(
             IMAGE_TOO_LARGE,
@@ -298,8 +295,8 @@ def check_pixels(width: int, height: int, limit: int, what: str) -> None:
 
 
 def _markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """The markers of a JPEG file up to its end, each with the position behind it; what belongs to a
-    marker, such as a preview in metadata, is passed over.
+    """Yield the markers of a JPEG file up to its end, each with the position after it; the data of
+    a marker, such as a preview in metadata, is skipped.
     """
     position = 2
     while match := _MARKER.search(data, position):
@@ -314,26 +311,26 @@ def _markers(data: bytes) -> Iterator[tuple[int, int]]:
 class ImageFiles:
     """The image files of a folder."""
 
-    images: list[Path]  # folder by folder, in the order of their names
-    left_out: dict[str, int]  # number of files of other kinds, by the end of their names
+    images: list[Path]  # folder by folder, sorted by name
+    left_out: dict[str, int]  # number of other files, by suffix
 
 
 def is_image_file(name: str) -> bool:
-    """Whether a file's name ends as that of an image that is read."""
+    """True if a file name has the suffix of a supported image format."""
     return name.lower().endswith(SUFFIXES)
 
 
 def list_images(folder: Path) -> ImageFiles:
-    """List the images in a folder and those below; hidden ones are left out."""
+    """List the images in a folder and its subfolders; hidden files and folders are left out."""
 
-    def refuse(error: OSError) -> None:  # or its images would be missing in silence
+    def refuse(error: OSError) -> None:  # os.walk would skip the folder silently
         raise RAdapterError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     images = []
     left_out: Counter[str] = Counter()
     seen = {os.path.realpath(folder)}
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        # A link to a folder above would have no end.
+        # Enter each folder once: a link to a folder above would never end.
         entered = []
         for name in sorted(folders):
             real = os.path.realpath(Path(place, name))
@@ -351,12 +348,12 @@ def list_images(folder: Path) -> ImageFiles:
 
 
 def count_kinds(left_out: Mapping[str, int]) -> str:
-    """Files by kind in words, the most frequent first: "3 .gif, 1 .txt"."""
+    """Numbers of files by suffix, the most frequent first: "3 .gif, 1 .txt"."""
     kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
     return ", ".join(f"{count:,} {suffix or 'without an ending'}" for suffix, count in kinds)
 
 
 def spread(items: Sequence[T], max_count: int) -> list[T]:
-    """So many of them at most, evenly spread."""
+    """At most `max_count` items, evenly spaced."""
     count = min(len(items), max_count)
     return [items[number * len(items) // count] for number in range(count)]

@@ -1,5 +1,5 @@
-"""Labels: names and files, synonyms, prompt templates and limits; the mean over a label's prompts;
-and probabilities of labels from cosines.
+"""Labels: names, files, synonyms, prompt templates and limits; mean embeddings over the prompts of
+a label; and probabilities of labels from cosines.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from numpy.typing import NDArray
 from radapter_serve.contract.errors import NO_LABELS, TaskError, invalid
 from radapter_serve.errors import RAdapterError
 
-# Of one request, checked before a prompt is built. A label set that is exported may have more
-# prompts.
+# Limits of a request, checked before prompts are built. An exported label set may have more.
 MAX_PROMPTS = 20_000
-MAX_CHARACTERS = 10_000_000  # of all its prompts together
+MAX_CHARACTERS = 10_000_000  # of all prompts together
 MAX_TEXT_LENGTH = 10_000
 MAX_LABEL_LENGTH = 1_000  # of a label with its synonyms, and of a template
-MAX_PLACES = 4  # for the label in a template
+MAX_PLACES = 4  # for a label in a template
 _COMMA = re.compile(r"(?<!\\),")
-# Of a name in UTF-8; a file system takes 255, and files that are being written have longer names.
+# Of a name in UTF-8. File systems allow 255, and temporary files have longer names.
 MAX_NAME_BYTES = 200
 RULE = (
     "allowed are letters, digits and other signs of any script, but no / and no . or - or blank at"
     " the start"
 )
-_JOINERS = "\u200c\u200d"  # which scripts and emoji need, though they cannot be seen
-SAME = 0.9999  # cosine above which two labels give an image the same score, but for rounding
+_JOINERS = "\u200c\u200d"  # invisible, but needed by some scripts and emoji
+SAME = 0.9999  # cosine above which two labels have equal scores for any image, up to rounding
 _BLOCK = 1024  # rows of cosines in memory at once
 _EACH = ("a", "the")
-# The 63 of ViLD (Gu et al., ICLR 2022) as its released code words them; where it has "a" or "an",
-# these have "a".
+# The 63 templates of ViLD (Gu et al., ICLR 2022) as in its released code, but with "a" where the
+# code chooses "a" or "an".
 VILD = [
     "There is a {} in the scene.",
     "There is the {} in the scene.",
@@ -69,8 +68,8 @@ VILD = [
     *(f"This is {word} embroidered {{}}." for word in ("an", "the")),
     *(f"This is a painting of {word} {{}}." for word in ("the", "a")),
 ]
-# The 14 that OVSeg (Liang et al., CVPR 2023) takes, under the name `vild` in its code; not all end
-# in a full stop.
+# The 14 templates of OVSeg (Liang et al., CVPR 2023), called `vild` in its code; some lack a full
+# stop there too.
 OVSEG = [
     "a photo of a {}.",
     "This is a photo of a {}",
@@ -110,7 +109,7 @@ def read_label_file(path: str | Path) -> list[str]:
 
 
 def read_templates(source: str | Path | Sequence[str]) -> list[str]:
-    """Prompt templates from a list, the name of a built-in set, one template, or a file."""
+    """Read prompt templates from a list, the name of a built-in set, one template, or a file."""
     if isinstance(source, (str, Path)):
         text = str(source)
         if text in BUILT_IN_TEMPLATES:
@@ -139,7 +138,7 @@ def split_label(label: str) -> list[str]:
 
 
 def join_label(names: Iterable[str]) -> str:
-    """The label of these names, of which `split_label` gives them back."""
+    """Join names to one label; the inverse of `split_label`."""
     return ", ".join(name.replace(",", r"\,") for name in names)
 
 
@@ -149,7 +148,8 @@ def mean_embeddings(
     templates: Sequence[str],
 ) -> NDArray[np.float32]:
     """Embed C labels, float32 [C, D]: the mean over all prompts of a label (its names x the
-    templates), made unit length. `embed_texts` takes each text once, to unit length [N, D].
+    templates), scaled to unit length. `embed_texts` gets each text once and returns unit length,
+    [N, D].
     """
     prompts = [prompts_of(split_label(label), templates) for label in labels]
     texts = list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
@@ -164,8 +164,8 @@ def prompts_of(names: Iterable[str], templates: Sequence[str]) -> list[str]:
 def means_of(
     prompts: Sequence[Sequence[str]], texts: Sequence[str], embeds: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """The mean over the prompts of each label, made unit length, float32 [C, D], from the
-    embeddings of all texts, each once, [N, D].
+    """Mean over the prompts of each label, scaled to unit length, float32 [C, D], from the
+    embeddings of the distinct texts, [N, D].
     """
     rows = {text: row for row, text in enumerate(texts)}
     means = np.stack([embeds[[rows[text] for text in each]].mean(axis=0) for each in prompts])
@@ -174,7 +174,7 @@ def means_of(
 
 
 def check_names(labels: Sequence[str]) -> dict[str, list[str]]:
-    """Each label's names; an empty, a repeated or too long a label is an error."""
+    """Split each label into names; a `TaskError` for an empty, repeated or too long label."""
     if not labels:
         raise TaskError(NO_LABELS, "no labels; give at least one")
     names: dict[str, list[str]] = {}
@@ -191,7 +191,9 @@ def check_names(labels: Sequence[str]) -> dict[str, list[str]]:
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise a `TaskError` for no templates, or one that has no place for the label."""
+    """Raise a `TaskError` for no templates, or a template that is too long, or has no place or too
+    many places for the label.
+    """
     if not templates:
         raise invalid(
             "no templates; give at least one, such as 'a photo of a {}.', or leave them out"
@@ -207,7 +209,7 @@ def check_templates(templates: Sequence[str]) -> None:
 
 
 def check_length(text: str, limit: int = MAX_TEXT_LENGTH, what: str = "text") -> None:
-    """Raise a `TaskError` for a text too long to be meant."""
+    """Raise a `TaskError` for a text that is too long; `what` names it in the error."""
     if len(text) > limit:
         raise invalid(
             f"a {what} of {len(text)} characters ({text[:30]!r}...); at most {limit} are allowed"
@@ -215,7 +217,9 @@ def check_length(text: str, limit: int = MAX_TEXT_LENGTH, what: str = "text") ->
 
 
 def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
-    """Raise a `TaskError` where a request would make too many or too long prompts."""
+    """Raise a `TaskError` if the labels and templates of a request make too many or too long
+    prompts.
+    """
     prompts = characters = 0
     for labels, templates in lists:
         check_templates(templates)
@@ -253,7 +257,7 @@ def _lines(path: str | Path, alternative: str = "") -> Iterable[tuple[int, str]]
 
 
 def is_name(text: str) -> bool:
-    """True for a name that can be shown and means nothing in a path, of up to 200 bytes."""
+    """True for a printable name of up to 200 bytes that is safe as a part of a path."""
     shown = "".join(sign for sign in text if sign not in _JOINERS)
     return (
         shown.isprintable()
@@ -265,28 +269,28 @@ def is_name(text: str) -> bool:
 
 
 def spellings(name: str) -> list[str]:
-    """A name, and as other systems write it: an é is one sign, or an e with an accent."""
+    """A name and its other Unicode forms: an é is one character, or an e with an accent."""
     return list(
         dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))])
     )
 
 
 def known_as(name: str, names: Container[str]) -> str | None:
-    """How a name is spelled among names; None where it is none of them."""
+    """The Unicode form of a name that is in `names`; None if no form is."""
     return next((spelling for spelling in spellings(name) if spelling in names), None)
 
 
 def there_are(names: Iterable[str], how: str) -> str:
-    """The end of a refusal of a name: the names that there are, or how one is made."""
+    """The end of an error about an unknown name: the known names, or `how` to make a first one."""
     return f"; there are: {', '.join(names) or f'none ({how})'}"
 
 
 def class_probabilities(
     cosines: NDArray[np.float32], logit_scale: float, logit_bias: float | None = None
 ) -> NDArray[np.float32]:
-    """The probability of each label, float32 [..., C] in [0, 1], from the cosines of images or
-    patches with the labels: a softmax, or with the bias of a model that was trained with a sigmoid
-    loss (SigLIP) a sigmoid for each label alone.
+    """Probability of each label, float32 [..., C] in [0, 1], from the cosines of images or patches
+    with the labels: a softmax, or, with the bias of a model trained with a sigmoid loss (SigLIP), a
+    sigmoid for each label alone.
     """
     logits = np.asarray(cosines, np.float32) * np.float32(logit_scale)
     if logit_bias is not None:
@@ -302,11 +306,14 @@ def class_probabilities(
 def best_class(
     cosines: NDArray[np.float32], logit_scale: float, logit_bias: float | None = None
 ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """The best label of each place, [C, n] cosines to [n], and its probability."""
+    """The best label of each place and its probability, [n] each, from cosines [C, n], which may be
+    overwritten.
+    """
     greatest = cosines.max(0)
     winners = cosines == greatest
     best = np.empty(len(greatest), np.intp)
-    # Of equal ones the first is written last. Near each other, few labels win anywhere.
+    # From the last label to the first, so that the first of equal labels wins. Few labels win at
+    # all in neighbouring places.
     for label in np.flatnonzero(winners.any(1))[::-1]:
         np.copyto(best, label, where=winners[label])
     if logit_bias is not None:
@@ -320,7 +327,7 @@ def best_class(
 def indistinguishable(
     labels: Sequence[str], embeddings: NDArray[np.float32]
 ) -> list[tuple[str, str]]:
-    """Labels that get the same scores as an earlier one, as pairs with that one first."""
+    """Pairs of labels with the same scores: an earlier label, and a later one."""
     pairs = []
     for start in range(0, len(labels), _BLOCK):
         alike = embeddings[start : start + _BLOCK] @ embeddings.T > SAME

@@ -1,5 +1,5 @@
-"""From an image to the uint8 square that the image encoder takes: the whole image, as open_clip
-makes it, to the bit; one mask of it; and the images of requests, in a few threads.
+"""Preprocessing of images to the uint8 input of the image encoder: a whole image, equal to
+open_clip's bit for bit; the crop of a mask; and the images of a request, in a few threads.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Preprocess:
 
     size: tuple[int, int]  # height and width of the encoder's input in pixels
     interpolation: str = "bicubic"  # or "bilinear"
-    # "shortest" (shorter side to `size`, centre crop), "squash" (both sides, the aspect ratio
-    # changes) or "longest" (longer side to `size`, padded with `fill_color`).
+    # "shortest" (shorter side to `size`, centre crop), "squash" (both sides to `size`, which
+    # changes the aspect ratio) or "longest" (longer side to `size`, padded with `fill_color`).
     resize_mode: str = "shortest"
     fill_color: int = 0  # of the padding, 0 to 255
-    exif_orientation: bool = True  # turn images as their EXIF says, which open_clip does not
+    exif_orientation: bool = True  # turn images by their EXIF, unlike open_clip
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocess:
@@ -67,8 +67,8 @@ class Preprocess:
     def __call__(
         self, image: Image.Image, out: NDArray[np.uint8] | None = None
     ) -> NDArray[np.uint8]:
-        """Resize, crop or pad, and only then convert to RGB, the order of open_clip: an image as
-        `decode` gives it to uint8 [H, W, 3], in `out` if given.
+        """Preprocess an image from `decode` to uint8 [H, W, 3], in `out` if given: resize, crop or
+        pad, and convert to RGB last, as open_clip does.
         """
         height, width = self.size
         image = self.resize(image)
@@ -96,8 +96,8 @@ class Preprocess:
         return out
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """The first step alone, mode not converted. An image so long and thin that resizing its
-        short side would make it huge is refused.
+        """Resize an image, the first step of a call; its mode is kept. Refuses an image so long and
+        thin that resizing its short side would make it huge.
         """
         resample = _FILTERS[self.interpolation]
         if self.resize_mode == "shortest" and self.size[0] != self.size[1]:
@@ -106,7 +106,7 @@ class Preprocess:
         return image if target == image.size else image.resize(target, resample)
 
     def check(self, width: int, height: int) -> None:
-        """Raise what `resize` would raise of an image, whether it is turned or not."""
+        """Raise the error of `resize` if it refuses an image of this size, upright and turned."""
         try:
             self.resized(width, height)
         except TaskError as error:
@@ -116,7 +116,7 @@ class Preprocess:
                 raise error from None
 
     def resized(self, image_width: int, image_height: int) -> tuple[int, int]:
-        """The width and the height that `resize` gives an image."""
+        """Width and height of an image after `resize`."""
         height, width = self.size
         if self.resize_mode == "squash":
             target = (width, height)
@@ -127,8 +127,7 @@ class Preprocess:
         else:
             ratios = image_height / height, image_width / width
             ratio = max(ratios) if self.resize_mode == "longest" else min(ratios)
-            # Where rounding leaves nothing of a thin side, open_clip fails; one pixel is the
-            # nearest that works.
+            # A thin side keeps at least one pixel; open_clip fails if it rounds to 0.
             target = (max(1, round(image_width / ratio)), max(1, round(image_height / ratio)))
         check_pixels(*target, LARGE_PIXELS, f"an image of {image_width} x {image_height}, resized,")
         return target
@@ -140,8 +139,8 @@ def decode_into(
     out: NDArray[np.uint8],
     cancelled: Cancelled | None = None,
 ) -> None:
-    """`decode` and `preprocess` into `out`, for several threads: of large images one at a time is
-    in memory, and those who wait have turns.
+    """Decode and preprocess an image into `out`; thread-safe. Large images are decoded one at a
+    time, in order of arrival.
     """
     try:
         file = read_header(data)
@@ -166,7 +165,7 @@ def decode_pixels(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
 
 
 class Decoder:
-    """Images to the pixels that an encoder takes; small ones in threads."""
+    """Decodes images to the input of an encoder; small images in a pool of threads."""
 
     def __init__(self, preprocess: Preprocess, threads: int) -> None:
         self._preprocess = preprocess
@@ -176,17 +175,17 @@ class Decoder:
     def start(
         self, files: Sequence[ImageFile], cancelled: Cancelled | None = None
     ) -> Callable[[], NDArray[np.uint8]]:
-        """Begin to decode the images of a request; the function that is returned waits for them,
-        and gives uint8 [N, S, S, 3]. It raises the `TaskError` of the first bad image, which it
-        names where there are several, or of a caller who gave up.
+        """Start to decode the images of a request; returns a function that waits for them and
+        returns uint8 [N, S, S, 3]. It raises the `TaskError` of the first bad image, with its
+        number if there are several, or of a caller that gave up.
         """
         pixels = np.empty((len(files), *self._preprocess.size, 3), np.uint8)
 
         def fill(number: int) -> None:
             decode_into(files[number], self._preprocess, pixels[number], cancelled)
 
-        # The threads take the small ones. A large one may wait for others, so this thread decodes
-        # it, and it keeps no thread from the images of other callers.
+        # The pool decodes the small images. A large image may have to wait for its turn, so this
+        # thread decodes it, and no thread of the pool is blocked.
         small = [number for number, file in enumerate(files) if not file.is_large]
         results: dict[int, Future[None]] = {number: Future() for number in small}
         waiting = deque(small)
@@ -199,7 +198,8 @@ class Decoder:
                     results[number].set_result(None)
                 except BaseException as error:
                     results[number].set_exception(error)
-            # After the images of other callers, so that all have turns.
+            # Queue up behind the images of other callers, so that no request waits for a whole
+            # other one.
             if waiting:
                 self._submit(take)
 
@@ -225,53 +225,53 @@ class Decoder:
         return finish
 
     def close(self) -> None:
-        """End the threads."""
+        """Shut down the threads."""
         self._pool.shutdown()
 
     def _submit(self, work: Callable[[], None]) -> None:
         try:
             self._pool.submit(work)
-        except RuntimeError:  # the release is closed, and what is under way ends as it began
+        except RuntimeError:  # the pool is closed: finish the request in this thread
             work()
 
 
 @dataclass(frozen=True)
 class MaskCrop:
-    """An image cropped to the box of a mask, and filled outside it (OVSeg's crop)."""
+    """Crops an image to the box of a mask, and fills it outside the mask (OVSeg's crop)."""
 
     padding: float = 0.0  # border around the box on each side, as a share of its longer side
-    # Make the box square about its centre, which keeps the aspect ratio; else it is squashed.
+    # Extend the box to a square about its centre, which keeps the aspect ratio; else stretch it.
     square: bool = True
-    # Outside the mask and beyond the image: the mean that the encoder subtracts, so that the
-    # filling is zero to it.
+    # RGB outside the mask and the image: the mean that the encoder subtracts, so that the filling
+    # becomes zero.
     fill: tuple[int, int, int] = (123, 117, 104)
 
     @classmethod
     def filled_with(
         cls, mean: Sequence[float], *, padding: float = 0.0, square: bool = True
     ) -> MaskCrop:
-        """A crop that is filled with the mean that an encoder subtracts, RGB in [0, 1]."""
+        """A crop filled with the mean that an encoder subtracts, RGB in [0, 1]."""
         red, green, blue = (round(255 * value) for value in mean)
         return cls(padding, square, (red, green, blue))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MaskCrop:
-        """Read what `to_dict` gave; unknown keys are ignored."""
+        """Read the values of `to_dict`; unknown keys are ignored."""
         red, green, blue = values["fill"]
         return cls(
             float(values["padding"]), bool(values["square"]), (int(red), int(green), int(blue))
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a release holds them."""
+        """Plain values for a release."""
         return {**asdict(self), "fill": list(self.fill)}
 
     def side(self, longer: int) -> int:
-        """The side of the crop of a box, from the longer side of that, in pixels."""
+        """Side of the crop in pixels, from the longer side of the box."""
         return longer + 2 * round(self.padding * longer)
 
     def box(self, mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-        """The first column and row of a mask, and those behind its last."""
+        """Box of a mask: left, top, right and bottom in pixels, right and bottom excluded."""
         rows = np.flatnonzero(mask.any(1))
         columns = np.flatnonzero(mask.any(0))
         if not len(rows):
@@ -291,8 +291,8 @@ class MaskCrop:
     def __call__(self, image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
         """Crop an image of any mode to a mask of its size, bool [H, W].
 
-        The crop is RGB and square: of the box's own pixels where `square`, else its shorter side is
-        stretched to the longer.
+        The crop is RGB and square: the box is extended to a square if `square`, else its shorter
+        side is stretched.
         """
         mask = np.asarray(mask, bool)
         if mask.shape != (image.height, image.width):

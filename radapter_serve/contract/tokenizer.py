@@ -1,6 +1,4 @@
-"""Texts to token ids as open_clip does it, without torch: a `tokenizer.json` and a few words about
-how to use it.
-"""
+"""Tokenizers as in open_clip, without torch, from a `tokenizer.json` and a few settings."""
 
 from __future__ import annotations
 
@@ -19,18 +17,17 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, reason
 
-# Long words are rare and could fill the memory.
+# Words above _CACHED_LENGTH are not cached: they are rare and could fill the memory.
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 32
 Rows = Callable[[Sequence[str]], list[list[int]]]  # cleaned texts to token ids
 
 
 class Tokenizer:
-    """Callable that turns texts into int32 [N, L], L the context length or, if `dynamic_length`,
-    the longest text's.
+    """Turns texts into token ids, int32 [N, L], where L is the context length or, with
+    `dynamic_length`, the length of the longest text.
 
-    Cropping to the longest text of a call changes nothing for a causal text tower: it never looks
-    ahead.
+    Cropping to the longest text changes nothing for a causal text tower, which never looks ahead.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:
@@ -47,10 +44,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, spec: Mapping[str, Any]) -> Tokenizer:
-        """Read `tokenizer.json` by the `tokenizer` entry of a release."""
+        """Read `tokenizer.json`, with the settings of a release's `tokenizer` entry."""
         try:
             core = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library has no narrower class for it
+        except Exception as error:  # the library raises no narrower class
             raise RAdapterError(
                 f"could not read the tokenizer {path}: {reason(error):.200}; fetch the release"
                 " again, or make it again with: radapter-export"
@@ -58,15 +55,15 @@ class Tokenizer:
         return cls(core, spec)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int32]:
-        """Token ids, int32 [N, L], padded; too long a text is cut and its end token kept."""
+        """Token ids, int32 [N, L], padded; a text that is too long is cut before its end token."""
         return self.batch(self.encode(texts))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text without padding, at most `context_length` of them."""
+        """Token ids of each text without padding, at most `context_length` each."""
         return self._rows([self._clean(text) for text in texts])
 
     def batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
-        """Rows of `encode` padded to one length, int32 [N, L]."""
+        """Pad rows of `encode` to one length, int32 [N, L]."""
         length = max(map(len, rows), default=1) if self.dynamic_length else self.context_length
         tokens = np.full((len(rows), length), self._pad, dtype=np.int32)
         for out, row in zip(tokens, rows, strict=True):
@@ -78,8 +75,8 @@ def _clip_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
     """open_clip's `SimpleTokenizer`: words by `regex`, then byte-level BPE of each."""
     added = sorted(core.get_added_tokens_decoder().items())
     special = {token.content: index for index, token in added}
-    # Not the pre-tokenizer of the file: the classes \p{L} of the two regex engines follow other
-    # Unicode versions.
+    # The file's pre-tokenizer is not used: in its regex engine, \p{L} follows another version of
+    # Unicode.
     pattern = "|".join(special) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     words = regex.compile(pattern, regex.IGNORECASE).findall
     start = int(spec["start"])
@@ -113,7 +110,7 @@ def _hugging_face_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> R
     """open_clip's `HFTokenizer`: special tokens and truncation as the file says."""
     core.no_padding()
     core.enable_truncation(int(spec["context_length"]))
-    strip = spec.get("strip")  # in whose place open_clip's strip_sep_token puts 0
+    strip = spec.get("strip")  # token that open_clip's strip_sep_token replaces with 0
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         rows = [encoding.ids for encoding in core.encode_batch(list(texts))]

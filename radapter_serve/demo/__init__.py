@@ -1,5 +1,5 @@
 """`radapter-demo`: a small base model, emoji drawings of several vendors, and every step from data
-to answer. Nothing else imports it.
+to answer. No other package imports this one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ class DemoSettings:
     """Settings of a demo.
 
     Attributes:
-        out: folder for all that the demo makes: images, runs, pictures, merged checkpoints, model
+        out: folder for all results of the demo: images, runs, pictures, merged checkpoints, model
             repository, index.
-        seed: of the fine-tuning.
-        steps: optimizer steps of each fine-tuning; the demo's own if none is given.
-        alpha: re-scaling of the exported release, from 0 to 1; the recipe's if none is given.
-        limit: images of each data set at most that are evaluated; all if none is given.
+        seed: seed of the fine-tuning.
+        steps: optimizer steps of each fine-tuning; the demo's own by default.
+        alpha: re-scaling of the exported release, from 0 to 1; the recipe's by default.
+        limit: the most images of each data set to evaluate; all by default.
     """
 
     out: Path = Path("demo-output")

@@ -28,25 +28,25 @@ from radapter_serve.evaluation.metrics import paired_difference
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 OURS = "R-Adapter"
 RIVAL = "WiSE-FT"
-Hits = dict[str, NDArray[np.bool_]]  # by style, which of its images are right
+Hits = dict[str, NDArray[np.bool_]]  # by style, whether each of its images is right
 Line = dict[float, Hits]  # by α
 Weights = dict[str, Tensor]
-_BATCH = 32  # larger ones are slower on a CPU, whose cache they leave
+_BATCH = 32  # a larger batch leaves a CPU's cache and is slower
 
 
 @dataclass(frozen=True)
 class Ends:
-    """A CLIP and its classifier before and after learning."""
+    """Weights of a CLIP and its classifier before and after training."""
 
     start: Weights
     end: Weights
-    # Before and after: [C, D], and [C] that is added to an image's scores; None where the text
-    # tower makes the classifier from the names of the classes.
+    # Weights [C, D] and bias [C] before, and after; None if the text tower makes the classifier
+    # from the names of the classes.
     classifiers: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def line_of(run: Path) -> Ends:
-    """The line from the demo's base to a run on it."""
+    """Weights of the demo's base, and of a run on it at α = 1."""
     state = load_base(f"local-dir:{BASE}").model.state_dict()
     start = {name: value.clone() for name, value in state.items()}
     return Ends(start, fold(start, load_adapter(run), 1.0))
@@ -58,8 +58,8 @@ def right(
     alphas: Mapping[str, Sequence[float]],
     limit: int | None = None,
 ) -> dict[str, Line]:
-    """Which test images are right, by method and α; all methods start at the demo's base, and
-    `limit` images of a style at most are drawn by a fixed seed.
+    """Evaluate whether each test image is right, by method and α. All methods start at the demo's
+    base; at most `limit` images of a style are drawn by a fixed seed.
     """
     base = load_base(f"local-dir:{BASE}")
     model: Any = base.model
@@ -71,7 +71,7 @@ def right(
     for method, alpha in track(points, "Evaluating"):
         line = lines[method]
         zero_shot = [other[0.0] for other in hits.values() if 0.0 in other]
-        if alpha == 0.0 and zero_shot:  # which all lines start at
+        if alpha == 0.0 and zero_shot:  # all lines start at the base
             hits[method][alpha] = zero_shot[0]
             continue
         with torch.inference_mode():
@@ -97,7 +97,7 @@ def right(
 def _read(
     base: Base, folder: Path, classes: Sequence[str], limit: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Read pixels [N, 3, S, S] and labels [N] of images of a folder."""
+    """Read pixels [N, 3, S, S] and labels [N] of the images of a folder."""
     data = load_labelled(DataSource(f"imagefolder:{folder}"), every_class=False)
     rows = data.rows.select(drawn(len(data.rows), limit, 0))
     transform: Any = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
@@ -107,7 +107,7 @@ def _read(
 
 
 def accuracies(line: Line) -> list[tuple[str, int, dict[float, list[float]]]]:
-    """Style, images and, by α, the accuracy in per cent, of each test set."""
+    """Style, number of images, and accuracy in per cent by α, of each test set."""
     sets = []
     for style, of_base in line[0.0].items():
         values = {alpha: [100 * float(hits[style].mean())] for alpha, hits in line.items()}
@@ -117,8 +117,8 @@ def accuracies(line: Line) -> list[tuple[str, int, dict[float, list[float]]]]:
 
 def compared(hits: Mapping[str, Line], alpha: float) -> list[dict[str, Any]]:
     """Accuracy of five systems in per cent, in distribution and as the mean of the shifts, and the
-    lead of R-Adapter at an α, the second of them, with the half-width of its interval of 95 % over
-    images.
+    lead over each by R-Adapter at an α (the second system), with the half-width of its 95 %
+    interval over images.
     """
     line = hits[OURS]
     rival = hits[RIVAL]
@@ -147,7 +147,7 @@ def compared(hits: Mapping[str, Line], alpha: float) -> list[dict[str, Any]]:
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], alpha: float) -> Table:
-    """Systems down; accuracy and lead across."""
+    """Table of the accuracy of each system, and R-Adapter's lead."""
     title = f"Accuracy in %, and what {OURS} at α = {alpha:g} leads by, with intervals of 95 %"
     result = Table("system", title=title)
     groups = {"in distribution": "in_distribution", "mean of the shifts": "shifts"}
@@ -165,13 +165,13 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], alpha: float) -> Table:
 
 
 def lead_in_words(lead: float, interval: float) -> str:
-    """Such as `+3.2 ± 1.1, larger than its interval`."""
+    """A lead in words, such as `+3.2 ± 1.1, larger than its interval`."""
     verdict = "larger than its interval" if abs(lead) > interval else "within its interval"
     return f"{lead:+.1f} ± {interval:.1f}, {verdict}"
 
 
 def gains(before: Hits, after: Hits) -> list[dict[str, Any]]:
-    """Accuracy before and after for each style, and the gain; the last row is the mean of the
+    """Accuracy before and after, and the gain, of each style; the last row is the mean of the
     shifts.
     """
     shifts = [style for style in before if style != FINE_TUNED]
@@ -181,8 +181,8 @@ def gains(before: Hits, after: Hits) -> list[dict[str, Any]]:
 
 
 def _compared(before: Hits, after: Hits, styles: Sequence[str]) -> dict[str, Any]:
-    """The mean accuracy of styles in per cent before and after, and the gain with the half-width of
-    its interval of 95 % over images.
+    """Mean accuracy over styles in per cent before and after, and the gain with the half-width of
+    its 95 % interval over images.
     """
     gain, half = paired_difference([after[s] for s in styles], [before[s] for s in styles])
     return {
@@ -195,7 +195,7 @@ def _compared(before: Hits, after: Hits, styles: Sequence[str]) -> dict[str, Any
 
 
 def gain_table(rows: Sequence[Mapping[str, Any]], alpha: float) -> Table:
-    """Styles down; zero-shot, fine-tuned and the gain across."""
+    """Table of the zero-shot accuracy, the fine-tuned accuracy and the gain of each style."""
     result = Table(
         title="Accuracy in % on drawings that were not trained on",
         caption="±: interval of 95 % over images; *: the gain is larger",

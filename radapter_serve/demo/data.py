@@ -1,6 +1,6 @@
 """The demo's data: a few hundred words, each drawn by many hands, as image folders.
 
-The drawings are in this folder as SVG, under their places in the benchmark of drawings. Sources and
+The drawings are in this folder as SVG, with their paths in the benchmark of drawings. Sources and
 licences: `ATTRIBUTION.md`.
 """
 
@@ -47,16 +47,16 @@ STYLES = {
 FINE_TUNED = "colour"  # the style that the demo fine-tunes on
 SHIFTS = tuple(style for style in STYLES if style != FINE_TUNED)
 ON_BLACK = "silhouettes"
-SIDE = 96  # pixels
+SIDE = 96  # of a drawing, in pixels
 Split = Literal["train", "val", "test"]
-# A scene is a square of 2 x 2 cells, each with a drawing or none.
+# A scene is a square of 2 x 2 cells; a cell has a drawing or is empty.
 CELL = 80
 CELLS = 2
-SIDES = (60, 81)  # pixels of a drawing, from and below
+SIDES = (60, 81)  # range of a drawing's side in pixels, its end excluded
 TRAIN = 600  # scenes
 TEST = 100  # scenes of each style
-CLASSES_SHOWN = 48  # the work of segmentation grows with them
-CAPTIONS = 2  # of each scene: the first by the names of the classes, the second by any synonyms
+CLASSES_SHOWN = 48  # more classes make segmentation slower
+CAPTIONS = 2  # of each scene: the first with the names of the classes, the second with synonyms
 SCENE_SHIFTS = ("filled", "emoji-noto")
 SHORT_SIDE = 96  # pixels, of dense segmentation: a drawing of a scene is then as large as a window
 PAPERS = ("white", "#fdf6e3", "#eaf2fb", "#edf7ed", "#fbeaf0", "#f1f1f1")
@@ -69,8 +69,8 @@ class DemoData:
 
     train: Path  # drawings in colour
     val: Path  # the same style, other drawings
-    # By style; `colour` is in distribution. Neither the base nor fine-tuning has seen these
-    # drawings, or other drawings by the hands of the shifted styles.
+    # By style; `colour` is in distribution. Neither the base nor the fine-tuning has seen these
+    # drawings, nor any drawing by the hands of the shifted styles.
     test: dict[str, Path]
     classes: Path  # label file
     templates: Path  # of prompts
@@ -78,7 +78,7 @@ class DemoData:
 
 @functools.cache
 def drawings(shipped: Path = DRAWINGS) -> dict[str, str]:
-    """All drawings as SVG by their places: `train/CLASS/SET--NAME.svg`, and so in `val`, `test`,
+    """All drawings as SVG by path: `train/CLASS/SET--NAME.svg`, and likewise in `val`, `test` and
     `shifts/STYLE`.
     """
     with lzma.open(shipped / "drawings.json.xz", "rt", encoding="utf-8") as file:
@@ -87,7 +87,7 @@ def drawings(shipped: Path = DRAWINGS) -> dict[str, str]:
 
 
 def drawings_of(place: str) -> dict[str, list[str]]:
-    """The SVG documents of a place by class, such as those of `train` or `shifts/line`."""
+    """The SVG documents of a place, such as `train` or `shifts/line`, by class."""
     documents: dict[str, list[str]] = defaultdict(list)
     for path, svg in drawings().items():
         folder, class_name, _ = path.rsplit("/", 2)
@@ -97,14 +97,12 @@ def drawings_of(place: str) -> dict[str, list[str]]:
 
 
 def place_of(style: str) -> str:
-    """Where the test drawings of a style are: `test` or `shifts/STYLE`."""
+    """The place of a style's test drawings: `test` or `shifts/STYLE`."""
     return "test" if style == FINE_TUNED else f"shifts/{style}"
 
 
 def render(svg: str, side: int) -> Image.Image:
-    """Render an SVG as a square RGBA image, `side` pixels wide, transparent where nothing is
-    drawn.
-    """
+    """Render an SVG as a square RGBA image, `side` pixels wide, with a transparent ground."""
     try:
         import resvg_py
     except ImportError as error:
@@ -120,8 +118,8 @@ def render(svg: str, side: int) -> Image.Image:
 
 
 def on_paper(drawn: NDArray[np.uint8], *, black: bool = False) -> Image.Image:
-    """Put premultiplied RGBA pixels [S, S, 4] on white paper, as RGB; on black paper what is black
-    becomes white.
+    """Put premultiplied RGBA pixels [S, S, 4] on white paper, as RGB; `black` inverts the result to
+    white on black.
     """
     on_white = drawn[..., :3] + (255 - drawn[..., 3:])
     return Image.fromarray(255 - on_white if black else on_white)
@@ -133,8 +131,8 @@ def prepare(
     styles: Sequence[str] = tuple(STYLES),
     shipped: Path = DRAWINGS,
 ) -> DemoData:
-    """Draw the demo's image folders, each whole or not at all; those that are there already are
-    taken as they are. `styles` are those of the test drawings.
+    """Draw the demo's image folders, each atomically; existing folders are kept as they are.
+    `styles` selects the test drawings.
     """
     folder = Path(folder)
     test = {style: folder / place_of(style) for style in styles}
@@ -158,8 +156,8 @@ def prepare(
 
 
 def style_of(name: str) -> str:
-    """The style that a set is named after, in words: `colour, dense` is `in colour, dense (in
-    distribution)`.
+    """The style that a set is named after, in words: `line, dense` is `line drawings, dense`, and
+    `colour` is `in colour (in distribution)`.
     """
     style, _, rest = name.partition(", ")
     label = STYLES.get(style, style) + (f", {rest}" if rest else "")
@@ -168,28 +166,28 @@ def style_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Scene:
-    """Drawings side by side."""
+    """A picture of several drawings."""
 
     image: Image.Image
-    mask: NDArray[np.uint8]  # the number of a pixel's class; the paper has the one after the last
-    shown: Sequence[str]  # the drawings' classes, synonyms after commas
+    mask: NDArray[np.uint8]  # class number of each pixel; paper has the number after the last class
+    shown: Sequence[str]  # classes of the drawings, with synonyms after commas
 
 
 @dataclass(frozen=True)
 class SceneData:
-    """Folders with `images/`, `masks/` and `captions.csv`; a mask holds the line of a pixel's class
-    in the class file.
+    """Folders with `images/`, `masks/` and `captions.csv`; a mask holds each pixel's class as its
+    line in the class file, from 0.
     """
 
     train: Path
-    test: dict[str, Path]  # by style: the same classes at the same places in all of them
-    classes: Path  # class file without the paper
+    test: dict[str, Path]  # by style, with the same classes at the same places
+    classes: Path  # class file, without the paper
     gallery: Path  # CSV of all test scenes: image, style, caption
 
 
 def prepare_scenes(folder: str | Path, *, train: int = TRAIN, test: int = TEST) -> SceneData:
-    """Compose the demo's scenes, so many to train on and of each style to test on; each folder is
-    made whole or not at all, and those that are there already are taken as they are.
+    """Compose the demo's scenes: `train` scenes to train on, and `test` of each style to test on.
+    Each folder is made atomically; existing folders are kept as they are.
     """
     folder = Path(folder)
     tests = {style: folder / f"test-{style}" for style in (FINE_TUNED, *SCENE_SHIFTS)}
@@ -218,8 +216,8 @@ def prepare_scenes(folder: str | Path, *, train: int = TRAIN, test: int = TEST) 
 
 @functools.cache
 def scene_classes() -> tuple[str, ...]:
-    """The classes of scenes, as lines with synonyms after commas: those that every style of scenes
-    has drawings of, with the most drawings to learn from.
+    """The classes of scenes, as lines with synonyms after commas: classes that have drawings in
+    every style of scenes, and the most drawings to train on.
     """
     train, *tests = (
         drawings_of(place) for place in ("train", *map(place_of, (FINE_TUNED, *SCENE_SHIFTS)))
@@ -231,15 +229,15 @@ def scene_classes() -> tuple[str, ...]:
 
 @functools.cache
 def rendered(svg: str) -> Image.Image:
-    """Render a drawing at a cell's size, as RGBA, once."""
+    """Render a drawing at a cell's size, as RGBA; cached."""
     return render(svg, CELL)
 
 
 def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:
-    """Compose scenes of two to four drawings, each of another class.
+    """Compose scenes of two to four drawings of different classes.
 
-    The same seed shows the same classes at the same places in every style; only `val` lacks
-    drawings of some classes.
+    The same seed gives the same classes at the same places in every style. `val` differs, as it
+    lacks drawings of some classes.
     """
     classes = scene_classes()
     draw = random.Random(seed)
@@ -256,19 +254,19 @@ def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:
             x = left + draw.randint(0, CELL - side)
             y = top + draw.randint(0, CELL - side)
             svgs = by_class[split_label(line)[0]]
-            # `random` takes one draw in every style, however many drawings there are.
+            # `random` takes one draw whatever the number of drawings, so that styles stay alike.
             drawn = rendered(svgs[int(draw.random() * len(svgs))])
             drawn = drawn.resize((side, side), Image.Resampling.LANCZOS)
             image.paste(drawn, (x, y), drawn)
-            # The mask is where the drawing covers more than half of the paper.
+            # The mask is where the drawing is more than half opaque.
             inside = np.asarray(drawn.getchannel("A")) >= 128
             mask[y : y + side, x : x + side][inside] = classes.index(line)
         yield Scene(image, mask, shown)
 
 
 def captions(shown: Sequence[str], draw: random.Random) -> list[str]:
-    """Two captions of a scene, each with all that is shown in any order: by the names of the
-    classes, and by any synonyms.
+    """Two captions of a scene, each with all of its drawings in random order: with the names of the
+    classes, and with random synonyms.
     """
 
     def sentence(words: list[str]) -> str:

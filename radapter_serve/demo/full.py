@@ -1,4 +1,4 @@
-"""The whole demo, `radapter-demo --full`: an adapter for each task, evaluated over α on all styles,
+"""The full demo, `radapter-demo --full`: an adapter for each task, evaluated over α on all styles,
 and compared with full fine-tuning and WiSE-FT.
 """
 
@@ -54,7 +54,7 @@ from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.setup import augmentation
 from radapter_serve.training.tasks import open_data
 
-# Name, images and, by α, the metrics in per cent of each data set.
+# Name, number of images, and metrics in per cent by α, of each data set.
 Sets = list[tuple[str, int, dict[float, list[float]]]]
 
 
@@ -63,16 +63,16 @@ class Lesson:
     """One task of the demo."""
 
     task: str  # as recipes name it
-    fields: dict[str, Any]  # of the recipe, from the demo's data
+    fields: dict[str, Any]  # of the recipe, for the demo's data
     metrics: tuple[str, ...]  # of the table; the curve shows the first
     caption: str  # of the table
-    # By style, in distribution first; then any others.
+    # One for each style, the in-distribution one first; then others.
     entries: tuple[Entry, ...] = ()
 
 
 def run_full(settings: DemoSettings) -> dict[str, Any]:
-    """Run the whole demo in about ten minutes on two CPU cores; returns what `results.json`
-    holds.
+    """Run the full demo in about ten minutes on two CPU cores; returns the content of
+    `results.json`.
     """
     out = settings.out
     seed = settings.seed
@@ -113,7 +113,7 @@ def run_full(settings: DemoSettings) -> dict[str, Any]:
             sets = evaluate(lesson, run, at, settings.limit)
         results[task] = {**facts, "sets": with_mean(sets)}
 
-        # Show it: data sets down; zero-shot, fine-tuned and the recipe's α across.
+        # Print a table with a row for each data set, and draw the curve.
         columns = ("data", "images", "zero-shot", "fine-tuned, α = 1", f"α = {at:g}")
         table = Table(*columns, title=lesson.caption)
         for name, count, values in with_mean(sets):
@@ -131,7 +131,7 @@ def run_full(settings: DemoSettings) -> dict[str, Any]:
 
 
 def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
-    """The three tasks on the demo's data: drawings, captions of scenes, and masks of scenes."""
+    """The three tasks of the demo, on drawings, captions of scenes, and masks of scenes."""
     captions = tuple(
         Entry(f"csv:{folder / 'captions.csv'}", "retrieval", name=name)
         for name, folder in scenes.test.items()
@@ -174,11 +174,11 @@ def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
 
 
 def fine_tune(recipe: Recipe) -> Ends:
-    """Full fine-tuning of the image tower and a linear head by cross-entropy, with the batches that
-    R-Adapter sees by the same seed; between its ends lies WiSE-FT.
+    """Fine-tune the whole image tower and a linear head by cross-entropy, on the batches that
+    R-Adapter gets with the same seed; WiSE-FT lies between the two ends.
 
     Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022: the head starts as the
-    zero-shot classifier. `rivals/full.py` of the project is the same for any data.
+    zero-shot classifier. `rivals/full.py` of the project does the same for any data.
     """
     base = load_base(recipe.architecture, recipe.pretrained)
     data, _ = open_data(recipe, base)
@@ -210,12 +210,10 @@ def fine_tune(recipe: Recipe) -> Ends:
 
 
 def evaluate(lesson: Lesson, run: Path, alpha: float, limit: int | None) -> Sets:
-    """Evaluate a run over α, and at the `alpha` of its release, on drawings that it has never
-    seen.
-    """
+    """Evaluate a run over α, and at the `alpha` of its release, on unseen drawings."""
     models = from_adapter(run, sorted({*ALPHAS, alpha}))
     try:
-        # One call for all data sets embeds the names of the classes once.
+        # One call for all data sets, so that the names of the classes are embedded once.
         suite = Suite(lesson.task, lesson.entries)
         rows = evaluate_suite(models, suite, Results(run), limit=limit)
     finally:
@@ -231,7 +229,7 @@ def evaluate(lesson: Lesson, run: Path, alpha: float, limit: int | None) -> Sets
 
 
 def with_mean(sets: Sets) -> Sets:
-    """The sets, with the mean of the shifts after them."""
+    """Insert the mean of the shifts after the shifted sets."""
     shifts = [row for row in sets[1:] if row[0] in STYLES]
     mean = {}
     for alpha in sets[0][2]:
@@ -242,7 +240,7 @@ def with_mean(sets: Sets) -> Sets:
 
 
 def _points(sets: Sets) -> list[dict[str, float]]:
-    """The first metric of each set by its name, a row an α."""
+    """One row for each α, with the first metric of each set by its name."""
     return [
         {"alpha": alpha, **{name: values[alpha][0] for name, _, values in sets}}
         for alpha in sets[0][2]

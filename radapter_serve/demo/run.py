@@ -1,5 +1,5 @@
-"""The demo: train once, fold, export one release, serve it, and ask it for all three tasks; each
-step by the functions of the commands.
+"""The demo: train once, fold, export one release, serve it, and query it for all three tasks, with
+the functions of the commands.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.training import Recipe, load_recipe, train
 
 RECIPES = Path(__file__).parent / "recipes"
-OTHERS = SHIFTS[:3]  # the first three styles that it does not train on, whatever they show
-# Half of the recipe's steps at twice its rate. With seed 0 and α = 0.5 they label 45.5 % of the 325
-# validation drawings; the recipe itself labels 44.9 %, the base 43.1 %.
+OTHERS = SHIFTS[:3]  # the first three styles that are not trained on, not chosen by results
+# Half of the recipe's steps at twice its rate. With seed 0 and α = 0.5, 45.5 % of the 325
+# validation drawings are labelled right; 44.9 % with the recipe itself, 43.1 % by the base.
 STEPS = 40
 RATE = 1e-3
 INDEX = "drawings"
@@ -70,13 +70,13 @@ QUERIES = 4
 PICTURES = ("classified", "found", "segmented")
 LABEL_SET = "things"
 QUESTIONS = 60  # drawings whose labels are compared with open_clip's
-SHOWN = 18  # of them
+SHOWN = 18  # of these drawings, in the picture
 SCENES = 5
-CLOSE = 1e-3  # of scores
+CLOSE = 1e-3  # largest difference of two scores
 
 
 def run_demo(settings: DemoSettings) -> dict[str, Any]:
-    """Run the demo in about two minutes on two CPU cores; returns what `results.json` holds."""
+    """Run the demo in about two minutes on two CPU cores; returns the content of `results.json`."""
     out = settings.out
     seed = settings.seed
     check_alpha(0.0 if settings.alpha is None else settings.alpha)
@@ -89,7 +89,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     steps = STEPS if settings.steps is None else settings.steps
     recipe = recipe_of("classification", out, seed, steps)
     fields = fields_of(data)
-    fields |= {"val_data": None, "learning_rate": RATE}  # nothing is chosen here
+    fields |= {"val_data": None, "learning_rate": RATE}  # no validation, since nothing is chosen
     shutil.rmtree(recipe.out or "", ignore_errors=True)  # of an earlier demo
     run = train(dataclasses.replace(recipe, **fields), progress=True).folder
     alpha = recipe.alpha if settings.alpha is None else settings.alpha
@@ -121,7 +121,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
 
 
 class Log:
-    """Lines that a demo prints, with the seconds since its start."""
+    """Prints the lines of a demo, and the seconds since its start."""
 
     def __init__(self) -> None:
         self.console = Console()
@@ -136,14 +136,14 @@ class Log:
         self.say(f"\n[bold]{text}[/]  [dim]{time.perf_counter() - self.started:.0f} s[/]")
 
     def end(self, results: dict[str, Any], out: Path) -> None:
-        """Write `results.json`, and say what comes next."""
+        """Write `results.json`, and print the heading of the next steps."""
         results["seconds"] = round(time.perf_counter() - self.started, 1)
         (out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
         self.chapter("Done. To continue by hand:")
 
 
 def recipe_of(name: str, out: Path, seed: int, steps: int | None) -> Recipe:
-    """A recipe of the demo on its base; `steps` in place of the recipe's if they are given."""
+    """Load a recipe of the demo, for its base; `steps` replaces the recipe's if given."""
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     steps = steps or recipe.steps
     assert steps is not None
@@ -158,7 +158,7 @@ def recipe_of(name: str, out: Path, seed: int, steps: int | None) -> Recipe:
 
 
 def fields_of(data: DemoData) -> dict[str, Any]:
-    """The fields of a recipe of classification that the data decide."""
+    """Recipe fields of classification for the demo's data."""
     return {
         "data": f"imagefolder:{data.train}",
         "val_data": f"imagefolder:{data.val}",
@@ -175,7 +175,7 @@ def export(
     data: DemoData,
     log: Log,
 ) -> Path:
-    """Export a release into a repository of the demo; returns the folder of its checkpoint."""
+    """Export a release into a repository; returns the folder of its merged checkpoint."""
     settings = ExportSettings(
         model_repository=repository,
         merged=merged,
@@ -194,7 +194,7 @@ def export(
 
 @contextlib.contextmanager
 def served(repository: Path, indexes: Path) -> Iterator[str]:
-    """Serve a release and its indexes by HTTP from this process; yields the URL."""
+    """Serve a release and its indexes over HTTP from this process; yields the URL."""
     config = ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)
     settings = Settings(port=config.endpoints.http_port, indexes=config.indexes)
     with answering(config, settings):
@@ -202,10 +202,10 @@ def served(repository: Path, indexes: Path) -> Iterator[str]:
 
 
 def ask_labels(client: Client, merged: Path, data: DemoData, path: Path, seed: int) -> str:
-    """Classify drawings of all styles by the release's label set, and draw some of them.
+    """Classify drawings of all styles with the release's label set, and draw some of them.
 
-    Returns a line of what was right. Raises RAdapterError where open_clip's own pipeline, on the
-    merged checkpoint, answers otherwise.
+    Returns a line with the number of right labels. Raises RAdapterError if open_clip's pipeline
+    answers otherwise with the merged checkpoint.
     """
     files = sorted(file for folder in data.test.values() for file in folder.rglob("*.png"))
     files = random.Random(seed).sample(files, QUESTIONS)
@@ -254,8 +254,8 @@ def ask_labels(client: Client, merged: Path, data: DemoData, path: Path, seed: i
 
 
 def ask_search(client: Client, names: Sequence[str], path: Path) -> str:
-    """Search the index of drawings for each of some classes, and draw the best hits; returns a line
-    of what was right.
+    """Search the index of drawings for some classes, and draw the best hits; returns a line with
+    the number of right searches.
     """
     figure = Figure(figsize=(9, 1.85 * len(names) + 0.3), dpi=80, layout="constrained")
     rows = figure.subfigures(len(names), 1, squeeze=False)[:, 0]
@@ -277,8 +277,8 @@ def ask_search(client: Client, names: Sequence[str], path: Path) -> str:
 
 
 def ask_masks(client: Client, data: SceneData, path: Path, seed: int) -> str:
-    """Segment scenes by their true masks as proposals, and by dense patches, and draw them with
-    what each drawing is mostly taken for. Returns a line of what was right.
+    """Segment scenes by their true masks as proposals, and by dense patches, and draw them with the
+    label of most pixels of each drawing. Returns a line with the numbers of right drawings.
     """
     masked = load_masked(DataSource(f"masks:{data.test[FINE_TUNED]}", classes=data.classes))
     images = random.Random(seed).sample(list(masked.images), min(SCENES, len(masked.images)))
@@ -329,9 +329,9 @@ def _save(figure: Figure, path: Path, what: str) -> None:
 
 
 def play(out: Path) -> None:
-    """Serve the playground on what a demo has made, open it in a browser, and stay until Ctrl-C.
+    """Serve the playground on the results of a demo, open it in a browser, and stay until Ctrl-C.
 
-    Everything for the page comes to the folder `playground` of the demo's folder.
+    The files for the page are in the folder `playground` of the demo's folder.
     """
     folder = out / "playground"
     repository = folder / "model_repository"
