@@ -1,8 +1,7 @@
 """R-Adapter: attach it to a CLIP, keep it in a file, fold it into plain CLIP weights.
 
-The adapter is linear and sits right after a linear layer, so with F = W_adp transposed `h(X) = X +
-alpha·X·W_adp`, applied after the linear layer `W, b`, equals the layer `W + alpha·F·W, b +
-alpha·F·b`.
+The adapter is linear and directly follows a linear layer. With F = W_adp transposed, the adapter
+`h(X) = X + alpha·X·W_adp` after the layer `W, b` equals the layer `W + alpha·F·W, b + alpha·F·b`.
 """
 
 from radapter_serve.adapter.attach import Adapters, Form, Site, attach, attach_adapter, find_sites

@@ -1,6 +1,4 @@
-"""Adapters on a model in memory: where they sit, and how they are attached, dropped, scaled and
-removed.
-"""
+"""Adapters on a model in memory: find their sites, attach, drop, scale and remove them."""
 
 from __future__ import annotations
 
@@ -24,11 +22,10 @@ class Site:
     """One adapted layer.
 
     Attributes:
-        key: the layer's name in the state dict; `key.weight` and `key.bias` are what the fold
-            changes.
-        layer: the linear layer itself.
-        output: the module whose output the adapter sees. `nn.MultiheadAttention` never calls its
-            `out_proj` as a module, so there it is the attention as a whole.
+        key: the layer's name in the state dict; the fold changes `key.weight` and `key.bias`.
+        layer: the linear layer.
+        output: the module whose output the adapter takes: the layer, or the whole attention, as
+            `nn.MultiheadAttention` never calls its `out_proj` as a module.
     """
 
     key: str
@@ -38,24 +35,24 @@ class Site:
 
 @dataclass(frozen=True)
 class _Place:
-    """An adapted layer inside a block, by names: itself, the module whose output is its own, and a
-    norm that may come next.
+    """An adapted layer inside a block, by module names: the layer, the module whose output is the
+    layer's, and a norm that may follow.
 
-    Anything linear, such as a LayerScale, may come between a layer and the residual that it is
-    added to, but no norm: the adapter would no longer be the last linear map, as in the paper.
+    Linear modules, such as a LayerScale, may come between a layer and the residual that it is added
+    to. A norm may not: the adapter would no longer be the last linear map, as in the paper.
     """
 
     layer: str
-    output: str = ""  # the layer itself
-    norm: str = ""  # none
+    output: str = ""  # by default the layer
+    norm: str = ""  # by default no norm
 
 
 _NATIVE = (_Place("attn.out_proj", output="attn", norm="ln_attn"), _Place("mlp.c_proj"))
 _TIMM = (_Place("attn.proj"), _Place("mlp.fc2"))
 _TIMM_POST_NORM = (_Place("attn.proj", norm="norm1"), _Place("mlp.fc2", norm="norm2"))
 _BERT = (_Place("attention.output.dense"), _Place("output.dense"))
-# : Blocks by their class, whose code says what comes after what; blocks of any other class have no
-# known places.
+#: Places by the class of a block, whose code determines the order of its modules; other blocks have
+#: no known places.
 PLACES: dict[str, tuple[_Place, ...]] = {
     "open_clip.transformer.ResidualAttentionBlock": _NATIVE,
     "open_clip.transformer.CustomResidualAttentionBlock": _NATIVE,
@@ -73,7 +70,7 @@ PLACES: dict[str, tuple[_Place, ...]] = {
         _Place("fc2"),
     ),
 }
-#: What holds each tower's blocks; open_clip's plain CLIP holds its text tower's parts itself.
+#: Attributes that hold each tower's blocks; open_clip's plain CLIP has no text module.
 TOWERS = {"image": ("visual",), "text": ("text", "transformer")}
 
 
@@ -83,7 +80,7 @@ def find_sites(model: nn.Module, *, text: bool = True, partial: bool = False) ->
     Args:
         model: an open_clip model.
         text: look in the text tower too.
-        partial: leave out what cannot be adapted, rather than refuse.
+        partial: leave out layers that cannot be adapted, rather than refuse the model.
 
     Raises:
         RAdapterError: a tower has no known sites, or a norm is between a site and its residual;
@@ -94,7 +91,7 @@ def find_sites(model: nn.Module, *, text: bool = True, partial: bool = False) ->
 
 
 def _search(model: nn.Module, text: bool, partial: bool) -> tuple[list[Site], list[str]]:
-    """The adapted layers, and what is left out, each with the reason; refused unless `partial`."""
+    """The adapted layers, and a reason for each that is left out; an error unless `partial`."""
     sites: list[Site] = []
     reasons: list[str] = []
     for tower, holders in list(TOWERS.items())[: 1 + text]:
@@ -132,7 +129,7 @@ def _search(model: nn.Module, text: bool, partial: bool) -> tuple[list[Site], li
 
 class LinearAdapter(nn.Module):
     """One adapter, F = W_adp transposed: full [d, d], or up [d, r] times down [r, d] for a layer of
-    width d; no effect at the start.
+    width d; initially without effect.
     """
 
     def __init__(self, width: int, rank: int | None) -> None:
@@ -147,7 +144,7 @@ class LinearAdapter(nn.Module):
         self.gate = 1.0  # γ/(1−p) of Eq. 7; 1 outside training
 
     def change(self, x: Tensor) -> Tensor:
-        """What the adapter adds to activations [..., d]: `X·W_adp`."""
+        """The adapter's change of activations [..., d]: `X·W_adp`."""
         linear = nn.functional.linear
         if self.rank is None:
             return linear(x, self.full)
@@ -163,7 +160,7 @@ class LinearAdapter(nn.Module):
         return value + self.alpha * self.gate * change
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Activation form, a forward hook: `X + α·X·W_adp` for X [..., d]; attention gives a pair
+        """Activation form, a forward hook: `X + α·X·W_adp` for X [..., d]; attention returns a pair
         whose first element is X.
         """
         if self.alpha == 0:
@@ -174,7 +171,7 @@ class LinearAdapter(nn.Module):
 
 
 class Adapters(nn.Module):
-    """All adapters of one model, as a module: its parameters are what is trained."""
+    """All adapters of one model, as a module whose parameters are trained."""
 
     def __init__(
         self,
@@ -190,7 +187,7 @@ class Adapters(nn.Module):
         self.form = form
         self.drop = drop
         self.adapters = [LinearAdapter(site.layer.out_features, rank) for site in self.sites]
-        self.layers = nn.ModuleList(self.adapters)  # which makes their parameters known
+        self.layers = nn.ModuleList(self.adapters)  # registers their parameters
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         for site, layer in zip(self.sites, self.adapters, strict=True):
             layer.to(site.layer.weight.device)
@@ -212,9 +209,9 @@ class Adapters(nn.Module):
             adapter.alpha = value
 
     def sample_drop(self) -> None:
-        """Adapter dropping (Eq. 7): draw one γ ~ Bernoulli(1−p) an adapter, scaled by 1/(1−p).
+        """Adapter dropping (Eq. 7): draw γ ~ Bernoulli(1−p) for each adapter, scaled by 1/(1−p).
 
-        `torch.manual_seed` before it gives the same draw on every process.
+        Processes that call `torch.manual_seed` with the same seed before it draw the same.
         """
         self.train()
         keep = torch.rand(len(self.layers)) >= self.drop
@@ -228,7 +225,7 @@ class Adapters(nn.Module):
             adapter.gate = 1.0
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by the names they have in an adapter file (live, not copies)."""
+        """The trained parameters (not copies) by their names in an adapter file."""
         return {
             site.key if name == "full" else f"{site.key}.{name}": parameter
             for site, adapter in zip(self.sites, self.adapters, strict=True)
@@ -242,7 +239,7 @@ class Adapters(nn.Module):
             parameter.copy_(tensors[name])
 
     def adapter(self, metadata: Metadata) -> Adapter:
-        """A copy of the present values as something to save or to fold."""
+        """A copy of the present values, to save or to fold."""
         tensors = {
             name: value.detach().float().cpu().clone()
             for name, value in self.named_tensors().items()
@@ -250,7 +247,7 @@ class Adapters(nn.Module):
         return Adapter(tensors, metadata)
 
     def remove(self) -> None:
-        """Take the adapters off: the model is its base again, to the bit."""
+        """Take the adapters off; the model equals its base again, bit for bit."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
@@ -260,7 +257,7 @@ class Adapters(nn.Module):
                     parametrize.remove_parametrizations(site.layer, name, leave_parametrized=False)
 
     def summary(self, model: nn.Module) -> str:
-        """One line that says how much of a model is trained, and what is left out."""
+        """One line with the trained share of a model's parameters, and the layers left out."""
         trained = sum(p.numel() for p in self.parameters())
         base = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         share = 100 * trained / base
@@ -287,19 +284,18 @@ def attach(
     Args:
         model: an open_clip model; changed in place. `Adapters.remove` takes the adapters off again.
         rank: None for full rank, else 1 or more: `F = up·down` (few-shot).
-        form: where the adapter computes. Both give the same outputs and gradients: `activation`
-            costs time by the token, `weight` by the step (`training.choose_form` tells which is
-            faster).
+        form: form of the computation. Both give the same outputs and gradients: `activation`
+            costs time for each token, `weight` for each step (`training.choose_form` chooses the
+            faster one).
         drop: probability p in [0, 1) of adapter dropping (Eq. 7); takes effect with
             `Adapters.sample_drop`.
         text: False leaves the text tower as it is.
-        partial: adapt only what can be: a tower without known blocks (a convolutional one) and
-            layers with a norm between them and their residual are left out, where else they are
-            refused.
+        partial: leave out a tower without known blocks (such as a convolutional tower) and layers
+            with a norm between them and their residual, rather than refuse the model.
 
     Raises:
         RAdapterError: the model cannot be adapted, has adapters already, or an argument is out of
-            range; nothing was changed then.
+            range; the model is then unchanged.
     """
     if rank is not None and rank < 1:
         raise RAdapterError(f"rank is {rank}; allowed: 1 or more, or null for full rank")
@@ -337,10 +333,10 @@ def _attach(
 def attach_adapter(
     model: nn.Module, adapter: Adapter, alpha: float, *, form: Form = "activation"
 ) -> Adapters:
-    """Attach a saved adapter at a fixed α, not folded: the reference that an export must agree
-    with.
+    """Attach a saved adapter at a fixed α, not folded: the reference for the agreement of an
+    export.
 
-    Exactly the layers that the file has are adapted, whether or not it was trained with `partial`.
+    Exactly the layers of the file are adapted, whether or not it was trained with `partial`.
 
     Args:
         model: the base that the adapter was trained on, in fp32; changed in place.

@@ -34,23 +34,23 @@ Template = Annotated[str, Field(pattern=r"\{\}")]
 
 @dataclass(frozen=True)
 class Metadata:
-    """What the header of an adapter file says.
+    """Metadata in the header of an adapter file.
 
     Attributes:
         architecture: an open_clip name, or `local-dir:PATH`.
         pretrained: an open_clip tag or the path of a checkpoint; None for `local-dir:`.
-        base_digest: of the base's adapted tensors, see `base_digest`.
-        rank: None for full rank.
+        base_digest: digest of the base's adapted tensors, see `base_digest`.
+        rank: rank of the adapters; None for full rank.
         task: `classification`, `retrieval` or `segmentation`.
-        alpha: the re-scaling to use where none is asked for, in [0, 1].
+        alpha: default of the re-scaling, in [0, 1].
         templates: prompt templates with `{}` for the class name.
-        recipe: how it was trained, as `recipe.yaml` has it; the product reads `source` alone.
-        metrics: what validation measured.
-        classes: names of the classes that it was trained on, in the order of the labels and as a
-            label file has them: synonyms after commas. A name may occur twice, for two classes.
-            None where the task has no classes.
+        recipe: the recipe of the training, as in `recipe.yaml`; only `source` reads it.
+        metrics: metrics on the validation data.
+        classes: names of the trained classes, in the order of the labels and as in a label file:
+            with synonyms after commas. A name may occur twice, for two classes. None if the task
+            has no classes.
         held_out: digest of the names of the images that `val_fraction` held out of training, see
-            `held_out_digest`; None where it held none out.
+            `held_out_digest`; None if it held out no images.
     """
 
     architecture: Text
@@ -70,14 +70,14 @@ class Metadata:
 
     @cached_property
     def source(self) -> RunSource:
-        """The data that it was trained with and validated on."""
+        """The training data and the validation data."""
         return RunSource.from_json(self.recipe, self.task)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Learned tensors by state-dict key: `KEY` [d, d] for full rank, `KEY.up` [d, r] and `KEY.down`
-    [r, d] else.
+    """Learned tensors by state-dict key: `KEY` [d, d] for full rank, else `KEY.up` [d, r] and
+    `KEY.down` [r, d].
     """
 
     tensors: dict[str, Tensor]
@@ -90,7 +90,7 @@ class Adapter:
 
     @property
     def digest(self) -> str:
-        """`sha256:` over names and fp32 values."""
+        """The `sha256:` digest of names and fp32 values."""
         return tensors_digest(self.tensors)
 
     def layer(self, key: str) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ def base_digest(state_dict: Mapping[str, Tensor], keys: Iterable[str]) -> str:
     """Digest of the tensors that a fold changes, over fp32 values.
 
     Args:
-        state_dict: of the base, without adapters.
+        state_dict: state dict of the base, without adapters.
         keys: state-dict keys of the adapted layers.
     """
     names = [f"{key}.{kind}" for key in keys for kind in ("weight", "bias")]
@@ -132,14 +132,14 @@ def check_base(state_dict: Mapping[str, Tensor], adapter: Adapter) -> None:
 
 
 def save_adapter(adapter: Adapter, path: str | Path) -> None:
-    """Write an adapter file; it appears whole or not at all.
+    """Write an adapter file atomically.
 
     Args:
         adapter: tensors and metadata.
         path: the file; its folder must exist.
 
     Raises:
-        RAdapterError: tensors or metadata are not as the specification says, or the disk is full.
+        RAdapterError: tensors or metadata break the specification, or the disk is full.
     """
     path = Path(path)
     header = {
@@ -156,14 +156,14 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
 
 
 def load_adapter(path: str | PathLike[str]) -> Adapter:
-    """Read an adapter file, or the one in a run's folder.
+    """Read an adapter file, or the adapter file in a run's folder.
 
     Args:
         path: `adapter.safetensors`, or a folder that holds it.
 
     Raises:
-        RAdapterError: there is none, or it is not an adapter file as the specification says, of a
-            version known here.
+        RAdapterError: there is no such file, it breaks the specification, or its version is
+            unknown.
     """
     path = Path(path)
     path = path / ADAPTER if path.is_dir() else path
@@ -183,7 +183,7 @@ def load_adapter(path: str | PathLike[str]) -> Adapter:
 
 
 def _metadata(header: Mapping[str, str]) -> Metadata:
-    """The metadata that a header holds as JSON, checked by the types and ranges of `Metadata`."""
+    """Read metadata from the JSON of a header, checked by the types and ranges of `Metadata`."""
     known = {field.name for field in dataclasses.fields(Metadata)}
     values = {}
     for name in known & set(header):
@@ -215,8 +215,8 @@ def _refusal(error: ValidationError, *place: str) -> RAdapterError:
 
 
 def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Refuse tensors of other names, types, shapes or values than the specification says. The
-    layers of a base's `state_dict` say how wide they are, or else the tensors themselves.
+    """Refuse tensors whose names, types, shapes or values break the specification. The width of a
+    layer is that in a base's `state_dict`, or by default that of its tensors.
     """
     tensors = adapter.tensors
     rank = adapter.metadata.rank
@@ -248,7 +248,7 @@ def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = N
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """`sha256:` over the names and fp32 values of tensors."""
+    """The `sha256:` digest of the names and fp32 values of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         values = tensors[name].detach().to("cpu", torch.float32).contiguous()
@@ -265,8 +265,8 @@ def fold(state_dict: Mapping[str, Tensor], adapter: Adapter, alpha: float) -> di
     The fold is linear in α: fold(α) = (1−α)·base + α·fold(1) on the adapted layers.
 
     Args:
-        state_dict: of the base, without adapters; not changed. Tensors that no adapter touches are
-            shared.
+        state_dict: state dict of the base, without adapters; not changed. Tensors that no adapter
+            changes are shared.
         adapter: from `load_adapter` or `Adapters.adapter`.
         alpha: re-scaling in [0, 1].
 
@@ -299,15 +299,15 @@ def average_adapters(
     adapters: Sequence[Adapter], weights: Sequence[float] | None = None
 ) -> Adapter:
     """Average adapters in weight space, `F = Σ wᵢ·Fᵢ`, so that the average folds to the average of
-    the folds: a soup (Wortsman et al., ICML 2022) of what was added to one base, in full rank.
+    the folds: a soup (Wortsman et al., ICML 2022) of changes to one base, in full rank.
 
     Args:
-        adapters: of one base, with the same adapted layers; the first gives task, templates,
-            default α and recipe.
-        weights: one an adapter, each at least 0, sum 1; equal ones if None.
+        adapters: adapters of one base, with the same adapted layers; the first gives task,
+            templates, default α and recipe.
+        weights: one for each adapter, each at least 0, with the sum 1; equal weights if None.
 
     Raises:
-        RAdapterError: the bases or the adapted layers differ, or the weights are no average.
+        RAdapterError: the bases or the adapted layers differ, or the weights are out of range.
     """
     if not adapters:
         raise RAdapterError("no adapters to average; give at least one")
@@ -326,7 +326,8 @@ def average_adapters(
     first, *others = adapters
     meta = first.metadata
     for number, other in enumerate(others, 2):
-        # A digest covers the adapted layers alone: of other layers, one base looks like two.
+        # A digest covers only the adapted layers, so compare the layers first: with other layers,
+        # one base has another digest.
         theirs = other.metadata
         differing = sorted(set(first.keys) ^ set(other.keys))
         if differing and meta.architecture == theirs.architecture:
@@ -353,7 +354,7 @@ def average_adapters(
     # The first adapter's metadata, without its run-specific fields.
     metadata = dataclasses.replace(meta, rank=None, metrics={})
     if any(other.metadata.held_out != metadata.held_out for other in others):
-        # What one held out, another learned.
+        # Another adapter was trained on the images that the first one held out.
         recipe = {name: value for name, value in metadata.recipe.items() if name != "val_fraction"}
         metadata = dataclasses.replace(metadata, held_out=None, recipe=recipe)
     return Adapter(tensors, metadata)

@@ -1,8 +1,8 @@
-"""Models that were tuned elsewhere: a checkpoint or a LoRA, and the line of all models between it
-and its base, as in WiSE-FT.
+"""Models that were tuned elsewhere: a checkpoint or a LoRA, and the line of models between it and
+its base, as in WiSE-FT.
 
-The folder of a LoRA is not trusted, so it is read here and not by peft, which imports a module that
-the configuration names, allocates the rank that it says, and matches its regular expressions.
+The folder of a LoRA is not trusted, so it is not read by peft: that would import a module that the
+configuration names, allocate any rank, and match any regular expression.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from radapter_serve.sources import HUB, LOCAL, check_base_is_named, model_name, 
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, and of torch.compile
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# Fields that change nothing of what is merged, or that are read below. Any other must be off.
+# Fields that do not change the merge, or that are read below. Any other field must be off.
 _KNOWN = (
     *("peft_type", "peft_version", "task_type", "inference_mode", "auto_mapping", "revision"),
     *("base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
@@ -42,7 +42,7 @@ _KNOWN = (
     *("layers_pattern", "megatron_core", "qalora_group_size", "runtime_config"),
     "init_lora_weights",
 )
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # which leave the base as it is
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # which keep the base
 _LAYER = re.compile(r"(?:base_model\.model\.)?([\w.]+)\.lora_([AB])\.weight")
 _PATTERN = re.compile(r"\^?[\w.]+")
 
@@ -51,8 +51,8 @@ _PATTERN = re.compile(r"\^?[\w.]+")
 class Line:
     """The weights `(1 − α)·base + α·tuned`.
 
-    Both are state dicts of the same names and shapes, fp32; a `base` that is not known is None, and
-    α must be 1. `made_of` is a release's entry: kind, name, base and digest.
+    Both are state dicts of the same names and shapes, fp32; `base` is None if unknown, and α must
+    then be 1. `made_of` is the entry of a release: kind, name, base and digest.
     """
 
     base: Mapping[str, Tensor] | None
@@ -66,18 +66,18 @@ class Line:
 
     @property
     def base_digest(self) -> str:
-        """Digest of the weights that the line starts from."""
+        """Digest of the weights at the start of the line."""
         return tensors_digest(self.tuned if self.base is None else self.base)
 
     def check(self, alpha: float) -> None:
-        """Refuse an α outside of [0, 1], and one below 1 without a base."""
+        """Refuse an α outside of [0, 1], and an α below 1 without a base."""
         check_alpha(alpha)
         if self.base is None and alpha != 1:
             raise needs_base(alpha, self.made_of["name"])
 
     @torch.no_grad()
     def at(self, alpha: float) -> dict[str, Tensor]:
-        """The weights at one α in [0, 1], computed as WiSE-FT does, to the bit."""
+        """The weights at an α in [0, 1], bit for bit as WiSE-FT computes them."""
         self.check(alpha)
         if self.base is None or alpha == 1:
             return dict(self.tuned)
@@ -91,8 +91,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A model that was tuned elsewhere: its base, with the start of the line as weights, and the
-    line.
+    """A model that was tuned elsewhere: its base, whose weights are at the start of the line, and
+    the line.
     """
 
     base: Base
@@ -100,7 +100,7 @@ class Tuned:
 
 
 def weights_of(base: Base) -> dict[str, Tensor]:
-    """A copy of a model's weights, which stays as it is when the model changes."""
+    """A copy of a model's weights."""
     return {name: tensor.detach().clone() for name, tensor in base.model.state_dict().items()}
 
 
@@ -109,8 +109,8 @@ def check_weights(
 ) -> dict[str, Tensor]:
     """The weights of a file in fp32, in the order of `like`, a state dict of the architecture.
 
-    Tensors there that are no floating-point numbers stay as they are. Refuses weights that are
-    missing, left over, of another shape or not finite; `name` is the file's.
+    Tensors of `like` that are not floating-point are kept. Refuses weights that are missing,
+    unknown, of another shape or not finite; `name` is the file's name in errors.
     """
     needed = {key: tensor for key, tensor in like.items() if tensor.is_floating_point()}
     other = f"{name} is of another architecture than its base"
@@ -131,8 +131,8 @@ def check_weights(
 
 
 def plain_values(tensor: Tensor, subject: str) -> Tensor:
-    """A tensor of a file in fp32; refuses anything but finite real numbers. `subject` begins the
-    error.
+    """Convert a tensor of a file to fp32; refuses anything but finite real numbers. `subject`
+    begins the error.
     """
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not (plain and tensor.is_floating_point()):
@@ -148,16 +148,16 @@ def load_checkpoint(checkpoint: str, base: str | None = None) -> Tuned:
     """Load a tuned checkpoint and its base.
 
     `checkpoint` is a file of weights; a model's folder, in the form of open_clip or of
-    `transformers`; `hf-hub:NAME`; or an open_clip model with its tag, `NAME:TAG`. `base`, named as
-    `load_base` takes it or `NAME:TAG`, is what was tuned: a file of weights needs one for its
-    architecture, the others for an α below 1.
+    `transformers`; `hf-hub:NAME`; or an open_clip model with its tag, `NAME:TAG`. `base`, a name
+    for `load_base` or `NAME:TAG`, is the model that was tuned: a file of weights needs it for its
+    architecture, the others need it for an α below 1.
     """
     check_base_is_named(checkpoint, base)
     name = model_name(checkpoint)
     path = Path(checkpoint)
     made_of: dict[str, Any] = {"kind": "checkpoint", "name": path.name, "base": base}
     if name is None:  # a file of weights
-        assert base is not None  # as was just seen
+        assert base is not None  # by check_base_is_named
         architecture, tag = split_name(base)
         state = read_weights(path)
         made_of["digest"] = digest_of(path)
@@ -190,7 +190,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
-            with warnings.catch_warnings():  # of sparse tensors, which are refused below
+            with warnings.catch_warnings():  # for sparse tensors, which are refused later
                 warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -209,7 +209,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise RAdapterError(f"could not read the checkpoint {path}: {reason(error)}") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    # The weights by their names in the model itself.
+    # Name the weights as in the model, without the prefixes of wrappers.
     weights: dict[str, Tensor] = {}
     for name, value in content.items() if isinstance(content, Mapping) else ():
         if not isinstance(name, str) or not isinstance(value, Tensor):
@@ -224,7 +224,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _check_same(checkpoint: str, tuned: Base, base: Base) -> None:
-    """Refuse models that compute differently, whatever the shapes of their weights are."""
+    """Refuse models that compute differently, even if their weights have the same shapes."""
     for ours, theirs in zip(_structure(tuned.model), _structure(base.model), strict=False):
         if ours != theirs:
             raise RAdapterError(
@@ -241,7 +241,7 @@ def _check_same(checkpoint: str, tuned: Base, base: Base) -> None:
 
 
 def _structure(model: nn.Module) -> list[str]:
-    """The modules of a model in words: activations and heads show in no weight's shape."""
+    """Describe each module of a model, for activations and heads that no weight's shape shows."""
     parts = []
     for name, module in model.named_modules():
         heads = getattr(module, "num_heads", None)
@@ -253,13 +253,13 @@ def _structure(model: nn.Module) -> list[str]:
 def load_lora(folder: str | Path, base: str | None = None) -> Tuned:
     """Load a LoRA and its base; the tuned weights are the base's with the LoRA merged.
 
-    `base` is named as `load_base` takes it, or `NAME:TAG`; None for the one that the folder names.
+    `base` is a name for `load_base`, or `NAME:TAG`; None takes the base that the folder names.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
     layers = _read_layers(folder, config)
 
-    # The base.
+    # Load the base.
     if base is None:
         name = str(config.get("base_model_name_or_path") or "")
         if not name:
@@ -274,7 +274,7 @@ def load_lora(folder: str | Path, base: str | None = None) -> Tuned:
         raise RAdapterError(f"{base} is not a CLIPModel in transformers; --lora takes those alone")
     weights = weights_of(start)
 
-    # The merge, layer by layer in the names of transformers: W + scale·B·A, as peft computes it.
+    # Merge layer by layer, by the names of transformers: W + scale·B·A, as peft computes it.
     theirs = to_transformers(weights, form)
     for name, (up, down, scale) in layers.items():
         weight = theirs.get(f"{name}.weight")
@@ -300,7 +300,7 @@ def load_lora(folder: str | Path, base: str | None = None) -> Tuned:
 
 
 def _read_layers(folder: Path, config: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """lora_B [out, r] and lora_A [r, in] of each layer, fp32, and the factor of their product."""
+    """Read lora_B [out, r] and lora_A [r, in] of each layer, and the factor of their product."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise RAdapterError(f"{folder} holds no {WEIGHTS}; save it with safe_serialization=True")
@@ -337,7 +337,9 @@ def _read_layers(folder: Path, config: dict[str, Any]) -> dict[str, tuple[Tensor
 
 
 def _value_of(layer: str, patterns: Any, default: Any) -> float:
-    """The rank or alpha of a layer: that of the first pattern that is its name or the end of it."""
+    """The rank or alpha of a layer: of the first pattern that is its name or the end of its name,
+    or the default.
+    """
     value = default
     for pattern, own in (patterns or {}).items():
         if not _PATTERN.fullmatch(pattern):
@@ -356,7 +358,7 @@ def _value_of(layer: str, patterns: Any, default: Any) -> float:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The configuration of a plain LoRA; refuses any other."""
+    """Read the configuration of a plain LoRA; refuses any other LoRA."""
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

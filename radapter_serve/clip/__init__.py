@@ -1,4 +1,4 @@
-"""The base model in torch: loading it, its two towers, its dense features, its prompts.
+"""The base model in torch: loading, the two towers, dense features and prompts.
 
-What is fine-tuned lives in `adapter/`; nothing here knows of releases or servers.
+Fine-tuned weights are in `adapter/`; this package does not depend on releases or servers.
 """

@@ -1,5 +1,5 @@
-"""Load a pretrained CLIP: an open_clip architecture with its weights, or a folder, here or on a
-hub.
+"""Loading of a pretrained CLIP: an open_clip architecture with its weights, or a folder, local or
+on a hub.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ from radapter_serve.sources import (
     unreachable,
 )
 
-# The other functions of `init` come to one of these.
+# The other functions of `init` call one of these.
 _DRAWS = (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)
-_OF_A_MODEL = ["*.json", "*.safetensors", "*.txt", "*.model"]  # what is fetched from a hub
-# What open_clip's own configurations give to a tokenizer. It hands any other field on to
+_OF_A_MODEL = ["*.json", "*.safetensors", "*.txt", "*.model"]  # files to fetch from a hub
+# Tokenizer fields of open_clip's own configurations. open_clip passes other fields to
 # `transformers`.
 _TOKENIZER_FIELDS = (
     *("clean", "strip_sep_token", "language", "additional_special_tokens", "reduction_mask"),
 )
 _ATTENTION = ("attn_implementation", "_attn_implementation", "experts_implementation")
-# Fields by which `transformers` imports code, reads another file in place of this one, or fetches a
-# kernel.
+# Fields that make `transformers` import code, read another file instead, or fetch a kernel.
 _CODE_FIELDS = (
     *("auto_map", "trust_remote_code", "configuration_files", "custom_generate"),
     *("quantization_config", "use_kernels"),
@@ -55,13 +54,13 @@ _TIMM_NAME = re.compile(r"[\w.]+")
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained CLIP and all that must travel with it.
+    """A pretrained CLIP with its configuration, preprocessing and tokenizer.
 
     `name` is an open_clip architecture, `local-dir:PATH` or `hf-hub:ORGANISATION/NAME[@REVISION]`;
     `pretrained` an open_clip tag or the path of a checkpoint, None for a folder. The model is in
-    eval mode, fp32, on the CPU. `config` is open_clip's `model_cfg` with `quick_gelu` written out,
-    `preprocess` its `preprocess_cfg`, and `tokenizer` makes token ids, int64 [N, context_length],
-    of N texts.
+    eval mode, fp32, on the CPU. `config` is open_clip's `model_cfg`, always with `quick_gelu`,
+    `preprocess` its `preprocess_cfg`, and `tokenizer` turns N texts into token ids, int64
+    [N, context_length].
     """
 
     name: str
@@ -73,7 +72,7 @@ class Base:
 
     @property
     def image_size(self) -> int:
-        """Side of the square images that the model takes, in pixels; refuses others."""
+        """Side of the model's input images in pixels; an error if they are not square."""
         size = self.preprocess["size"]
         sides = {int(side) for side in size} if isinstance(size, (tuple, list)) else {int(size)}
         if len(sides) > 1:
@@ -84,7 +83,7 @@ class Base:
 
 
 def split_name(name: str, pretrained: str | None = None) -> tuple[str, str | None]:
-    """Split `ViT-B-32:openai` into what `load_base` takes; refuses weights that are named twice."""
+    """Split `ViT-B-32:openai` into the arguments of `load_base`; refuses weights named twice."""
     if name.startswith((LOCAL, HUB)):
         return name, None
     model, _, tag = name.partition(":")
@@ -94,7 +93,7 @@ def split_name(name: str, pretrained: str | None = None) -> tuple[str, str | Non
 
 
 def load_base(name: str, pretrained: str | None = None) -> Base:
-    """Load a CLIP with its weights; never one with random weights.
+    """Load a CLIP with its weights, never with random ones.
 
     `name` is an open_clip architecture such as `ViT-B-32`; or `local-dir:PATH`, a folder with
     `open_clip_config.json` and `open_clip_model.safetensors`, or with a `CLIPModel` of the library
@@ -102,8 +101,8 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
     `pretrained` is an open_clip tag such as `openai`, or the path of a checkpoint; None for a
     folder.
 
-    Raises an `RAdapterError` where the name or the weights are unknown or can't be had, and where a
-    folder would run code.
+    Raises an `RAdapterError` if the name or the weights are unknown or unavailable, or if a folder
+    would run code.
     """
     quick_gelu = False
     source = name
@@ -141,8 +140,8 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
             )
         if Path(pretrained).is_file():
             quick_gelu = _quick_gelu(name, config, Path(pretrained))
-        # open_clip only warns where a tag's activation differs from the architecture's; the numbers
-        # would change
+        # If a tag's activation differs from the architecture's, open_clip only warns, but the
+        # outputs would change.
         quick_gelu |= bool(
             (open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False)
         )
@@ -159,7 +158,7 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         raise RAdapterError(
             f"could not load {name} (pretrained {pretrained}): {reason(error)}"
         ) from error
-    # Each tower must give one embedding. An appended class token (CoCa) overrides the text's pool.
+    # Each tower must pool to one embedding. A text tower with an appended class token (CoCa) does.
     text = text_tower(model)
     pools = {"image": getattr(model.visual, "pool_type", "")}
     if getattr(text, "cls_emb", None) is None and isinstance(text, CLIP | TextTransformer):
@@ -177,7 +176,7 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
 
 
 class _NoRandomWeights(TorchFunctionMode):
-    """Skips the drawing of weights while a model is made: all of them come from a file."""
+    """Skips random initialization while a model is made, as all weights come from a file."""
 
     def __torch_function__(
         self,
@@ -193,7 +192,7 @@ class _NoRandomWeights(TorchFunctionMode):
 
 
 def _folder(name: str) -> Path | None:
-    """The folder of a model, fetched from the hub if it is there; None for an architecture."""
+    """The folder of a model, fetched if it is on the hub; None for an architecture."""
     if name.startswith(LOCAL):
         return Path(name.removeprefix(LOCAL))
     if not name.startswith(HUB):
@@ -218,7 +217,9 @@ def _folder(name: str) -> Path | None:
 
 @contextlib.contextmanager
 def _source(name: str, pretrained: str | None) -> Iterator[None]:
-    """Load from the cache alone where the hub can't be reached, and say then what to do."""
+    """Load from the cache if the hub can't be reached; the error for a missing file says how to
+    bring the weights.
+    """
     local = name.startswith(LOCAL) or (pretrained is not None and Path(pretrained).is_file())
     if local or not unreachable():
         yield
@@ -257,8 +258,8 @@ def _local_config(folder: Path) -> dict[str, Any]:
 
 
 def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
-    """True if a checkpoint was trained with QuickGELU: by the configuration beside it, else by its
-    name; refuses an architecture with QuickGELU for a checkpoint without.
+    """True if a checkpoint was trained with QuickGELU, by the configuration next to it, else by its
+    name. Refuses an architecture with QuickGELU for a checkpoint trained with GELU.
     """
     if (checkpoint.parent / "open_clip_config.json").is_file():
         quick = bool(_local_config(checkpoint.parent).get("quick_gelu", False))
@@ -287,15 +288,15 @@ def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a model's folder, of open_clip or `transformers`, that could run code; names the
-    field.
+    """Refuse a model's folder, of open_clip or `transformers`, that could run code; the error names
+    the field.
     """
     _check_configs(folder)
     path = folder / "open_clip_config.json"
     config = _read(path) if path.is_file() else None
     model = config.get("model_cfg") if isinstance(config, dict) else None
     if not isinstance(model, dict):
-        return  # no configuration of open_clip's; its reader says so
+        return  # not a configuration of open_clip; reading it raises the error
     image, text, multimodal = (
         _table(model, name) for name in ("vision_cfg", "text_cfg", "multimodal_cfg")
     )
@@ -313,7 +314,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_configs(folder: Path) -> None:
-    """Look into all configurations that `transformers` may read from a folder, at any depth."""
+    """Check the fields, at any depth, of all configurations that `transformers` may read."""
     if (folder / "adapter_config.json").exists():
         raise RAdapterError(
             f"{folder} holds adapter_config.json, an adapter of peft: export it with --lora, or"
@@ -334,7 +335,7 @@ def _check_configs(folder: Path) -> None:
 
 
 def _folder_of_config(name: str) -> Path:
-    """The folder of the configuration of a text tower, fetched from the hub where it is none."""
+    """The folder with a text tower's configuration, fetched from the hub unless it is local."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import hf_hub_download

@@ -1,5 +1,5 @@
-"""The two towers of a CLIP as functions to unit-length embeddings: of images, texts, classes and
-patches.
+"""The two towers of a CLIP as functions that embed images, texts, classes and patches at unit
+length.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from radapter_serve.contract.errors import Alpha
 from radapter_serve.contract.labels import mean_embeddings, read_templates
 from radapter_serve.errors import RAdapterError, reason
 
-# maskclip: Zhou, Loy, Dai: Extract Free Dense Labels from CLIP, ECCV 2022. It speaks of the
-# attention alone; the authors' ViT keeps residual and feed-forward around it.
+# maskclip: Zhou, Loy, Dai: Extract Free Dense Labels from CLIP, ECCV 2022. The paper describes the
+# attention only; the authors' ViT keeps residual and feed-forward around it.
 # naclip: Hajimiri, Ben Ayed, Dolz: Pay Attention to Your Neighbours, WACV 2025, in its reduced
 # form.
 METHODS = ("maskclip", "naclip")
-STD = 5.0  # of NACLIP's Gaussian, in patches, as its authors have it
+STD = 5.0  # of NACLIP's Gaussian, in patches, as in the authors' code
 _BATCH = 256  # texts
 Tokenizer = Callable[[list[str]], Tensor]
 Pixels = NDArray[np.uint8]
@@ -42,12 +42,12 @@ def encode_image(model: Any, pixels: Tensor) -> Tensor:
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
     """Embed token ids, integer [N, L], padded, as float32 [N, D] of unit length.
 
-    Equal texts are encoded once, and causal towers see no more tokens than the longest text has.
-    Both are exact: a causal tower pools at the end token, which nothing after it can reach.
+    Equal texts are encoded once, and causal towers get no more tokens than the longest text has.
+    Both are exact: a causal tower pools at the end token, which later tokens can't change.
     """
     unique, inverse = torch.unique(tokens, dim=0, return_inverse=True)
     if is_causal(model):
-        # Up to the last token that a row is pooled at; 0 pads but is a token too ("!").
+        # Crop after the last token that a row is pooled at. Zeros pad, but 0 is a token too ("!").
         text = text_tower(model)
         ends = unique if pool_type(text) == "argmax" else unique.eq(_eos_id(text)).int()
         length = int(ends.argmax(dim=1).max()) + 1 if len(unique) else unique.shape[1]
@@ -70,7 +70,7 @@ def encode_texts(model: Any, tokens: Tensor) -> Tensor:
 
 
 class TorchEncoder:
-    """`Encoder` of a model in torch, on the device where it is; `way` is its dense method."""
+    """`Encoder` of a model in torch, on the model's device; `way` is its dense method."""
 
     def __init__(
         self, model: nn.Module, preprocess: Mapping[str, Any], way: str | None = None
@@ -93,16 +93,16 @@ class TorchEncoder:
 
     @torch.inference_mode()
     def embed(self, encode: Callable[..., Tensor], alpha: Alpha | None, *inputs: Any) -> Embeds:
-        """Call one of the functions above; the weights are at their α already."""
+        """Call one of the encode functions; the weights are at their α already."""
         embeds = encode(self.model, *inputs)
         return np.asarray(embeds.float().cpu().numpy())
 
     def close(self) -> None:
-        """The model goes with its last user."""
+        """Do nothing; the model is freed with its last reference."""
 
 
 def normalised(pixels: NDArray[np.uint8], preprocess: Mapping[str, Any], device: Any) -> Tensor:
-    """Pixels as the image tower takes them: uint8 [B, S, S, 3] in RGB to float32 [B, 3, S, S], by
+    """Normalise pixels for the image tower: uint8 [B, S, S, 3] in RGB to float32 [B, 3, S, S], by
     the mean and std of `preprocess`, each in [0, 1].
     """
     scaled = (
@@ -113,12 +113,12 @@ def normalised(pixels: NDArray[np.uint8], preprocess: Mapping[str, Any], device:
 
 
 def to_device(model: nn.Module, name: str | None = None) -> torch.device:
-    """Move a model, in place, to a device of torch; None takes a GPU where there is one."""
+    """Move a model, in place, to a device of torch; None takes a GPU if there is one."""
     wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
         model.to(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as torch was built
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by build of torch
         raise RAdapterError(
             f"device {wanted!r} can't be used: {reason(error)}; allowed: cpu, cuda, ..."
         ) from error
@@ -126,13 +126,13 @@ def to_device(model: nn.Module, name: str | None = None) -> torch.device:
 
 
 def logit_scale_and_bias(weights: Mapping[str, Tensor]) -> tuple[float, float | None]:
-    """The factor from cosines to logits, and the bias of a sigmoid loss, of a state dict."""
+    """Factor from cosines to logits, and bias of a sigmoid loss or None, from a state dict."""
     bias = weights.get("logit_bias")
     return float(weights["logit_scale"].float().exp()), None if bias is None else float(bias)
 
 
 def is_causal(model: nn.Module) -> bool:
-    """True if cropping a batch of texts to its longest one leaves the embeddings as they are."""
+    """True if cropping a batch of texts to its longest text does not change the embeddings."""
     text = text_tower(model)
     causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
     return (
@@ -155,8 +155,8 @@ def _eos_id(text: Any) -> Any:
 
 
 def causal_text_features(model: nn.Module, tokens: Tensor) -> Tensor:
-    """A causal text tower on texts of any length up to its context length: [N, L] to [N, D], not
-    normalised.
+    """Run a causal text tower on texts of any length up to its context length: [N, L] to [N, D],
+    not normalised.
     """
     text = text_tower(model)
     length = tokens.shape[1]
@@ -203,7 +203,7 @@ def zero_shot_classifier(
 
 @torch.no_grad()
 def linear_head(classifier: Tensor, scale: float) -> nn.Linear:
-    """A head that gives images the logits of zero-shot classification, to learn from there: from
+    """A linear head to train, which starts with the logits of zero-shot classification: from
     `zero_shot_classifier`, [C, D], and the model's 1/τ.
     """
     head = nn.Linear(classifier.shape[1], classifier.shape[0])
@@ -213,7 +213,7 @@ def linear_head(classifier: Tensor, scale: float) -> nn.Linear:
 
 
 def encode_patches(model: Any, pixels: Tensor, method: str) -> Tensor:
-    """Embed the patches of images, comparable with texts' embeddings by their cosine.
+    """Embed the patches of images, to compare with embeddings of texts by cosine.
 
     MaskCLIP lets each token attend to itself (the attention is `out_proj(v)`) and keeps residual
     and feed-forward. NACLIP takes `softmax(kkᵀ/√d + ω)`, ω a Gaussian of the patches' distance, and
@@ -234,7 +234,7 @@ def encode_patches(model: Any, pixels: Tensor, method: str) -> Tensor:
 
 
 def check_dense(model: Any, method: str) -> Any:
-    """The image tower of a model, if its patches can be embedded by this method."""
+    """The image tower of a model; an error if this method can't embed its patches."""
     if method not in METHODS:
         raise RAdapterError(f"dense is {method!r}; allowed: none, {', '.join(METHODS)}")
     visual = getattr(model, "visual", None)
@@ -258,7 +258,7 @@ def check_dense(model: Any, method: str) -> Any:
 
 
 def patch_features(visual: Any, pixels: Tensor, near: Tensor | None) -> Tensor:
-    """The image tower with its last block edited: [B, 3, S, S] to [B, g, g, D], not normalised.
+    """Run the image tower with an edited last block: [B, 3, S, S] to [B, g, g, D], not normalised.
 
     `near` is the `neighbourhood` of the grid for NACLIP, None for MaskCLIP. The tower's attention
     may be another module with the same parameters.
@@ -267,7 +267,7 @@ def patch_features(visual: Any, pixels: Tensor, near: Tensor | None) -> Tensor:
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
         x = block(x)
-    # A call of the module, not of its weights: an adapter may be a hook on it.
+    # Call a copy of the module, not `_attend` alone: an adapter may be a hook on the module.
     attention = copy.copy(last.attn)
     attention.forward = functools.partial(_attend, last.attn, near)
     attended = last.ls_1(attention(last.ln_1(x))[0])
@@ -282,8 +282,8 @@ def patch_features(visual: Any, pixels: Tensor, near: Tensor | None) -> Tensor:
 
 
 def neighbourhood(grid: int) -> Tensor:
-    """The bias of NACLIP's attention, `exp(-d²/2σ²)` for patches at distance d, float32 [1 + g², 1
-    + g²] for g patches a side; 0 in the row and the column of the class token.
+    """Bias of NACLIP's attention, `exp(-d²/2σ²)` for patches at distance d, float32
+    [1 + g², 1 + g²] for g patches a side; 0 in the row and the column of the class token.
     """
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], dim=-1).float()

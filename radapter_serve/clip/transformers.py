@@ -1,8 +1,8 @@
-"""CLIPs in the form of the library `transformers`: `CLIPModel`, and for SigLIPs `SiglipModel`.
+"""CLIPs in the form of the library `transformers`: `CLIPModel`, and `SiglipModel` for SigLIP.
 
-A map of names says what the library calls each weight of open_clip's. What a map can't say, such as
-pooling, activations and how images are resized, is found out by a comparison of the outputs: a
-model that differs is refused.
+A map gives the library's name of each weight of open_clip. Differences that a map can't express,
+such as in pooling, activations and resizing, are found by a comparison of the outputs: a model that
+differs is refused.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from radapter_serve import errors
 from radapter_serve.clip.towers import encode_image, text_tower
 from radapter_serve.errors import RAdapterError, check_installed, reason, short
 
-#: what open_clip's tokenizer and that of `transformers` call the same tokens
+#: special tokens by their names in open_clip's tokenizer, with their names in `transformers`
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
 _CLASSES = {"clip": ("CLIPConfig", "CLIPModel"), "siglip": ("SiglipConfig", "SiglipModel")}
-# Of 255, that a pixel may differ: transformers resizes by torchvision, open_clip by Pillow.
+# Largest difference of a pixel, of 255: transformers resizes by torchvision, open_clip by Pillow.
 _LEVELS = 3
-_MAX_ERROR = 1e-4  # of a component of the unit-length embeddings
+_MAX_ERROR = 1e-4  # largest difference of a component of unit-length embeddings
 _TEXTS = ["a photo of a cat.", "Don't  KNOW: it's 12345 l'été ÉÈ 猫 😀!!", "", "many words " * 60]
 
-# Names of tensors, and below them names of layers, whose weight and bias are called so in both.
+# Names of tensors, and below them names of layers, which have `weight` and `bias` in both.
 _TEXT = {"positional_embedding": "text_model.embeddings.position_embedding.weight"}
 _TEXT_LAYERS = {
     "token_embedding": "text_model.embeddings.token_embedding",
@@ -54,7 +54,7 @@ _TENSORS = {
         "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
         "visual.proj": "visual_projection.weight",
         "text_projection": "text_projection.weight",
-        "text_projection.weight": "text_projection.weight",  # of a linear layer
+        "text_projection.weight": "text_projection.weight",  # if it is a linear layer
     },
     "siglip": {
         **_TEXT,
@@ -62,7 +62,8 @@ _TENSORS = {
         "logit_bias": "logit_bias",
         "visual.trunk.pos_embed": "vision_model.embeddings.position_embedding.weight",
         f"{_POOL}.latent": "vision_model.head.probe",
-        # Queries have a layer by themselves in timm, and share one with keys and values there.
+        # timm has a separate layer for queries; in transformers they share the layer of keys and
+        # values.
         f"{_POOL}.q.weight": "vision_model.head.attention.in_proj_weight",
         f"{_POOL}.q.bias": "vision_model.head.attention.in_proj_bias",
         f"{_POOL}.kv.weight": "vision_model.head.attention.in_proj_weight",
@@ -73,7 +74,7 @@ _LAYERS = {
     "clip": {
         **_TEXT_LAYERS,
         "visual.conv1": "vision_model.embeddings.patch_embedding",
-        "visual.ln_pre": "vision_model.pre_layrnorm",  # its name has this slip
+        "visual.ln_pre": "vision_model.pre_layrnorm",  # with this typo
         "visual.ln_post": "vision_model.post_layernorm",
     },
     "siglip": {
@@ -97,7 +98,7 @@ _BLOCK = {
     "attn.out_proj": "self_attn.out_proj",
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
-    # as timm calls them
+    # names of timm
     "norm1": "layer_norm1",
     "norm2": "layer_norm2",
     "attn.proj": "self_attn.out_proj",
@@ -109,8 +110,9 @@ _TRANSPOSED = ("visual.proj", "text_projection")
 
 @dataclass(frozen=True)
 class Form:
-    """A model as `transformers` has it: `clip` or `siglip`, the fields of its configuration, and
-    what the library calls each weight of open_clip's, several names where it splits one.
+    """The form of a model in `transformers`: its kind, `clip` or `siglip`, the fields of its
+    configuration, and the library's name of each open_clip weight, or names if it splits the
+    weight.
     """
 
     kind: str
@@ -133,9 +135,9 @@ class Form:
 
 
 def form_of(name: str, model: Any, tokenizer: Any) -> Form:
-    """The form of an open_clip model by its modules and their names; `name` is for the error.
+    """The form of an open_clip model, from its modules and their names; `name` is for the error.
 
-    Whether the library computes the same is for `check_outputs` to say.
+    `check_outputs` checks that the library computes the same.
     """
     trunk = getattr(model.visual, "trunk", None)
     is_siglip = isinstance(model.visual, TimmModel) and hasattr(trunk, "attn_pool")
@@ -147,7 +149,7 @@ def form_of(name: str, model: Any, tokenizer: Any) -> Form:
         needed = {*_TENSORS[kind].values(), *layers}
         if lacking := sorted(needed - {name for theirs in names.values() for name in theirs}):
             raise AttributeError(f"{lacking[0]} is a weight of one of the two alone")
-    except Exception as error:  # modules of other families lack what is asked for
+    except Exception as error:  # modules of other families lack these attributes
         raise RAdapterError(
             f"{name} has no form in transformers: it is not built as a {_CLASSES[kind][1]}"
             f" ({reason(error)})"
@@ -156,7 +158,7 @@ def form_of(name: str, model: Any, tokenizer: Any) -> Form:
 
 
 def _names_of(name: str, kind: str) -> tuple[str, ...]:
-    """What `transformers` calls a weight of open_clip's."""
+    """The names in `transformers` of a weight of open_clip."""
     inner = name.removeprefix("text.")
     if inner in _TENSORS[kind]:
         return (_TENSORS[kind][inner],)
@@ -174,7 +176,7 @@ def _names_of(name: str, kind: str) -> tuple[str, ...]:
 
 
 def _tower_config(tower: Any, norm: Any) -> dict[str, Any]:
-    """The numbers of one of open_clip's towers."""
+    """Configuration fields of one of open_clip's towers."""
     block = tower.transformer.resblocks[0]
     return {
         "hidden_size": block.attn.embed_dim,
@@ -248,11 +250,11 @@ def _siglip_config(model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def to_transformers(state_dict: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
-    """A state dict by the names of `transformers`, fp32."""
+    """Convert a state dict to the names of `transformers`, fp32."""
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for name, theirs in form.names.items():
         tensor = state_dict[name].detach().float()
-        if name.startswith("logit_"):  # one number, in a list for SigLIP
+        if name.startswith("logit_"):  # a scalar, of shape [1] for SigLIP
             tensor = tensor.reshape(() if form.kind == "clip" else 1)
         if name.endswith("pos_embed"):
             tensor = tensor.squeeze(0)
@@ -267,8 +269,8 @@ def to_transformers(state_dict: Mapping[str, Tensor], form: Form) -> dict[str, T
 
 
 def to_open_clip(tensors: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
-    """A state dict of a `CLIPModel` by the names of open_clip, fp32; refuses missing and unknown
-    weights.
+    """Convert a state dict of a `CLIPModel` to the names of open_clip, fp32; refuses missing and
+    unknown weights.
     """
     needed = [name for theirs in form.names.values() for name in theirs]
     if missing := [name for name in needed if name not in tensors]:
@@ -307,7 +309,7 @@ def check_outputs(theirs: Any, ours: Any, tokenizer: Any) -> None:
 
 
 def features(output: Any) -> Tensor:
-    """Embeddings as all versions of `transformers` give them: a tensor up to 4, something that
+    """Embeddings from the output of any version of `transformers`: a tensor up to 4, an object that
     holds it from 5 on.
     """
     embeds: Tensor = output if isinstance(output, Tensor) else output.pooler_output
@@ -326,7 +328,7 @@ def check_processor(folder: Path, preprocess: Mapping[str, Any], tokenizer: Any)
     levels = 255 * np.array(preprocess["std"]).reshape(3, 1, 1)
     size = preprocess["size"]
     side = int(size if isinstance(size, int) else size[0])
-    # Smooth images, upright, wide and square; their margins are even, where all crop alike.
+    # Smooth images, upright, wide and square, with even margins, which both libraries crop alike.
     random = np.random.default_rng(0)
     for shape, target in (
         ((8, 6, 3), (side, side + 4)),
@@ -353,7 +355,7 @@ def check_processor(folder: Path, preprocess: Mapping[str, Any], tokenizer: Any)
         _TEXTS, padding="max_length", truncation=True, max_length=tokenizer.context_length
     )
     for text, ours, row in zip(_TEXTS, tokenizer(_TEXTS).tolist(), rows["input_ids"], strict=True):
-        # CLIP reads nothing after the first end token, and each tokenizer pads with another token.
+        # CLIP reads nothing after the first end token, and the two tokenizers pad differently.
         is_clip = isinstance(tokenizer, SimpleTokenizer)
         length = ours.index(tokenizer.eot_token_id) + 1 if is_clip else len(ours)
         if ours[:length] != list(row[:length]):
@@ -363,11 +365,10 @@ def check_processor(folder: Path, preprocess: Mapping[str, Any], tokenizer: Any)
 
 
 def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
-    """Read a `CLIPModel` as a model of open_clip's in fp32, with open_clip's `model_cfg` and
-    tokenizer.
+    """Read a `CLIPModel` as an open_clip model in fp32, with open_clip's `model_cfg` and tokenizer.
 
     The folder holds `config.json`, weights, `preprocessor_config.json` (or `processor_config.json`)
-    and a tokenizer. Refuses what is not a CLIP, and what open_clip computes otherwise.
+    and a tokenizer. Refuses a model that is not a CLIP, or that open_clip computes differently.
     """
     check_installed("transformers", "huggingface")
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
@@ -377,19 +378,19 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
         raise RAdapterError(f"its model_type is {short(kind)}; allowed: clip")
     local: dict[str, Any] = {"local_files_only": True}
     with quiet():
-        # Weights, by their names.
+        # Load the weights by name.
         theirs_config: Any = CLIPConfig.from_pretrained(folder, **local)
         config = _open_clip_config(theirs_config)
         loaded: Any = CLIPModel.from_pretrained(folder, output_loading_info=True, **local)
         theirs, info = loaded
-        if missing := sorted(info["missing_keys"]):  # which the library fills with random values
+        if missing := sorted(info["missing_keys"]):  # the library fills them with random values
             raise RAdapterError(f"it has no weight {missing[0]}")
         model = open_clip.CLIP(**config)
         tokenizer = SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
         form = form_of(folder.name, model, tokenizer)
         model.load_state_dict(to_open_clip(theirs.state_dict(), form))
 
-        # Vocabulary and preprocessing.
+        # Compare the vocabulary, and read the preprocessing.
         names = {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
         vocabulary = AutoTokenizer.from_pretrained(folder, **local).get_vocab()
         if vocabulary != names or config["text_cfg"]["vocab_size"] != len(names):
@@ -410,14 +411,14 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
         }
         set_model_preprocess_cfg(model, preprocess)
 
-        # The rest by what comes out.
+        # Check everything else by its outputs.
         check_processor(folder, preprocess, tokenizer)
         check_outputs(theirs.float().eval(), model.eval(), tokenizer)
     return model, config, tokenizer
 
 
 def _open_clip_config(config: Any) -> dict[str, Any]:
-    """open_clip's `model_cfg` of a model that a `CLIPConfig` describes."""
+    """open_clip's `model_cfg` for a `CLIPConfig`."""
     image = config.vision_config
     text = config.text_config
 
@@ -453,7 +454,7 @@ def _open_clip_config(config: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide what `transformers` logs and warns of, and the bar for the weights that it loads."""
+    """Hide the logs and warnings of `transformers`, and its progress bar for weights."""
     from transformers.utils import logging
 
     is_shown = logging.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
