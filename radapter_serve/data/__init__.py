@@ -1,5 +1,5 @@
 """Data for training and evaluation: rows of images with their labels, captions or masks.
 
-It reads and checks; what is learned or measured from the data lives in `training/` and
-`evaluation/`. `source`, the base of recipes and suites, needs no library of data sets.
+This package reads and checks data; `training/` and `evaluation/` use it. `source`, the base class
+of recipes and suites, does not need the library `datasets`.
 """

@@ -22,7 +22,7 @@ _BLOCK = 1000  # rows in memory at once
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """One image: the number of the first row that holds it, and its captions from all rows."""
+    """One image: the number of its first row, and its captions from all rows."""
 
     row: int
     captions: tuple[str, ...]
@@ -30,28 +30,28 @@ class CaptionedImage:
 
 @dataclass
 class Captioned(ImageColumn):
-    """Images with captions; the label of a pair is the image's identity: its path, or the digest of
-    its bytes.
+    """Images with captions. Rows with the same path or the same bytes are one image, and the label
+    of a pair is the number of its image.
     """
 
-    table: Any  # a Hugging Face data set with a caption or a list of captions a row
-    images: Sequence[CaptionedImage]  # every image of the table once
+    table: Any  # a Hugging Face data set with a caption or a list of captions in each row
+    images: Sequence[CaptionedImage]  # each image of the table once
     image_column: str
-    folder: Path = field(default_factory=Path)  # where relative image paths start
+    folder: Path = field(default_factory=Path)  # relative image paths start here
     captions_per_image: int = 1  # texts of a training pair
     exif_orientation: bool = True
 
     @cached_property
     def rows(self) -> Any:
-        """What training goes through: the captions, or with several of them a pair the images."""
+        """Rows for training: one for each caption or, with several captions a pair, each image."""
         numbered = list(enumerate(image.captions for image in self.images))
         if self.captions_per_image > 1:
             return numbered
         return [(number, (caption,)) for number, captions in numbered for caption in captions]
 
     def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int, str | list[str]]:
-        """The image, its number, and some of its captions, drawn; where there are too few, some
-        come again.
+        """The image, its number, and randomly drawn captions, which are repeated if there are too
+        few.
         """
         count = self.captions_per_image
         label, captions = row
@@ -62,8 +62,8 @@ class Captioned(ImageColumn):
         return image, label, [texts[index % len(texts)] for index in range(count)]
 
     def held_out(self, fraction: float, seed: int) -> tuple[Captioned, Captioned]:
-        """The data without a share of the images, drawn by the seed, and that share, with one
-        caption a pair; captions stay with their image.
+        """Split off a share of the images, drawn by the seed; returns the kept data and the
+        held-out data, which has one caption a pair. Captions stay with their image.
         """
         images = random.Random(seed).sample(list(self.images), len(self.images))
         count = check_share(len(images), fraction)
@@ -74,8 +74,8 @@ class Captioned(ImageColumn):
 def load_captioned(
     source: DataSource, *, captions_per_image: int = 1, broken: list[str] | None = None
 ) -> Captioned:
-    """Open images with captions; rows of the same image belong together. `broken` gets lines about
-    rows without a caption, which are refused without it.
+    """Open images with captions; rows of the same image are joined. `broken` collects a line about
+    each row without a caption; if it is None, such a row is an error.
     """
     spec = source.data
     image_column = source.image_column

@@ -1,5 +1,5 @@
-"""Labelled images: each pair is an image and a prompt with its class's name: that of the data
-itself, of a class file, or CLIP's for ImageNet.
+"""Labelled images: each pair is an image and a prompt with the name of its class, from the data, a
+class file, or CLIP's names for ImageNet.
 """
 
 from __future__ import annotations
@@ -34,31 +34,30 @@ class Labelled(ImageColumn, LabelledImages):
     classes: list[str]
     image_column: str
     label_column: str
-    folder: Path = field(default_factory=Path)  # where relative image paths start
+    folder: Path = field(default_factory=Path)  # relative image paths start here
     templates: Sequence[str] = ("a photo of a {}.",)
-    # What the data itself calls the classes, such as the names of their folders; `classes` if
-    # empty.
+    # Names of the classes in the data, such as those of their folders; `classes` if empty.
     keys: list[str] = field(default_factory=list)
-    # The number of each class in the data, where labels are numbers; None for a class without one.
+    # Number of each class in the data, if labels are numbers; None for a class not in the data.
     numbers: Sequence[int | None] = ()
     exif_orientation: bool = True
-    left_out: Mapping[str, int] = field(default_factory=dict)  # as of `Rows`
-    label_separator: str | None = None  # parts several labels in one text
-    several: bool = False  # a row may have several labels
+    left_out: Mapping[str, int] = field(default_factory=dict)  # as in `Rows`
+    label_separator: str | None = None  # between several labels in one text
+    several: bool = False  # True if a row may have several labels
 
     def __post_init__(self) -> None:
         self._sets: list[tuple[int, ...]] | None = None
         self.keys = self.keys or self.classes
         self.numbers = self.numbers or range(len(self.classes))
         self._by_number = {number: i for i, number in enumerate(self.numbers)}
-        # A whole line goes before a first name, and that before a synonym.
+        # Of equal names, a whole line has precedence over a first name, and that over a synonym.
         names = [split_label(line) for line in self.keys]
         self._index = {name: i for i, synonyms in enumerate(names) for name in synonyms}
         self._index |= {synonyms[0]: i for i, synonyms in enumerate(names) if synonyms}
         self._index |= {line: i for i, line in enumerate(self.keys)}
 
     def labels_of(self, row: dict[str, Any]) -> tuple[int, ...]:
-        """The numbers of all classes of a row, in their order, each once."""
+        """The numbers of all classes of a row, in the row's order, without repetition."""
         numbers = self._numbers(row[self.label_column])
         if not numbers:
             raise RAdapterError(
@@ -92,17 +91,17 @@ class Labelled(ImageColumn, LabelledImages):
         """The numbers of all classes of each row."""
         if self._sets is not None:
             return self._sets
-        # The column of labels alone: reading images takes long.
-        same: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal sets are one object
+        # Read only the column of labels, since reading images takes long.
+        same: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal sets share one object
         numbers = map(self._numbers, self.rows[self.label_column])
         sets = [same.setdefault(labels, labels) for labels in numbers]
         if () in sets:
-            self.labels_of(self.rows[sets.index(())])  # says which image has no label
+            self.labels_of(self.rows[sets.index(())])  # raises an error that names the image
         self._sets = sets
         return sets
 
     def labels(self) -> NDArray[np.int64]:
-        """The number of each row's class, [N]; of several the one with the fewest images."""
+        """The number of each row's class, [N]; of several, the class with the fewest images."""
         sets = self.label_sets()
         if not self.several:
             return np.fromiter((labels[0] for labels in sets), np.int64, len(sets))
@@ -111,8 +110,8 @@ class Labelled(ImageColumn, LabelledImages):
         return np.fromiter(rarest, np.int64, len(sets))
 
     def held_out(self, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
-        """The data without a share of each class, and that share; a class of two images and more
-        gives one at least, and keeps one.
+        """Split off a share of each class; returns the kept data and the held-out data. A class of
+        two or more images gives at least one, and keeps at least one.
         """
         order = np.random.default_rng(seed).permutation(len(self.rows))
         labels = self.labels()[order]
@@ -132,8 +131,8 @@ class Labelled(ImageColumn, LabelledImages):
         return dataclasses.replace(self, rows=kept), dataclasses.replace(self, rows=taken)
 
     def among(self, classes: Sequence[str], *, alone: bool = False) -> Labelled:
-        """The same images with `classes` first, in their order, and the data's other classes after
-        them; `alone` leaves the images of the others out.
+        """The same images with `classes` first, in their order, then the data's other classes;
+        `alone` leaves out the other classes and their images.
         """
         numbers: dict[str, list[int]] = {}
         for index, line in enumerate(self.classes):
@@ -145,7 +144,9 @@ class Labelled(ImageColumn, LabelledImages):
         )
 
     def of_classes(self, order: Sequence[int | None], classes: Sequence[str]) -> Labelled:
-        """The images of some classes, by their numbers in `order`; None has no images."""
+        """The images of some classes. `order` has the number of each class in this data, or None
+        for a class without images; `classes` has the names.
+        """
         rows = self.rows
         if missing := set(range(len(self.classes))).difference(order):
             rows = rows.select(np.flatnonzero(~np.isin(self.labels(), list(missing))))
@@ -167,8 +168,8 @@ class Labelled(ImageColumn, LabelledImages):
 
 
 def split_labels(value: Any, separator: str | None) -> list[Any]:
-    """The labels in a value of the label column: a label, a list, None, or a text that a separator
-    parts.
+    """The labels in a value of the label column: a label, a list, None, or a text of labels with a
+    separator.
     """
     if value is None:
         return []
@@ -180,8 +181,8 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
 
 
 def class_split(data: Labelled, split: str) -> Labelled:
-    """The images of the base or of the novel classes, and these classes alone, as CoOp cuts them:
-    the first half is rounded up.
+    """The base or the novel classes and their images, split as in CoOp: the first half is rounded
+    up.
     """
     if split == "all":
         return data
@@ -198,18 +199,18 @@ def class_split(data: Labelled, split: str) -> Labelled:
 
 
 def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
-    """A few images of each class, drawn by the seed; a class with fewer gives all that it has, as
+    """Draw a few images of each class by the seed; a class with fewer images gives all of them, as
     in CoOp.
 
-    More shots of the same seed hold the fewer. An image of several classes counts for the one with
-    the fewest images; a class that has none among those of one shot gives one more.
+    With the same seed, more shots include the images of fewer. An image of several classes counts
+    for the class with the fewest images. A class without an image after one shot gets one more.
     """
     order = np.random.default_rng(seed).permutation(len(data.rows))
     labels = data.labels()[order]
     chosen = [
         order[np.flatnonzero(labels == number)[:shots]] for number in range(len(data.classes))
     ]
-    if data.several:  # the first image of each class that one shot leaves without
+    if data.several:  # the first image of each class without an image after one shot
         sets = data.label_sets()
         one_shot = np.concatenate([images[:1] for images in chosen])
         present = {label for number in one_shot for label in sets[number]}
@@ -230,10 +231,10 @@ def _bringing(
 
 
 def load_labelled(source: DataSource, *, every_class: bool = True) -> Labelled:
-    """Open images with labels. `every_class` refuses classes without an image, as training needs
-    it; evaluation lists those of an image folder last.
+    """Open images with labels. `every_class` refuses classes without images, for training;
+    otherwise the empty folders of an image folder are the last classes.
     """
-    # Rows, and what they call their classes.
+    # Open the rows, and find the names of their classes.
     spec = source.data
     label_column = source.label_column
     label_separator = source.label_separator
@@ -262,7 +263,7 @@ def load_labelled(source: DataSource, *, every_class: bool = True) -> Labelled:
             )
         keys = [*keys, *empty]
 
-    # Names for prompts.
+    # Choose names for prompts.
     keys, names = prompt_names(
         keys,
         source.classes,
@@ -284,7 +285,7 @@ def load_labelled(source: DataSource, *, every_class: bool = True) -> Labelled:
         several=several,
     )
 
-    # Every label must be of a class, and in training every class needs an image.
+    # Check that every label is of a class, and in training that every class has an image.
     if len(rows) == 0:
         raise RAdapterError(f"{spec} holds no images")
     present = {label for labels in data.label_sets() for label in labels}
@@ -299,8 +300,8 @@ def load_labelled(source: DataSource, *, every_class: bool = True) -> Labelled:
 
 
 def imagenet_classes() -> dict[str, str]:
-    """CLIP's name of each class of ImageNet, by its WordNet id and by its number as text; two names
-    occur twice.
+    """CLIP's name of each class of ImageNet, by WordNet id, and by number as text; two names occur
+    twice.
     """
     import open_clip
     from timm.data.imagenet_info import ImageNetInfo
@@ -332,14 +333,14 @@ def prompt_names(
     every_class: bool = True,
     whole: bool = False,
 ) -> tuple[list[str], list[str]]:
-    """The key of each class, which the data calls it by, in the order of its labels, and its name
-    for prompts with synonyms after commas.
+    """The key of each class in the data, in the order of the labels, and the name of each class for
+    prompts, with synonyms after commas.
 
     `classes` is a class file, `imagenet`, or None for the data's `keys`, in which underscores
-    become spaces. A line of the file is `key: name for prompts` or a name alone. Where labels
-    are names (`by_name`) rather than numbers of `keys`, the file has the classes and their order.
-    `whole` keys are names of folders, in which a comma parts no synonyms. `every_class` refuses
-    lines of the file that are no class of the data; else these classes are listed last.
+    become spaces. A line of the file is `key: name for prompts`, or a name alone. If labels are
+    names (`by_name`) rather than numbers of `keys`, the file sets the classes and their order. With
+    `whole`, keys are names of folders, in which a comma does not separate synonyms. `every_class`
+    refuses lines of the file without a class in the data; otherwise these are the last classes.
     """
     if classes is None:
         if keys is None:
@@ -364,7 +365,7 @@ def prompt_names(
     else:
         folders = set(keys) if whole else set()
         keys, names = _matched(keys, _read(classes, keys), classes, spec, every_class)
-        names = [  # a line that is a folder's name and no more parts no synonyms
+        names = [  # a line equal to a folder's name has no synonyms
             join_label([line]) if line == key and key in folders else line
             for key, line in zip(keys, names, strict=True)
         ]
@@ -383,7 +384,7 @@ def _of_imagenet(keys: Sequence[str] | None, spec: str) -> tuple[Sequence[str], 
     ids = list(known)[:1000]
     if keys is None:
         return ids, [known[id_] for id_ in ids]
-    # WordNet's names of the 1,000 classes in their order; some data spell a few of them otherwise.
+    # Keys may be WordNet's names of the 1,000 classes in order; some data spell a few differently.
     words = ImageNetInfo("imagenet-1k").label_descriptions()  # type: ignore[no-untyped-call]
     same = [set(split_label(a)) & set(split_label(b)) for a, b in zip(keys, words, strict=False)]
     if len(keys) == len(words) and sum(map(bool, same)) >= 900:
@@ -399,8 +400,8 @@ def _of_imagenet(keys: Sequence[str] | None, spec: str) -> tuple[Sequence[str], 
 
 
 def _read(path: Path, keys: Sequence[str]) -> list[tuple[str | None, str]]:
-    """The lines of a class file: the key before a colon, unless it is a part of a name, and the
-    name.
+    """Read the lines of a class file as pairs of key and name. The key is the text before a colon;
+    None if there is no colon, or if it is part of a name.
     """
     lines: list[tuple[str | None, str]] = []
     for line in read_label_file(path):
@@ -420,14 +421,14 @@ def _matched(
     spec: str,
     every_class: bool,
 ) -> tuple[list[str], list[str]]:
-    """The keys and the line of each, in whatever order the file has them; last the lines that are
-    left.
+    """Match keys with the lines of a class file, in any order; returns the keys and their names,
+    and last those of the unused lines.
     """
 
     def plain(name: str) -> str:
         return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
-    # A whole line goes before a first name, and that before a synonym.
+    # Of equal names, a whole line has precedence over a first name, and that over a synonym.
     index: dict[str, int] = {}
     for kind in (split_label, lambda line: split_label(line)[:1], lambda line: [line]):
         for number, (key, line) in enumerate(lines):
@@ -447,6 +448,6 @@ def _matched(
 
 
 def some(names: Sequence[str]) -> str:
-    """Some names for a message, and how many more there are."""
+    """Up to five names for a message, and the number of the others."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more or "none"

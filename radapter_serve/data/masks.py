@@ -1,6 +1,6 @@
-"""Images with masks: label maps in a folder, and COCO's panoptic and instance annotations; the
-class files that name their ids; and their segments, which training takes: each pair is the crop of
-a segment and a prompt with its class's name.
+"""Images with masks: label maps in a folder, and COCO's panoptic and instance annotations; class
+files that name their ids; and segments for training: each pair is the crop of a segment and a
+prompt with the name of its class.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError, listed, reason
 
 IGNORE = -1
-MAX_ID = 65535  # of a label map, which has 16 bits at most
+MAX_ID = 65535  # of a label map, which has at most 16 bits
 _IGNORED_NAMES = ("unlabeled", "void", "ignore")
 _CLASS_FILES = ("classes.txt", "classes.json", "classes.yaml")
 
@@ -40,7 +40,7 @@ class MaskedImage(ABC):
     """An image with a mask."""
 
     path: Path
-    exif_orientation: bool = field(default=True, kw_only=True)  # turn image and mask by it
+    exif_orientation: bool = field(default=True, kw_only=True)  # turn image and mask by EXIF
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ class MaskedImage(ABC):
         return self.path.name
 
     def data(self) -> bytes:
-        """The bytes of the image file."""
+        """Read the image file."""
         try:
             return self.path.read_bytes()
         except OSError as error:
@@ -58,8 +58,8 @@ class MaskedImage(ABC):
 
     @abstractmethod
     def segments(self) -> list[ClassMask]:
-        """Class and mask, bool [H, W], of each segment; instances of a class stay apart where the
-        data has them.
+        """Class and mask, bool [H, W], of each segment; instances of a class are separate segments
+        if the data has instances.
         """
 
     @abstractmethod
@@ -67,9 +67,9 @@ class MaskedImage(ABC):
         """Class and area in pixels of each of `segments`, in their order."""
 
     def mask(self) -> NDArray[np.int32]:
-        """The class of every pixel, int32 [H, W]: an index into `Masked.classes`, or IGNORE.
+        """The class of each pixel, int32 [H, W]: an index into `Masked.classes`, or IGNORE.
 
-        Where segments overlap, the smaller lies on top.
+        Where segments overlap, the smaller is on top.
         """
         segments = self.segments()
         mask = np.full(segments[0][1].shape, IGNORE, np.int32)
@@ -78,7 +78,7 @@ class MaskedImage(ABC):
         return mask
 
     def _read(self, path: Path, modes: Sequence[str], kind: str) -> NDArray[np.int32]:
-        """Read the PNG of a mask, turned as its image is, int32 [H, W] or [H, W, 3]."""
+        """Read the PNG of a mask, turned like its image, int32 [H, W] or [H, W, 3]."""
         try:
             mask = Image.open(path, formats=("PNG",))
             mask.load()
@@ -91,7 +91,7 @@ class MaskedImage(ABC):
         return np.asarray(self._fit(mask, f"the mask {path}")).astype(np.int32)
 
     def _fit(self, mask: Image.Image, what: str) -> Image.Image:
-        """Turn a mask as its image is turned, unless by its size it is upright already."""
+        """Turn a mask like its image, unless its size shows that it is upright already."""
         try:
             with Image.open(self.path) as image:
                 orientation = orientation_of(image) if self.exif_orientation else 1
@@ -109,13 +109,15 @@ class MaskedImage(ABC):
 
 @dataclass(frozen=True)
 class Masked:
-    """A data set of images with masks, neither of which is decoded."""
+    """A data set of images with masks, which are not decoded yet."""
 
     images: Sequence[MaskedImage]
-    classes: list[str]  # synonyms after commas
+    classes: list[str]  # with synonyms after commas
 
     def held_out(self, fraction: float, seed: int) -> tuple[Masked, Masked]:
-        """The data without a share of the images, drawn by the seed, and that share."""
+        """Split off a share of the images, drawn by the seed; returns the kept data and the
+        held-out data.
+        """
         order = np.random.default_rng(seed).permutation(len(self.images))
         count = check_share(len(order), fraction)
         kept, held = (
@@ -127,7 +129,7 @@ class Masked:
 
 @dataclass(frozen=True, eq=False)
 class LabelMap(MaskedImage):
-    """The value of a pixel is the id of its class: one segment a class."""
+    """A mask whose pixel values are class ids; each class is one segment."""
 
     mask_path: Path  # PNG
     table: NDArray[np.int32]  # class of each id, or IGNORE; the last entry is for all higher ids
@@ -150,13 +152,13 @@ class LabelMap(MaskedImage):
 
 
 def _areas_of(mask: NDArray[np.int32]) -> list[tuple[int, int]]:
-    counts = np.bincount(mask.ravel() - IGNORE)[-IGNORE:]  # a tenth of the time of np.unique
+    counts = np.bincount(mask.ravel() - IGNORE)[-IGNORE:]  # ten times as fast as np.unique
     return [(int(label), int(counts[label])) for label in np.flatnonzero(counts)]
 
 
 @dataclass(frozen=True, eq=False)
 class Panoptic(MaskedImage):
-    """The colour of a pixel is the id of its segment, R + 256 G + 65536 B; 0 is unlabeled."""
+    """A mask whose colours are segment ids, R + 256 G + 65536 B; 0 is unlabeled."""
 
     mask_path: Path  # PNG
     labels: dict[int, tuple[int, float]]  # class, or IGNORE, and area of each segment id
@@ -185,10 +187,10 @@ class Panoptic(MaskedImage):
 
 @dataclass(frozen=True, eq=False)
 class Instances(MaskedImage):
-    """Run lengths, one for each object; where objects overlap, the smaller lies on top."""
+    """A mask of run lengths for each object; where objects overlap, the smaller is on top."""
 
-    size: list[int]  # height and width that the file says the image has
-    # Class and compressed run lengths: JSON's polygons, 860,000 in COCO, would fill gigabytes.
+    size: list[int]  # height and width of the image by the annotation file
+    # Class and compressed run lengths; COCO's 860,000 polygons would fill gigabytes.
     objects: list[tuple[int, bytes]]
 
     def segments(self) -> list[ClassMask]:
@@ -213,17 +215,17 @@ class Instances(MaskedImage):
 def load_masked(source: DataSource) -> Masked:
     """Open a data set of images with masks.
 
-    Its data is `masks:DIR` for the images DIR/images/* with the label maps DIR/masks/STEM.png
+    The data is `masks:DIR` for the images DIR/images/* with the label maps DIR/masks/STEM.png
     (gray, palette or 16 bit; the value is the class id), or `coco:FILE.json` for COCO's panoptic
     annotations (their PNGs in the folder FILE) or instance annotations (polygons or run lengths).
 
-    Its class file names the class ids: a text with one class a line, the first of which is id 0,
-    or JSON or YAML that maps id to name; None takes DIR/classes.txt, .json or .yaml, the same
-    beside DIR, or COCO's categories. Ids without a name (255 by custom) and those named unlabeled,
-    void or ignore are ignored; ids of one name are one class.
+    The class file names the class ids: a text with one class a line, the first of which is id 0,
+    or JSON or YAML that maps id to name; None takes classes.txt, .json or .yaml in DIR or next to
+    DIR, or COCO's categories. Ids without a name (usually 255) and the names unlabeled, void and
+    ignore are ignored; ids with the same name are one class.
 
-    Without a folder of images they are in DIR/images, or in `images` beside FILE.json. A mask turns
-    with its image, by EXIF, unless it is upright already: then it has the size of the turned image.
+    By default the images are in DIR/images, or in `images` next to FILE.json. A mask is turned like
+    its image, by EXIF, unless it has the size of the turned image already.
     """
     reader, _, place = source.data.partition(":")
     readers = {"masks": _load_label_maps, "coco": _load_coco}
@@ -295,7 +297,7 @@ def _load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
         index = {id_: index.get(id_, IGNORE) for id_ in categories}
         named = {row["id"]: row for row in content["images"]}
         annotations = content["annotations"]
-        if any("segments_info" in row for row in annotations):  # panoptic: a row an image
+        if any("segments_info" in row for row in annotations):  # panoptic: a row for each image
             for row in annotations:
                 files.append(masks / row["file_name"])
                 labels = {}
@@ -307,7 +309,7 @@ def _load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
                 if any(label != IGNORE for label, _ in labels.values()):
                     path = folder / named[row["image_id"]]["file_name"]
                     masked.append(Panoptic(path, files[-1], labels))
-        else:  # a row an object
+        else:  # instances: a row for each object
             objects: dict[int, list[tuple[int, bytes]]] = {}
             for row in annotations:
                 label = index[row["category_id"]]
@@ -349,9 +351,7 @@ def _load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
 
 
 def _runs_of(segmentation: Any, image: Mapping[str, Any]) -> bytes:
-    """The compressed run lengths of what JSON has: polygons, or run lengths as a list or
-    compressed.
-    """
+    """Compressed run lengths from JSON: polygons, a list of run lengths, or compressed ones."""
     from pycocotools import mask as coco
 
     size = [image["height"], image["width"]]
@@ -370,9 +370,9 @@ def _runs_of(segmentation: Any, image: Mapping[str, Any]) -> bytes:
                 raise ValueError(f"counts are for {sum(counts)} pixels")
             return bytes(coco.frPyObjects(segmentation, *size)["counts"])
         runs = {"size": size, "counts": counts.encode()}
-        coco.decode(runs)  # which alone finds out whether they are whole
+        coco.decode(runs)  # only decoding shows whether they are complete
         return bytes(runs["counts"])
-    except Exception as error:  # pycocotools raises many kinds on values that are not as it expects
+    except Exception as error:  # pycocotools raises many kinds on unexpected values
         raise RAdapterError(
             f"a segmentation of the image {image['file_name']} is broken ({reason(error)});"
             f" allowed: polygons [[x, y, x, y, x, y, ...], ...], or run lengths of size {size}"
@@ -405,9 +405,7 @@ def _read_class_ids(path: Path) -> dict[int, str]:
 
 
 def _number_classes(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]]:
-    """The number of each id's class, and the classes in the order of these numbers, synonyms after
-    commas.
-    """
+    """Class number of each id, and the classes by number, with synonyms after commas."""
     entries: dict[str, str] = {}
     index: dict[int, int] = {}
     for id_, name in names.items():
@@ -423,12 +421,12 @@ def _number_classes(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]
 
 @dataclass
 class SegmentCrops(LabelledImages):
-    """Data for training and validation of which each row is one segment of an image."""
+    """Segments of images, one in each row, for training and validation."""
 
     rows: NDArray[np.int32]  # [N, 3]: number of the image, of its segment, and of the class
     images: Sequence[MaskedImage]
     classes: list[str]
-    crop: MaskCrop = field(default_factory=MaskCrop)  # what the encoder sees of a segment
+    crop: MaskCrop = field(default_factory=MaskCrop)  # how a segment is cropped
     templates: Sequence[str] = ("a photo of a {}.",)
     _last: tuple[int, Image.Image, list[ClassMask]] | None = field(
         default=None, init=False, repr=False
@@ -441,7 +439,7 @@ class SegmentCrops(LabelledImages):
     def image(self, row: Any) -> Image.Image:
         """The crop of a segment."""
         number = int(row[0])
-        # In their order, as in validation, each image is decoded once.
+        # Keep the last image, so that rows in order, as in validation, decode each image once.
         if self._last is None or self._last[0] != number:
             masked = self.images[number]
             image = decode_named(
@@ -455,11 +453,11 @@ class SegmentCrops(LabelledImages):
 def list_segments(
     masked: Masked, min_area: int, broken: list[str] | None = None, *, progress: bool = True
 ) -> SegmentCrops:
-    """List the segments of a data set; reads every mask once."""
+    """List the segments of at least `min_area` pixels; reads every label map once."""
     rows: list[tuple[int, int, int]] = []
     wrong: list[str] = []
     largest: float = 0
-    progress = progress and os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one
+    progress = progress and os.environ.get("LOCAL_RANK", "0") == "0"  # in one of several processes
     console = Console(quiet=not progress)
     if not console.is_terminal:
         console.print(f"reading the masks of {len(masked.images)} images", highlight=False)

@@ -1,4 +1,4 @@
-"""Masks that a proposal network found, from an .npz file for each image."""
+"""Masks of a proposal network, from an .npz file for each image."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, reason
 
-MOST = 1000  # masks of one image
+MOST = 1000  # most masks of an image
 _KINDS = "bool, uint8 (255 inside) or float (probabilities from 0 to 1)"
 
 
 class Proposals:
-    """The masks of all images of a data set, by the names of these, in a folder of `STEM.npz`.
+    """Masks of all images of a data set, by the names of the images, from a folder of `STEM.npz`.
 
-    Each file has `masks` [N, H, W], and all of them or none `scores` [N, C], in the order of the
-    class file, the background left out.
+    Each file has `masks` [N, H, W]. Either all files have `scores` [N, C], in the order of the
+    class file without the background, or no file has.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], classes: int) -> None:
@@ -49,7 +49,7 @@ class Proposals:
             raise RAdapterError(f"the proposals {path} can't be read: {reason(error)}") from None
 
     def _check(self, path: Path) -> bool:
-        """Refuse a file by its headers, before its arrays are read; True if it has scores."""
+        """Check a file by its headers, before its arrays are read; True if it has scores."""
         headers = {}
         read_header = {
             (1, 0): np.lib.format.read_array_header_1_0,
@@ -83,7 +83,7 @@ class Proposals:
     def read(
         self, name: str, size: tuple[int, int]
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
-        """The masks of an image of this height and width, 255 inside, and their scores."""
+        """Read the masks of an image of this height and width, 255 inside, and their scores."""
         path = self._path(name)
         arrays = self._load(path)
         masks = arrays["masks"]
@@ -107,5 +107,5 @@ class Proposals:
         return masks.astype(np.uint8), None if scores is None else scores.astype(np.float32)
 
     def raw(self, name: str) -> bytes:
-        """All data of an image, to make a digest of."""
+        """Read the file of an image, for a digest."""
         return self._path(name).read_bytes()

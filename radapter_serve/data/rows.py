@@ -1,6 +1,4 @@
-"""Rows of images from wherever Hugging Face `datasets` reads them, decoded as the server decodes
-them.
-"""
+"""Rows of images from any source that Hugging Face `datasets` reads, decoded as in the server."""
 
 from __future__ import annotations
 
@@ -38,11 +36,11 @@ class BrokenImage(RAdapterError):
 
 
 class LabelledImages(ABC):
-    """Images whose labels are classes, as training and validation go through them."""
+    """Images whose labels are classes, for training and validation."""
 
     rows: Any  # a sequence, or a Hugging Face data set
-    classes: list[str]  # in the order of the labels, synonyms after commas
-    templates: Sequence[str]  # of prompts; a training pair draws one
+    classes: list[str]  # in the order of the labels, with synonyms after commas
+    templates: Sequence[str]  # prompt templates; each training pair draws one
 
     @abstractmethod
     def image(self, row: Any) -> Image.Image:
@@ -50,16 +48,16 @@ class LabelledImages(ABC):
 
     @abstractmethod
     def labels_of(self, row: Any) -> tuple[int, ...]:
-        """The numbers of all classes of a row, in its own order, each once."""
+        """The numbers of all classes of a row, in the row's order, without repetition."""
 
     def label(self, row: Any) -> int:
-        """The number of a row's class, of several the first."""
+        """The number of a row's class; of several, the first."""
         return self.labels_of(row)[0]
 
     def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int | tuple[int, ...], str]:
         """The image, the number of its class, and a prompt with the class's first name.
 
-        Of several classes one is drawn for the prompt, and its number comes first.
+        For a row of several classes, one is drawn for the prompt, and its number comes first.
         """
         labels = self.labels_of(row)
         image = self.image(row)
@@ -71,20 +69,20 @@ class LabelledImages(ABC):
         return image, (label, *others), self.prompt(label, draw)
 
     def prompt(self, label: int, draw: random.Random) -> str:
-        """A prompt with the first name of a class, by a template that is drawn."""
+        """A prompt with the first name of a class, from a randomly drawn template."""
         name = split_label(self.classes[label])[0]
         return draw.choice(self.templates).replace("{}", name)
 
 
 class ImageColumn:
-    """Reads the images of rows that have them in a column, as a path, as bytes or as both."""
+    """Reads the images of rows from a column of paths, bytes or both."""
 
     image_column: str
-    folder: Path  # relative paths start there
-    exif_orientation: bool  # turn images as their EXIF says
+    folder: Path  # relative paths start here
+    exif_orientation: bool  # turn images by their EXIF
 
     def image(self, row: dict[str, Any]) -> Image.Image:
-        """The image of a row, decoded as the server decodes it."""
+        """The image of a row, decoded as in the server."""
         return decode_named(self.data(row), self.name(row), exif_orientation=self.exif_orientation)
 
     def data(self, row: dict[str, Any]) -> bytes:
@@ -104,14 +102,14 @@ class ImageColumn:
             ) from None
 
     def name(self, row: dict[str, Any]) -> str:
-        """What to call a row's image in a message."""
+        """The name of a row's image in messages."""
         value = row.get(self.image_column)
         path = value.get("path") if isinstance(value, dict) else value
         return path if isinstance(path, str) else "in the table"
 
 
 def decode_named(data: bytes, name: str | Path, *, exif_orientation: bool = True) -> Image.Image:
-    """Decode the bytes of an image file as the server does."""
+    """Decode an image file as the server does; the error has its name."""
     try:
         return decode(data, exif_orientation=exif_orientation)
     except RAdapterError as error:
@@ -123,15 +121,17 @@ class Rows:
     """Rows of images, not decoded."""
 
     table: Any  # a Hugging Face data set
-    folder: Path  # where relative image paths start
-    class_folders: bool = False  # the rows are the files of class folders, which name the labels
-    # Number of files in class folders that are no images, by the end of their names.
+    folder: Path  # relative image paths start here
+    class_folders: bool = False  # True for files of class folders, whose names are the labels
+    # Number of files in class folders that are not images, by suffix.
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def open_rows(spec: str, columns: Mapping[str, str]) -> Rows:
-    """Open rows of any kind, the images in them not decoded."""
-    # The reader, the place and the split; a file or a folder may have @ in its own name.
+    """Open rows of any source, without decoding images. `columns` maps needed columns to the flags
+    that name them.
+    """
+    # Find the reader, the place and the split; the name of a file or folder may contain @.
     place = spec
     at = ""
     split = "train"
@@ -145,7 +145,7 @@ def open_rows(spec: str, columns: Mapping[str, str]) -> Rows:
             " foreign code; name the file itself"
         )
     folder = Path(path).parent if reader in READERS else Path()
-    if reader == "imagefolder":  # the class folders lie in DIR/SPLIT where it has some, else in DIR
+    if reader == "imagefolder":  # class folders are in DIR/SPLIT, if it has any, else in DIR
         folder = Path(path)
         part = folder / split
         divided = part.is_dir() and bool(sub_folders(part))
@@ -155,8 +155,8 @@ def open_rows(spec: str, columns: Mapping[str, str]) -> Rows:
         folder = part if divided else folder
         return _rows_of_classes(folder, spec, columns)
 
-    # Read it; datasets, pyarrow and the hub raise many kinds of errors, which all mean that it
-    # can't be read.
+    # Read the table. datasets, pyarrow and the hub raise many kinds of errors, which all mean that
+    # the data can't be read.
     try:
         if reader in SPLIT_FILES:
             table = _open_splits(reader, Path(path), split if at else None)
@@ -166,7 +166,7 @@ def open_rows(spec: str, columns: Mapping[str, str]) -> Rows:
         raise
     except Exception as error:
         cause: BaseException = error
-        while cause.__cause__ is not None:  # datasets says no more than that an error occurred
+        while cause.__cause__ is not None:  # datasets wraps errors without a reason
             cause = cause.__cause__
         why = "it holds no rows" if "corresponds to no data" in str(cause) else reason(cause)
         why += "; save the file as UTF-8" if isinstance(cause, UnicodeDecodeError) else ""
@@ -183,7 +183,7 @@ def open_rows(spec: str, columns: Mapping[str, str]) -> Rows:
 
 
 def _load(place: str, split: str) -> Any:
-    """Rows that Hugging Face `datasets` reads: a file or several, or a name on the hub."""
+    """Read rows with Hugging Face `datasets`: one file or several, or a name on the hub."""
     reader, _, path = place.partition(":")
     datasets.disable_progress_bars()
     if reader in READERS:
@@ -212,7 +212,7 @@ def _load(place: str, split: str) -> Any:
 
 
 def _open_splits(kind: str, path: Path, names: str | None) -> Any:
-    """Open one split, or several as one, of the files that CoOp and Karpathy published."""
+    """Open one split, or several joined, of the files that CoOp and Karpathy published."""
     try:
         content = json.loads(path.read_bytes())
         splits, features = (_coop if kind == "coop" else _karpathy)(content)
@@ -237,8 +237,8 @@ def _open_splits(kind: str, path: Path, names: str | None) -> Any:
 
 
 def _coop(content: Any) -> tuple[_Splits, datasets.Features]:
-    """`{"train": [[path, number, name], ...], "val": ..., "test": ...}`; all splits number the
-    classes alike.
+    """Read `{"train": [[path, number, name], ...], "val": ..., "test": ...}`; a class has the same
+    number in all splits.
     """
     splits: _Splits = {}
     classes: dict[int, str] = {}
@@ -259,7 +259,7 @@ def _coop(content: Any) -> tuple[_Splits, datasets.Features]:
 
 
 def _karpathy(content: Any) -> tuple[_Splits, datasets.Features]:
-    """`{"images": [{"filename", perhaps "filepath", "split", "sentences": [{"raw"}, ...]},
+    """Read `{"images": [{"filename", perhaps "filepath", "split", "sentences": [{"raw"}, ...]},
     ...]}`.
     """
     splits: _Splits = {}
@@ -277,8 +277,8 @@ def _karpathy(content: Any) -> tuple[_Splits, datasets.Features]:
 
 
 def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str]) -> Rows:
-    """The images in class folders: the columns `image`, a path, and `label`, the number of its
-    folder.
+    """Rows of the images in class folders, with the columns `image`, a path, and `label`, the
+    number of the folder.
     """
     for column, flag in columns.items():
         if column not in ("image", "label"):
@@ -324,26 +324,26 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str]) -> Row
 
 
 def image_source(value: Any) -> bytes | str:
-    """The bytes of an image file from a value of the column of images, else its path."""
+    """The bytes of an image file, or else its path, from a value of the image column."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     return value if isinstance(value, bytes) else str(value)
 
 
 def share_of(count: int, fraction: float) -> int:
-    """How many of so many images are held out: one at least, where one is left."""
+    """Number of images to hold out of `count`: at least one, but never all."""
     return min(count - 1, max(1, round(fraction * count))) if count else 0
 
 
 def check_share(count: int, fraction: float) -> int:
-    """`share_of` of all images of a data set; refuses to hold out none."""
+    """`share_of` of all images of a data set; an error if no image is held out."""
     if share := share_of(count, fraction):
         return share
     raise RAdapterError(f"val_fraction is {fraction} but there is one image; name validation data")
 
 
 def sub_folders(path: Path) -> set[str]:
-    """Names of the folders in a folder, hidden ones left out."""
+    """Names of the sub-folders of a folder, without hidden ones."""
     return {
         entry.name
         for entry in os.scandir(path)
@@ -352,7 +352,7 @@ def sub_folders(path: Path) -> set[str]:
 
 
 def list_folder(folder: Path, flag: str) -> list[Path]:
-    """The images of a folder, with all folders in it; refuses one without any."""
+    """List the images of a folder and its sub-folders; refuses a folder without images."""
     if not folder.is_dir():
         raise RAdapterError(f"{folder} is no folder; give {flag} a folder of images")
     files = list_images(folder)

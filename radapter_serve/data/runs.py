@@ -1,6 +1,5 @@
-"""Data as its source says: that of a run, opened so that training and later evaluation see the
-same validation data; all that is wrong with it, found before anything is loaded or fetched; and the
-digest by which an adapter file knows the images that were held out.
+"""The data of a run, opened so that training and later evaluation see the same validation data;
+checks of the data before a model is loaded; and the digest of held-out images in an adapter file.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.process import decoders
 
 Images = Labelled | Captioned | Masked
-_MAX_DECODED = 10_000  # images of a data set, evenly spread
-_BLOCK = 1000  # paths that a thread looks at in one go
+_MAX_DECODED = 10_000  # images of a data set, evenly spaced
+_BLOCK = 1000  # paths that a thread checks at a time
 
 
 def open_source(
@@ -45,9 +44,7 @@ def open_source(
     every_class: bool = False,
     broken: list[str] | None = None,
 ) -> Images:
-    """Open data as its task reads it; the arguments are those of `load_captioned` and
-    `load_labelled`.
-    """
+    """Open data by its task; the arguments are those of `load_captioned` and `load_labelled`."""
     if source.task == "segmentation":
         return load_masked(source)
     if source.task == "retrieval":
@@ -56,8 +53,8 @@ def open_source(
 
 
 def run_data(source: RunSource, broken: list[str] | None = None) -> tuple[Images, Images | None]:
-    """Open the data that a run trains with, and the share of it that is held out, None without one.
-    `broken` gets lines about rows that are skipped, if the source says so.
+    """Open the training data of a run, and the share of it that is held out, or None. `broken`
+    collects a line about each skipped row, if the source skips broken rows.
     """
     data = open_source(
         source,
@@ -77,12 +74,12 @@ def run_data(source: RunSource, broken: list[str] | None = None) -> tuple[Images
 def validation_data(
     source: RunSource, classes: Sequence[str] | None = None, broken: list[str] | None = None
 ) -> Images | None:
-    """Open the data that a run is validated on: all of `val_data`, or the share of the data that
-    training held out; None where the source has neither.
+    """Open the validation data of a run: `val_data`, or the share of the data that training held
+    out; None if the source has neither.
 
-    Each image is classified among all of the run's `classes`, whether or not the data has an image
-    of each. Further classes of labelled images follow them, and those of masks must be the same.
-    None takes the data's own classes.
+    Images are classified among all `classes` of the run, whether or not the data has images of
+    each; None takes the classes of the data. Labelled images may have further classes, which
+    follow; images with masks must have the same classes.
     """
     if source.val_data:
         skipped = broken if source.on_broken == "skip" else None
@@ -110,11 +107,11 @@ def validation_data(
 
 
 def broken_images(data: Images, *, progress: bool = True) -> list[str]:
-    """Images that are missing or can't be decoded, a line each.
+    """Find images that are missing or can't be decoded; returns a line for each.
 
-    Every file that the data names is looked for, also those that are not decoded.
+    All files that the data names must exist; at most `_MAX_DECODED` of them are decoded.
     """
-    # A row for each image, and its path where the row names it.
+    # Take one row for each image.
     rows: Any
     if isinstance(data, Masked):
         rows = data.images
@@ -125,7 +122,7 @@ def broken_images(data: Images, *, progress: bool = True) -> list[str]:
         rows = rows.select_columns([data.image_column])
 
     def paths(start: int) -> list[Path]:
-        """Of a block of rows; empty where the table holds the bytes."""
+        """The paths of a block of rows; empty if the table holds the bytes."""
         if isinstance(data, Masked):
             return [image.path for image in rows[start : start + _BLOCK]]
         if "string" not in getattr(rows.features[data.image_column], "dtype", ""):
@@ -141,7 +138,7 @@ def broken_images(data: Images, *, progress: bool = True) -> list[str]:
         }
 
     def problem(number: int) -> str:
-        """Why an image can't be read; empty where it can."""
+        """The reason why an image can't be read; empty if it can."""
         row = rows[number]
         try:
             verify(row.data() if isinstance(data, Masked) else data.data(row))
@@ -152,7 +149,7 @@ def broken_images(data: Images, *, progress: bool = True) -> list[str]:
             return f"image {name} can't be read: {error.what}"
         return ""
 
-    # Look for all, and decode some.
+    # Look for all images, and decode some.
     count = len(rows)
     chosen = spread(range(count), _MAX_DECODED)
     console = Console(stderr=True, quiet=not progress)
@@ -177,9 +174,7 @@ def broken_images(data: Images, *, progress: bool = True) -> list[str]:
 
 
 def equal_names(data: Labelled | Masked) -> list[str]:
-    """Classes whose names CLIP reads as the same, which differ in case, spaces and underscores
-    alone.
-    """
+    """Classes whose names are equal for CLIP: they differ only in case, spaces and underscores."""
     names = data.keys if isinstance(data, Labelled) else data.classes
     same: dict[str, list[str]] = {}
     for name, line in zip(names, data.classes, strict=True):
@@ -189,12 +184,12 @@ def equal_names(data: Labelled | Masked) -> list[str]:
 
 
 class OtherImages(RAdapterError):
-    """The images that are held out now are not those that training held out."""
+    """The held-out images differ from those that training held out."""
 
 
 def held_out_digest(data: Images | SegmentCrops) -> str:
-    """`sha256:` over the names of images: paths below the folder that holds them all, so that it
-    may move.
+    """The `sha256:` digest of the names of images: paths below their common folder, so that the
+    folder may move.
     """
     values: Iterable[Any]
     if isinstance(data, Labelled):
@@ -214,7 +209,7 @@ def held_out_digest(data: Images | SegmentCrops) -> str:
 
 
 def check_held_out(data: Images, digest: str, place: str) -> None:
-    """Refuse images that are not those that training held out."""
+    """Refuse images that differ from those that training held out."""
     if held_out_digest(data) != digest:
         raise OtherImages(
             f"{place} has changed since training: the share that val_fraction draws now holds"

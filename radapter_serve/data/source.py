@@ -1,7 +1,7 @@
-"""Where images come from and how they are read.
+"""Data sources: the place of images, and how to read them.
 
-A recipe and an entry of a suite are data sources themselves, and an adapter file's recipe is read
-into one, so each field is declared once.
+Recipes and entries of suites are data sources, and the recipe of an adapter file is read into one,
+so each field is declared once.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ def _no_truth(value: Any) -> Any:
     return value
 
 
-# YAML reads 5e-4 as text and `true` as what Python counts as 1: the former is a number here, the
-# latter is none
+# YAML reads 5e-4 as text, which is a number here, and `true` as a bool, which is not, although
+# Python counts it as 1.
 Real = Annotated[float, BeforeValidator(_no_truth), Field(allow_inf_nan=False)]
 Positive = Annotated[Real, Field(gt=0)]
-Share = Annotated[Real, Field(ge=0, le=1)]  # of a whole
-PartShare = Annotated[Real, Field(ge=0, lt=1)]  # of a whole, and not all of it
+Share = Annotated[Real, Field(ge=0, le=1)]
+PartShare = Annotated[Real, Field(ge=0, lt=1)]  # less than the whole
 Number = Annotated[int, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 
 
 def with_reader(source: str) -> str:
-    """Name the reader of a bare folder, which is a folder of images; any other source stays."""
-    with contextlib.suppress(OSError):  # of a name that is too long
+    """Add the reader `imagefolder:` to a bare folder; other sources are returned as they are."""
+    with contextlib.suppress(OSError):  # for a name that is too long
         if source and ":" not in source and Path(source).is_dir():
             return f"imagefolder:{source}"
     return source
@@ -53,7 +53,7 @@ class For:
 
 @functools.cache
 def users(kind: type) -> Mapping[str, tuple[str, ...]]:
-    """The tasks that use a field, for each field of a dataclass that not every task uses."""
+    """The tasks that use each field of a dataclass; fields that all tasks use are left out."""
     hints = get_type_hints(kind, include_extras=True)
     return {
         name: mark.tasks
@@ -65,7 +65,7 @@ def users(kind: type) -> Mapping[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Images with labels, captions or masks: where they are, and how to read them.
+    """Images with labels, captions or masks: their place, and how to read them.
 
     Attributes:
         data: training data: imagefolder:DIR, csv:FILE, parquet:FILE, webdataset:FILE, json:FILE or
@@ -73,19 +73,19 @@ class DataSource:
             by default. coop:FILE and karpathy:FILE are published splits and need one, or several as
             in @train+restval. For segmentation masks:DIR (DIR/images/* and the label maps
             DIR/masks/*.png) or coco:FILE.json (panoptic or instance annotations).
-        task: what is trained for: classification (images with labels), retrieval (images with
+        task: task to train for: classification (images with labels), retrieval (images with
             captions) or segmentation (images with masks).
         image_column: column of the images (paths, bytes or images).
         label_column: column of the labels (class names or numbers, or lists of them).
-        label_separator: what parts several labels in one text of the label column, such as ";";
+        label_separator: separator of several labels in one text of the label column, such as ";";
             none takes the whole text as one label.
         caption_column: column of the captions, one text or a list of texts; rows of the same image
             belong together.
-        images: folder of the images, for data that names them relative to elsewhere.
+        images: folder of the images, if their paths in the data are relative to another place.
         classes: file with one class a line: `folder: name for prompts, synonym, ...`, or the name
-            alone where the folder has it; `imagenet` for CLIP's names of ImageNet's classes; none
-            takes the names that the data set gives, with spaces for underscores. For segmentation
-            one name a line, the first is id 0; or JSON or YAML that maps id to name.
+            alone if the folder has the same name; `imagenet` for CLIP's names of ImageNet's
+            classes; none takes the names in the data set, with spaces for underscores. For
+            segmentation one name a line, the first is id 0; or JSON or YAML that maps id to name.
         class_split: base or novel, the first or second half of the classes, for training and
             validation; all takes all.
         exif_orientation: rotate images upright by their EXIF orientation; false keeps the pixels of
@@ -106,12 +106,12 @@ class DataSource:
 
 @dataclass(frozen=True)
 class RunSource(DataSource):
-    """The data of a run: what it trains with, and what it is validated on.
+    """The training and validation data of a run.
 
     Attributes:
-        val_data: validation data, the same forms; none skips validation.
-        val_fraction: share of the training images, of each class where there are classes, to hold
-            out for validation, drawn by the seed; instead of val_data. 0 holds out none.
+        val_data: validation data, in the same forms; none skips validation.
+        val_fraction: share of the training images (of each class, if there are classes) to hold
+            out for validation, drawn by the seed; instead of val_data. 0 holds out no images.
         captions_per_image: captions of an image in the same batch, each a positive of the image;
             with 1, captions of one image share a batch only by chance.
         templates: file with one prompt template a line ({} is the class); or `simple`, `openai` for
@@ -123,14 +123,14 @@ class RunSource(DataSource):
         mask_padding: border around the box of a segment on each side, as a share of its longer
             side; it is filled like everything outside the segment, so a wider border only makes the
             segment smaller.
-        mask_square: keep the aspect ratio of a segment, its box made square; false squashes the
-            box, as OVSeg does.
+        mask_square: keep the aspect ratio of a segment, by extending its box to a square; false
+            stretches the box, as OVSeg does.
         mask_min_area: smallest segment that is used, in pixels; 1024, COCO's limit of small
             objects, is 32 x 32.
-        dense: how patches become embeddings where this adapter is exported for dense prediction;
-            none exports none.
-        seed: seeds order, augmentation, prompts, adapter dropping and the start, and what
-            val_fraction and shots draw.
+        dense: method to embed patches for dense prediction in an export of this adapter; none
+            exports without dense prediction.
+        seed: seed of order, augmentation, prompts, adapter dropping and initial values, and of the
+            draws of val_fraction and shots.
     """
 
     val_data: str | None = None
@@ -147,8 +147,8 @@ class RunSource(DataSource):
 
     @classmethod
     def from_json(cls, recipe: Mapping[str, Any], task: str) -> RunSource:
-        """Read what an adapter file says of its recipe; other fields of it are ignored, missing
-        ones have their default. A wrong value raises pydantic's `ValidationError`.
+        """Read the recipe of an adapter file; its other fields are ignored, and missing fields have
+        their defaults. A wrong value raises pydantic's `ValidationError`.
         """
         names = {field.name for field in fields(cls)}
         values = {name: value for name, value in recipe.items() if name in names}
@@ -156,5 +156,5 @@ class RunSource(DataSource):
         return checker(cls).validate_json(text, strict=True)
 
     def mask_crop(self, mean: Sequence[float]) -> MaskCrop:
-        """How a segment is cut out; `mean` is the RGB in [0, 1] that the encoder subtracts."""
+        """The crop of a segment; `mean` is the RGB in [0, 1] that the encoder subtracts."""
         return MaskCrop.filled_with(mean, padding=self.mask_padding, square=self.mask_square)
