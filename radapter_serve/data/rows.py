@@ -109,7 +109,7 @@ class ImageColumn:
 
 
 def decode_named(data: bytes, name: str | Path, *, exif_orientation: bool = True) -> Image.Image:
-    """Decode an image file as the server does; the error has its name."""
+    """Decode an image file as the server does; errors have the `name` of the image."""
     try:
         return decode(data, exif_orientation=exif_orientation)
     except RAdapterError as error:

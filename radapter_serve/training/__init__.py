@@ -1,7 +1,7 @@
 """Training adapters: the loss, the average, the data, the recipe, the loop.
 
-The names below load on first use: the loss alone (`radapter_serve.training.loss`) needs torch, and
-no data sets.
+The names below load on first use: `radapter_serve.training.loss` needs torch, but not the library
+`datasets`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Batches of training, in an order that a seed fixes: a run can be cut and go on, or spread over
+"""Training batches in an order that a seed fixes, so that a run can be resumed, or spread over
 processes.
 """
 
@@ -21,14 +21,14 @@ from radapter_serve.data.rows import BrokenImage, LabelledImages
 from radapter_serve.errors import RAdapterError
 
 Transform = Callable[[Image.Image], Tensor]
-NO_LABEL = -1  # in the place of labels that an image does not have
+NO_LABEL = -1  # pads the labels of an image that has fewer than others
 
 
 @dataclass
 class Examples(Dataset[dict[str, Any]]):
-    """Items of a training batch: pixels, the label, the text; each depends on (seed, epoch, index)
-    alone. `transform` augments to float [3, S, S]; `refuse` stops at a broken image rather than
-    take the next one.
+    """Items of a training batch: pixels, labels and texts; each depends only on (seed, epoch,
+    index). `transform` augments to float [3, S, S]; `refuse` makes a broken image an error, rather
+    than take the next image.
     """
 
     data: LabelledImages | Captioned
@@ -56,7 +56,7 @@ class Examples(Dataset[dict[str, Any]]):
                 return {"error": str(error)}
             else:
                 with torch.random.fork_rng(devices=[]):
-                    # `torch.manual_seed` writes a stack trace for each GPU.
+                    # Not by `torch.manual_seed`, which formats a stack trace for each GPU.
                     torch.default_generator.manual_seed(augmentation)
                     pixels = self.transform(image)
                 return {
@@ -80,12 +80,12 @@ def endless(
     world: int = 1,
     workers: int,
 ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-    """The batches of process `rank` of `world` over all epochs, each with the (epoch, batch) that
-    comes after it, from a position on. A last, smaller batch of an epoch is left out.
+    """Yield the batches of process `rank` of `world` over all epochs, from a position on, each with
+    the (epoch, batch) that comes after it. A last, smaller batch of an epoch is left out.
     """
     epoch, start = position
     while True:
-        # The order of an epoch: equal shares, or processes would drift apart.
+        # Shuffle the epoch. Equal shares keep the processes in step.
         examples.epoch = epoch
         generator = torch.Generator().manual_seed(examples.seed * 1_000_003 + epoch)
         shuffled = torch.randperm(len(examples), generator=generator)
@@ -106,7 +106,7 @@ def endless(
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=ignore_interruptions,
-            generator=torch.Generator(),  # the default one is that of a step's draws
+            generator=torch.Generator(),  # the default generator is for the draws of a step
         )
         for number, batch in enumerate(loader, start + 1):
             if "error" in batch:
@@ -117,7 +117,7 @@ def endless(
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    # a worker's exception would reach the user as its traceback, so errors travel as items
+    # Errors travel as items: a worker's exception would reach the user with its traceback.
     errors = [item["error"] for item in items if "error" in item]
     if errors:
         return {"error": errors[0]}
@@ -132,8 +132,8 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ignore_interruptions(worker: int) -> None:
-    """For processes that read images: the terminal sends Ctrl-C to them, too, and the run still
-    needs them.
+    """Ignore Ctrl-C and SIGTERM in a process that reads images: the terminal sends Ctrl-C to it
+    too, but the run still needs it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

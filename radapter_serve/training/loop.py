@@ -46,8 +46,8 @@ from radapter_serve.training.setup import (
 from radapter_serve.training.tasks import RunData
 from radapter_serve.training.validation import validate
 
-WORDS = 64  # of the vocabulary, for each step
-GLOO_SECONDS = 0.5  # for Gloo to free what it holds when several processes end
+WORDS = 64  # drawn from the vocabulary for each step
+GLOO_SECONDS = 0.5  # for Gloo to free its memory before several processes end
 
 
 def fit(
@@ -58,8 +58,8 @@ def fit(
     show: bool = True,
     measure: Callable[..., dict[str, float]] = validate,
 ) -> Run:
-    """Train by a recipe on its opened data, and write the average of the adapters; refusals come
-    before anything is written.
+    """Train by a recipe on its opened data, and write the average of the adapters. Invalid values
+    are refused before anything is written.
     """
     learner = build(recipe, opened, out)
     accelerator = learner.accelerator
@@ -69,7 +69,7 @@ def fit(
     recipe = plan.recipe
     step = 0
     position = (0, 0)  # the (epoch, batch) that comes next
-    if recipe.resume:  # replaces the starts of adapters, average and optimizer
+    if recipe.resume:  # restores adapters, average and optimizer
         step, position = load_checkpoint(out, learner)
 
     # Make the run's folder, with its recipe.
@@ -107,7 +107,7 @@ def fit(
                 rate = plan.learning_rate(step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                # Seed all that a step draws, so that a resumed run draws the same.
+                # Seed the random draws of a step, so that a resumed run draws the same.
                 torch.manual_seed(recipe.seed * 1_000_003 + step)
                 adapters.sample_drop()
 
@@ -127,7 +127,7 @@ def fit(
                 learner.average.update()
                 step += 1
 
-                # Report it.
+                # Report the step.
                 mean_loss = loss_sum / recipe.accumulate
                 progress.step(step, mean_loss, rate, time.perf_counter() - started)
                 if not math.isfinite(mean_loss):
@@ -136,7 +136,7 @@ def fit(
                         " --precision no"
                     )
 
-                # Save and validate when it is time, and stop if somebody asked.
+                # Save and validate when due, and stop after a signal.
                 stop = interruption.asked(accelerator)
                 due = recipe.save_every and (step % recipe.save_every == 0 or step == plan.steps)
                 if stop or due:
@@ -157,8 +157,8 @@ def fit(
             progress.say(write_adapter(learner, metrics, out))
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
-        # Gloo's thread takes the lock to free what the last gather held. Freeing the process group
-        # holds the lock and waits for that thread: too early, and both wait for ever.
+        # Gloo's thread takes a lock to free the memory of the last gather. Destroying the process
+        # group holds the same lock while it waits for that thread: too early, it would deadlock.
         time.sleep(GLOO_SECONDS)
     accelerator.end_training()
     return Run(out, recipe, metrics, tuple(notes))
@@ -170,20 +170,20 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
     accelerator = learner.accelerator
     device = accelerator.device
 
-    # Draw prompts of classes that the images of all processes lack. Some processes may have images
-    # of more labels than others.
+    # Draw prompts of classes that no image of any process has. Pad the labels first, as the images
+    # of one process may have more labels than those of another.
     labels = batch["of_images"].to(device)
     labels = accelerator.pad_across_processes(labels, dim=1, pad_index=NO_LABEL)
     labels = accelerator.gather(labels)
     data = learner.examples.data
     others: dict[int, str] = {}
     if recipe.negative_classes:
-        assert isinstance(data, LabelledImages)  # else the recipe refuses it
+        assert isinstance(data, LabelledImages)  # Recipe.check refuses other data
         draw = random.Random(f"{recipe.seed}-{step}")
         present = labels.unique().tolist()
         others = other_prompts(data, present, recipe.negative_classes, draw)
 
-    # Draw words, of which the base's answers are to be kept.
+    # Draw words for which the base's answers should be kept.
     base = learner.base
     words: list[str] = []
     if recipe.preserve_words:
@@ -199,8 +199,8 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
     images = gather_with_grad(images)
     texts = gather_with_grad(texts)
 
-    # Pair each image with each of its texts: but for a constant that is the loss of one image with
-    # several texts, because all images come equally often.
+    # Repeat each image for each of its texts. All images are repeated equally often, so up to a
+    # constant this is the loss of images with several texts.
     several = recipe.captions_per_image
     labels = labels.repeat_interleave(several, dim=0)
     positive = torch.eye(len(labels), dtype=torch.bool, device=device)
@@ -211,7 +211,7 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
         positive = F.pad(positive, (0, len(others)))
 
     loss = learner.loss_fn(images.repeat_interleave(several, dim=0), texts, positive)
-    # Keep the images, and what they say to the words, near to where the base has them.
+    # Keep the images' embeddings, and their probabilities of the words, close to the base's.
     if recipe.preserve or recipe.preserve_words:
         with at_base(learner.adapters, accelerator):
             base_images = accelerator.gather(encode_image(base.model, pixels))
@@ -226,9 +226,7 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
 
 
 def write_adapter(learner: Learner, metrics: dict[str, float], out: Path) -> str:
-    """Write the average as the run's adapter; returns a line that says so, and what comes
-    next.
-    """
+    """Write the average as the run's adapter; returns a line with its path and the next command."""
     recipe = learner.plan.recipe
     base = learner.base
     data = learner.examples.data
@@ -255,7 +253,7 @@ def write_adapter(learner: Learner, metrics: dict[str, float], out: Path) -> str
 
 
 def _summary(learner: Learner, out: Path, step: int) -> str:
-    """One line about the run that begins."""
+    """One line about the run that starts."""
     plan = learner.plan
     recipe = plan.recipe
     if step >= plan.steps:
@@ -278,9 +276,9 @@ def _summary(learner: Learner, out: Path, step: int) -> str:
 def other_prompts(
     data: LabelledImages, present: Collection[int], count: int, draw: random.Random
 ) -> dict[int, str]:
-    """Drawn prompts of at most so many classes that no image of a batch has, by their numbers.
+    """Draw prompts of at most `count` classes that no image of a batch has, by class number.
 
-    A class that has the first name of one in the batch is left out: its prompt would be right.
+    A class with the same first name as a class in the batch is left out: its prompt would be right.
     """
     names = [split_label(line)[0] for line in data.classes]
     taken = {names[label] for label in present if 0 <= label < len(names)}
@@ -290,7 +288,7 @@ def other_prompts(
 
 
 def share(texts: Sequence[str], process: int, processes: int) -> list[str]:
-    """One process's part of texts; the first text fills up the last parts, so all are as long."""
+    """One process's part of texts; the first text pads the last parts, so that all are as long."""
     size = math.ceil(len(texts) / processes)
     missing = size * processes - len(texts)
     return [*texts, *(missing * list(texts[:1]))][size * process : size * (process + 1)]
@@ -298,12 +296,12 @@ def share(texts: Sequence[str], process: int, processes: int) -> list[str]:
 
 @contextmanager
 def at_base(adapters: Adapters, accelerator: Accelerator) -> Iterator[None]:
-    """Within the block the model in training is its base, and nothing has gradients. No second
-    model is in memory.
+    """Turn the model in training into its base for the block, without gradients. This needs no
+    second model in memory.
     """
     adapters.alpha = 0.0
     try:
-        # Another cache: the weights that training caches have the adapters in them.
+        # Use another cache: the weights in the training's cache include the adapters.
         with torch.no_grad(), accelerator.autocast(), parametrize.cached():
             yield
     finally:
@@ -312,7 +310,7 @@ def at_base(adapters: Adapters, accelerator: Accelerator) -> Iterator[None]:
 
 @functools.cache
 def vocabulary(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """ImageNet's class names, as open_clip has them, without those in which a class occurs."""
+    """Names of ImageNet's classes in open_clip, without the names that contain a class."""
     names = {name.casefold() for label in classes for name in split_label(label)}
     return tuple(
         word

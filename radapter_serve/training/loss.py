@@ -1,6 +1,6 @@
-"""MPM-NCE: contrast with several positives a row, a margin on the negatives, and smoothed
-targets; the same by pairwise sigmoids, for bases that are scored so; and what keeps the base's
-embeddings.
+"""MPM-NCE: a contrastive loss with several positives a row, a margin on the negatives, and smoothed
+targets; its form with pairwise sigmoids, for bases that are scored by sigmoids; and penalties that
+keep embeddings close to the base's.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def mpm_nce(
     `ỹ_ij = (1−ε)·y_ij/|P(i)| + ε·(1−y_ij)/(T−|P(i)|)`, against log-softmax of `(f_i·g_j + δ_ij)/τ`
     over texts and over images; `δ_ij` is 0 for positives and δ for negatives. With one positive a
     row, δ = 0 and ε = 0 it is CLIP's loss. A text that is right for no image is a negative of all
-    of them, and the mean from texts to images leaves it out.
+    images, and is left out of the mean from texts to images.
 
     Args:
         image_embeds: f, float [B, D], unit length.
         text_embeds: g, float [T, D], unit length.
         labels: integer [B], where T is B and pairs with the same label are positives of each
-            other; or bool [B, T], whether text j is right for image i, of which there is one at
-            least in every row.
+            other; or bool [B, T], whether text j is right for image i, with at least one right
+            text in every row.
         logit_scale: 1/τ, frozen in the paper's training.
         delta: margin added to the similarity of negatives, in cosine.
-        epsilon: smoothing in [0, 1): mass spread over the negatives; a row without negatives keeps
-            it.
+        epsilon: smoothing in [0, 1): mass spread over the negatives; a row without negatives is not
+            smoothed.
 
     Returns:
         A float32 scalar.
@@ -44,7 +44,7 @@ def mpm_nce(
     positive = labels if labels.dtype == torch.bool else labels[:, None] == labels[None, :]
     logits = logit_scale * (image_embeds.float() @ text_embeds.float().T + delta * ~positive)
     to_texts = _cross_entropy(logits, positive, epsilon)
-    right = positive.any(dim=0)  # for an image
+    right = positive.any(dim=0)  # texts that are right for an image
     to_images = _cross_entropy(logits.T[right], positive.T[right], epsilon)
     return (to_texts + to_images) / 2
 
@@ -66,13 +66,13 @@ def pairwise_sigmoid(
     and δ for negatives. With one positive a row, δ = 0 and ε = 0 it is SigLIP's loss.
 
     Args:
-        image_embeds: as of `mpm_nce`, like all but the next two.
-        text_embeds: g.
-        labels: of the pairs.
-        logit_scale: 1/τ of the base, by which its scores are made; frozen.
-        logit_bias: b of the base.
-        delta: margin.
-        epsilon: smoothing.
+        image_embeds: f, float [B, D], unit length.
+        text_embeds: g, float [T, D], unit length.
+        labels: as in `mpm_nce`.
+        logit_scale: 1/τ of the base's scores, frozen.
+        logit_bias: b of the base's scores, frozen.
+        delta: margin, as in `mpm_nce`.
+        epsilon: smoothing in [0, 1), as in `mpm_nce`.
 
     Returns:
         A float32 scalar.
@@ -97,15 +97,15 @@ def _cross_entropy(logits: Tensor, positive: Tensor, epsilon: float) -> Tensor:
 
 
 def positives_of(of_images: Tensor, of_texts: Tensor) -> Tensor:
-    """Which texts are right for which images, bool [B, B] with images down: those of any label of
-    an image, integer [B, K] and negative where it has fewer than K; `of_texts` is integer [B].
+    """Whether each text is right for each image, bool [B, B] with images as rows: if the text's
+    label, integer [B], is among the image's labels, integer [B, K], padded with negative numbers.
     """
     return (of_images[:, :, None] == of_texts).any(dim=1)
 
 
 def distance_to_base(image_embeds: Tensor, base_embeds: Tensor) -> Tensor:
-    """How far fine-tuning has moved images from where the base has them: the mean of `1 − f·f₀` of
-    unit-length embeddings, float [B, D], in [0, 2].
+    """Mean distance of images from their embeddings by the base: `1 − f·f₀` of unit-length
+    embeddings, float [B, D]; in [0, 2].
 
     A cosine has no scale, so one weight fits bases whose features differ in length.
     """
@@ -113,12 +113,12 @@ def distance_to_base(image_embeds: Tensor, base_embeds: Tensor) -> Tensor:
 
 
 def gather_with_grad(tensor: Tensor) -> Tensor:
-    """The batch of all processes, [B, ...] to [B·world, ...], with gradients for this process's own
-    part.
+    """Gather the batch of all processes, [B, ...] to [B·world, ...], with gradients for this
+    process's part.
 
-    Each process computes the loss of the whole batch, so its own part has its whole gradient
-    already. Data parallelism
-    then takes the mean over processes where the sum is meant: multiply the loss by their number.
+    Each process computes the loss of the whole batch, so its part gets its whole gradient. Data
+    parallelism then averages over processes where the sum is needed: multiply the loss by the
+    number of processes.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor
@@ -135,8 +135,8 @@ def divergence_from_base(
     base_words: Tensor,
     logit_scale: float | Tensor,
 ) -> Tensor:
-    """The mean over images of the Kullback-Leibler divergence of their probabilities of some words
-    from those in the base; images are float [N, D], words [W, D], of unit length.
+    """Mean over images of the Kullback-Leibler divergence of their probabilities of words from
+    those by the base; images are float [N, D], words [W, D], of unit length.
     """
     base = F.log_softmax(logit_scale * base_images.float() @ base_words.float().T, dim=1)
     tuned = F.log_softmax(logit_scale * image_embeds.float() @ word_embeds.float().T, dim=1)

@@ -1,4 +1,4 @@
-"""Reports of a run, and its stop between steps by Ctrl-C or SIGTERM."""
+"""Progress reports of a run, and its interruption between steps by Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from radapter_serve.sources import METRICS
 
 
 class Progress:
-    """Reports from the main process: on the console unless `show` is False, to the trackers of the
-    accelerator, and to `metrics.jsonl` in the folder `out`, without what a resumed run reported
-    after its `done` steps. `broken` are the images that could not be read.
+    """Reports from the main process: to the console unless `show` is False, to accelerate's
+    trackers, and to `metrics.jsonl` in the folder `out`. Lines of a resumed run after its `done`
+    steps are removed. `broken` collects the images that could not be read.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Progress:
         """Report an optimizer step."""
         if len(self.first) < 2:
             self.first.append(seconds)
-            if len(self.first) == 2 and step < self.steps:  # the first one also warms up
+            if len(self.first) == 2 and step < self.steps:  # the first step also warms up
                 rest = timedelta(seconds=round((self.steps - step) * min(self.first)))
                 self.say(f"the first two steps say: the rest of training takes about {rest}")
         speed = self.batch_size / seconds
@@ -106,8 +106,8 @@ class Progress:
         )
 
     def end(self) -> list[str]:
-        """Name the images of all processes that could not be read, in broken.txt; returns a note on
-        them. Every process calls it.
+        """Write the names of images that any process could not read to broken.txt; returns a note
+        about them. Every process calls it.
         """
         names = sorted(set(gather_object(sorted(self.broken))))
         if not names or not self.accelerator.is_main_process:
@@ -127,7 +127,7 @@ class Progress:
 
 
 class Interruption:
-    """Within the block the first Ctrl-C or SIGTERM is only noted; a second one works as usual."""
+    """Notes the first Ctrl-C or SIGTERM inside the block; a second signal works as usual."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -142,21 +142,19 @@ class Interruption:
         self._handled.close()
 
     def asked(self, accelerator: Accelerator) -> bool:
-        """Whether any process got a signal; every process calls it, and gets the same answer."""
+        """True if any process got a signal; every process calls it, and gets the same answer."""
         if accelerator.num_processes > 1:
             number = torch.tensor(self._signal, device=accelerator.device)
             self._signal = int(accelerator.gather(number).max())
         return self._signal > 0
 
     def end(self) -> None:
-        """End as the signal would have: by KeyboardInterrupt, or with the exit status of
-        SIGTERM.
-        """
+        """End as the signal would have, by KeyboardInterrupt or with the exit status of SIGTERM."""
         raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
         self._handled.close()
-        # A line that is just being printed can't be broken into.
+        # Printing fails if the signal has interrupted another print.
         with contextlib.suppress(RuntimeError):
             self._say("finishing this step and saving a checkpoint; press Ctrl-C again to quit now")

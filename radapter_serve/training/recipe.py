@@ -1,4 +1,4 @@
-"""Recipes: every choice of a training run, in YAML, as flags and in Python under the same names."""
+"""Recipes: every choice of a training run, under the same names in YAML, as flags and in Python."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import checker, read_yaml, shipped
 from radapter_serve.sources import ADAPTER, HUB, LOCAL, RECIPE
 
-# The paper's, where they follow the length of the run.
+# The paper's values, which are the limits where warm-up and momentum follow the run's length.
 LONGEST_WARMUP = 500
 LONGEST_MOMENTUM = 0.999
-LEAST_KEPT = 0.9  # share of what a run learns that the average should hold at its end
+LEAST_KEPT = 0.9  # least weight of the learned values in the average at the end of a run
 
 
-# Title of each group of a recipe's fields in the help, what it is, and the fields.
+# Groups of a recipe's fields in the help: title, description and fields.
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "model": ("What is trained.", ("architecture", "pretrained")),
     "data": (
@@ -89,8 +89,8 @@ class Recipe(RunSource):
         pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir:
             and hf-hub:.
         rank: rank of the adapters; none is full rank.
-        adapt_text: whether the text tower has adapters too.
-        partial: adapt only the layers that fold exactly, instead of refusing the model; of a CLIP
+        adapt_text: adapt the text tower too.
+        partial: adapt only the layers that fold exactly, instead of refusing the model; for a CLIP
             with a convolutional image tower, these are in the text tower.
         form: apply adapters to activations or to weights; auto picks the faster. The result is the
             same.
@@ -104,35 +104,34 @@ class Recipe(RunSource):
         delta: margin δ on wrong pairs, in cosine; also called margin.
         epsilon: label smoothing ε; also called label_smoothing.
         positives: several counts all pairs of one class or image as right, as MPM-NCE does; single
-            counts the pair itself alone, which with delta 0 is InfoNCE, the loss of CLIP.
-        negative_classes: how many classes that a batch lacks give it a prompt, as a negative of
-            all its images; drawn anew for each step. Each is one more text a step, or a part of
-            an accumulated one. 0 is the paper's.
-        preserve: weight of the mean of 1 - cosine between an image's embedding and that of the
-            base; 0 keeps nothing and is the paper's. With it each step also embeds its images by
-            the base.
+            counts only the pair itself, which with delta 0 is InfoNCE, the loss of CLIP.
+        negative_classes: number of classes, drawn for each step from those that a batch lacks,
+            whose prompts become negatives of all its images. Each is one more text in a step, or in
+            each part of an accumulated step. 0 is the paper's.
+        preserve: weight of the mean of 1 - cosine between an image's embedding and the base's; 0
+            turns it off, as in the paper. With it each step also embeds its images by the base.
         preserve_words: weight of the Kullback-Leibler divergence of an image's probabilities of 64
-            of ImageNet's class names, drawn anew for each step, from those in the base; 0 keeps
-            nothing and is the paper's.
-        batch_size: images a step over all processes and accumulated parts; all images, where there
+            of ImageNet's class names, drawn for each step, from the base's probabilities; 0 turns
+            it off, as in the paper.
+        batch_size: images of a step over all processes and accumulated parts; all images, if there
             are fewer.
         accumulate: parts of a step's batch, computed one after another; the loss contrasts images
             within a part only.
         epochs: passes over the data; steps, if given, sets the length instead.
         steps: optimizer steps; none follows epochs.
-        learning_rate: peak learning rate of AdamW; auto finds one by short runs and held-out
-            images, which have at most the steps of the run itself.
+        learning_rate: peak learning rate of AdamW; auto finds a rate by held-out images and short
+            runs, which together have at most the steps of the run itself.
         min_learning_rate: learning rate at the end of the cosine schedule.
         weight_decay: weight decay of AdamW.
         warmup_steps: steps of linear warm-up; none takes a fifth of the run, and 500 at most.
         grad_clip: largest gradient norm; none does not clip.
         crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
-        precision: no, fp16 or bf16 mixed precision; auto takes bf16 where a GPU, AMX or AVX512_BF16
-            computes with it, and no elsewhere. On a CPU with AMX bf16 takes some 0.6 of the time;
-            no GPU was measured.
+        precision: no, fp16 or bf16 mixed precision; auto takes bf16 if a GPU, AMX or AVX512_BF16
+            computes with it, else no. On a CPU with AMX, bf16 takes about 0.6 of the time; no GPU
+            was measured.
         workers: processes that read images, for each training process.
-        threads: compute threads of each training process; none uses one per core. Fewer is faster
+        threads: compute threads of each training process; none uses one per core. Fewer are faster
             if other programs share the cores.
         validate_every: steps between validations; none validates at the end only.
         save_every: steps between checkpoints, from which --resume continues; with none, only Ctrl-C
@@ -186,7 +185,7 @@ class Recipe(RunSource):
                 object.__setattr__(self, name, with_reader(value))
 
     def check(self) -> None:
-        """Refuse values of the wrong kind or out of range, and those that do not go together."""
+        """Refuse values of the wrong type or out of range, and values that do not go together."""
         _validated({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         if self.batch_size % self.accumulate:
             raise RAdapterError(
@@ -225,12 +224,12 @@ class Recipe(RunSource):
 
     @property
     def peak_rate(self) -> float:
-        """The learning rate, which is a number once a run starts."""
+        """The learning rate as a number; `auto` is replaced before a run starts."""
         return float(self.learning_rate)
 
     def resolved(self, images: int | None, processes: int = 1) -> Plan:
-        """Work out what follows from the number of images (or captions) of an epoch, None for as
-        many as a batch needs, and of the processes that share a batch.
+        """Make a plan for the number of images (or captions) of an epoch, None for as many as a
+        batch needs, and for the number of processes that share a batch.
         """
         notes = []
         parts = processes * self.accumulate
@@ -272,8 +271,8 @@ class Recipe(RunSource):
         return Plan(recipe, batch_size // parts, steps, warmup, momentum, tuple(notes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML and the adapter file hold them, without out and resume, which
-        belong to one run.
+        """Plain values for YAML and the adapter file, without out and resume, which belong to one
+        run.
         """
         values = dataclasses.asdict(self)
         del values["out"], values["resume"]
@@ -282,17 +281,17 @@ class Recipe(RunSource):
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe, with all that follows from the number of images and of processes."""
+    """A recipe, with the values that follow from the number of images and of processes."""
 
     recipe: Recipe  # with a batch that the data can fill
-    part: int  # images a process and accumulated part
+    part: int  # images of each process in each accumulated part
     steps: int
     warmup_steps: int
     momentum: float
-    notes: tuple[str, ...]  # what a user may want to change, a line each
+    notes: tuple[str, ...]  # advice for the user, one line each
 
     def learning_rate(self, step: int) -> float:
-        """The rate of a step, from 0: linear warm-up, then a cosine down to the least rate."""
+        """The rate of a step (from 0): linear warm-up, then a cosine down to the least rate."""
         high = self.recipe.peak_rate
         low = self.recipe.min_learning_rate
         if step < self.warmup_steps:
@@ -303,15 +302,15 @@ class Plan:
 
 @dataclass(frozen=True, repr=False)
 class Run(PathLike[str]):
-    """A finished run; wherever a run's folder is asked for, a `Run` will do.
+    """A finished run, which can be passed as the folder of a run.
 
     Attributes:
-        folder: `adapter.safetensors`, `recipe.yaml`, `metrics.jsonl`, `checkpoint.pt` and the
-            tracker's files.
-        recipe: that it was trained by, with a batch that the data can fill.
-        metrics: what the last validation measured, as fractions, by measure and α, such as
+        folder: folder with `adapter.safetensors`, `recipe.yaml`, `metrics.jsonl`, `checkpoint.pt`
+            and the tracker's files.
+        recipe: recipe of the training, with a batch that the data can fill.
+        metrics: metrics of the last validation, as fractions, by name and α, such as
             `acc1@alpha=0.5`; empty without validation data.
-        notes: what its user should know, a line each: of images that were left out, and of an
+        notes: notes for the user, one line each: about images that were left out, and about an
             average that keeps little.
     """
 
@@ -339,15 +338,14 @@ def ready_recipes() -> dict[str, Path]:
 
 
 def load_recipe(source: str | Path) -> Recipe:
-    """Read a recipe from YAML; a field that is not named keeps its default.
+    """Read a recipe from YAML; missing fields have their defaults.
 
     Args:
-        source: a file, a mapping of `Recipe`'s fields; or the name of a recipe that comes with the
-            package.
+        source: a file with a mapping of `Recipe`'s fields, or the name of a recipe that comes with
+            the package.
 
     Raises:
-        RAdapterError: no such file, a field that does not exist, or a value of the wrong kind or
-            out of range.
+        RAdapterError: no such file, an unknown field, or a value of the wrong type or out of range.
     """
     ready = ready_recipes()
     path = ready.get(str(source), Path(source))
@@ -365,8 +363,8 @@ def recipe_from(
 ) -> Recipe:
     """A recipe with some fields changed.
 
-    Without a source it is that of the run to resume, a folder; else `small`, or for another task
-    the recipe of its name. `resume=True` continues the run in the recipe's `out`.
+    Without a source it is the recipe of the run to resume, a folder; else `small`, or for another
+    task the recipe of that name. `resume=True` continues the run in the recipe's `out`.
     """
     if resume:
         fields["resume"] = True
@@ -379,7 +377,7 @@ def recipe_from(
     if source is None:
         task = fields.get("task", "classification")
         source = load_recipe(task if task in ready_recipes() else "small")
-        if "architecture" in fields:  # whose weights have other names
+        if "architecture" in fields:  # its weights have other names
             source = dataclasses.replace(source, pretrained=None)
         if "val_data" in fields:  # in place of a share of the training images
             source = dataclasses.replace(source, val_fraction=0.0)
@@ -394,8 +392,8 @@ def recipe_from(
 
 
 def by_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the names of `Recipe`'s fields, for those that other names give: the aliases, and
-    `base`, a model and its weights as NAME:TAG.
+    """Values by the names of `Recipe`'s fields, from these names, their aliases, and `base`, a
+    model and its weights as NAME:TAG.
     """
     named: dict[str, Any] = {}
     for name, value in values.items():
@@ -412,8 +410,8 @@ def by_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_of(values: Any, what: str) -> Recipe:
-    """A recipe from a mapping of its fields, as YAML reads it, or None; a field that is not named
-    keeps its default. `what` names it in messages.
+    """Make a recipe from a mapping of its fields, as read from YAML, or None; missing fields have
+    their defaults. `what` names the recipe in messages.
     """
     if not isinstance(values, dict | None):
         raise RAdapterError(f"{what} must be a mapping of field: value")
@@ -425,7 +423,7 @@ def recipe_of(values: Any, what: str) -> Recipe:
             f"{what} has unknown fields {', '.join(unknown)}; allowed: {', '.join(fields)}"
         )
     if values.get("precision") is False:
-        values["precision"] = "no"  # which YAML reads as false
+        values["precision"] = "no"  # YAML reads no as false
     try:
         return _validated(values)
     except RAdapterError as error:
@@ -437,11 +435,11 @@ def _validated(values: dict[str, Any]) -> Recipe:
         return checker(Recipe).validate_python(values)
     except ValidationError as error:
         wrong: dict[str, str] = {}
-        for problem in error.errors():  # a field that may be none has those of both kinds
+        for problem in error.errors():  # a field of two types has errors for both
             message = problem["msg"].removeprefix("Value error, ")
             message = message.replace("Input should be", "it should be")
             name = str(problem["loc"][0])
-            if problem["type"] == "literal_error" and name in wrong:  # or such a word
+            if problem["type"] == "literal_error" and name in wrong:  # or one of these words
                 wrong[name] += f", or {problem['ctx']['expected']}"
             wrong.setdefault(name, f"{name} is {reprlib.repr(problem['input'])}; {message}")
         raise RAdapterError("; ".join(wrong.values())) from None

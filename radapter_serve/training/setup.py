@@ -1,5 +1,5 @@
-"""What a run needs before its first step (processes, model, adapters, data, loss and tracker), and
-the checkpoints from which a killed run goes on to the same result.
+"""Setup of a run before its first step (processes, model, adapters, data, loss and tracker), and
+checkpoints from which a killed run continues to the same result.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from radapter_serve.training.loss import mpm_nce, pairwise_sigmoid
 from radapter_serve.training.recipe import Plan, Recipe
 from radapter_serve.training.tasks import Data, RunData
 
+# Fields of a recipe that may change when a run is resumed.
 FREE = {
     "workers",
     "threads",
@@ -47,11 +48,11 @@ FREE = {
 
 @dataclass(frozen=True)
 class Learner:
-    """What learns, and what it learns from.
+    """The parts of a run in training: plan, model, adapters, optimizer, loss and data.
 
-    The digest is of the base's weights without the adapters; `towers` are both, as accelerate wraps
-    them; `loss_fn` takes images, texts, and which of them belong together; `held_out` is a digest
-    of the images that `val_fraction` keeps from training.
+    `digest` is of the base's weights without the adapters; `towers` are both towers as accelerate
+    wraps them; `loss_fn` takes embeddings of images and texts, and whether they belong together;
+    `held_out` is a digest of the images that `val_fraction` holds out.
     """
 
     plan: Plan
@@ -69,24 +70,24 @@ class Learner:
 
 
 def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
-    """Resolve the recipe and build all that it names; nothing is written."""
+    """Resolve the recipe and build all parts of the run; nothing is written."""
     if recipe.precision == "auto":
         if torch.cuda.is_available():
             fast = torch.cuda.is_bf16_supported()
         else:
             fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         recipe = dataclasses.replace(recipe, precision="bf16" if fast else "no")
-    # The order matters: the number of processes says what the recipe comes to, which is refused
-    # before a model is fetched.
+    # The plan depends on the number of processes, and an invalid plan is refused before a model is
+    # fetched.
     accelerator = start_accelerator(recipe, out)
     plan = recipe.resolved(opened.images, accelerator.num_processes)
     recipe = plan.recipe
-    torch.manual_seed(recipe.seed)  # before anything draws: a base without weights, low-rank starts
+    torch.manual_seed(recipe.seed)  # before any random draw, such as of low-rank adapters
     base = load_base(recipe.architecture, recipe.pretrained)
     data, val = opened.ready(recipe, base)
     refuse = recipe.on_broken == "refuse"
 
-    # Adapters: the digest is of the weights without them.
+    # Attach the adapters; the digest is of the weights without them.
     where: dict[str, Any] = {"text": recipe.adapt_text, "partial": recipe.partial}
     sites = find_sites(base.model, **where)
     digest = base_digest(base.model.state_dict(), [site.key for site in sites])
@@ -94,13 +95,13 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
     if form == "auto":
         form = choose_form(base.model, recipe.rank, plan.part, **where)
     adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop, **where)
-    if recipe.precision != "no":  # fp32 gains little by it, and would round otherwise
+    if recipe.precision != "no":  # fp32 would gain little, and round differently
         flatten_projections(base.model)
     optimizer = AdamW(adapters.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
-    # This moves the weights to their device, where the average then starts.
+    # Move the weights to their device, before the average copies them.
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
 
-    # The loss: by softmax, or by sigmoids where the base's scores are made so.
+    # Choose the loss: by softmax, or by sigmoids if the base is scored by sigmoids.
     scale, bias = logit_scale_and_bias(base.model.state_dict())
     numbers: dict[str, Any] = {
         "logit_scale": scale,
@@ -129,17 +130,17 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
 def choose_form(
     model: nn.Module, rank: int | None, batch_size: int, *, text: bool = True, partial: bool = False
 ) -> Form:
-    """The form of the adapters that costs less for a batch, by its multiplications.
+    """The form of the adapters with fewer multiplications for a batch.
 
-    The activation form pays by the token; the weight form pays for `F·W` once a step, and for the
-    gradient of the weight that the adapter changes, which the activation form never needs.
+    The activation form has a cost for each token. The weight form has the cost of `F·W` once a
+    step, and of the gradient of the adapted weight, which the activation form never needs.
 
     Args:
         model: an open_clip model.
-        rank: of the adapters; None is full.
-        batch_size: images a step and process.
-        text: whether the text tower has adapters.
-        partial: whether only what can be adapted is.
+        rank: rank of the adapters; None for full rank.
+        batch_size: images of a step in each process.
+        text: adapt the text tower too.
+        partial: leave out layers that cannot be adapted.
     """
     grid = getattr(model.visual, "grid_size", (14, 14))
     tokens = {True: batch_size * (grid[0] * grid[1] + 1), False: batch_size * 16}
@@ -156,7 +157,7 @@ def choose_form(
 
 
 def augmentation(base: Base, recipe: Recipe) -> Transform:
-    """The paper's augmentation: a random resized crop, bicubic, and for few-shot a flip."""
+    """The paper's augmentation: a random resized crop, bicubic, and a flip if `recipe.flip`."""
     bicubic = transforms.InterpolationMode.BICUBIC
     scale = (recipe.crop_scale, 1.0)
     composed: Transform = transforms.Compose(
@@ -172,17 +173,17 @@ def augmentation(base: Base, recipe: Recipe) -> Transform:
 
 
 def start_accelerator(recipe: Recipe, out: Path) -> Accelerator:
-    """The processes, devices and precision of a run; refuses a precision or a tracker that is not
-    to be had.
+    """The processes, devices and precision of a run; refuses a precision or a tracker that is
+    unavailable.
     """
     precision = recipe.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise RAdapterError("precision fp16 needs a GPU; allowed on this machine: no, bf16")
-    # else a second run in this process could not have another precision
+    # Let a second run in this process have another precision.
     AcceleratorState._reset_state()
     try:
         return Accelerator(
-            # else several processes on CPUs would not know of each other
+            # Otherwise several processes on CPUs would not form a group.
             cpu=not torch.accelerator.is_available(),
             mixed_precision=precision,
             gradient_accumulation_steps=recipe.accumulate,
@@ -194,7 +195,7 @@ def start_accelerator(recipe: Recipe, out: Path) -> Accelerator:
 
 
 def start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Start what draws the curves, the first thing that writes."""
+    """Start the tracker, which draws the curves of the run."""
     if recipe.tracker == "none":
         return
     if not accelerator.log_with:  # accelerate only warns
@@ -210,7 +211,7 @@ def start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
 
 
 class TwoTower(nn.Module):
-    """Both towers in one forward pass, which is what data parallelism wraps."""
+    """Both towers in one forward pass, for data parallelism to wrap."""
 
     def __init__(self, model: nn.Module, adapters: Adapters) -> None:
         super().__init__()
@@ -218,20 +219,21 @@ class TwoTower(nn.Module):
         self.adapters = adapters
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeds pixels [B, 3, S, S] and tokens [B, L], both to float32 [B, D] of unit length."""
+        """Embed pixels [B, 3, S, S] and tokens [B, L], both to float32 [B, D] of unit length."""
         with parametrize.cached():  # attention reads its weights more than once
             return encode_image(self.model, pixels), encode_text(self.model, tokens)
 
 
 class Average:
-    """`W̃ ← m·W̃ + (1−m)·W` after every step, in fp32, from the adapters' start.
+    """Moving average `W̃ ← m·W̃ + (1−m)·W` after every step, in fp32, from the adapters' initial
+    values.
 
     Args:
-        adapters: whose tensors are averaged.
+        adapters: the adapters to average.
         momentum: m in [0, 1).
-        bias_correction: divide out the weight that the start still has, `1−m^t`. The paper has
-            none, and with m = 0.999 a run of a few hundred steps then keeps almost nothing of what
-            was learned.
+        bias_correction: correct the weight of the initial values by division by `1−m^t`. The paper
+            does not, and with m = 0.999 a run of a few hundred steps then keeps almost nothing of
+            the learned values.
     """
 
     def __init__(
@@ -247,17 +249,17 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the adapters' present values; call it after every optimizer step."""
+        """Add the adapters' present values; call it after every optimizer step."""
         self.steps += 1
         m = self.momentum
-        if self.bias_correction:  # the same as W̃/(1−m^t) of an average that starts at zero
+        if self.bias_correction:  # equals W̃/(1−m^t) of an average that starts at zero
             m = m * (1 - m ** (self.steps - 1)) / (1 - m**self.steps)
         for name, value in self.adapters.named_tensors().items():
             self.tensors[name].lerp_(value.float(), 1 - m)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the adapters hold the average and drop nothing."""
+        """Set the adapters to the average for the block, without adapter dropping."""
         kept = {name: p.detach().clone() for name, p in self.adapters.named_tensors().items()}
         self.adapters.stop_drop()
         self.adapters.load_tensors(self.tensors)
@@ -267,7 +269,7 @@ class Average:
             self.adapters.load_tensors(kept)
 
     def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Go on from a checkpoint."""
+        """Restore the average of a checkpoint."""
         self.steps = steps
         for name, value in tensors.items():
             self.tensors[name].copy_(value)
@@ -276,15 +278,15 @@ class Average:
 def flatten_projections(model: nn.Module) -> None:
     """Make the in-projection of each `nn.MultiheadAttention` a product of two matrices.
 
-    With `batch_first`, torch transposes its input [N, L, D] into a view [L, N, D], which it then
-    multiplies as a batch of L matrices by L copies of the weight: in bf16 that took half of a step.
-    A contiguous [L, N, D] is multiplied as one matrix [L·N, D]; the values are the same.
+    With `batch_first`, torch transposes its input [N, L, D] into a view [L, N, D], and multiplies
+    the view as a batch of L matrices by L copies of the weight: in bf16 that took half of a step. A
+    contiguous [L, N, D] is multiplied as one matrix [L·N, D]; the values are the same.
     """
 
     def contiguous(attention: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         query = args[0]
         if query.dim() != 3 or any(other is not query for other in args[1:3]):
-            return None  # of cross-attention
+            return None  # cross-attention is left as it is
         rows = query.transpose(0, 1).contiguous().transpose(0, 1)
         return (rows, rows, rows, *args[3:])
 
@@ -294,8 +296,8 @@ def flatten_projections(model: nn.Module) -> None:
 
 
 def save_checkpoint(out: Path, learner: Learner, step: int, position: tuple[int, int]) -> None:
-    """Save the state after a step from the main process, whole or not at all; every process calls
-    it, each with the (epoch, batch) that comes next for it.
+    """Save the state after a step atomically, from the main process. Every process calls it, with
+    the (epoch, batch) that comes next for this process.
     """
     accelerator = learner.accelerator
     positions = gather_object([position])
@@ -323,8 +325,8 @@ def save_checkpoint(out: Path, learner: Learner, step: int, position: tuple[int,
 
 
 def load_checkpoint(out: Path, learner: Learner) -> tuple[int, tuple[int, int]]:
-    """Restore what was saved; gives the step, and the (epoch, batch) that comes next for
-    this process. Refuses the checkpoint of another recipe, or of other held-out images.
+    """Restore a checkpoint; returns the step, and the (epoch, batch) that comes next for this
+    process. Refuses the checkpoint of another recipe, or of other held-out images.
     """
     path = out / CHECKPOINT
     if not path.is_file():
@@ -363,5 +365,5 @@ def load_checkpoint(out: Path, learner: Learner) -> tuple[int, tuple[int, int]]:
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
+    """Fields of a recipe that must be the same to resume a run."""
     return {name: value for name, value in recipe.to_dict().items() if name not in FREE}

@@ -1,5 +1,5 @@
 """`train`: checks the data before torch is loaded and a model is fetched, and searches the learning
-rate where the recipe says `auto`.
+rate if the recipe has `auto`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 GRID = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 PAPER = 5e-4
 START = GRID[3:6]  # around the paper's
-SHARE = 4  # a short run has one of so many steps, so that four have as many as the run itself
+SHARE = 4  # a short run has a fourth of the run's steps, so that four short runs have as many
 
 
 @one_line("train")
@@ -50,10 +50,10 @@ def train(
 
     Args:
         recipe: name of a recipe that comes with the package, a YAML file, or a `Recipe`; None
-            takes `small`, or for another task the recipe of its name.
-        resume: folder of a stopped run to go on with, by its own recipe; True goes on with `out`.
-        progress: show a bar, and what the command prints, or nothing; None shows them in a
-            terminal and in a notebook.
+            takes `small`, or for another task the recipe of that name.
+        resume: folder of a stopped run to continue, with its recipe; True continues `out`.
+        progress: show a progress bar and the lines of the command; None shows them in a terminal
+            and in a notebook.
         fields: any field of a `Recipe`, in place of the recipe's: `data`, `epochs`, `out`, ...;
             `base="NAME:TAG"` sets the model and its weights.
 
@@ -61,10 +61,10 @@ def train(
         The run, with its folder and its metrics.
 
     Raises:
-        RAdapterError: the recipe, the model or the data won't do; nothing was written then, but for
-            the table of a search for the learning rate.
+        RAdapterError: the recipe, the model or the data is invalid; then nothing was written,
+            except the table of a search for the learning rate.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; a search for the learning
-            rate has none.
+            rate writes no checkpoint.
         SystemExit: after SIGTERM, likewise.
     """
     if progress is None:
@@ -73,15 +73,15 @@ def train(
     chosen.check()
     limit_threads(chosen.threads)  # before torch is loaded
 
-    # The folder, which must not hold another run. What failed before there was a checkpoint has
-    # nothing to go on with, and nothing to lose.
+    # Choose the folder, which must not hold another run. A run that failed before its first
+    # checkpoint can't be resumed, and may be overwritten.
     stem = chosen.architecture.rpartition(":")[2].rstrip("/").split("/")[-1]
     out = chosen.out or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not chosen.resume and any((out / name).exists() for name in (CHECKPOINT, ADAPTER)):
         raise RAdapterError(
             f"{out} holds a run; resume it by --resume {out}, or name another folder by --out"
         )
-    if chosen.learning_rate == "auto" and chosen.resume:  # its run has found the rate
+    if chosen.learning_rate == "auto" and chosen.resume:  # the stopped run has found the rate
         earlier = recipe_from(resume=out)
         chosen = dataclasses.replace(
             chosen,
@@ -100,8 +100,8 @@ def train(
 
 @dataclass(frozen=True)
 class Tried:
-    """A short run: its peak rate, which held-out images it classifies rightly at the recipe's α
-    (bool [N]), and the share of the base's answers on them that it gives too.
+    """A short run: its peak rate, whether it classifies each held-out image rightly at the recipe's
+    α (bool [N]), and the share of these images with the same answer as the base's.
     """
 
     learning_rate: float
@@ -110,13 +110,13 @@ class Tried:
 
     @property
     def accuracy(self) -> float:
-        """The share that is right."""
+        """The share of images that are right."""
         return float(self.right.mean())
 
     @property
     def away(self) -> tuple[int, float]:
-        """How far the rate is from the paper's in the grid; and the rate, which orders two as
-        far.
+        """Distance of the rate from the paper's in the grid, and the rate, which orders equal
+        distances.
         """
         return abs(GRID.index(self.learning_rate) - GRID.index(PAPER)), self.learning_rate
 
@@ -135,7 +135,7 @@ def search_rate(
             "learning_rate auto searches in one process; start radapter-train by itself, stop it"
             " once it has printed the rate, and start several processes with --learning-rate RATE"
         )
-    # Warm-up and average follow the length of a short run.
+    # Let warm-up and average follow the length of a short run.
     short = dataclasses.replace(
         recipe,
         steps=max(1, recipe.resolved(opened.images).steps // SHARE),
@@ -145,7 +145,7 @@ def search_rate(
         save_every=None,
         tracker="none",
     )
-    of_base: list[NDArray[np.int64]] = []  # what the base answers, once it was asked
+    of_base: list[NDArray[np.int64]] = []  # answers of the base, from the first short run
     tried: list[Tried] = []
 
     def short_run(rate: float) -> None:
@@ -172,7 +172,7 @@ def search_rate(
             f" answers kept ({time.monotonic() - began:.0f} s)"
         )
 
-    # Try the rates around the paper's, and one beyond the edge where the best is.
+    # Try the rates around the paper's, and one more if the best rate is at an edge.
     most = len(START) + 1
     say(
         f"choosing the learning rate by {len(START)} or {most} short runs, with"
@@ -218,8 +218,8 @@ def search_rate(
 
 
 def wider(tried: Sequence[Tried]) -> float | None:
-    """The rate of the grid to try next, beyond the edge where the best of the tried ones is; None
-    where it is inside.
+    """The next rate of the grid if the best of the tried rates is at their edge; None if it is
+    inside, or at the end of the grid.
     """
     best = _best(tried).learning_rate
     place = GRID.index(best)
@@ -232,9 +232,9 @@ def wider(tried: Sequence[Tried]) -> float | None:
 
 
 def nearest(tried: Sequence[Tried]) -> Tried:
-    """From the best rate towards the paper's, as long as each is within one standard error of the
-    best: that of the paired difference over the held-out images (the one-standard-error rule of
-    Breiman et al., Classification and Regression Trees, 1984).
+    """The run nearest to the paper's rate on the way from the best rate, as long as each run is
+    within one standard error of the best: that of the paired difference over the held-out images
+    (the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984).
     """
     best = _best(tried)
     low, high = sorted([best.learning_rate, PAPER])
@@ -250,7 +250,7 @@ def nearest(tried: Sequence[Tried]) -> Tried:
 
 
 def _best(tried: Sequence[Tried]) -> Tried:
-    """The most accurate one; of equals the nearest to the paper's, of two as near the lower one,
-    which keeps more of the base.
+    """The most accurate run; of equals the nearest to the paper's rate, then the lower rate, which
+    keeps more of the base.
     """
     return min(tried, key=lambda run: (-round(run.accuracy, 9), *run.away))

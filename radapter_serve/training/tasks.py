@@ -28,17 +28,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunData:
-    """The data of a run, checked as far as it can be without a model."""
+    """The data of a run, checked as far as possible without a model."""
 
     data: Data
     val: Data | None  # `val_data`, or the share that `val_fraction` holds out
-    images: int  # or captions, that an epoch goes through
+    images: int  # number of images, or captions, in an epoch
     broken: tuple[str, ...] = ()  # rows that `on_broken: skip` leaves out
-    notes: tuple[str, ...] = ()  # what a user should know, a line each
+    notes: tuple[str, ...] = ()  # notes for the user, one line each
 
     def ready(self, recipe: Recipe, base: Base) -> tuple[Data, Data | None]:
-        """The data with the templates of its recipe; images with masks by their segments, outside
-        of which is the mean that the base subtracts.
+        """The data with the templates of its recipe; segments are cropped and filled with the mean
+        that the base subtracts.
         """
         from radapter_serve.clip.towers import templates_of
 
@@ -55,8 +55,8 @@ class RunData:
 
 
 def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> RunData:
-    """Open the data of a recipe as its task reads it, and name all that is wrong with it in one
-    error; `images` looks at the images themselves, too.
+    """Open the data of a recipe by its task, and report all problems in one error; `images` checks
+    the image files too.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -123,7 +123,7 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
         if recipe.shots is not None:
             data = few_shot(data, recipe.shots, recipe.seed)
 
-    # Look at the images, in one of several processes.
+    # Check the image files, in one of several processes.
     if images and os.environ.get("RANK", "0") == "0":
         for part, spec in ((data, recipe.data), (val, recipe.val_data or "the share held out")):
             names = [] if part is None else broken_images(part, progress=progress)
@@ -165,5 +165,5 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
 
 
 def open_data(recipe: Recipe, base: Base) -> tuple[Data, Data | None]:
-    """Open the data of a recipe without a look at the images, ready for a base."""
+    """Open the data of a recipe, ready for a base, without a check of the image files."""
     return open_run(recipe, images=False).ready(recipe, base)

@@ -1,4 +1,4 @@
-"""Validation on the way: each task's measure at the recipe's α and at 1, over all processes."""
+"""Validation during training: each task's metric at the recipe's α and at 1, over all processes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def validate(
     recipe: Recipe,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Measure the adapters at the recipe's α and at 1, which stays: fractions by measure and α, of
-    zero-shot accuracy, or of images with captions recall at 1 both ways. Every process calls it.
+    """Measure the adapters at the recipe's α and at 1, and leave them at 1. Returns fractions by
+    metric and α: zero-shot accuracy or, for captions, recall at 1 both ways. Every process calls
+    it.
     """
     alphas = sorted({recipe.alpha, 1.0})
     if isinstance(val, Captioned):
@@ -62,10 +63,10 @@ def answers(
     recipe: Recipe,
     accelerator: Accelerator,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Classify images by the adapters at A values of α in one pass; every process calls it.
+    """Classify images with the adapters at A values of α in one pass; every process calls it.
 
-    Returns the class of the best score, integer [A, N], and whether the image has it, bool [A, N],
-    in the same order of images at each call.
+    Returns the class of the best score, integer [A, N], and whether the image has this class, bool
+    [A, N]. The order of images is the same at each call.
     """
     classifiers = []
     for alpha in alphas:
@@ -96,8 +97,8 @@ def _recalls(
     recipe: Recipe,
     accelerator: Accelerator,
 ) -> list[dict[str, float]]:
-    """Recall at 1 for each α, over all images and captions; a broken image takes its captions
-    along.
+    """Recall at 1 for each α, over all images and captions; a broken image is left out with its
+    captions.
     """
     parts = [
         ([number for number, _ in rows], torch.stack(embeds, dim=1).cpu().numpy())
@@ -132,9 +133,9 @@ def _embedded(
     recipe: Recipe,
     accelerator: Accelerator,
 ) -> Iterator[tuple[list[tuple[int, Any]], list[Tensor]]]:
-    """Batches of this process's share of the images: their numbers and rows, and their embeddings
-    at each α, [B, D]; images that can't be read are left out if the recipe skips them. α is 1 in
-    the end.
+    """Yield batches of this process's share of the images: their numbers and rows, and their
+    embeddings at each α, [B, D]. Images that can't be read are left out if the recipe skips them. α
+    is 1 at the end.
     """
     device = next(base.model.parameters()).device
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
