@@ -284,9 +284,9 @@ def attach(
     Args:
         model: an open_clip model; changed in place. `Adapters.remove` takes the adapters off again.
         rank: None for full rank, else 1 or more: `F = up·down` (few-shot).
-        form: form of the computation. Both give the same outputs and gradients: `activation`
-            costs time for each token, `weight` for each step (`training.choose_form` chooses the
-            faster one).
+        form: apply the adapters to activations or to weights. Both give the same outputs and
+            gradients: `activation` costs time for each token, `weight` for each step
+            (`training.choose_form` chooses the faster form).
         drop: probability p in [0, 1) of adapter dropping (Eq. 7); takes effect with
             `Adapters.sample_drop`.
         text: False leaves the text tower as it is.

@@ -1,5 +1,5 @@
 """The adapter file, `adapter.safetensors`, specified in the README; its fold into plain CLIP
-weights; and the average of several.
+weights; and averages of adapters.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Metadata:
         base_digest: digest of the base's adapted tensors, see `base_digest`.
         rank: rank of the adapters; None for full rank.
         task: `classification`, `retrieval` or `segmentation`.
-        alpha: default of the re-scaling, in [0, 1].
+        alpha: default re-scaling α, in [0, 1].
         templates: prompt templates with `{}` for the class name.
         recipe: the recipe of the training, as in `recipe.yaml`; only `source` reads it.
         metrics: metrics on the validation data.

@@ -205,7 +205,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} holds pickled objects beside its weights, and loading them could run foreign"
             " code; save the state dict alone, by torch.save(model.state_dict(), 'tuned.pt')"
         ) from error
-    except Exception as error:  # torch and safetensors raise many kinds on what they can't read
+    except Exception as error:  # torch and safetensors raise many kinds of errors
         raise RAdapterError(f"could not read the checkpoint {path}: {reason(error)}") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]

@@ -113,7 +113,7 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
             try:
                 with quiet():
                     clip, config, read_tokens = read(folder)
-            except Exception as error:  # the library raises many kinds on what it can't read
+            except Exception as error:  # the library raises many kinds of errors
                 raise RAdapterError(
                     f"could not load {name} in the form of transformers: {reason(error)}"
                 ) from error
@@ -154,7 +154,7 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
             tokenizer = open_clip.get_tokenizer(source)
     except RAdapterError:
         raise
-    except Exception as error:  # open_clip, the hub and torch raise many kinds
+    except Exception as error:  # open_clip, the hub and torch raise many kinds of errors
         raise RAdapterError(
             f"could not load {name} (pretrained {pretrained}): {reason(error)}"
         ) from error
@@ -209,7 +209,7 @@ def _folder(name: str) -> Path | None:
         return folder
     except RAdapterError:
         raise
-    except Exception as error:  # the hub and the network raise many kinds
+    except Exception as error:  # the hub and the network raise many kinds of errors
         raise RAdapterError(
             f"could not get {name} from the Hugging Face hub: {reason(error)}"
         ) from error
@@ -342,7 +342,7 @@ def _folder_of_config(name: str) -> Path:
 
     try:
         return Path(hf_hub_download(name, "config.json")).parent
-    except Exception as error:  # the hub and the network raise many kinds
+    except Exception as error:  # the hub and the network raise many kinds of errors
         where = f"the text tower {short(name)} from the Hugging Face hub"
         raise RAdapterError(f"could not get {where}: {reason(error)}") from error
 

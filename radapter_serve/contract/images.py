@@ -30,7 +30,7 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.errors import RAdapterError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # file names of these formats
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of file names
 FORMATS = ("JPEG", "PNG", "WEBP")
 ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"
 MAX_PIXELS = 64_000_000

@@ -68,8 +68,8 @@ VILD = [
     *(f"This is {word} embroidered {{}}." for word in ("an", "the")),
     *(f"This is a painting of {word} {{}}." for word in ("the", "a")),
 ]
-# The 14 templates of OVSeg (Liang et al., CVPR 2023), called `vild` in its code; some lack a full
-# stop there too.
+# The 14 templates of OVSeg (Liang et al., CVPR 2023), called `vild` in its code; not all end in a
+# full stop.
 OVSEG = [
     "a photo of a {}.",
     "This is a photo of a {}",

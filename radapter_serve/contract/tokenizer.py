@@ -107,7 +107,7 @@ def _clip_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
 
 
 def _hugging_face_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
-    """open_clip's `HFTokenizer`: special tokens and truncation as the file says."""
+    """open_clip's `HFTokenizer`: special tokens and truncation as in the file."""
     core.no_padding()
     core.enable_truncation(int(spec["context_length"]))
     strip = spec.get("strip")  # token that open_clip's strip_sep_token replaces with 0

@@ -372,7 +372,7 @@ def _runs_of(segmentation: Any, image: Mapping[str, Any]) -> bytes:
         runs = {"size": size, "counts": counts.encode()}
         coco.decode(runs)  # only decoding shows whether they are complete
         return bytes(runs["counts"])
-    except Exception as error:  # pycocotools raises many kinds on unexpected values
+    except Exception as error:  # pycocotools raises many kinds of errors
         raise RAdapterError(
             f"a segmentation of the image {image['file_name']} is broken ({reason(error)});"
             f" allowed: polygons [[x, y, x, y, x, y, ...], ...], or run lengths of size {size}"

@@ -45,7 +45,7 @@ class Proposals:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in ("masks", "scores") if name in arrays}
-        except Exception as error:  # zipfile and numpy raise many kinds on broken files
+        except Exception as error:  # zipfile and numpy raise many kinds of errors on broken files
             raise RAdapterError(f"the proposals {path} can't be read: {reason(error)}") from None
 
     def _check(self, path: Path) -> bool:
@@ -62,7 +62,7 @@ class Proposals:
                         version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
                         shape, _, dtype = read_header[version](file)  # type: ignore[no-untyped-call]
                         headers[name.removesuffix(".npy")] = shape, dtype
-        except Exception as error:  # zipfile and numpy raise many kinds on broken files
+        except Exception as error:  # zipfile and numpy raise many kinds of errors on broken files
             raise RAdapterError(f"the proposals {path} can't be read: {reason(error)}") from None
         shape, dtype = headers.get("masks", ((0,), np.dtype(float)))
         fits = dtype in (bool, np.uint8) or dtype.kind == "f"

@@ -62,7 +62,7 @@ Sets = list[tuple[str, int, dict[float, list[float]]]]
 class Lesson:
     """One task of the demo."""
 
-    task: str  # as recipes name it
+    task: str  # its name in recipes
     fields: dict[str, Any]  # of the recipe, for the demo's data
     metrics: tuple[str, ...]  # of the table; the curve shows the first
     caption: str  # of the table
@@ -90,7 +90,7 @@ def run_full(settings: DemoSettings) -> dict[str, Any]:
         )
         recipe = recipe_of(task, out, seed, settings.steps)
         recipe = dataclasses.replace(recipe, **lesson.fields)
-        shutil.rmtree(recipe.out or "", ignore_errors=True)  # of an earlier demo
+        shutil.rmtree(recipe.out or "", ignore_errors=True)  # left by an earlier demo
         run = train(recipe, progress=True).folder
         at = recipe.alpha if settings.alpha is None else settings.alpha
         facts: dict[str, Any] = {"alpha": at, "metrics": lesson.metrics}

@@ -90,7 +90,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     recipe = recipe_of("classification", out, seed, steps)
     fields = fields_of(data)
     fields |= {"val_data": None, "learning_rate": RATE}  # no validation, since nothing is chosen
-    shutil.rmtree(recipe.out or "", ignore_errors=True)  # of an earlier demo
+    shutil.rmtree(recipe.out or "", ignore_errors=True)  # left by an earlier demo
     run = train(dataclasses.replace(recipe, **fields), progress=True).folder
     alpha = recipe.alpha if settings.alpha is None else settings.alpha
     hits = right({OURS: line_of(run)}, data, {OURS: (0.0, alpha)}, settings.limit)[OURS]
@@ -99,7 +99,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
 
     log.chapter(f"3. Fold at α = {alpha:g}, export one release, check it against torch")
     repository = out / "model_repository"
-    shutil.rmtree(repository, ignore_errors=True)  # of an earlier demo
+    shutil.rmtree(repository, ignore_errors=True)  # left by an earlier demo
     merged = export(run, alpha, repository, out / "merged", data, log)
 
     log.chapter("4. Index the drawings of the other styles, serve, and ask for all three tasks")
@@ -339,7 +339,7 @@ def play(out: Path) -> None:
     log = Log()
     data = prepare(out / "data", styles=(FINE_TUNED,))
     scenes = prepare_scenes(out / "data" / "scenes", train=0)
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
+    shutil.rmtree(folder, ignore_errors=True)  # left by an earlier call
     log.chapter("The playground: export with any α, index the scenes, serve")
     export(out / "runs" / "classification", "dynamic", repository, folder / "merged", data, log)
     build(f"csv:{scenes.gallery}", indexes / "scenes", load_release(repository))

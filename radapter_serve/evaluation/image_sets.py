@@ -70,7 +70,7 @@ class EvaluationSet(ABC):
     entry: Entry
     images: Sequence[Any]
 
-    task: ClassVar[str]  # as CLIP_benchmark names it
+    task: ClassVar[str]  # its name in CLIP_benchmark
     most: ClassVar[int | None] = None  # most images in memory at once; None: no limit
 
     def __len__(self) -> int:

@@ -77,7 +77,7 @@ class Candidate:
         return self.loaded.pixels(data)
 
     def embed_images(self, items: Sequence[Any]) -> Floats:
-        """Prepared images to float32 [N, D], unit length."""
+        """Embed prepared images, float32 [N, D] of unit length."""
         encoder = self.loaded.encoder
         if isinstance(encoder, ServerEncoder):
             return np.asarray(self._ask(encoder.client.embed_images, list(items)), np.float32)
@@ -86,7 +86,7 @@ class Candidate:
         return self.loaded.embed_pixels(items)
 
     def embed_texts(self, texts: Sequence[str]) -> Floats:
-        """Texts to float32 [N, D], unit length."""
+        """Embed texts, float32 [N, D] of unit length."""
         return self.loaded.embed_texts(texts)
 
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Floats:
@@ -360,7 +360,7 @@ def from_line(
     for alpha in alphas:
         line.check(alpha)
     deltas = {}
-    if line.base is not None:  # the weights that differ
+    if line.base is not None:  # keep only the weights that differ
         for name, tensor in line.base.items():
             if tensor.is_floating_point():
                 delta = line.tuned[name].float() - tensor.float()
@@ -396,7 +396,7 @@ def from_release(
 ) -> list[Candidate]:
     """Candidates of a loaded release at each α; by default its own."""
     facts = release_facts(loaded.release)
-    if loaded.release.quantization:  # of int8: ranges from running, or from which images
+    if loaded.release.quantization:  # of int8: kind and source of the ranges
         facts["quantization"] = loaded.release.quantization
     points = [loaded.at(alpha) for alpha in alphas or (loaded.release.alpha,)]
     return [Candidate(source, point.release.alpha, facts, point) for point in points]

@@ -146,7 +146,7 @@ class Row:
 
     @property
     def identity(self) -> str:
-        """Equal for rows of the same model, data set and settings, whatever was measured."""
+        """A key that is equal for rows of the same model, data set and settings."""
         values = self.to_dict()
         known = {name: value for name, value in values.items() if name not in _MEASURED}
         return json.dumps(known, sort_keys=True)
@@ -206,7 +206,7 @@ class Results:
 
     def __init__(self, folder: str | Path, *, resume: bool = True) -> None:
         self.path = Path(folder) / FILE
-        self.measured = 0  # rows that were added
+        self.measured = 0  # number of rows added by this object
         self._rows: dict[str, Row] = {}  # by their identity
         for place in (Path(folder), *Path(folder).parents):
             if place.exists() and not place.is_dir():

@@ -389,7 +389,7 @@ def as_trained(metadata: Metadata, data: str | None, entry: Entry | None = None)
     entry = dataclasses.replace(
         entry,
         task=source.task,
-        metric="",  # the task's own
+        metric="",  # the task's default
         class_split=source.class_split,
         exif_orientation=source.exif_orientation,
         dense=dense,

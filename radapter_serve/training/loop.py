@@ -59,7 +59,7 @@ def fit(
     measure: Callable[..., dict[str, float]] = validate,
 ) -> Run:
     """Train by a recipe on its opened data, and write the average of the adapters. Invalid values
-    are refused before anything is written.
+    are refused before anything is written, except a tracker that does not start.
     """
     learner = build(recipe, opened, out)
     accelerator = learner.accelerator

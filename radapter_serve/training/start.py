@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 GRID = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 PAPER = 5e-4
-START = GRID[3:6]  # around the paper's
+START = GRID[3:6]  # around the paper's rate
 SHARE = 4  # a short run has a fourth of the run's steps, so that four short runs have as many
 
 
