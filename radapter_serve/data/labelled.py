@@ -421,8 +421,8 @@ def _matched(
     spec: str,
     every_class: bool,
 ) -> tuple[list[str], list[str]]:
-    """Match keys with the lines of a class file, in any order; returns the keys and their names,
-    and last those of the unused lines.
+    """Match keys with the lines of a class file, in any order; returns keys and names, with the
+    unused lines last.
     """
 
     def plain(name: str) -> str:

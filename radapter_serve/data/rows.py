@@ -166,7 +166,7 @@ def open_rows(spec: str, columns: Mapping[str, str]) -> Rows:
         raise
     except Exception as error:
         cause: BaseException = error
-        while cause.__cause__ is not None:  # datasets wraps errors without a reason
+        while cause.__cause__ is not None:  # the outer errors of datasets give no reason
             cause = cause.__cause__
         why = "it holds no rows" if "corresponds to no data" in str(cause) else reason(cause)
         why += "; save the file as UTF-8" if isinstance(cause, UnicodeDecodeError) else ""

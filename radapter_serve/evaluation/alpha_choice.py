@@ -197,7 +197,7 @@ def _behind(best: Row, row: Row) -> tuple[float, float]:
     interval, both in [0, 1].
 
     The rows are paired over images if both have per-image results. Otherwise the half-width is
-    that of the best row's own interval.
+    that of the best row's interval, or 0 without an interval.
     """
     ours = best.per_image
     theirs = row.per_image

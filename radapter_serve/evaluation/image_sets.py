@@ -126,7 +126,7 @@ class EvaluationSet(ABC):
     def answer(
         self, model: Candidate, start: int, items: Sequence[Any], keep: Sequence[str] = ()
     ) -> Answers:
-        """Answer for prepared images, the first of which is image number `start`. In
+        """Compute a model's answers for prepared images, the first of which has number `start`. In
         classification, `keep` adds "nouns", the best of `nouns`, and "scores", cosines [N, C].
         """
 
@@ -194,7 +194,7 @@ class Image:
 
 @dataclass(frozen=True)
 class ClassificationSet(EvaluationSet):
-    """Images with one label each, or with one or more."""
+    """Images with exactly one label each, or with one or more."""
 
     labels: NDArray[Any]  # integer [N]; bool [N, C] where images may have several
     classes: list[str]  # with synonyms after commas

@@ -36,7 +36,7 @@ _DRAWN = 100  # draws in memory at once
 _FEWER_DRAWS = 200  # of the bootstrap of mAP, which is slow
 _PRECISION_BLOCK = 20  # of these draws in memory at once
 _MAX_SCORES = 5_000_000  # images x classes; above, mAP has no interval
-LEAST = 100  # images for the fit of calibrated scores
+LEAST = 100  # fewest images for the fit of calibrated scores
 MAX_PAIRS = 4_000_000  # most pairs of an image and a label in a fit
 RANGE = (0.01, 100.0)  # of the fitted temperature
 

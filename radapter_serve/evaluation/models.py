@@ -275,7 +275,7 @@ def in_torch(
     where = to_device(base.model, device)
     encoder = LineEncoder(base, {key: delta.to(where) for key, delta in change.deltas.items()})
     facts = {**change.facts, "precision": "fp32"}
-    if "release" not in facts:  # whose facts name the model
+    if "release" not in facts:  # the facts of a release name its model
         facts |= {"model": base.name, "pretrained": base.pretrained}
     release = Release(
         version=0,
