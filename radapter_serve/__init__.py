@@ -1,7 +1,7 @@
 """Robust fine-tuning of CLIP with R-Adapter, from training to a served model.
 
-The names below load on first use, with the extra that each needs: an import of the package alone
-brings no torch.
+The names below are imported on first use, each with the extra that it needs; importing the package
+alone does not import torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 ]
 __version__ = "1.0.0"
 
-# Where each name lives.
+# Module that defines each name.
 _HOME = {
     "Adapter": "radapter_serve.adapter",
     "Evaluation": "radapter_serve.evaluation.start",

@@ -1,5 +1,5 @@
-"""The exception for wrong input, whose sentence says how to correct it; and how to install a
-library that is missing.
+"""The exception for wrong input, whose message says how to correct it; and the command that
+installs a missing library.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _NAME = "radapter-serve"
 
 
 class RAdapterError(Exception):
-    """An error for people: what is wrong, which value, what is allowed, what to run next."""
+    """Wrong input, in a message for people: the wrong value, the allowed ones, the next command."""
 
 
 def install_command(extra: str) -> str:
-    """What to run so that this installation has an extra, or several with commas.
+    """Command that installs an extra, or several with commas, into this installation.
 
-    Where the package did not come from a folder, an index of packages is not asked for it by its
-    name, which anybody could have published there.
+    Names a folder only. An installation from another source gets advice in words: the package's
+    name at an index could have been published there by anybody.
     """
     origin: dict[str, Any] = {}
     with suppress(PackageNotFoundError):
@@ -40,24 +40,24 @@ def install_command(extra: str) -> str:
 
 
 def check_installed(name: str, extra: str) -> None:
-    """Refuse to go on without a module, which an extra (or several, with commas) brings."""
+    """Raise an error if a module, which an extra (or several, with commas) brings, is missing."""
     if find_spec(name) is None:
         raise RAdapterError(f"{name} is not installed; {install_command(extra)}")
 
 
 def reason(error: BaseException) -> str:
-    """The first line of another library's error; its class where it says nothing."""
+    """First line of another library's error; its class if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def short(value: Any) -> str:
-    """A value on one line of a message, cut to 40 characters."""
+    """Shorten a value for one line of a message, to about 40 characters."""
     return value[:40] if isinstance(value, str) and value.isprintable() else reprlib.repr(value)
 
 
 def listed(lines: Sequence[str]) -> str:
-    """Lines for the end of a message, as many as people read, and how many more there are."""
+    """Format lines for the end of a message: the first ones, and the number of the rest."""
     shown = "".join(f"\n    {line}" for line in lines[:MAX_LISTED])
     return shown + (
         f"\n    and {len(lines) - MAX_LISTED:,} more" if len(lines) > MAX_LISTED else ""
@@ -66,12 +66,12 @@ def listed(lines: Sequence[str]) -> str:
 
 @contextmanager
 def one_line(extra: str | None = None) -> Iterator[None]:
-    """Turn what a missing library or the disk raises within the block into an `RAdapterError`;
-    `extra` brings all that the block needs.
+    """Raise an `RAdapterError` for a missing library or a disk error within the block; `extra`
+    brings all libraries that the block needs.
     """
     try:
         yield
-    except BrokenPipeError:  # is for the caller, who prints
+    except BrokenPipeError:  # handled where commands print
         raise
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("radapter"):
@@ -86,9 +86,9 @@ def one_line(extra: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide what other libraries warn of and log, short of errors, within the block."""
+    """Hide warnings and log records below errors, of other libraries, within the block."""
     disabled = logging.root.manager.disable
-    handler = logging.NullHandler()  # without one, `logging.warning` adds one for the terminal
+    handler = logging.NullHandler()  # without a handler, `logging.warning` adds one for stderr
     logging.root.addHandler(handler)
     logging.disable(logging.WARNING)
     try:

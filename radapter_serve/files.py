@@ -36,7 +36,7 @@ _EXCHANGE = 2
 def staged(path: Path) -> Iterator[Path]:
     """Atomic write: yields a temporary path that replaces `path` on success.
 
-    Its mode follows the umask also where safetensors writes, whose files only their owner can read.
+    The file's mode follows the umask, though safetensors writes files that only the owner can read.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
@@ -53,14 +53,14 @@ def staged(path: Path) -> Iterator[Path]:
 def disk_errors(
     folder: Path, advice: str = "", also: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
-    """Raise an error with advice where a folder can't be written; `also` by a library."""
+    """Raise an error with advice if a folder cannot be written; `also` are a library's errors."""
     refusals: tuple[type[Exception], ...] = (OSError, *also)
     try:
         yield
     except refusals as error:
         why = str(error)
         if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
-            why = error.args[0][0][2]  # of a whole folder, the first file's
+            why = error.args[0][0][2]  # copying a folder collects errors; take the first
         elif isinstance(error, OSError) and error.strerror and error.filename:
             why = f"{error.strerror} ({error.filename})"
         raise RAdapterError(
@@ -69,7 +69,7 @@ def disk_errors(
 
 
 def digest_of(*parts: Path | bytes) -> str:
-    """`sha256:` of bytes and of files, one after the other; the files may be larger than memory."""
+    """`sha256:` of bytes and files in this order; the files may be larger than memory."""
     digest = hashlib.sha256()
     for part in parts:
         with io.BytesIO(part) if isinstance(part, bytes) else part.open("rb") as file:
@@ -79,7 +79,7 @@ def digest_of(*parts: Path | bytes) -> str:
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """Load a YAML file; `what` names it in the error where it can't be read."""
+    """Load a YAML file; `what` names the file in error messages."""
     import yaml
 
     try:
@@ -87,15 +87,15 @@ def read_yaml(path: Path, what: str) -> Any:
     except OSError as error:
         raise RAdapterError(f"could not read {what} {path}: {error.strerror}") from None
     except Exception as error:
-        # PyYAML raises many kinds on values that it can't construct, and on deep nesting.
+        # PyYAML raises many exceptions on values that it cannot construct, and on deep nesting.
         raise RAdapterError(
             f"could not read {what} {path}: {' '.join(str(error).split())[:300]}"
         ) from None
 
 
 def checker(kind: type[T]) -> TypeAdapter[T]:
-    """Pydantic's checker of a dataclass; made once, as that takes longer than most checks."""
-    from pydantic import TypeAdapter  # which a client and a base installation have not
+    """Pydantic's checker of a dataclass, cached, as building it takes longer than most checks."""
+    from pydantic import TypeAdapter  # not a dependency of a client or a base installation
 
     if kind not in _checkers:
         _checkers[kind] = TypeAdapter(kind)
@@ -103,17 +103,17 @@ def checker(kind: type[T]) -> TypeAdapter[T]:
 
 
 def shipped(folder: str) -> dict[str, Path]:
-    """The YAML files of a folder of the package, such as `recipes`, by their stems."""
+    """Find the YAML files in a folder of the package, such as `recipes`, by their stems."""
     package = Path(__file__).parent
-    # In a wheel it is in the package, in a checkout next to it.
+    # A wheel has the folder in the package, a checkout next to it.
     home = package if (package / folder).is_dir() else package.parent
     return {path.stem: path for path in sorted((home / folder).glob("*.yaml"))}
 
 
 @contextlib.contextmanager
 def lock(folder: Path, writer: str) -> Iterator[None]:
-    """Keep other writers out of a folder, which is made if it is missing; `writer` names the
-    commands that write such a folder, for the error.
+    """Keep other writers out of a folder, which is created if missing; `writer` names the commands
+    that write such a folder, for the error.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -126,8 +126,8 @@ def lock(folder: Path, writer: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, also against other users and containers; a killed program lets go
-    of it. Raises `BlockingIOError` if another program holds it.
+    """Lock a folder against other processes, also of other users and containers; the lock of a
+    killed process is free again. Raises `BlockingIOError` if another process holds the lock.
     """
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
@@ -140,7 +140,7 @@ def hold(folder: Path) -> Iterator[None]:
             except OSError:
                 pass  # a file system without locks
         else:
-            # Windows locks no folder, and renames none with an open file in it.
+            # Windows cannot lock a folder, nor rename a folder with an open file in it.
             import filelock
 
             name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
@@ -156,10 +156,10 @@ def hold(folder: Path) -> Iterator[None]:
 def staged_folder(folder: Path, writer: str) -> Iterator[Path]:
     """Atomic folder: yields a temporary folder that takes the place of `folder` on success.
 
-    A failure leaves what was there before, and the next call removes what a killed one left.
-    Readers find one of the two folders; only a disk that can't exchange folders has a moment
-    without any. A file, and a second writer at the same time, are refused with an `RAdapterError`,
-    in which `writer` is the name of the command.
+    On failure the earlier folder stays, and the next call removes the files of a killed one.
+    Readers see the earlier folder or the new one; only on a disk that cannot exchange folders there
+    is a moment without any. Raises an `RAdapterError`, in which `writer` names the command, if
+    `folder` is a file or another process writes it.
     """
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
@@ -170,7 +170,7 @@ def staged_folder(folder: Path, writer: str) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.ExitStack() as held:
-            # A live writer holds the folder that it prepares, which lies at one of the two paths.
+            # A live writer holds the lock of its temporary folder, which is at one of two paths.
             was_killed = old.exists()
             try:
                 for path in (old, temporary) if was_killed else (temporary,):
@@ -185,7 +185,7 @@ def staged_folder(folder: Path, writer: str) -> Iterator[Path]:
                 remove(path)
             try:
                 yield temporary
-                # Swap it in for another folder, which goes by way of `old`.
+                # Swap the new folder in; an earlier one goes by way of `old`.
                 remove(old)
                 if folder.exists():
                     temporary.rename(old)  # a kill from here on leaves one folder at `temporary`
@@ -205,7 +205,7 @@ def staged_folder(folder: Path, writer: str) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, a file or a link; what can't be removed stays."""
+    """Remove a folder, a file or a link; ignores errors in a folder."""
     if folder.is_symlink() or folder.is_file():
         folder.unlink(missing_ok=True)
     else:
@@ -213,34 +213,34 @@ def remove(folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two paths of one disk in one step; False where the system or the disk can't."""
+    """Swap two paths of one disk atomically; False if the system or the disk cannot."""
     if sys.platform == "win32":
         return False
-    # Python's own library has no function for it.
+    # Python's standard library has no function for this.
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and not rename(
         _HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE
     )
 
 
-# Triton's model processes read file names as ASCII, and no variable changes that (the interpreter
-# in them is started without the locale and without PYTHONUTF8). Python keeps other letters as
-# surrogates there, which only its own functions for files understand. Everywhere else these three
-# change nothing.
+# File names as text. Triton's model processes read file names as ASCII, and no variable changes
+# that (their interpreter is started without the locale and without PYTHONUTF8). Python keeps other
+# letters as surrogates there, which only its own functions for files understand. In all other
+# processes these three functions return their arguments unchanged.
 
 
 def as_text(name: str) -> str:
-    """The name of a file, as `os` gives it, as text that can be shown and compared."""
+    """Decode a file name, as `os` returns it, as text that can be shown and compared."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
 def as_name(text: str) -> str:
-    """Text as the functions of `os` take the name of a file."""
+    """Encode text as a file name for the functions of `os`."""
     return os.fsdecode(text.encode())
 
 
 def ascii_path(folder: Path) -> Path:
-    """A path to the folder that a C library can read: itself, or a link with an ASCII name."""
+    """A path to the folder that a C library can read: the folder, or a link with an ASCII name."""
     if str(folder).isascii() or sys.getfilesystemencoding() == "utf-8":
         return folder
     link = Path(tempfile.mkdtemp(), "link")

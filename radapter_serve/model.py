@@ -1,4 +1,4 @@
-"""`Model`: a CLIP asked in this process, by the methods of the client."""
+"""`Model`: a CLIP model in this process, with the methods of the client."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _FORMS = (
 
 
 class Model(Client):
-    """A model in this process; its methods, arguments, results and errors are those of `Client`.
+    """A model in this process, with the methods, arguments, results and errors of `Client`.
 
     Args:
         source: a model repository (`DIR@N` for release N), which needs no torch; or, in torch, the
             folder of a run, an adapter file, a merged checkpoint or another folder with a model of
             open_clip or transformers, or an open_clip name such as `ViT-B-32`, with its weights as
             `ViT-B-32:openai` or by `pretrained`. `hf-hub:ORGANISATION/NAME`, or with `@REVISION`,
-            is a release that `radapter-export --push` sent to the hub, without torch; or, in
-            torch, another model there.
+            is a release that `radapter-export --push` sent to the hub, without torch; or another
+            model on the hub, in torch.
         pretrained: weights of an open_clip name: a tag such as `openai`, or a checkpoint's path.
         base: where a run's base is, if not where it was in training; `NAME:TAG` names its weights.
         alpha: re-scaling of a run's adapter, in [0, 1]; None for its own.
         dense: method of dense embeddings for `segment`, naclip or maskclip, of a model in torch;
-            None for what its run was trained for.
-        device: "cpu", "cuda" or "cuda:N"; None for the CPU, and in torch a GPU where there is one.
+            None for the method that its run was trained for.
+        device: "cpu", "cuda" or "cuda:N"; None for the CPU, or in torch for a GPU if there is one.
         indexes: folder of the indexes that `search` searches.
-        threads: that compute a batch; None for one a core.
+        threads: number of threads that compute a batch; None for one a core.
         timeout: seconds that one request may take.
-        batch_size: images or texts in a batch at most.
+        batch_size: most images or texts in a batch.
         progress: show a bar on stderr while a call takes several batches.
 
     Raises:
@@ -84,7 +84,7 @@ class Model(Client):
                         " have theirs; leave it out, or export another release"
                     )
             check_installed("onnxruntime", "server")
-            # Nobody shares the cores with it.
+            # No other process shares the cores, so waiting threads may spin.
             engine = Engine.open(
                 place, indexes=indexes, device=_number(device), threads=threads, spin=True
             )
@@ -96,7 +96,7 @@ class Model(Client):
             transport=engine,
             timeout=timeout,
             batch_size=batch_size,
-            # Two: while one batch runs, the images of the next are read.
+            # While one batch runs, the images of the next one are read.
             concurrency=2,
             progress=progress,
         )
@@ -106,7 +106,7 @@ class Model(Client):
 
 
 def _in_torch(name: str, pretrained: str | None, base: str | None) -> Callable[..., LoadedRelease]:
-    """What makes a model that torch runs, at an α, on a device."""
+    """Load a source in torch; returns a function that builds a release at an α, on a device."""
     path = Path(name)
     is_folder = path.is_dir()
     is_run = path.suffix == ".safetensors" or (path / ADAPTER).is_file()
@@ -139,7 +139,7 @@ def _in_torch(name: str, pretrained: str | None, base: str | None) -> Callable[.
 
 
 def _number(device: str | None) -> int | None:
-    """The number of a GPU for ONNX Runtime."""
+    """Number of the GPU for ONNX Runtime; None for the CPU."""
     kind, _, number = (device or "cpu").partition(":")
     if kind == "cpu" and not number:
         return None

@@ -1,4 +1,4 @@
-"""This process: its environment variables, its threads, the signals that end it, and its clock."""
+"""This process: environment variables, threads, the signals that stop it, and its clock."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from radapter_serve.errors import RAdapterError
 THREADS = "RADAPTER_THREADS"  # number of threads that compute in an encoder
 INDEXES = "RADAPTER_INDEXES"  # folder of the indexes that the task `retrieve` searches
 SURPLUS = "RADAPTER_SURPLUS"  # folder of the files that say how many requests a model rejects
-# Where traces go by OTLP, as OpenTelemetry names it; the second is for the full path.
+# Variables of OpenTelemetry for the target of traces over OTLP; the second holds the full path.
 OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
-# kill, systemd, Kubernetes and a closed terminal stop a program by these; Windows lacks SIGHUP.
+# Signals of kill, systemd, Kubernetes and a closed terminal; Windows lacks SIGHUP.
 STOPPING: tuple[int, ...] = (
     signal.SIGTERM,
     *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
@@ -30,10 +30,10 @@ STOPPING: tuple[int, ...] = (
 
 
 class Clock(Protocol):
-    """What the module `time` has of a clock, as a parameter: a test passes one that it sets."""
+    """A clock, as the module `time` is one; tests pass a fake."""
 
     def monotonic(self) -> float:
-        """Return seconds that never go back."""
+        """Return seconds that never decrease."""
 
     def sleep(self, seconds: float, /) -> None:
         """Wait."""
@@ -43,7 +43,7 @@ SYSTEM: Clock = time
 
 
 def otlp_endpoint() -> str | None:
-    """Name the variable that says where traces go; None if nothing is traced."""
+    """Name of the variable that sets the target of traces; None if tracing is off."""
     for name in OTLP_ENDPOINTS:
         if os.environ.get(name):
             return name
@@ -52,9 +52,9 @@ def otlp_endpoint() -> str | None:
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, Any], Any] | signal.Handlers, *numbers: int) -> Iterator[None]:
-    """Handle signals by `handler` within the block; an ignored one, as under nohup, stays so."""
+    """Handle signals by `handler` within the block; ignored ones, as under nohup, stay ignored."""
     before = {number: signal.getsignal(number) for number in numbers}
-    if threading.current_thread() is not threading.main_thread():  # signals reach no other thread
+    if threading.current_thread() is not threading.main_thread():  # handlers run only there
         before = {}
     try:
         for number, usual in before.items():
@@ -67,8 +67,8 @@ def handled(handler: Callable[[int, Any], Any] | signal.Handlers, *numbers: int)
 
 
 def cores(root: Path = Path("/")) -> int:
-    """How many cores this process may use, by its affinity and the quota of its groups."""
-    # Two threads on one core share what multiplies matrices, so it counts once.
+    """Number of cores that this process may use, by its affinity and control groups."""
+    # Hyper-threads of one core share its arithmetic units, so they count once.
     allowed = (
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
@@ -80,7 +80,7 @@ def cores(root: Path = Path("/")) -> int:
         except OSError:
             siblings.add(str(number))
 
-    # The quotas of control groups, of both versions; those above one's own count, too.
+    # Quotas of control groups, versions 1 and 2; those of parent groups apply, too.
     limits = [len(siblings)]
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
@@ -98,7 +98,7 @@ def cores(root: Path = Path("/")) -> int:
                     period = (folder / "cpu.cfs_period_us").read_text()
                 else:
                     quota, period = (folder / "cpu.max").read_text().split()
-                if float(quota) > 0:  # "max" or -1: none
+                if float(quota) > 0:  # "max" raises below, and -1 means no quota
                     limits.append(math.ceil(float(quota) / float(period)))
             except (OSError, ValueError):
                 continue
@@ -106,17 +106,17 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def total() -> int:
-    """Threads that an encoder computes with: those of --threads, else one a core."""
+    """Number of threads that an encoder computes with: by --threads, else one a core."""
     return int(os.environ.get(THREADS) or cores())
 
 
 def decoders(max_threads: int = 4) -> int:
-    """How many images are decoded at once."""
+    """Number of images that are decoded at once."""
     return min(max_threads, total())
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Variables for a server's processes: the cores are for encoders, which use no OpenMP."""
+    """Variables for a server's processes: the cores are for the encoders, which use no OpenMP."""
     variables = {THREADS: str(threads)}
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         variables[name] = os.environ.get(name, "1")
@@ -124,10 +124,10 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def limit_threads(threads: int | None) -> None:
-    """Let a command compute with so many threads, or one a core; before torch is loaded."""
+    """Set a command's number of threads, by default one a core; call before importing torch."""
     if threads is not None and threads < 1:
         raise RAdapterError(f"--threads is {threads}; allowed: 1 or more")
-    # Threads that wait leave their cores to other work.
+    # Waiting threads leave their cores to other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = os.environ[THREADS] = str(threads)

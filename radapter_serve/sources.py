@@ -1,4 +1,4 @@
-"""Sources of models, as far as they can be checked without torch: runs, checkpoints that were tuned
+"""Sources of models, as far as they can be checked without torch: runs, checkpoints tuned
 elsewhere, the Hugging Face hub.
 """
 
@@ -20,10 +20,10 @@ METRICS = "metrics.jsonl"
 RATES = "rates.json"
 RUNS = Path("runs")
 
-# in front of the name of a model
+# Prefixes of model names.
 LOCAL = "local-dir:"
 HUB = "hf-hub:"
-CARD = "README.md"  # of a model, in its folder
+CARD = "README.md"  # the model card in a model's folder
 TIMEOUT_SECONDS = 5
 _SAID = {
     401: "the hub does not know who asks, or has no such repository (401); look at the name, and"
@@ -39,7 +39,7 @@ _ALLOWED = (
 
 
 def newest_run() -> Path:
-    """The newest adapter file in ./runs; raises an `RAdapterError` where there is none."""
+    """Find the newest adapter file in ./runs; raises an `RAdapterError` if there is none."""
     adapters = sorted(RUNS.glob(f"*/{ADAPTER}"), key=lambda path: path.stat().st_mtime)
     if not adapters:
         raise RAdapterError(
@@ -50,7 +50,7 @@ def newest_run() -> Path:
 
 
 def model_name(checkpoint: str) -> str | None:
-    """The name by which `load_base` loads a checkpoint as a whole; None for a file of weights."""
+    """Name by which `load_base` loads a whole checkpoint; None for a file of weights."""
     path = Path(checkpoint)
     if path.is_dir():
         return f"{LOCAL}{path}"
@@ -63,7 +63,7 @@ def model_name(checkpoint: str) -> str | None:
 
 
 def check_base_is_named(checkpoint: str, base: str | None, alphas: Iterable[float] = ()) -> None:
-    """Refuse a checkpoint without the base that it needs: weights alone, or an α below 1."""
+    """Refuse a checkpoint that needs a base and has none: weights alone, or an α below 1."""
     if model_name(checkpoint) is None and base is None:
         raise RAdapterError(
             f"{checkpoint} holds weights alone; name what was tuned with --base, such as --base"
@@ -75,7 +75,7 @@ def check_base_is_named(checkpoint: str, base: str | None, alphas: Iterable[floa
 
 
 def needs_base(alpha: float, name: str) -> RAdapterError:
-    """The error for an α below 1 of a checkpoint without its base."""
+    """Error for an α below 1 of a checkpoint without its base."""
     return RAdapterError(
         f"alpha is {alpha:g}, which needs the weights that {name} was tuned from; give them with"
         " --base, such as --base ViT-B-32:openai, or take alpha 1"
@@ -84,28 +84,28 @@ def needs_base(alpha: float, name: str) -> RAdapterError:
 
 @functools.cache
 def unreachable() -> str:
-    """Why the hub can't be reached, or "" if it can; asked once a process."""
+    """Reason why the hub cannot be reached, "" if it can; checked once in a process."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
-    except Exception as error:  # of the library beneath, which differs by version
+    except Exception as error:  # the exceptions depend on the version of the HTTP library
         return reason(error)
     return ""
 
 
 @contextmanager
 def from_hub_or_cache() -> Iterator[None]:
-    """Load from the cache alone within the block, without retries, if the hub can't be reached."""
+    """Load from the cache alone within the block, without retries, if the hub is unreachable."""
     if not unreachable():
         yield
         return
     from huggingface_hub import constants
 
     modules = [(constants, "HF_HUB_OFFLINE")]
-    if "datasets" in sys.modules:  # which keeps its own copy
+    if "datasets" in sys.modules:  # has its own copy of the setting
         modules.append((sys.modules["datasets"].config, "HF_HUB_OFFLINE"))
     before = [getattr(module, name) for module, name in modules]
     for module, name in modules:
@@ -118,13 +118,13 @@ def from_hub_or_cache() -> Iterator[None]:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """The repository and the revision of `NAME` or `NAME@REVISION`, with `hf-hub:` or without."""
+    """Split `NAME` or `NAME@REVISION`, with or without `hf-hub:`, into repository and revision."""
     repository, _, revision = name.removeprefix(HUB).partition("@")
     return repository, revision or None
 
 
 def refused(error: BaseException) -> str:
-    """Explain an error of the hub's library, with what to do about it."""
+    """Explain an error of the hub's library, and what to do about it."""
     from huggingface_hub.errors import HFValidationError
 
     if isinstance(error, HFValidationError):
@@ -147,16 +147,16 @@ def is_absence(error: BaseException | None) -> bool:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and its causes."""
+    """Yield an error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def how_to_bring(repository: str, kind: str = "model", folder: str | None = None) -> str:
-    """Advice for a machine without a connection, as the end of a message.
+    """Advice for a machine without a connection, for the end of a message.
 
-    `kind` is model or dataset; `folder` of the repository is enough where one is named.
+    `kind` is model or dataset; with `folder`, only that folder of the repository is downloaded.
     """
     from huggingface_hub import constants
 

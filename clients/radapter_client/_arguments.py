@@ -1,7 +1,7 @@
-"""Arguments of the client's methods as plain values by the names of a task's inputs.
+"""Arguments of the client's methods as plain values, keyed by the names of a task's inputs.
 
-What can't be sent is refused here, such as a number where a text belongs. Ranges, and what goes
-with what, are the server's to check.
+Values that cannot be sent, such as a number in place of a text, are refused here. The server
+checks ranges and combinations of arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXAMPLE_WEIGHT = 0.5  # of a label's examples; the rest is its text's
 
 
 def text(name: str, value: Any) -> str:
-    """A text that can be sent."""
+    """Check a text: a `str` that can be encoded as UTF-8."""
     if not isinstance(value, str):
         raise bad_argument(f"{name} takes texts, not {shown(value)}")
     try:
@@ -35,7 +35,7 @@ def text(name: str, value: Any) -> str:
 
 
 def count(name: str, value: Any, least: int = 0) -> int:
-    """A whole number from `least`."""
+    """Check a whole number of at least `least`."""
     try:
         whole = operator.index(value)
     except TypeError:
@@ -46,7 +46,7 @@ def count(name: str, value: Any, least: int = 0) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """A number, as precise as it is sent."""
+    """Check a number, and round it to float32 as it is sent."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise bad_argument(f"{name} is {shown(value)}; allowed are numbers")
     with np.errstate(over="ignore"):  # the server refuses infinity
@@ -54,24 +54,24 @@ def number(name: str, value: Any) -> float:
 
 
 def several(name: str, items: Any) -> list[Any]:
-    """A list of several; a text or an array would otherwise fall apart into letters or rows."""
+    """Check a list; refuses a text or an array, which would fall apart into letters or rows."""
     if is_one_image(items) or not isinstance(items, Iterable):
         raise bad_argument(f"{name} takes a list, not one {type(items).__name__}")
     return list(items)
 
 
 def several_images(name: str, images: Any) -> list[Any]:
-    """The images of a list, or the one image."""
+    """List the images; one image becomes a list of one."""
     return [images] if is_one_image(images) else several(name, images)
 
 
 def several_texts(name: str, items: Any) -> list[str]:
-    """The texts of a list."""
+    """Check a list of texts."""
     return [text(name, item) for item in several(name, items)]
 
 
 def several_numbers(name: str, items: Any) -> list[float]:
-    """The numbers of a list."""
+    """Check a list of numbers."""
     return [number(name, item) for item in several(name, items)]
 
 
@@ -86,7 +86,7 @@ _KINDS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def checked(**values: Any) -> dict[str, Any]:
-    """The values that are not None, each of the kind of its input."""
+    """Check each value by the type of its input; values that are None are left out."""
     return {name: _KINDS[name](name, value) for name, value in values.items() if value is not None}
 
 
@@ -96,7 +96,7 @@ def example_values(
     weight: float | Mapping[str, float] | None,
     shrink_to: int | None,
 ) -> dict[str, Any]:
-    """Images that show some of the labels, and their weight."""
+    """Build the inputs for images that show some of the labels, with their weights."""
     if not isinstance(examples, Mapping):
         raise bad_argument(
             f'examples is {shown(examples)}; give images by label, such as {{"a mug": ["mug.jpg"]}}'
@@ -123,8 +123,8 @@ def example_values(
 
 
 def proposal_values(proposals: Any, scores: Any) -> dict[str, Any]:
-    """One image's proposals in the types that `segment` takes: masks as uint8 [N, H, W], 255
-    inside.
+    """Convert one image's proposals to the types that `segment` takes: masks are uint8 [N, H, W],
+    255 inside.
     """
     values: dict[str, Any] = {}
     if scores is not None:
@@ -145,8 +145,9 @@ def proposal_values(proposals: Any, scores: Any) -> dict[str, Any]:
 
 
 def one_each(name: str, value: Any, images: int | None) -> list[Any]:
-    """An argument of each of several images, of which a list must have as many entries; `images`
-    is None for one image that is not in a list.
+    """Split an argument that has one entry for each image; refuses a list of another length.
+
+    `images` is the number of images, or None for one image that is not in a list.
     """
     if images is None:
         return [value]
@@ -172,7 +173,7 @@ def _array(name: str, value: Any) -> Array:
 
 
 def check_seconds(value: float) -> float:
-    """A time-out."""
+    """Check a time-out in seconds."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not known or not 0 < value < math.inf:
         raise bad_argument(f"timeout is {shown(value)}; allowed are seconds above 0")
@@ -180,7 +181,7 @@ def check_seconds(value: float) -> float:
 
 
 def check_key(key: str, url: ServerURL) -> None:
-    """An API key that fits in a header; warns where others could read it on the way."""
+    """Check that an API key fits in a header; warns where it would travel unencrypted."""
     if not isinstance(key, str) or not re.fullmatch("[!-~]+", key):
         raise bad_argument(
             "api_key is no key: it has letters, digits and signs of ASCII, and no white space"

@@ -1,4 +1,4 @@
-"""The client for asyncio: the calls of `Client`, each in a thread."""
+"""The client for asyncio: runs each call of `Client` in a thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._sending import CANCELLED
 
 P = ParamSpec("P")
 T = TypeVar("T")
-THREADS = 1024  # of calls under way, started as they are needed
+THREADS = 1024  # most calls under way; threads are started on demand
 
 
 class _AsyncEach(Protocol[P, T]):
@@ -32,14 +32,14 @@ class _AsyncEach(Protocol[P, T]):
 def _constructor(
     init: Callable[Concatenate[Client, P], None],
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[AsyncClient, P], None]]:
-    """A constructor that takes the arguments of `init`."""
+    """Give a constructor the signature of `init`."""
     return wraps(init)  # type: ignore[return-value]
 
 
 def _awaited(
     method: Callable[Concatenate[Client, P], T],
 ) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
-    """A method of `Client`, to be awaited."""
+    """Make a coroutine of a method of `Client`."""
 
     @wraps(method)
     async def call(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -52,7 +52,7 @@ def _awaited(
 
         try:
             return await asyncio.get_running_loop().run_in_executor(client._calls, work)
-        finally:  # of a call that is cancelled, what has not been sent is left out
+        finally:  # a cancelled call sends no further requests
             cancelled.set()
 
     return call
@@ -63,10 +63,10 @@ def _each_awaited(method: Each[P, T]) -> _AsyncEach[P, T]:
 
 
 class AsyncClient:
-    """Client for asyncio: the same arguments, methods and results, to be awaited.
+    """Client for asyncio, with the arguments, methods and results of `Client`, to be awaited.
 
-    Its calls run in threads, so it takes the same `transport` as `Client`. A cancelled call ends at
-    once for its caller, and its requests under way when they are answered or out of time.
+    Calls run in threads, so it takes the same `transport` as `Client`. A cancelled call returns at
+    once; its requests under way end when they are answered or time out.
 
     Example:
         ```python

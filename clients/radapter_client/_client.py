@@ -1,4 +1,4 @@
-"""The client: what its methods ask a server, and what they make of the answers."""
+"""The client: turns method calls into requests, and replies into results."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ Embeddings = npt.NDArray[np.float32]
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
 # Half of the smallest limit on a request's body in use (64 MiB, newer Tritons over HTTP).
 MAX_BYTES = 32 * 2**20
-# Labels and templates are repeated for each row of a request; this many keep it small compared with
-# its images.
+# Labels and templates are repeated for each row of a request; this limit keeps their size small
+# compared with that of the images.
 MAX_STRINGS = 8192
-MIN_SIDE = 64  # of photos that are made small
+MIN_SIDE = 64  # least value of `shrink_to`, in pixels
 
 
 class Each(Protocol[P, T]):
-    """A method that answers for one image, or with a list for several."""
+    """A method that returns one answer for one image, and a list for several images."""
 
     @overload
     def __call__(self, images: ImageLike, *args: P.args, **kwargs: P.kwargs) -> T: ...  # type: ignore[overload-overlap]  # a path is also a sequence of texts
@@ -75,7 +75,7 @@ class Each(Protocol[P, T]):
 
 
 def for_each(method: Callable[Concatenate[Any, Any, P], list[T]]) -> Each[P, T]:
-    """The method that takes one image as well; `method` always answers with a list."""
+    """Let a method that returns a list also take one image, and return one answer for it."""
 
     @wraps(method)
     def one_or_list(client: Any, images: Any, *args: P.args, **kwargs: P.kwargs) -> Any:
@@ -90,30 +90,31 @@ class Client:
     """A client of one server, safe to use from several threads.
 
     Args:
-        url: http://HOST:8000, https://HOST, grpc://HOST:8001 or grpcs://HOST; None for the server
-            on this machine: http://localhost:8000, or grpc://localhost:8001 where only that
-            listens.
-        release: version of the release that every call is to use; None for the newest. A call of
-            several requests gets all its answers from one release; two calls may not, unless the
-            release is given here.
-        timeout: seconds that one request may take, with all its tries, unless a call brings
-            another time-out.
-        retries: how often a request is tried again where no server answers, the connection breaks,
-            or the server has too much to do; after a growing wait, or that which the server asks
-            for. A time-out is not tried again.
-        batch_size: images or texts in a request at most; the server's limit is
+        url: http://HOST:8000, https://HOST, grpc://HOST:8001 or grpcs://HOST. None for the server
+            on this machine: http://localhost:8000, or grpc://localhost:8001 if only gRPC answers.
+        release: version of the release for every call; None for the newest. All requests of one
+            call are answered by one release; two calls may get different ones, unless the release
+            is given here.
+        timeout: seconds for one request with all its retries, unless a call gives another
+            time-out.
+        retries: how often a request is retried when no server answers, the connection breaks, or
+            the server is overloaded. The wait doubles each time, and is at least the one that the
+            server asks for. A time-out is not retried.
+        batch_size: most images or texts in a request; the server's limit is
             `release().facts["max_batch_size"]`.
-        concurrency: requests that calls with lists keep under way at once, over all threads.
-        api_key: that radapter-gateway asks for. Without TLS (https, grpcs) others can read it on
-            the way.
-        transport: what requests go through instead of gRPC or HTTP, such as a fake server
-            in tests.
-        shrink_to: pixels; photos whose shorter side has more are made so small before they are
-            sent, to classify, to embed and to search by: less to send, and less for the server to
+        concurrency: most requests of calls with lists that are under way at once, over all threads.
+        api_key: the key that radapter-gateway asks for. Without TLS (https, grpcs) others can read
+            it on the way.
+        transport: sends requests in place of gRPC or HTTP, such as a fake server in tests.
+        shrink_to: shorter side in pixels to which larger photos are reduced before they are sent,
+            to classify, to embed and to search by: less to send, and less for the server to
             decode. Take twice the side of the model's input or more: answers change a little.
             `segment` sends images as they are.
         progress: show a bar on stderr while a call takes several requests.
 
+    Raises:
+        RAdapterClientError: from the constructor and every method, the same for every protocol;
+            see its subclasses.
     Raises:
         RAdapterClientError: here and in every method; the same for every protocol: see its
             subclasses.
@@ -160,7 +161,7 @@ class Client:
         return f"{type(self).__name__}({str(self._url)!r}{pinned})"
 
     def close(self) -> None:
-        """Closes the connections; calls under way in other threads fail."""
+        """Close the connections; calls under way in other threads fail."""
         self._sender.close()
 
     def __enter__(self) -> Client:
@@ -187,40 +188,38 @@ class Client:
         example_weight: float | Mapping[str, float] | None = None,
         timeout: float | None = None,
     ) -> list[Classification]:
-        """The best labels of an image, or of each of a list of images: a `Classification`, or a
+        """Find the best labels of an image, or of each image of a list: a `Classification`, or a
         list of them.
 
         Args:
             images: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] (RGB)
-                or [H, W] (grey); or a list of them, such as `list_images` gives of a folder. The
-                server turns an image by its EXIF
-                orientation, unless its release says otherwise.
+                or [H, W] (grey); or a list of them, such as `list_images` returns for a folder. The
+                server turns an image by its EXIF orientation, unless its release says otherwise.
             labels: the labels to choose from; synonyms after commas ("cat, kitty") count as one
-                label. The first request with new ones waits until they are embedded; more than
-                some hundred (times templates) that stay the same are better a label set.
-            label_set: instead of labels, the name of a set that was exported with the release
-                (radapter-export --label-set).
+                label. A request with new labels waits until they are embedded; for more than some
+                hundred (times templates) that stay the same, a label set is better.
+            label_set: name of a set that was exported with the release (radapter-export
+                --label-set), in place of labels.
             templates: prompts with {} for the label; None for the release's own.
-            top_k: labels to return, fewer where there are fewer; None for 5, or with multi_label
-                for all.
-            alpha: the adapter's weight in [0, 1], of a release that takes any
+            top_k: most labels to return; None for 5, or for all with multi_label.
+            alpha: the adapter's weight in [0, 1], if the release takes any
                 (`release().dynamic_alpha`); None for the release's own.
-            multi_label: score each label by itself, so that several can be right, or none. Needs a
-                release with calibrated scores (`release().facts["confidence"]`).
-            threshold: score in [0, 1] from which a label is returned, of multi_label; None for 0.5.
-            calibrated: scores that say how often a label is right, as the release was fitted to
-                validation data. The labels and their order stay the same.
+            multi_label: score each label by itself, so that several or no labels can be right.
+                Needs a release with calibrated scores (`release().facts["confidence"]`).
+            threshold: least score in [0, 1] of a label that multi_label returns; None for 0.5.
+            calibrated: return scores that say how often a label is right, as fitted on the
+                release's validation data. The labels and their order stay the same.
             unknown: score in [0, 1], of a label by itself as with multi_label, below which no label
                 fits: the answer is then "unknown" alone. Needs calibrated scores.
-            examples: images that show some of the labels, by label; without labels, its keys are
+            examples: images that show some of the labels, by label; without `labels`, the keys are
                 the labels. A server keeps their embeddings, so they may be sent each time.
             example_weight: weight of a label's examples against its text, in [0, 1], for all labels
-                or by label; 1 leaves the text out, 0.5 is taken where none is given.
+                or by label; 1 leaves the text out; None for 0.5.
             timeout: seconds for each request of this call; None for the client's own.
 
         Raises:
-            InvalidRequest: bad arguments, or the release has no calibrated scores; InvalidImage
-                among them, for the first image that cannot be read.
+            InvalidRequest: bad arguments, or the release has no calibrated scores. InvalidImage, a
+                subclass, for the first image that cannot be read.
 
         Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top`
         """
@@ -245,7 +244,7 @@ class Client:
         answers = []
         for reply in self._in_batches("classify", "image", items, options, rows, timeout):
             for row, scores in zip(_texts(reply, "label"), _output(reply, "score"), strict=True):
-                best = [label for label in row if label]  # empty ones fill up a shorter row
+                best = [label for label in row if label]  # shorter rows are padded with ""
                 answer = Classification(best, scores[: len(best)].tolist(), reply.version)
                 answers.append(answer)
         return answers
@@ -268,15 +267,14 @@ class Client:
         proposal_weight: float | None = None,
         timeout: float | None = None,
     ) -> list[Segmentation]:
-        """Which label each pixel of an image has: a `Segmentation`, or a list of them for a list of
-        images.
+        """Label each pixel of an image: a `Segmentation`, or a list of them for a list of images.
 
-        Each image is one request. The arguments that are not named here are those of `classify`.
+        Each image is one request. Arguments that are not listed here are those of `classify`.
 
         Args:
             labels: as in `classify`; at most 65,534.
-            threshold: probability in [0, 1] below which a pixel is background; None: only those in
-                no proposal are.
+            threshold: probability in [0, 1] below which a pixel is background. With None, only
+                pixels outside all proposals are background.
             short_side: shorter side in pixels of the working image that windows go over; None for
                 1.5 windows.
             stride: pixels from one window to the next; None for half a window.
@@ -284,7 +282,7 @@ class Client:
             proposals: masks to classify instead of patches: bool, float in [0, 1] or uint8 (255
                 inside) [N, H, W] of the image's own size, from any network that proposes masks. For
                 a list of images, a list of them.
-            proposal_scores: float [N, C], the proposals' own probabilities of the labels, to be
+            proposal_scores: float [N, C], the proposal network's probabilities of the labels, to be
                 fused with CLIP's.
             proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w (OVSeg); None
                 for 0.7.
@@ -319,7 +317,7 @@ class Client:
 
         parts = [partial(request, index) for index in range(len(items))]
         replies = self._infer("segment", parts, timeout)
-        turned: dict[int, bool] = {}  # by release, asked only where it matters
+        turned: dict[int, bool] = {}  # by release; asked for only if an image has to be turned
         if any(orientation(image) != 1 for image in items):
             served = self._served(timeout)
             turned = {release.version: release.exif_orientation for release in served}
@@ -355,26 +353,26 @@ class Client:
         thumbnails: bool = False,
         timeout: float | None = None,
     ) -> Hits:
-        """The images of an index that are nearest to a text or an image, best first.
+        """Find the images of an index that are nearest to a text or an image, best first.
 
         Several texts, images and ids, at most 16, are one query: the weighted sum of their
         embeddings.
 
         Args:
-            text: what to search for, or several; or
-            image: an image (as in `classify`) to find the like of, or several; or
-            id: an image of the index, by its id, or several.
-            weights: of texts, images and ids, in this order; negative ones lead away. None for 1
+            text: text to search for, or several.
+            image: image to search by (as in `classify`), or several.
+            id: id of an image of the index to search by, or several.
+            weights: of texts, images and ids, in this order; negative weights lead away. None for 1
                 each.
             index: name of an index that `radapter-index build` wrote and the server has.
-            top_k: hits to return, fewer where there are fewer.
+            top_k: most hits to return.
             where: condition in SQL on the index's metadata, such as "year > 2020".
-            min_score: cosine in [-1, 1] from which images are returned; "calibrated" for the one
-                that the release was exported with, of a search by one text.
-            offset: images to leave out before the first, 0 to 1000. Pages of one search begin with
-                0, and go on with the `index_version` of the first page.
+            min_score: least cosine of a hit, in [-1, 1]; "calibrated" for the one that was exported
+                with the release, for a search by one text.
+            offset: number of best hits to skip, 0 to 1000. Start paging with 0, and pass the
+                `index_version` of the first page to the next ones.
             index_version: refuse to search another version of the index, as after it was replaced.
-            thumbnails: whether hits bring their thumbnails.
+            thumbnails: return thumbnails with the hits.
             timeout: as in `classify`.
 
         Raises:
@@ -434,7 +432,7 @@ class Client:
         alpha: float | None = None,
         timeout: float | None = None,
     ) -> Embeddings:
-        """Embeddings of images, unit length: float32 [N, D] in the order of a list, or [D] of one.
+        """Embed images to unit length: float32 [N, D] in the order of a list, or [D] for one.
 
         The arguments and the exceptions are those of `classify`.
 
@@ -450,7 +448,7 @@ class Client:
         alpha: float | None = None,
         timeout: float | None = None,
     ) -> Embeddings:
-        """Embeddings of texts, unit length: float32 [N, D] in the order of a list, or [D] of one.
+        """Embed texts to unit length: float32 [N, D] in the order of a list, or [D] for one.
 
         Texts that are too long are cut as by open_clip. The other arguments are those of
         `classify`.
@@ -461,38 +459,37 @@ class Client:
         embeds = self._embed("text", items, alpha, timeout)
         return embeds[0] if isinstance(texts, str) else embeds
 
-    # The names of open_clip and of sentence-transformers.
+    # The method names of open_clip and sentence-transformers.
     encode_image = embed_images
     encode_text = embed_texts
 
     @staticmethod
     def similarity(a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Cosines of embeddings, of a list with a list float32 [N, M]; each may also be one, [D].
+        """Cosines of embeddings: float32 [N, M] for two lists, less an axis for each one of [D].
 
         Example: `client.similarity(client.embed_images(paths), client.embed_texts(["a cat"]))`
         """
         return np.asarray(np.asarray(a, np.float32) @ np.asarray(b, np.float32).T)
 
     def release(self, *, timeout: float | None = None) -> Release:
-        """The release that calls use, asked of the server: the one given to the client, or the
+        """Ask the server for the release that calls use: the one given to the client, or the
         newest.
-
         Example: `client.release().alpha`
         """
         return pick_release(self._served(timeout), self._version)
 
     def releases(self, *, timeout: float | None = None) -> list[Release]:
-        """All releases that the server serves, oldest first.
+        """List all releases that the server serves, oldest first.
 
         Example: `[release.version for release in client.releases()]`
         """
         return self._served(timeout)
 
     def indexes(self, *, timeout: float | None = None) -> list[str]:
-        """The names of the indexes that `search` can search, in alphabetical order.
+        """List the names of the indexes that `search` can search, in alphabetical order.
 
         Raises:
-            InvalidRequest: a server that does not list them, such as Triton.
+            InvalidRequest: the server does not list them, such as Triton.
 
         Example: `client.indexes()`
         """
@@ -511,9 +508,8 @@ class Client:
             raise ServerError("the server's list of indexes cannot be read") from error
 
     def is_ready(self, *, timeout: float | None = None) -> bool:
-        """Whether the server can answer every method, in the client's release; False also where
-        no server answers.
-
+        """True if the server can answer every method in the client's release; False also if no
+        server answers.
         Example: `while not client.is_ready(): time.sleep(1)`
         """
         version = "" if self._version is None else str(self._version)
@@ -526,7 +522,7 @@ class Client:
         except (ServerUnavailable, Timeout, ModelNotFound):
             return False
 
-    # What the methods share
+    # Requests and replies that the methods share
 
     def _embed(
         self, kind: str, items: list[Any], alpha: float | None, timeout: float | None
@@ -548,9 +544,7 @@ class Client:
         rows: int,
         timeout: float | None,
     ) -> list[Reply]:
-        """The replies to requests of at most so many images or texts each, with the same
-        options.
-        """
+        """Ask for the items in batches of at most `rows`, all with the same options."""
         room = MAX_BYTES - sum(map(len, options.get("examples", ())))
         sizes = [len(item.encode()) if name == "text" else size_bound(item) for item in items]
 
@@ -566,8 +560,8 @@ class Client:
     def _infer(
         self, task: str, parts: Sequence[Callable[[str], Request]], timeout: float | None
     ) -> list[Reply]:
-        """The replies to inferences of a task, which are given the version of the release, all from
-        one release; asked again where another took over meanwhile.
+        """Run inferences of a task, all in one release; each of `parts` makes a request for a
+        version. Starts again if another release took over meanwhile.
         """
         version = self._version
         free = version is None and len(parts) > 1
@@ -585,7 +579,7 @@ class Client:
                     raise
 
     def _served(self, timeout: float | None, task: str = TASKS[-1]) -> list[Release]:
-        # The newest configuration names every release.
+        # The configuration of the newest version names every release.
         [config] = self._sender.ask([partial(Request, "config", task)], timeout)
         return read_releases(config)
 
@@ -597,7 +591,7 @@ def _output(reply: Reply, name: str) -> Any:
 
 
 def _texts(reply: Reply, name: str) -> list[Any]:
-    """An output of texts: a list, or with a batch a list of lists."""
+    """Decode an output of texts: a list, or a list of lists if the task has a batch."""
 
     def decoded(value: Any) -> Any:
         if isinstance(value, list):
@@ -606,7 +600,7 @@ def _texts(reply: Reply, name: str) -> list[Any]:
 
     outputs = reply.outputs
     if isinstance(outputs, Values) and isinstance(outputs.plain.get(name), list):
-        texts: list[Any] = decoded(outputs.plain[name])  # in this process no array is made
+        texts: list[Any] = decoded(outputs.plain[name])  # an in-process reply needs no array
     else:
         texts = decoded(_output(reply, name).tolist())
     return texts

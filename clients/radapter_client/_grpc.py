@@ -1,4 +1,4 @@
-"""gRPC, which Triton speaks next to HTTP."""
+"""The gRPC transport, by Triton's own protocol buffers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .tensors import DATATYPES, pack, unpack
 CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # gRPC's own waits up to two minutes before it looks again for a server that has come back.
+    # By default gRPC waits up to two minutes before it connects again to a restarted server.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # As over HTTP: an http_proxy of the environment is not for the model server.
+    # As over HTTP, the model server is never reached through the environment's http_proxy.
     ("grpc.enable_http_proxy", 0),
 ]
-# gRPC says UNAVAILABLE of a server that accepts a connection and then is silent for a second; in
-# all clients of the process, for they share connections.
+# gRPC reports UNAVAILABLE when a server accepts a connection and then is silent for a second.
+# All clients of the process share connections, so all of them see it.
 SILENT = re.compile("timed out|timeout|handshaker shutdown", re.IGNORECASE)
 
 
@@ -89,8 +89,8 @@ class GrpcTransport:
         if status == "DEADLINE_EXCEEDED":
             return Timeout(f"no answer from {self._url} within {timeout:g} s")
         reported = from_server(status, text)
-        # A server that stops cancels what it has not answered. With a code, a task or Triton says
-        # so, and not gRPC.
+        # A server that stops cancels its open requests. A status with a code comes from a task or
+        # from Triton, not from gRPC itself.
         if status not in ("UNAVAILABLE", "CANCELLED") or reported.code is not None:
             return reported
         kind = Timeout if SILENT.search(text) else ServerUnavailable

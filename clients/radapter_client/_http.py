@@ -1,5 +1,6 @@
-"""HTTP by urllib3, which takes a half to an eighth of the CPU time of httpx: the KServe protocol
-with binary tensors after the JSON.
+"""The HTTP transport: the KServe protocol with binary tensors after the JSON.
+
+urllib3 takes between an eighth and a half of the CPU time of httpx.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .failures import ServerError, ServerUnavailable, Timeout, from_server
 from .tensors import DATATYPES, NUMPY, Array, pack, unpack
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-CONNECTIONS = 64  # kept open for the next request; more are opened where more threads ask
+CONNECTIONS = 64  # kept open for later requests; more threads open further ones
 
 
 class HttpTransport:
@@ -51,8 +52,8 @@ class HttpTransport:
                 redirect=False,
             )
         except urllib3.exceptions.HTTPError as error:
-            # A time-out while the body is being sent is wrapped; to urllib3, a connection that is
-            # refused is one, too.
+            # urllib3 wraps a time-out while the body is sent, and counts a refused connection
+            # as a time-out, which it is not.
             late = isinstance(error, urllib3.exceptions.TimeoutError) or any(
                 isinstance(argument, TimeoutError) for argument in error.args
             )
@@ -61,7 +62,7 @@ class HttpTransport:
             why = f"no answer from {self._url}: {_reason(error)}"
             raise ServerUnavailable(f"{why}; is the server running (radapter-serve)?") from error
 
-        # A failure that the server reports
+        # Failure reported by the server
         status = response.status
         if request.action == "ready" and status in (200, 400, 404):
             return status == 200
@@ -79,7 +80,7 @@ class HttpTransport:
                     failed.retry_after = max(0.0, urllib3.Retry().parse_retry_after(wait))
             raise failed
 
-        # The answer
+        # Reply
         try:
             if request.action != "infer":
                 return json.loads(response.data)
@@ -88,16 +89,16 @@ class HttpTransport:
             raise ServerError(f"{self._url} answers, but not as Triton does: {error!r}") from error
 
     def close(self) -> None:
-        """Ends the connections, those in use as well."""
+        """Close all connections, also those in use."""
         self._pool.close()
         for connection in list(self._open):
-            # One that is closed by now has no socket.
+            # A connection that was closed meanwhile has no socket.
             with contextlib.suppress(OSError, AttributeError):
-                connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
+                connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
 
 
 def encode(request: Request) -> tuple[bytes, dict[str, str]]:
-    """The body and the headers of an inference."""
+    """Encode an inference as body and headers."""
     tensors = []
     parts = []
     for name, array in request.inputs.items():
@@ -112,7 +113,7 @@ def encode(request: Request) -> tuple[bytes, dict[str, str]]:
             }
         )
     head: dict[str, Any] = {"inputs": tensors, "parameters": {"binary_data_output": True}}
-    if request.outputs:  # then the parameter above does not count
+    if request.outputs:  # with named outputs the parameter above has no effect
         head["outputs"] = [
             {"name": name, "parameters": {"binary_data": True}} for name in request.outputs
         ]
@@ -124,8 +125,8 @@ def encode(request: Request) -> tuple[bytes, dict[str, str]]:
 
 
 def decode(body: bytes, length: str | None) -> Reply:
-    """The reply in a body, of which `length` bytes are JSON and the rest are tensors; all is JSON
-    where it is None.
+    """Decode the body of a reply: `length` bytes of JSON, then the tensors; all JSON if `length` is
+    None.
     """
     end = len(body) if length is None else int(length)
     head = json.loads(body[:end])
@@ -146,7 +147,7 @@ def decode(body: bytes, length: str | None) -> Reply:
 
 
 def _reason(error: urllib3.exceptions.HTTPError) -> str:
-    """The reason of an error, without urllib3's name of the connection."""
+    """Message of the underlying error, without urllib3's description of the connection."""
     inner = [argument for argument in error.args if isinstance(argument, Exception)]
     cause = error.__cause__ or (inner[-1] if inner else error)
     if isinstance(cause, ssl.SSLCertVerificationError):
@@ -157,10 +158,10 @@ def _reason(error: urllib3.exceptions.HTTPError) -> str:
 
 
 class _UntilDeadline(io.RawIOBase):
-    """The bytes that a connection receives, until its request's time is over.
+    """The bytes that a connection receives, until the request's deadline.
 
     A socket's own time-out starts again with every byte, so that a server which sends one byte a
-    second would hold a caller for as long as it likes.
+    second could block a caller without end.
     """
 
     def __init__(
@@ -183,11 +184,12 @@ class _UntilDeadline(io.RawIOBase):
 
 
 class _EndsInTime(HTTPConnection):
-    """Ends a request at its deadline, answer included, and is in a set while it is open.
+    """A connection that ends a request at its deadline, answer included; while open, it is in the
+    transport's set of connections.
 
-    To urllib3 a time-out bounds each step by itself: the connection, the TLS handshake, each part
-    sent. Here the time of a request begins where urllib3 sets `timeout`, before the first step, and
-    every step gets what is left.
+    urllib3 applies a time-out to each step: connect, TLS handshake, each part sent. Here the
+    deadline is set when urllib3 sets `timeout`, before the first step, and each step gets the time
+    that is left.
     """
 
     def __init__(self, *args: Any, open_connections: set[HTTPConnection], **options: Any) -> None:
@@ -197,18 +199,18 @@ class _EndsInTime(HTTPConnection):
 
     @property
     def timeout(self) -> float:
-        """Seconds that are left; never 0, with which a socket would not wait at all."""
+        """Seconds left, never 0, which would make the socket non-blocking."""
         return max(self._deadline - time.monotonic(), 1e-6)
 
     @timeout.setter
     def timeout(self, seconds: Any) -> None:
-        # A connection that is made has no number yet; a request gives it one.
+        # A new connection gets a placeholder; each request sets a number.
         if isinstance(seconds, (int, float)):
             self._deadline = time.monotonic() + seconds
 
     def _new_conn(self) -> socket.socket:
         sock = super()._new_conn()
-        sock.settimeout(self.timeout)  # of the handshake that may follow
+        sock.settimeout(self.timeout)  # for the TLS handshake
         return sock
 
     def connect(self) -> None:
@@ -234,7 +236,7 @@ class _EndsInTime(HTTPConnection):
 
 
 class _SecureEndsInTime(_EndsInTime, HTTPSConnection):
-    """The same over TLS."""
+    """A TLS connection that ends a request at its deadline."""
 
 
 class _HttpPool(urllib3.HTTPConnectionPool):

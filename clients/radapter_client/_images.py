@@ -1,6 +1,6 @@
-"""Images as the client takes and sends them: of a file its bytes as they are, and pixels as PNG,
-which keeps them and their mode to the bit. No image is turned: its EXIF orientation travels with
-it, and the server turns it as its release says.
+"""Encoding of images for requests: files are sent unchanged, and pixels as PNG, which keeps their
+values and mode exactly. The client turns no image: the EXIF orientation is sent with it, and the
+server turns it as its release says.
 """
 
 from __future__ import annotations
@@ -20,22 +20,19 @@ from .failures import bad_argument, bad_image
 
 ImageLike: TypeAlias = Union[str, "os.PathLike[str]", bytes, Image.Image, "npt.NDArray[Any]"]
 
-# The modes that PNG gives back as they were. CLIP resizes in the image's own mode and converts to
-# RGB after, so an image converted here would not get what the same image gets from open_clip
-# locally.
+# The modes that PNG preserves. CLIP resizes in the image's own mode and converts to RGB
+# afterwards, so converting here would give other embeddings than open_clip does locally.
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")
 ALLOWED = "a path, the bytes of an image file, a PIL image or a uint8 array [H, W, 3] or [H, W]"
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
-# What Pillow raises of a broken or a hostile file.
+# Exceptions of Pillow on a broken or a hostile file.
 _BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[str]:
-    """The JPEG, PNG and WebP files in a folder and in all folders in it, in the order of their
-    names.
-
+    """List the JPEG, PNG and WebP files in a folder and its subfolders, sorted by path.
     Raises:
-        RAdapterClientError: there is no such folder, or no image in it.
+        RAdapterClientError: the folder is missing, or has no image.
 
     Example: `client.classify(list_images("photos"), ["a cat", "a dog"])`
     """
@@ -49,15 +46,15 @@ def list_images(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def is_one_image(images: object) -> bool:
-    """Whether this is one image, and not several of them."""
+    """True for one image, False for several."""
     if isinstance(images, np.ndarray):
         return images.ndim < 4
     return isinstance(images, (str, os.PathLike, bytes, Image.Image))
 
 
 def encode_image(image: ImageLike) -> bytes:
-    """The bytes of a JPEG, PNG or WebP file for an image; raises `InvalidImage` where it can't be
-    read.
+    """Encode an image as the bytes of an image file; raises `InvalidImage` if it cannot be read.
+    The bytes of a file are returned as they are.
     """
     if isinstance(image, (str, os.PathLike)):
         try:
@@ -83,7 +80,7 @@ def encode_image(image: ImageLike) -> bytes:
     file = io.BytesIO()
     try:
         if image.mode == "P" and np.asarray(image).max() >= len(image.getpalette() or ()) // 3:
-            # PNG packs by the palette's length and would change them.
+            # PNG packs by the palette's length, which would change these pixels.
             raise bad_image(
                 "a PIL image of mode P has pixels beyond its palette; send image.convert('RGB')"
             )
@@ -95,11 +92,10 @@ def encode_image(image: ImageLike) -> bytes:
 
 
 def encode_small(image: ImageLike, shrink_to: int | None) -> bytes:
-    """As `encode_image`, but photos whose shorter side has more than `shrink_to` pixels are made so
-    small first.
+    """Encode an image, after reducing a photo whose shorter side has more than `shrink_to` pixels.
 
-    An image that can't be read here is sent as it is, for the server to say what is wrong with it;
-    so are palettes and other modes that photos don't have.
+    An image that cannot be read here is sent unchanged, so that the server reports the error;
+    palettes and other modes that photos don't have are sent unchanged, too.
     """
     if shrink_to is None:
         return encode_image(image)
@@ -111,8 +107,8 @@ def encode_small(image: ImageLike, shrink_to: int | None) -> bytes:
         width, height = (max(1, round(side * ratio)) for side in opened.size)
         turned = orientation(opened)
         if opened is not image and opened.format == "JPEG":
-            # Decoded at a smaller scale, for good: twice as large, so that the filter still has
-            # something to average.
+            # Let libjpeg decode at a smaller scale, but at twice the final size, so that the
+            # filter still has something to average.
             opened.draft(None, (2 * width, 2 * height))
         small = opened.resize((width, height), Image.Resampling.BICUBIC)
         file = io.BytesIO()
@@ -126,12 +122,12 @@ def encode_small(image: ImageLike, shrink_to: int | None) -> bytes:
 
 
 def _save_png(image: Image.Image, file: io.BytesIO, turned: int) -> None:
-    # A colour profile is as large as a small image, and is never read.
+    # A colour profile is as large as a small image, and the server does not read it.
     image.save(file, "PNG", compress_level=1, icc_profile=None, exif=_exif(turned))
 
 
 def _exif(turned: int) -> Image.Exif:
-    """EXIF data with an orientation alone."""
+    """EXIF data that holds nothing but an orientation."""
     exif = Image.Exif()
     if turned != 1:
         exif[ExifTags.Base.Orientation] = turned
@@ -139,24 +135,24 @@ def _exif(turned: int) -> Image.Exif:
 
 
 def read_image(image: ImageLike, *, exif_orientation: bool = True) -> Image.Image:
-    """The image as RGB, turned as its EXIF orientation says or left as it is stored."""
+    """Open an image as RGB, turned by its EXIF orientation unless told otherwise."""
     try:
         opened = _opened(image)
         if exif_orientation and orientation(opened) != 1:
-            opened.load()  # a broken image is an error, a broken EXIF is none
+            opened.load()  # raises if the image is broken; a broken EXIF is ignored below
             with contextlib.suppress(Exception):
                 opened = ImageOps.exif_transpose(opened)
-        if "transparency" in opened.info:  # a palette's would be lost with a warning
+        if "transparency" in opened.info:  # else Pillow drops a palette's, with a warning
             opened = opened.convert("RGBA")
         return opened.convert("RGB")
-    except UnidentifiedImageError as error:  # its text names an object of Python's
+    except UnidentifiedImageError as error:  # its message is the repr of a Python object
         raise bad_image("cannot read the image: these are no bytes of an image file") from error
     except _BROKEN as error:
         raise bad_image(f"cannot read the image: {error}") from error
 
 
 def orientation(image: ImageLike) -> int:
-    """The EXIF orientation from 1 (upright) to 8; 1 where there is none or it can't be read."""
+    """Read the EXIF orientation, 1 (upright) to 8; 1 if it is missing or unreadable."""
     try:
         value = _opened(image).getexif().get(ExifTags.Base.Orientation, 1)
         return value if value in range(1, 9) else 1
@@ -165,7 +161,7 @@ def orientation(image: ImageLike) -> int:
 
 
 def _opened(image: ImageLike) -> Image.Image:
-    """The image, of which only the header has been read where it is a file."""
+    """Open an image; of a file only the header is read."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, np.ndarray):
@@ -182,7 +178,7 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
 
 
 def size_bound(image: ImageLike) -> int:
-    """About how many bytes the encoded image has at most; 0 where that is unknown."""
+    """Approximate upper bound of the encoded image's size in bytes; 0 if unknown."""
     if isinstance(image, (str, os.PathLike)):
         try:
             return Path(image).stat().st_size
@@ -196,8 +192,8 @@ def size_bound(image: ImageLike) -> int:
 
 
 def chunks(sizes: Sequence[int], max_rows: int, max_bytes: int) -> list[range]:
-    """Splits items of these sizes, in order, into runs of at most max_rows and max_bytes, or of one
-    item.
+    """Split items of these sizes, in order, into runs of at most `max_rows` items and `max_bytes`;
+    a larger item is a run by itself.
     """
     runs: list[range] = []
     start = total = 0

@@ -20,7 +20,7 @@ from .failures import ModelNotFound, ServerError, bad_argument, shown
 
 
 class _Brief(reprlib.Repr):
-    """Shows some entries of long lists, and four digits of a number."""
+    """Shortens long lists, and shows four digits of a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _Brief(reprlib.Repr):
 
 
 class _OneLine:
-    """A dataclass that shows itself in a line, however much it holds."""
+    """A dataclass whose repr is one short line."""
 
     def __repr__(self) -> str:
         shown = [part for part in fields(self) if part.repr]  # type: ignore[arg-type]
@@ -46,10 +46,10 @@ class Classification(_OneLine):
     """The best labels of one image.
 
     Args:
-        labels: best first; none where no label of `multi_label` reached the threshold.
+        labels: best first; empty if no label of `multi_label` reached the threshold.
         scores: of these labels, in [0, 1]; over all labels of the request they sum to 1, unless the
-            model was trained with a sigmoid or the labels are scored on their own (`multi_label`).
-        release: the version of the release that answered.
+            model was trained with a sigmoid or `multi_label` scores each label by itself.
+        release: version of the release that answered.
 
     Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top` is "a cat".
     """
@@ -60,13 +60,13 @@ class Classification(_OneLine):
 
     @property
     def top(self) -> str:
-        """The best label; an empty text where there is none."""
+        """The best label; "" if there is none."""
         return self.labels[0] if self.labels else ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Segmentation(_OneLine):
-    """Which label each pixel of one image has.
+    """The labels of one image's pixels.
 
     Args:
         mask: uint16 [H, W], index into `labels`; H and W are the image's own, turned by its EXIF
@@ -74,10 +74,10 @@ class Segmentation(_OneLine):
         labels: the request's labels, followed by "background" where a threshold or proposals were
             given.
         scores: of each label, in [0, 1]: the mean probability over its pixels, 0 where it has none.
-        release: the version of the release that answered.
-        background: index of the background, or None without a threshold and proposals.
-        image: what was segmented, for `overlay`.
-        exif_orientation: whether the release turns images as their EXIF orientation says.
+        release: version of the release that answered.
+        background: index of the background in `labels`; None without a threshold and proposals.
+        image: the segmented image, for `overlay`.
+        exif_orientation: True if the release turns images by their EXIF orientation.
 
     Example: `client.segment("street.jpg", ["road", "car", "sky"]).overlay().save("overlay.png")`
     """
@@ -92,7 +92,7 @@ class Segmentation(_OneLine):
 
     @cached_property
     def shares(self) -> list[float]:
-        """Each label's share of the pixels, in [0, 1], in the order of `labels`."""
+        """Share of the pixels with each label, in [0, 1], in the order of `labels`."""
         pixels = np.bincount(self.mask.ravel(), minlength=len(self.labels))
         return [float(share) for share in pixels / self.mask.size]
 
@@ -104,20 +104,21 @@ class Segmentation(_OneLine):
         legend: bool = True,
         font: str | os.PathLike[str] | None = None,
     ) -> Image.Image:
-        """The image with its labels in colour; a label has the same colour in every image, the
-        background none.
+        """Draw the labels over the image in colour; a label has the same colour in every image, and
+        the background has no colour.
 
         Args:
-            image: to draw on, of the mask's size; None for the one that was segmented.
+            image: to draw on, of the mask's size; None for the segmented image.
             opacity: of the colours, in [0, 1]; outlines are always opaque.
-            legend: below the image, the labels that occur with their share of the pixels; a small
-                image is enlarged to fit it. Without it, the answer has the mask's size.
+            legend: list the labels that occur, with their share of the pixels, below the image; a
+                small image is enlarged to fit. Without a legend, the result has the mask's size.
             font: TrueType or OpenType file for labels beyond the Latin alphabet, which are
-                otherwise spelled out in code points.
+                otherwise written as code points.
 
         Raises:
             InvalidImage: the image cannot be read, or no longer.
-            InvalidRequest: an image of another size, or a font that cannot be read.
+            InvalidRequest: the image has another size, the opacity is outside [0, 1], or the font
+                cannot be read.
         """
         chosen = self.image if image is None else image
         if chosen is None:
@@ -144,8 +145,8 @@ class Hit(_OneLine):
     Args:
         id: its name in the index.
         score: cosine with the query, in [-1, 1].
-        metadata: what the index knows of it.
-        thumbnail: a JPEG file's bytes, where the search asked for thumbnails and the index has one.
+        metadata: the index's columns for this image, by name.
+        thumbnail: bytes of a JPEG file, if the search asked for thumbnails and the index has one.
 
     Example: `[(hit.id, hit.score) for hit in client.search("a red bicycle", index="photos")]`
     """
@@ -157,7 +158,7 @@ class Hit(_OneLine):
 
     @property
     def about(self) -> dict[str, Any]:
-        """The metadata that people read: without the path, which is the id, and the file's
+        """The metadata worth showing: without the path, which equals the id, and the file's
         digest.
         """
         return {
@@ -169,8 +170,8 @@ class Hits(list[Hit]):
     """The hits of a search, best first: a list of `Hit`.
 
     Attributes:
-        index_version: of the index that was searched, for the pages that follow; None where the
-            search had neither `offset` nor `index_version`.
+        index_version: version of the searched index, for the next pages; None if the search gave
+            neither `offset` nor `index_version`.
 
     Example: `client.search("a cat", index="photos", offset=0).index_version`
     """
@@ -184,16 +185,16 @@ class Hits(list[Hit]):
 
 @dataclass(frozen=True, repr=False)
 class Release(_OneLine):
-    """The facts of one served version.
+    """The facts of a served release.
 
     Args:
         version: integer that all models of the release share.
-        alpha: the adapter's weight in it, in [0, 1]; 0 is the untouched base.
-        dynamic_alpha: whether requests may bring another.
-        embed_dim: width D of its embeddings.
+        alpha: the adapter's weight, in [0, 1]; 0 is the untouched base.
+        dynamic_alpha: True if requests may give another alpha.
+        embed_dim: width D of the embeddings.
         logit_scale: factor on the cosine before the softmax.
-        templates: the prompt templates used where a request brings none.
-        label_sets: name to facts of each label set that `classify` knows by name.
+        templates: the prompt templates for requests without any.
+        label_sets: facts of each label set that `classify` knows, by name.
         facts: the whole of its release.json.
 
     Example: `client.release().alpha`
@@ -212,12 +213,12 @@ class Release(_OneLine):
 
     @property
     def exif_orientation(self) -> bool:
-        """Whether it turns images as their EXIF orientation says, before it looks at them."""
+        """True if the release turns images by their EXIF orientation before it embeds them."""
         return bool(self.facts.get("preprocess", {}).get("exif_orientation", True))
 
 
 def read_releases(config: Mapping[str, Any]) -> list[Release]:
-    """The releases that a model's configuration names in its parameters, oldest first."""
+    """Read the releases in the parameters of a model's configuration, oldest first."""
     texts = {
         key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()
     }
@@ -251,7 +252,7 @@ def read_releases(config: Mapping[str, Any]) -> list[Release]:
 
 
 def pick_release(releases: list[Release], version: int | None) -> Release:
-    """The release of this version, or the newest."""
+    """Find the release of a version; the newest for None."""
     if version is None:
         return releases[-1]
     for release in releases:
@@ -261,9 +262,9 @@ def pick_release(releases: list[Release], version: int | None) -> Release:
     raise ModelNotFound(f"the server does not serve release {version}; it serves {served}")
 
 
-# The pictures of segmentations: labels in colour over the image, and a legend below it
+# Pictures of segmentations: labels in colour over the image, and a legend below it
 
-# Colours that people with any colour vision tell apart: Okabe and Ito, "Color Universal Design"
+# Colours that can be told apart with any colour vision: Okabe and Ito, "Color Universal Design"
 # (2008), without black.
 FIRST = (
     (86, 180, 233),
@@ -275,11 +276,11 @@ FIRST = (
     (213, 94, 0),
 )
 COLOURS = 256  # before they repeat
-# The last colours, from which the next one is to differ three times as much as from the others.
+# A colour has to be three times as far from the last three colours as from the earlier ones.
 RECENT = 3
 CLOSER = 3
 LEAST_SIDE = 512  # px of the longer side of a picture with a legend, so that its text can be read
-ENTRIES = 40  # of the legend at most; the rest is summed up in one
+ENTRIES = 40  # most entries of the legend; a last line sums up the rest
 PAPER = (255, 255, 255)
 INK = (32, 33, 36)
 PALE = (110, 114, 120)
@@ -287,8 +288,8 @@ PALE = (110, 114, 120)
 
 @lru_cache(maxsize=1)
 def palette() -> npt.NDArray[np.uint8]:
-    """The colours of labels, RGB [COLOURS, 3]: after the first ones, always the colour farthest
-    from all before.
+    """The colours of labels, RGB [COLOURS, 3]: the fixed first ones, then each the farthest from
+    all before it.
     """
     levels = np.linspace(0, 255, 12).round()
     known = np.concatenate(
@@ -310,7 +311,7 @@ def palette() -> npt.NDArray[np.uint8]:
 
 
 def _lab(rgb: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """sRGB from 0 to 255 in CIE L*a*b*, where equal distances look about equally different."""
+    """Convert sRGB from 0 to 255 to CIE L*a*b*, where distance approximates visible difference."""
     linear = np.where(rgb > 10.3, ((rgb / 255 + 0.055) / 1.055) ** 2.4, rgb / 255 / 12.92)
     to_xyz = [[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]]
     xyz = linear @ np.array(to_xyz) / (0.9505, 1, 1.089)
@@ -326,14 +327,14 @@ def paint(
     *,
     enlarge: bool,
 ) -> Image.Image:
-    """An RGB image of the mask's size with each label but the background in its colour."""
+    """Blend the colours of all labels but the background into an image of the mask's size."""
     times = -(-LEAST_SIDE // max(image.size)) if enlarge else 1
     if times > 1:
         image = image.resize((image.width * times, image.height * times), Image.Resampling.BICUBIC)
         mask = mask.repeat(times, 0).repeat(times, 1)
     painted = Image.fromarray(palette()[mask % COLOURS])
     picture = Image.blend(image, painted, opacity)
-    # The borders between labels, some pixels deep on either side
+    # Outlines: the borders between labels, some pixels wide
     edges = np.zeros(mask.shape, np.bool_)
     for ours, theirs in ((edges, mask), (edges.T, mask.T)):
         differ = theirs[1:] != theirs[:-1]
@@ -357,10 +358,10 @@ def add_legend(
     background: int | None,
     path: str | os.PathLike[str] | None,
 ) -> Image.Image:
-    """A painted image above the labels that occur in it, with their shares of the pixels."""
+    """Add a list of the labels that occur, with their shares of the pixels, below the picture."""
     size = max(14, round(max(picture.size) / 50))
     try:
-        # Either way lays characters side by side; the basic one never fails on a script.
+        # Both layouts place characters side by side; the basic one supports every script.
         if path is None:
             font = ImageFont.load_default(size)
         else:
@@ -373,7 +374,7 @@ def add_legend(
     width = max(picture.width, 24 * size)
     gap = size // 2
     line = round(1.7 * size)
-    # Colour, name and share, largest first; the background's swatch is the paper.
+    # Entries by colour, name and share, largest first; the background has the paper's colour.
     table = palette()
     entries: list[tuple[tuple[int, ...] | None, str, str]] = []
     order = [index for index in np.argsort(shares, kind="stable")[::-1] if shares[index] > 0]
@@ -411,7 +412,7 @@ def _percent(share: float) -> str:
 
 
 def _spelled(name: str, font: ImageFont.FreeTypeFont) -> str:
-    """The name in one line; what the font lacks by its code point: \\u732b for 猫."""
+    """The name on one line; characters that the font lacks as code points: \\u732b for 猫."""
     lacking = font.getmask("\uffff")
 
     def spell(character: str) -> str:

@@ -1,4 +1,4 @@
-"""How requests are sent: in threads, and again where no server answers."""
+"""Sends requests in threads, and retries them when no server answers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ._wire import Request, ServerURL, Transport
 from .failures import RAdapterClientError, ServerUnavailable
 
 Part = Callable[[], Request]  # makes a request, in the thread that sends it
-FIRST_WAIT = 0.1  # seconds before a request is tried again; twice as many each time, up to
+FIRST_WAIT = 0.1  # seconds before the first retry; doubled for each further one, up to
 LAST_WAIT = 5.0
-# Set where a call of `AsyncClient` is cancelled, in the thread that runs it.
+# Set when a call of `AsyncClient` is cancelled; each call has its own event.
 CANCELLED: ContextVar[threading.Event | None] = ContextVar("CANCELLED", default=None)
 
 
 def connect(url: ServerURL, api_key: str | None) -> Transport:
-    """The transport of a URL, whose libraries take 0.2 s to load."""
+    """Open the transport for a URL; its libraries, which take 0.2 s to load, are imported here."""
     if url.protocol == "grpc":
         from ._grpc import GrpcTransport
 
@@ -34,7 +34,7 @@ def connect(url: ServerURL, api_key: str | None) -> Transport:
 
 
 class Sender:
-    """Sends the requests of a client, of which `concurrency` are under way at once."""
+    """Sends the requests of a client, at most `concurrency` at once."""
 
     def __init__(
         self,
@@ -58,24 +58,27 @@ class Sender:
         self._transport.close()
 
     def check_open(self) -> None:
-        """Refuse a call of a client that is closed."""
+        """Raise an error if the client is closed."""
         if self._closed:
             raise RAdapterClientError("the client is closed; make a new one")
 
     def ask(self, parts: Sequence[Part], timeout: float | None) -> list[Any]:
-        """The replies to requests, each within so many seconds; None for the client's own."""
+        """Send requests and return their replies, in order.
+
+        `timeout` is in seconds for each request; None takes the client's.
+        """
         self.check_open()
         seconds = self._timeout if timeout is None else check_seconds(timeout)
         cancelled = CANCELLED.get()
         send = partial(self._send, seconds=seconds, cancelled=cancelled)
         try:
-            # One request is not handed over to another thread.
+            # A single request is sent in the caller's thread.
             if len(parts) == 1 and cancelled is None:
                 return [send(parts[0])]
             replies = self._threads.map(send, parts)
             if not self._progress:
                 return list(replies)
-            from rich.console import Console  # here: few calls show a bar
+            from rich.console import Console  # imported here, as few calls show a bar
             from rich.progress import track
 
             console = Console(stderr=True)
@@ -83,7 +86,7 @@ class Sender:
             bar = partial(track, console=console, transient=True, disable=not looked_at)
             return list(bar(replies, "asking", len(parts)))
         except Exception as error:
-            # Each protocol has its own way to fail when its connection is closed.
+            # Each protocol fails in another way when its connection is closed.
             if self._closed:
                 raise RAdapterClientError(
                     "the client was closed in the middle of a call"
@@ -91,11 +94,11 @@ class Sender:
             raise
 
     def _send(self, part: Part, seconds: float, cancelled: threading.Event | None) -> Any:
-        """The reply to a request, tried again where no server answers.
+        """Send a request and return its reply; retries while no server answers.
 
-        Every request only reads, so it can be repeated. A time-out is not: the server is slow, and
-        the caller has waited long enough. Whether a server is ready is asked once, for "no server
-        answers" is an answer too.
+        Requests only read, so they can be repeated. A time-out is not retried: the server is slow,
+        and the caller has waited long enough. A "ready" request is sent once, as "no server
+        answers" is already its answer.
         """
         if cancelled is not None and cancelled.is_set():
             raise RAdapterClientError("the call was cancelled")
@@ -107,13 +110,13 @@ class Sender:
             try:
                 return self._transport.send(request, seconds)
             except ServerUnavailable as error:
-                # Longer each time, never less than the server asks for
+                # Back off, at least as long as the server asks for.
                 pause = max(wait * random.uniform(0.5, 1), error.retry_after)
                 seconds = end - time.monotonic() - pause
                 stopped = self._closed or (cancelled is not None and cancelled.is_set())
                 if not retries or seconds <= 0 or stopped:
                     raise
-            # A call of `AsyncClient` that is cancelled ends its wait.
+            # Cancelling a call of `AsyncClient` ends this wait.
             if cancelled is None:
                 time.sleep(pause)
             elif cancelled.wait(pause):

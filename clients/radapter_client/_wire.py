@@ -1,5 +1,5 @@
-"""The seam between the client and the protocols: a client makes requests, a transport brings their
-replies. The scheme of the server's URL chooses the protocol.
+"""The interface between the client and the transports: requests, replies, and server URLs, whose
+scheme chooses the transport.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .tensors import Array
 
 
 class Values(Mapping[str, Array]):
-    """Plain values of a request or a reply by name, each made an array when it is asked for.
+    """Plain values of a request or a reply by name, converted to arrays on access.
 
     Args:
         plain: texts, numbers, bytes of images, lists of them, or arrays, by name.
@@ -33,7 +33,7 @@ class Values(Mapping[str, Array]):
         return _array(self.plain[name])
 
     def __contains__(self, name: object) -> bool:
-        return name in self.plain  # without the array
+        return name in self.plain  # without converting to an array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.plain)
@@ -46,8 +46,8 @@ class Values(Mapping[str, Array]):
 
 
 class Rows(Values):
-    """The inputs of a task with a batch: `varied` has an entry a row, and the others are repeated
-    for each.
+    """Inputs of a task with a batch: `varied` has one entry for each row, and the other inputs are
+    repeated for every row.
     """
 
     def __init__(self, plain: Mapping[str, Any], varied: str) -> None:
@@ -60,7 +60,7 @@ class Rows(Values):
             return array[:, None]
         table = np.tile(array, (len(self.plain[self._varied]), 1))
         if name == "examples":
-            table[1:] = b""  # those of the row before
+            table[1:] = b""  # an empty row means the examples of the row before
         return table
 
 
@@ -73,23 +73,23 @@ def _array(value: Any) -> Array:
         return np.stack([_array(row) for row in items])
     kinds: dict[type, Any] = {bool: np.bool_, int: np.int32, float: np.float32}
     kind = kinds.get(type(first), np.object_)
-    if kind is np.object_:  # numpy's own kind of bytes would cut off zeros at the end
+    if kind is np.object_:  # numpy's bytes dtype would cut off zeros at the end
         items = [item.encode() if isinstance(item, str) else item for item in items]
     return np.array(items, kind)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request to the server, whatever the protocol.
+    """A request to the server, independent of the protocol.
 
     Args:
-        action: "infer" is answered by a `Reply`, "config" and "indexes" by a dict as JSON has it,
-            "ready" by a bool.
+        action: decides the type of the reply: `Reply` for "infer", a dict of JSON for "config" and
+            "indexes", a bool for "ready".
         model: name of the model.
         version: of the model; empty for the newest.
-        inputs: name to array, with the batch first where the model has one; texts and encoded
+        inputs: arrays by name, with the batch first where the model has one; texts and encoded
             images are bytes in arrays of dtype object.
-        outputs: names of the outputs to compute and send; none for all of them.
+        outputs: names of the outputs to compute and send; empty for all of them.
 
     Example: `Request("infer", "embed_text", inputs={"text": np.array([[b"a cat"]], object)})`
     """
@@ -102,7 +102,7 @@ class Request:
 
     @property
     def values(self) -> Mapping[str, Any] | None:
-        """The inputs as plain values, such as texts as `str`, of a request that a client made."""
+        """The inputs as plain values (texts as `str`) if a client made the request, else None."""
         return self.inputs.plain if isinstance(self.inputs, Values) else None
 
 
@@ -111,9 +111,9 @@ class Reply:
     """The answer to an inference.
 
     Args:
-        version: of the model that answered, which is the version of its release.
-        outputs: name to array, with the batch first where the model has one; `Values` makes the
-            arrays when they are asked for.
+        version: of the model that answered, the same as that of its release.
+        outputs: arrays by name, with the batch first where the model has one; `Values` makes the
+            arrays on access.
 
     Example: `Reply(1, {"text_embeds": np.ones((1, 512), np.float32)})`
     """
@@ -123,9 +123,9 @@ class Reply:
 
 
 class Transport(Protocol):
-    """The way from a client to a server; write one yourself to test code without a server.
+    """Sends a client's requests to a server. Write your own to test code without a server.
 
-    `send` is called from several threads, and raises nothing but `RAdapterClientError`.
+    `send` is called from several threads, and may raise only `RAdapterClientError`.
 
     Example: a server that calls every image a cat.
         ```python
@@ -144,15 +144,15 @@ class Transport(Protocol):
     """
 
     def send(self, request: Request, timeout: float) -> Any:
-        """The reply to a request, of the type that its action has, within `timeout` seconds."""
+        """Send a request; the reply's type depends on its action. `timeout` is in seconds."""
 
     def close(self) -> None:
-        """Ends the connections."""
+        """Close the connections."""
 
 
 PORTS = {"grpc": 8001, "grpcs": 443, "http": 8000, "https": 443}
 ALLOWED = "http://HOST:8000, https://HOST, grpc://HOST:8001 or grpcs://HOST"
-# Where a client looks that is given no URL. Both engines of radapter-serve answer HTTP.
+# Tried in this order if a client gets no URL. Both engines of radapter-serve answer HTTP.
 DEFAULT_URLS = "http://localhost:8000", "grpc://localhost:8001"
 
 
@@ -162,8 +162,8 @@ class ServerURL:
 
     scheme: str  # grpc, grpcs, http or https
     host: str  # IPv6 in brackets
-    port: int  # the scheme's own where the URL has none
-    path: str = ""  # empty, or with a slash at its start and none at its end
+    port: int  # by default that of the scheme
+    path: str = ""  # empty, or begins with a slash and does not end with one
 
     @property
     def protocol(self) -> str:
@@ -175,7 +175,7 @@ class ServerURL:
 
     @property
     def loopback(self) -> bool:
-        """Whether it is this machine."""
+        """True if the host is this machine."""
         try:
             return self.host == "localhost" or ip_address(self.host.strip("[]")).is_loopback
         except ValueError:
@@ -190,7 +190,7 @@ class ServerURL:
 
 
 def find_server() -> str:
-    """The first of `DEFAULT_URLS` at which something listens, or else the first of them."""
+    """Find the first of `DEFAULT_URLS` where a server listens; the first of all if none does."""
     for url in DEFAULT_URLS:
         parts = parse_url(url)
         try:
@@ -198,13 +198,13 @@ def find_server() -> str:
         except ConnectionRefusedError:
             continue
         except OSError:
-            break  # it does not refuse: the first request says what is wrong
+            break  # not a refused connection: the first request reports the error
         return url
     return DEFAULT_URLS[0]
 
 
 def parse_url(url: str) -> ServerURL:
-    """The parts of a server's URL; the error of another names the allowed forms."""
+    """Split a server's URL; the error for a malformed one names the allowed forms."""
     refused = InvalidURL(f"{shown(url)} is no server's URL; allowed are {ALLOWED}")
     if not isinstance(url, str) or not url.isprintable() or " " in url:
         raise refused

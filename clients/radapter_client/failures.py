@@ -1,14 +1,13 @@
-"""The exceptions, the same over gRPC and HTTP, and how failures that Triton reports are read, by
-the client and by a gateway in front of Triton.
-
+"""The exceptions, the same over gRPC and HTTP, and the reading of failures that Triton reports,
+for the client and for a gateway in front of Triton.
 RAdapterClientError
-├── ServerUnavailable     no server answers, or it starts, stops, is overloaded or went away
-├── Unauthorized          the server wants an API key, or another one
+├── ServerUnavailable     no server answers, or it starts, stops, is overloaded or disconnects
+├── Unauthorized          the API key is missing or wrong
 ├── Timeout               no answer within the time-out
-├── InvalidRequest        the request was wrong, here or in the server's eyes
-│   ├── InvalidImage      an image that cannot be read, decoded or is too large
-│   └── InvalidURL        a server URL that cannot be read
-├── ModelNotFound         a model or release that the server does not serve, or the release lacks
+├── InvalidRequest        the client or the server refuses the request
+│   ├── InvalidImage      the image cannot be read or decoded, or is too large
+│   └── InvalidURL        the server URL is malformed
+├── ModelNotFound         the server does not serve the model or release, or the release lacks it
 └── ServerError           the server failed
 """
 
@@ -20,15 +19,15 @@ from numbers import Number
 
 
 class RAdapterClientError(Exception):
-    """The base of every exception that this package raises.
+    """Base class of every exception that this package raises.
 
     Args:
         message: a sentence for people.
-        code: what programs can rely on, such as "invalid_image": the word in brackets before a
-            server's sentence, or None.
+        code: identifier for programs, such as "invalid_image": the word in brackets before a
+            server's message, or None.
 
     Attributes:
-        request_id: by which the gateway's log names the request; None without a gateway.
+        request_id: ID of the request in the gateway's log; None without a gateway.
 
     Example: `except RAdapterClientError as error: print(error, error.code, error.request_id)`
     """
@@ -41,11 +40,11 @@ class RAdapterClientError(Exception):
 
 
 class ServerUnavailable(RAdapterClientError):
-    """Nobody answers at the URL, or the server starts, stops, has too much to do or went away in
+    """No server answers at the URL, or the server starts, stops, is overloaded or disconnects in
     mid-call.
 
-    The client has tried again by then, `retries` times. `retry_after` is how many seconds the
-    server wants you to wait.
+    Raised after `retries` further tries. `retry_after` is how many seconds the server asks you to
+    wait.
 
     Example: `except ServerUnavailable as error: time.sleep(error.retry_after or 5)`
     """
@@ -54,7 +53,7 @@ class ServerUnavailable(RAdapterClientError):
 
 
 class Unauthorized(RAdapterClientError):
-    """The server wants an API key, or another one, as in `Client("https://HOST",
+    """The API key is missing or wrong, as in `Client("https://HOST",
     api_key="wrong").release()`.
     """
 
@@ -66,39 +65,39 @@ class Timeout(RAdapterClientError):
 
 
 class InvalidRequest(RAdapterClientError):
-    """The request was wrong, and sending it again will not help, as in `client.classify(image,
+    """The request is wrong, and sending it again will not help, as in `client.classify(image,
     labels=[])`.
     """
 
 
 class InvalidImage(InvalidRequest):
-    """An image that cannot be read or decoded, or is too large, as in
+    """The image cannot be read or decoded, or is too large, as in
     `client.embed_images(["notes.txt"])`.
     """
 
 
 class InvalidURL(InvalidRequest):
-    """A server URL without an allowed scheme, or otherwise no server's address, as in
+    """The server URL is malformed or has another scheme than the allowed ones, as in
     `Client("localhost:8001")`.
     """
 
 
 class ModelNotFound(RAdapterClientError):
-    """A model or release that the server does not serve, as in `Client(release=99).embed_texts(["a
+    """The server does not serve the model or release, as in `Client(release=99).embed_texts(["a
     cat"])`.
     """
 
 
 class ServerError(RAdapterClientError):
-    """The server failed, or answered with something that is no answer.
+    """The server failed, or its answer cannot be read.
 
     Example: `except ServerError as error: log.error("the server failed: %s", error)`
     """
 
 
 def shown(value: object) -> str:
-    """A value as a message names it, short and on one line: what is neither a text nor a number, by
-    its type.
+    """Format a value for an error message, on one line of at most 80 characters; values other than
+    texts and numbers are named by their type.
     """
     if value is None or isinstance(value, (str, bytes, Number)):
         return f"{value!r:.80}"
@@ -113,7 +112,7 @@ def bad_image(why: str) -> InvalidImage:
     return InvalidImage(why, code="invalid_image")
 
 
-# The exceptions for the codes that a server writes before its sentence.
+# The exceptions by the code at the start of a server's message.
 CODES: dict[str | None, type[RAdapterClientError]] = {
     **dict.fromkeys(("image_too_large", "invalid_image"), InvalidImage),
     **dict.fromkeys(("index_mismatch", "index_replaced", "invalid_argument"), InvalidRequest),
@@ -123,7 +122,7 @@ CODES: dict[str | None, type[RAdapterClientError]] = {
     **dict.fromkeys(("server_stopping", "server_unavailable"), ServerUnavailable),
     **{"no_patch_encoder": ModelNotFound, "timed_out": Timeout},
 }
-# gRPC's names and HTTP's numbers of the same failures.
+# The exceptions by gRPC's status names and HTTP's status codes.
 KINDS: dict[str, type[RAdapterClientError]] = {
     **dict.fromkeys(
         ("INVALID_ARGUMENT", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED", "400", "413", "415"),
@@ -134,8 +133,8 @@ KINDS: dict[str, type[RAdapterClientError]] = {
     **dict.fromkeys(("DEADLINE_EXCEEDED", "408", "504"), Timeout),
     **dict.fromkeys(("UNAUTHENTICATED", "PERMISSION_DENIED", "401", "403"), Unauthorized),
 }
-# Triton's messages for a model that cannot answer now, and the code that the tasks have for it: the
-# same request may succeed a little later.
+# Triton's messages for a model that cannot answer now, with our codes for them; the same request
+# may succeed a little later.
 _SIGNS = {
     "Server not ready|Server is stopping|has stopped accepting": "server_stopping",
     r"Stub process\b.* is not healthy|has no available versions|(is|version) not (at )?ready": (
@@ -149,15 +148,15 @@ _CODE = re.compile(r"(?:^|: )\[([a-z][a-z0-9_]{0,40})\] ")
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure as Triton reported it, without the id of the request and the stack trace."""
+    """A failure that Triton reported, without the request ID and the stack trace."""
 
-    code: str | None  # of a task, or that of one of `_SIGNS`
+    code: str | None  # of a task's message, or by `_SIGNS`
     message: str
-    by_task: bool  # whether a task wrote the message, for callers to read, and not Triton
+    by_task: bool  # True if a task wrote the message, for callers to read; False if Triton did
 
 
 def read_failure(text: str) -> Failure:
-    """Read the text of an error of Triton's."""
+    """Parse the text of an error that Triton reports."""
     text = _REQUEST_ID.sub("", text.split("\n\nAt:\n")[0]).strip()
     if match := _CODE.search(text):
         return Failure(match[1], text[match.end() :], by_task=True)
@@ -168,8 +167,10 @@ def read_failure(text: str) -> Failure:
 
 
 def from_server(status: str, text: str) -> RAdapterClientError:
-    """The exception for a failure that the server reported: gRPC's name of the status
-    ("INVALID_ARGUMENT") or HTTP's number ("400"), and its message, perhaps with a code in brackets.
+    """Build the exception for a failure that the server reported.
+
+    `status` is gRPC's name of it ("INVALID_ARGUMENT") or HTTP's number ("400"); `text` is the
+    message, which may begin with a code in brackets.
     """
     failure = read_failure(text)
     code = failure.code

@@ -1,6 +1,4 @@
-"""Tensors of the KServe protocol in its binary form: what the client sends, and a gateway reads and
-passes on.
-"""
+"""Binary tensors of the KServe protocol, shared by the client and the gateway."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ DATATYPES = {np.dtype(kind): name for name, kind in NUMPY.items()}
 
 
 def pack(array: Array) -> bytes:
-    """A tensor in binary; texts and files each follow their length."""
+    """Encode a tensor as bytes; each text or file is preceded by its length."""
     if array.dtype != object:
         return array.tobytes()
     parts: list[bytes] = []
@@ -35,7 +33,7 @@ def pack(array: Array) -> bytes:
 
 
 def unpack(data: bytes | memoryview, datatype: str, shape: Sequence[int]) -> Array:
-    """The tensor of `pack`; raises `ValueError`, `KeyError` or `struct.error` if it is none."""
+    """Decode the bytes of `pack`; raises `ValueError`, `KeyError` or `struct.error` if invalid."""
     if datatype != "BYTES":
         return np.frombuffer(data, NUMPY[datatype]).reshape(shape)
     items = []

@@ -1,5 +1,5 @@
-"""What a release is: its facts, its place in a model repository, and the samples that prove what it
-computes.
+"""Releases: their facts, their place in a model repository, and samples that verify what they
+compute.
 
-Nothing here runs a graph, and nothing imports torch.
+This package runs no graph and does not import torch.
 """

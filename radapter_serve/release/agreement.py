@@ -1,5 +1,5 @@
-"""The samples beside each encoder of a release, with torch's embeddings of them, by which a graph
-is checked on any machine and in any runtime, without torch.
+"""Samples with torch's embeddings, stored with each encoder of a release. They check a graph on any
+machine and in any runtime, without torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from radapter_serve.contract.errors import Alpha, Encode
 from radapter_serve.errors import RAdapterError
 
 SAMPLES = "samples.npz"
-# No bound allows less: what points elsewhere is another embedding, however small its components.
+# Lower bound of every minimum cosine, however wide the tolerance: an embedding that points
+# elsewhere is another one, even if its components are small.
 LEAST_COSINE = 0.9
 
 
@@ -29,7 +30,7 @@ class Tolerance:
     min_cosine: float = LEAST_COSINE
 
     def widened(self, max_error: float | None) -> Tolerance:
-        """Bounds for another largest error, if one is given; 1 − cosine grows with its square, to
+        """Bounds for another `max_error`, if given. 1 − `min_cosine` grows with its square, up to
         1 − LEAST_COSINE.
         """
         if max_error is None:
@@ -41,8 +42,8 @@ class Tolerance:
         return f"{self.max_error:.0e} (and {1 - self.min_cosine:.0e})"
 
 
-# By precision: twice the worst that small random models of every family show, about ten times
-# ViT-B-32's. int8 keeps 7 bits of a weight and 8 of an activation, bf16 8 of each, fp16 11.
+# By precision: twice the worst of small random models of every family, about ten times that of
+# ViT-B-32. int8 keeps 7 bits of a weight and 8 of an activation, bf16 8 of each, fp16 11.
 TOLERANCES = {
     "fp32": Tolerance(1e-4, 0.999999),
     "fp16": Tolerance(2e-3, 0.99999),
@@ -53,10 +54,10 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a graph is from torch, over all rows of all batches.
+    """Distance of a graph from torch, over all rows of all batches.
 
-    Attributes: max_error, the largest absolute difference of a component of the unit-length
-    embeddings; min_cosine, the smallest cosine between an embedding and its reference.
+    `max_error` is the largest absolute difference of a component of the unit-length embeddings,
+    `min_cosine` the smallest cosine between an embedding and its reference.
     """
 
     max_error: float
@@ -65,10 +66,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs of an encoder, and torch's embeddings of them, a batch each.
+    """Inputs of an encoder and torch's embeddings of them, in batches.
 
     Inputs are uint8 [B, S, S, 3] or int32 [B, L]; references float32 [B, D] of unit length, [B, g,
-    g, D] for `patch_encoder`; alphas float32 [B, 1] where α is an input too, else empty.
+    g, D] for `patch_encoder`; alphas float32 [B, 1] if α is an input, else empty.
     """
 
     inputs: Sequence[NDArray[np.generic]]
@@ -76,7 +77,7 @@ class Samples:
     alphas: Sequence[Alpha] = ()
 
     def batches(self) -> Iterator[tuple[list[NDArray[Any]], NDArray[np.float32]]]:
-        """The arguments of an encoder, one or two arrays, and the result that it should give."""
+        """Yield the arguments of an encoder, one or two arrays, and the expected result."""
         for number, (values, reference) in enumerate(
             zip(self.inputs, self.references, strict=True)
         ):
@@ -92,7 +93,7 @@ class Samples:
 
     @classmethod
     def load(cls, folder: Path) -> Samples:
-        """Read `samples.npz` of a folder."""
+        """Read `samples.npz` from a folder."""
         try:
             with np.load(folder / SAMPLES) as file:
                 fields = []
@@ -109,10 +110,10 @@ class Samples:
 def compare(
     name: str, encoder: Encode, samples: Samples, bounds: Tolerance, *, is_fixed: bool = False
 ) -> Agreement:
-    """Run a graph on every batch and compare it with its reference.
+    """Run a graph on every batch and compare the results with the references.
 
-    Refuses a graph that fails on a batch, gives NaN or another shape, or differs by more than is
-    allowed; `name` is for the message, and `is_fixed` for bounds that no --tolerance changes.
+    Raises an error if the graph fails on a batch, returns NaN or another shape, or exceeds the
+    bounds. `name` is for the message; `is_fixed` is for bounds that no --tolerance changes.
     """
     max_error = 0.0
     least = 1.0
@@ -132,7 +133,7 @@ def compare(
         a = embeds.astype(np.float64)
         b = reference.astype(np.float64)
         lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-        cosine = (a * b).sum(-1) / np.maximum(lengths, 1e-12)  # a zero vector agrees with none: 0
+        cosine = (a * b).sum(-1) / np.maximum(lengths, 1e-12)  # 0 for a zero vector
         max_error = max(max_error, float(np.abs(a - b).max()))
         least = min(least, float(cosine.min()))
     if max_error > bounds.max_error or least < bounds.min_cosine:

@@ -1,4 +1,4 @@
-"""The configs by which Triton serves the models of a repository (config.pbtxt)."""
+"""Triton's configs (config.pbtxt) of the models in a repository."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from radapter_serve.release.repository import (
     versions_of,
 )
 
-_BF16 = "HINT_BF16"  # of openvino, "YES" or not there
+_BF16 = "HINT_BF16"  # parameter of openvino: "YES" or missing
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class ServedEncoder:
 
     @property
     def name(self) -> str:
-        """For example `image_encoder`."""
+        """Name of the model, such as `image_encoder`."""
         return self.folder.name
 
     @property
     def runtime(self) -> str:
-        """The runtime of its export."""
+        """The runtime that the config asks for."""
         return str(self.config.backend)
 
     @property
     def versions(self) -> list[int]:
-        """The served versions that are there, the newest last; refuses an encoder with none."""
+        """The served versions in the folder, the newest last; raises an error if there is none."""
         versions = versions_of(self.folder)
         wanted = self.config.version_policy.specific.versions or versions
         if served := [version for version in versions if version in wanted]:
@@ -59,11 +59,11 @@ class ServedEncoder:
 
     @property
     def instances(self) -> int:
-        """How many batches each version computes at once."""
+        """Number of batches that each version computes at once."""
         return sum(group.count or 1 for group in self.config.instance_group) or 1
 
     def file(self, version: int, runtime: str) -> Path:
-        """The file that a runtime loads; refuses where it is missing."""
+        """Path of the file that a runtime loads; raises an error if it is missing."""
         path = self.folder / str(version) / RUNTIMES[runtime].file
         if not path.exists():
             make = "run: radapter-export"
@@ -73,15 +73,15 @@ class ServedEncoder:
         return path
 
     def configured(self, runtime: str, threads: int | None) -> str:
-        """The text of a config.pbtxt for another runtime or number of threads."""
+        """Text of the config.pbtxt for a runtime and a number of threads."""
         config = model_config_pb2.ModelConfig()
         config.CopyFrom(self.config)
-        if runtime != self.runtime:  # else what its owner may have changed stays, such as KIND_CPU
+        if runtime != self.runtime:  # otherwise keep the owner's changes, such as KIND_CPU
             configure(config, runtime, self.facts.precision, self.facts.max_batch_size)
         if all(dim == -1 for tensor in config.input for dim in tensor.dims):
-            # Where no size tells Triton that an empty batch is none, it takes the request and never
-            # answers it. Without batches of Triton's the encoder gets to see it; the tasks make the
-            # batches of texts anyway.
+            # If all dimensions of the inputs are free, Triton cannot recognise an empty batch: it
+            # accepts the request and never answers. Without Triton's batching the encoder gets the
+            # empty batch; the tasks make batches of texts anyway.
             _batch(config, 0)
         if (name := RUNTIMES[runtime].threads) and threads:
             config.parameters[name].string_value = str(threads)
@@ -89,12 +89,12 @@ class ServedEncoder:
 
 
 def parsed(text: str) -> Any:
-    """A `ModelConfig` from the text of a config.pbtxt, which may be for a newer server."""
+    """Parse the text of a config.pbtxt as a `ModelConfig`; unknown fields are ignored."""
     return text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
 
 
 def read_config(path: Path) -> Any:
-    """Parse a config.pbtxt as a `ModelConfig`."""
+    """Read a config.pbtxt as a `ModelConfig`."""
     try:
         return parsed(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
@@ -102,7 +102,7 @@ def read_config(path: Path) -> Any:
 
 
 def named_releases(config: Any) -> dict[int, Release]:
-    """The releases that a config names in its parameters, by number."""
+    """Read the releases in a config's parameters, by number."""
     texts = [
         value.string_value for key, value in config.parameters.items() if key.startswith("release.")
     ]
@@ -116,8 +116,8 @@ def named_releases(config: Any) -> dict[int, Release]:
 
 
 def name_releases(config: Any, releases: Mapping[int, Release]) -> None:
-    """Name releases in a config's parameters, in place of those that it names, for clients to read.
-    The highest is also the one without a number.
+    """Replace the releases in a config's parameters, which clients read. The newest release is also
+    stored without a number.
     """
     for name in [name for name in config.parameters if name.split(".")[0] == "release"]:
         del config.parameters[name]
@@ -126,8 +126,8 @@ def name_releases(config: Any, releases: Mapping[int, Release]) -> None:
 
 
 def config_of(repository: Path, model: str, version: int) -> Any:
-    """The config of a model for a release: Triton's, where it names the release, else the
-    release's.
+    """Read the config of a model for a release: the one that Triton reads if it names the release,
+    else the one in the release's folder.
     """
     upper = repository / model / CONFIG
     lower = repository / model / str(version) / CONFIG
@@ -137,8 +137,8 @@ def config_of(repository: Path, model: str, version: int) -> Any:
 
 
 def encoders_of(repository: Path, releases: Sequence[int] = ()) -> list[ServedEncoder]:
-    """The encoders that radapter-export wrote into a model repository, for these releases; as the
-    configs say if there are none.
+    """List the encoders that radapter-export wrote into a model repository, for these releases;
+    without `releases`, for those that the configs name.
     """
     encoders = []
     if not releases:
@@ -169,7 +169,7 @@ def _lacking(folder: Path, releases: Iterable[int]) -> RAdapterError:
 
 
 def configure(config: Any, runtime: str, precision: str, max_batch_size: int) -> None:
-    """Make an encoder's config ask for a runtime, whatever it asked for before; in place."""
+    """Set an encoder's config to a runtime, in place, whatever the config asked for before."""
     ours = {
         _BF16,
         *(name for known in RUNTIMES.values() for name in (*known.parameters, known.threads)),
@@ -210,18 +210,18 @@ def _batch(config: Any, max_batch_size: int) -> None:
 def check(
     repository: Path, versions: Iterable[int], progress: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Check releases before they are served: `verify` and `check_configs` for each."""
+    """Check releases before they are served, by `verify` and `check_configs`."""
     for version in versions:
         verify(repository, version, progress)
         check_configs(repository, version)
 
 
 def check_configs(repository: Path, version: int) -> None:
-    """Check that the configs belong together and to a release, or to another one as a whole.
+    """Check that the models' configs match each other and a release.
 
-    Each version of a model has the config that it was exported with. The config above it, which
-    Triton reads, may have been changed by its owner (instances, kinds, engines), but not in names
-    and tensors.
+    Each version of a model has the config of its export. The owner may change instances, kinds and
+    engines in the config above it, which Triton reads, but not names and tensors; that config may
+    also belong to another release, if all models' configs do.
     """
     release = Release.load(repository / MODELS[-1] / str(version))
     exported: dict[str, Any] = {}
@@ -265,13 +265,13 @@ def check_configs(repository: Path, version: int) -> None:
 
 
 def _difference(exported: Any, config: Any) -> str:
-    """A change that no owner may make, of the model's name or tensors; "" for none."""
+    """Describe a change that the owner may not make, in the model's name or tensors; "" if none."""
     if config.name != exported.name:
         return f"it is the config of {config.name or 'no model'}"
     for kind in ("input", "output"):
         ours, theirs = (
             {
-                # The batch is Triton's, or the tensor's own.
+                # Triton's batch dimension counts like a first dimension of the tensor.
                 tensor.name: (tensor.data_type, [-1] * bool(of.max_batch_size) + [*tensor.dims])
                 for tensor in getattr(of, kind)
             }

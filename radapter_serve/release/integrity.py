@@ -1,7 +1,7 @@
-"""Integrity of a release: every file by its digest.
+"""Integrity of a release: a digest for every file.
 
-The digests lie in `classify/N/SHA256SUMS`, in the format of sha256sum. In the folder of the model
-repository `sha256sum --check classify/N/SHA256SUMS` compares them, too.
+The digests are in `classify/N/SHA256SUMS`, in the format of sha256sum. `sha256sum --check
+classify/N/SHA256SUMS` compares them, too, if run in the folder of the model repository.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from radapter_serve.files import as_text, digest_of, staged
 from radapter_serve.release.repository import MODELS
 
 SUMS = "SHA256SUMS"
-_WORKERS = 4  # the disk, more than the processor, sets the pace of more
+_WORKERS = 4  # with more, the disk limits the speed
 _LINE = re.compile(rb"([0-9a-f]{64})  (.+)")
-_SHOWN = 5  # problems in a message
-_ENGINE = "model.plan"  # in the names of what radapter-build-engine adds later
+_SHOWN = 5  # most problems in a message
+_ENGINE = "model.plan"  # in the names of files that radapter-build-engine adds later
 
 
 def sums_of(repository: Path, version: int) -> Path:
-    """The path of a release's digests."""
+    """Path of a release's digests."""
     return repository / "classify" / str(version) / SUMS
 
 
@@ -36,7 +36,7 @@ def write_sums(repository: Path, version: int) -> None:
 
 
 def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
-    """Write the digests of some files anew, such as `image_encoder/1/model.plan`."""
+    """Update the digests of some files, such as `image_encoder/1/model.plan`."""
     path = sums_of(repository, version)
     sums = load_sums(path)
     for name in names:
@@ -50,7 +50,7 @@ def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
 def verify(
     repository: Path, version: int, progress: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Compare all files of a release with their digests; names those that differ."""
+    """Compare all files of a release with their digests; raises an error that names differences."""
     path = sums_of(repository, version)
     if path.exists():
         start = f"checking the files of release {version}"
@@ -76,8 +76,8 @@ def differences(
     sums: Mapping[str, str],
     progress: Callable[[int], None] = lambda percent: None,
 ) -> dict[str, str]:
-    """What is wrong with files by their names, compared with their digests; empty if nothing is.
-    `progress` gets the per cent of the bytes that are read.
+    """Compare files with their digests; returns the problem of each wrong file by name. `progress`
+    is called with the per cent of the bytes that are read.
     """
     problems = dict.fromkeys(sums.keys() - files.keys(), "is missing")
     problems |= dict.fromkeys(files.keys() - sums.keys(), "does not belong to it")
@@ -86,7 +86,7 @@ def differences(
     done = 0
     last = -1
     with ThreadPoolExecutor(_WORKERS) as pool:
-        # The large files first, so that no worker is left with one at the end.
+        # Start with the large files, so that none of them is left to one worker at the end.
         order = sorted(sums.keys() & files.keys(), key=lambda name: -sizes[name])
         running = {pool.submit(digest_of, files[name]): name for name in order}
         for future in as_completed(running):
@@ -103,14 +103,14 @@ def differences(
 
 
 def shown(problems: Mapping[str, str]) -> str:
-    """The first problems of files, and how many more there are."""
+    """Format the first problems of files, and the number of the others."""
     lines = [f"{as_text(name)} {problem}" for name, problem in sorted(problems.items())]
     more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
     return "; ".join(lines[:_SHOWN]) + more
 
 
 def _files(repository: Path, version: int) -> dict[str, Path]:
-    """The files of a release by name, without its list of digests."""
+    """List the files of a release by name, without its list of digests."""
     files = {}
     for model in MODELS:
         folder = repository / model / str(version)
@@ -124,7 +124,7 @@ def _files(repository: Path, version: int) -> dict[str, Path]:
 
 
 def written_sums(sums: Mapping[str, str]) -> bytes:
-    """Digests by the names of their files, in the format of sha256sum."""
+    """Format digests by file name as sha256sum does."""
     lines = [f"{digest.removeprefix('sha256:')}  {name}\n" for name, digest in sorted(sums.items())]
     return b"".join(map(os.fsencode, lines))
 
@@ -138,7 +138,7 @@ def load_sums(path: Path) -> dict[str, str]:
         raise RAdapterError(f"cannot read {path}: {error.strerror}") from None
     for number, line in enumerate([*lines, rest] if rest else lines, 1):
         match = _LINE.fullmatch(line)
-        if match is None or line is rest:  # whose end is cut off
+        if match is None or line is rest:  # a last line without a line end is cut off
             raise RAdapterError(
                 f"{path}, line {number}, is no digest with the name of a file; copy the release"
                 " here again, or export it again with radapter-export"

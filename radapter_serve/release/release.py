@@ -1,4 +1,4 @@
-"""The facts of a release, as `release.json` and the models' configs hold them."""
+"""The facts of a release, as stored in `release.json` and the models' configs."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
 from radapter_serve.release.agreement import LEAST_COSINE, Tolerance
 
-# The task models of a release, in the order of writing: one whose last task is there is complete.
+# Task models of a release in the order of writing; the last one marks a complete release.
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
 FORMAT = 1
 FILE = "release.json"
-# left out of the file where they are None
+# Fields that are left out of the file if they are None.
 _OPTIONAL = ("made_of", "quantization", "accuracy", "confidence")
 _DECIDING = (
     *("base_digest", "adapter_digest", "alpha", "architecture"),
     *("preprocess", "tokenizer", "precision", "embed_dim"),
 )
 
-# How a user gets a release with calibrated scores.
+# Advice for a release without calibrated scores.
 HOW = "export one with radapter-export --validation DATA"
-# Why a softmax has no temperature that is best.
+# Reason for a softmax without a best temperature.
 NO_TEMPERATURE = "every image was right, or scores are no higher for right answers"
-# Share of the images that a search with the calibrated least score is to keep.
+# Share of the images that the calibrated `min_score` of a search keeps.
 KEPT = 0.95
 
 
@@ -66,11 +66,11 @@ class Confidence:
 class Release:
     """The facts of one release."""
 
-    version: int  # its number in the model repository, which all models share
-    alpha: float  # that was folded, or the default where requests may bring their own
+    version: int  # number in the model repository, the same for all models
+    alpha: float  # the folded α, or the default if requests may give another
     architecture: str  # of the base: an open_clip name, `local-dir:PATH` or `hf-hub:NAME`
     base_digest: str  # of the base's adapted tensors
-    adapter_digest: str  # of the adapter, or of the tuned weights where there is `made_of`
+    adapter_digest: str  # of the adapter, or of the tuned weights if `made_of` is set
     # size in pixels, mode, interpolation, resize_mode, fill_color, mean, std, exif_orientation
     preprocess: dict[str, Any]
     # kind, digest, context_length, dynamic_length, start, end, pad, clean
@@ -78,22 +78,22 @@ class Release:
     embed_dim: int
     logit_scale: float  # factor on the cosines
     templates: list[str]
-    # with torch: of each encoder max_error and min_cosine; batches, tolerance, min_cosine
+    # Agreement with torch: max_error and min_cosine of each encoder; batches, tolerance, min_cosine.
     agreement: dict[str, Any]
     logit_bias: float | None = None  # of a sigmoid loss
     dynamic_alpha: bool = False  # whether the encoders take α as an input
     adapters: list[dict[str, Any]] = field(default_factory=list)  # digest and weight of each
-    # kind (`checkpoint` or `lora`), name, base and digest of what was tuned elsewhere
+    # Weights tuned elsewhere: kind (`checkpoint` or `lora`), name, base and digest.
     made_of: dict[str, Any] | None = None
     precision: str = "fp32"
-    quantization: dict[str, Any] | None = None  # of int8: kind, and what the ranges were found by
+    quantization: dict[str, Any] | None = None  # of int8: kind, and the calibration inputs
     runtime: str = "onnxruntime"
-    dense: dict[str, Any] | None = None  # way and grid of `patch_encoder`
+    dense: dict[str, Any] | None = None  # method and grid of `patch_encoder`
     crop: dict[str, Any] = field(default_factory=dict)  # of masks: padding, square, fill
-    # of each: labels, templates, digest, and the number of examples where there are some
+    # By name: labels, templates, digest, and the number of examples if there are any.
     label_sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     max_batch_size: int = 64
-    tools: dict[str, str] = field(default_factory=dict)  # versions of what made it
+    tools: dict[str, str] = field(default_factory=dict)  # versions of the libraries of the export
     created: str = ""  # in UTC, ISO 8601
     accuracy: dict[str, Any] | None = None  # on validation data, by torch and by the encoders
     confidence: dict[str, Any] | None = None  # the fields of `Confidence`
@@ -101,11 +101,11 @@ class Release:
 
     @property
     def digest(self) -> str:
-        """`sha256:` over the facts that decide the embeddings: the same fold, exported again, has
-        the same digest.
+        """`sha256:` of the facts that decide the embeddings, so that the same fold, exported again,
+        has the same digest.
 
-        A release whose α is an input has the digest of the fold at its α; only in int8 the two
-        differ, for there the base and the adapter are rounded apart.
+        A release whose α is an input has the digest of the fold at its α, except in int8, where the
+        base and the adapter are rounded separately.
         """
         deciding = {name: getattr(self, name) for name in _DECIDING}
         if self.quantization:
@@ -116,12 +116,12 @@ class Release:
 
     @property
     def bounds(self) -> Tolerance:
-        """How far from torch the encoders may be, as at the export."""
+        """Largest distance of the encoders from torch, as at the export."""
         least = max(float(self.agreement["min_cosine"]), LEAST_COSINE)
         return Tolerance(float(self.agreement["tolerance"]), least)
 
     def at(self, alpha: float) -> Release:
-        """The release at one α; refuses an α that it does not have."""
+        """This release at another α; raises an error for an α that it does not take."""
         try:
             request_alpha(alpha, self.alpha, dynamic=self.dynamic_alpha)
         except TaskError as error:
@@ -129,7 +129,7 @@ class Release:
         return dataclasses.replace(self, alpha=float(alpha))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON holds them: the release's own, so not to be changed."""
+        """Plain values for JSON; they are not copied, so don't change them."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in _OPTIONAL:
             if values[name] is None:
@@ -138,13 +138,13 @@ class Release:
 
     @property
     def sets_by_example(self) -> dict[str, Any]:
-        """The facts of the label sets some of whose labels have examples, by name."""
+        """Facts of the label sets that have example images, by name."""
         return {name: facts for name, facts in self.label_sets.items() if facts.get("examples")}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Release:
-        """Read the result of `to_dict`; unknown names are ignored, so that older software reads
-        newer releases.
+        """Build a release from the result of `to_dict`. Unknown names are ignored, so that older
+        software can read newer releases.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := sorted({*names} - {*_OPTIONAL, *facts}):
@@ -155,13 +155,13 @@ class Release:
         return cls(**{name: facts[name] for name in names if name in facts})
 
     def save(self, folder: Path) -> None:
-        """Write `release.json` into a folder, whole or not at all."""
+        """Write `release.json` into a folder atomically."""
         with staged(folder / FILE) as path:
             path.write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Release:
-        """Read `release.json` of a folder."""
+        """Read `release.json` from a folder."""
         path = folder / FILE
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
@@ -173,8 +173,8 @@ class Release:
 
 
 def release_parameters(releases: Iterable[Release]) -> dict[str, str]:
-    """The parameters by which a model's config names its releases, as JSON: each by its number, and
-    the newest without one.
+    """Parameters of a model's config that hold its releases as JSON: each under its number, and the
+    newest also without a number.
     """
     parameters: dict[str, str] = {}
     for release in sorted(releases, key=lambda release: release.version):
@@ -185,8 +185,10 @@ def release_parameters(releases: Iterable[Release]) -> dict[str, str]:
 
 
 def fitted_at(release: Release, exported: float, alpha: float | None) -> Confidence:
-    """The calibration of a release, fitted at the α of its export; refuses a release without one,
-    and embeddings at another α (None where it is folded).
+    """Read the calibration of a release, which was fitted at the α of its export.
+
+    Raises an error if the release has none, or if `alpha`, the α of the embeddings, differs from
+    `exported`. `alpha` is None if it is folded.
     """
     if release.confidence is None:
         raise TaskError(NOT_CALIBRATED, f"this release has no calibrated scores; {HOW}")

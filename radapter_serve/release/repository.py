@@ -1,4 +1,4 @@
-"""The layout of a model repository: releases, their encoders, and the runtimes of these."""
+"""Layout of a model repository: releases, their encoders, and the encoders' runtimes."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.release.release import FILE, TASKS, Release
 
-PATCH_ENCODER = "patch_encoder"  # the one model that a release may lack
+PATCH_ENCODER = "patch_encoder"  # the only optional model of a release
 ENCODERS = ("image_encoder", PATCH_ENCODER, "text_encoder")
 MODELS = (*ENCODERS, *TASKS)  # in the order of writing
 CONFIG = "config.pbtxt"
-SERVED = "served.json"  # there from the first `radapter-release` on
+SERVED = "served.json"  # written by the first `radapter-release`
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a config.pbtxt asks for a runtime, besides `backend`, which is its name.
+    """Settings of a runtime in a config.pbtxt, besides `backend`, which is its name.
 
     `file` is loaded from a version's folder; `kind` and `gpus` say where instances run, on all GPUs
     if empty; `threads` is the parameter for the threads of an instance, `parameters` are in every
     config, and `cuda` are options of ONNX Runtime's provider on a GPU. NVIDIA's `openvino` backend
-    pads every batch to `max_batch_size` rows if Triton makes batches, so it is not `batched`: a
-    tensor's first dimension is any number of rows there.
+    pads every batch that Triton makes to `max_batch_size` rows, so its models are not `batched`:
+    the first dimension of their tensors is any number of rows.
     """
 
     file: str
@@ -42,15 +42,15 @@ class Runtime:
 
 
 TENSORRT = "tensorrt"
-# TF32 is ONNX Runtime's default, and differs from fp32 in the fourth digit.
+# ONNX Runtime uses TF32 by default, which differs from fp32 in the fourth digit.
 CUDA_OPTIONS = {"use_tf32": "0"}
-SPINNING = "session.intra_op.allow_spinning"  # of ONNX Runtime, which spins if it is left out
+SPINNING = "session.intra_op.allow_spinning"  # of ONNX Runtime, which spins by default
 RUNTIMES = {
     "onnxruntime": Runtime(
         "model.onnx",
         threads="intra_op_thread_count",
         # The cores are shared with decoding and the network: waiting threads must not spin on them.
-        # The backend of radapter-serve heeds this; NVIDIA's own in C++ may ignore it.
+        # radapter-serve's backend obeys this; NVIDIA's C++ backend may ignore it.
         parameters={SPINNING: "0"},
         cuda=CUDA_OPTIONS,
     ),
@@ -61,14 +61,14 @@ RUNTIMES = {
         parameters={"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"},
         batched=False,
     ),
-    # On the GPU that engines are built for and checked against.
+    # The first GPU, for which engines are built and checked.
     TENSORRT: Runtime("model.plan", kind="KIND_GPU", gpus=(0,)),
 }
-AUTO = "auto"  # the fastest of them
+AUTO = "auto"  # the fastest runtime
 
 
 def versions_of(model: Path) -> list[int]:
-    """The versions in a model's folder, the newest last; none where there is no such folder."""
+    """List the versions in a model's folder, the newest last; empty if the folder is missing."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return sorted(
             int(path.name) for path in model.iterdir() if path.name.isdecimal() and path.is_dir()
@@ -77,14 +77,14 @@ def versions_of(model: Path) -> list[int]:
 
 
 def releases_of(repository: Path) -> list[int]:
-    """The complete releases of a model repository, the newest last."""
+    """List the complete releases of a model repository, the newest last."""
     task = repository / MODELS[-1]
     return [version for version in versions_of(task) if (task / str(version) / FILE).exists()]
 
 
 def split_repository(repository: str | Path) -> tuple[str, str]:
-    """The folder and the number of `DIR@N`; the number is empty where none is named, or where a
-    folder's own name ends so.
+    """Split `DIR@N` into the folder and the number; the number is empty if it is missing, or if a
+    folder has this whole name.
     """
     path, at, number = str(repository).rpartition("@")
     named = at and number.isdecimal() and not Path(repository).is_dir()
@@ -92,8 +92,8 @@ def split_repository(repository: str | Path) -> tuple[str, str]:
 
 
 def find_release(repository: str | Path) -> Path:
-    """The folder of a release in a model repository, that of its task `classify`; `DIR@N` names
-    release N, the newest otherwise.
+    """Find the folder of a release in a model repository, which is that of its task `classify`.
+    `DIR@N` names release N; without a number, the newest is taken.
     """
     path, number = split_repository(repository)
     folder = Path(path)
@@ -102,7 +102,7 @@ def find_release(repository: str | Path) -> Path:
 
 
 def require_known(repository: Path, releases: Sequence[int]) -> list[int]:
-    """Sorted numbers of releases, all of which the repository holds."""
+    """Sort numbers of releases; raises an error for one that the repository does not hold."""
     known = releases_of(repository)
     if not known:
         raise RAdapterError(
@@ -117,13 +117,13 @@ def require_known(repository: Path, releases: Sequence[int]) -> list[int]:
 
 
 def format_list(versions: Sequence[int]) -> str:
-    """Numbers as text, such as "1, 2"."""
+    """Format numbers as text, such as "1, 2"."""
     return ", ".join(map(str, versions)) or "none"
 
 
 def releases_with_digest(repository: Path, digest: str, alpha: float) -> list[int]:
-    """The releases of a model repository that embed as one with this digest does, the newest last;
-    those that take any α are asked at this one.
+    """List the releases of a model repository that embed like one with this digest, the newest
+    last; releases that take any α are compared at `alpha`.
     """
     versions = []
     for version in releases_of(repository):
@@ -147,11 +147,11 @@ class Served:
 
     @classmethod
     def load(cls, repository: Path) -> Served:
-        """Read `served.json`; the newest export where none was chosen yet."""
+        """Read `served.json`; without it, the releases in the configs, else the newest export."""
         path = repository / SERVED
         known = releases_of(repository)
         if not path.exists():
-            # Those that the configs ask Triton to serve.
+            # The versions that the config asks Triton to serve.
             config = repository / MODELS[-1] / CONFIG
             text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
             numbers = re.findall(r"\bversions\s*:\s*\[?([\d,\s]+)", text)
@@ -175,7 +175,7 @@ class Served:
         return cls(tuple(releases), tuple(version for version in before if version in known))
 
     def next(self, releases: Sequence[int]) -> Served:
-        """The state once these releases have taken over."""
+        """The state after these releases take over."""
         return Served(tuple(sorted(set(releases))), self.releases)
 
     def back(self) -> Served:
@@ -187,7 +187,7 @@ class Served:
         return self.next(self.before)
 
     def save(self, repository: Path) -> None:
-        """Write `served.json`, for the next start."""
+        """Write `served.json`, which the next start reads."""
         with staged(repository / SERVED) as path:
             path.write_text(
                 json.dumps({"releases": self.releases, "before": self.before}), encoding="utf-8"
