@@ -115,9 +115,6 @@ class Client:
     Raises:
         RAdapterClientError: from the constructor and every method, the same for every protocol;
             see its subclasses.
-    Raises:
-        RAdapterClientError: here and in every method; the same for every protocol: see its
-            subclasses.
 
     Example:
         ```python
@@ -474,6 +471,7 @@ class Client:
     def release(self, *, timeout: float | None = None) -> Release:
         """Ask the server for the release that calls use: the one given to the client, or the
         newest.
+
         Example: `client.release().alpha`
         """
         return pick_release(self._served(timeout), self._version)
@@ -510,6 +508,7 @@ class Client:
     def is_ready(self, *, timeout: float | None = None) -> bool:
         """True if the server can answer every method in the client's release; False also if no
         server answers.
+
         Example: `while not client.is_ready(): time.sleep(1)`
         """
         version = "" if self._version is None else str(self._version)

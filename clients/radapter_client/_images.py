@@ -31,6 +31,7 @@ _BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 def list_images(folder: str | os.PathLike[str]) -> list[str]:
     """List the JPEG, PNG and WebP files in a folder and its subfolders, sorted by path.
+
     Raises:
         RAdapterClientError: the folder is missing, or has no image.
 
@@ -53,8 +54,8 @@ def is_one_image(images: object) -> bool:
 
 
 def encode_image(image: ImageLike) -> bytes:
-    """Encode an image as the bytes of an image file; raises `InvalidImage` if it cannot be read.
-    The bytes of a file are returned as they are.
+    """Encode an image as a file's bytes, or read those of its file; raises `InvalidImage` if it cannot
+    be read.
     """
     if isinstance(image, (str, os.PathLike)):
         try:

@@ -1,6 +1,6 @@
-"""The commands, one thin file each: they read flags, call the rooms, and print.
+"""The commands, one thin file each: they parse flags, call other packages, and print.
 
-What they share is here; what they do lives in the rooms.
+The functions that they share are here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from radapter_serve.errors import RAdapterError, one_line
 
 HELP = ("-h", "--help")
 HELP_ALL = "--help-all"
-# What brings all that a command usually needs.
+# The extra that each command usually needs.
 EXTRAS = {
     "radapter-demo": "demo",
     "radapter-eval": "train",
@@ -43,10 +43,10 @@ def run(
     prog: str,
     first: Collection[str] = (),
 ) -> int:
-    """Run a typed function as a command: its signature makes the flags, and its docstring the help.
+    """Run a typed function as a command: its signature gives the flags, and its docstring the help.
 
-    The function may return an exit status; 2 is an error that the user can mend, 130 Ctrl-C.
-    `--help` shows the options of `first`, which most people set, and `--help-all` shows all.
+    The function may return an exit status; 2 is an error that the user can correct, 130 Ctrl-C.
+    `--help` shows the options in `first`, which most people set, and `--help-all` shows all.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if first and asks_for_help(arguments):
@@ -64,8 +64,8 @@ def run_one_of(
     first: Mapping[str, Collection[str]] | None = None,
     description: str | None = None,
 ) -> int:
-    """`run` for a command with sub-commands; for some of them, `first` has the options that most
-    people set.
+    """Run one of several sub-commands, like `run`; `first` names, for some of them, the options
+    that most people set.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
@@ -84,12 +84,12 @@ def run_one_of(
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether `--help` or `-h` is among the arguments, and `--help-all` is not."""
+    """True if the arguments have `--help` or `-h`, and not `--help-all`."""
     return any(flag in arguments for flag in HELP) and HELP_ALL not in arguments
 
 
 def show_help(first: Callable[..., Any], *, prog: str, description: str | None = None) -> None:
-    """Print the help of some `options`, and how to see all; ends the process as tyro does."""
+    """Print the help of some `options`, and how to see all; exits the process, as tyro does."""
     try:
         tyro.cli(first, args=["--help"], prog=prog, description=description)
     finally:
@@ -97,10 +97,10 @@ def show_help(first: Callable[..., Any], *, prog: str, description: str | None =
 
 
 def options(kind: Callable[..., Any], names: Collection[str], values: Any = None) -> type:
-    """A dataclass with some options of a command, for its help.
+    """Build a dataclass with some options of a command, for its help.
 
-    `kind` is a typed function or a dataclass, whose instance `values` has the defaults; dataclasses
-    among its parameters give their options, too.
+    `kind` is a typed function or a dataclass, whose instance `values` has the defaults; options of
+    dataclasses among its parameters are included.
     """
     hints = get_type_hints(kind, include_extras=True)
     fields: list[tuple[str, Any, Any]] = []
@@ -118,7 +118,7 @@ def options(kind: Callable[..., Any], names: Collection[str], values: Any = None
             default = dataclasses.field(default_factory=lambda value=value: value)  # type: ignore[misc]
             fields.append((name, hints[name], default))
     few = dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
-    # The docstring, with the attributes that a dataclass inherits.
+    # The docstring of the class, with the attributes of its base classes.
     bases = inspect.getmro(kind) if inspect.isclass(kind) else (kind,)
     own, *inherited = [inspect.getdoc(base) or "" for base in bases if base is not object]
     few.__doc__ = "\n".join([own, *(text.partition("Attributes:\n")[2] for text in inherited)])
@@ -126,12 +126,12 @@ def options(kind: Callable[..., Any], names: Collection[str], values: Any = None
 
 
 def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: str) -> int:
-    """`run` for a command that reads its arguments itself."""
+    """Call a command that parses its own arguments, with the exit statuses of `run`."""
     if "--version" in (sys.argv[1:] if argv is None else argv):
         print(f"{prog} {__version__}")
         return 0
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
-        # Jupyter sets it, and rich would then draw its spinners into a file or a notebook.
+        # Jupyter sets FORCE_COLOR, which makes rich draw spinners into files and notebooks.
         os.environ.pop("FORCE_COLOR", None)
     try:
         with one_line(EXTRAS.get(prog)):
@@ -141,8 +141,8 @@ def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: s
     except (RAdapterError, RAdapterClientError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        with contextlib.suppress(OSError):  # for the last flush, of a stdout that is a file
+    except BrokenPipeError:  # the reader of a pipe, such as head, has ended
+        with contextlib.suppress(OSError):  # stdout may have no file; Python flushes it at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as error:

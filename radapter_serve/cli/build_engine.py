@@ -1,5 +1,5 @@
-"""`radapter-build-engine`: TensorRT engines for a model repository, on the GPU that will serve it;
-no torch.
+"""`radapter-build-engine`: builds TensorRT engines for a model repository, on the GPU that will
+serve it, without torch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def build_engine(
     """Build a TensorRT engine of each encoder and release, check them against torch, and let
     TensorRT serve them.
 
-    Runs on the GPU that will serve, under the TensorRT that will: in NVIDIA's Triton container,
-    say. It needs neither torch nor the adapter, for samples and torch's embeddings of them lie
-    next to each graph. Engines that fit stay.
+    Run this on the GPU, and with the version of TensorRT, that will serve them, such as in NVIDIA's
+    Triton container. It needs neither torch nor the adapter, as samples with torch's embeddings are
+    stored next to each graph. Engines that fit already are kept.
 
     Args:
         model_repository: folder that radapter-export has filled.

@@ -22,15 +22,15 @@ def demo(
     One adapter, and one release that labels drawings, searches and segments.
 
     Args:
-        settings: what is made, and where.
+        settings: settings of the demo's models and folders.
         full: train an adapter for each of three tasks, evaluate them over alpha on all styles, and
             compare with full fine-tuning and WiSE-FT; about ten minutes.
-        open: end with the playground, opened in a browser, until Ctrl-C; needs the extra
-            `playground`, too.
+        open: end with the playground, opened in a browser, until Ctrl-C; also needs the extra
+            `playground`.
     """
     if open:
         check_installed("gradio", "demo,playground")
-    # Say it before torch is loaded, which takes seconds.
+    # Print this before importing torch, which takes seconds.
     if full:
         print("The whole demo takes about ten minutes on two CPU cores.", flush=True)
         from radapter_serve.demo.full import run_full as run_demo

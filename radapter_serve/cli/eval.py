@@ -31,22 +31,23 @@ def evaluate(
     """Evaluate a run at any alpha, a merged checkpoint, a release, or a live server on the data
     sets of a suite.
 
-    It prints a table, and writes pictures and OUT/results.jsonl, which has a row for each model and
-    data set with intervals and the figures of each class. Beside alpha 0, it also measures how much
-    is kept of what the base answers among common nouns on the same images.
+    The command prints a table, and writes pictures and OUT/results.jsonl, which has one row for
+    each model and data set, with intervals and the figures of each class. If alpha 0 is evaluated,
+    too, it also measures how many of the base's answers among common nouns, on the same images, are
+    kept.
 
     Args:
         suite: data sets to evaluate on: a YAML file, or the name of a suite that comes with the
             package, such as pacs, imagenet or retrieval.
         data: one data set in place of a suite, such as photos/test or csv:test.csv; it is
             opened as the run opened its own, with its columns, and among its classes.
-        model: what is evaluated.
-        alpha: re-scalings from 0 (the base) to 1 (all that was learned); 0, the run's own and 1 if
-            none is given. auto takes the smallest that can't be told from the best on validation
-            data, and never more than the run's own: the suite's sets with `split: validation`, else
-            those of the run. Of a release or a server: one whose requests may bring
-            it (radapter-export --alpha dynamic).
-        settings: how.
+        model: the model to evaluate.
+        alpha: re-scalings from 0 (the base) to 1 (all that was learned); if not given, 0, the run's
+            own and 1. auto takes the smallest that can't be told from the best on validation data,
+            and at most the run's own; that data is the suite's sets with `split: validation`, else
+            the run's. A release or a server takes one alpha, and only if its requests may give it
+            (radapter-export --alpha dynamic).
+        settings: settings of the evaluation.
     """
     screen = Console()
     result = start.evaluate_model(model, settings, alpha, suite, data, progress=True)

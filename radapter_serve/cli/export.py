@@ -44,21 +44,21 @@ def export(
     repository, which radapter-serve serves. Nothing is written unless all of it succeeds.
 
     Args:
-        alpha: re-scaling from 0 (the base) to 1 (all that was learned). If none is given, what
-            radapter-eval --alpha auto chose for this very adapter, or else the run's own, and 1 of
-            a checkpoint or a LoRA. auto insists on that choice; best takes the one of the highest
-            score on validation data; dynamic makes one release that takes any alpha from each
-            request, by default the one that is taken if none is given.
-        adapter: folder of a run or adapter file; the newest run in ./runs if none is given. Given
-            several times, the average of these adapters of one base is exported.
+        alpha: re-scaling from 0 (the base) to 1 (all that was learned). If not given, the one that
+            radapter-eval --alpha auto chose for this very adapter, or else the run's own, and 1 for
+            a checkpoint or a LoRA. auto requires that choice; best takes the one with the highest
+            score on validation data; dynamic makes one release that takes any alpha with each
+            request, and by default the one that is taken if not given.
+        adapter: folder of a run or adapter file; the newest run in ./runs if not given. If given
+            several times, the average of these adapters, which must have one base, is exported.
         label_set: NAME=FILE, classes whose embeddings become part of the release: text, a class a
             line, or YAML, in which classes may have images. The run's own classes become the label
-            set "classes" by themselves.
-        format: tensorrt also builds engines for this machine's GPU, and lets them be served:
+            set "classes" without a flag.
+        format: tensorrt also builds engines for this machine's GPU, and sets them to be served:
             --runtime tensorrt.
-        threads: threads to compute with; one a core if none is given. Fewer is faster beside other
-            work.
-        settings: how the adapters become releases; the fields of `ExportSettings` in Python.
+        threads: threads to compute with; one a core if not given. Fewer are faster if the machine
+            has other work.
+        settings: settings of the releases; the fields of `ExportSettings` in Python.
     """
     began = time.perf_counter()
     replaced = None  # the α of the merged checkpoint that this export replaces
@@ -85,7 +85,7 @@ def export(
     for note in done.notes:
         Console(stderr=True).print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
-    # A row for each graph, with its agreement with torch.
+    # One row for each graph, with its agreement with torch
     count = f"{len(releases)} release{'s' if len(releases) > 1 else ''}"
     seconds = time.perf_counter() - began
     title = f"{', '.join(done.made_of)}: {count} in {settings.precision}, {seconds:.0f} s"
@@ -106,7 +106,7 @@ def export(
             )
     Console().print(table)
 
-    # What was measured on validation data.
+    # Accuracy and calibration on validation data
     lines = []
     for release in releases:
         if accuracy := release.accuracy:
@@ -122,7 +122,7 @@ def export(
             " --validation DATA"
         )
 
-    # Where everything is, and the commands to go on with.
+    # The paths of all results, and the next commands
     merged = ", ".join(str(release.merged) for release in releases)
     if replaced is not None and replaced != done.alpha:
         merged += f", in place of the one at alpha {replaced:g}"
@@ -134,7 +134,7 @@ def export(
     folder = done.model_repository
     repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
     lines.append(f"Next:   radapter-serve{repository}")
-    if (folder / SERVED).exists():  # its starts serve what was chosen
+    if (folder / SERVED).exists():  # then a start serves the chosen releases, not the newest
         numbers = " ".join(str(release.version) for release in releases)
         where = f" --model-repository{repository}" if repository else ""
         lines.append(f"        radapter-release load {numbers}{where}")

@@ -1,4 +1,4 @@
-"""Search results as one web page that needs nothing but itself."""
+"""Search results as one self-contained web page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from radapter_client import Hit
 from radapter_serve.contract.images import decode
 
 SIDE = 320  # px of the query's picture
-# The policy keeps the page to itself even if something in it were to ask for more.
+# The policy lets the page load nothing from elsewhere.
 HEAD = """<!doctype html>
 <html lang="en">
 <head>
@@ -54,14 +54,14 @@ dd { margin: 0; overflow-wrap: anywhere }
 def page(
     hits: Sequence[Hit], text: str | None, image: bytes | None, facts: Mapping[str, str]
 ) -> bytes:
-    """The page, in UTF-8: hits with thumbnails, best first, of a search for a text or for an image
-    and its name, and facts about the search, such as its index and release.
+    """Build a page in UTF-8: hits with thumbnails, best first, below the query's text and image,
+    and facts about the search, such as its index and release.
     """
     query = escape(text or "an image")
     header = ""
     if image is not None:
-        picture = decode(image)  # upright, as thumbnails are
-        if "transparency" in picture.info:  # a palette's would be lost with a warning
+        picture = decode(image)  # turned upright, as the thumbnails are
+        if "transparency" in picture.info:  # else Pillow drops a palette's, with a warning
             picture = picture.convert("RGBA")
         picture = picture.convert("RGB")
         picture.thumbnail((SIDE, SIDE))

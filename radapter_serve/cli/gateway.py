@@ -1,4 +1,4 @@
-"""radapter-gateway: the way in for callers that are not trusted."""
+"""radapter-gateway: the entry for untrusted callers."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def gateway(
     settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(),  # noqa: B008  # frozen
     new_key: str | None = None,
 ) -> None:
-    """Let strangers ask a server that radapter-serve started: by keys and TLS, within limits, until
-    Ctrl-C.
+    """Open a server that radapter-serve started to untrusted callers, with keys, TLS and limits,
+    until Ctrl-C.
 
     Args:
-        settings: where it listens, whom it asks, and what it allows.
+        settings: address of the gateway, its server, and its limits.
         new_key: name of a key to make: it is printed once, its digest goes to --api-keys, and
             nothing is started.
     """
     if new_key is not None:
         if settings.api_keys is None:
             raise RAdapterError("--new-key needs the file that keeps its digest: --api-keys FILE")
-        from radapter_serve.gateway import access  # here: starting a gateway takes less
+        from radapter_serve.gateway import access  # imported here, as starting a gateway needs less
 
         key = access.new_key(settings.api_keys, new_key)
         print(key)

@@ -1,4 +1,4 @@
-"""radapter-index: make an index of images for `retrieve`, keep it up to date, and look into it."""
+"""radapter-index: build indexes of images for `retrieve`, update, inspect and publish them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FIRST = {
     "build": ("source", "out", "from_embeddings", "rows", "model_repository", "url", "on_broken"),
     "add": ("source", "out", "prune", "on_broken"),
 }
-_NAMED = 10  # ids that a list shows
+_NAMED = 10  # most ids in a printed list
 
 
 def build(
@@ -51,35 +51,36 @@ def build(
     resume: bool = True,
     ray: str | None = None,
 ) -> None:
-    """Make an index of all images of a folder or a table, or of embeddings that are there already.
+    """Build an index of all images of a folder or a table, or of existing embeddings.
 
-    A stopped build goes on. An index that the same release made of the same images is
-    brought up to date. Any other index at OUT is replaced when the new one is complete.
+    A stopped build is continued. If the index at OUT was made by the same release of the same
+    images, only changes are embedded. Any other index at OUT is replaced when the new one is
+    complete.
 
     Args:
-        source: folder of images, read with all folders in it, or csv:FILE or parquet:FILE with
-            paths of images; none with --from-embeddings.
-        out: folder of the index, such as indexes/photos; radapter-serve serves what is in
+        source: folder of images, read with its subfolders, or csv:FILE or parquet:FILE with paths
+            of images; not with --from-embeddings.
+        out: folder of the index, such as indexes/photos; radapter-serve serves the indexes in
             ./indexes.
-        from_embeddings: .npy file of embeddings that the release's image encoder made already,
-            floats [N, D]; each is made unit length, and no image is read. Needs --rows.
-        rows: .parquet or .csv with a row for each embedding, in their order: ids such as paths in
+        from_embeddings: .npy file of embeddings by the release's image encoder, floats [N, D]; each
+            is made unit length, and no image is read. Needs --rows.
+        rows: .parquet or .csv with one row for each embedding, in their order: ids such as paths in
             the column --image-column, and metadata.
-        model_repository: whose served release embeds the images (radapter-release list); DIR@N for
+        model_repository: its served release embeds the images (radapter-release list); DIR@N for
             release N.
-        url: a live server that embeds them instead, such as http://localhost:8000.
-        alpha: re-scaling from 0 to 1 of images and, later, queries, of a release that takes any
-            (radapter-export --alpha dynamic); the release's own if none is given.
+        url: a live server that embeds the images instead, such as http://localhost:8000.
+        alpha: re-scaling from 0 to 1 of images and, later, queries, for a release that takes any
+            (radapter-export --alpha dynamic); the release's own if not given.
         image_column: column of a table that holds the paths; the others become metadata.
         thumbnails: longest side of a thumbnail in px; 0 for none.
-        exif_orientation: turn images as their EXIF says, where the release does so with queries;
-            --no-exif-orientation leaves them as the files have them, as open_clip does.
-        on_broken: an image that can't be read stops the build, or is skipped and named in
-            OUT/broken.txt.
-        resume: go on from the images that are embedded already; --no-resume discards a stopped
-            build and embeds every image again.
+        exif_orientation: turn images by their EXIF orientation, if the release does so with
+            queries; --no-exif-orientation leaves them as the files have them, as open_clip does.
+        on_broken: refuse stops the build at an image that can't be read; skip leaves it out, and
+            names it in OUT/broken.txt.
+        resume: continue a stopped build, and keep embeddings of unchanged images; --no-resume
+            discards a stopped build and embeds every image again.
         ray: address of a Ray cluster whose workers read and embed, or auto for the one of this
-            machine; they need the same paths. This machine reads and embeds if none is given.
+            machine; workers need the same paths. This machine reads and embeds if not given.
     """
     from radapter_serve.encoders.loaded import release_at
     from radapter_serve.index.build import build, build_from_embeddings
@@ -122,7 +123,7 @@ def build(
                 )
     _print_summary(summary, out)
 
-    # The commands that serve the index and search it.
+    # Print the commands that serve the index and search it.
     repository, number = split_repository(model_repository)
     serve = "radapter-serve"
     if repository != "model_repository":
@@ -149,15 +150,15 @@ def add(
     """Add new and changed images; the others are not embedded again.
 
     Args:
-        source: folder or table to look in; the index's own source if none is given.
+        source: folder or table to look in; the index's own source if not given.
         out: folder of the index.
-        model_repository: whose served release embeds the images; DIR@N for release N. It must be
-            the one that made the index, which is found by itself if neither a repository nor a
+        model_repository: its served release embeds the images; DIR@N for release N. It must be the
+            release that made the index, which is found automatically if neither a repository nor a
             server is given.
-        url: a live server that embeds them instead.
+        url: a live server that embeds the images instead.
         prune: remove images whose files are gone.
-        on_broken: an image that can't be read stops the addition, or is skipped and named in
-            OUT/broken.txt; as in the build if not given.
+        on_broken: refuse stops the addition at an image that can't be read; skip leaves it out, and
+            names it in OUT/broken.txt; as in the build if not given.
     """
     from radapter_serve.encoders.loaded import release_at
     from radapter_serve.index.build import add
@@ -186,7 +187,7 @@ def add(
 
 
 def info(out: tyro.conf.Positional[Path]) -> None:
-    """Show what an index holds, and which release made it.
+    """Show the contents of an index, and the release that made it.
 
     Args:
         out: folder of the index.
@@ -218,7 +219,7 @@ def info(out: tyro.conf.Positional[Path]) -> None:
 
 
 def verify(out: tyro.conf.Positional[Path]) -> int:
-    """Compare an index with its files and with the images; exits with 1 if they differ.
+    """Compare an index with its digests and with its images; exits with 1 if they differ.
 
     Args:
         out: folder of the index.
@@ -247,13 +248,14 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
 
 
 def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> None:
-    """Put an index into Qdrant, in place of the one there; readers see one or the other.
+    """Publish an index to Qdrant, replacing the one there atomically.
 
-    The key comes from the environment: RADAPTER_QDRANT_API_KEY or QDRANT_API_KEY.
+    The API key comes from the environment: RADAPTER_QDRANT_API_KEY or QDRANT_API_KEY.
 
     Args:
         out: folder of the index.
-        to: place in a running Qdrant, such as qdrant://localhost:6333/photos (qdrants:// for TLS).
+        to: address in a running Qdrant, such as qdrant://localhost:6333/photos (qdrants:// for
+            TLS).
     """
     check_installed("qdrant_client", "qdrant")
     from radapter_serve.index.qdrant import publish
@@ -268,10 +270,10 @@ def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> N
 
 
 def link(url: tyro.conf.Positional[str], out: Path) -> None:
-    """Make a folder that links to an index in Qdrant, so that a server searches that.
+    """Make a folder that links to an index in Qdrant, for a server to search.
 
     Args:
-        url: where the index was published, such as qdrant://localhost:6333/photos.
+        url: address of the published index, such as qdrant://localhost:6333/photos.
         out: folder to make, such as indexes/photos.
     """
     check_installed("qdrant_client", "qdrant")
@@ -292,7 +294,7 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    with handled(signal.default_int_handler, signal.SIGTERM):  # which ends a command as Ctrl-C does
+    with handled(signal.default_int_handler, signal.SIGTERM):  # SIGTERM acts as Ctrl-C
         return run_one_of(COMMANDS, argv, prog=PROG, first=FIRST)
 
 

@@ -1,4 +1,4 @@
-"""radapter-playground: a page to ask a server by hand."""
+"""radapter-playground: a web page to query a server."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from radapter_serve.process import STOPPING, handled
 def playground(
     settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(),  # noqa: B008
 ) -> None:
-    """Open a page to ask a server by hand, until Ctrl-C: scores that follow α, search,
-    segmentation.
+    """Open a web page to query a server, until Ctrl-C: scores that follow α, search, segmentation.
 
     The environment variable RADAPTER_API_KEY holds the API key that radapter-gateway asks for.
 
     Args:
-        settings: where the page listens, whom it asks, and who may open it.
+        settings: address of the page, its server, and its login.
     """
     settings = replace(settings, api_key=os.environ.get("RADAPTER_API_KEY") or None)
     if settings.user is not None and settings.host not in ("localhost", "127.0.0.1", "::1"):

@@ -1,4 +1,4 @@
-"""radapter-query: the client on the command line. A sub-command is one function and one entry of
+"""radapter-query: the client on the command line. Each sub-command is a function and an entry of
 `COMMANDS`.
 """
 
@@ -37,25 +37,25 @@ from radapter_serve.files import staged
 PROG = "radapter-query"
 T = TypeVar("T")
 Row = dict[str, Any]
-Answer = tuple[Row, list[Row]]  # as one JSON object, and as rows of a table
+Answer = tuple[Row, list[Row]]  # as a JSON object, and as rows of a table
 
 
 @dataclass(frozen=True)
 class Server:
-    """What every command takes.
+    """Options of every command.
 
     Args:
-        url: http://HOST:8000, https://HOST, grpc://HOST:8001 or grpcs://HOST; if none is given, the
-            environment variable RADAPTER_SERVER, or http://localhost:8000, or
-            grpc://localhost:8001 where only that listens. RADAPTER_API_KEY holds the API key that
+        url: http://HOST:8000, https://HOST, grpc://HOST:8001 or grpcs://HOST; if not given, the
+            environment variable RADAPTER_SERVER, else http://localhost:8000, or
+            grpc://localhost:8001 if only gRPC answers. RADAPTER_API_KEY holds the API key that
             radapter-gateway asks for.
         model: answer in this process, without a server: a model repository, a run, a folder with a
-            checkpoint, or what else `radapter_serve.Model` takes; the URL is not asked then.
+            checkpoint, or any other source of `radapter_serve.Model`; --url is then ignored.
         indexes: folder of the indexes that --model searches.
-        release: version of the release to use; the newest if none is given.
+        release: version of the release to use; the newest if not given.
         timeout: seconds that a request may take.
-        shrink_to: px; photos whose shorter side has more are made so small before they are sent,
-            except to segment; they are sent as they are if none is given.
+        shrink_to: px; reduce photos whose shorter side is longer to this length before they are
+            sent, except to segment; not reduced if not given.
         json: print JSON, one object a line, instead of tables.
     """
 
@@ -69,11 +69,11 @@ class Server:
 
     def client(self) -> Client:
         if self.model is not None:
-            from radapter_serve.model import Model  # here: asking a server takes less
+            from radapter_serve.model import Model  # imported here, as asking a server needs less
 
             name = self.model if self.release is None else f"{self.model}@{self.release}"
             return Model(name, indexes=self.indexes, timeout=self.timeout)
-        key = os.environ.get("RADAPTER_API_KEY") or None  # no flag: others can read a command line
+        key = os.environ.get("RADAPTER_API_KEY") or None  # not a flag, which other users could read
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             client = Client(
@@ -90,14 +90,14 @@ class Server:
 
 @dataclass(frozen=True)
 class Labels:
-    """What images or their pixels can be called; one of the first three has to be given.
+    """Candidate labels; exactly one of the first three is required.
 
     Args:
         labels: such as "a cat" "a dog"; synonyms after commas.
         labels_file: one label a line, synonyms after commas, # comments.
-        label_set: a set that was exported with the release, which many labels are better as.
-        templates: prompts with {} for the label; the release's own if none are given.
-        alpha: from 0 to 1, of a release that takes any; the release's own if none is given.
+        label_set: a set that was exported with the release; best for many labels.
+        templates: prompts with {} for the label; the release's own if not given.
+        alpha: from 0 to 1, for a release that takes any; the release's own if not given.
     """
 
     labels: Annotated[tuple[str, ...], arg(metavar="LABEL [LABEL ...]")] = ()
@@ -107,7 +107,7 @@ class Labels:
     alpha: float | None = None
 
     def arguments(self, optional: bool = False) -> dict[str, Any]:
-        """The keywords of the client's methods for them."""
+        """Arguments of the client's methods for these labels."""
         sources = sum(map(bool, (self.labels, self.labels_file, self.label_set)))
         if sources > 1 or not (sources or optional):
             raise RAdapterError("give one of --labels, --labels-file and --label-set")
@@ -138,23 +138,23 @@ def classify(
     example_weight: float | None = None,
     out: Path | None = None,
 ) -> int:
-    """The best labels of images.
+    """Find the best labels of images.
 
     Args:
-        images: JPEG, PNG or WebP files, and folders of them; what cannot be read in a folder is
-            left out.
-        top_k: labels to show; 5 if none is given, and all with --multi-label.
-        multi_label: score each label by itself, so that several can be right, or none.
-        threshold: show labels that score at least this, from 0 to 1; 0.5 if none is given.
-        calibrated: scores that say how often a label is right, of a release that was exported with
-            validation data.
-        unknown: answer "unknown" where the best label scores less than this by itself, from 0 to
-            1, of a release that was exported with validation data.
-        examples: folder with a folder of images for each label that has some, called as the label;
-            the folders are the labels where none are given.
-        example_weight: of a label's examples beside its text, from 0 to 1; 1 leaves the text out,
-            and 0.5 is taken if none is given.
-        out: .csv file to write instead, with a row for each label.
+        images: JPEG, PNG or WebP files, and folders of them; unreadable files in a folder are left
+            out.
+        top_k: labels to show; if not given, 5, or all with --multi-label.
+        multi_label: score each label by itself, so that several or no labels can be right.
+        threshold: with --multi-label, least score of a shown label, from 0 to 1; 0.5 if not given.
+        calibrated: show scores that say how often a label is right, for a release that was exported
+            with validation data.
+        unknown: answer "unknown" if the best label scores less than this by itself, from 0 to 1,
+            for a release that was exported with validation data.
+        examples: folder with one folder of images for each label that has some, named as the label;
+            without labels, the folders' names are the labels.
+        example_weight: weight of a label's examples against its text, from 0 to 1; 1 leaves the
+            text out; 0.5 if not given.
+        out: .csv file to write in place of printing, with one row for each label.
     """
     files = Images(images)
     options = labels.arguments(optional=examples is not None)
@@ -204,20 +204,21 @@ def segment(
     save_mask: Path | None = None,
     out: Path | None = None,
 ) -> int:
-    """Which label each pixel of an image has.
+    """Label each pixel of images.
 
     Args:
-        images: JPEG, PNG or WebP files, and folders of them; what cannot be read in a folder is
-            left out.
-        threshold: probability below which a pixel is background; no pixel is if none is given.
-        short_side: px of the working image that windows go over; 1.5 windows if none is given.
-        stride: px from one window to the next; half a window if none is given.
-        refine: steps of refinement along edges, of which 10 are usual; 0 if none is given.
-        save: picture to write, .png or .jpg: colours and a legend. For several images, a folder of
-            them.
-        save_mask: .png to write: the index of each pixel's label. For several images, a folder of
-            them.
-        out: .csv file to write instead, with a row for each label that occurs.
+        images: JPEG, PNG or WebP files, and folders of them; unreadable files in a folder are left
+            out.
+        threshold: probability below which a pixel is background; no background if not given.
+        short_side: shorter side in px of the working image that windows go over; 1.5 windows if not
+            given.
+        stride: px from one window to the next; half a window if not given.
+        refine: steps of refinement along edges, usually 10; 0 if not given.
+        save: picture to write, .png or .jpg, with colours and a legend. For several images, a
+            folder of pictures.
+        save_mask: .png to write, with the index of each pixel's label. For several images, a folder
+            of masks.
+        out: .csv file to write in place of printing, with one row for each label that occurs.
     """
     files = Images(images)
     options = labels.arguments()
@@ -268,22 +269,22 @@ def search(
     min_score: float | Literal["calibrated"] | None = None,
     save: Path | None = None,
 ) -> None:
-    """The images of an index that are nearest to a text or an image.
+    """Find the images of an index that are nearest to a text or an image.
 
     Several texts, images and ids, at most 16, are one query: the weighted sum of their embeddings.
 
     Args:
         index: name of an index that radapter-index build wrote.
-        text: what to search for, such as "a red bicycle".
-        image: files of images to find the like of.
-        id: images of the index to find the like of, by their ids.
-        weights: of texts, images and ids, in this order; negative ones lead away. 1 each if none
-            are given.
+        text: text to search for, such as "a red bicycle".
+        image: image files to search by.
+        id: ids of images in the index to search by.
+        weights: of texts, images and ids, in this order; negative weights lead away. 1 each if not
+            given.
         top_k: hits to show.
         where: condition on the metadata, such as "year > 2020".
-        min_score: cosine from -1 to 1 from which images are shown, or calibrated: the one that the
-            release was exported with, of a search by one text.
-        save: .html to write: a page of thumbnails.
+        min_score: least cosine of a shown image, from -1 to 1, or calibrated for the one that was
+            exported with the release, for a search by one text.
+        save: .html file to write, a page of thumbnails.
     """
     if save is not None:
         check_output("--save", save, ".html")
@@ -305,7 +306,7 @@ def search(
 
         about = {"index": index, "where": where, "hits": len(hits), "release": used}
         known = {name: str(value) for name, value in about.items() if value is not None}
-        # One image alone is shown; of several parts, their names are.
+        # Show the picture of a query by one image, else the names of all parts.
         names = [*text, *(Path(file).name for file in image), *id]
         alone = Path(image[0]).read_bytes() if len(names) == len(image) == 1 else None
         content = page(hits, " + ".join(names), alone, known)
@@ -326,12 +327,12 @@ def embed_image(
     out: Path = Path("image_embeds.npy"),
     alpha: float | None = None,
 ) -> None:
-    """Writes embeddings of images: float32 [N, D], unit length.
+    """Write embeddings of images: float32 [N, D], unit length.
 
     Args:
         images: JPEG, PNG or WebP files, and folders of them in the order of their names.
-        out: .npy to write.
-        alpha: from 0 to 1, of a release that takes any; the release's own if none is given.
+        out: .npy file to write.
+        alpha: from 0 to 1, for a release that takes any; the release's own if not given.
     """
     check_output("--out", out, ".npy")
     with server.client() as client:
@@ -344,12 +345,12 @@ def embed_text(
     out: Path = Path("text_embeds.npy"),
     alpha: float | None = None,
 ) -> None:
-    """Writes embeddings of texts: float32 [N, D], unit length.
+    """Write embeddings of texts: float32 [N, D], unit length.
 
     Args:
         texts: such as "a photo of a cat."
-        out: .npy to write.
-        alpha: from 0 to 1, of a release that takes any; the release's own if none is given.
+        out: .npy file to write.
+        alpha: from 0 to 1, for a release that takes any; the release's own if not given.
     """
     check_output("--out", out, ".npy")
     if not texts:
@@ -365,7 +366,7 @@ def _save_embeds(out: Path, embeds: npt.NDArray[np.float32], server: Server) -> 
 
 
 def release(server: OmitArgPrefixes[Server]) -> None:
-    """What the server serves: α, model, label sets; with --json everything, such as all
+    """Show the served releases: α, model, label sets; with --json all facts, such as all
     templates.
     """
     with server.client() as client:
@@ -403,7 +404,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 class Images:
-    """Images as a command is given them: files, and folders with all the images in them."""
+    """The images of a command: files, and all images in folders."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.paths: list[str] = []
@@ -426,7 +427,7 @@ class Images:
             )
 
     def answers(self, ask: Callable[[list[str]], list[T]], size: int) -> Iterator[tuple[str, T]]:
-        """Each image with its answer; an image of a folder that cannot be read is left out, with a
+        """Yield each image with its answer. An unreadable image in a folder is left out, with a
         note.
         """
         batches = [self.paths[start : start + size] for start in range(0, len(self.paths), size)]
@@ -436,7 +437,7 @@ class Images:
             with suppress(InvalidImage):
                 yield from zip(batch, ask(batch), strict=True)
                 continue
-            for path in batch:  # one by one, to see which
+            for path in batch:  # ask for each image, to find the unreadable one
                 try:
                     [answer] = ask([path])
                 except InvalidImage as error:
@@ -449,8 +450,8 @@ class Images:
                     yield path, answer
 
     def pictures(self, flag: str, path: Path | None, *suffixes: str) -> dict[str, Path]:
-        """The file for the picture of each image: the path itself for one image that was named, and
-        a file in this folder, below which it lies as the image does, for several.
+        """Choose a file for the picture of each image. For one named image it is `path`; for
+        several, it is in the folder `path`, with the same relative path as the image.
         """
         if path is None:
             return {}
@@ -467,7 +468,7 @@ class Images:
 
 
 def check_output(flag: str, path: Path, *suffixes: str) -> None:
-    """Fails before any work where the file could not be written after it."""
+    """Raise an error, before any work, if the file could not be written."""
     if path.suffix.lower() not in suffixes:
         raise RAdapterError(f"{flag} {path} does not end in {' or '.join(suffixes)}")
     if not path.parent.is_dir() or path.is_dir():
@@ -475,7 +476,7 @@ def check_output(flag: str, path: Path, *suffixes: str) -> None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes the file whole or not at all."""
+    """Write a file atomically."""
     try:
         with staged(path) as part, part.open("wb") as file:
             write(file)
@@ -492,7 +493,7 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 def report(
     answers: Iterable[Answer], columns: Sequence[str], as_json: bool, out: Path | None = None
 ) -> None:
-    """Prints the answers, or writes them to a .csv file: as they come, but for a table."""
+    """Print the answers, or write them to a .csv file; all but a table is written at once."""
     if out is not None:
         check_output("--out", out, ".csv")
         count = 0
@@ -544,6 +545,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     description = (
         "Asks a server that radapter-serve started, or with --model a model in this process."
     )
-    with suppress(AttributeError):  # names of files that are not UTF-8 are printed as they are
+    with suppress(AttributeError):  # print file names that are not UTF-8 unchanged
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     return run_one_of(COMMANDS, argv, prog=PROG, description=description)

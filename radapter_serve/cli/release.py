@@ -1,5 +1,5 @@
-"""radapter-release: the releases of a model repository, and which of them a running server
-serves.
+"""radapter-release: the releases of a model repository, and the choice of those that a running
+server serves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def list_(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
 
     Args:
         model_repository: folder that radapter-export has filled.
-        url: of the server to ask, http://localhost:PORT, where several serve the repository.
+        url: of the server to ask, http://localhost:PORT, if several serve the repository.
     """
     versions = require_known(model_repository, releases_of(model_repository))
     _, served, state = _state(model_repository, url)
@@ -68,18 +68,18 @@ def load(
     model_repository: Path = REPOSITORY,
     url: str | None = None,
 ) -> None:
-    """Serve a release in the place of the present one, without a pause: on a running server, or
+    """Serve a release in place of the present one, without a pause: on a running server, or
     from its next start on.
 
     The release is checked first: its files by their digests, its encoders by torch's embeddings,
-    its tasks by a question to each. Where that fails, the present one stays. An interrupted command
-    does not stop the server's work.
+    its tasks by one request each. If a check fails, the present release stays. An interrupted
+    command does not stop the server's work.
 
     Args:
-        release: its number; several are served together, and the highest answers callers that name
-            none.
+        release: its number; several are served together, and the highest answers requests without
+            a release.
         model_repository: folder that radapter-export has filled.
-        url: of the server, http://localhost:PORT, where several serve the repository.
+        url: of the server, http://localhost:PORT, if several serve the repository.
     """
     if not release:
         raise RAdapterError("name a release, such as: radapter-release load 2")
@@ -93,11 +93,11 @@ def load(
 
 
 def rollback(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
-    """Serve again what was served before, as `load` does.
+    """Serve the releases again that were served before, with the checks of `load`.
 
     Args:
         model_repository: folder that radapter-export has filled.
-        url: of the server, http://localhost:PORT, where several serve the repository.
+        url: of the server, http://localhost:PORT, if several serve the repository.
     """
     _do({"do": "rollback"}, model_repository, url, Served.back)
 
@@ -111,7 +111,7 @@ def verify(
     Needs no server.
 
     Args:
-        release: number of the release; all that there are if none is given.
+        release: number of the release; all releases if not given.
         model_repository: folder that radapter-export has filled.
     """
     versions = require_known(
@@ -124,7 +124,7 @@ def verify(
 
 
 def _state(repository: Path, url: str | None) -> tuple[Path | None, Served, dict[str, Any]]:
-    """The server of a repository, if one runs, what is served, and what the server says."""
+    """Find the running server of a repository (or None), the served releases, and its state."""
     port: int | None = None
     if url is not None:
         try:
@@ -150,8 +150,8 @@ def _do(
     url: str | None,
     offline: Callable[[Served], Served],
 ) -> None:
-    """Have a request done by the server of a repository; without one, `offline` says what its next
-    start serves.
+    """Ask the server of a repository to serve other releases. Without a running server, `offline`
+    computes what its next start serves.
     """
     server, served, state = _state(repository, url)
     wanted = offline(served)
@@ -174,7 +174,7 @@ def _do(
 def lacking(
     repository: Path, before: Sequence[int], now: Sequence[int], indexes: Path
 ) -> list[str]:
-    """What callers lose if the releases `now` take over from those `before`, a sentence each."""
+    """List what callers lose if the releases `now` replace those `before`, one sentence each."""
     old = max(before, default=0)
     new = max(now)
     releases = {
@@ -183,7 +183,7 @@ def lacking(
     }
     notes = []
 
-    # Callers who name no release get the newest.
+    # Requests without a release are answered by the newest one.
     if old in releases:
         had = releases[old]
         has = releases[new]
@@ -199,7 +199,7 @@ def lacking(
         if lost:
             notes.append(f"release {new} lacks what release {old} has: {'; '.join(lost)}")
 
-    # An index is searched by the release that made it.
+    # Only the release that made an index can search it.
     if index_names(indexes):
         from radapter_serve.index.index import releases_of as makers  # here: it loads libraries
 

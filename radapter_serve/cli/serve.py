@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from radapter_serve.server.triton_server import TritonServer
 
 PROG = "radapter-serve"
-# Options that --help shows.
+# Options that --help shows
 FIRST = (
     *("engine", "model_repository", "host", "http_port", "grpc_port", "indexes", "runtime"),
     *("instances", "trust_network", "gateway_port", "api_keys"),
@@ -41,17 +41,14 @@ class GatewayFlags:
     """A gateway in front of the server; radapter-gateway has all its settings.
 
     Args:
-        gateway_port: of a gateway, the way in for callers that are not trusted; none is started if
-            not given.
-        gateway_host: address or name that it listens on.
-        api_keys: file of the keys that let callers into the gateway; radapter-gateway --new-key
-            makes one.
-        no_api_keys: let everybody in who reaches the gateway, also beyond this machine.
-        tls_certificate: PEM file of the gateway's certificate and its chain, to be reached by
-            https.
-        tls_key: PEM file of its key.
-        log: whether the gateway writes a line of JSON for each request to stderr. Traces go to
-            where the variable OTEL_EXPORTER_OTLP_ENDPOINT says.
+        gateway_port: port of a gateway, the entry for untrusted callers; no gateway if not given.
+        gateway_host: address or name that the gateway listens on.
+        api_keys: file of the keys that the gateway accepts; radapter-gateway --new-key makes a key.
+        no_api_keys: accept everybody who reaches the gateway, also from other machines.
+        tls_certificate: PEM file of the gateway's certificate and its chain, for https.
+        tls_key: PEM file of the certificate's key.
+        log: json writes a line for each request to the gateway to stderr. Traces go to the address
+            in the environment variable OTEL_EXPORTER_OTLP_ENDPOINT.
     """
 
     gateway_port: int | None = None
@@ -63,8 +60,8 @@ class GatewayFlags:
     log: Literal["off", "json"] = "off"
 
     def settings(self, host: str, port: int, indexes: Path, triton: str = "") -> Settings:
-        """The settings of a gateway at a host and a port."""
-        from radapter_serve.gateway.settings import Settings  # here: Triton alone needs no gateway
+        """Settings of a gateway at a host and a port."""
+        from radapter_serve.gateway.settings import Settings  # here: Triton alone needs none
 
         return Settings(
             host=host,
@@ -79,7 +76,7 @@ class GatewayFlags:
         )
 
     def server(self, endpoints: Endpoints, indexes: Path) -> GatewayServer | None:
-        """A gateway in front of Triton, which listens already; None without --gateway-port."""
+        """Make a gateway, which listens, in front of Triton; None without --gateway-port."""
         if self.gateway_port is None:
             for field in fields(self):
                 if getattr(self, field.name) != field.default:
@@ -114,34 +111,34 @@ def serve(
     verbose: bool = False,
     gateway: tyro.conf.OmitArgPrefixes[GatewayFlags] = GatewayFlags(),
 ) -> None:
-    """Serve a model repository, made by radapter-export, until Ctrl-C. `radapter-release` puts
-    another release in its place.
+    """Serve a model repository, made by radapter-export, until Ctrl-C. `radapter-release` switches
+    to another release.
 
-    What dies meanwhile, tritonserver or the process of a model, is started again.
+    If tritonserver or the process of a model ends, it is started again.
 
     Args:
         model_repository: folder to serve, or hf-hub:NAME, a release that radapter-export --push
-            sent to the hub; --model-repository PATH says the same.
+            sent to the hub; can also be given as --model-repository PATH.
         engine: triton starts tritonserver, with HTTP and gRPC; process answers over HTTP in this
             process, on any machine, with keys, limits and /v1/embeddings as radapter-gateway has
-            them; auto takes Triton where it is installed.
-        host: address or name to listen on; anything but loopback needs --trust-network.
+            them; auto takes Triton if it is installed.
+        host: address or name to listen on; any other than loopback needs --trust-network.
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
         metrics_port: port of the Prometheus metrics.
         indexes: folder of the indexes that radapter-index makes; a new or replaced one is served at
             once.
-        runtime: what runs the encoders, once it is checked against torch's embeddings; auto takes
-            the one that is usually fastest on such a machine; as exported if none is given.
+        runtime: runtime of the encoders, which are first checked against torch's embeddings; auto
+            takes the one that is usually fastest on such a machine; as exported if not given.
         threads: number of threads that compute in an encoder, shared by its instances; one a core
-            if none is given.
+            if not given.
         instances: processes of each task, so that a slow request does not hold up the others: a
             number for all, and TASK=NUMBER for one, such as: 2 segment=4.
-        max_waiting: requests that may wait for a model; if there are more, those that have waited
+        max_waiting: requests that may wait for a model; beyond this number, those that have waited
             longest are refused.
         timeout: seconds to wait until all models answer.
         drain_seconds: seconds that calls under way may take when the server is stopped.
-        trust_network: let anyone who can reach --host use the server, for Triton asks for no
+        trust_network: let anyone who can reach --host use the server, as Triton asks for no
             password.
         verbose: show Triton's own messages.
         gateway: a gateway in front of the server.
@@ -211,10 +208,10 @@ def serve(
 
 
 def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> None:
-    """Start a server, and keep it up until a signal ends this process, with a gateway in front."""
+    """Run a server, with a gateway in front, until a signal ends this process."""
     from radapter_serve.server.supervisor import Supervisor
 
-    # kill, systemd, Kubernetes and a closed terminal stop it in order, as Ctrl-C does.
+    # SIGTERM and SIGHUP stop the server in order, as Ctrl-C does.
     with handled(lambda *_: sys.exit(0), *STOPPING):
         try:
             if server.config.verbose:
@@ -251,8 +248,8 @@ def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> 
 
 
 def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: bool) -> None:
-    """Answer over HTTP in this process until a signal ends it; `trust_network` lets everybody in
-    who reaches the port.
+    """Answer over HTTP in this process until a signal ends it; `trust_network` admits everybody who
+    reaches the port.
     """
     check_installed("uvicorn", "server")
     from radapter_serve.gateway.in_process import EngineServer, in_front_of
@@ -287,7 +284,7 @@ def _show(
     urls: Mapping[str, str | None],
     url: str,
 ) -> None:
-    """Print what is served, by what, and where."""
+    """Print the served releases, the settings, and the addresses."""
     print(config.model_repository)
     for version in releases:
         release = Release.load(config.model_repository / "classify" / str(version))
@@ -309,7 +306,7 @@ def _say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Other commands name the repository by a flag, and so may a user here.
+    # Accept --model-repository, as in other commands, in place of the positional argument.
     arguments = [
         argument.removeprefix("--model-repository=")
         for argument in arguments

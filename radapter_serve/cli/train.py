@@ -25,11 +25,11 @@ FIRST = (
 
 @dataclass
 class Given:
-    """What gives all other options their defaults.
+    """The source of the defaults of all other options.
 
     Args:
         recipe: name of a recipe that comes with the package, or a YAML file; each option below
-            replaces a field of it. Without one it is small, or for another task that of its name.
+            replaces a field of it. If not given, small, or for another task the recipe of its name.
         resume: folder of a stopped run to continue by its own recipe; it needs no other option.
     """
 
@@ -38,7 +38,7 @@ class Given:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train adapters; `--recipe NAME` or FILE reads a recipe, and every field of a recipe is a
+    """Train adapters. `--recipe NAME` or FILE reads a recipe, and every field of a recipe is a
     flag.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -50,10 +50,10 @@ def _train(arguments: list[str]) -> None:
 
     source, rest = _take("--recipe", _by_names(arguments))
     run, rest = _take("--resume", rest)
-    if run is None and source is None and "--resume" in rest:  # as --resume --out RUN
+    if run is None and source is None and "--resume" in rest:  # bare --resume, with --out RUN
         run, _ = _take("--out", rest)
     base, rest = _take("--base", rest)
-    # Which recipe comes without --recipe depends on some of the flags.
+    # Without --recipe, some of the flags decide the recipe.
     fields: dict[str, Any] = {} if base is None else {"base": base}
     if source is None and run is None:
         flags = {"task": "--task", "architecture": "--architecture", "val_data": "--val-data"}
@@ -72,14 +72,14 @@ def _train(arguments: list[str]) -> None:
     recipe = tyro.cli(
         Recipe, args=_nones(rest, Recipe), default=recipe, prog=PROG, description=description
     )
-    recipe.check()  # before a library of data sets is loaded, which takes seconds
+    recipe.check()  # before importing a library of data sets, which takes seconds
     from radapter_serve.training.start import train
 
     train(recipe, progress=True)
 
 
 def _in_groups(recipe: Recipe, names: Collection[str]) -> type:
-    """Fields of a recipe for the help, with its values as defaults, in the recipe's groups."""
+    """Group fields of a recipe for the help, with its values as defaults."""
     from radapter_serve.training.recipe import GROUPS
 
     fields: list[tuple[str, Any, Any]] = []
@@ -93,7 +93,7 @@ def _in_groups(recipe: Recipe, names: Collection[str]) -> type:
 
 
 def _by_names(arguments: list[str]) -> list[str]:
-    """The arguments with the flags that have other names, such as --label-smoothing, by theirs."""
+    """Replace other names of flags, such as --label-smoothing, by the fields' names."""
     from radapter_serve.training.recipe import ALIASES
 
     flags = []
@@ -105,7 +105,7 @@ def _by_names(arguments: list[str]) -> list[str]:
 
 
 def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of a flag, and the arguments without both."""
+    """Find the value of a flag, and the arguments without flag and value."""
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name == flag:
@@ -117,7 +117,7 @@ def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _nones(arguments: list[str], settings: type) -> list[str]:
-    """The arguments with `none`, as the help has it, in the letters that tyro knows."""
+    """Write `none`, as the help spells it, as tyro expects it: None."""
     optional = {
         f"--{name.replace('_', '-')}"
         for name, kind in get_type_hints(settings).items()

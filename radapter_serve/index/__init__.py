@@ -1,5 +1,4 @@
-"""A collection of images as a folder of embeddings: built, extended, compared with its files, and
-searched.
+"""Indexes of images, as folders of embeddings: built, extended, verified, and searched.
 
-It takes a release to embed with; it knows of no server, and imports no torch.
+This package embeds with a release; it knows of no server, and does not import torch.
 """

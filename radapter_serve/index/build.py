@@ -1,5 +1,5 @@
-"""What `radapter-index` does with an index in a folder: build it, of images or of embeddings that
-are there already, add to it, and compare it with the files that it was made of.
+"""Commands on an index in a folder: build it from images or from existing embeddings, add to it,
+and compare it with its image files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from radapter_serve.index.qdrant import refuse_link
 from radapter_serve.index.writer import BATCH, BROKEN, Summary, writing
 from radapter_serve.process import decoders
 
-_ROWS = 4096  # rows that are written at once
+_ROWS = 4096  # rows written at once
 
 
 def build(
@@ -50,11 +50,12 @@ def build(
     ray: str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Make an index, whole or not at all.
+    """Build an index, atomically.
 
-    A stopped build goes on. An index that the same release made of the same images is brought up to
-    date. Any other index at `out` is replaced when the new one is complete. `exif_orientation`
-    turns images if the release does; `ray` is the address of a cluster that reads and embeds.
+    A stopped build is continued. If the index at `out` was made by the same release of the same
+    images, only changes are embedded; any other index at `out` is replaced when the new one is
+    complete. `exif_orientation` turns images if the release does; `ray` is the address of a cluster
+    that reads and embeds.
     """
     out = out.absolute()
     if not 0 <= thumbnails <= 1024:
@@ -96,11 +97,11 @@ def add(
     on_broken: OnBroken | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Embed images that are new or have other bytes, and keep the rest; seen whole or not at all.
+    """Embed new images and those with other bytes, and keep the rest, atomically.
 
-    The release must be the one that made the index, or the same exported again. `source` None takes
-    the index's own; `prune` removes images whose files are gone; `on_broken` None does as the last
-    build or addition did.
+    `loaded` must be the release that made the index, or the same exported again. `source` None
+    takes the index's own; `prune` removes images whose files are gone; `on_broken` None takes the
+    setting of the last build or addition.
     """
     out = out.absolute()
     refuse_link(out)
@@ -123,7 +124,7 @@ def add(
     root = Path(plan.root)
     collection = open_collection(source or plan.source, image_column=plan.image_column, root=root)
     with writing(out, plan, loaded, collection.columns, extend=True) as writer:
-        # A table has the columns of the index, and values that fit them.
+        # Check that the table has the columns of the index, and values that fit them.
         kinds = {
             name: writer.schema.field(name).type
             for name in writer.metadata
@@ -167,10 +168,10 @@ def build_from_embeddings(
     resume: bool = True,
     progress: Progress | None = None,
 ) -> Summary:
-    """Make an index of embeddings that are there already, whole or not at all; no image is read.
+    """Build an index from existing embeddings, atomically; no image is read.
 
-    `vectors` is a NumPy file [N, D] of floats, which is mapped; each row is made unit length. The
-    table `rows`, .parquet or .csv, has a row for each: its id in `image_column`, and metadata.
+    `vectors` is a NumPy file [N, D] of floats, which is mapped; its rows are normalised. The table
+    `rows`, .parquet or .csv, has one row for each: its id in `image_column`, and metadata.
     """
     out = out.absolute()
     vectors = vectors.absolute()
@@ -248,13 +249,13 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether index and files agree."""
+        """True if the index and its files agree."""
         return not (self.missing or self.changed or self.new)
 
 
 def verify(out: Path, *, progress: Progress | None = None) -> Verification:
-    """Compare an index with its digests and with the images: every file is read, and no image is
-    embedded. Of an index of embeddings, its own files are compared alone.
+    """Compare an index with its digests and with its images: every file is read, and none is
+    embedded. For an index of embeddings only the digests are compared.
     """
     refuse_link(out)
     index = FolderIndex(out, complete=True)
@@ -286,7 +287,7 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     with contextlib.suppress(OSError):
         lines = (out / BROKEN).read_text(encoding="utf-8", errors="backslashreplace")
         known.update(line.partition("\t")[0] for line in lines.splitlines())
-    with contextlib.suppress(RAdapterError):  # a source that is gone shows in `missing`
+    with contextlib.suppress(RAdapterError):  # the images of a missing source are in `missing`
         collection = open_collection(plan.source, image_column=plan.image_column, root=root)
         result.new = [item.id for item in collection.items if item.id not in known]
     for ids in (result.missing, result.changed, result.new):

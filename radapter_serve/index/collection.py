@@ -1,8 +1,8 @@
-"""The image files that an index is made of, those of a folder or those that a table names with
-their metadata, and how they are read: on this machine, or by the workers of a Ray cluster.
+"""The image files of an index, from a folder or from a table with metadata, and their reading: on
+this machine, or by the workers of a Ray cluster.
 
-Every worker needs this package, and sees the files and the model repository by the same paths as
-this process.
+Every worker needs this package, and must see the files and the model repository at the same paths
+as this process.
 """
 
 from __future__ import annotations
@@ -28,43 +28,43 @@ from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import digest_of
 from radapter_serve.process import THREADS
 
-# The columns of every index; a table's own may not have these names.
+# The columns of every index; a table may not have columns of these names.
 COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")
-_SIGNS = set('.`"\\')  # that a condition, or Qdrant, can't have in a name
-Progress = Callable[[int, int], None]  # images done, of how many
-_AHEAD = 2  # batches at a worker, one of which waits
+_SIGNS = set('.`"\\')  # not allowed in a column's name by conditions or by Qdrant
+Progress = Callable[[int, int], None]  # arguments: images done, and their total number
+_AHEAD = 2  # batches that each worker has: one in work, one waiting
 
 
 @dataclass(frozen=True)
 class Item:
     """An image file."""
 
-    id: str  # its path from the index's root, or its whole path if it lies elsewhere
+    id: str  # path relative to the index's root, or the whole path if it is outside the root
     file: Path
-    row: dict[str, Any] = field(default_factory=dict)  # of the table; empty for a folder
+    row: dict[str, Any] = field(default_factory=dict)  # row of the table; empty for a folder
 
 
 @dataclass(frozen=True)
 class Collection:
     """The image files of a source."""
 
-    source: str  # as it can be opened from anywhere
-    root: Path  # folder that ids start from
+    source: str  # with an absolute path
+    root: Path  # folder that ids are relative to
     items: list[Item]  # folder by folder, or in the order of the table
     columns: dict[str, Any]  # Arrow types of the table's other columns
-    repeated: int = 0  # rows left out, because an earlier one names the same image
+    repeated: int = 0  # rows left out, as an earlier row names the same image
     left_out: dict[str, int] = field(default_factory=dict)  # files of other kinds, by suffix
 
 
 def open_collection(
     source: str, *, image_column: str = "image", root: Path | None = None
 ) -> Collection:
-    """Find the images of a source: a folder, read with all folders in it, `csv:FILE` or
-    `parquet:FILE`. Ids start from `root`, or from the source's folder.
+    """Find the images of a source: a folder with its subfolders, `csv:FILE` or `parquet:FILE`. Ids
+    are paths relative to `root`, by default the source's folder.
     """
     kind, colon, place = source.partition(":")
     is_table = colon == ":" and kind in ("csv", "parquet")
-    # Without "..", symbolic links as they are.
+    # Remove "..", but keep symbolic links.
     path = Path(os.path.abspath(place if is_table else source))  # noqa: PTH100
     if not is_table:
         if not path.is_dir():
@@ -101,8 +101,8 @@ def _id(file: Path, root: Path) -> str:
 
 
 def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
-    """Read a table of images as an Arrow table, with NaN as NULL; `kind` is "csv" or "parquet", by
-    the end of the file's name if None.
+    """Read a table of images as an Arrow table, with NaN as NULL. `kind` is "csv" or "parquet";
+    None takes it from the file's name.
     """
     import pyarrow
     from pyarrow import compute, csv, parquet, types
@@ -127,7 +127,7 @@ def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
 
     for number, column in enumerate(table.schema):
         name = column.name
-        if types.is_null(column.type):  # a column without a value; text is as good as any
+        if types.is_null(column.type):  # a column without any value gets the type text
             table = table.set_column(number, name, table[name].cast(pyarrow.string()))
         if types.is_floating(column.type):
             values = table[name]
@@ -160,21 +160,21 @@ def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Read:
-    """A file that was read: it is in the index already, or is prepared for the encoder or embedded,
-    or is broken.
+    """The result of reading a file: an error, unchanged bytes, or an image that is prepared for the
+    encoder or embedded.
     """
 
     digest: str = ""
     prepared: Any = None  # pixels for the encoder, uint8 [S, S, 3]
     details: Mapping[str, Any] = field(default_factory=dict)  # width, height and thumbnail
-    kept: bool = False  # whether the index has the same bytes
-    error: str = ""  # why it can't be indexed
-    vector: NDArray[np.float32] | None = None  # its embedding if it is known
+    kept: bool = False  # True if the index has the same bytes
+    error: str = ""  # reason why the file cannot be indexed
+    vector: NDArray[np.float32] | None = None  # the embedding, if a worker computed it
 
 
 def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: int) -> Read:
-    """Read a file, and prepare it, with an upright thumbnail of so many px, if the digest of its
-    bytes is not the one from before. Thread-safe.
+    """Read a file; if the digest of its bytes is not `before`, prepare it for the encoder, with an
+    upright thumbnail of `thumbnails` pixels. Thread-safe.
     """
     turned = loaded.preprocess.exif_orientation
     try:
@@ -191,8 +191,8 @@ def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: in
     except TaskError as error:
         return Read(error=error.what)
 
-    # Width and height as it was embedded. It was decoded before; if this fails, an index does
-    # without.
+    # Width and height as the model saw the image. Decoding succeeded above; if this fails, the
+    # index has no details of the image.
     details: dict[str, Any] = {}
     with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
         sideways = turned and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
@@ -208,7 +208,7 @@ def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: in
 
 
 class Cluster:
-    """The Ray cluster at an address, such as `10.0.0.1:6379` or `auto`, whose workers embed with a
+    """A Ray cluster at an address, such as `10.0.0.1:6379` or `auto`, whose workers embed with a
     release.
     """
 
@@ -235,8 +235,8 @@ class Cluster:
         size: int,
         thumbnails: int,
     ) -> Iterator[list[Read]]:
-        """Read and embed files in their order, in batches of `size`, from the id, the file, and the
-        digest of the bytes that the index has; the work of a dead worker is repeated.
+        """Read and embed files in order, in batches of `size`; the work of a dead worker is
+        repeated. An item is the id, the file, and the digest of the bytes in the index.
         """
         import ray
         from ray.util import ActorPool
@@ -260,7 +260,7 @@ class Cluster:
             pool = ActorPool(workers * _AHEAD)
             yield from pool.map(lambda worker, batch: worker.read.remote(batch), batches)
         except ray.exceptions.RayError as error:
-            # The worker's own error in one line, without the traceback that Ray adds.
+            # Keep the last line of the worker's error, without Ray's traceback.
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             last = lines[-1] if lines else type(error).__name__
             why = last.rpartition("RAdapterError: ")[2][:300]
@@ -271,7 +271,7 @@ class Cluster:
 
 
 class _Worker:
-    """A worker: holds the release, and reads and embeds batches."""
+    """A worker, which holds a release, and reads and embeds batches."""
 
     def __init__(
         self,
@@ -294,7 +294,7 @@ class _Worker:
         self._thumbnails = thumbnails
 
     def read(self, items: Sequence[tuple[str, Path, str]]) -> list[Read]:
-        """Read files, and embed those that the index does not have."""
+        """Read files, and embed those with bytes that the index does not have."""
         images = [read(*item, self._loaded, self._thumbnails) for item in items]
         fresh = {
             image.digest: image.prepared for image in images if not (image.error or image.kept)

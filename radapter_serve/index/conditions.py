@@ -1,7 +1,8 @@
-"""Conditions on an index's columns: SQL that compares and nothing else, run by Arrow.
+"""Conditions on an index's columns: SQL comparisons only, computed by Arrow.
 
-A comparison with NULL is neither true nor false, as in SQL. Values of Python's reach Arrow as texts
-that it casts (`text_array`): pyarrow's own conversion loads pandas, some 30 MB in every server.
+A comparison with NULL is neither true nor false, as in SQL. Python values become Arrow values as
+texts that Arrow casts (`text_array`): pyarrow's own conversion imports pandas, some 30 MB in every
+server.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sqlglot.dialects.dialect import Dialect
 from radapter_serve.contract.errors import TaskError, invalid, redact
 
 MAX_LENGTH = 2000  # characters
-MAX_DEPTH = 10  # nested brackets, functions and NOT: a parser needs time and stack for each
+MAX_DEPTH = 10  # nested brackets, functions and NOT, each of which costs the parser time and stack
 MAX_PARTS = 300  # names and operators, each of which reads all rows
 ALLOWED = (
     "allowed is a condition such as year > 2020 AND (path LIKE 'cats/%' OR `file name` = 'it''s')"
@@ -41,19 +42,19 @@ _CLOSING = (TokenType.R_PAREN, TokenType.R_BRACKET, TokenType.R_BRACE)
 
 
 class Sql(Dialect):
-    """Names in backticks or double quotes, and texts in which a backslash is a backslash."""
+    """A dialect with names in backticks or double quotes, and no escapes by backslash."""
 
     class Tokenizer(tokens.Tokenizer):
         IDENTIFIERS = ["`", '"']  # noqa: RUF012  # as its base has it; the first is written
 
 
 def parse_condition(where: str) -> exp.Expr:
-    """Parse a condition that only compares columns; refuse any other."""
+    """Parse a condition that only compares columns; raises an error for any other SQL."""
     if len(where) > MAX_LENGTH:
         raise invalid(f"where has {len(where)} characters; at most {MAX_LENGTH} are allowed")
     try:
         where.encode()
-        # Count brackets before the parser meets them.
+        # Limit the depth of brackets before the parser runs.
         depth = 0
         for token in Sql().tokenize(where):
             depth += (token.token_type in _OPENING) - (token.token_type in _CLOSING)
@@ -61,7 +62,7 @@ def parse_condition(where: str) -> exp.Expr:
                 raise _too_deep()
         condition = parse_one(where, read=Sql, into=exp.Condition)
 
-        # Refuse all nodes but those in the list of what is allowed.
+        # Refuse nodes that are not on the list of allowed ones.
         parts = 0
         waiting = [(condition, 0)]
         while waiting:
@@ -81,7 +82,7 @@ def parse_condition(where: str) -> exp.Expr:
         raise
     except RecursionError:
         raise _too_deep() from None
-    except Exception:  # on nonsense the parser raises many kinds of errors
+    except Exception:  # on malformed text the parser raises many kinds of errors
         raise invalid(f"where {where!r:.200} cannot be read; {ALLOWED}") from None
     if parts > MAX_PARTS:
         raise invalid(
@@ -98,34 +99,34 @@ def _too_deep() -> TaskError:
 
 
 class Met:
-    """The rows that meet a condition, from marks, bool [N]."""
+    """The rows that meet a condition, stored as bits; `marks` is bool [N]."""
 
     def __init__(self, marks: NDArray[np.bool_]) -> None:
         self.count = int(np.count_nonzero(marks))
-        # One bit a row, the lowest of a byte first, as FAISS reads them.
+        # One bit for each row, from the lowest of a byte, as FAISS reads them
         self.bits = np.packbits(marks, bitorder="little")
         self._size = len(marks)
         self._in_cells: NDArray[np.int64] | None = None
 
     def in_cells(self, cell_of: NDArray[np.int32], cells: int) -> NDArray[np.int64]:
-        """Count these rows in each cell, int64 [cells], by the cell of each row."""
+        """Count the rows in each cell, int64 [cells]; `cell_of` is the cell of each row."""
         if self._in_cells is None:
             self._in_cells = np.bincount(cell_of[self.marks], minlength=cells)
         return self._in_cells
 
     @property
     def marks(self) -> NDArray[np.bool_]:
-        """Whether each row meets the condition, bool [N]."""
+        """True for each row that meets the condition, bool [N]."""
         return np.unpackbits(self.bits, count=self._size, bitorder="little").view(np.bool_)
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """Their positions, int64 [count]."""
+        """Positions of these rows, int64 [count]."""
         return np.flatnonzero(self.marks)
 
 
 def text_array(texts: Sequence[str]) -> pa.StringArray:
-    """Texts as Arrow has them."""
+    """Convert texts to an Arrow array."""
     data = [text.encode() for text in texts]
     ends = np.cumsum([0, *map(len, data)], dtype=np.int32)
     return pa.StringArray.from_buffers(
@@ -167,7 +168,7 @@ class _Term:
     literal: Any = None  # the value of a literal in the condition
 
 
-_ROWS = 1 << 16  # that are compared at once
+_ROWS = 1 << 16  # rows compared at once
 _NULL = pa.nulls(1)[0]
 _UNKNOWN = pa.nulls(1, pa.bool_())[0]
 _FALSE = text_array(["false"])[0].cast(pa.bool_())
@@ -203,8 +204,8 @@ _TEXT_FUNCTIONS: dict[type, Callable[[Any], Any]] = {
 
 
 def _evaluate(node: Any, batch: pa.RecordBatch) -> _Term:
-    """Evaluate a parsed condition on a batch, each node after its operands. A chain of `MAX_PARTS`
-    operators is as many calls deep, which Python allows.
+    """Evaluate a parsed condition on a batch, operands first. The recursion is as deep as a chain
+    of `MAX_PARTS` operators, which Python allows.
     """
     operands: list[_Term] = []
     if not isinstance(node, (exp.Column, exp.Literal)):
@@ -256,7 +257,7 @@ def _evaluate(node: Any, batch: pa.RecordBatch) -> _Term:
             same = isinstance(node, exp.ILike)
             met = pc.match_like(text.values, pattern.literal, ignore_case=same)
             return _Term(pc.invert(met) if node.args.get("negate") else met, "truth")
-        case exp.Escape() if operands[1].literal == "\\":  # the one that LIKE has anyway
+        case exp.Escape() if operands[1].literal == "\\":  # the default of LIKE
             return operands[0]
         case exp.Lower() | exp.Upper() | exp.Length():
             (text,) = _check_kinds(node, operands, "text", "null")
@@ -281,8 +282,8 @@ def _evaluate(node: Any, batch: pa.RecordBatch) -> _Term:
 
 
 def _column(name: str, batch: pa.RecordBatch) -> _Term:
-    """A column by its name, or by that in other letters where no other column has those, with its
-    values in the one type that its kind is computed in.
+    """Find a column by its name, ignoring case if the match is unique, and cast its values to the
+    type in which its kind is computed.
     """
     names = [other for other in batch.schema.names if other.lower() == name.lower()]
     if name not in names:
@@ -320,7 +321,7 @@ def _literal(value: Any) -> _Term:
     return _Term(_scalar(str(value), kind), kind, value)
 
 
-@lru_cache(MAX_PARTS)  # every batch asks for it
+@lru_cache(MAX_PARTS)  # the same for every batch
 def _scalar(text: str, kind: str) -> pa.Scalar:
     return text_array([text])[0].cast(_TYPES[kind])
 
@@ -333,10 +334,10 @@ def _compared(node: Any, how: type, left: _Term, right: _Term) -> Any:
 
 
 def _alike(node: Any, left: _Term, right: _Term) -> tuple[_Term, _Term]:
-    """Two operands in one type; refuses those that can't be compared."""
+    """Convert two operands to one type; raises an error if they cannot be compared."""
     kinds = {left.kind, right.kind}
     if kinds <= set(_NUMBERS):
-        # A number is as exact as the column that it is compared with.
+        # A literal gets the precision of the column that it is compared with.
         if left.kind == "narrow":
             right = _narrow(right)
         elif right.kind == "narrow":
@@ -350,7 +351,7 @@ def _alike(node: Any, left: _Term, right: _Term) -> tuple[_Term, _Term]:
 
 
 def _narrow(number: _Term) -> _Term:
-    """A literal as float32 has it; other numbers as they are."""
+    """Round a literal to float32; other numbers are unchanged."""
     if number.literal is None:
         return number
     with np.errstate(over="ignore"):
@@ -358,7 +359,7 @@ def _narrow(number: _Term) -> _Term:
 
 
 def _time(node: Any, term: _Term) -> _Term:
-    """A date or time, or a literal text that is one, as a time."""
+    """Convert a date, a time, or a literal text of one to a time."""
     if term.kind == "text" and term.literal is None:
         _refuse(node)
     try:
@@ -374,7 +375,7 @@ def _in(node: Any, values: _Term, options: list[_Term]) -> Any:
     alike = [_alike(node, values, option) for option in known]
     literals = [option.literal for _, option in alike]
     if values.kind in ("integer", "text") and all(type(each) in (int, str) for each in literals):
-        # One look-up for a long list; `is_in` takes NULL for a value like others.
+        # One look-up for a long list; `is_in` treats NULL as a value, so restore it.
         wanted = text_array([str(literal) for literal in literals]).cast(_TYPES[values.kind])
         met = pc.is_in(values.values, value_set=wanted)
         met = pc.if_else(pc.is_valid(values.values), met, _UNKNOWN)
@@ -382,7 +383,7 @@ def _in(node: Any, values: _Term, options: list[_Term]) -> Any:
         met = _FALSE
         for left, option in alike:
             met = pc.or_kleene(met, pc.equal(left.values, option.values))
-    # A NULL among the options may be any value.
+    # A NULL among the options may equal any value.
     return met if len(known) == len(options) else pc.or_kleene(met, _UNKNOWN)
 
 
@@ -416,7 +417,7 @@ def _cast(node: exp.Cast, term: _Term) -> _Term:
 
 
 def _numbers(node: Any, operands: list[_Term]) -> tuple[Any, Any, str]:
-    """Two numbers in one type, and their kind."""
+    """Convert two numbers to one type, and return their kind."""
     left, right = _check_kinds(node, operands, *_NUMBERS, "null")
     kind = "integer" if {left.kind, right.kind} <= {"integer", "null"} else "float"
     return left.values.cast(_TYPES[kind]), right.values.cast(_TYPES[kind]), kind

@@ -1,5 +1,5 @@
-"""What an index is: the facts in its `index.json`, how it was made and how it is searched; and the
-search that each kind of it has.
+"""The facts of an index in its `index.json`: its contents, plan and release; and the search, which
+each kind of index implements.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ FORMAT = 6
 FACTS = "index.json"
 OnBroken = Literal["refuse", "skip"]
 MAX_TOP_K = 1000
-UNIT = 1e-3  # tolerance of a length, and of a cosine's bounds
+UNIT = 1e-3  # tolerance for unit length, and for the bounds of a cosine
 
 
 def index_names(indexes: Path) -> list[str]:
-    """The names of the indexes in a folder."""
+    """List the names of the indexes in a folder."""
     names = sorted(as_text(path.parent.name) for path in indexes.glob(f"*/{FACTS}"))
     return [name for name in names if name[0] != "."]
 
 
 @dataclass(frozen=True)
 class MadeBy:
-    """The facts of the release that made an index, as in `Release`, with the α that the images were
-    embedded at, and its digest.
+    """Facts of the release that made an index, as in `Release`, with the α of its embeddings, and
+    the release's digest.
     """
 
     architecture: str
@@ -55,18 +55,18 @@ class MadeBy:
 
     @classmethod
     def of(cls, release: Release) -> MadeBy:
-        """The facts of a release."""
+        """Take the facts from a release."""
         return cls(**{name: getattr(release, name) for name in cls.__dataclass_fields__})
 
     def is_of(self, release: Release) -> bool:
-        """Whether the embeddings are of a release; one that takes any α has that of the index."""
-        with contextlib.suppress(RAdapterError):  # an α that no release has
+        """True if the embeddings are of a release; if it takes any α, of the release at this α."""
+        with contextlib.suppress(RAdapterError):  # the release may refuse the α
             used = release.at(self.alpha) if release.dynamic_alpha else release
             return self.digest == used.digest
         return False
 
     def differs_from(self, release: Release) -> str:
-        """Why the index can't be searched by another release, as the end of a sentence about it."""
+        """Explain why another release cannot search the index, as the end of a sentence."""
 
         def named(facts: MadeBy) -> str:
             return f"{facts.architecture} at alpha {facts.alpha:g}, release {facts.version}"
@@ -79,12 +79,12 @@ class MadeBy:
 
 @dataclass(frozen=True)
 class Plan:
-    """How an index is made; if two plans differ in one of _DECIDING, all images are embedded
+    """Settings of an index; if two plans differ in a field of _DECIDING, all images are embedded
     again.
     """
 
-    source: str  # as `radapter-index build` takes it; the file of vectors of an index of embeddings
-    root: str  # folder that ids start from
+    source: str  # as for `radapter-index build`; for an index of embeddings the file of vectors
+    root: str  # folder that ids are relative to
     image_column: str
     column_types: dict[str, str]  # Arrow types of the table's other columns
     thumbnails: int  # longest side, in px; 0 for none
@@ -95,14 +95,14 @@ class Plan:
     rows: str = ""  # the table of an index of embeddings; empty for images
 
     def differences(self, other: Plan) -> list[str]:
-        """In what another plan makes another index, in words."""
+        """Name the settings that differ from another plan so that all images are embedded again."""
         words = [
             word for name, word in _DECIDING.items() if getattr(self, name) != getattr(other, name)
         ]
         return words if self.release.digest == other.release.digest else ["release", *words]
 
     def command(self, out: Path, loaded: LoadedRelease | None = None) -> str:
-        """The command that builds the index again, by the release that made it or by another."""
+        """Command that builds the index again, by the release that made it or by `loaded`."""
         command = ["radapter-index", "build"]
         if self.rows:
             command += ["--from-embeddings", self.source, "--rows", self.rows, "--out", str(out)]
@@ -135,7 +135,7 @@ _DECIDING = {
 
 @dataclass(frozen=True)
 class FileFacts:
-    """The size of a file in bytes, and its digest, `sha256:` and hexadecimal digits."""
+    """Size of a file in bytes, and its digest, `sha256:` and hexadecimal digits."""
 
     size: int
     digest: str
@@ -143,11 +143,11 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class NearestFacts:
-    """How FAISS finds the nearest."""
+    """Settings of FAISS's search for the nearest vectors, as tuned."""
 
     cells: int
-    nprobes: int  # cells that a search for ten looks into
-    candidates: int  # vectors that FAISS names, to be sorted exactly
+    nprobes: int  # cells searched for ten hits
+    candidates: int  # vectors that FAISS finds, to be sorted exactly
     recall: float  # recall@10 on a sample
 
 
@@ -158,19 +158,19 @@ class IndexFacts:
     plan: Plan
     count: int
     columns: list[str]  # of the metadata
-    files: dict[str, FileFacts]  # that a search reads
+    files: dict[str, FileFacts]  # files that a search reads
     nearest: NearestFacts | None  # None if every vector is compared
-    created: str  # when the index was made first, in UTC, ISO 8601
+    created: str  # time of the first build, in UTC, ISO 8601
     changed: str
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """The text that `from_json` reads."""
+        """Format as the text that `from_json` reads."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, data: bytes | str) -> IndexFacts:
-        """Read the text of `to_json`; raise `ValueError` for anything else."""
+        """Parse the text of `to_json`; raises `ValueError` for any other text."""
         values = json.loads(data)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             other = values.get("format") if isinstance(values, dict) else None
@@ -182,8 +182,8 @@ class IndexFacts:
 
 
 def read_facts(kind: Any, values: Any) -> Any:
-    """A dataclass from JSON values; raise `ValueError` that names the first wrong one."""
-    import pydantic  # a base installation, which lacks it, shows the help of its commands
+    """Build a dataclass from JSON values; raises a `ValueError` that names the first wrong one."""
+    import pydantic  # imported here, as a base installation lacks it and still shows --help
 
     try:
         return checker(kind).validate_python(values)
@@ -199,7 +199,7 @@ class Hit:
     id: str
     score: float  # cosine, in [-1, 1]
     metadata: dict[str, Any]  # all columns but embedding and thumbnail, ready for JSON
-    thumbnail: bytes = b""  # JPEG; empty if it was not asked for, or there is none
+    thumbnail: bytes = b""  # JPEG; empty if not requested or missing
 
 
 class Index(ABC):
@@ -215,7 +215,7 @@ class Index(ABC):
 
     @property
     def name(self) -> str:
-        """The name that callers know the index by."""
+        """Name of the index for callers: that of its folder."""
         return as_text(self.folder.name)
 
     @abstractmethod
@@ -226,7 +226,7 @@ class Index(ABC):
 
     @abstractmethod
     def _embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
-        """Get the embeddings, float32 [D], of those of these images that the index has."""
+        """Get the embeddings, float32 [D], of those ids that the index has."""
 
     def search(
         self,
@@ -238,11 +238,10 @@ class Index(ABC):
         offset: int | None = None,
         min_score: float | None = None,
     ) -> list[Hit]:
-        """Find the nearest images, best first; images with equal vectors come in the order of their
-        ids.
+        """Find the nearest images, best first; images with equal vectors are sorted by id.
 
-        With an `offset`, the images are a page of the 1000 nearest: such pages, put together, are
-        as one large page. In a big index, a search without `offset` looks less deep. `where` is a
+        With an `offset`, the images are a page of the 1000 nearest: pages put together equal one
+        large page. Without `offset`, a search in a big index looks less deep. `where` is a
         condition in SQL on the columns; hits with a cosine below `min_score` are left out.
         """
         if not 1 <= top_k <= MAX_TOP_K:
@@ -252,7 +251,7 @@ class Index(ABC):
         if min_score is not None and not -1 <= min_score <= 1:
             raise invalid(f"min_score is {min_score:g}; allowed are numbers from -1 to 1")
         condition = where if where and where.strip() else None
-        # What is found may depend on how deep a search looks, so all pages look equally deep.
+        # In a big index the hits depend on the depth of the search, so all pages search as deep.
         depth = top_k if offset is None else MAX_TOP_K
         hits = self._find(embedding, depth, condition, thumbnails)
         for hit in hits:
@@ -268,7 +267,7 @@ class Index(ABC):
         return hits[offset : offset + top_k]
 
     def embeddings(self, ids: Sequence[str]) -> list[NDArray[np.float32]]:
-        """The embeddings of images, float32 [D] each, unit length."""
+        """Get the embeddings of images, float32 [D] each, unit length."""
         for id in ids:
             check_length(id, what="name of an image")
         vectors = self._embeddings(list(dict.fromkeys(ids)))
@@ -280,7 +279,7 @@ class Index(ABC):
         return [vectors[id] for id in ids]
 
     def _damaged(self, why: str) -> TaskError:
-        """The error of a search of damaged files; the log gets the reason."""
+        """Error of a search in damaged files; the log gets the reason."""
         print(f"the index {self.name} {why}, see radapter-index verify", file=sys.stderr)
         return TaskError(
             UNKNOWN_INDEX,

@@ -1,10 +1,10 @@
-"""An index in a folder: generations next to each other, and a pointer to the current one, whose
-files are mapped from the disk and searched.
+"""An index in a folder: its generations, and a pointer to the current one, whose files are mapped
+and searched.
 
-`index.json` names the generation, a folder `g-...` next to it. That has an `index.json` with the
-facts, `rows.arrow` (the columns and the thumbnails, an Arrow file), `vectors.npy` (float32 [N, D],
-unit length) and, of many images, the codes by which FAISS finds the nearest. Row n of one is row n
-of the others. A generation never changes; to replace `index.json` is to replace the index.
+`index.json` names the current generation, a folder `g-...` next to it. A generation has an
+`index.json` with the facts, `rows.arrow` (the columns and the thumbnails, an Arrow file),
+`vectors.npy` (float32 [N, D], unit length) and, for many images, FAISS's codes. Row n is the same
+image in all of them. A generation never changes; writing `index.json` replaces the index.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from radapter_serve.index.facts import FACTS, Hit, Index, IndexFacts
 from radapter_serve.index.neighbours import CODES, Neighbours, Positions, near_best
 
 GENERATION = "generation"
-# Bytes of a generation up to which all its files are compared each time it is opened: a second or
-# two. Of a larger one only the codes are, which FAISS reads without a check.
+# Size in bytes up to which all files of a generation are verified each time it is opened, in a
+# second or two. In a larger one only the codes are, which FAISS reads without a check.
 CHECKED_AT_OPEN = 1 << 30
 ROWS = "rows.arrow"
 VECTORS = "vectors.npy"
 VECTOR = "vector"  # the column that `vectors.npy` holds
 THUMBNAIL = "thumbnail"
-EXACT = 20_000  # images up to which a search compares every vector; of more, FAISS names candidates
-# Images that meet a condition, up to which a search compares each; of more, FAISS names candidates.
+EXACT = 20_000  # images up to which a search compares every vector; above, FAISS finds candidates
+# Images that meet a condition, up to which a search compares each; above, FAISS finds candidates.
 FEW = 4_096
-_CHUNK_ROWS = 1 << 16  # of a record batch: few and large ones are compared fastest
-_CHUNK_BYTES = 256 << 20  # that a record batch reaches at most, but for its last part
-_CONDITIONS = 64  # whose rows are remembered
+_CHUNK_ROWS = 1 << 16  # rows of a record batch; a few large ones are compared fastest
+_CHUNK_BYTES = 256 << 20  # size of a record batch at which it is written
+_CONDITIONS = 64  # conditions whose rows are cached
 _CONDITIONS_BYTES = 32 << 20
 
 
 def read_pointer(folder: Path) -> tuple[str, IndexFacts]:
-    """Read the name of the current generation of a folder, and its facts."""
+    """Read the pointer of a folder: the name of its current generation, and the facts."""
     path = folder / FACTS
     command = f"--out {shlex.quote(str(folder))}"
     try:
@@ -75,20 +75,20 @@ def read_pointer(folder: Path) -> tuple[str, IndexFacts]:
 
 
 def is_generation(name: Any) -> bool:
-    """Whether a name is that of a generation."""
+    """True if a name has the form of a generation's name."""
     return isinstance(name, str) and re.fullmatch("g-[0-9a-f]{16}", name) is not None
 
 
 def generations_of(folder: Path) -> list[Path]:
-    """The generations that a folder holds, current or not."""
+    """List the generations in a folder, current or not."""
     if not folder.is_dir():
         return []
     return [path for path in folder.iterdir() if is_generation(path.name)]
 
 
 def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> None:
-    """Make a finished folder the current generation. A reader meanwhile finds this one or the one
-    before, which stays for the time `keep`.
+    """Make a finished folder the current generation. The one before stays for the time `keep`, for
+    readers that have it open.
     """
     generation = f"g-{secrets.token_hex(8)}"
     write_text(new / FACTS, facts.to_json())
@@ -110,16 +110,17 @@ def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file atomically."""
     with staged(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 class FolderIndex(Index):
-    """The mapped files of a folder's current generation, for any number of searches at once.
+    """An index whose files are mapped from a folder's current generation; any number of searches
+    can run at once.
 
-    `complete` compares all files with their digests, however large; `codes` False leaves out those
-    of FAISS, which can be made again from the vectors.
+    `complete` verifies all files by their digests, however large they are; `codes` False ignores
+    FAISS's codes, which can be computed again from the vectors.
     """
 
     def __init__(self, folder: Path, *, complete: bool = False, codes: bool = True) -> None:
@@ -134,11 +135,11 @@ class FolderIndex(Index):
             ) from None
         room = max(1, min(_CONDITIONS, _CONDITIONS_BYTES // (len(self) // 8 + (1 << 17))))
         self._met = lru_cache(room)(lambda where: evaluate(where, self._columns))
-        # The parser and Arrow's functions load what they need at their first use.
+        # The first condition makes the parser and Arrow import their modules.
         evaluate("path LIKE 'a%' AND path = 'a'", self._columns.slice(0, 1))
 
     def _check_files(self, complete: bool, codes: bool) -> None:
-        """Compare the files with their sizes and digests."""
+        """Compare the files with the sizes and digests in the facts."""
         files = {name: known for name, known in self.facts.files.items() if codes or name != CODES}
         every = complete or sum(known.size for known in files.values()) <= CHECKED_AT_OPEN
 
@@ -165,7 +166,7 @@ class FolderIndex(Index):
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._table = pa.ipc.open_file(pa.py_buffer(mapping)).read_all()
             self._table.validate(full=True)
-            # numpy's class for mapped files makes each slice slow.
+            # numpy.memmap makes each slice slow, so take a plain array.
             vectors = np.asarray(np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False))
             self._columns = self._table.select(self.facts.columns)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -182,11 +183,11 @@ class FolderIndex(Index):
 
     @property
     def schema(self) -> pa.Schema:
-        """Of the columns and the thumbnails."""
+        """Schema of the columns and the thumbnails."""
         return self._table.schema
 
     def rows(self, columns: Sequence[str], batch: int) -> Iterator[pa.RecordBatch]:
-        """Read columns of all images, `vector` among them, in batches of at most so many rows."""
+        """Read columns of all images, also `vector`, in batches of at most `batch` rows."""
         names = [name for name in columns if name != VECTOR]
         start = 0
         for part in self._table.select(names).to_batches(batch):
@@ -202,11 +203,11 @@ class FolderIndex(Index):
         met = None if where is None else self._met(where)
         with self._search_errors():
             positions = self._nearest(embedding, top_k, met)
-            # Sums that don't depend on a vector's place, so that equals score the same.
+            # This sum does not depend on the vector's position, so equal vectors score the same.
             scores = (self.vectors[positions] * embedding).sum(axis=1)
             paths = self._table["path"]
             ids = [paths[position].as_py() for position in positions.tolist()]
-            keys = (-np.nan_to_num(scores, nan=np.inf)).tolist()  # NaN comes first, and is refused
+            keys = (-np.nan_to_num(scores, nan=np.inf)).tolist()  # NaN first, as it raises an error
             order = sorted(range(len(ids)), key=lambda row: (keys[row], ids[row]))[:top_k]
 
             columns = {name: self._table[name] for name in self.facts.columns}
@@ -226,8 +227,8 @@ class FolderIndex(Index):
             return {paths[row].as_py(): np.array(self.vectors[row]) for row in rows}
 
     def _nearest(self, embedding: NDArray[np.float32], top_k: int, met: Met | None) -> Positions:
-        """Positions of the nearest images; more than `top_k` where rounding does not tell them from
-        the last.
+        """Find the positions of the nearest images; more than `top_k` if rounding could change
+        which is last.
         """
         effort = self.facts.nearest
         if self._neighbours is not None and effort is not None:
@@ -242,7 +243,7 @@ class FolderIndex(Index):
         if met is None:
             return np.flatnonzero(near_best(self.vectors @ embedding, top_k))
         rows = met.positions
-        if len(rows) > len(self) // 8:  # to copy these takes longer than to compare all
+        if len(rows) > len(self) // 8:  # copying the rows would take longer than comparing all
             scores = (self.vectors @ embedding)[rows]
         else:
             scores = self.vectors[rows] @ embedding
@@ -258,14 +259,14 @@ class FolderIndex(Index):
 
 
 def write_table(folder: Path, batches: Iterable[pa.RecordBatch], shape: tuple[int, int]) -> None:
-    """Write `rows.arrow` and `vectors.npy`; both may be larger than memory. `shape` is the number
+    """Write `rows.arrow` and `vectors.npy`, which may be larger than memory. `shape` is the number
     of images, and D.
     """
     count = 0
     waiting: list[pa.RecordBatch] = []
     writer: pa.RecordBatchFileWriter | None = None
     with (folder / ROWS).open("wb") as rows, (folder / VECTORS).open("wb") as vectors:
-        # Not through a mapping: a full disk would end the process.
+        # Write without a mapping: on a full disk a mapped write would kill the process.
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(vectors, header)  # type: ignore[no-untyped-call]
 
@@ -296,20 +297,20 @@ def write_table(folder: Path, batches: Iterable[pa.RecordBatch], shape: tuple[in
 
 
 def vector_column(vectors: NDArray[np.float32]) -> pa.FixedSizeListArray:
-    """Vectors [N, D] as a column of Arrow's."""
+    """Convert vectors [N, D] to an Arrow column."""
     flat = pa.array(np.ascontiguousarray(vectors, np.float32).ravel())
     return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
 
 
 def vectors_of(column: Any) -> NDArray[np.float32]:
-    """A column of Arrow's as vectors, float32 [N, D]."""
+    """Convert an Arrow column to vectors, float32 [N, D]."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     flat = array.flatten().to_numpy(zero_copy_only=False)
     return np.asarray(flat, np.float32).reshape(len(array), -1)
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """Convert a value to a JSON value."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The index of a folder, wherever it lies; and those that a server has open."""
+"""Opens the index of a folder, wherever it is stored; and holds the indexes of a server."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from radapter_serve.index.facts import FACTS, Index, IndexFacts, MadeBy, index_n
 from radapter_serve.index.folder import FolderIndex, read_pointer
 from radapter_serve.index.qdrant import Qdrant, QdrantIndex, link_of
 
-POLL = 5.0  # seconds between two questions to Qdrant for the current generation
+POLL = 5.0  # seconds between requests to Qdrant for the current generation
 OPENING = 60.0  # seconds that a server waits for its indexes before it is ready
-TRY_AGAIN = 10.0  # seconds after which an index that could not be opened is tried again
+TRY_AGAIN = 10.0  # seconds before an index that could not be opened is tried again
 
 
 def open_index(folder: str | Path) -> Index:
-    """The index of a folder, as it is now: what the folder holds, or what it links to."""
+    """Open the current index of a folder, or the published one that the folder links to."""
     folder = Path(folder)
     url = link_of(folder)
     return QdrantIndex(folder, url) if url else FolderIndex(folder)
 
 
 def current(folder: Path) -> tuple[str, IndexFacts]:
-    """The name of the current generation of a folder, or of the collection that it links to, and
-    the facts of the index.
+    """Read the current generation of a folder, or of the collection that it links to: its name and
+    the index's facts.
     """
     url = link_of(folder)
     return Qdrant(url).current() if url else read_pointer(folder)
 
 
 def releases_of(indexes: Path) -> dict[str, MadeBy]:
-    """The releases that made the indexes of a folder, by the names of these; what can't be read is
-    left out.
+    """Find the release that made each index of a folder, by the index's name; unreadable indexes
+    are left out.
     """
     releases = {}
     for path in sorted(indexes.glob(f"*/{FACTS}")):
         name = as_text(path.parent.name)
-        with contextlib.suppress(RAdapterError):  # a broken one is refused when it is asked for
+        with contextlib.suppress(RAdapterError):  # a search in a broken index reports its error
             if name[0] != ".":
                 releases[name] = current(path.parent)[1].plan.release
     return releases
@@ -58,18 +58,18 @@ class _Opened:
     """The result of opening an index."""
 
     pointer: bytes  # the text of the folder's `index.json`
-    index: Index | None  # None if it can't be opened
-    asked: float  # time at which it was opened
-    error: str  # that is in the log; empty if it was opened
+    index: Index | None  # None if it could not be opened
+    asked: float  # time of opening
+    error: str  # the logged error; empty if it was opened
 
 
 class Indexes:
-    """The indexes of the folder of a release. A new one is seen, and a replaced one opened again.
+    """The indexes in a release's folder. New ones are found, and replaced ones opened again.
 
-    An index belongs to the release that made it: this one, or one of the `others` that are served.
-    All are opened at once, so that no caller waits; a broken one is named in the log, and tried
+    An index belongs to the release that made it: `loaded`, or one of the `others` that are served.
+    All indexes are opened at the start, so that no caller waits. A broken one is logged, and tried
     again when a caller asks for it. Those that are not open after `opening` seconds, such as in a
-    Qdrant that does not answer, are left to threads in the background.
+    Qdrant that does not answer, are opened by background threads.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class Indexes:
             thread.join(max(0.0, end - time.monotonic()))
 
     def get(self, name: str) -> tuple[Index, LoadedRelease]:
-        """The index of a name as it is now, and the release that made it; raises a `TaskError`
-        where it can't be read, or its release is not served.
+        """Return the current index of a name, and the release that made it; raises a `TaskError` if
+        the index cannot be read, or its release is not served.
         """
         index = self._current(name)
         made_by = index.facts.plan.release
@@ -128,8 +128,8 @@ class Indexes:
         )
 
     def _current(self, name: str) -> Index:
-        """The current generation of an index, which never changes; `index.json`, which names it, is
-        read once a call.
+        """Return the current generation of an index, which never changes. Each call reads the
+        pointer to it, `index.json`.
         """
         pointer = None
         for spelling in spellings(name) if is_name(name) else ():
@@ -141,7 +141,7 @@ class Indexes:
             self._known.pop(name, None)
             names = there_are(index_names(self._folder), "radapter-index build makes them")
             raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}{names}")
-        # Requests to other indexes don't wait while this one is opened.
+        # Requests to other indexes do not wait while this one is opened.
         with self._locks.setdefault(name, threading.Lock()):
             known = self._known.get(name)
             index = None
@@ -149,16 +149,16 @@ class Indexes:
             if known is not None and known.pointer == pointer:
                 index = known.index
                 pause = TRY_AGAIN if index is None else math.inf
-                if isinstance(index, QdrantIndex):  # perhaps another is published there now
+                if isinstance(index, QdrantIndex):  # another generation may be published by now
                     pause = POLL
             if known is None or self._clock() - known.asked >= pause:
                 why = ""
                 try:
                     index = open_index(folder)
                 except RAdapterError as error:
-                    # If what a link names now is broken, what it named before stays open.
+                    # If the linked generation is broken, the one before stays open.
                     why = str(error)
-                    if known is None or known.error != why:  # once, however long it lasts
+                    if known is None or known.error != why:  # log each error once
                         print(why, file=sys.stderr)
                 self._known[name] = _Opened(pointer, index, self._clock(), why)
         if index is None:

@@ -1,5 +1,5 @@
-"""Nearest vectors of a big index: FAISS names candidates by short codes in memory, and the vectors
-themselves, which are mapped, sort them.
+"""Nearest vectors of a big index: FAISS finds candidates by short codes in memory, and exact
+cosines with the mapped vectors sort them.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from radapter_serve.process import total
 CODES = "codes.faiss"
 Positions = NDArray[np.int64]
 _MOST_CELLS = 65_536
-_SAMPLE = 32  # vectors that a cell's centre is computed from
+_SAMPLE = 32  # training vectors for each cell's centre
 _ROUNDS = 10  # of k-means; more change little
-_CANDIDATES = 8  # at least, for each hit
-_SEEN = 25  # vectors in the cells that are searched, at least, for each hit
-# Exponent by which a search for more hits looks deeper. Ten hits among a tenth of all vectors lie
-# as far away as a hundred among all.
+_CANDIDATES = 8  # least number for each hit
+_SEEN = 25  # least number of vectors in the searched cells, for each hit
+# Exponent by which the effort grows with the number of hits. Ten hits among a tenth of all vectors
+# are as far away as a hundred among all.
 _DEPTH = 0.3
-_DEVIATIONS = 4  # of the errors of codes, beyond which no vector is looked for
+_DEVIATIONS = 4  # standard deviations of the codes' errors within which a search looks
 _ROUNDING = 1e-5  # of a cosine in float32
-_BLOCK = 10_000  # vectors at a time
-_QUERIES = 100  # images of the index that the effort is tuned by
+_BLOCK = 10_000  # vectors processed at once
+_QUERIES = 100  # images of the index for tuning the effort
 
-RECALL = 0.98  # of the sample; other queries get somewhat less, and 0.975 is promised
+RECALL = 0.98  # on the sample; other queries get somewhat less, and 0.975 is promised
 TOP_K = 10
-# Cells and candidates to try, the least first.
+# Cells and candidates to try in tuning, in order of effort.
 EFFORTS = (
     *((8, 100), (16, 100), (32, 200), (32, 400), (48, 400), (64, 400), (80, 500), (96, 600)),
     *((128, 700), (192, 700), (256, 700), (256, 1500), (320, 1500), (384, 1500), (512, 2000)),
     *((1024, 4000), (4096, 10_000)),
 )
 
-# Texts lie far from all images in CLIP's space, so their nearest images are spread over more cells.
+# Texts are far from all images in CLIP's space, so their nearest images are in more cells.
 _THINGS = (
     "a dog, a cat, a horse, a bird, a cow, a sheep, an elephant, a bear, a fish, an insect, a"
     " snake, a monkey, a child, a baby, a man, a woman, a crowd, a wedding, a dancer, a runner, a"
@@ -60,8 +60,8 @@ TEXTS = [f"a photo of {thing}." for thing in _THINGS.split(", ")]
 
 
 class Neighbours:
-    """The vectors of an index and their codes, searched by one thread a query, any number of
-    queries at once.
+    """The vectors of an index and their codes. A query runs in one thread; any number of queries
+    can run at once.
     """
 
     def __init__(self, folder: Path, vectors: NDArray[np.float32]) -> None:
@@ -84,7 +84,7 @@ class Neighbours:
                 " index.json names"
             )
         self.cells = int(self._index.nlist)
-        # The cell of each vector.
+        # Cell of each vector
         lists = self._index.invlists
         self._cell_of = np.zeros(count, np.int32)
         for cell in range(self.cells):
@@ -100,18 +100,18 @@ class Neighbours:
         candidates: int,
         among: Met | None = None,
     ) -> tuple[Positions, NDArray[np.float32]]:
-        """Find the nearest vectors and their cosines, best first; more than `top_k` where rounding
-        does not tell them from the last. A search for ten among all looks into `nprobes` cells, and
-        FAISS names `candidates`.
+        """Find the nearest vectors and their cosines, best first; more than `top_k` if rounding
+        could change which is last. `nprobes` cells and `candidates` are the effort of a search for
+        ten among all vectors; other searches scale it.
         """
         faiss = self._faiss
-        faiss.omp_set_num_threads(1)  # counts for the calling thread
+        faiss.omp_set_num_threads(1)  # applies to the calling thread
         asked = np.ascontiguousarray(query[None], np.float32)
         total = len(self.vectors)
         count = total if among is None else among.count
         share = count / total
 
-        # Search as many cells as hold `seen` of the vectors that may be found.
+        # Choose the number of cells so that they hold `seen` of the allowed vectors.
         tens = max(top_k / 10, 1)
         seen = nprobes / self.cells * count * (tens / share) ** _DEPTH
         seen = max(seen, _SEEN * top_k)
@@ -125,7 +125,7 @@ class Neighbours:
             rows = np.cumsum(self._sizes[order[0]])
             met = np.cumsum(among.in_cells(self._cell_of, self.cells)[order[0]])
             probes = min(self.cells, int(np.searchsorted(met, seen)) + 1)
-            # A condition may take away what is near the query. The rest may lie anywhere.
+            # The condition may exclude the vectors near the query; the rest may be anywhere.
             near = max(nprobes // 4, int(np.searchsorted(rows, _SEEN / share)))
             near = min(near, self.cells - 1)
             expected = share * rows[near]
@@ -147,7 +147,7 @@ class Neighbours:
                 break
             lowest = approximate.min()
             if correlated:
-                # By the errors of the codes that are seen, no other vector can be a hit.
+                # Stop if no vector beyond the candidates can be a hit, by the codes' errors so far.
                 errors = scores - approximate
                 if lowest + errors.mean() + _DEVIATIONS * errors.std() < scores[best].min():
                     break
@@ -156,20 +156,20 @@ class Neighbours:
                     scores = self.cosines(query, positions)
                     best = near_best(scores, top_k)
                     break
-            elif lowest < approximate[best].min():  # else equals of the last hit may be missing
+            elif lowest < approximate[best].min():  # else vectors equal to the last hit may lack
                 break
             wanted = min(count, 4 * wanted)
         order = np.argsort(-scores[best], kind="stable")
         return positions[best][order], scores[best][order]
 
     def cosines(self, query: NDArray[np.float32], of: Positions) -> NDArray[np.float32]:
-        """Compute cosines with some vectors by FAISS's own sums, which read the mapped vectors
-        where they lie.
+        """Compute cosines with some vectors by FAISS, which reads the mapped vectors without a
+        copy.
         """
         scores = np.empty(len(of), np.float32)
         places = np.ascontiguousarray(of, np.int64)
         asked = np.ascontiguousarray(query, np.float32)
-        self._faiss.omp_set_num_threads(1)  # counts for the calling thread
+        self._faiss.omp_set_num_threads(1)  # applies to the calling thread
         self._faiss.fvec_inner_products_by_idx(
             self._faiss.swig_ptr(scores),
             self._faiss.swig_ptr(asked),
@@ -181,7 +181,7 @@ class Neighbours:
 
 
 def near_best(scores: NDArray[np.float32], top_k: int) -> NDArray[np.bool_]:
-    """Mark the scores that are among the best, or may be by rounding."""
+    """Mark the `top_k` best scores, and those that equal the last within rounding."""
     if len(scores) <= top_k:
         return np.ones(len(scores), bool)
     return np.asarray(~(scores < np.partition(scores, -top_k)[-top_k] - _ROUNDING))
@@ -192,8 +192,8 @@ def write_neighbours(
     vectors: NDArray[np.float32],
     embed_texts: Callable[[list[str]], NDArray[np.float32]],
 ) -> NearestFacts:
-    """Write the codes of vectors, float32 [N, D], and find the effort that a search takes, with
-    texts as the release embeds them.
+    """Write the codes of vectors, float32 [N, D], and tune the effort of a search. `embed_texts` is
+    the release's text encoder, for the queries.
     """
     faiss = load_faiss()
     threads = faiss.omp_get_max_threads()
@@ -213,7 +213,7 @@ def write_neighbours(
         for start in range(0, count, _BLOCK):
             index.add(np.ascontiguousarray(vectors[start : start + _BLOCK]))
         faiss.write_index(index, str(folder / CODES))
-    except RuntimeError as error:  # FAISS's own
+    except RuntimeError as error:  # raised by FAISS
         raise RAdapterError(f"cannot write {folder}: {reason(error):.300}") from None
     finally:
         faiss.omp_set_num_threads(threads)
@@ -222,8 +222,8 @@ def write_neighbours(
 
 
 def tune(neighbours: Neighbours, texts: NDArray[np.float32]) -> tuple[int, int, float]:
-    """Find the least effort with the recall@10 `RECALL`, on images of the index and on texts,
-    whichever is worse: cells, candidates, and its recall.
+    """Find the least effort with the recall@10 `RECALL`: cells, candidates, and the recall, which
+    is the lower one of that on images of the index and that on texts.
 
     A hit counts if its cosine reaches that of the tenth nearest of all vectors, so it does not
     matter which of equal images is found.
@@ -233,7 +233,7 @@ def tune(neighbours: Neighbours, texts: NDArray[np.float32]) -> tuple[int, int, 
     asked = np.concatenate([vectors[np.sort(chosen)], texts])
     itself = np.repeat([1, 0], [_QUERIES, len(texts)])  # an image's first hit is the image
 
-    # The cosine of the tenth nearest of each query, by comparing all vectors.
+    # Cosine of each query's tenth nearest vector, by comparing all vectors
     nearest = np.zeros((len(asked), 0), np.float32)
     for start in range(0, len(vectors), _BLOCK):
         scores = asked @ vectors[start : start + _BLOCK].T
@@ -253,7 +253,7 @@ def tune(neighbours: Neighbours, texts: NDArray[np.float32]) -> tuple[int, int, 
 
 
 def load_faiss() -> Any:
-    """FAISS, which only indexes of many images need."""
+    """Import FAISS, which only indexes of many images need."""
     check_installed("faiss", "server")
     import faiss
 

@@ -1,8 +1,9 @@
-"""Indexes in a running Qdrant: published as a whole, opened read-only by any number of servers; and
-conditions in SQL as filters of Qdrant's: those that it answers exactly, and no others.
+"""Indexes in a running Qdrant: published as a whole, and opened read-only by any number of servers.
 
-The alias COLLECTION names the current collection, whose metadata hold the index's facts; to switch
-the alias is to replace the index. The key comes from the environment alone.
+SQL conditions become Qdrant's filters if Qdrant answers them exactly, and are refused otherwise.
+
+The alias COLLECTION names the current collection, whose metadata hold the index's facts; switching
+the alias replaces the index. The API key comes from the environment alone.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ from radapter_serve.index.folder import (
     write_text,
 )
 
-LINK = "at"  # the one fact in the index.json of a folder that links to a published index
+LINK = "at"  # the only key in the index.json of a folder that links to a published index
 KEYS = ("RADAPTER_QDRANT_API_KEY", "QDRANT_API_KEY")
-FACTS_KEY = "radapter_index"  # of the collection's metadata: the facts, as JSON
+FACTS_KEY = "radapter_index"  # key of the facts, as JSON, in the collection's metadata
 TIMEOUT = 10  # seconds for a search
 SCHEMAS = {"number": "float", "text": "keyword", "truth": "bool", "time": "datetime"}  # Qdrant's
-_POINTS = 64  # of a request, of which Qdrant takes 32 MB
-_TIMEOUT = 120  # seconds for such a request, and to begin an index of a column
+_POINTS = 64  # in a request, as Qdrant accepts 32 MB
+_TIMEOUT = 120  # seconds for a request with points, and to start indexing a column
 _PORT = 6333
 _PLACE = re.compile(
     r"qdrant(s?)://(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::([0-9]{1,5}))?/(\w[\w.-]{0,150})/?", re.ASCII
@@ -59,9 +60,9 @@ ALLOWED = (
     "an index in Qdrant takes a column compared with a value by = <> < <= > >= IN BETWEEN (texts by"
     " = <> IN), IS NULL, AND, OR, NOT and brackets"
 )
-# Columns that every index has, as Arrow types.
+# Arrow types of the columns that every index has.
 OWN = {"path": "string", "width": "int32", "height": "int32", "digest": "string"}
-_KINDS = {  # Arrow types whose values Qdrant compares as SQL does
+_KINDS = {  # Arrow types that Qdrant compares as SQL does
     "number": r"u?int(8|16|32|64)|halffloat|float|double",
     "text": r"(large_)?string",
     "truth": r"bool",
@@ -70,11 +71,11 @@ _KINDS = {  # Arrow types whose values Qdrant compares as SQL does
 _BOUND = {exp.GT: "gt", exp.GTE: "gte", exp.LT: "lt", exp.LTE: "lte"}
 _OPPOSITE = {"gt": "lte", "gte": "lt", "lt": "gte", "lte": "gt"}
 _TURNED = {"gt": "lt", "gte": "lte", "lt": "gt", "lte": "gte"}  # 2020 < year is year > 2020
-_EXACT = 2**53  # whole numbers up to here are floats, which Qdrant's ranges are
+_EXACT = 2**53  # largest magnitude of exact whole numbers in floats, the type of Qdrant's ranges
 
 
 class Qdrant:
-    """The place of an index in a running Qdrant: `qdrant://HOST:PORT/ALIAS`, or `qdrants://` for
+    """The address of an index in a running Qdrant: `qdrant://HOST:PORT/ALIAS`, or `qdrants://` for
     TLS.
     """
 
@@ -91,15 +92,15 @@ class Qdrant:
         self._http = f"http{match[1]}://{match[2]}:{match[3] or _PORT}"
 
     def client(self, timeout: int = TIMEOUT) -> Any:
-        """A client of qdrant-client's, with the key in the environment, and the timeout of a
-        request in seconds.
+        """Connect with qdrant-client, with the key from the environment; `timeout` is in seconds
+        for each request.
         """
         check_installed("qdrant_client", "qdrant")
         key = next((value for name in KEYS if (value := os.environ.get(name))), None)
         return _connected(self._http, key, timeout)
 
     def current(self) -> tuple[str, IndexFacts]:
-        """The name of the current collection, and the facts of its index."""
+        """Read the name of the current collection, and the facts of its index."""
         with qdrant_errors(self.url):
             config = self.client().get_collection(self.name).config
         try:
@@ -125,7 +126,7 @@ class Qdrant:
 
 
 class QdrantIndex(Index):
-    """A collection in a running Qdrant that holds an index, which `folder` links to."""
+    """An index in a collection of a running Qdrant, which `folder` links to."""
 
     def __init__(self, folder: Path, url: str) -> None:
         self._place = Qdrant(url)
@@ -134,7 +135,7 @@ class QdrantIndex(Index):
     def _find(
         self, embedding: NDArray[np.float32], top_k: int, where: str | None, thumbnails: bool
     ) -> list[Hit]:
-        from qdrant_client import models  # here: others need no client
+        from qdrant_client import models  # imported here, as other indexes need no client
 
         types = OWN | self.facts.plan.column_types
         types = {name: kind for name, kind in types.items() if name in self.facts.columns}
@@ -179,7 +180,7 @@ class QdrantIndex(Index):
 
     @contextlib.contextmanager
     def _search_errors(self) -> Iterator[None]:
-        """Reword the failure of a search for its caller, and log the reason."""
+        """Reword the error of a search for its caller, and log the reason."""
         try:
             with qdrant_errors(self._place.url):
                 yield
@@ -192,14 +193,14 @@ class QdrantIndex(Index):
 
 
 def link_of(folder: Path) -> str:
-    """The address of the published index that a folder links to, or an empty text."""
+    """Address of the published index that a folder links to; "" if it links to none."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         return str(json.loads((folder / FACTS).read_bytes())[LINK])
     return ""
 
 
 def refuse_link(folder: Path) -> None:
-    """Refuse a folder that holds no index of its own."""
+    """Raise an error if a folder links to a published index."""
     if link_of(folder):
         raise RAdapterError(
             f"{folder} links to a published index, which is read-only; name the folder of the index"
@@ -208,19 +209,19 @@ def refuse_link(folder: Path) -> None:
 
 
 def publish(folder: Path, url: str, progress: Progress | None = None) -> bool:
-    """Put an index into Qdrant, in place of the one there; readers see one or the other. Returns
-    False if it is there already.
+    """Publish an index to Qdrant, replacing the one there atomically. Returns False if it is
+    already published.
     """
-    from qdrant_client import models  # here: others need no client
+    from qdrant_client import models  # imported here, as other commands need no client
 
     place = Qdrant(url)
     refuse_link(folder)
-    read_pointer(folder)  # locking would make the folder
+    read_pointer(folder)  # raises if there is no index; `lock` would create the folder
     with lock(folder, "radapter-index"), qdrant_errors(url):
         index = FolderIndex(folder, complete=True)
         client = place.client(_TIMEOUT)
 
-        # Find the current collection. The name may be of something else.
+        # Find the current collection; the name may belong to something else.
         aliases = {alias.alias_name: alias for alias in client.get_aliases().aliases}
         before = aliases[place.name].collection_name if place.name in aliases else None
         if before is None:
@@ -237,7 +238,7 @@ def publish(folder: Path, url: str, progress: Progress | None = None) -> bool:
             return False
 
         # Fill a new collection.
-        if client.collection_exists(fresh):  # a stopped publication left it
+        if client.collection_exists(fresh):  # left by a stopped publication
             client.delete_collection(fresh)
         facts = dataclasses.replace(index.facts, nearest=None, files={})
         client.create_collection(
@@ -266,7 +267,7 @@ def publish(folder: Path, url: str, progress: Progress | None = None) -> bool:
                 " publish again"
             )
 
-        # Switch the alias. Only the new collection and the one before it stay.
+        # Switch the alias, and delete all collections but the new one and the one before.
         create = models.CreateAliasOperation(
             create_alias=models.CreateAlias(collection_name=fresh, alias_name=place.name)
         )
@@ -280,7 +281,7 @@ def publish(folder: Path, url: str, progress: Progress | None = None) -> bool:
 
 
 def points_of(index: FolderIndex) -> Iterator[dict[str, Any]]:
-    """The rows of the table as Qdrant's points, with their numbers as ids, batch by batch."""
+    """Convert the rows to Qdrant's points in batches, with row numbers as ids."""
     columns = [*index.facts.columns, THUMBNAIL]
     start = 0
     for batch in index.rows([*columns, VECTOR], _POINTS):
@@ -298,7 +299,7 @@ def points_of(index: FolderIndex) -> Iterator[dict[str, Any]]:
 
 
 def link(url: str, out: Path) -> None:
-    """Make a folder that links to a published index, for a server to serve."""
+    """Write a folder that links to a published index, for a server to serve."""
     Qdrant(url).current()
     if out.exists() and not link_of(out):
         raise RAdapterError(
@@ -310,13 +311,13 @@ def link(url: str, out: Path) -> None:
 
 
 def is_collection_of(name: str, collection: str) -> bool:
-    """Whether a collection is one that an index's publication made."""
+    """True if a collection was made by publishing the index `name`."""
     return re.fullmatch(re.escape(name) + "-g-[0-9a-f]{16}", collection) is not None
 
 
 @contextlib.contextmanager
 def qdrant_errors(url: str) -> Iterator[None]:
-    """Reword a refusal or failure of Qdrant's, without a word of its answer."""
+    """Reword an error of Qdrant's, without quoting its answer."""
     try:
         yield
     except RAdapterError:
@@ -327,7 +328,7 @@ def qdrant_errors(url: str) -> Iterator[None]:
             raise RAdapterError(
                 f"no index at {url}; put one there: radapter-index publish INDEX {url}"
             ) from None
-        source = getattr(error, "source", error)  # which its client wraps
+        source = getattr(error, "source", error)  # the error that qdrant-client wraps
         why = f"its answer makes no sense ({type(source).__name__})"
         if isinstance(status, int):
             why = f"it answers HTTP {status}" + (f"; see {KEYS[0]}" if status in (401, 403) else "")
@@ -338,7 +339,7 @@ def qdrant_errors(url: str) -> Iterator[None]:
         raise RAdapterError(f"{url} can't be used: {why}") from None
 
 
-@lru_cache(8)  # one keeps its connections
+@lru_cache(8)  # a client keeps its connections
 def _connected(url: str, key: str | None, timeout: int) -> Any:
     from qdrant_client import QdrantClient
 
@@ -349,14 +350,12 @@ def _connected(url: str, key: str | None, timeout: int) -> Any:
 
 
 def key_of(column: str) -> str:
-    """Qdrant's name of a column, in quotes unless it is one plain word."""
+    """Qdrant's name of a column, in quotes unless it has only letters, digits, _ and -."""
     return column if re.fullmatch(r"[A-Za-z0-9_-]+", column) else f'"{column}"'
 
 
 def kind_of(arrow: str) -> str | None:
-    """How the values of a column are compared; None where Qdrant does so otherwise than SQL, or not
-    at all.
-    """
+    """Kind of a column's values; None if Qdrant cannot compare them, or does so unlike SQL."""
     return next((kind for kind, pattern in _KINDS.items() if re.fullmatch(pattern, arrow)), None)
 
 
@@ -368,10 +367,10 @@ def to_filter(where: str, types: Mapping[str, str]) -> Any:
 
 
 def _filter(node: Any, types: Mapping[str, str], positive: bool) -> dict[str, Any]:
-    """A filter, in JSON, that is met where a condition is true, or, if not `positive`, false.
+    """Build a filter, in JSON, that holds if a condition is true, or, if not `positive`, false.
 
     NOT is moved inwards to the comparisons. A missing value meets neither a comparison nor its
-    negation: that is SQL's logic of three values.
+    negation, as in SQL's three-valued logic.
     """
     node = node.unnest()
     match node:
@@ -410,7 +409,7 @@ def _filter(node: Any, types: Mapping[str, str], positive: bool) -> dict[str, An
 
 
 def _equal(left: Any, right: list[Any], types: Mapping[str, str], positive: bool) -> dict[str, Any]:
-    """A filter that is met where a column has one of some values, or none of them."""
+    """Filter for a column that equals one of some values, or, if not `positive`, none of them."""
     column, kind = _column(left, types)
     key = key_of(column)
     values = [_value(node, column, kind, types) for node in right]
@@ -435,7 +434,7 @@ def _column_first(node: Any) -> tuple[Any, Any]:
 
 
 def _column(node: Any, types: Mapping[str, str]) -> tuple[str, str]:
-    """The name of a column, and its kind."""
+    """Find a column's name and kind."""
     node = node.unnest()
     if not isinstance(node, exp.Column):
         _refuse(node)
@@ -448,7 +447,7 @@ def _column(node: Any, types: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _value(node: Any, column: str, kind: str, types: Mapping[str, str]) -> Any:
-    """The value of a literal that a column of some kind is compared with."""
+    """Read the literal that a column of a kind is compared with."""
     literal = node.unnest()
     value: Any = None
     if kind == "truth" and isinstance(literal, exp.Boolean):
@@ -474,7 +473,7 @@ def _value(node: Any, column: str, kind: str, types: Mapping[str, str]) -> Any:
         elif isinstance(literal, exp.Literal) and literal.is_string:
             with contextlib.suppress(ValueError):
                 time = datetime.datetime.fromisoformat(literal.this)
-                if not time.tzinfo:  # in UTC, as everywhere in conditions
+                if not time.tzinfo:  # UTC, as everywhere in conditions
                     value = time.replace(tzinfo=datetime.timezone.utc)
     if value is None:
         raise invalid(

@@ -1,7 +1,7 @@
-"""Writing the next generation of an index.
+"""Writes the next generation of an index.
 
-A build appends a Parquet file a batch to a hidden folder next to the index. A stopped build goes on
-from these files; at the end they become the files of a new generation.
+A build appends one Parquet file for each batch to a hidden folder next to the index. A stopped
+build continues from these files; at the end they become the files of a new generation.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ from radapter_serve.index.folder import (
 from radapter_serve.index.neighbours import write_neighbours
 from radapter_serve.process import decoders
 
-BATCH = 256  # images that are embedded, then written; a killed build loses at most these
+BATCH = 256  # images embedded and then written; a killed build loses at most one batch
 BROKEN = "broken.txt"
-KEEP = datetime.timedelta(hours=1)  # time that servers may read a replaced generation
+KEEP = datetime.timedelta(hours=1)  # how long a replaced generation stays for servers to read
 _PLAN = "building.json"  # in the folder of an unfinished build
-_ROWS = 4096  # rows that are copied at once
-_BASE = -1  # the number of the current generation among the parts
+_ROWS = 4096  # rows copied at once
+_BASE = -1  # number of the current generation among the parts
 
 
 @dataclass
 class Summary:
-    """Result of a build or an addition, in numbers of images."""
+    """Result of a build or an addition; counts are numbers of images unless noted."""
 
-    changed: bool = True  # whether the index is another than before
+    changed: bool = True  # False if the index has the same rows as before
     count: int = 0
     embedded: int = 0
-    kept: int = 0  # in the index before, and unchanged
-    copies: int = 0  # files whose bytes another file has, too; embedded once
+    kept: int = 0  # unchanged since the index before
+    copies: int = 0  # files with the same bytes as another one; embedded once
     removed: int = 0
-    broken: dict[str, str] = field(default_factory=dict)  # why, by id
+    broken: dict[str, str] = field(default_factory=dict)  # reason, by id
     repeated: int = 0  # rows of the table that name an image of an earlier row
     left_out: Mapping[str, int] = field(default_factory=dict)  # files of other kinds, by suffix
-    recall: float | None = None  # recall@10; None where every vector is compared
+    recall: float | None = None  # recall@10; None if every vector is compared
 
 
 @contextlib.contextmanager
@@ -77,13 +77,13 @@ def writing(
     resume: bool = True,
     extend: bool = False,
 ) -> Iterator[Writer]:
-    """Write the next generation of an index, with these Arrow types of its metadata; one writer at
-    a time.
+    """Write the next generation of an index; `columns` are the Arrow types of the metadata. Only
+    one writer at a time is allowed.
 
-    It begins with the rows of the current generation if that has the same plan, and with those that
-    a stopped command embedded; `resume` False begins with nothing. What is embedded stays if the
-    work fails. A damaged generation is replaced, or refused if `extend`; a build makes damaged
-    codes again, of the vectors.
+    The rows of the current generation are taken over if it has the same plan, and so are those of a
+    stopped command; `resume` False takes over none. Embedded rows stay if the work fails. A damaged
+    generation is replaced, or refused if `extend`; a build computes damaged codes again from the
+    vectors.
     """
     folder = out.with_name(f".{out.name}.building")
     with disk_errors(out), lock(folder, "radapter-index"):
@@ -108,8 +108,8 @@ def _parts(folder: Path) -> list[Path]:
 
 
 class _Row(NamedTuple):
-    """A row that is there: the digest of its file, a hash of its metadata, and its place: the
-    number of a part, or -1 for the base, and the row in that.
+    """A known row: the digest of its file, a hash of its metadata, and its place, the number of a
+    part (`_BASE` for the base) and the row in it.
     """
 
     digest: str
@@ -119,7 +119,7 @@ class _Row(NamedTuple):
 
 
 class Writer:
-    """Writes the next generation of an index, which no search sees before it is published."""
+    """Writes the next generation of an index, which searches see once it is published."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Writer:
         self._out = out
         self._vectors = lru_cache(8)(self._read_vectors)
 
-        # The current generation, if it has the same plan.
+        # Take over the current generation, if it has the same plan.
         base: FolderIndex | None = None
         self._has_codes = True
         if resume and not plan.rows:
@@ -154,7 +154,7 @@ class Writer:
             base = None
         self._base = base
 
-        # What a stopped command embedded.
+        # Take over the rows of a stopped command.
         if resume and _parts(folder):
             try:
                 stopped = read_facts(Plan, json.loads((folder / _PLAN).read_text(encoding="utf-8")))
@@ -184,10 +184,10 @@ class Writer:
             schema = base.schema
         vector = pa.list_(pa.float32(), plan.release.embed_dim)
         self.schema = schema.append(pa.field(VECTOR, vector))
-        details = ("width", "height", THUMBNAIL)  # that follow from the file
+        details = ("width", "height", THUMBNAIL)  # computed from the file
         self.metadata = [name for name in schema.names if name not in details]
 
-        # The rows that are there, by id; of two rows of one image the later counts.
+        # Note the known rows by id; a later row replaces an earlier one of the same image.
         self.known: dict[str, _Row] = {}
         self._by_digest: dict[str, _Row] = {}
         if base is not None:
@@ -204,7 +204,7 @@ class Writer:
         progress: Progress | None,
         cluster: Cluster | None = None,
     ) -> Summary:
-        """Embed and append what is not there yet."""
+        """Embed and append the images that are new or changed."""
         summary = Summary(repeated=collection.repeated, left_out=collection.left_out)
         done = 0
         for images in self._read_images(collection.items, cluster):
@@ -236,7 +236,7 @@ class Writer:
             summary.removed += 1
 
     def publish(self, summary: Summary, rows: Iterable[pa.RecordBatch] | None = None) -> None:
-        """Make all rows, those that are known if None, the current generation, and complete the
+        """Make the rows the current generation, by default the known rows, and complete the
         summary.
         """
         if rows is None:
@@ -246,14 +246,14 @@ class Writer:
             rows = self._rows()
         base = self._base
 
-        # The generation stays if it has these rows.
+        # Keep the generation if it has the same rows.
         has_all = self._has_codes and not self._parts
         if base is not None and has_all and summary.count == len(base):
             summary.changed = False
             nearest = base.facts.nearest
         else:
             place = self._folder / "new"
-            shutil.rmtree(place, ignore_errors=True)  # what a stopped command left there
+            shutil.rmtree(place, ignore_errors=True)  # left by a stopped command
             place.mkdir()
             write_table(place, rows, (summary.count, self._plan.release.embed_dim))
             nearest = None
@@ -280,7 +280,7 @@ class Writer:
         summary.recall = nearest.recall if nearest else None
 
     def _rows(self) -> Iterator[pa.RecordBatch]:
-        """All rows that are known, in the order in which they were written."""
+        """Read all known rows, in the order of writing."""
         kept: dict[int, list[int]] = {}
         for row in self.known.values():
             kept.setdefault(row.part, []).append(row.row)
@@ -297,11 +297,11 @@ class Writer:
             yield from part.cast(self.schema).combine_chunks().to_batches()
 
     def _read_images(self, items: list[Item], cluster: Cluster | None) -> Iterator[list[Read]]:
-        """Read files batch by batch, by threads of this process or by a cluster."""
+        """Read files in batches, by threads of this process or by a cluster."""
         size = self._plan.thumbnails
 
         def before(item: Item) -> str:
-            """The digest of an image that is there with the same metadata, or empty."""
+            """Digest of an image that is known with the same metadata, or empty."""
             row = self.known.get(item.id)
             if row is None:
                 return ""
@@ -321,7 +321,7 @@ class Writer:
 
     def _append(self, images: list[tuple[Item, Read]]) -> int:
         """Embed a batch and write its rows; files with the same bytes are embedded once. Returns
-        how many were embedded.
+        the number of embedded images.
         """
         embeds: dict[str, NDArray[np.float32]] = {}
         waiting: dict[str, Any] = {}
@@ -357,7 +357,7 @@ class Writer:
         return embedded
 
     def _read(self, number: int, columns: list[str] | None) -> pa.Table:
-        """A part."""
+        """Read a part."""
         try:
             return parquet.read_table(
                 self._parts[number], columns=columns, page_checksum_verification=True
@@ -369,7 +369,7 @@ class Writer:
             ) from None
 
     def _read_vectors(self, part: int) -> NDArray[np.float32]:
-        """The vectors of a part, or of the base."""
+        """Read the vectors of a part, or of the base."""
         if part == _BASE:
             assert self._base is not None
             return self._base.vectors

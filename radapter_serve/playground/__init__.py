@@ -1,7 +1,7 @@
-"""The playground: a page to ask a server by hand, in a browser.
+"""The playground: a web page to query a server in a browser.
 
-It is a client like any other: Gradio draws it, and our own Python client asks. page.py is the page;
-here it is served at a port.
+Gradio draws the page, and the Python client queries the server. page.py builds the page; this
+module serves it at a port.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ MAX_PICTURE = 64 * 2**20  # bytes
 
 @dataclass(frozen=True)
 class Settings:
-    """Where the page listens, whom it asks, and who may open it.
+    """Address of the page, its server, and its login.
 
     Args:
-        url: of the server or of a gateway, such as https://HOST:8080; http://localhost:8000 if none
-            is given, or grpc://localhost:8001 where only that listens.
-        api_key: that the gateway asks for; no flag, because others can read a command line.
-        host: address or name to listen on; others than this machine's own need a login.
-        port: to listen on.
+        url: of the server or of a gateway, such as https://HOST:8080; if not given,
+            http://localhost:8000, or grpc://localhost:8001 if only gRPC answers.
+        api_key: the key that the gateway asks for; not a flag, which other users could read.
+        host: address or name to listen on; any but this machine's own needs a login.
+        port: port to listen on.
         user: name of the login that the page asks for.
         password_file: file whose first line is the password of that login.
     """
@@ -48,8 +48,9 @@ class Settings:
     password_file: Path | None = None
 
     def check(self) -> tuple[str, tuple[str, str] | None]:
-        """The address to listen on, and name and password of the login, if any; raises
-        `RAdapterError` for a value that is not allowed, or a page that strangers could open.
+        """Check the settings; returns the address to listen on, and the name and password of the
+        login, if any. Raises `RAdapterError` for an invalid value, or a page without a login that
+        other machines could open.
         """
         check_installed("gradio", "playground")
         if not 0 < self.port < 65536:
@@ -86,23 +87,23 @@ def serving(settings: Settings) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(Client(settings.url, api_key=settings.api_key))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="radapter-playground-"))
-        # Gradio reads these when it is imported: uploads go to a folder that is gone in the end.
+        # Gradio reads these on import. Uploads go to a folder that is removed at the end.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        import gradio  # which takes seconds to load
+        import gradio  # takes seconds
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
         from radapter_serve.playground.page import build
 
-        # Without a login, a name of another site must not lead here, for its scripts would then
-        # belong to this page.
+        # Without a login, refuse other host names: scripts of a site whose name resolves to this
+        # address could read the page.
         hosts = ["localhost", address] if login is None else ["*"]
         middleware: list[Any] = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
-        fonts = ["system-ui", "sans-serif"]  # of the visitor's machine: no font is fetched
+        fonts = ["system-ui", "sans-serif"]  # installed fonts, so that none is downloaded
 
         async def launched() -> tuple[gradio.Blocks, str]:
-            # Gradio takes the event loop that runs, or else makes some that are never closed.
+            # Gradio uses a running event loop; without one it makes some and never closes them.
             page = build(client)
             _, url, _ = page.launch(
                 prevent_thread_lock=True,

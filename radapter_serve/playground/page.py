@@ -1,4 +1,4 @@
-"""The page, and what its events ask."""
+"""The page, and the handlers of its events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from radapter_serve.contract.errors import redact
 from radapter_serve.contract.images import oriented
 
 TITLE = "radapter-serve playground"
-MAX_SIDE = 1024  # px of the longer side of a picture that is segmented
+MAX_SIDE = 1024  # px of the longer side of a picture to segment; larger ones are reduced
 NO_PICTURE = "Drop a picture on the left."
 _LABELS = "a cat\na dog\na house\na tree\na car"
 _PARTS = "sky\ngrass\na house\na tree\na person"
@@ -26,7 +26,7 @@ Handler = Callable[..., Any]
 
 
 def explained(handler: Handler) -> Handler:
-    """Wrap a handler so that the page shows why it fails."""
+    """Wrap a handler so that the page shows its error."""
 
     @wraps(handler)
     def explaining(*values: Any) -> Any:
@@ -41,13 +41,13 @@ def explained(handler: Handler) -> Handler:
 
 
 def build(client: Client) -> gradio.Blocks:
-    """The page, which asks the server of a client."""
+    """Build the page for the server of a client."""
     page = gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600))
     with page:
         facts = gradio.Markdown(f"# {TITLE}")
         with gradio.Row():
             with gradio.Column(scale=2):
-                # The file goes to the server as it is: nothing decodes it before.
+                # Pass the file to the server unchanged, without decoding it.
                 picture = gradio.Image(
                     label="Picture",
                     type="filepath",
@@ -78,7 +78,7 @@ def build(client: Client) -> gradio.Blocks:
             first = next(iter(release.label_sets), "")
             try:
                 names = client.indexes()
-            except RAdapterClientError:  # Triton has no list: the name is typed
+            except RAdapterClientError:  # Triton lists no indexes: the user types the name
                 names = []
             moves = "any α" if release.dynamic_alpha else f"α = {release.alpha:g}"
             name = release.architecture.rpartition("/")[2]
@@ -118,13 +118,13 @@ def _classify(client: Client, picture: Any, alpha: Any) -> Any:
         )
         return dict(zip(answer.labels, answer.scores, strict=True)), _took(start, answer.release)
 
-    labels.input(lambda: "", None, sets)  # who types labels wants them
+    labels.input(lambda: "", None, sets)  # typing labels deselects the label set
     gradio.on(
         [button.click, picture.change, sets.input, alpha.input],
         explained(classify),
         [picture, labels, sets, alpha],
         [scores, took],
-        trigger_mode="always_last",  # while α moves, its last position counts
+        trigger_mode="always_last",  # while the slider moves, only the last position is asked for
     )
     return sets
 
@@ -197,7 +197,7 @@ def _segment(client: Client, picture: Any, alpha: Any) -> None:
 
 
 def lines(text: str | None) -> list[str]:
-    """The labels of a text, one a line."""
+    """Split a text into labels, one a line."""
     return [line.strip() for line in (text or "").splitlines() if line.strip()]
 
 

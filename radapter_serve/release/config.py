@@ -30,9 +30,7 @@ _BF16 = "HINT_BF16"  # parameter of openvino: "YES" or missing
 
 @dataclass(frozen=True)
 class ServedEncoder:
-    """An encoder of a model repository: the model's folder, its config.pbtxt, and its newest
-    release.
-    """
+    """An encoder of a model repository: its folder, its config.pbtxt, and its newest release."""
 
     folder: Path
     config: Any

@@ -39,14 +39,14 @@ KEPT = 0.95
 class Confidence:
     """Calibration on validation data, at the release's α.
 
-    `sigmoid(scale·cosine + bias)` is the probability that a label is right, whatever the others
-    are. The softmax over all labels is of logits divided by `temperature`, None for models with a
-    sigmoid loss and for `NO_TEMPERATURE`. `ece_before` and `ece_after` are calibration errors of
-    the best label's score, in [0, 1], as the model gives it and calibrated; `label_ece` that of all
-    pairs of an image and a label. Each half of the images is scored by the fit on the other half.
-    `min_score` is the cosine that at least `KEPT` of the images have with their own label,
-    `false_answers` the share of labels that reach it with an image of another label. `dataset` has
-    `n` images and `classes` labels.
+    `sigmoid(scale·cosine + bias)` is the probability that a label is right, independent of the
+    other labels. The softmax over all labels takes logits divided by `temperature`, which is None
+    for models with a sigmoid loss and for `NO_TEMPERATURE`. `ece_before` and `ece_after` are the
+    calibration errors of the best label's score, in [0, 1], before and after calibration;
+    `label_ece` is the error over all pairs of an image and a label. Each half of the images is
+    scored by the fit on the other half. At least `KEPT` of the images have a cosine of `min_score`
+    with their own label; `false_answers` is the share of labels that reach it with an image of
+    another label. `dataset` has `n` images and `classes` labels.
     """
 
     scale: float
@@ -78,7 +78,7 @@ class Release:
     embed_dim: int
     logit_scale: float  # factor on the cosines
     templates: list[str]
-    # Agreement with torch: max_error and min_cosine of each encoder; batches, tolerance, min_cosine.
+    # with torch: max_error and min_cosine of each encoder; batches, tolerance, min_cosine
     agreement: dict[str, Any]
     logit_bias: float | None = None  # of a sigmoid loss
     dynamic_alpha: bool = False  # whether the encoders take α as an input

@@ -92,8 +92,8 @@ def split_repository(repository: str | Path) -> tuple[str, str]:
 
 
 def find_release(repository: str | Path) -> Path:
-    """Find the folder of a release in a model repository, which is that of its task `classify`.
-    `DIR@N` names release N; without a number, the newest is taken.
+    """Find the folder of a release in a model repository, which is that of its task `classify`;
+    `DIR@N` names release N, `DIR` the newest.
     """
     path, number = split_repository(repository)
     folder = Path(path)
@@ -138,8 +138,8 @@ def releases_with_digest(repository: Path, digest: str, alpha: float) -> list[in
 
 @dataclass(frozen=True)
 class Served:
-    """The served releases, of which the highest answers callers that name none, and those that
-    `rollback` goes back to.
+    """The served releases, and those that `rollback` returns to. The highest served release answers
+    requests without a version.
     """
 
     releases: tuple[int, ...]
