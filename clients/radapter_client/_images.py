@@ -54,8 +54,8 @@ def is_one_image(images: object) -> bool:
 
 
 def encode_image(image: ImageLike) -> bytes:
-    """Encode an image as a file's bytes, or read those of its file; raises `InvalidImage` if it cannot
-    be read.
+    """Encode pixels as PNG, or read the bytes of an image file; raises `InvalidImage` if the image
+    cannot be read.
     """
     if isinstance(image, (str, os.PathLike)):
         try:

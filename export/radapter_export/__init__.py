@@ -1,8 +1,8 @@
-"""From an adapter to a release: fold, ONNX, agreement with torch, merged checkpoint, model
+"""Export of adapters as releases: fold, ONNX graphs, agreement with torch, merged checkpoint, model
 repository.
 
-The names below load on first use: a graph alone (`radapter_export.graph`) needs less than a whole
-release.
+The names below are imported on first use: `radapter_export.graph` alone needs fewer libraries than
+a whole release.
 """
 
 from __future__ import annotations

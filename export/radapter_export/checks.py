@@ -1,5 +1,5 @@
-"""What a release is checked against: torch's embeddings by open_clip's own code, with adapters
-attached and not folded, and on validation data torch's score in the task's own metric.
+"""References that a release is checked against: torch's embeddings by open_clip's own code, with
+adapters attached and not folded, and torch's score on validation data in the task's own metric.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from radapter_serve.release.agreement import Samples
 from radapter_serve.release.release import Confidence
 from radapter_serve.release.repository import PATCH_ENCODER
 
-BATCHES = (1, 2, 7)  # constants baked into a Reshape show up at the odd ones
+BATCHES = (1, 2, 7)  # odd sizes reveal constants in a Reshape
 
 Array = npt.NDArray[np.float32]
 
@@ -45,9 +45,11 @@ _WORDS = [
 
 
 class Inputs:
-    """Seeded inputs at each batch size: `images`, uint8 [B, S, S, 3]; `tokens` as the server sends
-    them, int32 [B, L], cropped to the longest text where the tower allows it; and `full_tokens`,
-    the same texts through open_clip's tokenizer, int64 [B, context length].
+    """Seeded inputs at each batch size.
+
+    `images` are uint8 [B, S, S, 3]; `tokens`, as the server sends them, int32 [B, L], cropped to
+    the longest text if the tower allows it; `full_tokens` are the same texts through open_clip's
+    tokenizer, int64 [B, context length].
     """
 
     def __init__(self, base: Base, tokenizer: Tokenizer, size: int, seed: int = 0) -> None:
@@ -58,8 +60,8 @@ class Inputs:
         self.tokens = []
         self.full_tokens = []
         for number, batch in enumerate(BATCHES):
-            # The first batch is one short text; each later one holds a text that is too long, in
-            # another row.
+            # The first batch is one short text; each later one has one text that is too long, each
+            # time in another row.
             lengths = [int(n) for n in random.integers(1, 40, batch)]
             if number:
                 lengths[number] = 200
@@ -78,11 +80,11 @@ def samples_at(
     *,
     mixed: bool = False,
 ) -> dict[str, Samples]:
-    """Inputs of each graph, and torch's embeddings of them at one α; where α is an input of the
-    graphs, `mixed`, each row has the default or another one.
+    """Compute torch's embeddings of each graph's inputs at one α; with `mixed`, for graphs whose α
+    is an input, rows alternate between this and other α.
 
-    The embeddings are of open_clip's own towers with adapters attached, whose α `set_alpha` sets;
-    `dense` is the method for patches, if any.
+    The embeddings are those of open_clip's own towers with attached adapters, whose α `set_alpha`
+    sets. `dense` is the method of patch embeddings; None leaves them out.
     """
     values = itertools.cycle((alpha, 0.0, 1.0, 0.25) if mixed else (alpha,))
     alphas: list[npt.NDArray[Any]] = [
@@ -91,22 +93,22 @@ def samples_at(
     ]
     model: Any = base.model
 
-    # All inputs at each α.
+    # Embed all inputs at each α.
     embeds: dict[float, list[dict[str, Array]]] = {}
     for number in {float(value) for batch in alphas for value in batch.ravel()}:
         set_alpha(number)
         embeds[number] = []
         for image, tokens in zip(inputs.images, inputs.full_tokens, strict=True):
             pixels = normalised(image, base.preprocess, "cpu")
-            # Not towers.encode_text, which crops: that cropping is exact is part of what is
-            # checked.
+            # towers.encode_text crops the tokens, and the check is to show that this changes
+            # nothing; so call the model.
             texts = nn.functional.normalize(model.encode_text(tokens).float(), dim=-1)
             batch = {"image_encoder": encode_image(model, pixels), "text_encoder": texts}
             if dense is not None:
                 batch[PATCH_ENCODER] = encode_patches(model, pixels, dense)
             embeds[number].append({graph: rows.numpy() for graph, rows in batch.items()})
 
-    # Of each row, that of its α.
+    # Select for each row the embedding at its α.
     samples = {}
     for graph in embeds[number][0]:
         references = []
@@ -118,21 +120,21 @@ def samples_at(
     return samples
 
 
-MOST = 2000  # images at most: one is 0.05 points then
+MOST = 2000  # largest number of images, each of which is 0.05 points
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A metric of the task in per cent, by torch with adapters attached and by the encoders of a
+    """A metric of the task in per cent, by torch with attached adapters and by the encoders of a
     release.
     """
 
     dataset: str
-    n: int  # images
+    n: int  # number of images
     metric: str  # such as `acc1`
     torch: float
     release: float
-    drop: float  # points lost; negative where the release is better
+    drop: float  # points lost; negative if the release is better
 
 
 def measure(
@@ -143,21 +145,21 @@ def measure(
     known: Iterable[LabelSet],
     say: Callable[[str], None],
 ) -> tuple[Accuracy, Confidence | str | None]:
-    """Evaluate a release and its base, whose adapters are attached and set to the release's α;
-    refuses a release that loses more than `max_drop` points.
+    """Evaluate a release, and its base with adapters attached at the release's α; raises an error
+    if the release loses more than `max_drop` points.
 
-    The label sets that are `known` are not embedded again. Returns calibrated scores too, or a
-    warning why there are none; None where the data has no classes.
+    Label sets in `known` are not embedded again. Also returns calibrated scores, or a warning that
+    explains why there are none; None if the data has no classes.
     """
     entry = data.entry
     facts = loaded.release
     [release] = from_release(loaded)
-    # 80 templates of 1,000 labels take minutes, and label sets have them.
+    # Embedding 80 templates of 1,000 labels takes minutes, so reuse the label sets.
     for label_set in known:
         embeds = check_finite(label_set.embeds)
         for line, embed in zip(label_set.lines, embeds, strict=True):
             release.known[label_set.templates, line] = embed
-    # The base stays on its device: adapters behind activations would not move with it.
+    # Keep the base on its device: adapters in the activation form would not move with it.
     [attached] = in_torch(
         base,
         Change("adapter", {}),
@@ -177,7 +179,7 @@ def measure(
         percents.append(round(100 * row.metrics[row.metric], 3))
     by_torch, by_release = percents
     drop = round(by_torch - by_release, 3)
-    if not drop <= max_drop:  # NaN, too
+    if not drop <= max_drop:  # also for NaN
         raise RAdapterError(
             f"the encoders lose {drop:.2f} points of {entry.metric} on the {len(data)} images of"
             f" {entry.data} ({by_torch:.2f} by torch, {by_release:.2f} by the release), and"
@@ -186,7 +188,7 @@ def measure(
         )
     accuracy = Accuracy(entry.data, len(data), entry.metric, by_torch, by_release, drop)
 
-    # Calibrated scores, where the data has classes that `classify` would choose from.
+    # Calibrate scores if the data has classes, as `classify` has.
     if not isinstance(data, ClassificationSet):
         return accuracy, None
     if data.several:
@@ -205,10 +207,10 @@ def measure(
 def open_validation(
     metadata: Metadata, data: str | None, dense: str | None, precision: str
 ) -> EvaluationSet | None:
-    """Open the data that releases are to be evaluated on.
+    """Open the data for the evaluation of releases.
 
     `data` has the form of a recipe's `val_data`, or is "none", or "own" for the run's (its
-    `val_data`, or the share that it held out). None takes the run's, where it can still be read and
+    `val_data`, or the share that it held out). None takes the run's, if it can still be read and
     the precision is not fp32.
     """
     has_own = metadata.source.val_data or metadata.source.val_fraction

@@ -1,4 +1,4 @@
-"""The merged weights as folders of other libraries: open_clip loads one by `local-dir:PATH`, and
+"""Merged weights as folders for other libraries: open_clip loads one by `local-dir:PATH`, and
 `transformers` opens the other, a model with processor and tokenizer.
 """
 
@@ -55,16 +55,16 @@ def write_merged(
     state_dict: Mapping[str, Tensor],
     release: Release | None = None,
 ) -> None:
-    """Write one merged checkpoint; it appears whole or not at all.
+    """Write one merged checkpoint atomically.
 
     Args:
-        folder: where; an earlier merged checkpoint is replaced.
-        base: gives configuration and preprocessing.
+        folder: target; an earlier merged checkpoint is replaced.
+        base: source of configuration and preprocessing.
         state_dict: the folded weights, with exactly the base's keys.
-        release: written out as `release.json`; None leaves that out.
+        release: facts for `release.json`; None leaves the file out.
 
     Raises:
-        RAdapterError: the folder holds something else, or the disk is full.
+        RAdapterError: the folder holds other files, or the disk is full.
     """
     folder = Path(folder).absolute()
     check_replaceable(folder, "--merged", OPEN_CLIP_FILES)
@@ -84,14 +84,14 @@ def save_open_clip(folder: Path, base: Base, state_dict: Mapping[str, Tensor]) -
         save_file(tensors, path, metadata={"format": "pt"})
     config = {"model_cfg": base.config, "preprocess_cfg": base.preprocess}
     (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    # Where open_clip takes a tokenizer of Hugging Face, it looks for it in the folder.
+    # open_clip looks for a tokenizer of Hugging Face in the folder.
     if isinstance(base.tokenizer, HFTokenizer):
         base.tokenizer.tokenizer.save_pretrained(folder, legacy_format=False)
 
 
 def check_replaceable(folder: Path, flag: str, files: Collection[str]) -> None:
-    """Refuse a path that holds anything but what an export writes there: `files`, release.json and
-    a card, in the folder or in subfolders alpha-A; `flag` names the path in the message.
+    """Refuse to replace a path that holds other files than an export's: `files`, release.json and a
+    card, in the folder or in subfolders alpha-A. `flag` names the path in the message.
     """
     if not folder.exists():
         return
@@ -99,7 +99,7 @@ def check_replaceable(folder: Path, flag: str, files: Collection[str]) -> None:
         raise RAdapterError(f"{folder} is a file; give another folder with {flag}")
 
     def is_export(names: set[str]) -> bool:
-        # A README.md without a release is somebody's own.
+        # A README.md without a release.json is the user's.
         return names <= {*files, FILE, *([CARD] if FILE in names else [])}
 
     inside = {path.name for path in folder.iterdir()}
@@ -120,13 +120,13 @@ FORM_FILES = (CONFIG, WEIGHTS, PROCESSOR, "tokenizer.json", "tokenizer_config.js
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-# Python's, without the low line, which becomes a blank
+# Python's string.punctuation without the underscore, which becomes a space
 _PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^`{|}~]"""
 
 
 def base_form(base: Base) -> Form:
-    """The form of a base; refuses a base that the library computes otherwise, before anything is
-    written.
+    """Find the form of a base in transformers; raises an error, before anything is written, if that
+    library computes the base differently.
     """
     check_installed("transformers", "huggingface")
     form = form_of(base.name, base.model, base.tokenizer)
@@ -138,14 +138,14 @@ def base_form(base: Base) -> Form:
             model = form.model_class(form.config_class(**form.config))
             model.load_state_dict(to_transformers(state_dict, form))
             check_outputs(model.eval(), base.model, base.tokenizer)
-    except Exception as error:  # the library raises many kinds on what it can't compute
+    except Exception as error:  # the library raises many kinds of errors on unsupported models
         raise RAdapterError(f"{base.name} has no form in transformers: {reason(error)}") from error
     return form
 
 
 def save_form(folder: Path, base: Base, form: Form, state_dict: Mapping[str, Tensor]) -> int:
-    """Write a model by its weights in open_clip's names, with processor and tokenizer; returns the
-    bytes of its weights.
+    """Write a model of weights in open_clip's names, with processor and tokenizer; returns the size
+    of the weights' file in bytes.
     """
     with quiet():
         with staged(folder / WEIGHTS) as path:
@@ -191,7 +191,7 @@ def check_form(
 
 
 def write_processor(folder: Path, base: Base) -> None:
-    """Write how images and texts become the model's input."""
+    """Write the processor of images, and the tokenizer."""
     preprocess = base.preprocess
     side = base.image_size
     square = {"height": side, "width": side}
@@ -221,7 +221,7 @@ def write_processor(folder: Path, base: Base) -> None:
 
 
 def _clip(tokenizer: Any) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """CLIP's vocabulary as `CLIPTokenizer` has it; its texts are not mended by ftfy first."""
+    """Convert CLIP's vocabulary for `CLIPTokenizer`, which does not repair texts by ftfy first."""
     start, end = SPECIAL.values()
     vocabulary = {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
     core = tokenizers.Tokenizer(
@@ -255,7 +255,7 @@ def _clip(tokenizer: Any) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
 
 
 def _hugging_face(tokenizer: Any) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """A tokenizer of Hugging Face's; what open_clip does to texts before it becomes part of it."""
+    """Copy a Hugging Face tokenizer, with open_clip's cleaning of texts as its normalizer."""
     inner = tokenizer.tokenizer
     core = tokenizers.Tokenizer.from_str(inner.backend_tokenizer.to_str())
     core.no_padding()

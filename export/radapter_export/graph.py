@@ -1,5 +1,7 @@
-"""From a model to ONNX files: a module for each graph, from raw input to unit-length embeddings,
-and its export without weights, which are put in by name: its operators are the same at every α.
+"""Export of a model to ONNX: a module for each graph, from raw input to unit-length embeddings.
+
+Graphs are exported without weights, which are added by name, as the operators are the same at
+every α.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ from radapter_serve.clip.towers import (
 )
 from radapter_serve.errors import RAdapterError, quiet, reason
 
-# The first with Conv in bf16; the Attention of the next one is not built by TensorRT in fp32.
+# The first opset with Conv in bf16. Opset 23 has Attention, which TensorRT cannot build in fp32.
 OPSET = 22
-# Bytes of weights above which they go into a file beside the graph; protobuf ends at 2 GiB.
+# Size of weights above which they get their own file; protobuf allows at most 2 GiB.
 EXTERNAL_ABOVE = 1 << 30
 
 
@@ -54,8 +56,8 @@ class ImageTower(nn.Module):
         return unit(self.model.encode_image(self.pixels(image), normalize=False))
 
     def pixels(self, image: Tensor) -> Tensor:
-        """Normalised, float32 [B, 3, S, S]."""
-        # To float first: TensorRT cannot transpose uint8.
+        """Normalise images to float32 [B, 3, S, S]."""
+        # Convert to float first, as TensorRT cannot transpose uint8.
         return ((image.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
 
 
@@ -74,19 +76,19 @@ class PatchTower(ImageTower):
 
 
 class TextTower(nn.Module):
-    """Token ids to embeddings of unit length; a causal tower takes any length up to its context
-    length.
+    """Token ids to embeddings of unit length; a causal tower takes texts of any length up to its
+    context length.
     """
 
     def __init__(self, base: Base) -> None:
         super().__init__()
         self.model = exportable(base.model, without="visual")
         transformer: Any = getattr(text_tower(self.model), "transformer", None)
-        if hasattr(transformer, "set_attn_implementation"):  # Hugging Face's
-            # Written out, as in `Attention`: torch's own guards against NaN, which TensorRT cannot
-            # build in 16 bits.
+        if hasattr(transformer, "set_attn_implementation"):  # a tower of Hugging Face
+            # Export plain attention, as in `Attention`: torch's own has a guard against NaN that
+            # TensorRT cannot build in 16 bits.
             transformer.set_attn_implementation("eager")
-        # Tokens of a text: at most this many if `dynamic_length`, else exactly.
+        # Tokens of a text: at most this many if `dynamic_length`, else exactly this many.
         self.context_length = int(base.tokenizer.context_length)  # type: ignore[attr-defined]
         self.dynamic_length = is_causal(base.model)
 
@@ -98,8 +100,8 @@ class TextTower(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with the parameters of an `nn.MultiheadAttention`, batch first, written out so that
-    it exports well: a quarter fewer nodes than `scaled_dot_product_attention` has, and as fast.
+    """Attention with the parameters of an `nn.MultiheadAttention`, batch first, as plain products:
+    exported, it has a quarter fewer nodes than `scaled_dot_product_attention`, and is as fast.
     """
 
     in_proj_weight: Tensor
@@ -111,7 +113,7 @@ class Attention(nn.Module):
     def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__()
         self.num_heads = original.num_heads
-        # Three weights instead of one where keys have another width (`kdim`); the others are None.
+        # If keys have another width (`kdim`), there are three weights in place of `in_proj_weight`.
         self._separate = original.in_proj_weight is None
         for name in [*(f"{part}_proj_weight" for part in ("in", "q", "k", "v")), "in_proj_bias"]:
             self.register_parameter(name, getattr(original, name))
@@ -135,8 +137,8 @@ class Attention(nn.Module):
         if query is key:
             projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
-            # Slices: the exporter turns a chunk of a weight into a sequence, which TensorRT does
-            # not take.
+            # Use slices: the exporter turns `chunk` of a weight into a sequence, which TensorRT
+            # does not support.
             parts = [slice(i * width, (i + 1) * width) for i in range(3)]
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
             if not self._separate:
@@ -156,16 +158,16 @@ class Attention(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Scale to unit length in fp32; by rsqrt, because TensorRT refuses the axes of `F.normalize` as
-    they export.
+    """Scale to unit length in fp32; by rsqrt, as TensorRT refuses the exported axes of
+    `F.normalize`.
     """
     x = x.float()
     return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True).clamp_min(1e-24))
 
 
 def exportable(model: nn.Module, *, only: str = "", without: str = "") -> Any:
-    """A copy of a model's structure with `Attention` in place of its own, with one child `only` or
-    `without` one; it holds the model's very parameters and buffers, by their names.
+    """Copy a model's structure with `Attention` in place of its own, with one child `only` or
+    `without` one. The copy shares the model's parameters and buffers, under the same names.
     """
     memo: dict[int, Any] = {
         id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
@@ -182,11 +184,10 @@ def exportable(model: nn.Module, *, only: str = "", without: str = "") -> Any:
 
 
 class DynamicAlphaTower(nn.Module):
-    """A tower with a second input, `alpha` float32 [B, 1], in place of one α that is folded into
-    its weights.
+    """A tower with a second input, `alpha` float32 [B, 1], in place of a folded α.
 
-    The adapted layers of the tower are exchanged in place; only names and shapes of the adapter
-    count.
+    Replaces the adapted layers of `tower` in place; only the names and shapes of the adapter's
+    tensors matter.
     """
 
     def __init__(self, tower: nn.Module, adapter: Adapter) -> None:
@@ -202,14 +203,14 @@ class DynamicAlphaTower(nn.Module):
                 )
 
     def forward(self, values: Tensor, alpha: Tensor) -> Tensor:
-        """The tower's embeddings of rows, each at its α."""
+        """Embed rows, each at its α."""
         self._alpha.rows = alpha
         embeds: Tensor = self.tower(values)
         return embeds
 
 
 class DynamicAlphaLinear(nn.Module):
-    """`y + α·F·y` with `y = W·x + b`, which is what the fold at α computes: (W + α·F·W)·x + (b +
+    """Computes `y + α·F·y` with `y = W·x + b`, the same as the fold at α: (W + α·F·W)·x + (b +
     α·F·b).
 
     W is [d, k] and b [d]; the adapter has `full` [d, d], or `up` [d, r] and `down` [r, d].
@@ -229,7 +230,7 @@ class DynamicAlphaLinear(nn.Module):
         self._alpha = alpha
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ..., k] to [B, ..., d]."""
+        """Map [B, ..., k] to [B, ..., d]."""
         y = F.linear(x, self.weight, self.bias)
         if self._full_rank:
             change = F.linear(y, self.full)
@@ -240,17 +241,17 @@ class DynamicAlphaLinear(nn.Module):
 
 
 class _Alpha:
-    """Holds α of the rows while their tower runs; an attribute of a module would be its state."""
+    """Holds the rows' α while a tower runs, outside the module, whose attributes are its state."""
 
     rows: Tensor
 
 
 @dataclass
 class Graph:
-    """A tower as ONNX, still without weights; `name` is the model's in the repository.
+    """A tower as an ONNX graph without weights; `name` is that of the model in the repository.
 
-    `constants` are values that no state dict holds: mean, std, the causal mask, the neighbourhood
-    of patches.
+    `constants` are values outside the state dict: mean, std, the causal mask, the neighbourhood of
+    patches.
     """
 
     name: str
@@ -260,10 +261,11 @@ class Graph:
     def save(
         self, weights: Mapping[str, Tensor], path: Path, *, external_above: int = EXTERNAL_ABOVE
     ) -> int:
-        """Put weights in, write the file, check it; returns the bytes of all that was written.
+        """Add weights, write the file and check it; returns the size of all written files in bytes.
 
-        `weights` is a state dict of the whole CLIP, cast to the types of the initializers of the
-        same names. More than `external_above` bytes of weights go beside the file.
+        `weights` is a state dict of the whole CLIP, whose tensors are cast to the types of the
+        initializers of the same names. More than `external_above` bytes of weights get a file of
+        their own next to the graph.
         """
         initializers = self.model.graph.initializers
         weightless = {
@@ -289,12 +291,12 @@ class Graph:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of an ONNX file and of the weights beside it."""
+    """Size in bytes of an ONNX file and of its weights."""
     return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
 
 
 def image_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
-    """The graph of `image_encoder`: `image` uint8 [B, S, S, 3] to `image_embeds` float32 [B, D].
+    """Export `image_encoder`: `image` uint8 [B, S, S, 3] to `image_embeds` float32 [B, D].
 
     With `dynamic`, here and below, `alpha` float32 [B, 1] is a second input; the weights are the
     base's and the adapter's.
@@ -303,9 +305,7 @@ def image_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
 
 
 def patch_graph(base: Base, method: str, dynamic: Adapter | None = None) -> Graph:
-    """The graph of `patch_encoder`: `image` uint8 [B, S, S, 3] to `patch_embeds` float32 [B, g, g,
-    D].
-    """
+    """Export `patch_encoder`: `image` uint8 [B, S, S, 3] to `patch_embeds` float32 [B, g, g, D]."""
     return _export("patch", PatchTower(base, method), _pixels(base), dynamic)
 
 
@@ -315,7 +315,7 @@ def _pixels(base: Base) -> Tensor:
 
 
 def text_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
-    """The graph of `text_encoder`: `tokens` int32 [B, L] to `text_embeds` float32 [B, D]."""
+    """Export `text_encoder`: `tokens` int32 [B, L] to `text_embeds` float32 [B, D]."""
     tower = TextTower(base)
     length = tower.context_length
     longest = None
@@ -333,7 +333,7 @@ def _export(
     dynamic: Adapter | None,
     longest: int | None = None,
 ) -> Graph:
-    """Export a tower; `longest` is the largest size of the second dimension, where it varies."""
+    """Export a tower; `longest` is the largest size of the second dimension, if that varies."""
     name = f"{kind}_encoder"
     rows = torch.export.Dim("batch", min=1, max=1 << 16)
     shape = {0: rows}
@@ -344,14 +344,14 @@ def _export(
         tower = DynamicAlphaTower(tower, dynamic)
         inputs["alpha"] = torch.zeros(2, 1, device="meta"), {0: rows}
 
-    # A copy whose parameters and buffers have shapes but no values: the exporter can fold none of
-    # them into the graph then, so one graph serves every α.
+    # Copy the tower with shapes but no values, so that the exporter cannot fold any weight into the
+    # graph, and one graph serves every α.
     memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in tower.buffers()}
     for parameter in tower.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     skeleton = copy.deepcopy(tower, memo).eval()
     try:
-        # `optimize=False`: its passes look at values, which a skeleton does not have.
+        # `optimize=False`: its passes read values, which the copy does not have.
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 skeleton,
@@ -369,12 +369,12 @@ def _export(
         raise RAdapterError(
             f"torch {torch.__version__} cannot export {name} of this model: {why}"
         ) from error
-    assert program is not None  # by dynamo
+    assert program is not None  # dynamo always returns one
     model = program.model
     graph = model.graph
     initializers = graph.initializers
 
-    # Fold the arithmetic of shapes, with the weights made inputs, and so unknown to every pass.
+    # Fold the arithmetic of shapes. Make the weights inputs meanwhile, so that no pass needs them.
     named = [name for name, _ in (*tower.named_parameters(), *tower.named_buffers())]
     weights = [initializers.pop(key) for key in named if key in initializers]
     count = len(graph.inputs)
@@ -385,8 +385,8 @@ def _export(
         onnxscript.optimizer.optimize_ir(model)
     del graph.inputs[count:]
 
-    # Call the weights as in the base or in the adapter file. torch calls values after operators, so
-    # one of them may have the same name.
+    # Name the weights as in the base or the adapter file. torch names values after operators, so
+    # another value may have the same name.
     def key_of(name: str) -> str:
         return name.removeprefix("tower.").removeprefix("model.").removesuffix(".full")
 
@@ -395,8 +395,8 @@ def _export(
         initializers.add(value)
     NameFixPass()(model)
 
-    # Drop the exporter's notes for debugging: stack traces with paths of this machine, half of a
-    # file's graph.
+    # Drop the exporter's debugging information: stack traces with paths of this machine, which are
+    # half of a graph's file.
     model.producer_name = "radapter-export"
     model.producer_version = None
     for holder in (model, graph, *graph, *graph.inputs, *initializers.values()):

@@ -1,5 +1,5 @@
-"""Releases on the Hugging Face hub: their model cards, how they are sent, and how one is taken
-back, as data alone: configs and code of its models are those of this installation.
+"""Releases on the Hugging Face hub: model cards, pushing, and taking a release from there. Only
+data is taken: the models' configs and code are those of this installation.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from radapter_export.settings import ExportSettings
     from radapter_serve.adapter import Metadata
 
-# folders of a repository on the hub
+# Folders of a repository on the hub
 RELEASE = "release"
 TRANSFORMERS = "transformers"
-BUILT = "radapter"  # beside `snapshots` in the cache, where nothing of the hub is written
+BUILT = "radapter"  # in the cache, next to `snapshots`, where no file of the hub is written
 TOKENIZER = "tokenizer.json"
 LABEL_SETS = "label_sets"
 _GRAPH = ("model.onnx", "model.onnx.data", SAMPLES)
@@ -45,10 +45,10 @@ _ALLOWED = re.compile(
     rf"(?:{'|'.join(ENCODERS)})/(?:{'|'.join(map(re.escape, _GRAPH))})"
     rf"|{FILE}|{TOKENIZER}|{LABEL_SETS}/[^/]+\.npz"
 )
-_MAX = 2**31 - 1  # of Triton's numbers
-# Licences of weights that open_clip brings, by how their tags begin.
+_MAX = 2**31 - 1  # largest number that Triton takes
+# Licences of open_clip's weights, by the beginning of their tags
 _LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit", "webli": "apache-2.0"}
-_OF_RULE = ("alpha", "score", "behind", "plus_minus")  # of a curve, what chose
+_OF_RULE = ("alpha", "score", "behind", "plus_minus")  # columns of a curve that the choice uses
 _TASK = "zero-shot-image-classification"
 _LOAD = {
     "open_clip": """\
@@ -82,13 +82,13 @@ def card_of(
     *,
     transformers: bool = False,
 ) -> str:
-    """The text of a release's model card, for a folder or for a repository of the `hub`.
+    """Write the text of a release's model card, for a folder or for a repository on the `hub`.
 
-    `metadata` is the adapter's, `curve` the figures of `Choice`, `library` opens the weights beside
-    the card, and `transformers` says that the repository has that form too. No path of the machine
-    is in it: of a file or folder only its name.
+    `metadata` is the adapter's, `curve` the figures of `Choice`; `library` is the one that opens
+    the weights next to the card, and `transformers` is set if the repository has that form, too.
+    The card has no path of this machine: of files and folders only the names.
     """
-    # Not at the top: a server takes releases without what an export needs.
+    # Imported here: a server takes releases without these dependencies of an export.
     from huggingface_hub import EvalResult, ModelCardData
 
     from radapter_serve.evaluation.rows import KEPT
@@ -98,7 +98,7 @@ def card_of(
     tag = metadata.pretrained or ""
     licence = next((name for start, name in _LICENCES.items() if tag.startswith(start)), None)
 
-    # The head that hubs read.
+    # Head in YAML, which the hub reads
     results = None
     if release.accuracy is not None:
         dataset = _named(release.accuracy["dataset"])
@@ -121,7 +121,7 @@ def card_of(
         eval_results=results,
     )
 
-    # What it is.
+    # Introduction
     weights = f" with the weights {_named(tag)}" if tag else ""
     terms = "The licence of the base holds for these weights too; its publisher says which it is."
     if licence:
@@ -144,7 +144,7 @@ def card_of(
         f" were made by: {prompts}{more}.\n",
     ]
 
-    # How to load it.
+    # Code that loads the model
     blocks = [_LOAD[library], _ASK]
     folder = "FOLDER is the folder of this card.\n\n"
     served = ""
@@ -161,7 +161,7 @@ def card_of(
     code = "\n".join(f"```python\n{block}\n```\n" for block in blocks)
     parts.append(f"## Load it\n\n{folder}{code}{served}")
 
-    # How it was trained.
+    # Training
     recipe = metadata.recipe
     if recipe:
         settings: list[tuple[str, object]] = [
@@ -174,7 +174,7 @@ def card_of(
             settings.append(("classes", len(metadata.classes)))
         parts.append("## How it was trained\n\n" + _table(("setting", "value"), settings))
 
-    # The figures of each α.
+    # Figures at each α
     if curve:
         names = [name for name in curve[0] if name not in _OF_RULE]
         columns = ["kept of the base" if name == KEPT else _named(name) for name in names]
@@ -189,7 +189,7 @@ def card_of(
             f" from 0 (the base) to 1 (all of it):\n\n{_table(('α', *columns), rows)}"
         )
 
-    # The figures of the release.
+    # Figures of the release
     figures: list[tuple[str, object]] = []
     if (accuracy := release.accuracy) is not None:
         where = f"{accuracy['n']} images of {_named(accuracy['dataset'])}"
@@ -217,7 +217,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _named(source: str) -> str:
-    """A model or data set without the folders that it lies in."""
+    """Name of a model or data set without the folders of its path."""
     kind, colon, place = source.partition(":")
     if source.startswith(HUB) or not ("/" in source or "\\" in source or colon):
         return source
@@ -225,8 +225,8 @@ def _named(source: str) -> str:
 
 
 def prepare_push(name: str, alphas: int, runtime: str) -> str:
-    """Make sure that a repository is there and may be written, before anything is exported; a new
-    one is private. Returns its whole name: without an organisation it is one of the own account.
+    """Create a private repository, or check that an existing one may be written, before the export.
+    Returns its full name; without an organisation, it belongs to the user's account.
     """
     from huggingface_hub import HfApi
 
@@ -242,7 +242,7 @@ def prepare_push(name: str, alphas: int, runtime: str) -> str:
         )
     try:
         made = HfApi().create_repo(name.removeprefix(HUB), private=True, exist_ok=True)
-    except Exception as error:  # the hub and the network raise many kinds
+    except Exception as error:  # the hub and the network raise many kinds of errors
         raise RAdapterError(
             f"could not push to {name}: {refused(error)} (nothing was exported)"
         ) from error
@@ -250,13 +250,13 @@ def prepare_push(name: str, alphas: int, runtime: str) -> str:
 
 
 def push(name: str, release: Release, settings: ExportSettings, card: str) -> str:
-    """Send a release in one commit; returns the name with it.
+    """Push a release in one commit; returns the name with the commit.
 
-    What an earlier release left in `release/` or `transformers/` goes with the same commit.
+    The same commit deletes an earlier release's other files in `release/` and `transformers/`.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    # The data of the release, each file once, with their digests.
+    # Collect the data of the release, each file once, and its digests.
     version = str(release.version)
     task = settings.model_repository / MODELS[-1] / version
     data = {FILE: task / FILE, TOKENIZER: task / TOKENIZER}
@@ -270,7 +270,7 @@ def push(name: str, release: Release, settings: ExportSettings, card: str) -> st
     files: dict[str, Path | bytes] = {f"{RELEASE}/{file}": path for file, path in data.items()}
     files[f"{RELEASE}/{SUMS}"] = written_sums(sums)
 
-    # The merged weights, the form of transformers, and the card.
+    # Add the merged weights, the form of transformers, and the card.
     files |= {path.name: path for path in settings.merged.iterdir()}
     if settings.transformers is not None:
         files |= {
@@ -289,7 +289,7 @@ def push(name: str, release: Release, settings: ExportSettings, card: str) -> st
         changes += [CommitOperationAdd(file, content) for file, content in sorted(files.items())]
         message = f"{release.architecture} at alpha {release.alpha:g}, by radapter-export"
         commit = api.create_commit(name, changes, commit_message=message)
-    except Exception as error:  # the hub and the network raise many kinds
+    except Exception as error:  # the hub and the network raise many kinds of errors
         raise RAdapterError(
             f"could not push to {name}: {refused(error)} (nothing of it was sent, and the export is"
             f" complete in {settings.model_repository} and {settings.merged})"
@@ -298,12 +298,12 @@ def push(name: str, release: Release, settings: ExportSettings, card: str) -> st
 
 
 def take(name: str) -> Path | None:
-    """The release of a repository on the hub as a model repository in the cache; None where there
-    is no release.
+    """Download a release from the hub, as a model repository in the cache; returns None if the
+    repository has no release.
 
     `name` is `hf-hub:ORGANISATION/NAME`, or with `@REVISION`: a branch, a tag or a commit. Files
-    are compared with their digests, and the configs of the models are written. The result lies
-    outside the snapshot, which may hold any file of the hub.
+    are verified by their digests, and the models' configs are written here. The result is outside
+    the snapshot, which may hold any file of the hub.
     """
     check_installed("huggingface_hub", "server")
     from huggingface_hub import constants, snapshot_download
@@ -311,10 +311,10 @@ def take(name: str) -> Path | None:
     repository, revision = split_revision(name)
     pattern = f"{RELEASE}/*"
     try:
-        # It warns where a repository holds another kind of model, which is no mistake.
+        # The library warns of a repository with another kind of model, which is allowed here.
         with quiet(), from_hub_or_cache():
             snapshot = snapshot_download(repository, revision=revision, allow_patterns=[pattern])
-    except Exception as error:  # the hub and the network raise many kinds
+    except Exception as error:  # the hub and the network raise many kinds of errors
         if unreachable() and is_absence(error):
             raise RAdapterError(
                 f"{name} is not on this machine, and the Hugging Face hub can't be reached"
@@ -328,11 +328,11 @@ def take(name: str) -> Path | None:
     if not (data / FILE).is_file():
         return None
     built = folder.parents[1] / BUILT
-    target = built / folder.name  # the commit
-    if releases_of(target):  # from last time; whoever opens it checks its files
+    target = built / folder.name  # named after the commit
+    if releases_of(target):  # built before; the caller verifies its files on opening
         return target
 
-    # The files, by their digests.
+    # Verify the files by their digests.
     sums = load_sums(data / SUMS)
     files = {path.relative_to(data).as_posix(): path for path in data.rglob("*") if path.is_file()}
     del files[SUMS]
@@ -350,7 +350,7 @@ def take(name: str) -> Path | None:
             " radapter-export"
         )
 
-    # A model repository of them, with the configs and the code of this installation.
+    # Build a model repository of the files, with this installation's configs and code.
     release = Release.load(data)
     version = release.version
     models = [model for model in MODELS if model != PATCH_ENCODER or release.dense]
@@ -379,14 +379,14 @@ def take(name: str) -> Path | None:
             try:
                 place.rename(target)
             except OSError:
-                if not releases_of(target):  # by another process, which was faster
+                if not releases_of(target):  # otherwise another process built it meanwhile
                     raise
     return target
 
 
 def _link(data: Path, sums: Mapping[str, str], model: str, folder: Path) -> None:
-    """Put the files of a model into its folder; as links to the same data, but not to the cache's
-    own links, which a runtime may refuse to follow.
+    """Put the files of a model into its folder, as hard links to the data; a runtime may refuse to
+    follow the cache's symbolic links.
     """
     folder.mkdir()
     for file in sums:

@@ -1,4 +1,4 @@
-"""A model in torch as the tasks see it: it answers as an export of it in fp32 would."""
+"""Loads a model in torch for the tasks; its answers equal those of its export in fp32."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from radapter_serve.tasks.embed import embed_labels
 def base_facts(
     base: Base, weights: Mapping[str, Tensor], dense: str | None, *, exif_orientation: bool
 ) -> dict[str, Any]:
-    """The fields of a `Release` that follow from a base and its weights.
+    """Fields of a `Release` that follow from a base and its weights.
 
-    Refuses a base that has no patch embeddings by the method `dense`.
+    Raises an error for a base without patch embeddings by the method `dense`.
     """
     preprocess = base.preprocess
     copied = ("mode", "interpolation", "resize_mode", "fill_color")
@@ -67,17 +67,17 @@ def load_in_torch(
     device: str | None = None,
     indexes: Path = Path("indexes"),
 ) -> LoadedRelease:
-    """A base, or a base with an adapter folded into it, in torch; the base's model gets the folded
+    """Load a base, or a base with a folded adapter, in torch; the base's model gets the folded
     weights.
 
-    `exported` holds the facts of a merged checkpoint. `alpha` is the adapter's own if None;
-    `dense`, the method of patch embeddings, that of the run or of `exported`; `device` a GPU where
-    there is one. Refuses an adapter of another base, an α outside [0, 1], and a device that is not
-    there.
+    `exported` holds the facts of a merged checkpoint. By default `alpha` is the adapter's own,
+    `dense`, the method of patch embeddings, that of the run or of `exported`, and `device` a GPU if
+    there is one. Raises an error for an adapter of another base, an α outside [0, 1], or a missing
+    device.
     """
     if adapter is None and alpha not in (None, 0.0):
         raise RAdapterError(f"alpha is {alpha:g}, but {base.name} has no adapter; leave it out")
-    # The fold, and what goes with it: without an adapter, what one says that says nothing.
+    # Fold the adapter, and take its metadata; without an adapter, take empty metadata.
     metadata = Metadata(architecture=base.name, base_digest="", alpha=0.0)
     if adapter is not None:
         metadata = adapter.metadata
@@ -101,7 +101,7 @@ def load_in_torch(
     elif dense is None and source.dense != "none":
         dense = source.dense
 
-    # The encoder, the tokenizer and the facts.
+    # Build the encoder, the tokenizer and the facts.
     to_device(base.model, device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
@@ -119,7 +119,7 @@ def load_in_torch(
     )
 
     def label_sets(loaded: LoadedRelease) -> dict[str, LabelSet]:
-        # The classes that a run was trained for.
+        # The label set of the run's classes
         if not classes:
             return {}
         return {CLASSES: complete(embed_labels(loaded, classes, release.templates))}

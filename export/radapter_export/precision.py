@@ -1,7 +1,7 @@
-"""Precision of the graphs: 16 bits as types in the graph, and int8 by ONNX Runtime's own quantizer.
+"""Precision of the graphs: 16 bits as types in the graph, and int8 by ONNX Runtime's quantizer.
 
-The rules for 16 bits are those of `torch.autocast`: products and convolutions are computed in the
-low type; norms, softmax and sums in fp32; everything else in the widest of its inputs.
+As in `torch.autocast`, products and convolutions are computed in the low type; norms, softmax and
+sums in fp32; all other operators in the widest type of their inputs.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from radapter_serve.files import digest_of
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOAT = ir.DataType.FLOAT
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"}
-# Squares, sums and exponentials leave the range of fp16.
+# Operators with squares, sums or exponentials, which exceed the range of fp16.
 _FP32_OPS = {
     *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"),
     *("BatchNormalization", "Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal"),
     *("CumSum", "GlobalAveragePool", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1"),
     *("ReduceL2", "ReduceProd", "ReduceLogSumExp"),
 }
-# They compute nothing, and take values of any type as they come.
+# Operators that compute nothing, and keep the type of their values.
 _PASSTHROUGH_OPS = {
     *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad"),
     *("Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
@@ -54,7 +54,7 @@ _PASSTHROUGH_OPS = {
 
 
 def lower(graph: Graph, precision: str) -> Graph:
-    """The same graph in fp16 or bf16; inputs and outputs keep their types, initializers their
+    """Convert a graph to fp16 or bf16; inputs and outputs keep their types, initializers their
     names.
     """
     low = TYPES[precision]
@@ -62,8 +62,8 @@ def lower(graph: Graph, precision: str) -> Graph:
     nodes = list(model.graph)
     fp32_nodes = _fp32_nodes(nodes, low)
 
-    # Keep a weight in the low type wherever some node takes it so: tables and matrices, but no
-    # norm's weight. Types are replaced, not changed: clones share them.
+    # Store a weight in the low type if any node uses it in that type: tables and matrices, but not
+    # the weights of norms. Replace type objects, as clones share them.
     for value in model.graph.initializers.values():
         if value.dtype != _FLOAT or all(node in fp32_nodes for node in value.consumers()):
             continue
@@ -76,7 +76,7 @@ def lower(graph: Graph, precision: str) -> Graph:
             if value.dtype == _FLOAT and node not in fp32_nodes:
                 value.type = ir.TensorType(low)
 
-    # Cast what a node takes to the type that it computes in, each value once.
+    # Cast each input of a node to the type that the node computes in, once for each value and type.
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     for node in nodes:
         kind = _FLOAT if node in fp32_nodes else low
@@ -96,9 +96,9 @@ def lower(graph: Graph, precision: str) -> Graph:
 
 
 def _fp32_nodes(nodes: list[ir.Node], low: ir.DataType) -> set[ir.Node]:
-    """The nodes that compute in fp32: those that must, and then, until nothing changes, those that
-    follow one of them, take a constant beyond the low type, such as minus infinity's stand-in in a
-    mask, or whose results go to them alone.
+    """Find the nodes that compute in fp32: those that must, and then, repeated until nothing
+    changes, nodes that follow one of them, nodes with a constant beyond the low type's range (such
+    as the stand-in for minus infinity in a mask), and nodes whose results go to fp32 nodes alone.
     """
     fp32_nodes = set()
     undecided = []
@@ -137,8 +137,8 @@ def _floats(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
 
 Batches = Sequence[NDArray[np.generic]]
 
-IMAGES = 128  # of the user's, evenly spread; more hardly move the ranges
-PROMPTS = 512  # likewise, of label sets
+IMAGES = 128  # of the user's, evenly spread; more of them hardly change the ranges
+PROMPTS = 512  # of the label sets, likewise
 _IMAGES_A_BATCH = 8
 _TEXTS_A_BATCH = 64
 
@@ -146,8 +146,8 @@ _TEXTS_A_BATCH = 64
 def calibrate(
     images: Sequence[Path], base: Base, source: Source, tokenizer: Tokenizer
 ) -> dict[str, Batches]:
-    """Inputs of each graph, by which the ranges of its activations are found: some of the images,
-    some prompts of the label sets, and texts that agreement is not checked with.
+    """Prepare each graph's inputs for the calibration of its activations' ranges: some of the
+    images, some prompts of the label sets, and texts that the agreement check does not use.
     """
     turns = {"exif_orientation": source.metadata.source.exif_orientation}
     preprocess = Preprocess.from_dict({**base.preprocess, **turns})
@@ -172,7 +172,7 @@ def calibrate(
 
 
 def facts_of(calibration: Mapping[str, Batches]) -> dict[str, Any]:
-    """What decides the ranges, for a release."""
+    """Facts of the calibration inputs, for a release."""
     images = calibration["image_encoder"]
     texts = calibration["text_encoder"]
     return {
@@ -188,7 +188,7 @@ def _batched(items: Sequence[Any], size: int) -> Iterator[Any]:
 
 
 class _Feeds(CalibrationDataReader):  # type: ignore[misc]
-    """Gives calibration its batches one by one."""
+    """Passes the batches to the calibration one by one."""
 
     def __init__(self, name: str, batches: Batches) -> None:
         self._batches = iter(batches)
@@ -200,14 +200,14 @@ class _Feeds(CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantize(path: Path, calibration: Batches = ()) -> int:
-    """Exchange an encoder in fp32 for one in int8, by ONNX Runtime's own quantizer; returns the
-    bytes of all that was written.
+    """Quantize an encoder from fp32 to int8 in place, by ONNX Runtime's quantizer; returns the size
+    of all written files in bytes.
 
-    With inputs to calibrate by, the ranges of activations are constants of the graph (static, in
-    QuantizeLinear and DequantizeLinear, symmetric, which TensorRT reads too). Without any they are
-    found for each batch as it comes (dynamic, for CPUs only). Weights get 7 bits
-    (`reduce_range`): CPUs without VNNI add products of bytes in 16 bits and saturate there, so that
-    with 8 bits one file would give other numbers there, and worse ones than the lost bit costs.
+    With inputs for calibration, the ranges of activations are constants of the graph (static:
+    symmetric QuantizeLinear and DequantizeLinear, which TensorRT reads, too). Without them, each
+    batch gets its own ranges (dynamic, for CPUs only). Weights get 7 bits (`reduce_range`): CPUs
+    without VNNI add products of bytes in 16 bits, which saturate with 8-bit weights. One file would
+    then give other numbers there, and the error would exceed that of the lost bit.
     """
     common: dict[str, Any] = {
         "op_types_to_quantize": ["MatMul"],
@@ -221,9 +221,9 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
         quantized = Path(name, "quantized", path.name)
         quantized.parent.mkdir()
 
-        # Fold the transposing of weights, which would else hide that they are constants. ONNX
-        # Runtime's own `quant_pre_process` does this too, but up to 1.23, the last for Python 3.10,
-        # it reads its result after deleting it.
+        # Fold the transpositions of weights, which would hide from the quantizer that these are
+        # constants. ONNX Runtime's `quant_pre_process` does this, too, but up to version 1.23, the
+        # last for Python 3.10, it reads its result after deleting it.
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(plain)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -232,9 +232,9 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
             options.add_session_config_entry(key, f"{plain.name}.data")
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         model = onnx.load(plain, load_external_data=False)
-        add_pre_process_metadata(model)  # else it warns that this was not done
+        add_pre_process_metadata(model)  # otherwise the quantizer warns
         onnx.save(model, plain)
-        # The products of activations have no weights: queries by keys, and attention by values.
+        # Exclude products of two activations: queries by keys, and attention by values.
         weights = {initializer.name for initializer in model.graph.initializer}
         excluded = [
             node.name
@@ -242,7 +242,7 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
             if node.op_type == "MatMul" and node.input[1] not in weights
         ]
         input_name = model.graph.input[0].name
-        del model  # its weights are read again
+        del model  # frees its weights, which the quantizer reads again
 
         if calibration:
             quantize_static(

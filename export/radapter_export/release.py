@@ -1,4 +1,4 @@
-"""From what was learned to releases: source, fold, graphs, agreement check, release."""
+"""The export of releases in one function: source, fold, graphs, agreement check, release."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """A graph of a release, or a form of its weights that another library opens.
+    """A graph of a release, or its weights in the form of another library.
 
     Attributes:
         name: such as `image_encoder` or `transformers`.
         size: of its weights, in bytes.
         agreement: with torch.
-        seconds: that it took to write and check.
+        seconds: taken to write and check it.
     """
 
     name: str
@@ -90,9 +90,9 @@ class ExportedRelease:
         graphs: the encoders.
         merged: folder of the merged checkpoint.
         accuracy: on validation data, by torch and by the encoders; None if it was not measured.
-        warnings: what a user should know, a line each.
-        forms: of the weights for other libraries, that were asked for.
-        pushed: `hf-hub:NAME@COMMIT`, where it is on the hub; None if it was not sent there.
+        warnings: information for the user, one line each.
+        forms: the weights in the forms of other libraries that were asked for.
+        pushed: `hf-hub:NAME@COMMIT` on the hub; None if it was not pushed.
     """
 
     release: Release = field(repr=False)
@@ -105,7 +105,7 @@ class ExportedRelease:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What `release.json` holds."""
+        """A copy of the values in `release.json`."""
         return copy.deepcopy(self.release.to_dict())
 
     @property
@@ -115,7 +115,7 @@ class ExportedRelease:
 
     @property
     def alpha(self) -> float:
-        """The re-scaling that was folded, or the default where requests may bring their own."""
+        """The folded re-scaling, or the default if requests may give another."""
         return self.release.alpha
 
 
@@ -128,30 +128,30 @@ def export_release(
 ) -> list[ExportedRelease]:
     """Fold an adapter at one or several α, and add a release for each to a model repository.
 
-    Nothing is written unless all of it succeeds; what a killed export left is removed by the next
-    one.
+    Nothing is written unless all of it succeeds; leftovers of a killed export are removed by the
+    next one.
 
     Args:
-        adapter_path: adapter file, or the folder of a run; several of one base are averaged. None
-            where the settings name a checkpoint or a LoRA.
+        adapter_path: adapter file, or the folder of a run; several of one base are averaged. Empty
+            if the settings name a checkpoint or a LoRA.
         alphas: re-scalings in [0, 1], each another release; the last is the newest, which clients
-            get by default. None: what `auto` chose on validation data for this very adapter, or
-            else the adapter's own. "dynamic": one release whose encoders take α as an input, by
-            default the same.
-        settings: everything else; its fields are the flags of `radapter-export`.
+            get by default. None: the one that `auto` chose on validation data for this very
+            adapter, or else the adapter's own. "dynamic": one release whose encoders take α as an
+            input, with the same default.
+        settings: all other settings; the fields are the flags of `radapter-export`.
         progress: called with a short line before each step.
 
     Returns:
         The releases in the order of `alphas`.
 
     Raises:
-        RAdapterError: bad input, graphs that differ from torch, a full disk; nothing was written
-            then.
+        RAdapterError: bad input, graphs that differ from torch, a full disk; then nothing was
+            written.
     """
     say = progress or (lambda line: None)
     settings = checked(vars(settings))
 
-    # Source: what was learned, and all that can be refused early.
+    # Source: read the adapters and label sets, and refuse wrong input before the work.
     paths = [adapter_path] if isinstance(adapter_path, (str, Path)) else list(adapter_path)
     source = read_source(paths, alphas, settings)
     precision = settings.precision
@@ -176,7 +176,7 @@ def export_release(
         find_gpu()
         import_tensorrt()
 
-    # Fold: the base, and what α scales.
+    # Fold: load the base, and the change that α scales.
     say("loading the base")
     base, change = source.load(settings)
     check_replaceable(settings.merged.absolute(), "--merged", OPEN_CLIP_FILES)
@@ -187,7 +187,7 @@ def export_release(
     models = [model for model in MODELS if model != PATCH_ENCODER or source.dense is not None]
     unfinished = Repository(settings.model_repository, models)
 
-    # Graphs: without weights, so that every α fills the same ones.
+    # Graphs: export them without weights, so that one graph serves every α.
     adapter = source.adapter if dynamic else None
     say("exporting image_encoder")
     graphs = [image_graph(base, adapter)]
@@ -199,7 +199,7 @@ def export_release(
     if precision in TYPES:
         graphs = [lower(graph, precision) for graph in graphs]
 
-    # Temporary folders, which take their places together once all releases are complete.
+    # Work in temporary folders, which are moved into place once all releases are complete.
     releases = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_errors(settings.model_repository, DISK_ADVICE, (SafetensorError,)))
@@ -224,7 +224,7 @@ def export_release(
         set_alpha = put_reference(base, change)
 
         for version, alpha in enumerate(source.alphas, repository.next_version()):
-            # Fold: the plain checkpoint.
+            # Fold: write the merged checkpoint.
             say(f"folding at alpha {alpha:g}")
             folded = change.at(alpha)
             name = f"alpha-{alpha:g}" if len(source.alphas) > 1 else ""
@@ -233,11 +233,11 @@ def export_release(
                 folder.mkdir(exist_ok=True)
             save_open_clip(folders["open_clip"], base, folded)
 
-            # What the graphs must give: torch's embeddings of seeded inputs, nothing folded.
+            # References: torch's embeddings of seeded inputs, with nothing folded.
             say(f"torch's embeddings at alpha {alpha:g}{' and others' * dynamic}, nothing folded")
             samples = samples_at(base, set_alpha, inputs, alpha, source.dense, mixed=dynamic)
 
-            # Graphs: weights in, then as the server runs them, against those embeddings.
+            # Graphs: add the weights, run them as the server does, and compare with the references.
             for model in models:
                 repository.staged(model, version).mkdir()
             weights = folded
@@ -272,21 +272,21 @@ def export_release(
                 written.append(Exported(graph.name, size, agreement, seconds))
                 encoders[graph.name] = encoder
 
-            # The form of transformers, in fp32 whatever the precision of the graphs.
+            # Form of transformers, always in fp32
             forms = []
             if form is not None:
                 say(f"writing and checking the form of transformers at alpha {alpha:g}")
                 start = time.perf_counter()
                 folder = folders["transformers"]
                 size = save_form(folder, base, form, folded)
-                if dynamic:  # the samples above are at several α
+                if dynamic:  # the samples above mix several α
                     samples = samples_at(base, set_alpha, inputs, alpha)
                 bounds = settings.bounds if precision == "fp32" else TOLERANCES["fp32"]
                 agreement = check_form(folder, base, samples, bounds, form)
                 seconds = time.perf_counter() - start
                 forms.append(Exported("transformers", size, agreement, seconds))
 
-            # Facts.
+            # Facts of the release
             tools = [*_TOOLS, *(["openvino"] if settings.runtime == "openvino" else [])]
             release = Release(
                 version=version,
@@ -308,7 +308,7 @@ def export_release(
                         tool.removesuffix("_torch"): importlib.metadata.version(tool)
                         for tool in tools
                     },
-                    "onnxruntime": onnxruntime.__version__,  # of onnxruntime or of onnxruntime-gpu
+                    "onnxruntime": onnxruntime.__version__,  # same for onnxruntime-gpu
                 },
                 agreement={
                     **{graph.name: asdict(graph.agreement) for graph in written},
@@ -324,7 +324,7 @@ def export_release(
                 ),
             )
 
-            # Label sets by these encoders, and what the release costs on validation data.
+            # Embed label sets by these encoders, and measure the accuracy on validation data.
             loaded = LoadedRelease(release, GraphEncoder(encoders), tokenizer)
             places = [repository.staged(model, version) / "label_sets" for model in LABELLED]
             label_sets, facts, warnings = _write_label_sets(loaded, source, places, say)
@@ -349,7 +349,7 @@ def export_release(
             if release.logit_bias is not None and release.confidence is None:
                 warnings.append(UNFITTED)
 
-            # release.json, tokenizer and code of each task, and a card beside each checkpoint.
+            # Add release.json, tokenizer and code to each task, and a card to each checkpoint.
             repository.add_code(version)
             for model in TASKS:
                 release.save(repository.staged(model, version))
@@ -372,7 +372,7 @@ def export_release(
     if hub is None:
         return releases
 
-    # Push: the one release, once it is complete here.
+    # Push the one release, now that it is complete on this machine.
     say(f"pushing to {hub}")
     [exported] = releases
     card = card_of(
@@ -384,8 +384,8 @@ def export_release(
 def _write_label_sets(
     loaded: LoadedRelease, source: Source, folders: Sequence[Path], say: Say
 ) -> tuple[dict[str, LabelSet], dict[str, dict[str, Any]], list[str]]:
-    """Embed the label sets by a release's encoders, and write them into each of the folders;
-    returns them, the facts of each, and warnings about labels that are alike.
+    """Embed the label sets by a release's encoders, and write them into each folder. Returns the
+    label sets, the facts of each, and warnings about labels that the model cannot tell apart.
     """
     templates = source.templates
     alpha = loaded.request_alpha(None)
@@ -409,7 +409,7 @@ def _write_label_sets(
                 label_set = complete(mix_examples(loaded, label_set, examples, alpha))
             except TaskError as error:
                 raise RAdapterError(error.message) from None
-            # Where α is an input, servers mix them in again for other α.
+            # If α is an input, servers need the examples for other α.
             kept = examples if loaded.release.dynamic_alpha else None
             label_set = replace(label_set, examples=kept)
         label_sets[name] = label_set

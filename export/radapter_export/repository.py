@@ -1,4 +1,4 @@
-"""The model repository that Triton serves: releases are added to it whole or not at all."""
+"""Adds releases to a model repository, which Triton serves, atomically."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from radapter_serve.tasks.table import TASKS
 TEMPLATE = "config.template.pbtxt"
 TOKENIZED = ("embed_text", "segment", "classify")  # models with the tokenizer
 LABELLED = ("segment", "classify")  # models with the label sets
-STAGED = ".export-"  # Triton ignores folders inside a model's folder whose names are no numbers
+STAGED = ".export-"  # Triton ignores subfolders of a model whose names are not numbers
 
 
 def sources() -> Path:
-    """The models' templates and `model.py` files: in the wheel beside this file, else in the
-    checkout.
+    """Folder of the models' templates and `model.py` files: in a wheel next to this file, else in
+    the checkout.
     """
     here = Path(__file__).resolve().parent
     packed = here / "model_repository"
@@ -36,17 +36,18 @@ def sources() -> Path:
 
 
 class Repository:
-    """A model repository while releases are added, which lie in temporary folders until `commit`.
+    """A model repository to which releases are added, in temporary folders until `commit`.
 
-    A context manager: entering removes what a killed export left, leaving removes what was not
-    committed. Refuses a folder that another export is writing or that holds somebody else's models,
-    and an installation without its templates. Models that are not in `models` are served no more.
+    A context manager: entering removes the leftovers of a killed export, and leaving removes
+    uncommitted releases. Raises an error if another export writes the folder, if it holds models of
+    other makers, or if the installation lacks its templates. Models that are not in `models` are no
+    longer served after the commit.
     """
 
     def __init__(self, folder: str | Path, models: Sequence[str] = MODELS) -> None:
         self.folder = Path(folder).absolute()
         self.models = tuple(models)
-        # In a checkout releases lie beside the templates, and `rm -r` may remove both.
+        # In a checkout, releases are next to the templates, so `rm -r` may remove both.
         code = sources() / "classify" / "model.py"
         if not code.is_file():
             raise RAdapterError(
@@ -75,17 +76,17 @@ class Repository:
         for model in self.models:
             remove(self.staged(model))
         for folder in reversed(self._new):
-            with contextlib.suppress(OSError):  # it is not empty
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
         self._held.close()
 
     def staged(self, model: str, version: int | None = None) -> Path:
-        """The temporary folder of a model, or of one version of it."""
+        """Temporary folder of a model, or of one version of it."""
         folder = self.folder / model / f"{STAGED}{os.getpid()}"
         return folder if version is None else folder / str(version)
 
     def next_version(self) -> int:
-        """One more than the highest version of any model."""
+        """Number after the highest version of any model."""
         versions = [version for model in MODELS for version in versions_of(self.folder / model)]
         return max(versions, default=0) + 1
 
@@ -98,7 +99,7 @@ class Repository:
 
     def add_configs(self, releases: Sequence[Release]) -> None:
         """Write each model's configs: one for all of these releases, oldest first, and one for each
-        alone, which outlives the next export for a server that goes back to it.
+        release alone, with which a server can return to it after a later export.
         """
         for model in self.models:
             template = sources() / model / TEMPLATE
@@ -110,8 +111,8 @@ class Repository:
                 path.write_text(alone, encoding="utf-8")
 
     def add_sums(self, version: int) -> None:
-        """Write the digests of all files of a version, which is complete."""
-        # Links to the staged folders make a repository of the one version.
+        """Write the digests of all files of a complete version."""
+        # Build a repository of this one version out of links to the staged folders.
         with tempfile.TemporaryDirectory() as name:
             for model in self.models:
                 link = Path(name, model, str(version))
@@ -120,10 +121,10 @@ class Repository:
             write_sums(Path(name), version)
 
     def commit(self, versions: Sequence[int]) -> None:
-        """Put the versions in place, then the configs that make Triton serve them; encoders first,
-        `classify` last.
+        """Move the versions into place, then the configs that make Triton serve them; encoders
+        first, `classify` last.
 
-        The configs of models that these releases lack go at the very end.
+        The configs of models that these releases lack are removed at the very end.
         """
         for model in self.models:
             for version in versions:
@@ -134,13 +135,13 @@ class Repository:
             (self.folder / model / CONFIG).unlink(missing_ok=True)
 
     def _make(self, folder: Path) -> None:
-        """Make a folder and its parents, and remember the new ones."""
+        """Create a folder and its parents, and remember the new ones."""
         self._new += [path for path in (folder, *folder.parents) if not path.exists()][::-1]
         folder.mkdir(parents=True, exist_ok=True)
 
     def _remove_leftovers(self) -> None:
         complete = set(versions_of(self.folder / MODELS[-1]))
-        # A model of another maker stays: it would look like a leftover.
+        # Refuse a model of another maker, whose versions would look like leftovers.
         for model in MODELS:
             folder = self.folder / model
             path = folder / CONFIG
@@ -148,7 +149,7 @@ class Repository:
                 continue
             if path.is_file() and 'key: "release"' in path.read_text("utf-8"):
                 continue
-            # A release without patches leaves earlier versions of patch_encoder without a config.
+            # After a release without patches, patch_encoder has versions but no config.
             ours = complete if model == PATCH_ENCODER else set()
             if set(versions_of(folder)) - ours or path.is_file():
                 raise RAdapterError(
@@ -165,7 +166,7 @@ class Repository:
 
 
 def add_tensors(parsed: model_config_pb2.ModelConfig, model: str) -> None:
-    """Give a task's config the inputs and outputs of the table; an encoder's has its own."""
+    """Add the inputs and outputs of a task to its config; an encoder's template has its own."""
     table = TASKS.get(model)
     if table is None:
         return
@@ -179,7 +180,7 @@ def add_tensors(parsed: model_config_pb2.ModelConfig, model: str) -> None:
             )
             if tensor.optional:
                 described.optional = True
-                # Requests whose lists have other lengths share a batch.
+                # Allow batches of requests whose lists have different lengths.
                 described.allow_ragged_batch = table.batched and tensor.dims == (-1,)
 
 
@@ -190,7 +191,7 @@ def config(template: Path, model: str, releases: Sequence[Release]) -> str:
     newest = releases[-1]
     parsed.name = model
 
-    # The largest batch, where the template has batches.
+    # Set the largest batch, if the template has batches.
     if parsed.max_batch_size:
         parsed.max_batch_size = newest.max_batch_size
     if parsed.HasField("dynamic_batching"):
@@ -199,7 +200,7 @@ def config(template: Path, model: str, releases: Sequence[Release]) -> str:
             size for size in sizes if size <= newest.max_batch_size
         ]
 
-    # The shapes of the encoders' tensors, without the batch.
+    # Set the shapes of the encoders' tensors, without the batch.
     side = int(newest.preprocess["size"])
     width = newest.embed_dim
     grid = int(newest.dense["grid"]) if newest.dense else 0
@@ -217,7 +218,7 @@ def config(template: Path, model: str, releases: Sequence[Release]) -> str:
     if model in ENCODERS and newest.dynamic_alpha:
         parsed.input.add(name="alpha", data_type=model_config_pb2.TYPE_FP32, dims=[1])
 
-    # By number, not "the latest K": what a killed export left, or half of a release, is never
+    # Name versions by number, not "the latest K", so that leftovers of a killed export are never
     # served.
     parsed.version_policy.specific.versions[:] = [release.version for release in releases]
     name_releases(parsed, {release.version: release for release in releases})

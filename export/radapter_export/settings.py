@@ -1,5 +1,5 @@
-"""What a user may choose of an export: one object for Python and for the flags of
-`radapter-export`; no torch here.
+"""Settings of an export, the same for Python and for the flags of `radapter-export`; this module
+imports no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from radapter_serve.release.agreement import TOLERANCES, Tolerance
 
 try:
     from pydantic import Field, ValidationError
-except ModuleNotFoundError:  # which `checker` says when the command runs, in one line
+except ModuleNotFoundError:  # when the command runs, `checker` reports this in one line
 
     def Field(**limits: Any) -> Any:  # type: ignore[no-redef]
         return None
@@ -25,54 +25,53 @@ except ModuleNotFoundError:  # which `checker` says when the command runs, in on
     ValidationError = ValueError  # type: ignore[assignment,misc]
 
 CLASSES = "classes"  # the label set of the run's own classes
-OWN = "own"  # validation data: the run's
+OWN = "own"  # name of the run's validation data
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """How adapters become releases.
+    """Settings of the releases.
 
     Args:
         checkpoint: a model that was tuned elsewhere, in place of an adapter: a .pt or .safetensors
             file, a model's folder, hf-hub:NAME or NAME:TAG. Alpha 1 is the checkpoint as it is,
             less is on the line from --base to it (WiSE-FT).
-        lora: folder of a LoRA of peft for a CLIPModel, in place of an adapter; alpha scales what it
-            adds.
-        weights: of the adapters in their average, one each, with sum 1; equal ones if none are
-            given.
-        base: what was tuned: an open_clip model with its weights, such as ViT-B-32:openai or
-            ViT-B-32:PATH, local-dir:PATH or hf-hub:NAME; what the adapter or the LoRA says if none
-            is given.
+        lora: folder of a LoRA of peft for a CLIPModel, in place of an adapter; alpha scales its
+            change of the weights.
+        weights: of the adapters in their average, one each, with sum 1; equal if not given.
+        base: the base that was tuned: an open_clip model with its weights, such as ViT-B-32:openai
+            or ViT-B-32:PATH, local-dir:PATH or hf-hub:NAME; by default the base that the adapter or
+            the LoRA names.
         model_repository: folder that radapter-serve serves; releases are added to it, and it is
-            made if there is none.
+            created if missing.
         merged: folder for the merged checkpoint, replaced if it holds one; with several alphas, for
             a folder of each.
         transformers: folder for the merged weights as the library transformers opens them, with
             processor and tokenizer, replaced if it holds such a model; with several alphas, for a
-            folder of each. Not written if none is given.
+            folder of each. Not written if not given.
         label_sets: files of classes by the name of their label set, whose embeddings become part of
             the release: text, a class a line, or YAML, in which classes may have images. The run's
             own classes become the label set `classes`, unless a file of that name is given.
         templates: a file of prompt templates, a built-in set, or one template; the run's own if
-            none is given.
-        dense: how the patches of an image are embedded, for segmentation: naclip or maskclip; none
-            leaves patch_encoder out; the run's own if none is given.
-        precision: of the encoders' weights and matrix products. int8 is quantized as it runs, for
-            CPUs; with --calibration by fixed ranges, which TensorRT takes too.
+            not given.
+        dense: method of patch embeddings, for segmentation: naclip or maskclip; none leaves
+            patch_encoder out; the run's own if not given.
+        precision: of the encoders' weights and matrix products. int8 finds its ranges as it runs,
+            for CPUs; with --calibration the ranges are fixed, which TensorRT supports, too.
         calibration: a folder of about a hundred typical images for int8.
-        validation: data as of radapter-train --val-data, by which the encoders are compared with
+        validation: data as for radapter-train --val-data, on which the encoders are compared with
             torch in the task's own metric, and scores are calibrated; own for the run's own, which
-            is also taken if none is given and the precision is not fp32; none for none.
+            is also taken if this is not given and the precision is not fp32; none for none.
         max_drop: points of that metric, in per cent, that the encoders may lose.
-        runtime: what runs the encoders in the server; they are checked with it.
+        runtime: runtime of the encoders in the server; they are checked with it.
         tolerance: largest difference from torch allowed in a component of the unit-length
-            embeddings; the precision's own if none is given: 1e-4 in fp32. The bound on the cosine
+            embeddings; the precision's own if not given: 1e-4 in fp32. The bound on the cosine
             widens with its square, down to 0.9.
         max_batch_size: images or texts in one batch of the server.
         push: ORGANISATION/NAME of a repository on the Hugging Face hub, to which the release, the
-            merged weights, those for transformers if asked for, and the card are sent; it is made,
-            private, if there is none. Model("hf-hub:NAME") and radapter-serve hf-hub:NAME take it
-            from there.
+            merged weights, those for transformers if asked for, and the card are sent; it is
+            created, private, if missing. Model("hf-hub:NAME") and radapter-serve hf-hub:NAME take
+            it from there.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -113,12 +112,12 @@ class ExportSettings:
 
     @property
     def bounds(self) -> Tolerance:
-        """How far from torch the encoders may be."""
+        """Largest allowed distance of the encoders from torch."""
         return TOLERANCES[self.precision].widened(self.tolerance)
 
 
 def checked(values: Mapping[str, Any]) -> ExportSettings:
-    """Settings with their names, types and ranges checked."""
+    """Check names, types and ranges of settings."""
     try:
         return checker(ExportSettings).validate_python(dict(values))
     except ValidationError as error:

@@ -1,5 +1,5 @@
-"""What is exported: an adapter, an average of several, a checkpoint or a LoRA; and what goes into
-every release of one call with it, label sets with images that show some of the labels among them.
+"""Reads the source of an export: an adapter, an average of several, a checkpoint or a LoRA; with
+the templates and label sets, some with images, for every release of one call.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import chosen
 from radapter_serve.files import read_yaml
 
-MAX_SHOWN = 2000  # examples of a label set
+MAX_SHOWN = 2000  # example images of a label set
 _FORM = (
     "each entry is a label, or has label, images and weight; labels such as no and 2024 need quotes"
 )
@@ -56,15 +56,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LabelFile:
-    """The labels of a file, and the images that show some of them."""
+    """The labels of a file, and images that show some of them."""
 
     labels: list[str]  # with their synonyms
     images: tuple[Path, ...] = ()
-    places: tuple[int, ...] = ()  # of each image, the index of its label
-    weights: tuple[float, ...] = ()  # of each label, the share of its images, in [0, 1]
+    places: tuple[int, ...] = ()  # index of each image's label
+    weights: tuple[float, ...] = ()  # weight of each label's images against its text, in [0, 1]
 
     def examples(self, preprocess: Preprocess) -> Examples:
-        """The images as the encoder takes them: small PNGs, without the files' metadata."""
+        """Decode the images for the encoder: as small PNGs, without the files' metadata."""
         shown = []
         for path in self.images:
             pixels = read_image(path, f"{path}", lambda data: decode_pixels(data, preprocess))
@@ -79,13 +79,13 @@ class _Entry(BaseModel, extra="forbid", strict=True):
 
     label: str
     images: str | list[str] = []
-    # The share of the images beside the text: 0 is the text alone, 1 the images alone.
+    # Weight of the images against the text: 0 takes the text alone, 1 the images alone.
     weight: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = DEFAULT_WEIGHT
 
 
 def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
     """Read a label file: a class a line, or YAML with images for some of them. With `dynamic_alpha`
-    servers embed the images again for each α, so fewer are allowed.
+    fewer images are allowed, as servers embed them again for each α.
     """
     path = Path(path)
     if path.suffix not in (".yaml", ".yml"):
@@ -136,7 +136,7 @@ def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
 
 
 def read_image(path: Path, where: str, use: Callable[[bytes], T]) -> T:
-    """Use the bytes of an image; of a larger file than any image may be, only the first."""
+    """Apply `use` to the bytes of an image; a file above `MAX_BYTES` is cut off one byte later."""
     try:
         with path.open("rb") as file:
             return use(file.read(MAX_BYTES + 1))
@@ -148,20 +148,20 @@ def read_image(path: Path, where: str, use: Callable[[bytes], T]) -> T:
 
 @dataclass(frozen=True)
 class Source:
-    """What was learned, and what goes with it into the releases of one call."""
+    """The source of the releases of one call, with their templates and label sets."""
 
-    metadata: Metadata  # of a checkpoint or a LoRA without anything about training
-    adapter: Adapter | None  # to be folded; None for a checkpoint or a LoRA
+    metadata: Metadata  # without facts about training for a checkpoint or a LoRA
+    adapter: Adapter | None  # None for a checkpoint or a LoRA
     adapters: list[dict[str, Any]]  # digest and weight of each adapter in the average
-    alphas: list[float]  # of the releases
-    curve: list[dict[str, float]]  # the figures of the choice of `auto`, an α each
+    alphas: list[float]  # one for each release
+    curve: list[dict[str, float]]  # figures at each α, if `auto` chose one
     dynamic_alpha: bool
     dense: str | None  # method of patch embeddings; None without patch_encoder
     templates: list[str]
     label_sets: dict[str, LabelFile]
 
     def load(self, settings: ExportSettings) -> tuple[Base, Fold | Line]:
-        """Load the base, and what α scales; refuses those that do not fit."""
+        """Load the base and the change that α scales; raises an error if they do not fit."""
         if self.adapter is None:
             if settings.lora is not None:
                 tuned = load_lora(settings.lora, settings.base)
@@ -185,10 +185,10 @@ def read_source(
     alphas: Sequence[float] | Literal["dynamic"] | None,
     settings: ExportSettings,
 ) -> Source:
-    """Read adapters, templates and label files, and resolve the α; refuses more or less than one
-    thing to export.
+    """Read adapters, templates and label files, and choose the α. Raises an error unless there is
+    exactly one thing to export.
     """
-    # One thing to export.
+    # Check that there is one thing to export.
     dynamic_alpha = alphas == "dynamic"
     flags = {"--adapter": paths, "--checkpoint": settings.checkpoint, "--lora": settings.lora}
     named = [flag for flag, value in flags.items() if value]
@@ -212,7 +212,7 @@ def read_source(
             " them out"
         )
 
-    # The adapter or the average.
+    # Read the adapter, or average several.
     adapter = None
     metadata = Metadata(architecture="unknown", base_digest="unknown", alpha=1.0)
     shares: list[dict[str, Any]] = []
@@ -226,7 +226,7 @@ def read_source(
             for each, weight in zip(adapters, weights, strict=True)
         ]
 
-    # The α: by default the one that was chosen on validation data, else the adapter's own.
+    # Choose the α: by default the one that `auto` chose on validation data, else the adapter's own.
     default = metadata.alpha
     curve: list[dict[str, float]] = []
     if len(paths) == 1:
@@ -262,14 +262,14 @@ def read_source(
 def _label_sets(
     paths: Mapping[str, str | Path], classes: Sequence[str] | None, *, dynamic_alpha: bool
 ) -> dict[str, LabelFile]:
-    """The label sets of files, and of the run's classes where no file has their name."""
+    """Read label sets from files, and from the run's classes if no file has their name."""
     label_sets = {}
     for name, path in paths.items():
         if not is_name(name):
             raise RAdapterError(f"{name!r} can't be the name of a label set; {RULE}")
         label_sets[name] = read_label_set(path, dynamic_alpha=dynamic_alpha)
     if classes and CLASSES not in label_sets:
-        # Two classes of one name are one label, as an image scores both alike.
+        # Classes of the same name become one label, as an image scores both alike.
         lines: dict[str, str] = {}
         for line in classes:
             lines.setdefault((split_label(line) or [""])[0], line)
@@ -285,7 +285,7 @@ def _label_sets(
 
 @dataclass(frozen=True)
 class Fold:
-    """An adapter on the weights of its base, as `Line` is for a checkpoint or a LoRA."""
+    """An adapter for the weights of its base, with the interface of `Line`."""
 
     adapter: Adapter
     weights: Mapping[str, Tensor]
@@ -302,12 +302,12 @@ class Fold:
         return self.adapter.metadata.base_digest
 
     def at(self, alpha: float) -> dict[str, Tensor]:
-        """The folded weights."""
+        """The folded weights at an α."""
         return fold(self.weights, self.adapter, alpha)
 
 
 def put_reference(base: Base, change: Fold | Line) -> Callable[[float], None]:
-    """Put the change into the base's model without a fold; returns the setter of its α."""
+    """Put the change into the base's model without a fold; returns a function that sets its α."""
     if isinstance(change, Fold):
         adapters = attach_adapter(base.model, change.adapter, change.adapter.metadata.alpha)
         return partial(setattr, adapters, "alpha")
@@ -315,7 +315,7 @@ def put_reference(base: Base, change: Fold | Line) -> Callable[[float], None]:
 
     @torch.no_grad()
     def set_alpha(alpha: float) -> None:
-        # By torch's own interpolation, where the line multiplies and adds.
+        # torch.lerp, to check against code other than `Line`'s.
         for name, tensor in base.model.state_dict().items():
             if tensor.is_floating_point():
                 tensor.copy_(torch.lerp(start[name], change.tuned[name], alpha))

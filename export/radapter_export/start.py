@@ -1,4 +1,4 @@
-"""An export as a function: what can be refused is refused before torch is loaded."""
+"""The export as a function, which refuses wrong input before it imports torch, where it can."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ Place = str | PathLike[str]
 
 @dataclass(frozen=True, repr=False)
 class Export:
-    """What was exported.
+    """Result of an export.
 
     Attributes:
         releases: in the order of the α.
-        model_repository: folder that holds them, for `radapter-serve`.
-        merged: folder of the merged checkpoint, or of a folder for each of several α.
-        transformers: the same in the form of transformers; None where it was not asked for.
+        model_repository: folder that holds the releases, for `radapter-serve`.
+        merged: folder of the merged checkpoint, or of one folder for each of several α.
+        transformers: the same in the form of transformers; None if it was not asked for.
         made_of: the adapters, the checkpoint or the LoRA.
-        choice: what `radapter-eval --alpha auto` found, where the export followed it; else None.
-        notes: what a user should know, a line each.
+        choice: the result of `radapter-eval --alpha auto` that the export used; None if it used
+            none.
+        notes: information for the user, one line each.
     """
 
     releases: tuple[ExportedRelease, ...]
@@ -69,7 +70,7 @@ class Export:
 
     @property
     def agreement(self) -> Mapping[str, Agreement]:
-        """How far each encoder of the newest release is from torch, by its name."""
+        """Agreement of each encoder of the newest release with torch, by the encoder's name."""
         return {graph.name: graph.agreement for graph in self.releases[-1].graphs}
 
 
@@ -86,21 +87,21 @@ def export(
     """Fold, export and check, as `radapter-export` does.
 
     Args:
-        adapter: a run, as `train` gives it, its folder, or an adapter file; several are averaged.
-            The newest run in ./runs if none is given, nor a `checkpoint` or a `lora`.
-        alpha: re-scalings in [0, 1], each another release. If none is given, what
+        adapter: a run, as `train` returns it, its folder, or an adapter file; several are averaged.
+            The newest run in ./runs if not given, and neither is a `checkpoint` nor a `lora`.
+        alpha: re-scalings in [0, 1], each another release. If not given, the one that
             `evaluate(..., alpha="auto")` chose for this very adapter, or else the run's own, and 1
-            of a checkpoint or a LoRA; the notes say which. `auto` insists on that choice, `best`
-            takes the one of the highest score; `dynamic` makes one release that takes any α from
+            for a checkpoint or a LoRA; the notes say which. `auto` requires that choice, `best`
+            takes the one with the highest score; `dynamic` makes one release that takes any α with
             each request.
         format: `tensorrt` also builds engines for this machine's GPU, which serve the release.
-        threads: threads to compute with; one a core if none is given.
-        progress: show on stderr what is going on; without it nothing is printed.
+        threads: threads to compute with; one a core if not given.
+        progress: show each step on stderr; otherwise nothing is printed.
         settings: any field of `ExportSettings`: `checkpoint`, `lora`, `base`, `precision`,
             `label_sets`, `model_repository`, ...
 
     Returns:
-        The releases, the folders that were written, and how far the encoders are from torch.
+        The releases, the written folders, and the agreement of the encoders with torch.
 
     Raises:
         RAdapterError: bad input, encoders that differ from torch, a full disk; nothing was written
@@ -118,7 +119,7 @@ def export(
     elif format != "onnx":
         raise RAdapterError(f"format is {format!r}; allowed: onnx, tensorrt")
 
-    # What is exported, and at which α.
+    # Find the adapters or the checkpoint, and parse the α.
     tuned = chosen.checkpoint or chosen.lora
     if adapter is None:
         paths = [] if tuned else [newest_run()]
@@ -151,11 +152,11 @@ def export(
         check_base_is_named(str(chosen.checkpoint), chosen.base, alphas)
 
     with status(Console(stderr=True), show=progress) as say:
-        # torch and onnx take seconds to load: not for --help
+        # Imported here: torch and onnx take seconds, which --help should not wait for.
         from radapter_export.release import export_release
         from radapter_serve.evaluation import alpha_choice
 
-        # The choice of `auto`, where it is asked for or no α is given.
+        # Read the choice of `auto` if it is asked for, or if no α is given.
         choice = None
         missing = ""
         is_default = not values or DYNAMIC in values
@@ -172,7 +173,7 @@ def export(
         wanted = DYNAMIC if DYNAMIC in values else values or None
         releases = export_release(paths, wanted, chosen, progress=say)  # type: ignore[arg-type]
 
-    # Notes on the α and on the releases.
+    # Write notes on the α and on the releases.
     notes = []
     if choice is not None:
         by_auto = f"radapter-eval --alpha auto chose alpha {choice.alpha:g}"

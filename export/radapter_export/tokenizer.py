@@ -1,6 +1,4 @@
-"""open_clip's tokenizers as files: a `tokenizer.json` and the spec with which the server reads
-it.
-"""
+"""Export of open_clip's tokenizers: a `tokenizer.json`, and the spec for the server to read it."""
 
 from __future__ import annotations
 
@@ -27,9 +25,9 @@ def write_tokenizer(
     """Write open_clip's tokenizer in the format of Hugging Face `tokenizers`; returns the
     `tokenizer` entry of a release.
 
-    With `dynamic_length` texts may be cropped to the longest one (see
-    `radapter_serve.clip.towers.is_causal`). Refuses a tokenizer that does what the server would not
-    repeat.
+    `dynamic_length` allows cropping texts to the longest one (see
+    `radapter_serve.clip.towers.is_causal`). Raises an error for a tokenizer with steps that the
+    server lacks.
     """
     path = Path(path)
     if isinstance(tokenizer, clip.SimpleTokenizer):
@@ -57,15 +55,15 @@ def _clip(tokenizer: clip.SimpleTokenizer) -> tuple[str, dict[str, Any]]:
     vocabulary = {
         token: index for token, index in tokenizer.encoder.items() if token not in special
     }
-    # Where two merges give one token, the encoder keeps the later index, and so does the file.
+    # If two merges give one token, the encoder keeps the later index, and so does the file.
     core = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             vocabulary, list(tokenizer.bpe_ranks), end_of_word_suffix="</w>", unk_token=None
         )
     )
     core.add_special_tokens(special)
-    # The server splits texts itself (exactly); these are for whoever opens the file with the
-    # library alone.
+    # The server splits texts exactly, by its own code; normalizer and pre-tokenizer approximate
+    # this for users who open the file with the library alone.
     core.normalizer = tokenizers.normalizers.Sequence(
         [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
     )

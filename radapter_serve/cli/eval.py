@@ -45,8 +45,8 @@ def evaluate(
         alpha: re-scalings from 0 (the base) to 1 (all that was learned); if not given, 0, the run's
             own and 1. auto takes the smallest that can't be told from the best on validation data,
             and at most the run's own; that data is the suite's sets with `split: validation`, else
-            the run's. A release or a server takes one alpha, and only if its requests may give it
-            (radapter-export --alpha dynamic).
+            the run's. A release or a server takes other alphas than its own only if requests may
+            give them (radapter-export --alpha dynamic).
         settings: settings of the evaluation.
     """
     screen = Console()
