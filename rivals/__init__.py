@@ -1,7 +1,7 @@
-"""The systems that the paper compares R-Adapter with, alike ones in one file, all of them trained
-and judged alike.
+"""The methods that the paper compares with R-Adapter, trained and evaluated in the same way;
+similar methods share a file.
 
-A `Method` is a recipe: hyper-parameters, and how a `System` starts, learns from batches and embeds
-images and classes. `METHODS` in rivals/tables.py names them all, and `python -m rivals.table`
-makes the paper's tables of them.
+A `Method` is a recipe: hyper-parameters, and how a `System` starts, learns from batches, and embeds
+images and classes. `METHODS` in rivals/tables.py lists all methods, and `python -m rivals.table`
+makes the paper's tables.
 """

@@ -22,8 +22,8 @@ from rivals.method import Batch, Loss, Method, Run, System, Tuned, paper
 
 
 def blocks_of(model: nn.Module, tower: str) -> list[Any]:
-    """List the residual blocks of a tower, `image` or `text`, of open_clip's own kind; those of
-    texts must be causal.
+    """List the residual blocks of a tower, `image` or `text`; raises an error unless they are of
+    open_clip's own class, and causal for texts.
     """
     holder = text_tower(model) if tower == "text" else getattr(model, "visual", None)
     blocks = list(getattr(getattr(holder, "transformer", None), "resblocks", []))
@@ -42,7 +42,7 @@ def width_of(block: Any) -> int:
 
 
 def drop_path(model: nn.Module, towers: Iterable[str], rate: float) -> list[nn.Module]:
-    """Drop an input's attention or feed-forward branches at random (stochastic depth), with a
+    """Drop attention and feed-forward branches at random for each input (stochastic depth), with a
     probability that rises from 0 at the first block to `rate` at the last.
 
     Returns modules that drop while they are in training mode.
@@ -52,14 +52,14 @@ def drop_path(model: nn.Module, towers: Iterable[str], rate: float) -> list[nn.M
         blocks = blocks_of(model, tower)
         for number, block in enumerate(blocks):
             layer = StochasticDepth(rate * number / max(1, len(blocks) - 1), "row")
-            for branch in (block.ls_1, block.ls_2):  # the last thing before the residual is added
+            for branch in (block.ls_1, block.ls_2):  # the last modules before each residual sum
                 branch.register_forward_hook(lambda _, __, output, layer=layer: layer(output))
             layers.append(layer)
     return layers
 
 
 # AdaptFormer. Chen et al., AdaptFormer: Adapting Vision Transformers for Scalable Visual
-# Recognition, NeurIPS 2022. It can't be folded.
+# Recognition, NeurIPS 2022. It cannot be folded.
 
 
 class Parallel(nn.Module):
@@ -101,7 +101,7 @@ class Paralleled(Tuned):
 
     def __init__(self, run: Run, method: AdaptFormer) -> None:
         super().__init__(run, method.loss)
-        # Drop-path first: it drops the pretrained branch, not the change that an adapter adds.
+        # Add drop-path first, so that it drops the pretrained branch and not the adapter's change.
         self.extra.extend(drop_path(self.model, method.towers, method.drop_path))
         for tower in method.towers:
             for block in blocks_of(self.model, tower):
@@ -110,10 +110,10 @@ class Paralleled(Tuned):
 
 @dataclass(frozen=True)
 class AdaptFormer(Method):
-    """AdaptFormer by the settings of its code, without a batch norm before the head, which CLIP
-    lacks.
+    """AdaptFormer with the settings of its code, without the batch norm before the head, as CLIP
+    has no head.
 
-    The learning rate is for 512 images a step, and proportional to their number. `hidden` is the
+    The learning rate is for 512 images a step, and proportional to the batch size. `hidden` is the
     width of the bottleneck, `scale` is s; dropout (DO) is after the ReLU, drop-path (DP) in the
     pretrained layers.
     """
@@ -145,7 +145,7 @@ class AdaptFormer(Method):
 
 
 # RepAdapter. Luo et al., Towards Efficient Visual Adaption via Structural Re-parameterization,
-# 2023. Folded into what comes next.
+# 2023. It is folded into the next layer.
 
 
 class LinearBottleneck(nn.Module):
@@ -169,7 +169,7 @@ class LinearBottleneck(nn.Module):
         return x + self.scale * change
 
     def folded(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Fold h into the linear layer that follows, of a weight [k, d] and a bias [k]."""
+        """Fold h into the next linear layer, with weight [k, d] and bias [k]."""
         change = F.conv1d(self.down.weight, self.up.weight, groups=self.up.groups)  # U·D, [d, d]
         constant = self.up(self.down.bias[:, None])[:, 0]  # U·a + b
         return weight + self.scale * (weight @ change), bias + self.scale * (weight @ constant)
@@ -198,7 +198,7 @@ class Reparametrized(Tuned):
 
     @torch.no_grad()
     def clip(self) -> dict[str, Tensor]:
-        """Fold every adapter into the next layer, which is exact."""
+        """Fold every adapter exactly into the next layer."""
         weights = dict(self.model.state_dict())
         for layer, adapter in self.folds:
             names = [f"{layer}weight", f"{layer}bias"]
@@ -210,9 +210,9 @@ class Reparametrized(Tuned):
 
 @dataclass(frozen=True)
 class RepAdapter(Method):
-    """RepAdapter by the settings of its code, without MixUp and RandAugment.
+    """RepAdapter with the settings of its code, without MixUp and RandAugment.
 
-    `scale` is s, which the code searches among 0.1, 0.5, 1, 5 and 10 on validation data; dropout
+    `scale` is s, which the code chooses from 0.1, 0.5, 1, 5 and 10 on validation data; dropout
     (DO) is in the bottleneck, drop-path (DP) in the pretrained layers.
     """
 
@@ -240,14 +240,14 @@ class RepAdapter(Method):
 
 # LoRA. Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022; with the settings
 # of Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPRW 2024, who
-# put it into both towers of CLIP.
+# adapt both towers of CLIP.
 
 
 class LowRank(Tuned):
     """`W + (a/√r)·B·A` for the weight [3d, d] of queries, keys and values, which share A.
 
-    peft's layer for `nn.MultiheadAttention` adapts the output projection too, and counts its change
-    twice (0.21.2; huggingface/peft#3774), so `target_parameters` names the parameter itself.
+    peft's layer for `nn.MultiheadAttention` also adapts the output projection, and counts its
+    change twice (0.21.2; huggingface/peft#3774), so `target_parameters` names the parameter.
     """
 
     def __init__(self, run: Run, loss: Loss, rank: int, scale: int) -> None:
@@ -255,27 +255,27 @@ class LowRank(Tuned):
 
         super().__init__(run, loss)
         for tower in ("image", "text"):
-            blocks_of(self.model, tower)  # refuses other towers
+            blocks_of(self.model, tower)  # raises for unsupported towers
         config = LoraConfig(
             r=rank,
             lora_alpha=scale,
-            use_rslora=True,  # a/√r, as in their code
+            use_rslora=True,  # a/√r, as in the authors' code
             target_modules=[],
             target_parameters=["attn.in_proj_weight"],
         )
-        # In a list, so that the model's modules are not registered a second time.
+        # A list, so that torch does not register the model's modules twice.
         self._peft = [get_peft_model(self.model, config)]
 
     def clip(self) -> dict[str, Tensor]:
-        """Merge every change into the weights, which is exact."""
+        """Merge every change exactly into the weights."""
         weights: dict[str, Tensor] = copy.deepcopy(self._peft[0]).merge_and_unload().state_dict()
         return weights
 
 
 @dataclass(frozen=True)
 class LoRA(Method):
-    """LoRA in both towers, without dropout, which peft lacks for parameters; `scale` is a, called
-    alpha in LoRA's paper.
+    """LoRA in both towers, without dropout, which peft does not support for parameters; `scale` is
+    a, called alpha in LoRA's paper.
     """
 
     settings: Mapping[str, Any] = paper(
@@ -298,11 +298,11 @@ class LoRA(Method):
 
 
 # CLIP-SVD. Koleilat, Rivaz and Xiao, Singular Value Few-shot Adaptation of Vision-Language Models,
-# 2025: the singular values of all matrices of both towers, and nothing else, learn.
+# 2025: only the singular values of the matrices of both towers learn.
 
 
 class Spectrum(nn.Module):
-    """`W = U·diag(s)·Vᵀ`, whose s learn; a weight [3d, d] of queries, keys and values is three."""
+    """`W = U·diag(s)·Vᵀ`, whose s learn; a weight [3d, d] of queries, keys and values has three."""
 
     def __init__(self, weight: Tensor, parts: int) -> None:
         super().__init__()
@@ -316,8 +316,8 @@ class Spectrum(nn.Module):
         self.values = nn.Parameter(values)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Compute the weight, which replaces the base's."""
-        with torch.autocast(weight.device.type, enabled=False):  # a weight in 16 bits is another
+        """Compute the weight that replaces the base's."""
+        with torch.autocast(weight.device.type, enabled=False):  # 16 bits would change the weight
             product = (self.left * self.values[:, None]) @ self.right
         return product.flatten(0, 1)
 
@@ -345,7 +345,7 @@ class SingularValues(Tuned):
 
     @torch.no_grad()
     def clip(self) -> dict[str, Tensor]:
-        """Multiply every spectrum out, which is exact and linear in the singular values."""
+        """Multiply out every spectrum, which is exact and linear in the singular values."""
         weights = {}
         for name in self.names:
             layer, _, last = name.rpartition(".")
@@ -355,7 +355,7 @@ class SingularValues(Tuned):
 
 @dataclass(frozen=True)
 class CLIPSVD(Method):
-    """CLIP-SVD in both towers; its code has another rate for each data set, 1e-3 is ours."""
+    """CLIP-SVD in both towers; its code has a rate for each data set, and 1e-3 is our choice."""
 
     settings: Mapping[str, Any] = paper(
         batch_size=32,

@@ -1,5 +1,5 @@
-"""Benchmarks, the data that every method learns from with a suite that chooses and judges, and the
-flags that name one.
+"""Benchmarks, each with training data for every method and a suite for choice and test, and the
+flags of the commands.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from radapter_serve.training.recipe import recipe_of
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A suite, whose sets with `split: validation` choose and the others judge, and the fields of
-    `Recipe` for every method, the data and the base among them.
+    """A suite, whose sets with `split: validation` are for the choice and the others for the test,
+    and fields of `Recipe` for every method, the data and the base among them.
     """
 
     name: str
@@ -50,9 +50,10 @@ class Benchmark:
 def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
     """Read a benchmark file.
 
-    It has `suite`, a suite file; `train`, fields of a recipe: `data` and what is not left to the
-    methods' papers; and `data_root`, the folder of the data's paths, which the argument overrides.
-    Paths are relative to the file. Without `architecture` the base is that of the demo.
+    The file has `suite`, a suite file; `train`, fields of a recipe: `data`, and the fields that are
+    not taken from each method's paper; and `data_root`, the folder of the data's paths, which the
+    argument overrides. Paths are relative to the file. Without `architecture` the base is that of
+    the demo.
     """
     document = read_yaml(path, "the benchmark")
     parts = {"suite": str, "train": dict, "data_root": str}
@@ -71,7 +72,7 @@ def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
     reader, colon, place = str(fields.get("data", "")).partition(":")
     if colon:
         fields["data"] = f"{reader}:{root / place}"
-    # Classes and templates may be names of the package's lists; types are those of `Recipe`.
+    # Classes and templates may also be names of the package's lists; types are those of `Recipe`.
     for name in ("images", "classes", "templates"):
         value = fields.get(name)
         if value and (name == "images" or (root / value).is_file()):
@@ -100,16 +101,16 @@ class Flags:
     Args:
         data: benchmark file, such as one of rivals/benchmarks; rivals/README.md says how to write
             one.
-        data_root: folder of the benchmark's data; by default the one that it names.
+        data_root: folder of the benchmark's data; by default the one that the file names.
         out: folder of the results and of finished runs, which are not repeated.
         architecture: base; by default the benchmark's.
         pretrained: open_clip tag or checkpoint of the base.
         epochs: passes over the data, for every method.
         steps: optimizer steps, for every method, in place of epochs.
         batch_size: images a step, for every method.
-        precision: bf16 computes products in bfloat16 while a method learns, which is faster where
-            the machine has it.
-        limit: images of a set at most, drawn by a fixed seed.
+        precision: bf16 computes products in bfloat16 in training, which is faster on machines that
+            support it.
+        limit: most images of a set, drawn by a fixed seed.
         threads: threads to compute with; by default one a core.
     """
 
@@ -145,7 +146,7 @@ class Flags:
 
 
 def check_seeds(seeds: Sequence[int], flag: str = "--seeds") -> None:
-    """Refuse an empty list of seeds, and a seed that is named twice."""
+    """Refuse an empty list of seeds, and a seed that is given twice."""
     if not seeds or len(set(seeds)) < len(seeds):
         shown = " ".join(map(str, seeds)) or "empty"
         raise RAdapterError(f"{flag} is {shown}; allowed: one or more, each named once")

@@ -1,4 +1,4 @@
-"""Cells of a table: a method and a seed, learned and judged once, and kept."""
+"""Cells of a table: a method and a seed, trained and evaluated once, and kept in a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def judge(
     learned: Learned, run: Run, sets: Sequence[EvaluationSet], alphas: Sequence[float] = (1.0,)
 ) -> list[Row]:
     """Evaluate a system at points of its line: a plain CLIP as `radapter-eval` does, any other by
-    its own embeddings. No system may have started from the run's base.
+    its own embeddings. No system may have been started on the run's base, which it would change.
     """
     weights = learned.at(1.0).clip()
     models: Sequence[Candidate]
@@ -52,7 +52,7 @@ def judge(
 
 
 def systems_of(learned: Learned, base: Base, alphas: Sequence[float]) -> list[SystemModel]:
-    """List a system at points of its line, with the preprocessing of a base."""
+    """Make models of a system at points of its line, with the preprocessing of a base."""
     models = []
     for model in in_torch(base, Change(type(learned.system).__name__, {}), alphas):
         assert model.alpha is not None
@@ -71,7 +71,7 @@ class SystemModel(Candidate):
 
     @property
     def system(self) -> System:
-        """The system, with its weights at the point."""
+        """The system, with its weights at this point."""
         assert self.alpha is not None
         return self.learned.at(self.alpha)
 
@@ -88,7 +88,7 @@ class SystemModel(Candidate):
 
     @torch.inference_mode()
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Floats:
-        """Embed classes all at once: two may have one name."""
+        """Embed all classes together, as two may have the same name."""
         key = (tuple(templates), "\n".join(classes))
         if key not in self.known:
             embeds = self.system.embed_classes(list(classes), templates)
@@ -106,7 +106,7 @@ ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
 
 @dataclass(frozen=True)
 class Judged:
-    """The part of a row of results that a cell keeps."""
+    """The fields of a row of results that a cell keeps."""
 
     dataset: str
     task: str
@@ -126,15 +126,15 @@ class Judged:
 
     @property
     def per_image(self) -> NDArray[np.float64] | None:
-        """Each image's part of the metric, [n]; None in older files."""
+        """Each image's part of the metric, [n]; None in files of older versions."""
         return None if self.right is None else unpacked(self.right, self.n, self.captions)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A method judged once, as a file has it: a digest of all that it depends on, the method's name
-    in its table and its `repr`, the seed of training, the split that judged, the cost of learning,
-    and a row of every set at every α.
+    """The results of a method, as stored in a file: a digest of everything that they depend on, the
+    method's name in its table and its `repr`, the seed of training, the split of the evaluation,
+    the cost of training, and a row for every set and α.
     """
 
     digest: str
@@ -146,14 +146,14 @@ class Cell:
     rows: list[Judged]
 
     def text(self) -> str:
-        """Write the cell as a line of JSON."""
+        """Format the cell as a line of JSON."""
         rows = [vars(row) for row in self.rows]
         values = {**vars(self), "cost": vars(self.cost), "rows": rows}
         return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
 def read_cells(path: Path) -> Iterator[Cell]:
-    """Read the cells of a file."""
+    """Read the cells in a file."""
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             values = json.loads(text)
@@ -170,8 +170,8 @@ def read_cells(path: Path) -> Iterator[Cell]:
 class Cells:
     """All cells of a benchmark, kept in a folder.
 
-    Cells of all tables are read from there; new ones are added to `TABLE.jsonl`, one a line. A set
-    has `limit` images at most, and `say` gets messages of progress.
+    Cells of all tables are read from there; new ones are appended to `TABLE.jsonl`, one a line. A
+    set has at most `limit` images, and `say` is called with messages of progress.
     """
 
     benchmark: Benchmark
@@ -185,11 +185,11 @@ class Cells:
     def cell(
         self, name: str, method: Method, seed: int, alphas: Sequence[float], split: str = "test"
     ) -> Cell:
-        """Learn a method and judge it at points of its line by the sets of a split, or read the
-        cell of any table; `name` is for messages and files.
+        """Train a method and evaluate it at points of its line on the sets of a split, or read the
+        cell if a file has it; `name` is for messages and files.
         """
-        # The digest has all that the cell depends on, without fields of a set that have defaults,
-        # so that a new field changes no digest.
+        # The digest covers everything that the cell depends on. Fields of a set with default values
+        # are left out, so that a new field changes no digest.
         run = self._run(seed)
         sets = self._open(split)
         entries = [
@@ -220,7 +220,7 @@ class Cells:
         return cell
 
     def warnings(self) -> list[str]:
-        """List the test sets that have images in common with the sets that chose, a line each."""
+        """Warn of test sets that share images with the validation sets, one line each."""
         return warn_of_overlap(self._sets.get("validation", []), self._sets.get("test", []))
 
     @cached_property
@@ -241,8 +241,8 @@ class Cells:
 
 
 def score(rows: Sequence[Judged]) -> float:
-    """Compute the score of a choice from a row of each validation set: the mean of two means, over
-    the sets in distribution and over the shifted ones, rounded.
+    """Compute the score of a choice from one row of each validation set: the mean of two means,
+    over the sets in distribution and over the shifted sets, rounded.
     """
     values = {row.dataset: own_metric(row) for row in rows}
     groups = [names for names in by_shift({row.dataset: row for row in rows}) if names]
@@ -250,7 +250,7 @@ def score(rows: Sequence[Judged]) -> float:
 
 
 def _apart(method: Method, run: Run) -> None:
-    """Learn in a fresh process, so that the peak memory is that of learning alone."""
+    """Train in a fresh process, so that the peak memory is that of training alone."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:

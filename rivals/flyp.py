@@ -1,4 +1,4 @@
-"""Fine-tuning against texts, without a head: FLYP, mask-adapted CLIP, CLIPood."""
+"""Fine-tuning by contrast with texts, without a head: FLYP, mask-adapted CLIP, CLIPood."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 from radapter_serve.clip.towers import encode_image, encode_text, encode_texts
 from rivals.method import Batch, Method, Run, System, Tuned, paper
 
-# FLYP fine-tunes both towers as CLIP was pretrained, by the contrast of images with prompts of
+# FLYP fine-tunes both towers with CLIP's pretraining loss, the contrast of images with prompts of
 # their classes. Goyal et al., Finetune like you pretrain: Improved finetuning of zero-shot vision
 # models, CVPR 2023.
 
 
 class Flyp(System):
-    """Every parameter learns; the other prompts of a batch are negatives, even those of the same
-    class.
+    """A CLIP whose parameters all learn; the other prompts of a batch are negatives, even those of
+    the same class.
     """
 
     def forward(self, batch: Batch) -> Tensor:
         images = encode_image(self.model, batch["pixels"])
         texts = encode_text(self.model, self.tokenizer(batch["texts"]).to(self.device))
-        scale: Tensor = self.model.logit_scale.exp()  # learns, too
+        scale: Tensor = self.model.logit_scale.exp()  # a parameter that learns
         logits = scale * images.repeat_interleave(len(texts) // len(images), dim=0) @ texts.T
         targets = torch.arange(len(logits), device=self.device)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
@@ -34,7 +34,7 @@ class Flyp(System):
 
 @dataclass(frozen=True)
 class FineTuneLikePretrain(Method):
-    """FLYP; with α it is WiSE-FLYP. Without `text` the image tower alone learns."""
+    """FLYP; with α it is WiSE-FLYP. Without `text` only the image tower learns."""
 
     settings: Mapping[str, Any] = paper(
         templates="openai",
@@ -54,9 +54,9 @@ class FineTuneLikePretrain(Method):
         return system
 
 
-# Liang et al., Open-vocabulary semantic segmentation with mask-adapted CLIP, CVPR 2023: crops of
-# masks and their names, under a frozen text tower; without the second stage, whose learned prompts
-# replace masked patches.
+# Liang et al., Open-vocabulary semantic segmentation with mask-adapted CLIP, CVPR 2023: trained on
+# crops of masks and their names, under a frozen text tower. The second stage, whose learned prompts
+# replace masked patches, is left out.
 MASK_ADAPTED = FineTuneLikePretrain(
     settings={
         "templates": "simple",
@@ -73,16 +73,17 @@ MASK_ADAPTED = FineTuneLikePretrain(
 )
 
 
-# CLIPood fine-tunes the image tower with margins that follow the classes' texts, and averages it
-# along the way. Shu et al., CLIPood: Generalizing CLIP to Out-of-Distributions, ICML 2023.
+# CLIPood fine-tunes the image tower with margins by the similarity of the classes' texts, and
+# averages the weights over the steps. Shu et al., CLIPood: Generalizing CLIP to
+# Out-of-Distributions, ICML 2023.
 
 
 class Margins(Tuned):
     """Metric softmax against the frozen texts t: `cos(f, t_j) + λ·(1 − cos(t_y, t_j))` for an image
     of class y.
 
-    At the end the image tower has the mean of its weights at all steps t = 0..T, weighed by the
-    density of Beta(β, β) at (t + 1/2) / (T + 1), so that the first and the last weigh most.
+    After training, the image tower has the mean of its weights at all steps t = 0..T, weighted by
+    the density of Beta(β, β) at (t + 1/2) / (T + 1), so that the first and the last weigh most.
     """
 
     def __init__(self, run: Run, margin: float, beta: float) -> None:
@@ -107,7 +108,7 @@ class Margins(Tuned):
 
     @torch.no_grad()
     def after_step(self, step: int, steps: int) -> None:
-        self.weighed = self.weighed or self._density(0, steps)  # the averages are the start so far
+        self.weighed = self.weighed or self._density(0, steps)  # at first, the averages are step 0
         density = self._density(step, steps)
         self.weighed += density
         for number, parameter in enumerate(self.learning()):
@@ -124,7 +125,7 @@ class Margins(Tuned):
 
 @dataclass(frozen=True)
 class CLIPood(Method):
-    """CLIPood by its command for 16-shot ImageNet; for shifts of domain the paper has β = 0.5."""
+    """CLIPood by its command for 16-shot ImageNet; for domain shifts the paper uses β = 0.5."""
 
     settings: Mapping[str, Any] = paper(
         batch_size=36,

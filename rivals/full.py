@@ -1,4 +1,4 @@
-"""Full fine-tuning under a linear head: FT, WiSE-FT, LP, LP-FT, uniform soup, Mask-Fill."""
+"""Full fine-tuning with a linear head: FT, WiSE-FT, LP, LP-FT, uniform soup, Mask-Fill."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from rivals.method import (
     paper,
 )
 
-# FT and WiSE-FT. Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022, whose
-# hyper-parameters these are: WiSE-FT averages the weights of both ends, the head included.
+# FT and WiSE-FT. Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022, with that
+# paper's hyper-parameters. WiSE-FT averages the weights of both ends, including the head.
 #
 # LP and LP-FT. Kumar et al., Fine-tuning can distort pretrained features and underperform
-# out-of-distribution, ICLR 2022: LP-FT is full fine-tuning that starts from the probe, where the
-# head alone learns. The probe's hyper-parameters are those of WiSE-FT's code, which also starts it
-# as the zero-shot classifier.
+# out-of-distribution, ICLR 2022. In LP, the probe, only the head learns; LP-FT is full fine-tuning
+# from the probe. The probe's hyper-parameters, and its start as the zero-shot classifier, are those
+# of WiSE-FT's code.
 
 
 class Classifier(System):
-    """An image tower under a linear head, which starts as the class embeddings times CLIP's logit
+    """An image tower with a linear head, which starts as the class embeddings times CLIP's logit
     scale.
     """
 
@@ -55,7 +55,7 @@ class Classifier(System):
 
     @property
     def factor(self) -> float:
-        return 1.0  # it is in the head
+        return 1.0  # the head includes the scale
 
     def forward(self, batch: Batch) -> Tensor:
         return F.cross_entropy(self.logits(batch["pixels"]), batch["labels"])
@@ -66,11 +66,11 @@ class Classifier(System):
         return logits
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Embed images, with a 1 that meets the bias of the head."""
+        """Embed images, with a 1 appended for the bias of the head."""
         return F.pad(super().embed_images(pixels), (0, 1), value=1.0)
 
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Take the rows of the head, weights and bias, whatever the templates.
+        """Return rows of the head, weights and bias; ignores the templates.
 
         Classes of the same name, such as both missiles of ImageNet, keep their order.
         """
@@ -137,7 +137,7 @@ class LinearProbe(Method):
 
 @dataclass(frozen=True)
 class ProbeThenFineTuning(FullFineTuning):
-    """LP-FT; its cost is the time of both, and the parameters of the second."""
+    """LP-FT. Its cost is the time of both stages, and the parameters of the second."""
 
     probe: LinearProbe = field(default_factory=LinearProbe)
 
@@ -151,14 +151,14 @@ class ProbeThenFineTuning(FullFineTuning):
 
 
 # Uniform soup. Wortsman et al., Model soups: averaging weights of multiple fine-tuned models
-# improves accuracy without increasing inference time, ICML 2022. Their code's list of 72 models
-# starts with the linear probe that all others start from. Ours draws learning rate, weight decay,
-# smoothing, mixup and epochs in the ranges of that list, but no RandAugment.
+# improves accuracy without increasing inference time, ICML 2022. Their list of 72 models starts
+# with the linear probe from which all others start. Ours draws learning rate, weight decay,
+# smoothing, mixup and epochs from the ranges of that list, without RandAugment.
 
 
 class Mixed(Classifier):
-    """A classifier of mixed images and smoothed labels; `mixup` is both parameters of the Beta
-    distribution of the share of an image, 0 mixes none.
+    """A classifier trained on mixed images and smoothed labels. The share of an image is drawn from
+    Beta(`mixup`, `mixup`); 0 mixes no images.
     """
 
     def __init__(self, run: Run, smoothing: float, mixup: float) -> None:
@@ -190,7 +190,7 @@ class Ingredient(ProbeThenFineTuning):
 
 @dataclass(frozen=True)
 class UniformSoup(FullFineTuning):
-    """The mean of the probe and of `members - 1` models fine-tuned from it, 2 or more in all."""
+    """The mean of the probe and of `members - 1` models fine-tuned from it; at least 2 in all."""
 
     settings: Mapping[str, Any] = paper(
         templates="openai",
@@ -203,7 +203,7 @@ class UniformSoup(FullFineTuning):
     members: int = 72
 
     def recipes(self) -> list[Method]:
-        """List the probe and its fine-tuned models; a smaller soup has the first of them."""
+        """List the probe and its fine-tuned models; smaller soups are prefixes of larger ones."""
         if self.members < 2:
             raise RAdapterError(f"a soup has {self.members} members; allowed: 2 or more")
         drawn = (self._ingredient(random.Random(number)) for number in range(1, self.members))
@@ -238,7 +238,7 @@ class UniformSoup(FullFineTuning):
 
 
 def of_members(method: Method, members: int) -> Method:
-    """Set the size of a soup; leave any other method as it is."""
+    """Set the size of a soup; other methods are returned unchanged."""
     return (
         dataclasses.replace(method, members=members) if isinstance(method, UniformSoup) else method
     )
@@ -246,20 +246,20 @@ def of_members(method: Method, members: int) -> Method:
 
 # Mask-Fill keeps the pretrained features of images whose object is covered by another image. Xiao
 # et al., Masked images are counterfactual samples for robust fine-tuning, CVPR 2023: object masks,
-# single fill. The relevance maps of Chefer, Gur and Wolf, Generic attention-model explainability,
-# ICCV 2021, find the object.
+# single fill. The object is found by the relevance maps of Chefer, Gur and Wolf, Generic
+# attention-model explainability, ICCV 2021.
 
 
 class Masked(Classifier):
-    """`CE(x) + weight · MSE(f(x̃), f₀(x̃))`: features f, those of the pretrained tower f₀, masked
-    images x̃.
+    """`CE(x) + weight · MSE(f(x̃), f₀(x̃))` with features f, features f₀ of the pretrained tower,
+    and masked images x̃.
 
-    A patch belongs to the object if it has more than `threshold` of the image's highest relevance.
+    A patch belongs to the object if its relevance exceeds `threshold` of the image's highest.
     """
 
     def __init__(self, run: Run, threshold: float, weight: float) -> None:
         super().__init__(run)
-        check_dense(self.model, "maskclip")  # relevance is that of open_clip's own transformer
+        check_dense(self.model, "maskclip")  # relevance needs open_clip's own transformer
         self.threshold = threshold
         self.weight = weight
         self.teacher: Any = copy.deepcopy(self.model.visual)
@@ -286,10 +286,10 @@ class Masked(Classifier):
         return torch.where(mask, pixels[others], pixels)
 
     def relevance(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Compute each patch's relevance for the score of the label, float [B, g, g], 0 or more.
+        """Compute each patch's relevance for the label's score, float [B, g, g], 0 or more.
 
-        Through the blocks `R ← R + E[(A ∘ ∂score/∂A)⁺]·R` from the identity, E the mean over heads;
-        the class token's row of R.
+        The result is the class token's row of R. R starts as the identity, and each block computes
+        `R ← R + E[(A ∘ ∂score/∂A)⁺]·R`; E is the mean over heads.
         """
         with torch.enable_grad(), _seen(self.model.visual) as maps:
             score = self.logits(pixels).gather(1, labels[:, None]).sum()
@@ -306,7 +306,7 @@ class Masked(Classifier):
 
 @contextmanager
 def _seen(visual: Any) -> Iterator[list[Tensor]]:
-    """Collect the attention [B, heads, L, L] of each block of the tower as it is computed."""
+    """Collect the attention [B, heads, L, L] of each block of the tower within the block."""
     maps: list[Tensor] = []
     layers = [block.attn for block in visual.transformer.resblocks]
     for layer in layers:
@@ -321,7 +321,7 @@ def _seen(visual: Any) -> Iterator[list[Tensor]]:
 def _attend(
     layer: Any, maps: list[Tensor], x: Tensor, *_: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """Compute as `nn.MultiheadAttention` does, and keep the map of weights."""
+    """Attend as `nn.MultiheadAttention` does, and keep the attention weights."""
     batch, length, width = x.shape
     parts = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, dim=-1)
     q, k, v = (part.reshape(batch, length, layer.num_heads, -1).transpose(1, 2) for part in parts)
@@ -332,7 +332,7 @@ def _attend(
 
 @dataclass(frozen=True)
 class MaskFill(FullFineTuning):
-    """Full fine-tuning with the fields of `Masked`."""
+    """Full fine-tuning with Mask-Fill; the fields are those of `Masked`."""
 
     threshold: float = 0.3
     weight: float = 30.0

@@ -1,4 +1,4 @@
-"""Figures and tables as Markdown, and pictures."""
+"""Formats figures, tables and pages of results as Markdown, and draws pictures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def with_interval(values: Sequence[float], sign: str = "") -> str:
 
 
 def paired_leads(row: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> list[str]:
-    """Format the leads of a row over another, paired over the seeds; both have figures by seed."""
+    """Format the leads of a row over a base, paired by seed; both hold figures by seed."""
     pairs = [zip(figures, others, strict=True) for figures, others in zip(row, base, strict=True)]
     differences = [[a - b for a, b in pair] for pair in pairs]
     return [with_interval(column, "+") for column in zip(*differences, strict=True)]
@@ -51,9 +51,9 @@ def paired_leads(row: Sequence[Sequence[float]], base: Sequence[Sequence[float]]
 def lead_of(differences: Sequence[NDArray[np.float64]]) -> tuple[float, float, float]:
     """Compute a mean lead in points, half of its 95 % interval, and p, over images and seeds.
 
-    The variance over images is that of each image's mean over the seeds; that over seeds is of the
-    same images, so that the two add up. Few seeds have Student's t. `differences` are float [seeds,
-    images] of independent sets, which count alike.
+    The variance over images is that of each image's mean over the seeds. The variance over seeds is
+    that of the means over the same images, so that the two add up; few seeds get Student's t.
+    `differences` are float [seeds, images] of independent sets, which have equal weight.
     """
     by_image = [values.mean(axis=0) for values in differences]
     lead, half = paired_difference(by_image, [np.zeros(len(values)) for values in by_image])
@@ -68,7 +68,7 @@ def lead_of(differences: Sequence[NDArray[np.float64]]) -> tuple[float, float, f
 def lead_over(
     images: Sequence[Mapping[str, Images]], base: Sequence[Mapping[str, Images]], head: str
 ) -> tuple[float, float, float]:
-    """Compute the lead in a column over a base, both by seed; the values are those of `lead_of`."""
+    """Compute the lead in a column over a base, both by seed; returns the values of `lead_of`."""
     pairs = list(zip(images, base, strict=True))
     return lead_of(
         [
@@ -79,7 +79,7 @@ def lead_over(
 
 
 def holm(values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Mark the p that survive Holm's correction (Scandinavian Journal of Statistics, 1979)."""
+    """Mark the p-values that survive Holm's correction (Scand. Journal of Statistics, 1979)."""
     order = sorted(range(len(values)), key=lambda place: values[place])
     survives = [False] * len(values)
     for rank, place in enumerate(order):
@@ -90,7 +90,7 @@ def holm(values: Sequence[float], level: float = 0.05) -> list[bool]:
 
 
 def corrected(leads: Mapping[K, tuple[float, float, float]]) -> dict[K, str]:
-    """Format leads of `lead_of`, bold if they survive Holm's correction over all."""
+    """Format leads of `lead_of`, bold if they survive Holm's correction over all of them."""
     survivors = holm([p for _, _, p in leads.values()])
     shown = {}
     for (place, (lead, half, _)), survives in zip(leads.items(), survivors, strict=True):
@@ -100,13 +100,13 @@ def corrected(leads: Mapping[K, tuple[float, float, float]]) -> dict[K, str]:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a table, with the first column to the left and the others to the right."""
+    """Format a table, with the first column aligned left and the others right."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
 def cost_of(costs: Sequence[Cost]) -> list[str]:
-    """Format the cells of `COST`, dashes for a method without learning; seconds are the median."""
+    """Format the cells of `COST`, dashes for a method without training; seconds are the median."""
     if not any(cost.parameters for cost in costs):
         return ["-", "-", "-"]
     memory = max(cost.memory for cost in costs) / 1e9
@@ -123,8 +123,8 @@ COST = ["parameters, M", "time, s", "memory, GB"]
 def dots(
     rows: Mapping[str, Sequence[Mapping[str, float]]], heads: Sequence[str], path: Path
 ) -> None:
-    """Draw columns of a table, in per cent by method and seed: the mean, and a bar of the standard
-    deviation.
+    """Draw columns of a table, in per cent by method and seed: the mean, with a bar for the
+    standard deviation.
     """
     figure = Figure(
         figsize=(4.5 * len(heads), 1.2 + 0.27 * len(rows)), dpi=150, layout="constrained"

@@ -1,5 +1,5 @@
-"""What every rival shares: a run's base and data, a system with its loss, the training loop, and
-the method, whose learned system is kept in a file.
+"""Shared parts of all rivals: a run's base and data, a system with its loss, the training loop, and
+the method, whose trained system is kept in a file.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from radapter_serve.training.tasks import Data, open_data
 
 
 class Run:
-    """The base, the data and the recipe of a method, whose learned system `folder` keeps; `fields`
-    of `Recipe` hold for every method, and override the `settings` of its paper.
+    """The base, the data and the recipe of a method; `folder` keeps trained systems. `fields` of
+    `Recipe` apply to every method, and override the `settings` of the method's paper.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Run:
     ) -> None:
         self.fields = dict(fields)
         self.folder = folder
-        # Without defaults of Recipe, so that a new default changes no digest.
+        # Leave out defaults of Recipe, so that a new default changes no digest.
         self.asked = {**(settings or {}), **fields}
         self.recipe = Recipe(**self.asked)
         self.recipe.check()
@@ -56,8 +56,8 @@ class Run:
             raise RAdapterError("rivals are trained with precision no or bf16")
 
     def of(self, settings: Mapping[str, Any]) -> Run:
-        """Build a run of the same data by another method's settings, with a fresh base; a batch is
-        all of the data at most.
+        """Make a run of the same data for another method's settings, with a fresh base; the batch
+        size is at most the number of images.
         """
         most = min(settings.get("batch_size", 0), self.size)
         run = Run(self.fields, self.folder, {**settings, "batch_size": most} if most else settings)
@@ -67,7 +67,7 @@ class Run:
 
     @cached_property
     def base(self) -> Base:
-        """The base, for one system, which changes it; loading it sets torch's seed."""
+        """The base, for one system, which changes it; loading it seeds torch."""
         base = load_base(self.recipe.architecture, self.recipe.pretrained)
         torch.manual_seed(self.recipe.seed)
         return base
@@ -79,19 +79,19 @@ class Run:
 
     @cached_property
     def size(self) -> int:
-        """The number of images, the same for all methods."""
+        """Number of images, the same for all methods."""
         return len(self.data.rows)
 
     @cached_property
     def ground(self) -> str:
-        """A digest of the base's weights and the images' names, the same for all methods."""
+        """Digest of the base's weights and the images' names, the same for all methods."""
         weights = self.base.model.state_dict()
         images = json.dumps([held_out_digest(self.data), self.size]).encode()
         return digest_of(images, *(weights[name].numpy().tobytes() for name in sorted(weights)))
 
     def digest(self, *facts: object) -> str:
-        """Compute sixteen letters from facts, the recipe's fields, the base and the images."""
-        # The weights of the base are in `ground`.
+        """Compute a digest of 16 letters from facts, the recipe's fields, the base and images."""
+        # `ground` covers the weights of the base.
         without = ("workers", "threads", "architecture", "pretrained")
         asked = {
             name: moved(str(value) if isinstance(value, Path) else value)
@@ -111,15 +111,15 @@ def moved(value: Any) -> Any:
     return f"{reader}{colon}{digest_of(path.read_bytes()) if path.is_file() else path.name}"
 
 
-# Pixels [B, 3, S, S] and labels [B] on the system's device, and B texts or more.
+# Holds pixels [B, 3, S, S] and labels [B] on the system's device, and at least B texts.
 Batch = Mapping[str, Any]
 Loss = Literal["classes", "infonce"]
 
 
 class System(nn.Module):
-    """A plain CLIP, all of it frozen; `scale` is 1/τ.
+    """A plain CLIP with all parameters frozen; `scale` is 1/τ.
 
-    Subclasses add parameters and modules, and unfreeze what learns.
+    Subclasses add parameters and modules, and unfreeze those that learn.
     """
 
     def __init__(self, base: Base) -> None:
@@ -136,7 +136,7 @@ class System(nn.Module):
 
     @property
     def factor(self) -> float:
-        """The factor of the scores in the softmax that makes probabilities of them."""
+        """Factor of the scores in the softmax over classes."""
         return self.scale
 
     def forward(self, batch: Batch) -> Tensor:
@@ -144,7 +144,7 @@ class System(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not learn from batches")
 
     def after_step(self, step: int, steps: int) -> None:
-        """Do nothing; called after each optimizer step, from 1 to `steps`."""
+        """Called after each optimizer step, from 1 to `steps`; does nothing by default."""
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Embed images [B, 3, S, S] as float32 [B, D]."""
@@ -155,13 +155,13 @@ class System(nn.Module):
         return encode_texts(self.model, self.tokenizer(list(texts)))
 
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Embed classes, synonyms after commas, as float32 [C, D]; the product with an image's
-        embedding is its score.
+        """Embed classes, with synonyms after commas, as float32 [C, D]; a class's score is the
+        product with the image's embedding.
         """
         return zero_shot_classifier(self.model, self.tokenizer, classes, templates)
 
     def clip(self) -> dict[str, Tensor] | None:
-        """Return weights of a plain CLIP of the base's architecture that embeds alike, if any."""
+        """Return the weights of an equivalent CLIP of the base's architecture, or None."""
         added = [name for name in self.state_dict() if not name.startswith("model.")]
         return None if added else self.model.state_dict()
 
@@ -171,24 +171,24 @@ class System(nn.Module):
 
 
 def labelled_images(run: Run) -> LabelledImages:
-    """Return the data of a run, which must have labels."""
+    """Return the data of a run; raises an error if it has no labels."""
     if not isinstance(run.data, LabelledImages):
         raise RAdapterError("this rival learns from images with labels (task: classification)")
     return run.data
 
 
 class Tuned(System):
-    """A frozen CLIP with a few more parameters, in `extra` or anywhere else.
+    """A frozen CLIP with a few more parameters, in `extra` or elsewhere.
 
-    The loss `classes` is the cross-entropy over the cosines between an image and a prompt of each
+    The loss `classes` is the cross-entropy over the cosines between an image and one prompt of each
     class; `infonce` contrasts an image with the prompts of its batch, of which only its own is a
-    positive. The prompts have the first template of the data, or `template`.
+    positive. Prompts use `template`, or else the first template of the data.
     """
 
     def __init__(self, run: Run, loss: Loss = "classes", template: str | None = None) -> None:
         super().__init__(run.base)
         self.loss = loss
-        self.extra = nn.ModuleList()  # in training mode, where dropout acts, in `forward` alone
+        self.extra = nn.ModuleList()  # in training mode, for dropout, only within `forward`
         self.template = template or ""
         if loss == "classes" or isinstance(run.data, LabelledImages):  # captions have no classes
             data = labelled_images(run)
@@ -197,7 +197,7 @@ class Tuned(System):
         self.prompts: Tensor
 
     def tokens(self, classes: Iterable[str]) -> Tensor:
-        """Tokenize prompts of the first names of classes: int64 [C, L]."""
+        """Tokenize prompts with the first names of classes: int64 [C, L]."""
         return self.tokenizer(
             [self.template.replace("{}", split_label(names)[0]) for names in classes]
         )
@@ -221,8 +221,9 @@ class Tuned(System):
 
 @dataclass(frozen=True)
 class Cost:
-    """The number of parameters that learned, the seconds of all steps with the reading of images,
-    and the peak memory in bytes, of the GPU if there is one, else of the process.
+    """Cost of training: the number of parameters that learned, the seconds of all steps with the
+    reading of images, and the peak memory in bytes, of the GPU if there is one, else of the
+    process.
     """
 
     parameters: int = 0
@@ -239,9 +240,7 @@ class Cost:
 
 @dataclass
 class Learned:
-    """A system in eval mode after its last step, and the tensors that learning changed, before and
-    after.
-    """
+    """A trained system in eval mode, and the tensors that training changed, before and after."""
 
     system: System
     cost: Cost
@@ -274,9 +273,9 @@ class Meter:
 
 
 def peak_memory() -> int:
-    """Return the peak memory of this process in bytes.
+    """Peak memory of this process in bytes.
 
-    `ru_maxrss` starts with the peak of the parent; VmHWM of Linux does not.
+    On Linux this is VmHWM, as `ru_maxrss` starts with the peak of the parent process.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -286,8 +285,8 @@ def peak_memory() -> int:
 
 
 def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
-    """Train a system by the run's recipe; the rate of a group of the optimizer is the schedule's,
-    times the group's `share` if it has one.
+    """Train a system by the run's recipe. The learning rate of each group of the optimizer is the
+    schedule's, times the group's `share` if it has one.
     """
     recipe = run.recipe
     count = len(run.data.rows)
@@ -302,7 +301,7 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
         run.data, augmentation(run.base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse"
     )
     source = endless(examples, plan.part, workers=recipe.workers)
-    system.to(device).eval()  # CLIP's towers drop nothing
+    system.to(device).eval()  # CLIP's towers have no dropout
     learning = system.learning()
     for step in track(range(plan.steps), "learning", console=Console(stderr=True), transient=True):
         for group in optimizer.param_groups:
@@ -327,16 +326,16 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
 
 
 def paper(**values: Any) -> Any:
-    """Set the default of `settings`: fields of `Recipe` by the method's paper or its code."""
+    """Default of `settings`: fields of `Recipe` by the method's paper or its code."""
     return field(default_factory=lambda: values)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A system of the paper's tables.
+    """A row of the paper's tables.
 
-    `settings` are fields of `Recipe`, and `alpha` is the place of the weights on the line between
-    start and end, None the end. Subclasses add their paper's other hyper-parameters.
+    `settings` are fields of `Recipe`; `alpha` is the position of the weights on the line from start
+    to end, and None is the end. Subclasses add the other hyper-parameters of their paper.
     """
 
     settings: Mapping[str, Any] = paper()
@@ -369,7 +368,7 @@ def with_rate(method: Method, rate: float) -> Method:
 
 
 def learned(method: Method, run: Run) -> Learned:
-    """Train a method on the data of a run, or read the system that the run's folder keeps."""
+    """Train a method on the data of a run, or load the system that the run's folder keeps."""
     path = kept(method, run)
     run = run.of(method.settings)
     if path.exists():
@@ -395,6 +394,6 @@ def learned(method: Method, run: Run) -> Learned:
 
 
 def kept(method: Method, run: Run) -> Path:
-    """Name the file that keeps the learned system, for any α."""
+    """Path of the file that keeps the trained system, for any α."""
     digest = run.of(method.settings).digest(dataclasses.replace(method, alpha=None))
     return run.folder / f"{type(method).__name__}-{run.recipe.seed}-{digest}.safetensors"

@@ -1,5 +1,5 @@
-"""`python -m rivals.others`: fine-tuning on half of the classes, and its effect on both halves: on
-labels among themselves and among all, and on searches.
+"""`python -m rivals.others`: fine-tuning on half of the classes, and its effect on both halves, in
+classification within the half, in classification among all labels, and in search.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from rivals.small import table_of
 from rivals.tables import AT_CHOSEN_RATE, METHODS, NO_STOP, PRESERVE
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
-BATCH = 64  # images a step, at most all
+BATCH = 64  # images a step, or all images if there are fewer
 KINDS = {
     "trained": "trained classes",
     "trained, all labels": "trained, among all labels",
@@ -51,14 +51,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Collection:
-    """Images of all classes, of which a split trains half."""
+    """Images of all classes; a split trains half of the classes."""
 
     classes: tuple[str, ...]  # labels, synonyms after commas
     templates: tuple[str, ...]
-    train: Mapping[str, Sequence[Path]]  # images by the first name of their class
-    # images by style, the trained style first, and class
+    train: Mapping[str, Sequence[Path]]  # training images, by the first name of their class
+    # Test images by style, the trained style first, and by class.
     tests: Mapping[str, Mapping[str, Sequence[Path]]]
-    fields: Mapping[str, Any]  # of the recipe
+    fields: Mapping[str, Any]  # of the recipe, for all methods
 
     @property
     def splits(self) -> dict[str, tuple[str, ...]]:
@@ -68,12 +68,12 @@ class Collection:
 
 
 def collection(name: str, data_root: Path) -> Collection:
-    """Open the collection drawings, which is drawn if it is missing, or pacs."""
+    """Open the collection drawings, which is drawn if missing, or pacs."""
     if name == "pacs":
         root = data_root / "pacs"
         styles = ("photo", "art_painting", "cartoon", "sketch")
         images = {style: _by_class(root / style) for style in styles}
-        # Every second photo of a class is for the test.
+        # Every second photo of a class is for the test, the others for training.
         photos = images["photo"]
         tests = {**images, "photo": {label: paths[::2] for label, paths in photos.items()}}
         return Collection(
@@ -102,11 +102,11 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
 
 
 def methods() -> dict[str, Method]:
-    """List the rows at fixed rates: the paper's, that of `auto` on photos, and for rivals those
-    that validation chose for the main table of the drawings.
+    """List the rows at fixed rates: the paper's, the rate that `auto` finds on photos, and for
+    rivals those that validation chose for the main table of the drawings.
 
-    Full fine-tuning, WiSE-FT and Mask-Fill learn a head of the trained classes, so they can't name
-    others.
+    Full fine-tuning, WiSE-FT and Mask-Fill learn a head for the trained classes, so they cannot
+    recognise others.
     """
     closed: dict[str, Any] = {"negative_classes": 1000}
     words: dict[str, Any] = {"preserve_words": 3.0}
@@ -126,7 +126,7 @@ def methods() -> dict[str, Method]:
 
 @dataclass(frozen=True)
 class Judged:
-    """The values of a model on a test set, in a kind of `KINDS`."""
+    """Values of a model on a test set, for one of `KINDS`."""
 
     method: str
     settings: str  # `repr` of the method
@@ -135,9 +135,9 @@ class Judged:
     alpha: float
     style: str
     kind: str
-    n: int  # images, or texts of searches
-    # in base64, a bit for each image that is right, or the average precision of each text as
-    # float16
+    n: int  # number of images, or of texts for searches
+    # In base64: one bit for each image, set if it is right, or each text's average precision as
+    # float16.
     values: str
 
     @property
@@ -150,7 +150,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a test set, float32 [N, 3, S, S], and their classes."""
+    """Images of a test set, float32 [N, 3, S, S], and their classes."""
 
     pixels: Tensor
     labels: NDArray[np.int64]
@@ -159,7 +159,7 @@ class Images:
 def judge(
     system: System, images: Collection, split: str, tests: Mapping[str, Images]
 ) -> dict[tuple[str, str], NDArray[Any]]:
-    """Judge a system by kind and style: values are bool [N], or float16 of searches."""
+    """Evaluate a system, by kind and style; values are bool [N], or float16 for searches."""
     trained = np.array([label in images.splits[split] for label in images.classes])
     with torch.inference_mode():
         classes = system.embed_classes(images.classes, images.templates).float().cpu().numpy()
@@ -205,8 +205,8 @@ def measure(
     fields: Mapping[str, Any],
     folder: Path,
 ) -> list[Judged]:
-    """Train a method on the split's classes, with further fields of the recipe, and judge it at
-    every α; `folder` keeps the learned systems.
+    """Train a method on the split's classes, with further fields of the recipe, and evaluate it at
+    every α; `folder` keeps the trained systems.
     """
     with tempfile.TemporaryDirectory() as place:
         files = Path(place)
@@ -230,7 +230,7 @@ def measure(
         )
         result = learned(method, run)
         rows = []
-        # Only plain CLIPs have a line to their base.
+        # Other systems than plain CLIPs have no line to the base, so only the end is evaluated.
         for alpha in ALPHAS if result.system.clip() is not None else ALPHAS[-1:]:
             system = result.at(alpha)
             for (kind, style), values in judge(system, images, split, tests).items():
@@ -248,8 +248,8 @@ def _packed(values: NDArray[Any]) -> str:
 
 
 def table(rows: Sequence[Judged], base: Sequence[Judged], own: str) -> str:
-    """Make a table of the leads over the base, with a row a method and α; `own` is the trained
-    style.
+    """Make a table of the leads over the base, with one row for each method and α; `own` is the
+    trained style.
     """
     before = {(row.split, row.style, row.kind): row.each for row in base}
     grouped: dict[tuple[str, float], list[Judged]] = defaultdict(list)
@@ -289,7 +289,8 @@ def base_to_novel(rows: Sequence[Judged], own: str, picture: Path) -> str:
     """Make a table of the accuracies in the trained style, of trained and of other classes in %,
     and their harmonic mean H, among themselves and among all labels; means over halves and seeds.
 
-    The picture has the trained classes across, and the others among all labels up, over α.
+    The picture shows trained classes on the x-axis, and the others, among all labels, on the
+    y-axis, along α.
     """
     accuracies: dict[tuple[str, float], dict[str, list[float]]] = {}
     for row in rows:
@@ -343,14 +344,14 @@ def others(
     only: tuple[str, ...] = (),
     threads: int | None = None,
 ) -> None:
-    """Train on one half of the classes and judge both, at every α; print it, write Markdown.
+    """Train on one half of the classes, and evaluate both, at every α; print and write Markdown.
 
     Args:
         set_name: images to learn from.
         data_root: folder with drawings/ or pacs/.
-        out: folder of others.md, of its picture, and of others.jsonl, whose finished runs are not
-            repeated.
-        seeds: each method learns once for each, on each half.
+        out: folder of others.md, of its picture, and of others.jsonl, which keeps finished runs, so
+            that they are not repeated.
+        seeds: each method is trained once for each seed and half.
         steps: of a run.
         only: rows to make; by default all.
         threads: to compute with; by default one a core.
@@ -393,7 +394,7 @@ def others(
         for row in rows
         if row.method in wanted
         and row.seed in seeds
-        and row.settings == repr(known.get(row.method))  # not of a run by other settings
+        and row.settings == repr(known.get(row.method))  # leaves out runs with other settings
     ]
     parts = [
         "# What happens to the other classes",

@@ -1,5 +1,5 @@
-"""`python -m rivals.pacs`: a benchmark of PACS that trains on photos, chooses by photos and
-sketches, and judges on photos, art and cartoons.
+"""`python -m rivals.pacs`: a benchmark of PACS with training on photos, choice by photos and
+sketches, and test on photos, art and cartoons.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from rivals.benchmark import write_benchmark
 
-# A link to PACS: paths are relative, so that finished runs count wherever the data is.
+# A link to PACS keeps paths relative, so that finished runs stay valid if the data moves.
 PICTURES = Path("images")
 STYLES = ("photo", "art_painting", "cartoon", "sketch")
-CHOOSES = "sketch"  # the shifted style with the most images, so the smallest errors
-# The parts of every five photos of a class.
+CHOOSES = "sketch"  # style for the choice: it has the most images, so the smallest errors
+# Parts of every five photos of a class
 PARTS = ("test", "validation", "train", "train", "train")
 
 
 def pacs(root: Path, out: Path, /) -> None:
-    """Divide the photos, and write the benchmark's files.
+    """Split the photos, and write the benchmark's files.
 
     Args:
         root: folder with photo/CLASS/*.jpg, art_painting, cartoon and sketch.
@@ -68,7 +68,7 @@ def pacs(root: Path, out: Path, /) -> None:
     ]
     train = {
         "data": "csv:train.csv",
-        "templates": "simple",  # as the suite
+        "templates": "simple",  # as in the suite
         "batch_size": 64,
         "epochs": 10,
         "crop_scale": 0.7,

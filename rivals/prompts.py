@@ -1,4 +1,4 @@
-"""Learned vectors in place of the first words of all prompts: CoOp and MaPLe."""
+"""Learned vectors in place of the first words of prompts: CoOp and MaPLe."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rivals.adapters import blocks_of, width_of
 from rivals.method import Method, Run, System, Tuned, paper
 
 # CoOp. Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022: one context for all
-# classes. For 16-shot ImageNet its code takes 16 vectors drawn at random, or 4 that start as "a
-# photo of a", and the class at the end.
+# classes. For 16-shot ImageNet the authors' code uses 16 random vectors, or 4 that start as "a
+# photo of a", with the class at the end.
 
-# MaPLe has them, too; the rest are defaults of the library that both are written with.
+# Settings that MaPLe shares; those not in the papers are defaults of the library of both codes.
 SETTINGS: dict[str, Any] = {
     "learning_rate": 0.002,
     "min_learning_rate": 0.0,
@@ -32,16 +32,16 @@ SETTINGS: dict[str, Any] = {
 
 
 class Context(nn.Module):
-    """Vectors that replace the tokens after a text's start token; they start as the embeddings of
-    words, or at random.
+    """Vectors that replace the tokens after a text's start token, initialised with the embeddings
+    of words, or at random.
     """
 
     def __init__(self, base: Base, words: str | None, length: int) -> None:
         super().__init__()
-        blocks_of(base.model, "text")  # refuses other towers
+        blocks_of(base.model, "text")  # raises for unsupported towers
         embedding = text_tower(base.model).token_embedding
         tokens = base.tokenizer([words or " ".join(["X"] * length)])[0]
-        if int(tokens.argmax()) < 1 + length:  # the end token has the highest number
+        if int(tokens.argmax()) < 1 + length:  # the end token has the largest id
             raise RAdapterError(
                 f"a context of {length} vectors needs as many tokens, and {words!r} has fewer"
             )
@@ -62,7 +62,7 @@ class Context(nn.Module):
 
 
 def replaced(x: Tensor, start: int, vectors: Tensor) -> Tensor:
-    """Replace the part of sequences [N, L, d] from `start` on by vectors [n, d]."""
+    """Replace the vectors of sequences [N, L, d] from position `start` by vectors [n, d]."""
     length = len(vectors)
     return torch.cat(
         [x[:, :start], vectors.to(x.dtype).expand(len(x), -1, -1), x[:, start + length :]], dim=1
@@ -72,8 +72,8 @@ def replaced(x: Tensor, start: int, vectors: Tensor) -> Tensor:
 class Prompted(Tuned):
     """A CLIP whose prompts are a learned context, the class, and a full stop.
 
-    The context has `length` vectors, which start as `words` of as many tokens or more, or at
-    random. If the words have `{}` for the class, those after it replace the full stop.
+    The context has `length` vectors, which start as `words` of at least as many tokens, or at
+    random. If the words have `{}` for the class, the text after it replaces the full stop.
     """
 
     def __init__(self, run: Run, words: str | None, length: int) -> None:
@@ -84,16 +84,16 @@ class Prompted(Tuned):
         self.context = Context(run.base, before or None, length)
 
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Embed classes by the learned context, whatever the templates."""
+        """Embed classes with the learned context; ignores the templates."""
         return super().embed_classes(classes, [self.template])
 
 
 @dataclass(frozen=True)
 class PromptLearning(Method):
-    """The optimizer of CoOp and MaPLe: SGD.
+    """Prompt learning with SGD, as in CoOp and MaPLe.
 
-    Their code holds the rate at 1e-5 for the first epoch; here it rises for a fifth of the run, and
-    500 steps at most.
+    Their code keeps the rate at 1e-5 for the first epoch; here it rises over a fifth of the run, at
+    most 500 steps.
     """
 
     def optimizer(self, system: System, run: Run) -> Optimizer:
@@ -108,7 +108,7 @@ class PromptLearning(Method):
 
 @dataclass(frozen=True)
 class CoOp(PromptLearning):
-    """Context optimization; fields as of `Prompted`."""
+    """Context optimization; the fields are those of `Prompted`."""
 
     settings: Mapping[str, Any] = paper(**SETTINGS, batch_size=32, epochs=50)
     length: int = 16
@@ -119,16 +119,16 @@ class CoOp(PromptLearning):
 
 
 # MaPLe. Khattak et al., MaPLe: Multi-modal Prompt Learning, CVPR 2023: prompts in the first blocks
-# of both towers; image prompts are maps of text prompts.
+# of both towers; linear maps of the text prompts give the image prompts.
 
 
 class Coupled(Prompted):
-    """Block j < J has text prompts P_j after the start token, and image prompts `W_j·P_j + b_j`
-    after the patches.
+    """A CLIP with prompts in the first blocks of both towers.
 
-    They replace the outputs of the previous block's prompts; from block J on the outputs go on. P_0
-    starts as `words`, the others at random. J is `depth`, or the blocks of the shallower tower if
-    it has fewer.
+    Block j < J has text prompts P_j after the start token, and image prompts `W_j·P_j + b_j` after
+    the patches. They replace the outputs of the previous block's prompts; from block J on, these
+    outputs are kept. P_0 starts as `words`, the others at random. J is `depth`, or the number of
+    blocks of the shallower tower if that is less.
     """
 
     def __init__(self, run: Run, words: str, length: int, depth: int) -> None:
@@ -174,8 +174,8 @@ class Coupled(Prompted):
 
 @dataclass(frozen=True)
 class MaPLe(PromptLearning):
-    """Multi-modal prompts as the authors' code learns them for new classes; for new data sets it
-    takes depth 3 and 2 epochs. Fields as of `Coupled`.
+    """Multi-modal prompts, with the settings of the authors' code for new classes; for new data
+    sets it has depth 3 and 2 epochs. The fields are those of `Coupled`.
     """
 
     settings: Mapping[str, Any] = paper(

@@ -1,5 +1,5 @@
-"""R-Adapter by the package's training, the base itself, and R-Adapter with the regularizers of
-Table 5: dropout, drop path, and dropping by token.
+"""R-Adapter, trained by the package; the base alone; and R-Adapter with the regularizers of Table
+5: dropout, drop path, and dropping by token.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from rivals.method import Cost, Learned, Meter, Method, Run, System
 
 @dataclass(frozen=True)
 class Variant:
-    """Probabilities of dropping in training, in [0, 1): a number of an adapter's output (DO of
-    Table 5), a residual branch of an adapted block for an image or a text (DP), and an adapter at a
-    token position of the whole batch, as in the authors' code.
+    """Probabilities of dropping in training, in [0, 1): for `dropout` (DO of Table 5) each number
+    of an adapter's output; for `drop_path` (DP) a residual branch of an adapted block, for each
+    image or text; for `token_drop` an adapter at a token position, for the whole batch, as in the
+    authors' code.
     """
 
     dropout: float = 0.0
@@ -36,7 +37,7 @@ class Variant:
 
     def attach(self, model: nn.Module, rank: int | None, *, form: Any, **how: Any) -> Adapters:
         """Attach adapters with this variant, as `radapter_serve.adapter.attach` does."""
-        if self.dropout or self.token_drop:  # of outputs, which the weight form does not compute
+        if self.dropout or self.token_drop:  # act on outputs, which the weight form never computes
             form = "activation"
         adapters = attach(model, rank, form=form, **how)
 
@@ -58,7 +59,7 @@ class Variant:
         for layer in adapters.layers if form == "activation" else ():
             layer.change = partial(drop_outputs, change=layer.change)  # type: ignore[assignment]
         for site in adapters.sites if self.drop_path else ():
-            # The last module of a branch, after the adapter.
+            # Hook the last module of a branch, after the adapter.
             adapters.hooks.append(site.output.register_forward_hook(drop_branches))
         return adapters
 
@@ -66,12 +67,12 @@ class Variant:
 OWN = Variant()  # changes nothing
 
 
-# Fields of a ready recipe that the run sets, whatever learns.
+# Fields of a ready recipe that are left to the run.
 OF_THE_DATA = ("task", "architecture", "pretrained", "classes", "shots", "seed", "precision")
 
 
 class ZeroShot(Method):
-    """The base; nothing learns."""
+    """The base without training."""
 
     def start(self, run: Run) -> System:
         return System(run.base)
@@ -82,7 +83,9 @@ class ZeroShot(Method):
 
 @dataclass(frozen=True)
 class RAdapter(Method):
-    """R-Adapter, whose end is the adapter folded at α = 1: the line is the paper's re-scaling."""
+    """R-Adapter. Its end is the adapter folded at α = 1, so that the line from the start is the
+    paper's re-scaling.
+    """
 
     alpha: float | None = 0.5
     variant: Variant = OWN
@@ -110,9 +113,9 @@ def r_adapter(
     variant: Variant = OWN,
     **changes: Any,
 ) -> RAdapter:
-    """Build R-Adapter by a ready recipe with changed fields; None as α is no re-scaling."""
+    """Build R-Adapter from a ready recipe with changed fields; `alpha` None is no re-scaling."""
     values: Mapping[str, Any] = read_yaml(ready_recipes()[recipe], "the recipe")
     settings = {name: value for name, value in values.items() if name not in OF_THE_DATA}
-    # None is the recipe's value in a run of full length, and follows the length of a shorter one.
+    # The recipe's values fit a run of full length; None lets them follow the length of the run.
     follow = {name: None for name in ("momentum", "warmup_steps") if settings.get(name)}
     return RAdapter({**settings, **follow, **changes}, alpha, variant)

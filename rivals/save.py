@@ -1,4 +1,4 @@
-"""`python -m rivals.save`: save a rival that is a plain CLIP as an open_clip checkpoint."""
+"""`python -m rivals.save`: save a method's model, if it is a plain CLIP, for open_clip."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def save(
     alpha: float | None = None,
     soup: int = 72,
 ) -> None:
-    """Write a method's model as a folder that open_clip loads; learn it if no table has.
+    """Write a method's model as a folder that open_clip loads; train it first if no table did.
 
     radapter-eval --merged evaluates it, and local-dir:FOLDER is a base for all other commands.
 
@@ -37,10 +37,11 @@ def save(
         name: of the method in the table.
         to: folder of the checkpoint.
         flags: of rivals.table.
-        table: of the row; a row of Table 2 learns from 16 images a class, of Table 3 from captions.
-        seed: of the draws of training.
-        rate: factor of the method's own learning rate; the table names the chosen rate.
-        alpha: place between start, 0, and end, 1; by default the method's own.
+        table: with the row; a row of Table 2 learns from 16 images a class, of Table 3 from
+            captions.
+        seed: of the random draws in training.
+        rate: factor of the method's own learning rate; the table shows the chosen rate.
+        alpha: position between start, 0, and end, 1; by default the method's own.
         soup: models of the uniform soup.
     """
     check_alpha(0.0 if alpha is None else alpha)

@@ -1,4 +1,4 @@
-"""`python -m rivals.scenes`: benchmarks of retrieval and segmentation of the demo's scenes."""
+"""`python -m rivals.scenes`: benchmarks of retrieval and segmentation from the demo's scenes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ VALIDATION = "validation"
 def scenes(out: Path, /) -> None:
     """Compose the scenes, and write the files of both benchmarks.
 
-    Training, validation and test scenes are of different drawings in colour; two other styles are
-    for the test, too.
+    Training, validation and test scenes have different drawings in colour; test scenes in two other
+    styles are added.
 
     Args:
         out: folder for the scenes, retrieval.yaml and segmentation.yaml.
@@ -46,7 +46,7 @@ def scenes(out: Path, /) -> None:
         (f"test-{FINE_TUNED}", {"shift": "id"}),
         *((f"test-{style}", {"shift": "ood"}) for style in SCENE_SHIFTS),
     ]
-    # By task: the data of a folder, and fields of the suite, of its sets, and of training.
+    # By task: the data of a folder; extra fields of the suite, of its sets, and of training.
     tasks: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         "retrieval": ("csv:{}/captions.csv", {"metric": "image_retrieval_recall@1"}, {}, {}),
         "segmentation": ("masks:{}", dense, {"dense": "proposals", "threshold": 0.0}, dense),

@@ -1,4 +1,4 @@
-"""`python -m rivals.shots`: methods on a few images."""
+"""`python -m rivals.shots`: methods trained on a few images."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ SHARED = ("epochs", "steps", "batch_size", "crop_scale", "flip")
 
 
 class ByExample(System):
-    """A CLIP whose class embeddings are means of text and training images, both of unit length, as
-    `classify` mixes labels with examples.
+    """A CLIP whose class embeddings are means of the text's and the training images' embeddings,
+    both of unit length, as `classify` mixes labels with examples.
     """
 
     def __init__(self, run: Run) -> None:
@@ -96,10 +96,11 @@ def methods() -> dict[str, Method]:
 
 
 def drawn_table(data: str, images: int, *, unequal: bool, seed: int, folder: Path) -> str:
-    """Draw a number of images from a table, both tables as `data` takes them.
+    """Draw `images` images from the table `data`; returns the new table as `data` takes it.
 
-    Classes have equal sizes, or sizes that fall evenly, class by class, to a tenth of the first.
-    The seed draws which of the classes that have enough images is large.
+    Classes have equal sizes, or, if `unequal`, sizes that fall geometrically to a tenth of the
+    first. The seed draws the order of the classes, among those orders in which every class has
+    enough images.
     """
     reader, _, place = data.partition(":")
     if reader != "csv":
@@ -136,14 +137,14 @@ def shots(
     seeds: tuple[int, ...] = (0, 1, 2),
     only: tuple[str, ...] = (),
 ) -> None:
-    """Learn from a few images and judge on the test sets; print it, write Markdown and a picture.
+    """Train on a few images, and test; print the results, write Markdown and a picture.
 
     Args:
         flags: of all methods.
         shots: images of each class, drawn by the seed; larger numbers contain the smaller ones.
-        images: images in all, in place of shots.
+        images: total number of images, in place of shots.
         unequal: with --images, the largest class has ten times as many as the smallest.
-        seeds: each method learns once for each.
+        seeds: each method is trained once for each seed.
         only: rows to make; by default all.
     """
     check_seeds(seeds)
@@ -157,7 +158,7 @@ def shots(
     unit = "images" if images else "a class"
     kind = "unequal" if unequal else "equal"
 
-    # Judge each method from each number of images; zero-shot, which has no images, once.
+    # Evaluate each method for each number of images; zero-shot, which takes no images, once.
     judged: dict[tuple[str, int], list[list[Judged]]] = {}
     for number, seed in product(numbers, seeds):
         fields = {**benchmark.fields, "batch_size": 2}
@@ -183,7 +184,7 @@ def shots(
     def middle(head: str, name: str, number: int) -> float:
         return mean(row[head] for row in values[name, number])
 
-    # Make two tables: of the trained style, and of the mean of the others.
+    # Make two tables: for the trained style, and for the mean of the others.
     heads = list(values[ZERO_SHOT, numbers[0]][0])[:2]
     places = [(head, name, number) for head, name, number in product(heads, known, numbers)]
     leads = corrected(
@@ -205,7 +206,7 @@ def shots(
             lines.append(line)
         tables.append(markdown([head, *(f"{number} {unit}" for number in numbers)], lines))
 
-    # Draw a line a method over the numbers.
+    # Draw one line for each method over the numbers.
     picture = flags.out / "shots.png"
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
     for panel, head in zip(figure.subplots(1, 2), heads, strict=True):

@@ -1,4 +1,4 @@
-"""`python -m rivals.small`: the parts of the recipe `small`, on a few hundred images."""
+"""`python -m rivals.small`: ablation of the recipe `small`, on a few hundred images."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ CANDIDATES = {
     "small, fp32": {"precision": "no"},
     "small, bf16": {"precision": "bf16"},
 }
-LIMIT = 1000  # images of a test set
-CLASSES = 40  # of the drawings
+LIMIT = 1000  # most images of a test set
+CLASSES = 40  # number of classes of the drawings
 
 
 @dataclass(frozen=True)
 class Set:
     """Training images by class, of which a run draws `shots` each, and a suite of test sets.
 
-    `root` is the folder of the suite's paths, and `style` the shifted set of the suite that may
-    choose and is no test.
+    `root` is the folder of the suite's paths, and `style` the shifted set of the suite that is used
+    for the choice, and not for the test.
     """
 
     images: dict[str, list[Path]]
@@ -69,7 +69,7 @@ class Set:
     style: str
 
     def draw(self, seed: int, folder: Path) -> str:
-        """Draw a table of the images of a run, as `data` takes it."""
+        """Draw the images of a run; returns a table as `data` takes it."""
         chance = random.Random(seed)
         drawn = {
             label: chance.sample(images, min(self.shots, len(images)))
@@ -79,7 +79,7 @@ class Set:
 
 
 def table_of(images: Mapping[str, Iterable[Path]], folder: Path) -> str:
-    """Write images by class as a table in a folder; return it as `data` takes it."""
+    """Write images by class as a table in a folder; returns the table as `data` takes it."""
     path = folder / "images.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
@@ -89,7 +89,7 @@ def table_of(images: Mapping[str, Iterable[Path]], folder: Path) -> str:
 
 
 def set_of(name: str, root: Path, folder: Path) -> Set:
-    """Open the set drawings or pacs; the drawings of a few classes are linked in `folder`."""
+    """Open the set drawings or pacs; drawings of a few classes are linked in `folder`."""
     images: dict[str, list[Path]] = {}
     if name == "pacs":
         pacs = root / "pacs"
@@ -132,26 +132,26 @@ def few_classes(drawings: Path, copy: Path) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The accuracies of a run in %."""
+    """Accuracies of a run in %, and its choices."""
 
     candidate: str
     seed: int
     rate: float
-    alpha: float  # with the highest accuracy on the held-out images
-    held_out: float  # of the images that choose
-    style: float  # of the style that chooses
-    own: float  # of the test in distribution
-    shifts: float  # the mean of the other styles
-    seconds: float  # of training, with the search for the rate
+    alpha: float  # the best on the held-out images
+    held_out: float  # on the held-out images
+    style: float  # on the style for the choice
+    own: float  # on the test in distribution
+    shifts: float  # mean over the other styles
+    seconds: float  # of training, including the search for the rate
 
     @property
     def validation(self) -> float:
-        """The mean over the sets that may choose."""
+        """Mean over the sets for the choice."""
         return (self.held_out + self.style) / 2
 
 
 def measure(data: Set, candidate: str, seed: int, threads: int | None, folder: Path) -> Outcome:
-    """Train by the recipe, choose α by the held-out images, and test."""
+    """Train by the recipe, choose α on the held-out images, and test."""
     began = time.monotonic()
     run = train(
         "small",
@@ -171,7 +171,7 @@ def measure(data: Set, candidate: str, seed: int, threads: int | None, folder: P
     choice = evaluate(run, "auto", out=folder / "choice", threads=threads).choice
     assert choice is not None
 
-    # Test on all sets but the validation set in distribution.
+    # Test on all sets except validation in distribution.
     suite = yaml.safe_load(data.suite.read_text(encoding="utf-8"))
     suite["sets"] = [
         {key: value for key, value in entry.items() if key != "split"}
@@ -212,7 +212,7 @@ HEAD = [
 
 
 def row_of(candidate: str, runs: Sequence[Outcome], first: Sequence[Outcome]) -> list[str]:
-    """Format the row of a candidate, with its leads over the first one."""
+    """Format the row of a candidate, with its leads over the first candidate."""
     figures = [[(run.validation, run.own, run.shifts) for run in row] for row in (runs, first)]
     return [
         candidate,
@@ -234,7 +234,7 @@ def small(
     seeds: tuple[int, ...] = (0, 1, 2),
     threads: int | None = None,
 ) -> None:
-    """Train by the recipe `small` with and without its parts, test, print it and write Markdown.
+    """Train by the recipe `small` with and without its parts, and test; print and write Markdown.
 
     Each run's held-out images choose the learning rate and α.
 
@@ -242,11 +242,11 @@ def small(
         set_name: images to learn from.
         data_root: folder with drawings/ and pacs/.
         out: folder of small.md, and of the finished runs, which are not repeated.
-        seeds: each candidate learns once for each.
+        seeds: each candidate is trained once for each seed.
         threads: to compute with; by default one a core.
     """
     check_seeds(seeds)
-    path = out / "small.json"  # the folder's *.jsonl are cells of tables
+    path = out / "small.json"  # not *.jsonl, which are cells of tables
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     done = {(run["candidate"], run["seed"]): Outcome(**run) for run in kept}

@@ -1,5 +1,5 @@
 """`python -m rivals.table`: a table of the paper on any benchmark. Validation chooses each method's
-rate, settings and α over several seeds; its cells become Markdown and a picture.
+rate, settings and α over several seeds; results become Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from rivals.layout import (
 from rivals.method import Method, at_rate
 from rivals.tables import TABLES, figures, images_of
 
-CHOICES = (0.25, 0.5, 0.75, 1.0)  # of α: a curve over α is smooth, and each costs an evaluation
-WIDENINGS = 3  # of the grid of rates
+CHOICES = (0.25, 0.5, 0.75, 1.0)  # few α suffice, as curves are smooth, and each is an evaluation
+WIDENINGS = 3  # most steps by which the grid of rates grows
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A method with the rate, settings and α of a trial, and its validation score in %, by seed."""
+    """A trial: a method with its rate, settings and α, and its validation score in %, by seed."""
 
     method: Method
     scores: tuple[float, ...]
@@ -56,9 +56,9 @@ class Tried:
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen method, and all trials in their order, each at its best α.
+    """The chosen method, and all trials in order, each at its best α.
 
-    `at_edge` is set if the rate is the lowest or highest that was tried, although the grid grew.
+    `at_edge` is set if the rate is the lowest or highest of all trials, although the grid grew.
     """
 
     method: Method
@@ -74,12 +74,12 @@ def choose(
     factors: Sequence[float],
     alphas: Sequence[float] = (),
 ) -> Choice:
-    """Let the validation sets choose among rates, settings and α.
+    """Choose among rates, settings and α on the validation sets.
 
-    Of the trials that do not differ significantly from the best, the lowest rate is taken: a lower
-    rate keeps more of the base. The grid of rates starts from the factors, and grows until the best
-    and that one are inside; a single factor is not chosen, but taken. `methods` is a method with
-    each of the settings; without `alphas` it keeps its own α.
+    Of the trials that do not differ significantly from the best, the one with the lowest rate is
+    chosen, as a lower rate keeps more of the base. The grid of rates starts with the factors, and
+    grows until the best rate and the chosen one are inside; a single factor is applied without a
+    choice. `methods` is a method with each of its settings; without `alphas` it keeps its own α.
     """
     first = methods[0]
     rates = sorted(set(factors)) if "learning_rate" in first.settings else [1.0]
@@ -117,7 +117,7 @@ def choose(
 
 
 def differing(methods: Sequence[Method], method: Method) -> str:
-    """Name the settings of a method in which the methods differ, without the rate and α."""
+    """Format the settings of a method in which the methods differ, besides rate and α."""
 
     def facts(method: Method) -> dict[str, object]:
         values = {
@@ -139,7 +139,7 @@ def differing(methods: Sequence[Method], method: Method) -> str:
 def _tried(
     cells: Cells, name: str, method: Method, seeds: Sequence[int], alphas: Sequence[float]
 ) -> Tried:
-    """Try a method at its best α; of equals the smallest."""
+    """Evaluate a method at its best α; of equals the smallest."""
     points = [1.0] if method.alpha is None else sorted(alphas) or [method.alpha]
     of_seeds = [cells.cell(name, method, seed, points, "validation").rows for seed in seeds]
     scores = {
@@ -153,33 +153,33 @@ def _tried(
 
 
 def _best(tried: Sequence[Tried]) -> Tried:
-    """Find the highest mean; of equals the lowest rate."""
+    """Find the trial with the highest mean; of equals the lowest rate."""
     return max(tried, key=lambda trial: (round(mean(trial.scores), 6), -trial.rate))
 
 
 def _lowest(tried: Sequence[Tried]) -> Tried:
-    """Find the lowest rate among the best and its equals; of equal rates the better trial."""
+    """Find the lowest rate among the best trial and its equals; of equal rates the better trial."""
     best = _best(tried)
     equals = [trial for trial in tried if not _worse(trial, best)]
     return min(equals, key=lambda trial: (trial.rate, -mean(trial.scores)))
 
 
 def _worse(trial: Tried, best: Tried) -> bool:
-    """Compare by the paired differences of the seeds: worse means by more than a standard error."""
+    """True if a trial is worse by more than one standard error of the seeds' paired differences."""
     leads = [a - b for a, b in zip(best.scores, trial.scores, strict=True)]
     if len(leads) < 2:
         return mean(leads) > 0
     return bool(mean(leads) > stdev(leads) / len(leads) ** 0.5)
 
 
-# The rows over which the leads of the others are shown.
+# Rows over which the table shows the leads of the others.
 BASES = ("zero-shot", "r-adapter", "r-adapter, preserve", "r-adapter, preserve, all classes")
 
-Methods = Mapping[str, Method]  # by name in the table
+Methods = Mapping[str, Method]  # by their names in the table
 
 
 def _rows(cells: Cells, methods: Methods, seeds: Sequence[int], picture: Path) -> str:
-    """Make a table with a row a method."""
+    """Make a table with one row for each method."""
     lines = []
     values: dict[str, list[dict[str, float]]] = {}
     images: dict[str, list[dict[str, Images]]] = {}
@@ -202,15 +202,16 @@ def leads(
     values: Mapping[str, Sequence[Mapping[str, float]]],
     images: Mapping[str, Sequence[Mapping[str, Images]]],
 ) -> str:
-    """Make a table of the leads over each row of `BASES`, if there are several seeds: by method and
-    seed, the figures in % by column, and each image's part of them, from `images_of`.
+    """Make a table of the leads over each row of `BASES`, if there are several seeds. By method and
+    seed, `values` holds the figures in % by column, and `images` each image's part, as from
+    `images_of`.
     """
     seeds = len(next(iter(values.values())))
     if len(values) == 1 or seeds < 2:
         return ""
     bases = [name for name in values if name.lower() in BASES]
     heads = list(next(iter(values.values()))[0])
-    # Columns whose cells all have the images; of the others, leads are over seeds alone.
+    # In columns with the images' parts, leads are over images and seeds; in others over seeds alone.
     paired = [
         head for head in heads if all(head in row for rows in images.values() for row in rows)
     ]
@@ -246,7 +247,7 @@ def leads(
 
 
 def _curves(cells: Cells, methods: Methods, seeds: Sequence[int], picture: Path) -> str:
-    """Make a table with a row a method and α, for every α."""
+    """Make a table with one row for each method and α."""
     lines: list[list[str]] = []
     curves: dict[str, list[dict[str, float]]] = {}
     sets: dict[str, Judged] = {}
@@ -294,8 +295,8 @@ def _conditions(
     *,
     alpha: bool,
 ) -> str:
-    """Describe the command, the machine, and all choices, by the `choosing` seeds; `alpha` is
-    chosen too.
+    """Describe the command, the machine, and the choices by the seeds `choosing`; `alpha` is set if
+    α was chosen.
     """
     hidden = {"data", "images", "classes", "templates"}
     if "steps" in benchmark.fields:
@@ -336,7 +337,7 @@ def _conditions(
 
 
 def _trials(chosen: Mapping[str, Choice]) -> list[str]:
-    """Make a table of all trials, if there are any."""
+    """Make a table of all trials; empty if there are none."""
     lines = []
     for name, choice in chosen.items():
         methods = [trial.method for trial in choice.tried]
@@ -372,14 +373,15 @@ def table(
     rates: tuple[float, ...] = (1.0,),
     soup: int = 72,
 ) -> None:
-    """Make a table of the paper: learn and judge what is missing, print it, write Markdown and a
+    """Make a table of the paper: train and evaluate missing cells; print it, write Markdown and a
     picture.
 
     Args:
         number: which table; all has every system.
         flags: of all methods.
-        seeds: each method learns once for each.
-        validation_seeds: those of --seeds by whose mean validation chooses; by default all.
+        seeds: each method is trained once for each seed.
+        validation_seeds: seeds among --seeds whose mean validation score decides the choice; by
+            default all.
         only: rows to make, by their names in the table; by default all.
         alpha: paper takes each method's own; validation chooses it for each method on the
             validation sets, from 0.25, 0.5, 0.75 and 1.
@@ -397,7 +399,7 @@ def table(
                 f" {' '.join(map(str, seeds))}"
             )
 
-    # The choice of each row.
+    # Choose the settings of each row.
     choosing = validation_seeds or seeds
     spec = TABLES[number]
     if unknown := [name for name in only if name not in spec.rows]:
@@ -423,7 +425,7 @@ def table(
             CHOICES if alpha == "validation" else (),
         )
 
-    # The cells, their picture and their page.
+    # Make the cells, the picture and the page.
     methods = {name: choice.method for name, choice in chosen.items()}
     flags.out.mkdir(parents=True, exist_ok=True)
     picture = flags.out / f"table-{number}.png"

@@ -32,7 +32,7 @@ METHODS: dict[str, Method] = {
     "maple": MaPLe(),
     "clipood": CLIPood(),
     "repadapter": RepAdapter(),
-    # In texts only, with as many parameters as Table 2 prints.
+    # In texts only, with the number of parameters that Table 2 prints.
     "repadapter-t": RepAdapter(towers=("text",), hidden=14),
     "adaptformer": AdaptFormer(),
     "lora": LoRA(),
@@ -41,13 +41,13 @@ METHODS: dict[str, Method] = {
 }
 
 PRESERVE: dict[str, Any] = {"preserve": 10.0, "drop": 0.0}
-# The demo's base was trained without full stops. Its features are longer than those of OpenAI's
-# CLIP, so that a squared distance between them, as of Mask-Fill, weighs more.
+# The demo's base was trained on texts without full stops. Its features are longer than those of
+# OpenAI's CLIP, so that a squared distance between features, as in Mask-Fill, has more weight.
 NO_STOP: dict[str, Method] = {
     "CoOp, no full stop": CoOp(words="{}"),
     "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
 }
-# At rates that validation chose for the main table of the drawings.
+# Methods at the rates that validation chose for the main table of the drawings.
 AT_CHOSEN_RATE = {
     "WiSE-FLYP": with_rate(METHODS["wise-flyp"], 1e-3),
     "LoRA": with_rate(METHODS["lora"], 6e-4),
@@ -64,17 +64,17 @@ class Table:
 
     title: str
     rows: Mapping[str, Method]  # methods by their names in the paper
-    # of a recipe, for what the benchmark leaves open
+    # Fields of a recipe that the benchmark may override.
     fields: Mapping[str, Any] = field(default_factory=dict)
     curves: bool = False  # show every α, as in Fig. 3
-    # by row, the method with other settings, for the choice together with the rate
+    # By row: the same method with other settings, chosen together with the rate.
     others: Mapping[str, Sequence[Method]] = field(default_factory=dict)
-    # by row, the first factor of its paper's rate in the grid of rates
+    # By row: factor of the paper's rate at which the grid of rates starts.
     starts: Mapping[str, float] = field(default_factory=dict)
 
 
 def by_task(recipe: str, alpha: float) -> dict[str, Method]:
-    """List R-Adapter for retrieval or segmentation, as it is and with one part changed."""
+    """List R-Adapter for retrieval or segmentation, unchanged and with one part changed each."""
     rows: dict[str, dict[str, Any]] = {
         "R-Adapter": {},
         "R-Adapter, no dropping": {"drop": 0.0},
@@ -88,10 +88,10 @@ def by_task(recipe: str, alpha: float) -> dict[str, Method]:
 
 
 def ablations() -> dict[str, Method]:
-    """List the rows of Table 5, by the parts of the method that they have.
+    """List the rows of Table 5, named by their parts of the method.
 
-    The paper does not say its dropout and drop-path, here 0.2, nor the optimizers and rates of B1
-    and B2, here those of their papers.
+    The paper does not give its rates of dropout and drop-path, here 0.2, nor the optimizers and
+    rates of B1 and B2, here those of their papers.
     """
     plain: dict[str, Any] = {
         "drop": 0.0,
@@ -128,8 +128,8 @@ def ablations() -> dict[str, Method]:
 
 
 def hyper_parameters() -> dict[str, Method]:
-    """List R-Adapter with one choice changed; it has full rank in both towers, δ = 0.05, p = 0.2,
-    and m by the length.
+    """List R-Adapter with one hyper-parameter changed each; unchanged, it has full rank in both
+    towers, δ = 0.05, p = 0.2, and m by the length of the run.
     """
     rows: dict[str, dict[str, Any]] = {
         "R-Adapter": {},
@@ -147,8 +147,8 @@ def hyper_parameters() -> dict[str, Method]:
 
 
 TABLES = {
-    # The grids of the rivals start above their papers' rates, which are for runs of some 25,000
-    # steps.
+    # The grids of the rivals start above their papers' rates, which are meant for runs of some
+    # 25,000 steps.
     "main": Table(
         "The leading methods: rate, settings and α chosen by validation",
         {
@@ -164,7 +164,7 @@ TABLES = {
             "R-Adapter, preserve": r_adapter("imagenet", **PRESERVE),
             "R-Adapter, preserve, all classes": r_adapter(
                 "imagenet",
-                negative_classes=1000,  # as many as any benchmark has
+                negative_classes=1000,  # at least as many as any benchmark has
                 **PRESERVE,
             ),
         },
@@ -245,7 +245,7 @@ TABLES = {
                 for name, method in METHODS.items()
                 if name not in ("lp", "mask-adapted", "r-adapter")
             },
-            # By its paper for shifts of domain; Table 2 has the β for 16 images a class.
+            # β for domain shifts, by its paper; Table 2 uses the β for 16 images a class.
             "clipood": CLIPood(beta=0.5),
             **{f"r-adapter, rank {rank}": r_adapter("imagenet", rank=rank) for rank in (1, 4, 8)},
             "r-adapter": METHODS["r-adapter"],
@@ -255,9 +255,9 @@ TABLES = {
 
 
 def images_of(rows: Sequence[Judged]) -> dict[str, Images]:
-    """Collect each image's part of the figures, by column, from a row of each set at one α.
+    """Collect each image's part of the figures, by column, from one row of each set at one α.
 
-    Columns whose cells have not kept it are missing; a mean has the images of each set.
+    Columns of cells without these parts are left out; a mean column has the images of each set.
     """
     kept = {row.dataset: row.per_image for row in rows}
     images = {name: [values] for name, values in kept.items() if values is not None}
@@ -268,10 +268,10 @@ def images_of(rows: Sequence[Judged]) -> dict[str, Images]:
 
 
 def figures(rows: Sequence[Judged]) -> dict[str, float]:
-    """Compute the figures of a table's row in %, by column, from a row of each set at one α.
+    """Compute the figures of a table's row in %, by column, from one row of each set at one α.
 
-    Sets in distribution come first, then the mean of several shifted sets, and each of these.
-    Retrieval has all recalls.
+    Sets in distribution come first, then the mean of several shifted sets, then each of them.
+    Retrieval has a column for each recall.
     """
     values: dict[str, float] = {}
     by_name = {row.dataset: row for row in rows}

@@ -225,8 +225,8 @@ def _named(source: str) -> str:
 
 
 def prepare_push(name: str, alphas: int, runtime: str) -> str:
-    """Create a private repository, or check that an existing one may be written, before the export.
-    Returns its full name; without an organisation, it belongs to the user's account.
+    """Create a private repository, or check that an existing one may be written, before the export;
+    returns its full name. Without an organisation, it belongs to the user's account.
     """
     from huggingface_hub import HfApi
 
