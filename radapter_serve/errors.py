@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-MAX_LISTED = 20  # lines below a message
+MAX_LISTED = 20  # most lines after a message
 _NAME = "radapter-serve"
 
 

@@ -30,7 +30,7 @@ STOPPING: tuple[int, ...] = (
 
 
 class Clock(Protocol):
-    """A clock, as the module `time` is one; tests pass a fake."""
+    """Interface of a clock, which the module `time` has; tests pass a fake."""
 
     def monotonic(self) -> float:
         """Return seconds that never decrease."""
@@ -98,7 +98,7 @@ def cores(root: Path = Path("/")) -> int:
                     period = (folder / "cpu.cfs_period_us").read_text()
                 else:
                     quota, period = (folder / "cpu.max").read_text().split()
-                if float(quota) > 0:  # "max" raises below, and -1 means no quota
+                if float(quota) > 0:  # "max" raises a ValueError, and -1 means no quota
                     limits.append(math.ceil(float(quota) / float(period)))
             except (OSError, ValueError):
                 continue

@@ -93,7 +93,7 @@ class Classifier(System):
 
 @dataclass(frozen=True)
 class FullFineTuning(Method):
-    """FT; with α it is WiSE-FT."""
+    """FT; with an α, WiSE-FT."""
 
     settings: Mapping[str, Any] = paper(
         templates="openai",
@@ -118,7 +118,7 @@ class FullFineTuning(Method):
 
 @dataclass(frozen=True)
 class LinearProbe(Method):
-    """LP."""
+    """LP: only the linear head learns."""
 
     settings: Mapping[str, Any] = paper(
         templates="openai",

@@ -358,6 +358,8 @@ def others(
     """
     check_seeds(seeds)
     limit_threads(threads)
+
+    # Evaluate the base.
     images = collection(set_name, data_root)
     base = load_base(f"{LOCAL}{BASE}")
     tests = read_tests(images, base)
@@ -368,6 +370,8 @@ def others(
         for split in images.splits
         for (kind, style), values in judge(system, images, split, tests).items()
     ]
+
+    # Train and evaluate the methods, except for runs that the file has.
     known = methods()
     path = out / "others.jsonl"
     out.mkdir(parents=True, exist_ok=True)
@@ -388,6 +392,8 @@ def others(
                 cell = {"run": key, "rows": [astuple(row)[4:] for row in judged]}
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(cell, separators=(",", ":")) + "\n")
+
+    # Write the page.
     wanted = only or known
     shown = [
         row

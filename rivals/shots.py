@@ -105,6 +105,8 @@ def drawn_table(data: str, images: int, *, unequal: bool, seed: int, folder: Pat
     reader, _, place = data.partition(":")
     if reader != "csv":
         raise RAdapterError(f"--images needs a benchmark whose data is csv:TABLE; this has {data}")
+
+    # Read the table, and share the images among the classes.
     by_class: dict[str, list[Path]] = {}
     with Path(place).open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -116,6 +118,7 @@ def drawn_table(data: str, images: int, *, unequal: bool, seed: int, folder: Pat
         if size > most:
             raise RAdapterError(f"{images} images need {size} of a class; it has {most}")
 
+    # Draw the order of the classes, and their images.
     chance = random.Random(seed)
     classes = sorted(by_class)
     while True:

@@ -211,7 +211,7 @@ def leads(
         return ""
     bases = [name for name in values if name.lower() in BASES]
     heads = list(next(iter(values.values()))[0])
-    # In columns with the images' parts, leads are over images and seeds; in others over seeds alone.
+    # Leads are over images and seeds in columns with the images' parts, else over seeds alone.
     paired = [
         head for head in heads if all(head in row for rows in images.values() for row in rows)
     ]

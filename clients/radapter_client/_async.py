@@ -84,7 +84,7 @@ class AsyncClient:
         return f"Async{self._client!r}"
 
     async def close(self) -> None:
-        """Closes the connections; calls under way in other tasks fail."""
+        """Close the connections; calls under way in other tasks fail."""
         self._client.close()
         self._calls.shutdown(wait=False)
 

@@ -102,7 +102,7 @@ class Client:
             server asks for. A time-out is not retried.
         batch_size: most images or texts in a request; the server's limit is
             `release().facts["max_batch_size"]`.
-        concurrency: most requests of calls with lists that are under way at once, over all threads.
+        concurrency: most requests under way at once for calls with lists, over all threads.
         api_key: the key that radapter-gateway asks for. Without TLS (https, grpcs) others can read
             it on the way.
         transport: sends requests in place of gRPC or HTTP, such as a fake server in tests.
@@ -220,6 +220,7 @@ class Client:
 
         Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top`
         """
+        # Check the arguments.
         items = several_images("images", images)
         names = list(examples) if labels is None and examples else labels
         options = checked(
@@ -236,8 +237,12 @@ class Client:
         if examples is not None or example_weight is not None:
             shown = {} if examples is None else examples
             options |= example_values(list(names or []), shown, example_weight, self._shrink_to)
+
+        # Limit the rows of a request, each of which repeats labels and templates.
         strings = sum(len(value) if isinstance(value, list) else 1 for value in options.values())
         rows = max(1, min(self._batch_size, MAX_STRINGS // max(1, strings)))
+
+        # Ask in batches, and read the rows.
         answers = []
         for reply in self._in_batches("classify", "image", items, options, rows, timeout):
             for row, scores in zip(_texts(reply, "label"), _output(reply, "score"), strict=True):
@@ -291,6 +296,7 @@ class Client:
         Example: `client.segment("street.jpg", ["road", "car",
         "sky"]).overlay().save("overlay.png")`
         """
+        # Check the arguments.
         items = several_images("images", images)
         length = None if is_one_image(images) else len(items)
         options = checked(
@@ -304,6 +310,8 @@ class Client:
             refine=refine,
             proposal_weight=proposal_weight,
         )
+
+        # Ask with one request for each image.
         masks = one_each("proposals", proposals, length)
         scores = one_each("proposal_scores", proposal_scores, length)
 
@@ -314,6 +322,8 @@ class Client:
 
         parts = [partial(request, index) for index in range(len(items))]
         replies = self._infer("segment", parts, timeout)
+
+        # Read the masks, and note for `overlay` which releases turn images by EXIF.
         turned: dict[int, bool] = {}  # by release; asked for only if an image has to be turned
         if any(orientation(image) != 1 for image in items):
             served = self._served(timeout)
@@ -378,6 +388,7 @@ class Client:
 
         Example: `client.search("a red bicycle", index="photos", where="year > 2020")[0].id`
         """
+        # Check the arguments.
         images = [] if image is None else several_images("image", image)
         by_release = isinstance(min_score, str) and min_score == "calibrated"
         options = checked(
@@ -394,6 +405,8 @@ class Client:
         )
         if not images and not {"text", "id"} & options.keys():
             raise bad_argument('give a text to search for, image="FILE" or id="ID", one or more')
+
+        # Ask for the outputs that the call needs.
         outputs = ["id", "score", "metadata"]
         if thumbnails:
             outputs.append("thumbnail")
@@ -408,6 +421,8 @@ class Client:
             return Request("infer", "retrieve", version, Values(values), outputs)
 
         [reply] = self._infer("retrieve", [request], timeout)
+
+        # Read the hits.
         ids = _texts(reply, "id")
         scores = _output(reply, "score").tolist()
         metadata = _texts(reply, "metadata")
@@ -462,7 +477,7 @@ class Client:
 
     @staticmethod
     def similarity(a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Cosines of embeddings: float32 [N, M] for two lists, less an axis for each one of [D].
+        """Cosines of embeddings, float32 [N, M] for [N, D] and [M, D]; either may be a single [D].
 
         Example: `client.similarity(client.embed_images(paths), client.embed_texts(["a cat"]))`
         """

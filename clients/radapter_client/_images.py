@@ -70,7 +70,7 @@ def encode_image(image: ImageLike) -> bytes:
     if not isinstance(image, Image.Image):
         raise bad_image(f"not an image: {type(image).__name__}; allowed are {ALLOWED}")
 
-    # Pixels, as PNG
+    # Encode pixels as PNG.
     if image.mode not in MODES:
         raise bad_image(
             f"a PIL image of mode {image.mode} cannot be sent without changing it; allowed are"
@@ -136,7 +136,7 @@ def _exif(turned: int) -> Image.Exif:
 
 
 def read_image(image: ImageLike, *, exif_orientation: bool = True) -> Image.Image:
-    """Open an image as RGB, turned by its EXIF orientation unless told otherwise."""
+    """Open an image as RGB, turned by its EXIF orientation by default."""
     try:
         opened = _opened(image)
         if exif_orientation and orientation(opened) != 1:

@@ -275,11 +275,11 @@ FIRST = (
     (0, 114, 178),
     (213, 94, 0),
 )
-COLOURS = 256  # before they repeat
+COLOURS = 256  # number of colours before they repeat
 # A colour has to be three times as far from the last three colours as from the earlier ones.
 RECENT = 3
 CLOSER = 3
-LEAST_SIDE = 512  # px of the longer side of a picture with a legend, so that its text can be read
+LEAST_SIDE = 512  # least px of the longer side with a legend, so that its text is readable
 ENTRIES = 40  # most entries of the legend; a last line sums up the rest
 PAPER = (255, 255, 255)
 INK = (32, 33, 36)

@@ -166,7 +166,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def exportable(model: nn.Module, *, only: str = "", without: str = "") -> Any:
-    """Copy a model's structure with `Attention` in place of its own, with one child `only` or
+    """Copy a model's structure with `Attention` in place of torch's, with one child `only` or
     `without` one. The copy shares the model's parameters and buffers, under the same names.
     """
     memo: dict[int, Any] = {
@@ -264,8 +264,8 @@ class Graph:
         """Add weights, write the file and check it; returns the size of all written files in bytes.
 
         `weights` is a state dict of the whole CLIP, whose tensors are cast to the types of the
-        initializers of the same names. More than `external_above` bytes of weights get a file of
-        their own next to the graph.
+        initializers of the same names. More than `external_above` bytes of weights are written
+        to a separate file next to the graph.
         """
         initializers = self.model.graph.initializers
         weightless = {

@@ -98,7 +98,7 @@ def lower(graph: Graph, precision: str) -> Graph:
 def _fp32_nodes(nodes: list[ir.Node], low: ir.DataType) -> set[ir.Node]:
     """Find the nodes that compute in fp32: those that must, and then, repeated until nothing
     changes, nodes that follow one of them, nodes with a constant beyond the low type's range (such
-    as the stand-in for minus infinity in a mask), and nodes whose results go to fp32 nodes alone.
+    as the replacement of minus infinity in a mask), and nodes whose results go to fp32 nodes alone.
     """
     fp32_nodes = set()
     undecided = []

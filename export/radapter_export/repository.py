@@ -23,7 +23,7 @@ from radapter_serve.tasks.table import TASKS
 TEMPLATE = "config.template.pbtxt"
 TOKENIZED = ("embed_text", "segment", "classify")  # models with the tokenizer
 LABELLED = ("segment", "classify")  # models with the label sets
-STAGED = ".export-"  # Triton ignores subfolders of a model whose names are not numbers
+STAGED = ".export-"  # Triton ignores a model's subfolders whose names are not numbers
 
 
 def sources() -> Path:

@@ -61,12 +61,12 @@ class ExportSettings:
         calibration: a folder of about a hundred typical images for int8.
         validation: data as for radapter-train --val-data, on which the encoders are compared with
             torch in the task's own metric, and scores are calibrated; own for the run's own, which
-            is also taken if this is not given and the precision is not fp32; none for none.
+            is also taken if this is not given and the precision is not fp32; none skips both.
         max_drop: points of that metric, in per cent, that the encoders may lose.
         runtime: runtime of the encoders in the server; they are checked with it.
         tolerance: largest difference from torch allowed in a component of the unit-length
             embeddings; the precision's own if not given: 1e-4 in fp32. The bound on the cosine
-            widens with its square, down to 0.9.
+            widens with the square of the tolerance, down to 0.9.
         max_batch_size: images or texts in one batch of the server.
         push: ORGANISATION/NAME of a repository on the Hugging Face hub, to which the release, the
             merged weights, those for transformers if asked for, and the card are sent; it is

@@ -39,8 +39,7 @@ class Export:
         merged: folder of the merged checkpoint, or of one folder for each of several α.
         transformers: the same in the form of transformers; None if it was not asked for.
         made_of: the adapters, the checkpoint or the LoRA.
-        choice: the result of `radapter-eval --alpha auto` that the export used; None if it used
-            none.
+        choice: the result of `radapter-eval --alpha auto`, if the export used it; else None.
         notes: information for the user, one line each.
     """
 
@@ -88,7 +87,7 @@ def export(
 
     Args:
         adapter: a run, as `train` returns it, its folder, or an adapter file; several are averaged.
-            The newest run in ./runs if not given, and neither is a `checkpoint` nor a `lora`.
+            The newest run in ./runs if no adapter, `checkpoint` or `lora` is given.
         alpha: re-scalings in [0, 1], each another release. If not given, the one that
             `evaluate(..., alpha="auto")` chose for this very adapter, or else the run's own, and 1
             for a checkpoint or a LoRA; the notes say which. `auto` requires that choice, `best`

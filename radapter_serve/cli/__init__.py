@@ -141,8 +141,8 @@ def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: s
     except (RAdapterError, RAdapterClientError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of a pipe, such as head, has ended
-        with contextlib.suppress(OSError):  # stdout may have no file; Python flushes it at exit
+    except BrokenPipeError:  # the reader, such as head, ended; let the flush at exit succeed
+        with contextlib.suppress(OSError):  # stdout may have no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as error:

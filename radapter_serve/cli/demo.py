@@ -1,4 +1,4 @@
-"""`radapter-demo`."""
+"""`radapter-demo`: fine-tune, export, serve and query a small CLIP offline."""
 
 from __future__ import annotations
 

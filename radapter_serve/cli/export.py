@@ -48,7 +48,7 @@ def export(
             radapter-eval --alpha auto chose for this very adapter, or else the run's own, and 1 for
             a checkpoint or a LoRA. auto requires that choice; best takes the one with the highest
             score on validation data; dynamic makes one release that takes any alpha with each
-            request, and by default the one that is taken if not given.
+            request, and for requests without one the alpha that is chosen if this is not given.
         adapter: folder of a run or adapter file; the newest run in ./runs if not given. If given
             several times, the average of these adapters, which must have one base, is exported.
         label_set: NAME=FILE, classes whose embeddings become part of the release: text, a class a

@@ -493,7 +493,7 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 def report(
     answers: Iterable[Answer], columns: Sequence[str], as_json: bool, out: Path | None = None
 ) -> None:
-    """Print the answers, or write them to a .csv file; all but a table is written at once."""
+    """Print the answers, or write them to a .csv file; JSON and CSV are written as answers come."""
     if out is not None:
         check_output("--out", out, ".csv")
         count = 0

@@ -61,7 +61,7 @@ class GatewayFlags:
 
     def settings(self, host: str, port: int, indexes: Path, triton: str = "") -> Settings:
         """Settings of a gateway at a host and a port."""
-        from radapter_serve.gateway.settings import Settings  # here: Triton alone needs none
+        from radapter_serve.gateway.settings import Settings  # not for Triton alone
 
         return Settings(
             host=host,
@@ -76,7 +76,7 @@ class GatewayFlags:
         )
 
     def server(self, endpoints: Endpoints, indexes: Path) -> GatewayServer | None:
-        """Make a gateway, which listens, in front of Triton; None without --gateway-port."""
+        """Open a gateway in front of Triton, listening at once; None without --gateway-port."""
         if self.gateway_port is None:
             for field in fields(self):
                 if getattr(self, field.name) != field.default:
@@ -143,6 +143,7 @@ def serve(
         verbose: show Triton's own messages.
         gateway: a gateway in front of the server.
     """
+    # Choose the engine.
     chosen = engine
     if engine == "auto":
         chosen = "triton"
@@ -151,6 +152,8 @@ def serve(
         except RAdapterError as error:
             chosen = "process"
             _say(f"engine: process, because {error}")
+
+    # Describe the endpoints, the repository and the server.
     in_process = chosen == "process"
     endpoints = Endpoints(
         host,
@@ -183,6 +186,8 @@ def serve(
         drain_seconds=drain_seconds,
         verbose=verbose,
     )
+
+    # Serve with tritonserver, or in this process.
     if not in_process:
         from radapter_serve.server.triton_server import TritonServer
 

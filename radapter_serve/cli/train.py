@@ -1,4 +1,4 @@
-"""`radapter-train`."""
+"""`radapter-train`: train adapters by a recipe."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _train(arguments: list[str]) -> None:
     if asks_for_help(rest):
         show_help(_in_groups(recipe, FIRST), prog=PROG, description=description)
     if HELP_ALL in rest:
-        shown = {field.name for field in dataclasses.fields(recipe)} - {"resume"}  # beside --recipe
+        shown = {field.name for field in dataclasses.fields(recipe)} - {"resume"}  # in `Given`
         tyro.cli(_in_groups(recipe, shown), args=["--help"], prog=PROG, description=description)
     recipe = tyro.cli(
         Recipe, args=_nones(rest, Recipe), default=recipe, prog=PROG, description=description

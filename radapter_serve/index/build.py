@@ -177,6 +177,8 @@ def build_from_embeddings(
     vectors = vectors.absolute()
     rows = rows.absolute()
     _check_place(out)
+
+    # Map the vectors, and read their rows.
     try:
         array = np.load(vectors, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -197,6 +199,8 @@ def build_from_embeddings(
     if len(ids.unique()) != len(ids):
         twice, _ = Counter(ids.to_pylist()).most_common(1)[0]
         raise RAdapterError(f"{rows} names {twice!r:.200} twice; an id is of one row")
+
+    # Write the rows in batches.
     metadata = table.drop_columns([image_column])
     plan = Plan(
         source=str(vectors),

@@ -45,7 +45,7 @@ class Sql(Dialect):
     """A dialect with names in backticks or double quotes, and no escapes by backslash."""
 
     class Tokenizer(tokens.Tokenizer):
-        IDENTIFIERS = ["`", '"']  # noqa: RUF012  # as its base has it; the first is written
+        IDENTIFIERS = ["`", '"']  # noqa: RUF012  # a list, as in the base class
 
 
 def parse_condition(where: str) -> exp.Expr:

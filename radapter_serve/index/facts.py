@@ -59,7 +59,7 @@ class MadeBy:
         return cls(**{name: getattr(release, name) for name in cls.__dataclass_fields__})
 
     def is_of(self, release: Release) -> bool:
-        """True if the embeddings are of a release; if it takes any α, of the release at this α."""
+        """True if a release, at this α if it takes any, made the embeddings."""
         with contextlib.suppress(RAdapterError):  # the release may refuse the α
             used = release.at(self.alpha) if release.dynamic_alpha else release
             return self.digest == used.digest
@@ -95,7 +95,7 @@ class Plan:
     rows: str = ""  # the table of an index of embeddings; empty for images
 
     def differences(self, other: Plan) -> list[str]:
-        """Name the settings that differ from another plan so that all images are embedded again."""
+        """List the settings in which another plan makes a different index, in words."""
         words = [
             word for name, word in _DECIDING.items() if getattr(self, name) != getattr(other, name)
         ]
@@ -251,7 +251,7 @@ class Index(ABC):
         if min_score is not None and not -1 <= min_score <= 1:
             raise invalid(f"min_score is {min_score:g}; allowed are numbers from -1 to 1")
         condition = where if where and where.strip() else None
-        # In a big index the hits depend on the depth of the search, so all pages search as deep.
+        # In a big index the hits depend on the depth, so all pages are searched equally deep.
         depth = top_k if offset is None else MAX_TOP_K
         hits = self._find(embedding, depth, condition, thumbnails)
         for hit in hits:

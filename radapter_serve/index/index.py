@@ -85,7 +85,7 @@ class Indexes:
         self._clock = clock
         self._known: dict[str, _Opened] = {}
         self._locks: dict[str, threading.Lock] = {}
-        self._logged: set[str] = set()  # generations for which the log has the command
+        self._logged: set[str] = set()  # generations whose command the log has already
 
         def open_one(name: str) -> None:
             with contextlib.suppress(TaskError):

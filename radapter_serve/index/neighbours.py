@@ -135,6 +135,7 @@ class Neighbours:
                 probes = self.cells
         options = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
 
+        # Let FAISS name candidates, and sort them exactly; ask for more until the best are certain.
         wanted = min(count, max(round(candidates * (tens * share) ** _DEPTH), _CANDIDATES * top_k))
         while True:
             codes, named = self._index.search(asked, wanted, params=options)
@@ -156,7 +157,7 @@ class Neighbours:
                     scores = self.cosines(query, positions)
                     best = near_best(scores, top_k)
                     break
-            elif lowest < approximate[best].min():  # else vectors equal to the last hit may lack
+            elif lowest < approximate[best].min():  # else equals of the last hit may be missing
                 break
             wanted = min(count, 4 * wanted)
         order = np.argsort(-scores[best], kind="stable")
@@ -200,6 +201,7 @@ def write_neighbours(
     faiss.omp_set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or total()))
     count, dim = vectors.shape
     try:
+        # Train the codes on a sample, and add all vectors.
         cells = max(1, min(_MOST_CELLS, int(2 * count**0.5), count // _SAMPLE))
         parts = dim // 2 if dim % 2 == 0 else dim
         index = faiss.index_factory(dim, f"IVF{cells},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
@@ -240,6 +242,7 @@ def tune(neighbours: Neighbours, texts: NDArray[np.float32]) -> tuple[int, int, 
         nearest = -np.sort(-np.concatenate([nearest, scores], axis=1), axis=1)[:, : TOP_K + 1]
     tenth = np.where(itself == 1, nearest[:, TOP_K], nearest[:, TOP_K - 1]) - _ROUNDING
 
+    # Try efforts until one reaches the recall.
     for nprobes, candidates in EFFORTS:
         hits = np.zeros(len(asked))
         for row, vector in enumerate(asked):

@@ -81,9 +81,9 @@ def writing(
     one writer at a time is allowed.
 
     The rows of the current generation are taken over if it has the same plan, and so are those of a
-    stopped command; `resume` False takes over none. Embedded rows stay if the work fails. A damaged
-    generation is replaced, or refused if `extend`; a build computes damaged codes again from the
-    vectors.
+    stopped command; with `resume` False, neither are. Embedded rows stay if the work fails. A
+    damaged generation is replaced, or refused if `extend`; a build computes damaged codes again
+    from the vectors.
     """
     folder = out.with_name(f".{out.name}.building")
     with disk_errors(out), lock(folder, "radapter-index"):

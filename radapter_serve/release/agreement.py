@@ -30,8 +30,8 @@ class Tolerance:
     min_cosine: float = LEAST_COSINE
 
     def widened(self, max_error: float | None) -> Tolerance:
-        """Bounds for another `max_error`, if given. 1 − `min_cosine` grows with its square, up to
-        1 − LEAST_COSINE.
+        """Bounds for another `max_error`, if given. 1 − `min_cosine` grows with the square of
+        `max_error`, up to 1 − LEAST_COSINE.
         """
         if max_error is None:
             return self

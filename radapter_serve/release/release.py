@@ -81,7 +81,7 @@ class Release:
     # with torch: max_error and min_cosine of each encoder; batches, tolerance, min_cosine
     agreement: dict[str, Any]
     logit_bias: float | None = None  # of a sigmoid loss
-    dynamic_alpha: bool = False  # whether the encoders take α as an input
+    dynamic_alpha: bool = False  # True if α is an input of the encoders
     adapters: list[dict[str, Any]] = field(default_factory=list)  # digest and weight of each
     # Weights tuned elsewhere: kind (`checkpoint` or `lora`), name, base and digest.
     made_of: dict[str, Any] | None = None
