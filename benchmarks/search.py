@@ -344,7 +344,7 @@ def conditions(
 
 def served(folder: Path, report: Report) -> None:
     """`retrieve` by tritonserver: its first answer after "ready", and what it takes besides
-    `embed_text`, by Triton's own statistics.
+    `text_encoder`, by Triton's own statistics.
     """
     from radapter_client import Client
     from radapter_serve.encoders.loaded import load_release
@@ -373,9 +373,9 @@ def served(folder: Path, report: Report) -> None:
             spent = {
                 model: (after[model]["all"] - before[model]["all"])
                 / (after[model]["count"] - before[model]["count"])
-                for model in ("retrieve", "embed_text")
+                for model in ("retrieve", "text_encoder")
             }
-            own = (spent["retrieve"] - spent["embed_text"]) / 1e6
+            own = (spent["retrieve"] - spent["text_encoder"]) / 1e6
             middle = statistics.median(times)
             rows.append([name, *(f"{one:.2f}" for one in (times[0], times[9], middle, own))])
             say(" | ".join(rows[-1]))
