@@ -59,7 +59,7 @@ def fit(
     measure: Callable[..., dict[str, float]] = validate,
 ) -> Run:
     """Train by a recipe on its opened data, and write the average of the adapters. Invalid values
-    are refused before anything is written, except a tracker that does not start.
+    are refused before anything is written.
     """
     learner = build(recipe, opened, out)
     accelerator = learner.accelerator
@@ -73,11 +73,11 @@ def fit(
         step, position = load_checkpoint(out, learner)
 
     # Make the run's folder, with its recipe.
+    start_tracker(accelerator, recipe)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
         (out / RECIPE).write_text(text, encoding="utf-8")
-    start_tracker(accelerator, recipe)
     progress = Progress(accelerator, out, plan.steps, recipe.batch_size, step, show=show)
     notes = [*opened.notes, *plan.notes]
     for line in (_summary(learner, out, step), *notes):

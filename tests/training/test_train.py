@@ -171,6 +171,7 @@ def refused(
     return call
 
 
+@pytest.mark.filterwarnings("ignore:.*no supported trackers")
 def test_bad_input_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
     for flags, message in (
         ("--architecture ViT-X-1", "unknown model 'ViT-X-1'"),
@@ -178,6 +179,7 @@ def test_bad_input_is_one_line(refused: Callable[..., str], tmp_path: Path) -> N
         ("--resume", "--resume needs --out"),
         (f"--resume --out {tmp_path}/run", "no checkpoint"),
         ("--tracker wanbd", "tracker 'wanbd'"),
+        (f"--tracker comet_ml --out {tmp_path}/run", "tracker comet_ml is not installed"),
     ):
         assert message in refused(*flags.split())
     assert "unknown fields learning_rat" in refused(text="learning_rat: 1\n")
