@@ -65,8 +65,8 @@ def _each_awaited(method: Each[P, T]) -> _AsyncEach[P, T]:
 class AsyncClient:
     """Client for asyncio, with the arguments, methods and results of `Client`, to be awaited.
 
-    Calls run in threads, so it takes the same `transport` as `Client`. A cancelled call returns at
-    once; its requests under way end when they are answered or time out.
+    Calls run in threads, so it takes the same `transport` as `Client`. A cancelled call ends at
+    once for its caller; its requests under way end when they are answered or time out.
 
     Example:
         ```python

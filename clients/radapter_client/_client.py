@@ -98,7 +98,7 @@ class Client:
         timeout: seconds for one request with all its retries, unless a call gives another
             time-out.
         retries: how often a request is retried when no server answers, the connection breaks, or
-            the server is overloaded. The wait doubles each time, and is at least the one that the
+            the server is overloaded. The wait grows, up to 5 s, and is at least the one that the
             server asks for. A time-out is not retried.
         batch_size: most images or texts in a request; the server's limit is
             `release().facts["max_batch_size"]`.
@@ -211,7 +211,8 @@ class Client:
             examples: images that show some of the labels, by label; without `labels`, the keys are
                 the labels. A server keeps their embeddings, so they may be sent each time.
             example_weight: weight of a label's examples against its text, in [0, 1], for all labels
-                or by label; 1 leaves the text out; None for 0.5.
+                or by label; 1 leaves the text out. 0.5 if not given, also for a label that a
+                mapping leaves out.
             timeout: seconds for each request of this call; None for the client's own.
 
         Raises:

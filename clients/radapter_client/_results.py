@@ -361,7 +361,7 @@ def add_legend(
     """Add a list of the labels that occur, with their shares of the pixels, below the picture."""
     size = max(14, round(max(picture.size) / 50))
     try:
-        # Both layouts place characters side by side; the basic one supports every script.
+        # Both layouts place characters side by side; the basic one fails on no script.
         if path is None:
             font = ImageFont.load_default(size)
         else:

@@ -144,7 +144,9 @@ class Transport(Protocol):
     """
 
     def send(self, request: Request, timeout: float) -> Any:
-        """Send a request; the reply's type depends on its action. `timeout` is in seconds."""
+        """Send a request, and return its reply within `timeout` seconds; the reply's type depends
+        on the action.
+        """
 
     def close(self) -> None:
         """Close the connections."""

@@ -1,5 +1,6 @@
 """The exceptions, the same over gRPC and HTTP, and the reading of failures that Triton reports,
 for the client and for a gateway in front of Triton.
+
 RAdapterClientError
 ├── ServerUnavailable     no server answers, or it starts, stops, is overloaded or disconnects
 ├── Unauthorized          the API key is missing or wrong
@@ -43,8 +44,8 @@ class ServerUnavailable(RAdapterClientError):
     """No server answers at the URL, or the server starts, stops, is overloaded or disconnects in
     mid-call.
 
-    Raised after `retries` further tries. `retry_after` is how many seconds the server asks you to
-    wait.
+    Raised after up to `retries` further tries within the time-out. `retry_after` is how
+    many seconds the server asks you to wait.
 
     Example: `except ServerUnavailable as error: time.sleep(error.retry_after or 5)`
     """

@@ -374,7 +374,8 @@ def _export(
     graph = model.graph
     initializers = graph.initializers
 
-    # Fold the arithmetic of shapes. Make the weights inputs meanwhile, so that no pass needs them.
+    # Fold the arithmetic of shapes. Make the weights inputs meanwhile, so that no pass knows
+    # their values.
     named = [name for name, _ in (*tower.named_parameters(), *tower.named_buffers())]
     weights = [initializers.pop(key) for key in named if key in initializers]
     count = len(graph.inputs)

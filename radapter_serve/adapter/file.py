@@ -44,7 +44,7 @@ class Metadata:
         task: `classification`, `retrieval` or `segmentation`.
         alpha: default re-scaling α, in [0, 1].
         templates: prompt templates with `{}` for the class name.
-        recipe: the recipe of the training, as in `recipe.yaml`; only `source` reads it.
+        recipe: the recipe of the training, as in `recipe.yaml`; `source` has its data.
         metrics: metrics on the validation data.
         classes: names of the trained classes, in the order of the labels and as in a label file:
             with synonyms after commas. A name may occur twice, for two classes. None if the task
@@ -307,7 +307,8 @@ def average_adapters(
         weights: one for each adapter, each at least 0, with the sum 1; equal weights if None.
 
     Raises:
-        RAdapterError: the bases or the adapted layers differ, or the weights are out of range.
+        RAdapterError: there are no adapters, the bases or the adapted layers differ, or the weights
+            are not one for each adapter, each at least 0, with the sum 1.
     """
     if not adapters:
         raise RAdapterError("no adapters to average; give at least one")

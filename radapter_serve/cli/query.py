@@ -90,7 +90,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Labels:
-    """Candidate labels; exactly one of the first three is required.
+    """Candidate labels; one of the first three is required, and at most one with examples.
 
     Args:
         labels: such as "a cat" "a dog"; synonyms after commas.

@@ -58,8 +58,8 @@ class Base:
 
     `name` is an open_clip architecture, `local-dir:PATH` or `hf-hub:ORGANISATION/NAME[@REVISION]`;
     `pretrained` an open_clip tag or the path of a checkpoint, None for a folder. The model is in
-    eval mode, fp32, on the CPU. `config` is open_clip's `model_cfg`, always with `quick_gelu`,
-    `preprocess` its `preprocess_cfg`, and `tokenizer` turns N texts into token ids, int64
+    eval mode, fp32, on the CPU. `config` is open_clip's `model_cfg`, with the field `quick_gelu`
+    set, `preprocess` its `preprocess_cfg`, and `tokenizer` turns N texts into token ids, int64
     [N, context_length].
     """
 

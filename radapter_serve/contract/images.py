@@ -47,7 +47,8 @@ LARGE_PIXELS = 16_000_000  # most pixels of a thin image after resizing
 MAX_BYTES = 64 * 2**20  # of a file
 MAX_SIDE = 65_535  # limit of JPEG; decoders take seconds for a thin image with more rows
 # A progressive JPEG is decoded once for each of its scans, and a small file can have thousands.
-# Cameras and libjpeg write at most 20. Above LARGE_PIXELS, the limit falls as the pixels grow.
+# Cameras and libjpeg write at most 20. Above LARGE_PIXELS, the limit falls in
+# inverse proportion to the pixels.
 MAX_SCANS = 100
 POLL_SECONDS = 0.1  # between checks that the caller of a waiting image is still there
 # JPEG markers

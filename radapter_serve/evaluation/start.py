@@ -234,8 +234,8 @@ def evaluate(
     """Evaluate a model on test data, and write rows and pictures, as `radapter-eval` does.
 
     Args:
-        adapter: a run as `train` returns it, its folder, or an adapter file; by default the newest
-            run in ./runs.
+        adapter: a run as `train` returns it, its folder, or an adapter file; the newest run in
+            ./runs if no other model is given.
         alpha: one α or several in [0, 1]; by default 0, the run's own and 1. `auto` takes the
             smallest α that can't be told from the best on validation data, and never more than the
             run's own. The validation data is the suite's sets with `split: validation`, else the

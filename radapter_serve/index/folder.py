@@ -87,8 +87,8 @@ def generations_of(folder: Path) -> list[Path]:
 
 
 def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> None:
-    """Make a finished folder the current generation. The one before stays for the time `keep`, for
-    readers that have it open.
+    """Make a finished folder the current generation, atomically: a reader finds this one or the
+    one before, which stays for the time `keep`.
     """
     generation = f"g-{secrets.token_hex(8)}"
     write_text(new / FACTS, facts.to_json())

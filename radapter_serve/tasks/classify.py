@@ -169,7 +169,9 @@ class ScoreRule:
 
 
 def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, alpha: float | None) -> ScoreRule:
-    """The rule of a request; raises a `TaskError` if the release has no calibration for it."""
+    """The rule of a request; raises a `TaskError` if the release has no such scores, or if labels
+    have examples, for which scores are not calibrated.
+    """
     release = loaded.release
     is_fitted = request.multi_label or request.calibrated or request.unknown is not None
     confidence: Confidence | None = None

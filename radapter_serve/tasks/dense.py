@@ -138,7 +138,7 @@ def check_size(
     loaded: LoadedRelease, size: tuple[int, int], labels: int, options: SegmentOptions
 ) -> None:
     """Raise a `TaskError`, before anything is decoded, for an image that takes too many windows,
-    because it is long and thin, or for too many labels.
+    as a long and thin one does, or for too many labels for its windows or, with `refine`, pixels.
     """
     window = loaded.preprocess.size[0]
     short_side, stride = options.sizes(window)

@@ -188,9 +188,9 @@ def check_proposals(
     sizes: Sequence[tuple[int, int]],
     labels: int,
 ) -> None:
-    """Raise a `TaskError` for masks or scores of a wrong shape or value, for empty masks, and for a
-    crop that is too large, before anything is decoded; `sizes` are the possible widths and heights
-    of the image.
+    """Raise a `TaskError` for masks or scores of a wrong shape or value, for masks that are all
+    empty, and for a crop that is too large, before anything is decoded; `sizes` are the possible
+    widths and heights of the image.
     """
     width, height = sizes[0]
     expected = f"uint8 [N, {height}, {width}], N from 1, 255 inside and 0 outside"

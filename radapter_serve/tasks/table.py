@@ -46,7 +46,8 @@ Tensors = Mapping[str, NDArray[Any]]
 Form = tuple[str, Sequence[int]]  # KServe's datatype and the shape of an input
 Wants = Callable[[str], bool]  # whether a caller asks for an output
 
-MAX_ENCODED = 256  # examples to encode for one request, over all its rows
+# examples to encode for one request; consecutive rows with the same options count once
+MAX_ENCODED = 256
 # A task of one release: runs a request, with the steps to its answer.
 Run = Callable[[R, Cancelled | None], Steps[A]]
 

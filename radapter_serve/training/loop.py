@@ -58,8 +58,8 @@ def fit(
     show: bool = True,
     measure: Callable[..., dict[str, float]] = validate,
 ) -> Run:
-    """Train by a recipe on its opened data, and write the average of the adapters. Invalid values
-    are refused before anything is written.
+    """Train by a recipe on its opened data, and write the average of the adapters. What
+    can be refused at the start is refused before anything is written.
     """
     learner = build(recipe, opened, out)
     accelerator = learner.accelerator
@@ -72,7 +72,8 @@ def fit(
     if recipe.resume:  # restores adapters, average and optimizer
         step, position = load_checkpoint(out, learner)
 
-    # Make the run's folder, with its recipe.
+    # Start the tracker: if it does not start, nothing has been written. Then make the run's folder,
+    # with its recipe.
     start_tracker(accelerator, recipe)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)

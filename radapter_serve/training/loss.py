@@ -72,7 +72,7 @@ def pairwise_sigmoid(
         logit_scale: 1/τ of the base's scores, frozen.
         logit_bias: b of the base's scores, frozen.
         delta: margin, as in `mpm_nce`.
-        epsilon: smoothing in [0, 1), as in `mpm_nce`.
+        epsilon: smoothing in [0, 1), as in the formula; also in a row without negatives.
 
     Returns:
         A float32 scalar.

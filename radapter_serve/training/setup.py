@@ -195,7 +195,9 @@ def start_accelerator(recipe: Recipe, out: Path) -> Accelerator:
 
 
 def start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Start the tracker, which draws the curves of the run."""
+    """Start the tracker, which draws the curves of the run; refuses one that does not start, so it
+    comes before anything is written.
+    """
     if recipe.tracker == "none":
         return
     if not accelerator.log_with:  # accelerate only warns
@@ -231,7 +233,7 @@ class Average:
     Args:
         adapters: the adapters to average.
         momentum: m in [0, 1).
-        bias_correction: correct the weight of the initial values by division by `1−m^t`. The paper
+        bias_correction: divide by `1−m^t`, so that the initial values have no weight. The paper
             does not, and with m = 0.999 a run of a few hundred steps then keeps almost nothing of
             the learned values.
     """

@@ -37,8 +37,8 @@ class RunData:
     notes: tuple[str, ...] = ()  # notes for the user, one line each
 
     def ready(self, recipe: Recipe, base: Base) -> tuple[Data, Data | None]:
-        """The data with the templates of its recipe; segments are cropped and filled with the mean
-        that the base subtracts.
+        """The data with the templates of its recipe; images with masks are cropped to their
+        segments, and filled outside with the mean that the base subtracts.
         """
         from radapter_serve.clip.towers import templates_of
 
