@@ -379,8 +379,8 @@ def load_release(
 
 
 def release_at(origin: Mapping[str, str], version: int | None = None) -> LoadedRelease:
-    """Load the release of an `origin`: of its `url`, or of its `model_repository`, where N of
-    `DIR@N`, else `version`, else the served release counts. The caller closes it.
+    """Load the release of an `origin`: of its `url`, or of its `model_repository`: N of `DIR@N`, or
+    `version` of a `DIR` without N, or the served one. The caller closes it.
     """
     if "url" in origin:
         return served_release(origin["url"])

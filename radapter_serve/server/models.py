@@ -256,7 +256,7 @@ def check_shared_memory(
             if tensor.data_type == model_config_pb2.TYPE_UINT8 and min(tensor.dims) > 0:
                 batch = max(batch, max(1, config.max_batch_size) * math.prod(tensor.dims))
 
-    # A process begins with 1 MiB, and holds a batch on its way in and another on its way out.
+    # A process takes 1 MiB at its start and some more, and a batch on its way.
     least = 2 * processes * MIB
     enough = processes * (2 * MIB + batch)
     advised = 2 ** math.ceil(math.log2(max(1, enough / MIB)))
