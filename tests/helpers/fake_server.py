@@ -21,7 +21,8 @@ VERSIONS = (1, 2)
 
 def release(version: int) -> dict[str, Any]:
     """The release.json of one version."""
-    return facts(version, alpha=0.5 * version, embed_dim=4).to_dict()
+    created = "2026-01-01T00:00:00+00:00"
+    return facts(version, alpha=0.5 * version, embed_dim=4, created=created).to_dict()
 
 
 def write_repository(folder: Path, versions: Sequence[int] = VERSIONS) -> Path:
