@@ -26,12 +26,12 @@ from loop import read_totals
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.files import digest_of
-from radapter_serve.index.facts import FileFacts, Index, IndexFacts, MadeBy, Plan
+from radapter_serve.index.facts import Index, IndexFacts, MadeBy, Plan
 from radapter_serve.index.folder import (
     EXACT,
     VECTORS,
     FolderIndex,
+    describe_files,
     install,
     vector_column,
     write_table,
@@ -195,11 +195,9 @@ def make(vectors: Array, texts: Array, out: Path) -> None:
     plan = Plan("", "/", "image", {}, 128, True, "refuse", release, {})
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     columns = ["path", "width", "height", "digest", "year", "kind"]
-    files = {
-        path.name: FileFacts(path.stat().st_size, digest_of(path))
-        for path in sorted(place.iterdir())
-    }
-    facts = IndexFacts(plan, len(vectors), columns, files, nearest, created=now, changed=now)
+    facts = IndexFacts(
+        plan, len(vectors), columns, describe_files(place), nearest, created=now, changed=now
+    )
     install(place, out, facts, datetime.timedelta(0))
 
 

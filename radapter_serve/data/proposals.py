@@ -34,7 +34,7 @@ class Proposals:
                 " write STEM.npz with masks [N, H, W] for each image"
             )
         self.scored = self._check(paths[0])
-        for path in paths:
+        for path in paths[1:]:
             if self._check(path) != self.scored:
                 raise RAdapterError(f"some of {folder} have scores, and {path} differs from them")
 

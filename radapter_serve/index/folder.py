@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import digest_of, staged
 from radapter_serve.index.conditions import Met, evaluate, text_array
-from radapter_serve.index.facts import FACTS, Hit, Index, IndexFacts
+from radapter_serve.index.facts import FACTS, FileFacts, Hit, Index, IndexFacts
 from radapter_serve.index.neighbours import CODES, Neighbours, Positions, near_best
 
 GENERATION = "generation"
@@ -84,6 +84,14 @@ def generations_of(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return [path for path in folder.iterdir() if is_generation(path.name)]
+
+
+def describe_files(folder: Path) -> dict[str, FileFacts]:
+    """List the files of a finished folder, with their sizes and digests."""
+    return {
+        path.name: FileFacts(path.stat().st_size, digest_of(path))
+        for path in sorted(folder.iterdir())
+    }
 
 
 def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> None:

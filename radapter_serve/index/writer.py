@@ -25,15 +25,16 @@ from pyarrow import parquet
 
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import digest_of, disk_errors, lock, staged
+from radapter_serve.files import disk_errors, lock, staged
 from radapter_serve.index.collection import Cluster, Collection, Item, Progress, Read, read
-from radapter_serve.index.facts import FileFacts, IndexFacts, Plan, read_facts
+from radapter_serve.index.facts import IndexFacts, Plan, read_facts
 from radapter_serve.index.folder import (
     EXACT,
     THUMBNAIL,
     VECTOR,
     VECTORS,
     FolderIndex,
+    describe_files,
     install,
     vector_column,
     vectors_of,
@@ -266,10 +267,7 @@ class Writer:
                 plan=self._plan,
                 count=summary.count,
                 columns=[name for name in self.schema.names if name not in (VECTOR, THUMBNAIL)],
-                files={
-                    path.name: FileFacts(path.stat().st_size, digest_of(path))
-                    for path in sorted(place.iterdir())
-                },
+                files=describe_files(place),
                 nearest=nearest,
                 created=base.facts.created if base else now,
                 changed=now,
