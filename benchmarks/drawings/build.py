@@ -98,8 +98,8 @@ def split(own: list[Sample], seen: NDArray[np.float32]) -> None:
     place.
     """
     together = clusters(np.stack([sample.mark for sample in own]), [sample.group for sample in own])
-    fresh = []
-    stale = []
+    fresh: list[list[int]] = []
+    stale: list[list[int]] = []
     for members in together:
         known = len(seen) and alike(np.stack([own[i].mark for i in members]), seen).any()
         (stale if known else fresh).append(members)

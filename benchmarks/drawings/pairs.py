@@ -72,12 +72,12 @@ def write_pairs(
     """Draw all pairs; returns how many there are."""
     plan = list(chosen(package, roles))
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[list[str]] = []
     with (
         staged(out / "pixels.npy") as part,
         multiprocessing.get_context("spawn").Pool(processes) as pool,
     ):
-        pixels: Any = np.lib.format.open_memmap(
+        pixels: Any = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
             part, mode="w+", dtype=np.uint8, shape=(len(plan), side, side, 4)
         )
         work = pool.imap(
