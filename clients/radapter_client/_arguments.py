@@ -70,16 +70,14 @@ def several_texts(name: str, items: Any) -> list[str]:
     return [text(name, item) for item in several(name, items)]
 
 
-def several_numbers(name: str, items: Any) -> list[float]:
-    """Check a list of numbers."""
-    return [number(name, item) for item in several(name, items)]
-
-
 _KINDS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("label_set", "index", "where", "index_version"), text),
     **dict.fromkeys(("labels", "templates", "text", "id"), several_texts),
     **dict.fromkeys(("alpha", "threshold", "unknown", "proposal_weight", "min_score"), number),
-    **dict.fromkeys(("weight", "example_weight"), several_numbers),
+    **dict.fromkeys(
+        ("weight", "example_weight"),
+        lambda name, items: [number(name, item) for item in several(name, items)],
+    ),
     **dict.fromkeys(("top_k", "short_side", "stride", "refine", "offset"), count),
     **dict.fromkeys(("multi_label", "calibrated"), lambda _, value: bool(value)),
 }

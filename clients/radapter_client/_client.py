@@ -30,15 +30,7 @@ from ._images import (
     orientation,
     size_bound,
 )
-from ._results import (
-    Classification,
-    Hit,
-    Hits,
-    Release,
-    Segmentation,
-    pick_release,
-    read_releases,
-)
+from ._results import Classification, Hit, Hits, Release, Segmentation, read_releases
 from ._sending import Sender, connect
 from ._wire import DEFAULT_URLS, Reply, Request, Rows, Transport, Values, find_server, parse_url
 from .failures import (
@@ -490,7 +482,16 @@ class Client:
 
         Example: `client.release().alpha`
         """
-        return pick_release(self._served(timeout), self._version)
+        releases = self._served(timeout)
+        if self._version is None:
+            return releases[-1]
+        for release in releases:
+            if release.version == self._version:
+                return release
+        served = ", ".join(str(release.version) for release in releases)
+        raise ModelNotFound(
+            f"the server does not serve release {self._version}; it serves {served}"
+        )
 
     def releases(self, *, timeout: float | None = None) -> list[Release]:
         """List all releases that the server serves, oldest first.

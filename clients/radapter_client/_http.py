@@ -12,7 +12,6 @@ import json
 import math
 import socket
 import ssl
-import struct
 import time
 from typing import Any
 from urllib.parse import quote
@@ -34,8 +33,9 @@ class HttpTransport:
         self._url = url
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._open: set[HTTPConnection] = set()
-        kind = _HttpsPool if url.secure else _HttpPool
-        self._pool = kind(url.host, url.port, maxsize=CONNECTIONS, open_connections=self._open)
+        pool: Any = urllib3.HTTPSConnectionPool if url.secure else urllib3.HTTPConnectionPool
+        self._pool = pool(url.host, url.port, maxsize=CONNECTIONS, open_connections=self._open)
+        self._pool.ConnectionCls = _SecureEndsInTime if url.secure else _EndsInTime
 
     def send(self, request: Request, timeout: float) -> Any:
         body, headers = encode(request) if request.action == "infer" else (None, {})
@@ -85,7 +85,7 @@ class HttpTransport:
             if request.action != "infer":
                 return json.loads(response.data)
             return decode(response.data, response.headers.get(HEADER_LENGTH))
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ServerError(f"{self._url} answers, but not as Triton does: {error!r}") from error
 
     def close(self) -> None:
@@ -237,11 +237,3 @@ class _EndsInTime(HTTPConnection):
 
 class _SecureEndsInTime(_EndsInTime, HTTPSConnection):
     """A TLS connection that ends a request at its deadline."""
-
-
-class _HttpPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _EndsInTime
-
-
-class _HttpsPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _SecureEndsInTime

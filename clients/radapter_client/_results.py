@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from ._images import ImageLike, read_image
-from .failures import ModelNotFound, ServerError, bad_argument, shown
+from .failures import ServerError, bad_argument, shown
 
 
 class _Brief(reprlib.Repr):
@@ -249,17 +249,6 @@ def read_releases(config: Mapping[str, Any]) -> list[Release]:
             ) from error
         releases.append(release)
     return sorted(releases, key=lambda release: release.version)
-
-
-def pick_release(releases: list[Release], version: int | None) -> Release:
-    """Find the release of a version; the newest for None."""
-    if version is None:
-        return releases[-1]
-    for release in releases:
-        if release.version == version:
-            return release
-    served = ", ".join(str(release.version) for release in releases)
-    raise ModelNotFound(f"the server does not serve release {version}; it serves {served}")
 
 
 # Pictures of segmentations: labels in colour over the image, and a legend below it

@@ -25,7 +25,7 @@ CANCELLED: ContextVar[threading.Event | None] = ContextVar("CANCELLED", default=
 def connect(url: ServerURL, api_key: str | None) -> Transport:
     """Open the transport for a URL; its libraries, which take 0.2 s to load, are imported here."""
     if url.protocol == "grpc":
-        from ._grpc import GrpcTransport
+        from .grpc import GrpcTransport
 
         return GrpcTransport(url, api_key)
     from ._http import HttpTransport

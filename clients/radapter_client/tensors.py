@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -33,16 +34,21 @@ def pack(array: Array) -> bytes:
 
 
 def unpack(data: bytes | memoryview, datatype: str, shape: Sequence[int]) -> Array:
-    """Decode the bytes of `pack`; raises `ValueError`, `KeyError` or `struct.error` if invalid."""
+    """Decode the bytes of `pack`; raises `ValueError` or `KeyError` if they are not of this shape
+    and type.
+    """
     if datatype != "BYTES":
         return np.frombuffer(data, NUMPY[datatype]).reshape(shape)
+    count = math.prod(shape)
     items = []
     end = 0
-    while end < len(data):
+    for number in range(1, count + 1):  # reads no more values than the shape has
         start = end + 4
-        (size,) = struct.unpack_from("<I", data, end)
+        size = int.from_bytes(data[end:start], "little")
         end = start + size
         if end > len(data):
-            raise ValueError("a text is longer than its tensor")
+            raise ValueError(f"value {number} of {count} goes beyond the end")
         items.append(bytes(data[start:end]))
+    if end != len(data):
+        raise ValueError(f"{len(data) - end} bytes follow the {count} values")
     return np.array(items, object).reshape(shape)

@@ -66,6 +66,9 @@ SMALL_JSON = 2**16  # bytes
 SMALL_BODY = 2**22
 # Seconds for which a task's configuration is cached, and an answer shows that the task works
 FRESH = 5.0
+# Seconds beyond its deadline that a request gets: the upstream has the same deadline, and a better
+# error message.
+GRACE = 1.0
 # Codes of a task that does not work. Any other refusal shows that the task works.
 _FAILED = {
     *(ENCODER_FAILED, INTERNAL_ERROR, RESTARTING, SERVER_STOPPING),
@@ -96,13 +99,7 @@ class Gateway:
             size: (asyncio.Lock(), ThreadPoolExecutor(1, thread_name_prefix=f"{size}-bodies"))
             for size in ("small", "large")
         }
-        self._metrics = Metrics(
-            {
-                "running": lambda: self._concurrency.running,
-                "waiting": lambda: self._concurrency.waiting,
-                "body_bytes": lambda: self._memory.held,
-            }
-        )
+        self._metrics = Metrics(self._concurrency, self._memory)
         self._spans = open_spans()
 
         # A request passes these middlewares from first to last,
@@ -320,8 +317,7 @@ class Gateway:
                     acquire(min(size, self._memory.max_bytes - len(body)))
                     return await call(read)
 
-        result: T = await _run_until_disconnect(request, reading(), end)
-        return result
+        return await _run_until_disconnect(request, reading(), end)
 
     def _count_images(self, request: Request, count: int) -> None:
         quota: Quota | None = request.scope["state"].get("quota")
@@ -402,19 +398,16 @@ def _named(request: Request) -> tuple[str, str]:
     return name, version
 
 
-async def _run_until_disconnect(
-    request: Request, work: Coroutine[Any, Any, Any], end: float
-) -> Any:
-    """Return the result of `work`; cancel it if the caller disconnects, or a second after the time
-    `end`. The whole body must have been read.
+async def _run_until_disconnect(request: Request, work: Coroutine[Any, Any, T], end: float) -> T:
+    """Return the result of `work`; cancel it if the caller disconnects, or `GRACE` seconds after
+    the time `end`. The whole body must have been read.
     """
     task = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(request.receive())
     try:
-        # A second more: the upstream has the same deadline, and a better error message.
         await asyncio.wait(
             {task, disconnect},
-            timeout=max(end - time.monotonic(), 0) + 1,
+            timeout=max(end - time.monotonic(), 0) + GRACE,
             return_when=asyncio.FIRST_COMPLETED,
         )
         if task.done():

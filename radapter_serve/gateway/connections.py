@@ -19,8 +19,9 @@ import socket
 import ssl
 import sys
 from collections import Counter
+from collections.abc import Callable
 from email.utils import formatdate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import httptools
@@ -30,9 +31,6 @@ from uvicorn.server import ServerState
 
 from radapter_serve.gateway.settings import Settings, Timeouts
 from radapter_serve.gateway.upstream import LOG, TOO_LARGE, Refused, bad_request
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp
 
 MAX_HEADERS = 32 * 1024  # bytes of the headers of a request, and of the trailers of its chunks
 MAX_DISCARDED = 2**20  # bytes of a refused request's body that are read and discarded
@@ -60,7 +58,7 @@ class Connections:
 
     _listener: socket.socket
 
-    def __init__(self, app: ASGIApp, settings: Settings, timeouts: Timeouts) -> None:
+    def __init__(self, app: Callable[..., Any], settings: Settings, timeouts: Timeouts) -> None:
         self._max = settings.max_connections
         # A limit not below the total is no limit: the address waits for a place, as all others do.
         per_address = settings.max_connections_per_address or max(1, self._max // 4)
@@ -74,9 +72,8 @@ class Connections:
             self._tls.set_alpn_protocols(["http/1.1"])
             # The empty password refuses an encrypted key, which would ask at the terminal.
             self._tls.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
-        any_app: Any = app
         self.config = uvicorn.Config(
-            any_app,
+            app,
             http=HttpToolsProtocol,
             interface="asgi3",
             lifespan="off",

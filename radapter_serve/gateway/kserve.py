@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 import sys
-from collections.abc import Sequence
 from itertools import chain
 from typing import Annotated, Any, TypeVar
 
@@ -15,9 +13,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from radapter_client import Reply
-from radapter_client.tensors import DATATYPES, NUMPY, pack
+from radapter_client.tensors import DATATYPES, NUMPY, pack, unpack
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.gateway.upstream import IMAGES, Inference, Model, bad_request
+from radapter_serve.gateway.upstream import IMAGES, Inference, Model, Refused, bad_request
 from radapter_serve.tasks.table import TASKS
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -185,36 +183,25 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
 
 def _from_binary(tensor: _Input, data: memoryview) -> NDArray[Any]:
     name = tensor.name
-    count = math.prod(tensor.shape)
     if tensor.datatype == "BYTES":
-        # Texts, or the bytes of images, each after its length
-        values: list[Any] = []
-        offset = 0
-        for number in range(1, count + 1):
-            place = f"value {number} of {count} of the input {name}"
-            start = offset + 4
-            length = struct.unpack_from("<I", data, offset)[0] if start <= len(data) else len(data)
-            offset = start + length
-            if offset > len(data):
-                raise bad_request(f"{place} goes beyond its end")
-            value: Any = bytes(data[start:offset])
+        # Texts, or the bytes of images
+        try:
+            values = unpack(data, "BYTES", tensor.shape)
             if name not in IMAGES:
-                try:
-                    value = value.decode()
-                except UnicodeDecodeError:
-                    raise bad_request(f"{place} is not UTF-8") from None
-            values.append(value)
-        if offset != len(data):
-            raise bad_request(
-                f"the input {name} has {len(data) - offset} bytes after its {count} values"
-            )
-        return _objects(values, tensor.shape)
+                texts = [value.decode() for value in values.ravel()]
+                values = np.array(texts, object).reshape(tensor.shape)
+        except UnicodeDecodeError:
+            raise bad_request(f"the input {name} has a text that is not UTF-8") from None
+        except ValueError as error:
+            raise bad_request(f"the input {name}: {error}") from None
+        return values
 
     kind = np.dtype(NUMPY[tensor.datatype])
-    if len(data) != count * kind.itemsize:
+    size = math.prod(tensor.shape) * kind.itemsize
+    if len(data) != size:
         raise bad_request(
             f"the input {name} has {len(data)} bytes; {tensor.shape} of {tensor.datatype} are"
-            f" {count * kind.itemsize}"
+            f" {size}"
         )
     if kind.kind == "b" and max(data) > 1:
         raise bad_request(f"the input {name} holds a byte that is neither 0 nor 1")
@@ -242,7 +229,8 @@ def _from_json(tensor: _Input) -> NDArray[Any]:
     if tensor.datatype == "BYTES":
         if kinds != {str}:
             raise bad_request(f"the data of the input {name} are not all texts")
-        return _objects(list(map(str.encode, data)) if name in IMAGES else data, shape)
+        items = list(map(str.encode, data)) if name in IMAGES else data
+        return np.array(items, object).reshape(shape)
 
     # Numbers and booleans: convert to 64 bits first, to check that they fit
     kind = np.dtype(NUMPY[tensor.datatype])
@@ -269,12 +257,6 @@ def _check_finite(name: str, values: NDArray[Any]) -> None:
         raise bad_request(f"the input {name} holds a value that is not a finite number")
 
 
-def _objects(values: Sequence[Any], shape: Sequence[int]) -> NDArray[np.object_]:
-    array = np.empty(len(values), object)
-    array[:] = values
-    return array.reshape(shape)
-
-
 def _outputs(header: _Header, model: Model) -> tuple[tuple[str, ...], frozenset[str]]:
     """Names of the requested outputs, and of the ones in binary; refuses files in JSON."""
     default = header.parameters.binary_data_output
@@ -296,24 +278,18 @@ def _outputs(header: _Header, model: Model) -> tuple[tuple[str, ...], frozenset[
     in_json = set(names or model.outputs) - binary
     if in_json & FILES:
         if names:
-            _check_fits_json(next(iter(in_json & FILES)), None)
+            raise _no_text(next(iter(in_json & FILES)))
         # A request that names no outputs gets all but files.
         in_json -= FILES
         names = [name for name in model.outputs if name in in_json]
     return tuple(names), frozenset(binary)
 
 
-def _check_fits_json(output: str, count: int | None) -> None:
-    """Refuse an output that JSON cannot hold: too many values, or a file (`count` is None)."""
-    if count is None:
-        raise bad_request(
-            f"the output {output} is no text; ask for it in binary, or name the outputs that you"
-            " want"
-        )
-    if count > MAX_JSON_VALUES:
-        raise bad_request(
-            f"the output {output} has {count} values, too many for JSON; ask for it in binary"
-        )
+def _no_text(output: str) -> Refused:
+    """The error for an output of type BYTES that JSON cannot hold."""
+    return bad_request(
+        f"the output {output} is no text; ask for it in binary, or name the outputs that you want"
+    )
 
 
 # Replies
@@ -330,13 +306,17 @@ def write(reply: Reply, request: Inference) -> tuple[bytes, dict[str, str]]:
             parts.append(pack(array))
             output["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
-            _check_fits_json(name, array.size)
+            if array.size > MAX_JSON_VALUES:
+                raise bad_request(
+                    f"the output {name} has {array.size} values, too many for JSON; ask for it in"
+                    " binary"
+                )
             output["data"] = array.ravel().tolist()
             if datatype == "BYTES":
                 try:
                     output["data"] = [value.decode() for value in output["data"]]
                 except UnicodeDecodeError:
-                    _check_fits_json(name, None)
+                    raise _no_text(name) from None
         outputs.append(output)
     head: dict[str, Any] = {"id": request.id} if request.id else {}
     head |= {"model_name": request.model, "model_version": str(reply.version), "outputs": outputs}

@@ -12,7 +12,7 @@ import ipaddress
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -27,7 +27,7 @@ from radapter_serve.contract.errors import INTERNAL_ERROR
 from radapter_serve.encoders.encoder import encoder_ms
 from radapter_serve.errors import install_command
 from radapter_serve.gateway import openai
-from radapter_serve.gateway.access import Keys, Quota
+from radapter_serve.gateway.access import ConcurrencyLimit, Keys, MemoryBudget, Quota
 from radapter_serve.gateway.upstream import CODES, LOG, UNAUTHORIZED, Entry, Refused
 from radapter_serve.process import otlp_endpoint
 from radapter_serve.release.release import TASKS
@@ -183,8 +183,7 @@ class Metrics:
     that callers send.
     """
 
-    def __init__(self, gauges: Mapping[str, Callable[[], float]]) -> None:
-        """`gauges` has functions for `running`, `waiting` and `body_bytes`, read at each scrape."""
+    def __init__(self, concurrency: ConcurrencyLimit, memory: MemoryBudget) -> None:
         self._registry = CollectorRegistry()
         registered: dict[str, Any] = {"namespace": "radapter_gateway", "registry": self._registry}
         self._seconds = Histogram(
@@ -201,13 +200,13 @@ class Metrics:
         self._images_of_key = Counter(
             "key_images", "Images that were sent with a key", ["key"], **registered
         )
-        meanings = {
-            "running": "Requests that Triton works on",
-            "waiting": "Requests in the queue",
-            "body_bytes": "Bytes of bodies in memory",
-        }
-        for name, read in gauges.items():
-            Gauge(name, meanings[name], **registered).set_function(read)
+        running = Gauge("running", "Requests that Triton works on", **registered)
+        running.set_function(lambda: concurrency.running)
+        waiting = Gauge("waiting", "Requests in the queue", **registered)
+        waiting.set_function(lambda: concurrency.waiting)
+        Gauge("body_bytes", "Bytes of bodies in memory", **registered).set_function(
+            lambda: memory.held
+        )
 
     def count(self, entry: Entry, seconds: float) -> None:
         """Count an inference by its task, code and key."""

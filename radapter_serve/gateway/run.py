@@ -64,7 +64,15 @@ class GatewayServer:
         host, port = self._listener.getsockname()[:2]
         scheme = "https" if settings.tls_certificate else "http"
         self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-        _allow_files(settings.max_connections)
+        # Raise the limit of open files, often 1,024, to one for each connection and 256 more.
+        with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+            import resource
+
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            wanted = settings.max_connections + 256
+            if soft != resource.RLIM_INFINITY and soft < wanted:
+                allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
     def __enter__(self) -> GatewayServer:
         return self
@@ -132,17 +140,3 @@ class GatewayServer:
             thread.join()
             for error in failures:
                 raise RAdapterError(f"the gateway failed: {reason(error)}") from error
-
-
-def _allow_files(connections: int) -> None:
-    """Raise the limit of open files, often 1,024, to one for each connection and 256 more."""
-    try:
-        import resource
-    except ImportError:  # Windows, which has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + 256
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

@@ -11,8 +11,8 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from radapter_client import Reply
-from radapter_client.tensors import pack, unpack
+from radapter_client import Reply, Request
+from radapter_client.grpc import CHANNEL, decode, encode
 from radapter_serve.gateway.upstream import (
     LOG,
     SHORT_TIMEOUT,
@@ -21,22 +21,11 @@ from radapter_serve.gateway.upstream import (
     Model,
     from_status,
 )
-from radapter_serve.tasks.table import TASKS
 
 RESOLVE_SECONDS = 30.0  # between DNS lookups, which find servers that were added
 MAX_DRAIN_SECONDS = 3600.0  # for requests under way on a replaced channel
-_CHANNEL = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    # By default, gRPC waits up to two minutes before it reconnects.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # Ignore http_proxy of the environment: it is not meant for the model server.
-    ("grpc.enable_http_proxy", 0),
-    # Each address of the name is a server: take them in turn.
-    ("grpc.lb_policy_name", "round_robin"),
-]
+# Each address of the name is a server: take them in turn.
+_CHANNEL = [*CHANNEL, ("grpc.lb_policy_name", "round_robin")]
 
 
 class Triton:
@@ -66,23 +55,13 @@ class Triton:
         return self._fresh_stub
 
     async def infer(self, request: Inference, timeout: float, entry: Entry) -> Reply:
-        message = service_pb2.ModelInferRequest(
-            model_name=request.model, model_version=request.version, id=entry.id
+        message = encode(
+            Request("infer", request.model, request.version, request.inputs, request.outputs)
         )
+        message.id = entry.id
         trace = entry.traceparent
         metadata = () if trace is None else (("traceparent", trace),)
-        for name, array in request.inputs.items():
-            datatype = TASKS[request.model].inputs[name].datatype
-            message.inputs.add(name=name, datatype=datatype, shape=array.shape)
-            message.raw_input_contents.append(pack(array))
-        for name in request.outputs:
-            message.outputs.add(name=name)
-        answer = await self._ask(self._stub.ModelInfer, message, timeout, metadata)
-        outputs = {
-            output.name: unpack(values, output.datatype, output.shape)
-            for output, values in zip(answer.outputs, answer.raw_output_contents, strict=True)
-        }
-        return Reply(int(answer.model_version), outputs)
+        return decode(await self._ask(self._stub.ModelInfer, message, timeout, metadata))
 
     async def config(self, model: str, version: str = "") -> Model:
         request = service_pb2.ModelConfigRequest(name=model, version=version)

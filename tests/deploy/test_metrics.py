@@ -45,10 +45,11 @@ def check_asked(prefix: str, there: Labels, added: Sequence[str] = ()) -> None:
 
 
 def test_metrics_of_the_gateway() -> None:
+    from radapter_serve.gateway.access import ConcurrencyLimit, MemoryBudget
     from radapter_serve.gateway.middleware import Metrics
     from radapter_serve.gateway.upstream import Entry
 
-    gateway = Metrics({name: lambda: 0.0 for name in ("running", "waiting", "body_bytes")})
+    gateway = Metrics(ConcurrencyLimit(1, 1), MemoryBudget(1))
     gateway.count(Entry("1", key="ann", task="classify"), 0.1)
     gateway.count_images("ann", 1)
     check_asked("radapter_", names_and_labels(gateway.text().decode()))

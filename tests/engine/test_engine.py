@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ from tests.helpers.small_release import Local, png, seal
 from tests.helpers.walks import check_walk
 
 
-@pytest.fixture
-def engine(repository: Path):  # type: ignore[no-untyped-def]
+@pytest.fixture(scope="module")
+def engine(repository: Path) -> Iterator[Engine]:
     with Engine.open(repository) as engine:
         yield engine
 
@@ -247,7 +248,7 @@ def test_who_has_left_or_waited_too_long_decodes_nothing(
         with pytest.raises(TaskError, match=r"\[cancelled\]"):
             asked(engine, task, SMALL, cancelled=lambda: True)
     with preprocess.turn(large), pytest.raises(TaskError, match=r"\[timed_out\]"):
-        asked(engine, task, LARGE, deadline=time.monotonic() + 0.2)
+        asked(engine, task, LARGE, deadline=time.monotonic() + 0.05)
 
 
 def test_a_request_takes_the_way_that_the_page_describes(repository: Path, tmp_path: Path) -> None:
@@ -258,6 +259,7 @@ def test_a_request_takes_the_way_that_the_page_describes(repository: Path, tmp_p
     check_walk("Follow one request", lambda: model.classify(tmp_path / "cat.jpg", labels))
 
 
+@pytest.mark.slow
 def test_a_model_needs_neither_grpc_nor_protobuf(repository: Path) -> None:
     code = (
         "import sys; from radapter_serve import Model;"

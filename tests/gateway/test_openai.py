@@ -7,7 +7,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from radapter_client import Reply
 from radapter_serve.gateway import openai as gateway
-from radapter_serve.gateway.upstream import CODES, Inference, Refused
+from radapter_serve.gateway.upstream import Inference, Refused
 from tests.gateway.test_gateway import heard
 from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import Served, config, serving, until
@@ -198,7 +195,7 @@ def test_options_reach_both_tasks_and_refusals_name_the_field(served: Served) ->
 
 def test_limits_and_metrics() -> None:
     with (
-        serving(max_concurrent=1, max_queue=0, timeout=0.3) as served,
+        serving(max_concurrent=1, max_queue=0, timeout=0.2) as served,
         ThreadPoolExecutor(1) as pool,
     ):
         served.hold()
@@ -207,7 +204,7 @@ def test_limits_and_metrics() -> None:
         assert refusal(served, input="b")[:2] == (429, "overloaded")
         assert first.result()[0] == 504
         served.let_go()
-        assert ask(served, input="a")[0] == 200 and 0.1 < served.upstream.timeouts[-1] <= 0.3
+        assert ask(served, input="a")[0] == 200 and 0.1 < served.upstream.timeouts[-1] <= 0.2
         text = served.metrics()
         for code in ("ok", "overloaded", "timed_out"):
             assert f'requests_total{{code="{code}",task="embeddings"}} 1.0' in text
@@ -296,37 +293,3 @@ def test_fields_that_are_refused(param: str, values: list[Any]) -> None:
         assert caught.value.code == "invalid_argument"
         assert param[:60] == str(caught.value.param)
         assert len(json.dumps(gateway.refusal(caught.value))) < 500
-
-
-strings = st.sampled_from(
-    [url(PNG), url(PNG)[:40], "data:image/png;base64,AAAA", "http://x", "a", ""]
-) | st.text(max_size=8)
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | strings,
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-    ),
-    max_leaves=12,
-)
-optional = ("encoding_format", "dimensions", "user", "alpha", "modality", "other")
-bodies = st.fixed_dictionaries(
-    {"model": st.just("radapter") | values, "input": st.lists(strings, max_size=9) | values},
-    optional=dict.fromkeys(optional, values),
-)
-
-
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None)
-@given(bodies | values, st.data())
-def test_any_json_is_refused_in_words_or_sorted(body: Any, data: st.DataObject) -> None:
-    text = bytearray(json.dumps(body).encode())
-    if data.draw(st.booleans()):
-        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        request = gateway.read(bytes(text))
-    except Refused as error:
-        assert error.status == 400 and error.code in CODES
-        assert re.fullmatch(r".{1,500}", error.message) and error.message.isprintable()
-        return
-    places = sorted([*request.texts, *request.images])
-    assert places == list(range(request.count)) and 1 <= request.count <= gateway.MAX_INPUTS
-    assert all(one.strip() for one in request.texts.values())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
 from subprocess import DEVNULL, Popen
@@ -11,6 +14,7 @@ from typing import Any
 
 from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings
+from radapter_serve.process import handled
 from radapter_serve.server.triton_server import TritonServer
 
 
@@ -30,3 +34,21 @@ def start(settings: Settings) -> Popen[bytes]:
         if value != field.default:
             command += [f"--{field.name.replace('_', '-')}", str(value)]
     return Popen(command, stdin=DEVNULL)
+
+
+def until_asked(command: Callable[[], int], ask: Callable[[], None]) -> int:
+    """The exit status of a command in this thread, which gets SIGTERM once `ask` has ended in
+    another one.
+    """
+
+    def asking() -> None:
+        try:
+            ask()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with handled(lambda *_: None, signal.SIGTERM), ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(asking)
+        status = command()
+        asked.result()
+    return status

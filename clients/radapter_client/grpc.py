@@ -1,9 +1,8 @@
-"""The gRPC transport, by Triton's own protocol buffers."""
+"""Triton's protocol buffers, for the gateway too, and the gRPC transport of the client."""
 
 from __future__ import annotations
 
 import re
-import struct
 from typing import Any
 
 import grpc
@@ -35,6 +34,26 @@ CHANNEL = [
 SILENT = re.compile("timed out|timeout|handshaker shutdown", re.IGNORECASE)
 
 
+def encode(request: Request) -> Any:
+    """Encode an inference as a message."""
+    message = service_pb2.ModelInferRequest(model_name=request.model, model_version=request.version)
+    for name, array in request.inputs.items():
+        message.inputs.add(name=name, datatype=DATATYPES[array.dtype], shape=array.shape)
+        message.raw_input_contents.append(pack(array))
+    for name in request.outputs:
+        message.outputs.add(name=name)
+    return message
+
+
+def decode(message: Any) -> Reply:
+    """Decode the answer to an inference; raises `ValueError` or `KeyError` if it is broken."""
+    outputs = {
+        output.name: unpack(data, output.datatype, output.shape)
+        for output, data in zip(message.outputs, message.raw_output_contents, strict=True)
+    }
+    return Reply(int(message.model_version), outputs)
+
+
 class GrpcTransport:
     def __init__(self, url: ServerURL, api_key: str | None = None) -> None:
         self._url = url
@@ -51,7 +70,7 @@ class GrpcTransport:
         model = {"name": request.model, "version": request.version}
         try:
             if request.action == "infer":
-                return self._infer(request, options)
+                return decode(self._stub.ModelInfer(encode(request), **options))
             if request.action == "config":
                 asked = service_pb2.ModelConfigRequest(**model)
                 parameters = self._stub.ModelConfig(asked, **options).config.parameters
@@ -65,25 +84,9 @@ class GrpcTransport:
                 ).ready
         except grpc.RpcError as error:
             raise self._error(error.code().name, error.details() or "", timeout) from error
-        except (KeyError, ValueError, struct.error) as error:
+        except (KeyError, ValueError) as error:
             raise ServerError(f"{self._url} answers, but not as Triton does: {error!r}") from error
         raise InvalidRequest(f"gRPC has no call for {request.action}")
-
-    def _infer(self, request: Request, options: dict[str, Any]) -> Reply:
-        message = service_pb2.ModelInferRequest(
-            model_name=request.model, model_version=request.version
-        )
-        for name, array in request.inputs.items():
-            message.inputs.add(name=name, datatype=DATATYPES[array.dtype], shape=array.shape)
-            message.raw_input_contents.append(pack(array))
-        for name in request.outputs:
-            message.outputs.add(name=name)
-        reply = self._stub.ModelInfer(message, **options)
-        outputs = {
-            output.name: unpack(data, output.datatype, output.shape)
-            for output, data in zip(reply.outputs, reply.raw_output_contents, strict=True)
-        }
-        return Reply(int(reply.model_version), outputs)
 
     def _error(self, status: str, text: str, timeout: float) -> RAdapterClientError:
         if status == "DEADLINE_EXCEEDED":
