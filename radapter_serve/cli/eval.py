@@ -43,10 +43,10 @@ def evaluate(
             opened as the run opened its own, with its columns, and among its classes.
         model: the model to evaluate.
         alpha: re-scalings from 0 (the base) to 1 (all that was learned); if not given, 0, the run's
-            own and 1. auto takes the smallest that can't be told from the best on validation data,
-            and at most the run's own; that data is the suite's sets with `split: validation`, else
-            the run's. A release or a server takes other alphas than its own only if requests may
-            give them (radapter-export --alpha dynamic).
+            own and 1. auto takes the smallest that is statistically as good as the best on
+            validation data, and at most the run's own; that data is the suite's sets with `split:
+            validation`, else the run's. A release or a server takes other alphas than its own only
+            if requests may give them (radapter-export --alpha dynamic).
         settings: settings of the evaluation.
     """
     screen = Console()

@@ -237,9 +237,9 @@ def evaluate(
         adapter: a run as `train` returns it, its folder, or an adapter file; the newest run in
             ./runs if no other model is given.
         alpha: one α or several in [0, 1]; by default 0, the run's own and 1. `auto` takes the
-            smallest α that can't be told from the best on validation data, and never more than the
-            run's own. The validation data is the suite's sets with `split: validation`, else the
-            run's; see `Choice`.
+            smallest α that is statistically as good as the best on validation data, and never more
+            than the run's own. The validation data is the suite's sets with `split: validation`,
+            else the run's; see `Choice`.
         suite: a YAML file, or the name of a suite that comes with the package.
         data: one data set in place of a suite, such as `photos/test` or `csv:test.csv`; it is
             opened as the run opened its validation data, with the same columns and classes.
