@@ -1,5 +1,5 @@
-"""The adapter file, `adapter.safetensors`, specified in the README; its fold into plain CLIP
-weights; and averages of adapters.
+"""The adapter file, `adapter.safetensors`, as docs/adapter-file.md specifies it; its fold into
+plain CLIP weights; and averages of adapters.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def check_base(state_dict: Mapping[str, Tensor], adapter: Adapter) -> None:
         raise RAdapterError(
             f"the adapter belongs to another base: it was trained on {meta.base_digest} "
             f"({meta.architecture}, pretrained {meta.pretrained}), this model has {digest}; "
-            "load that base (--base, --pretrained) or train a new adapter with radapter-train"
+            "load that base (--base NAME:TAG) or train a new adapter with radapter-train"
         )
     _check_tensors(adapter, state_dict)
 
