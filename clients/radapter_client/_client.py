@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ from ._images import (
     size_bound,
 )
 from ._results import Classification, Hit, Hits, Release, Segmentation, read_releases
-from ._sending import Sender, connect
+from ._sending import Sender
 from ._wire import DEFAULT_URLS, Reply, Request, Rows, Transport, Values, find_server, parse_url
 from .failures import (
     InvalidRequest,
@@ -74,8 +74,7 @@ def for_each(method: Callable[Concatenate[Any, Any, P], list[T]]) -> Each[P, T]:
         answers = method(client, images, *args, **kwargs)
         return answers[0] if is_one_image(images) else answers
 
-    each: Any = one_or_list
-    return each  # type: ignore[no-any-return]
+    return cast(Any, one_or_list)  # type: ignore[no-any-return]
 
 
 class Client:
@@ -137,8 +136,16 @@ class Client:
         self._shrink_to = None if shrink_to is None else count("shrink_to", shrink_to, MIN_SIDE)
         if api_key is not None:
             check_key(api_key, self._url)
+        if transport is None and self._url.protocol == "grpc":
+            from .grpc import GrpcTransport  # here, as this library and the next load slowly
+
+            transport = GrpcTransport(self._url, api_key)
+        elif transport is None:
+            from ._http import HttpTransport
+
+            transport = HttpTransport(self._url, api_key)
         self._sender = Sender(
-            connect(self._url, api_key) if transport is None else transport,
+            transport,
             timeout=check_seconds(timeout),
             retries=count("retries", retries),
             concurrency=count("concurrency", concurrency, 1),

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from ._arguments import check_seconds
-from ._wire import Request, ServerURL, Transport
+from ._wire import Request, Transport
 from .failures import RAdapterClientError, ServerUnavailable
 
 Part = Callable[[], Request]  # makes a request, in the thread that sends it
@@ -20,17 +20,6 @@ FIRST_WAIT = 0.1  # seconds before the first retry; doubled for each further one
 LAST_WAIT = 5.0
 # Set when a call of `AsyncClient` is cancelled; each call has its own event.
 CANCELLED: ContextVar[threading.Event | None] = ContextVar("CANCELLED", default=None)
-
-
-def connect(url: ServerURL, api_key: str | None) -> Transport:
-    """Open the transport for a URL; its libraries, which take 0.2 s to load, are imported here."""
-    if url.protocol == "grpc":
-        from .grpc import GrpcTransport
-
-        return GrpcTransport(url, api_key)
-    from ._http import HttpTransport
-
-    return HttpTransport(url, api_key)
 
 
 class Sender:

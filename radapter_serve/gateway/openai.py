@@ -64,7 +64,6 @@ class EmbeddingsRequest:
     """
 
     model: str  # name of the release
-    count: int  # of inputs
     texts: dict[int, bytes] = field(default_factory=dict)
     images: dict[int, bytes] = field(default_factory=dict)
     in_base64: bool = False  # encoding of the embeddings in the answer
@@ -99,7 +98,6 @@ def read(text: bytes) -> EmbeddingsRequest:
         )
     request = EmbeddingsRequest(
         body.model,
-        len(values),
         in_base64=body.encoding_format == "base64",
         alpha=body.alpha,
         dimensions=body.dimensions,
@@ -228,9 +226,10 @@ class OpenAI:
                 " are not cut: leave dimensions out",
                 "dimensions",
             )
-        if not request.in_base64 and request.count * width > MAX_JSON_VALUES:
+        count = len(request.texts) + len(request.images)
+        if not request.in_base64 and count * width > MAX_JSON_VALUES:
             raise bad_request(
-                f"{request.count} embeddings of {width} numbers are too many for JSON; send at most"
+                f"{count} embeddings of {width} numbers are too many for JSON; send at most"
                 f" {MAX_JSON_VALUES // width} inputs, or ask for encoding_format base64",
                 "encoding_format",
             )
@@ -277,7 +276,7 @@ class OpenAI:
                         "the model server answers otherwise than radapter-serve does",
                     )
                 rows.update(zip(batch, embeds, strict=True))
-        return [rows[place] for place in range(request.count)], version
+        return [rows[place] for place in range(len(rows))], version
 
     async def _release(self, name: str) -> tuple[str, dict[str, Any]]:
         """The version, empty for the newest, and the facts of a release by its model name."""

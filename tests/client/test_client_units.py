@@ -49,16 +49,6 @@ def test_exported_names():
     assert radapter_client.__all__ == sorted(radapter_client.__all__)
 
 
-def test_transport_of_the_user():
-    """The example of Transport's docstring"""
-    lines = inspect.cleandoc(str(radapter_client.Transport.__doc__)).splitlines()
-    start = lines.index("    ```python") + 1
-    code = "\n".join(line[4:] for line in lines[start : lines.index("    ```")])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("radapter_client._images.encode_image", lambda image: b"x")
-        exec(code, {**vars(radapter_client), "np": np, "Any": Any})
-
-
 def test_the_asynchronous_client_has_the_same_methods_and_asks_the_same():
     names = {name for name in vars(Client) if not name.startswith("_")}
     for name in names - {"close", "similarity"}:

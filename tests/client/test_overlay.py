@@ -115,7 +115,7 @@ def test_image_of_any_mode(mode: str):
 
 def legend(label: str) -> bytes:
     """The picture of one label, with its legend."""
-    return segmentation(np.zeros((4, 4)), [label], noise(4, 4)).overlay().tobytes()
+    return segmentation(np.zeros((1, 512)), [label], noise(1, 512)).overlay().tobytes()
 
 
 def test_labels_are_spelled():
