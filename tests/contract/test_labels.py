@@ -5,6 +5,7 @@ probabilities against torch.
 from __future__ import annotations
 
 import unicodedata
+import zlib
 
 import numpy as np
 import pytest
@@ -63,6 +64,10 @@ def test_templates(tmp_path):
         (path, ["a {}", "the {}"]),
     ):
         assert read_templates(source) == expected
+    # Of the lists in the released code of ViLD and OVSeg, in alphabetical order
+    for name, checksum in (("vild", 3243473227), ("ovseg", 3835008579)):
+        lines = "\n".join(sorted(read_templates(name)))
+        assert zlib.crc32(lines.encode()) == checksum
     path.write_text("a photo\n")
     for source, message in (
         (path, r"no \{\}"),
