@@ -399,7 +399,7 @@ EMBEDDED = json.dumps({**ANSWER, "outputs": [EMBEDDING]}).encode()
         ([refusal(401, "[any] no")], {}, 1, "Unauthorized"),
         *(([refusal(status, "[any] no")], {}, 1, "Timeout") for status in (408, 504)),
         # A wait beyond the time-out is not begun.
-        ([refusal(429, **{"Retry-After": "3600"})], {"timeout": 5}, 1, "ServerUnavailable"),
+        ([refusal(429, **{"Retry-After": "30"})], {"timeout": 5}, 1, "ServerUnavailable"),
         *(
             ([refusal(429, **{"Retry-After": wait})], {"timeout": 5}, 2, None)
             for wait in ("none", "-5")
