@@ -330,6 +330,11 @@ def test_equals_that_rounding_does_not_tell_apart_are_all_given(tmp_path: Path) 
     assert len(set((vectors[equal] @ asked).tolist())) > 1
     for among in (None, Met(np.ones(600, bool))):
         assert sorted(near.nearest(asked, 10, near.cells, 600, among)[0].tolist()) == equal
+    # Copies of one vector, more than the candidates
+    vectors[:400] = asked
+    write_neighbours(tmp_path, vectors, lambda _: vectors[:1])
+    near = Neighbours(tmp_path, vectors)
+    assert sorted(near.nearest(asked, 10, near.cells, 10)[0].tolist()) == list(range(400))
 
 
 class Exact(Neighbours):
