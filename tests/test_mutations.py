@@ -43,6 +43,7 @@ do_not_mutate_patterns = ["raise ", "say\\\\(", "Error\\\\(", "invalid\\\\("]
 pytest_add_cli_args = ["-p", "no:cacheprovider"]
 pytest_add_cli_args_test_selection = {tests}
 process_isolation = "forkserver"
+timeout_constant = 10
 debug = true
 """
 
