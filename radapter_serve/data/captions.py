@@ -49,6 +49,11 @@ class Captioned(ImageColumn):
             return numbered
         return [(number, (caption,)) for number, captions in numbered for caption in captions]
 
+    @property
+    def image_rows(self) -> Any:
+        """The first row of each image."""
+        return self.table.select([image.row for image in self.images])
+
     def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int, str | list[str]]:
         """The image, its number, and randomly drawn captions, which are repeated if there are too
         few.

@@ -5,10 +5,11 @@ prompt with the name of its class.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from radapter_serve.contract.images import SUFFIXES, orientation_of, oriented
 from radapter_serve.contract.labels import join_label, read_label_file, split_label
 from radapter_serve.contract.preprocess import MaskCrop
-from radapter_serve.data.rows import BrokenImage, LabelledImages, check_share, decode_named
+from radapter_serve.data.rows import (
+    BrokenImage,
+    LabelledImages,
+    check_share,
+    decode_named,
+    tracked,
+)
 from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError, listed, reason
 
@@ -31,6 +36,10 @@ IGNORE = -1
 MAX_ID = 65535  # of a label map, which has at most 16 bits
 _IGNORED_NAMES = ("unlabeled", "void", "ignore")
 _CLASS_FILES = ("classes.txt", "classes.json", "classes.yaml")
+_PANOPTIC = (  # modes of Pillow, and what is said where a mask has another
+    ("RGB",),
+    "a panoptic mask is a PNG in RGB, whose colour, R + 256 G + 65536 B, is the id of the segment",
+)
 
 ClassMask = tuple[int, NDArray[np.bool_]]
 
@@ -79,15 +88,8 @@ class MaskedImage(ABC):
 
     def _read(self, path: Path, modes: Sequence[str], kind: str) -> NDArray[np.int32]:
         """Read the PNG of a mask, turned like its image, int32 [H, W] or [H, W, 3]."""
-        try:
-            mask = Image.open(path, formats=("PNG",))
+        with _png(path, modes, kind) as mask:
             mask.load()
-        except Exception as error:  # Pillow raises anything on broken files
-            raise RAdapterError(
-                f"the mask {path} can't be read: {reason(error)}; it has to be a PNG file"
-            ) from None
-        if mask.mode not in modes:
-            raise RAdapterError(f"the mask {path} is a picture in {mask.mode}; {kind}")
         return np.asarray(self._fit(mask, f"the mask {path}")).astype(np.int32)
 
     def _fit(self, mask: Image.Image, what: str) -> Image.Image:
@@ -105,6 +107,22 @@ class MaskedImage(ABC):
                 f" {stored[0]} x {stored[1]}; make them the same size, or turn both by EXIF"
             )
         return upright
+
+
+@contextlib.contextmanager
+def _png(path: Path, modes: Sequence[str], kind: str) -> Iterator[Image.Image]:
+    """Open the PNG of a mask for the block, whose errors are all the file's."""
+    try:
+        with Image.open(path, formats=("PNG",)) as mask:
+            if mask.mode not in modes:
+                raise RAdapterError(f"the mask {path} is a picture in {mask.mode}; {kind}")
+            yield mask
+    except RAdapterError:
+        raise
+    except Exception as error:  # Pillow raises anything on broken files
+        raise RAdapterError(
+            f"the mask {path} can't be read: {reason(error)}; it has to be a PNG file"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -164,12 +182,7 @@ class Panoptic(MaskedImage):
     labels: dict[int, tuple[int, float]]  # class, or IGNORE, and area of each segment id
 
     def segments(self) -> list[ClassMask]:
-        colours = self._read(
-            self.mask_path,
-            ("RGB",),
-            "a panoptic mask is a PNG in RGB, whose colour, R + 256 G + 65536 B, is the id of the"
-            " segment",
-        )
+        colours = self._read(self.mask_path, *_PANOPTIC)
         ids = colours @ np.array([1, 256, 65536], np.int32)
         segments = [(label, ids == id_) for id_, (label, _) in self.labels.items()]
         areas = [int(inside.sum()) for _, inside in segments]
@@ -182,6 +195,10 @@ class Panoptic(MaskedImage):
         return [segment for segment in segments if segment[0] != IGNORE]
 
     def areas(self) -> list[tuple[int, float]]:
+        # The annotation has the areas. Compare the checksums of the PNG without decoding it, so
+        # that a broken file is found before a training and not in the middle of it.
+        with _png(self.mask_path, *_PANOPTIC) as mask:
+            mask.verify()
         return [pair for pair in self.labels.values() if pair[0] != IGNORE]
 
 
@@ -458,17 +475,8 @@ def list_segments(
     wrong: list[str] = []
     largest: float = 0
     progress = progress and os.environ.get("LOCAL_RANK", "0") == "0"  # in one of several processes
-    console = Console(quiet=not progress)
-    if not console.is_terminal:
-        console.print(f"reading the masks of {len(masked.images)} images", highlight=False)
-    bar = track(
-        masked.images,
-        "reading masks",
-        console=console,
-        transient=True,
-        disable=not (progress and console.is_terminal),
-    )
-    for number, image in enumerate(bar):
+    images = tracked(masked.images, len(masked.images), "reading the masks of", progress)
+    for number, image in enumerate(images):
         try:
             areas = image.areas()
         except RAdapterError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,13 +39,6 @@ class Proposals:
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{Path(name).stem}.npz"
-
-    def _load(self, path: Path) -> dict[str, NDArray[Any]]:
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in ("masks", "scores") if name in arrays}
-        except Exception as error:  # zipfile and numpy raise many kinds of errors on broken files
-            raise RAdapterError(f"the proposals {path} can't be read: {reason(error)}") from None
 
     def _check(self, path: Path) -> bool:
         """Check a file by its headers, before its arrays are read; True if it has scores."""
@@ -85,8 +77,12 @@ class Proposals:
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
         """Read the masks of an image of this height and width, 255 inside, and their scores."""
         path = self._path(name)
-        arrays = self._load(path)
-        masks = arrays["masks"]
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                masks = arrays["masks"]
+                scores = arrays["scores"].astype(np.float32) if self.scored else None
+        except Exception as error:  # zipfile and numpy raise many kinds of errors on broken files
+            raise RAdapterError(f"the proposals {path} can't be read: {reason(error)}") from None
         if masks.shape[1:] != size:
             height, width = masks.shape[1:]
             raise RAdapterError(
@@ -103,8 +99,7 @@ class Proposals:
             masks = masks * np.uint8(255)
         elif masks.size and masks.max() == 1:
             raise RAdapterError(f"no value of the masks of {path} is above 1; allowed: {_KINDS}")
-        scores = arrays.get("scores")
-        return masks.astype(np.uint8), None if scores is None else scores.astype(np.float32)
+        return masks.astype(np.uint8), scores
 
     def raw(self, name: str) -> bytes:
         """Read the file of an image, for a digest."""

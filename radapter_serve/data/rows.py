@@ -9,13 +9,15 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
 from radapter_serve.contract.images import SUFFIXES, count_kinds, decode, is_image_file, list_images
 from radapter_serve.contract.labels import split_label
@@ -26,8 +28,9 @@ SPLIT_FILES = ("coop", "karpathy")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 READERS = ("imagefolder", "csv", "json", "parquet", "webdataset", *SPLIT_FILES)
 _KINDS = f"{', '.join(f'{name}:PATH' for name in READERS)}, or a hub name"
+MANY = 1000  # images that are announced where there is no bar
 
-
+T = TypeVar("T")
 _Splits = dict[str, list[dict[str, Any]]]
 
 
@@ -41,6 +44,11 @@ class LabelledImages(ABC):
     rows: Any  # a sequence, or a Hugging Face data set
     classes: list[str]  # in the order of the labels, with synonyms after commas
     templates: Sequence[str]  # prompt templates; each training pair draws one
+
+    @property
+    def image_rows(self) -> Any:
+        """A row for each image, or for each segment that is shown as one."""
+        return self.rows
 
     @abstractmethod
     def image(self, row: Any) -> Image.Image:
@@ -340,6 +348,19 @@ def check_share(count: int, fraction: float) -> int:
     if share := share_of(count, fraction):
         return share
     raise RAdapterError(f"val_fraction is {fraction} but there is one image; name validation data")
+
+
+def tracked(items: Iterable[T], count: int, what: str, progress: bool) -> Iterable[T]:
+    """The items, which belong to so many images, with a bar in a terminal; elsewhere many are
+    announced by a line.
+    """
+    console = Console(stderr=True, quiet=not progress)
+    in_terminal = progress and console.is_terminal
+    if not in_terminal and count >= MANY:
+        console.print(f"{what} {count:,} images", highlight=False)
+    return track(
+        items, f"{what} images", count, console=console, transient=True, disable=not in_terminal
+    )
 
 
 def sub_folders(path: Path) -> set[str]:

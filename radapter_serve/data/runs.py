@@ -13,9 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import spread, verify
 from radapter_serve.contract.labels import split_label
@@ -27,7 +24,7 @@ from radapter_serve.data.labelled import (
     refuse_wordnet_ids,
 )
 from radapter_serve.data.masks import Masked, SegmentCrops, load_masked
-from radapter_serve.data.rows import BrokenImage, image_source
+from radapter_serve.data.rows import BrokenImage, image_source, tracked
 from radapter_serve.data.source import DataSource, RunSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import decoders
@@ -111,29 +108,24 @@ def broken_images(data: Images, *, progress: bool = True) -> list[str]:
 
     All files that the data names must exist; at most `_MAX_DECODED` of them are decoded.
     """
-    # Take one row for each image.
     rows: Any
     if isinstance(data, Masked):
         rows = data.images
     else:
-        rows = data.rows if isinstance(data, Labelled) else data.table
-        if isinstance(data, Captioned):
-            rows = rows.select([image.row for image in data.images])
-        rows = rows.select_columns([data.image_column])
-
-    def paths(start: int) -> list[Path]:
-        """The paths of a block of rows; empty if the table holds the bytes."""
-        if isinstance(data, Masked):
-            return [image.path for image in rows[start : start + _BLOCK]]
-        if "string" not in getattr(rows.features[data.image_column], "dtype", ""):
-            return []
-        values = rows[start : start + _BLOCK][data.image_column]
-        return [data.folder / (value or "") for value in values]
+        rows = data.image_rows.select_columns([data.image_column])
 
     def missing(start: int) -> dict[int, str]:
+        """Missing files among a block of rows; none if the table holds the bytes."""
+        block = slice(start, start + _BLOCK)
+        if isinstance(data, Masked):
+            paths = [image.path for image in rows[block]]
+        elif "string" in getattr(rows.features[data.image_column], "dtype", ""):
+            paths = [data.folder / (value or "") for value in rows[block][data.image_column]]
+        else:
+            return {}
         return {
             number: f"image {path} can't be read: {os.strerror(errno.ENOENT)}"
-            for number, path in enumerate(paths(start), start)
+            for number, path in enumerate(paths, start)
             if not path.is_file()
         }
 
@@ -152,21 +144,14 @@ def broken_images(data: Images, *, progress: bool = True) -> list[str]:
     # Look for all images, and decode some.
     count = len(rows)
     chosen = spread(range(count), _MAX_DECODED)
-    console = Console(stderr=True, quiet=not progress)
-    if not console.is_terminal and len(chosen) >= _BLOCK:
-        console.print(f"checking {len(chosen):,} of {count:,} images", highlight=False)
     broken: dict[int, str] = {}
     with ThreadPoolExecutor(decoders(16)) as pool:
         if count > len(chosen):
             for block in pool.map(missing, range(0, count, _BLOCK)):
                 broken |= block
-        for number, line in track(
-            zip(chosen, pool.map(problem, chosen), strict=True),
-            "checking images",
-            total=len(chosen),
-            console=console,
-            transient=True,
-            disable=not (progress and console.is_terminal),
+        lines = pool.map(problem, chosen)
+        for number, line in zip(
+            chosen, tracked(lines, len(chosen), "checking", progress), strict=True
         ):
             if line:
                 broken[number] = line
@@ -192,10 +177,9 @@ def held_out_digest(data: Images | SegmentCrops) -> str:
     folder may move.
     """
     values: Iterable[Any]
-    if isinstance(data, Labelled):
-        values = (row[data.image_column] for row in data.rows.select_columns([data.image_column]))
-    elif isinstance(data, Captioned):
-        values = (data.table[image.row][data.image_column] for image in data.images)
+    if isinstance(data, Labelled | Captioned):
+        column = data.image_column
+        values = (row[column] for row in data.image_rows.select_columns([column]))
     else:
         values = (str(image.path) for image in data.images)
     paths = []
