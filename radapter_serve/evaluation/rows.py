@@ -52,13 +52,13 @@ class ClassFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The results of one model on one data set: CLIP_benchmark's schema and more.
+    """The results of one model on one data set: CLIP_benchmark's schema, without
+    the language, and more.
 
     Attributes:
         dataset: name of the data set.
         model, pretrained: as open_clip names them.
         task: as CLIP_benchmark names it.
-        language: `en`.
         shift, split, metric, border, exif_orientation: as in a suite.
         source: `adapter`, `checkpoint`, `lora`, `merged`, `release` or `server`.
         alpha: α in [0, 1]; None if unknown.
@@ -105,7 +105,6 @@ class Row:
     weights_digest: str | None = None
     quantization: Mapping[str, object] | None = None
     task: str
-    language: str = "en"
     source: str
     alpha: float | None
     shift: str
