@@ -84,7 +84,7 @@ def _in_groups(recipe: Recipe, names: Collection[str]) -> type:
 
     fields: list[tuple[str, Any, Any]] = []
     for title, (sentence, group) in GROUPS.items():
-        shown = options(type(recipe), set(names) & set(group), recipe)
+        shown = options(type(recipe), set(names) & set(group.split()), recipe)
         named = tyro.conf.arg(name=title, help=sentence)
         kind = Annotated[shown, tyro.conf.OmitArgPrefixes, named]  # type: ignore[valid-type]
         if dataclasses.fields(shown):

@@ -7,8 +7,7 @@ import math
 import random
 import shlex
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ import open_clip
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from radapter_serve.adapter import Adapters, Metadata, save_adapter
+from radapter_serve.adapter import Metadata, save_adapter
 from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias, templates_of
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.rows import LabelledImages
@@ -56,7 +54,7 @@ def fit(
     out: Path,
     *,
     show: bool = True,
-    measure: Callable[..., dict[str, float]] = validate,
+    measure: Callable[[Learner], dict[str, float]] = validate,
 ) -> Run:
     """Train by a recipe on its opened data, and write the average of the adapters. What
     can be refused at the start is refused before anything is written.
@@ -89,7 +87,7 @@ def fit(
         if learner.val is None:
             return {}
         with learner.average.applied():
-            metrics = measure(learner.base, adapters, learner.val, recipe, accelerator)
+            metrics = measure(learner)
         progress.metrics(step, metrics)
         return metrics
 
@@ -212,17 +210,20 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
         positive = F.pad(positive, (0, len(others)))
 
     loss = learner.loss_fn(images.repeat_interleave(several, dim=0), texts, positive)
-    # Keep the images' embeddings, and their probabilities of the words, close to the base's.
+    # Keep the images' embeddings, and their probabilities of the words, close to the base's. For
+    # this the model in training becomes its base for a moment, without a second model in memory,
+    # and with a cache of its own: the weights in the training's cache include the adapters.
     if recipe.preserve or recipe.preserve_words:
-        with at_base(learner.adapters, accelerator):
+        learner.adapters.alpha = 0.0
+        with torch.no_grad(), accelerator.autocast(), parametrize.cached():
             base_images = accelerator.gather(encode_image(base.model, pixels))
+            base_words = encode_text(base.model, tokens[-len(words) :]) if words else None
+        learner.adapters.alpha = 1.0
         loss = loss + recipe.preserve * distance_to_base(images, base_images)
-    if recipe.preserve_words:
-        with at_base(learner.adapters, accelerator):
-            base_words = encode_text(base.model, tokens[-len(words) :])
-        scale, _ = logit_scale_and_bias(base.model.state_dict())
-        divergence = divergence_from_base(images, own_words, base_images, base_words, scale)
-        loss = loss + recipe.preserve_words * divergence
+        if base_words is not None:
+            scale, _ = logit_scale_and_bias(base.model.state_dict())
+            divergence = divergence_from_base(images, own_words, base_images, base_words, scale)
+            loss = loss + recipe.preserve_words * divergence
     return loss
 
 
@@ -293,20 +294,6 @@ def share(texts: Sequence[str], process: int, processes: int) -> list[str]:
     size = math.ceil(len(texts) / processes)
     missing = size * processes - len(texts)
     return [*texts, *(missing * list(texts[:1]))][size * process : size * (process + 1)]
-
-
-@contextmanager
-def at_base(adapters: Adapters, accelerator: Accelerator) -> Iterator[None]:
-    """Turn the model in training into its base for the block, without gradients. This needs no
-    second model in memory.
-    """
-    adapters.alpha = 0.0
-    try:
-        # Use another cache: the weights in the training's cache include the adapters.
-        with torch.no_grad(), accelerator.autocast(), parametrize.cached():
-            yield
-    finally:
-        adapters.alpha = 1.0
 
 
 @functools.cache

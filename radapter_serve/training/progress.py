@@ -7,7 +7,6 @@ import json
 import signal
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -75,7 +74,7 @@ class Progress:
         if len(self.first) < 2:
             self.first.append(seconds)
             if len(self.first) == 2 and step < self.steps:  # the first step also warms up
-                rest = timedelta(seconds=round((self.steps - step) * min(self.first)))
+                rest = in_words((self.steps - step) * min(self.first))
                 self.say(f"the first two steps say: the rest of training takes about {rest}")
         speed = self.batch_size / seconds
         self.speed = speed if not self.speed else 0.9 * self.speed + 0.1 * speed
@@ -93,8 +92,8 @@ class Progress:
             self.printed = time.monotonic()
             left = (self.steps - step) * self.batch_size / self.speed
             self.say(
-                f"step {step}/{self.steps}  loss {loss:.3f}  {self.speed:.1f} images/s  {left:.0f}"
-                " s left"
+                f"step {step}/{self.steps}  loss {loss:.3f}  {self.speed:.1f} images/s "
+                f" {in_words(left)} left"
             )
 
     def metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -124,6 +123,17 @@ class Progress:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+
+def in_words(seconds: float) -> str:
+    """A time as people say it, such as "50 seconds", "3 minutes" or "5 hours"."""
+    count = round(seconds)
+    unit = "second"
+    for size, name in ((60, "minute"), (3600, "hour")):
+        if seconds >= 2 * size:
+            count = round(seconds / size)
+            unit = name
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
 
 
 class Interruption:

@@ -36,37 +36,29 @@ LEAST_KEPT = 0.9  # least weight of the learned values in the average at the end
 
 
 # Groups of a recipe's fields in the help: title, description and fields.
-GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "model": ("What is trained.", ("architecture", "pretrained")),
+GROUPS: dict[str, tuple[str, str]] = {
+    "model": ("What is trained.", "architecture pretrained"),
     "data": (
         "What it trains with, and what it is validated on.",
-        tuple(field.name for field in dataclasses.fields(RunSource)),
+        " ".join(field.name for field in dataclasses.fields(RunSource)),
     ),
     "adapter": (
         "The adapters (Eq. 7 to 9).",
-        (
-            *("rank", "adapt_text", "partial", "form", "drop", "momentum", "bias_correction"),
-            "alpha",
-        ),
+        "rank adapt_text partial form drop momentum bias_correction alpha",
     ),
     "loss": (
         "The loss, MPM-NCE or its pairwise sigmoid, and what keeps the base's embeddings.",
-        ("delta", "epsilon", "positives", "negative_classes", "preserve", "preserve_words"),
+        "delta epsilon positives negative_classes preserve preserve_words",
     ),
     "optimizer": (
         "How it learns, and for how long.",
-        (
-            *("batch_size", "accumulate", "epochs", "steps", "learning_rate", "min_learning_rate"),
-            *("weight_decay", "warmup_steps", "grad_clip"),
-        ),
+        "batch_size accumulate epochs steps learning_rate min_learning_rate weight_decay"
+        " warmup_steps grad_clip",
     ),
-    "augmentation": ("What the towers see of an image.", ("crop_scale", "flip")),
+    "augmentation": ("What the towers see of an image.", "crop_scale flip"),
     "run": (
         "How the command runs.",
-        (
-            *("precision", "workers", "threads", "validate_every", "save_every", "tracker"),
-            *("out", "resume"),
-        ),
+        "precision workers threads validate_every save_every tracker out resume",
     ),
 }
 # Other names of fields, which recipes, flags and keywords may use.

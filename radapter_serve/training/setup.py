@@ -80,7 +80,7 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
     # The plan depends on the number of processes, and an invalid plan is refused before a model is
     # fetched.
     accelerator = start_accelerator(recipe, out)
-    plan = recipe.resolved(opened.images, accelerator.num_processes)
+    plan = recipe.resolved(len(opened.data.rows), accelerator.num_processes)
     recipe = plan.recipe
     torch.manual_seed(recipe.seed)  # before any random draw, such as of low-rank adapters
     base = load_base(recipe.architecture, recipe.pretrained)
@@ -103,14 +103,8 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
 
     # Choose the loss: by softmax, or by sigmoids if the base is scored by sigmoids.
     scale, bias = logit_scale_and_bias(base.model.state_dict())
-    numbers: dict[str, Any] = {
-        "logit_scale": scale,
-        "delta": recipe.delta,
-        "epsilon": recipe.epsilon,
-    }
-    loss_fn = partial(mpm_nce, **numbers)
-    if bias is not None:
-        loss_fn = partial(pairwise_sigmoid, logit_bias=bias, **numbers)
+    loss = partial(mpm_nce) if bias is None else partial(pairwise_sigmoid, logit_bias=bias)
+    loss_fn = partial(loss, logit_scale=scale, delta=recipe.delta, epsilon=recipe.epsilon)
     return Learner(
         plan=plan,
         accelerator=accelerator,

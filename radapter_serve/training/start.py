@@ -27,10 +27,7 @@ from radapter_serve.training.recipe import Recipe, Run, recipe_from
 from radapter_serve.training.tasks import RunData, open_run
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from radapter_serve.adapter import Adapters
-    from radapter_serve.clip.base import Base
+    from radapter_serve.training.setup import Learner
 
 GRID = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 PAPER = 5e-4
@@ -115,9 +112,7 @@ class Tried:
 
     @property
     def away(self) -> tuple[int, float]:
-        """Distance of the rate from the paper's in the grid, and the rate, which orders equal
-        distances.
-        """
+        """Distance of the rate from the paper's in the grid; the rate orders equal distances."""
         return abs(GRID.index(self.learning_rate) - GRID.index(PAPER)), self.learning_rate
 
 
@@ -138,7 +133,7 @@ def search_rate(
     # Let warm-up and average follow the length of a short run.
     short = dataclasses.replace(
         recipe,
-        steps=max(1, recipe.resolved(opened.images).steps // SHARE),
+        steps=max(1, recipe.resolved(len(opened.data.rows)).steps // SHARE),
         warmup_steps=None,
         momentum=None,
         validate_every=None,
@@ -151,11 +146,9 @@ def search_rate(
     def short_run(rate: float) -> None:
         began = time.monotonic()
 
-        def measure(
-            base: Base, adapters: Adapters, val: Any, recipe: Recipe, accelerator: Accelerator
-        ) -> dict[str, float]:
+        def measure(learner: Learner) -> dict[str, float]:
             alphas = [recipe.alpha] if of_base else [0.0, recipe.alpha]
-            answered, right = answers(base, adapters, val, alphas, recipe, accelerator)
+            answered, right = answers(learner, alphas)
             if not of_base:
                 of_base.append(answered[0])
             tried.append(Tried(rate, right[-1], float((answered[-1] == of_base[0]).mean())))

@@ -32,7 +32,6 @@ class RunData:
 
     data: Data
     val: Data | None  # `val_data`, or the share that `val_fraction` holds out
-    images: int  # number of images, or captions, in an epoch
     broken: tuple[str, ...] = ()  # rows that `on_broken: skip` leaves out
     notes: tuple[str, ...] = ()  # notes for the user, one line each
 
@@ -161,7 +160,7 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
             raise RAdapterError(problems[0])
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise RAdapterError(f"the data of this run won't do, for {len(problems)} reasons:{lines}")
-    return RunData(opened, opened_val, len(opened.rows), tuple(broken), tuple(notes))
+    return RunData(opened, opened_val, tuple(broken), tuple(notes))
 
 
 def open_data(recipe: Recipe, base: Base) -> tuple[Data, Data | None]:

@@ -7,15 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from radapter_serve.adapter import Adapters
-from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_texts, zero_shot_classifier
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.rows import BrokenImage, LabelledImages
@@ -25,27 +22,21 @@ from radapter_serve.evaluation.metrics import (
     recalls_of,
     retrieval_ranks,
 )
-from radapter_serve.training.recipe import Recipe
+from radapter_serve.training.setup import Learner
 
 _BATCH = 64
 
 
-def validate(
-    base: Base,
-    adapters: Adapters,
-    val: LabelledImages | Captioned,
-    recipe: Recipe,
-    accelerator: Accelerator,
-) -> dict[str, float]:
+def validate(learner: Learner) -> dict[str, float]:
     """Measure the adapters at the recipe's α and at 1, and leave them at 1. Returns fractions by
     metric and α: zero-shot accuracy or, for captions, recall at 1 both ways. Every process calls
     it.
     """
-    alphas = sorted({recipe.alpha, 1.0})
-    if isinstance(val, Captioned):
-        measured = _recalls(base, adapters, val, alphas, recipe, accelerator)
+    alphas = sorted({learner.plan.recipe.alpha, 1.0})
+    if isinstance(learner.val, Captioned):
+        measured = _recalls(learner, learner.val, alphas)
     else:
-        _, right = answers(base, adapters, val, alphas, recipe, accelerator)
+        _, right = answers(learner, alphas)
         measured = [{"acc1": float(row.mean()) if row.size else 0.0} for row in right]
     return {
         f"{name}@alpha={alpha:g}": round(value, 4)
@@ -56,26 +47,24 @@ def validate(
 
 @torch.no_grad()
 def answers(
-    base: Base,
-    adapters: Adapters,
-    val: LabelledImages,
-    alphas: Sequence[float],
-    recipe: Recipe,
-    accelerator: Accelerator,
+    learner: Learner, alphas: Sequence[float]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Classify images with the adapters at A values of α in one pass; every process calls it.
 
     Returns the class of the best score, integer [A, N], and whether the image has this class, bool
     [A, N]. The order of images is the same at each call.
     """
+    val = learner.val
+    assert isinstance(val, LabelledImages)
+    base = learner.base
     classifiers = []
     for alpha in alphas:
-        adapters.alpha = alpha
+        learner.adapters.alpha = alpha
         classifiers.append(
             zero_shot_classifier(base.model, base.tokenizer, val.classes, val.templates)
         )
     parts = []
-    for rows, embeds in _embedded(base, adapters, val, alphas, recipe, accelerator):
+    for rows, embeds in _embedded(learner, val, alphas):
         scores = [images @ classes.T for images, classes in zip(embeds, classifiers, strict=True)]
         check_finite(torch.stack(scores).cpu().numpy())
         best = torch.stack([of_alpha.argmax(dim=1) for of_alpha in scores]).cpu().numpy()
@@ -89,20 +78,13 @@ def answers(
 
 
 @torch.no_grad()
-def _recalls(
-    base: Base,
-    adapters: Adapters,
-    val: Captioned,
-    alphas: Sequence[float],
-    recipe: Recipe,
-    accelerator: Accelerator,
-) -> list[dict[str, float]]:
+def _recalls(learner: Learner, val: Captioned, alphas: Sequence[float]) -> list[dict[str, float]]:
     """Recall at 1 for each α, over all images and captions; a broken image is left out with its
     captions.
     """
     parts = [
         ([number for number, _ in rows], torch.stack(embeds, dim=1).cpu().numpy())
-        for rows, embeds in _embedded(base, adapters, val, alphas, recipe, accelerator)
+        for rows, embeds in _embedded(learner, val, alphas)
     ]
     embeds_of: dict[int, NDArray[np.float32]] = {}
     for numbers, embeds in gather_object(parts):
@@ -115,53 +97,47 @@ def _recalls(
     image_of = np.repeat(np.arange(len(kept)), [len(texts) for texts in captions])
     texts = [text for of_image in captions for text in of_image]
     groups = caption_groups(texts)
-    tokens = base.tokenizer(texts)
+    tokens = learner.base.tokenizer(texts)
     recalls = []
     for alpha, of_alpha in zip(alphas, images, strict=True):
-        adapters.alpha = alpha
-        of_texts = encode_texts(base.model, tokens).cpu().numpy()
+        learner.adapters.alpha = alpha
+        of_texts = encode_texts(learner.base.model, tokens).cpu().numpy()
         recalls.append(recalls_of(retrieval_ranks(of_alpha, of_texts, image_of, groups), (1,)))
-    adapters.alpha = 1.0
+    learner.adapters.alpha = 1.0
     return recalls
 
 
 def _embedded(
-    base: Base,
-    adapters: Adapters,
-    val: LabelledImages | Captioned,
-    alphas: Sequence[float],
-    recipe: Recipe,
-    accelerator: Accelerator,
+    learner: Learner, val: LabelledImages | Captioned, alphas: Sequence[float]
 ) -> Iterator[tuple[list[tuple[int, Any]], list[Tensor]]]:
     """Yield batches of this process's share of the images: their numbers and rows, and their
     embeddings at each α, [B, D]. Images that can't be read are left out if the recipe skips them. α
     is 1 at the end.
     """
-    device = next(base.model.parameters()).device
-    transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
-    count = len(val.images) if isinstance(val, Captioned) else len(val.rows)
-    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    model = learner.base.model
+    device = next(model.parameters()).device
+    transform = image_transform_v2(PreprocessCfg(**learner.base.preprocess), is_train=False)
+    images = val.image_rows
+    accelerator = learner.accelerator
+    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     for first in range(0, len(mine), _BATCH):
         rows = []
         pixels = []
         for number in mine[first : first + _BATCH]:
-            if isinstance(val, Captioned):
-                row = val.table[val.images[number].row]
-            else:
-                row = val.rows[number]
+            row = images[number]
             try:
                 pixels.append(transform(val.image(row)))
                 rows.append((number, row))
             except BrokenImage:
-                if recipe.on_broken == "refuse":
+                if learner.examples.refuse:
                     raise
         if not rows:
             continue
         batch = torch.stack(pixels).to(device)
         embeds = []
         for alpha in alphas:
-            adapters.alpha = alpha
+            learner.adapters.alpha = alpha
             with parametrize.cached():
-                embeds.append(encode_image(base.model, batch))
+                embeds.append(encode_image(model, batch))
         yield rows, embeds
-    adapters.alpha = 1.0
+    learner.adapters.alpha = 1.0

@@ -86,7 +86,7 @@ def test_karpathys_train_and_restval_are_one_source(tmp_path: Path) -> None:
         ("karpathy:{}@train+dev", KARPATHY, "has no images of the split 'dev'; it has restval, te"),
         ("karpathy:no{}@test", KARPATHY, "cannot read nos.json: No such file"),
         ("karpathy:{}@test", COOP, "s.json as a file of Karpathy's splits: KeyError: 'images'"),
-        ("karpathy:{}@test", "{", "s.json as a file of Karpathy's splits: JSONDecodeError"),
+        ("karpathy:{}@test", "{", "JSONDecodeError"),
         ("karpathy:{}@test", {"images": [photo("1.jpg", "test", 3)]}, "unexpected types in"),  # type: ignore[arg-type]
         ("karpathy:{}@test", {"images": []}, "it has no images at all"),
         ("coop:{}@test", {**COOP, "val": [["a", 4, "Sea or Lake"]]}, "each with a name of its own"),
@@ -94,7 +94,6 @@ def test_karpathys_train_and_restval_are_one_source(tmp_path: Path) -> None:
         ("coop:{}@test", {**COOP, "val": [["a", 0, "Desert"]]}, "0 is both 'Annual Crop_Land' and"),
         ("coop:{}@test", {**COOP, "val": [["a", True, "Desert"]]}, "unexpected types"),
         ("coop:{}@test", {**COOP, "val": [["a", 4]]}, "CoOp's splits: ValueError"),
-        ("coop:{}@test", {**COOP, "val": [4]}, "CoOp's splits: TypeError"),
     ],
 )
 def test_files_of_splits_that_can_not_be_used(
@@ -121,7 +120,7 @@ def test_the_images_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_each_field_of_a_recipe_is_in_one_group() -> None:
-    grouped = [name for _, fields in GROUPS.values() for name in fields]
+    grouped = [name for _, fields in GROUPS.values() for name in fields.split()]
     assert sorted(grouped) == sorted(field.name for field in dataclasses.fields(Recipe))
 
 

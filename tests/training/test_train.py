@@ -5,8 +5,8 @@ wrong; with captions, with few shots, and of one tower alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from radapter_serve.adapter import attach, fold, load_adapter
+from radapter_serve.adapter import load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.data.labelled import (
@@ -33,13 +33,14 @@ from radapter_serve.data.labelled import (
 from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Average, Recipe, choose_form, train
-from radapter_serve.training.setup import build, start_accelerator
+from radapter_serve.training.setup import build
 from radapter_serve.training.tasks import open_run
 from radapter_serve.training.validation import answers, validate
 from tests.helpers.by_hand import assert_same
 from tests.helpers.short_run import rows, short_run
 from tests.helpers.small_models import make_base
-from tests.training.test_wiring import captioned
+from tests.training.test_several_labels import several
+from tests.training.test_wiring import FIELDS, captioned
 
 
 @pytest.fixture
@@ -83,26 +84,60 @@ def test_a_run_learns_and_leaves_what_it_says(
     torch.testing.assert_close(bases[0].model.state_dict(), expected, rtol=0, atol=0)
 
 
-def test_a_killed_run_resumes_to_the_same_result(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_is_stopped_is_resumed_to_the_same_result(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    fields: dict[str, Any] = {"accumulate": 2, "flip": True, "rank": 2, "bias_correction": True}
+    recipe = dataclasses.replace(recipe, val_data=None, **fields)
+    whole = load_adapter(train(recipe)).tensors
     update = Average.update
 
-    def die(self: Average) -> None:
-        update(self)
-        if self.steps == 6:  # two after the last checkpoint
-            raise KeyboardInterrupt
+    def stopped(out: Path, save_every: int | None, stop: Callable[[], object]) -> BaseException:
+        """Train, and stop in the middle of the seventh step."""
 
-    fields: dict[str, Any] = {"accumulate": 2, "flip": True, "rank": 2, "bias_correction": True}
-    recipe = dataclasses.replace(recipe, **fields)
-    whole = load_adapter(train(recipe))
-    cut = dataclasses.replace(recipe, out=tmp_path / "cut")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Average, "update", die)
-        train(cut)
-    assert not (tmp_path / "cut" / "adapter.safetensors").exists()
-    resumed = load_adapter(train(dataclasses.replace(cut, resume=True)))
-    torch.testing.assert_close(resumed.tensors, whole.tensors, rtol=0, atol=1e-7)
+        def update_or_stop(self: Average) -> None:
+            if self.steps == 6:
+                stop()
+            update(self)
+
+        with monkeypatch.context() as patch, pytest.raises(BaseException) as error:
+            patch.setattr(Average, "update", update_or_stop)
+            train(dataclasses.replace(recipe, out=out, save_every=save_every), progress=True)
+        return error.value
+
+    def kill() -> None:
+        raise SystemError
+
+    # A run that is killed goes on from its last checkpoint, after the fourth step.
+    killed = tmp_path / "killed"
+    assert isinstance(stopped(killed, 4, kill), SystemError)
+    assert not (killed / "adapter.safetensors").exists()
+    resumed = load_adapter(train(dataclasses.replace(recipe, out=killed, resume=True)))
+    torch.testing.assert_close(resumed.tensors, whole, rtol=0, atol=1e-7)
+
+    # A run that gets a signal saves a checkpoint, from which its folder alone goes on.
+    # What a shell starts in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            cut = tmp_path / number.name
+            error = stopped(cut, None, functools.partial(os.kill, os.getpid(), number))
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            if number == signal.SIGTERM:
+                assert isinstance(error, SystemExit) and error.code == 143
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert isinstance(error, KeyboardInterrupt)
+    files = {path.name for path in cut.iterdir()}
+    assert files == {"checkpoint.pt", "metrics.jsonl", "recipe.yaml"}
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "saved a checkpoint after step 7; continue with radapter-train --resume" in printed
+    assert main(["--resume", str(cut)]) == 0
+    assert len(losses(cut)) == 8
+    torch.testing.assert_close(load_adapter(cut).tensors, whole, rtol=0, atol=1e-7)
 
 
 def test_bf16_trains_to_nearly_the_same_adapter(recipe: Recipe, tmp_path: Path) -> None:
@@ -114,34 +149,30 @@ def test_bf16_trains_to_nearly_the_same_adapter(recipe: Recipe, tmp_path: Path) 
         assert F.cosine_similarity(value.flatten(), plain[name].flatten(), dim=0) > 0.9
 
 
-@pytest.mark.parametrize(
-    ("amx", "avx512", "precision"), [(1, 0, "bf16"), (0, 1, "bf16"), (0, 0, "no")]
-)
 def test_auto_takes_bf16_where_the_processor_computes_with_it(
-    recipe: Recipe,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    amx: bool,
-    avx512: bool,
-    precision: str,
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     recipe = dataclasses.replace(recipe, precision="auto", val_data=None)
-    learner = build(recipe, open_run(recipe), tmp_path)
-    assert learner.plan.recipe.precision == precision
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for amx, avx512, precision in (
+        (True, False, "bf16"),
+        (False, True, "bf16"),
+        (False, False, "no"),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx512: has)
+        learner = build(recipe, open_run(recipe), tmp_path)
+        assert learner.plan.recipe.precision == precision
 
 
 @pytest.mark.slow
 def test_two_processes_train_to_the_same_adapter_as_one(
-    recipe: Recipe, images: Path, tmp_path: Path, train_in_two_processes: Any
+    tiny_clip_dir: str, tmp_path: Path, train_in_two_processes: Any
 ) -> None:
-    (images / "red" / "7.png").unlink()  # 23 images: no multiple of the batch nor of the processes
-    for name in ("cyan", "pink", "teal", "white"):  # of one image, so most batches lack them
-        (images / name).mkdir()
-        shutil.copy(images / "red" / "6.png", images / name)
-    recipe = dataclasses.replace(recipe, negative_classes=3)
+    """11 images, no multiple of the batch nor of the processes, some with more labels."""
+    data, _ = several(tmp_path / "data", "text")
+    fields = {**FIELDS, "label_separator": ";", "negative_classes": 2}
+    recipe = short_run(tiny_clip_dir, tmp_path, data=data, **fields)
     alone = load_adapter(train(recipe))
     train_in_two_processes(recipe, tmp_path / "two")
     assert_same(load_adapter(tmp_path / "two").tensors, alone.tensors)
@@ -175,7 +206,6 @@ def refused(
 def test_bad_input_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
     for flags, message in (
         ("--architecture ViT-X-1", "unknown model 'ViT-X-1'"),
-        ("--architecture local-dir:/nowhere", "is not a model folder"),
         ("--resume", "--resume needs --out"),
         (f"--resume --out {tmp_path}/run", "no checkpoint"),
         ("--tracker wanbd", "tracker 'wanbd'"),
@@ -202,23 +232,18 @@ def test_a_broken_image_is_one_line_with_workers_too(
     assert "red/0.png" in (tmp_path / "skipped" / "broken.txt").read_text()
 
 
-def test_an_image_that_breaks_before_validation(
-    recipe: Recipe, images: Path, tiny_clip_dir: str
-) -> None:
-    base = load_base(tiny_clip_dir)
-    adapters = attach(base.model)
-    data = load_labelled(DataSource(f"imagefolder:{images}"))
-    accelerator = start_accelerator(recipe, images)
+def test_an_image_that_breaks_before_validation(recipe: Recipe, images: Path) -> None:
+    learner = build(recipe, open_run(recipe), images)
     (images / "red" / "0.png").write_bytes(b"no image")
     with pytest.raises(RAdapterError, match=r"red/0\.png can't be read"):
-        validate(base, adapters, data, recipe, accelerator)
-    skipping = dataclasses.replace(recipe, on_broken="skip")
-    answered, right = answers(base, adapters, data, [0.0, 1.0], skipping, accelerator)
+        validate(learner)
+    learner.examples.refuse = False
+    answered, right = answers(learner, [0.0, 1.0])
     assert answered.shape == right.shape == (2, 23)
     with torch.no_grad():
-        base.model.get_parameter("visual.proj")[0, 0] = torch.nan
+        learner.base.model.get_parameter("visual.proj")[0, 0] = torch.nan
     with pytest.raises(RAdapterError, match="not finite"):
-        answers(base, adapters, data, [1.0], skipping, accelerator)
+        answers(learner, [1.0])
 
 
 def test_a_finished_run_is_kept_when_it_is_resumed_and_not_overwritten(
@@ -255,63 +280,12 @@ def test_a_full_disk_in_the_middle_of_a_run(
     assert {path.name for path in recipe.out.iterdir()} == {"recipe.yaml", "metrics.jsonl"}
 
 
-@pytest.fixture
-def unsaved(tiny_clip_dir: str, images: Path, tmp_path: Path) -> Recipe:
-    return short_run(
-        tiny_clip_dir, tmp_path, data=f"imagefolder:{images}", save_every=None, tracker="none"
-    )
-
-
-@pytest.mark.parametrize(
-    ("number", "ending"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
-)
-def test_a_run_that_is_stopped_is_resumed_from_its_folder_alone(
-    unsaved: Recipe,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    number: signal.Signals,
-    ending: type[BaseException],
-) -> None:
-    whole = load_adapter(train(unsaved))
-    cut = tmp_path / "cut"
-    update = Average.update
-
-    def send(self: Average) -> None:
-        if self.steps == 4:  # in the middle of the fifth step
-            os.kill(os.getpid(), number)
-        update(self)
-
-    # What a shell starts in the background ignores Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patch, pytest.raises(ending) as error:
-            patch.setattr(Average, "update", send)
-            train(dataclasses.replace(unsaved, out=cut), progress=True)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert ending is KeyboardInterrupt or error.value.code == 143  # type: ignore[attr-defined]
-    assert {path.name for path in cut.iterdir()} == {
-        "checkpoint.pt",
-        "metrics.jsonl",
-        "recipe.yaml",
-    }
-    assert len(rows(cut)) == 5
-    printed = capsys.readouterr().out.replace("\n", " ")
-    assert "saved a checkpoint after step 5; continue with radapter-train --resume" in printed
-    assert main(["--resume", str(cut)]) == 0
-    resumed = load_adapter(cut)
-    assert len([row for row in rows(cut) if "loss" in row]) == 8
-    torch.testing.assert_close(resumed.tensors, whole.tensors, rtol=0, atol=1e-7)
-
-
 @pytest.mark.slow
-def test_a_signal_to_the_whole_group_with_workers(unsaved: Recipe, tmp_path: Path) -> None:
+def test_a_signal_to_the_whole_group_with_workers(recipe: Recipe, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     out = tmp_path / "group"
-    fields = {**unsaved.to_dict(), "workers": 2, "steps": 100_000, "warmup_steps": 5}
-    path.write_text(yaml.safe_dump(fields))
+    fields: dict[str, Any] = {"workers": 2, "steps": 100_000, "save_every": None}
+    path.write_text(yaml.safe_dump(recipe.to_dict() | fields))
     arguments = ["-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -357,12 +331,10 @@ def test_broken_images_and_rows_without_captions(with_captions: Recipe, tmp_path
         file.write("1.png,\n")
     with pytest.raises(RAdapterError, match=r"row 41 of .* has no text in 'caption'"):
         train(with_captions)
-    out = train(
-        dataclasses.replace(with_captions, on_broken="skip", out=tmp_path / "skipped")
-    ).folder
-    broken = (out / "broken.txt").read_text()
+    run = train(dataclasses.replace(with_captions, on_broken="skip"))
+    broken = (run.folder / "broken.txt").read_text()
     assert "0.png can't be read: 8 bytes are not an image\n" in broken and "row 41 of" in broken
-    assert load_adapter(out).metadata.metrics  # the broken image is in the validation data too
+    assert run.metrics  # the broken image is in the validation data too
 
 
 def drawn(data: Labelled) -> dict[str, set[str]]:
@@ -394,25 +366,17 @@ def test_shots_of_each_class_by_the_seed_and_base_and_novel_classes(tmp_path: Pa
         assert drawn(part) == {name: everything[name] for name in names}
 
 
-def test_without_text_adapters(tiny_clip_dir: str, images: Path, tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"adapt_text": False, "rank": 2, "form": "weight", "steps": 3}
-    run = train(short_run(tiny_clip_dir, tmp_path, data=f"imagefolder:{images}", **fields))
-    adapter = load_adapter(run)
-    state = load_base(tiny_clip_dir).model.state_dict()
-    folded = fold(state, adapter, 0.7)
-    changed = [name for name, value in state.items() if not torch.equal(folded[name], value)]
-    for names in (adapter.keys, changed):
-        assert names and all(name.startswith("visual.") for name in names)
-
-
-def test_partial_adapts_the_text_tower_of_a_convolutional_clip(
-    images: Path, tmp_path: Path
-) -> None:
-    name = make_base("resnet", tmp_path / "base")
+def test_adapters_of_one_tower_alone(tiny_clip_dir: str, images: Path, tmp_path: Path) -> None:
     data = f"imagefolder:{images}"
+    fields: dict[str, Any] = {"data": data, "steps": 1, "warmup_steps": 0}
+    run = train(short_run(tiny_clip_dir, tmp_path, adapt_text=False, **fields))
+    assert all(key.startswith("visual.") for key in load_adapter(run).keys)
+    # The convolutional image tower can't be adapted.
+    name = make_base("resnet", tmp_path / "base")
+    partly = short_run(name, tmp_path / "partly", partial=True, **fields)
     with pytest.raises(RAdapterError, match=r"image tower .*ModifiedResNet.*--partial"):
-        train(short_run(name, tmp_path, data=data))
-    assert not (tmp_path / "run").exists()
-    adapter = load_adapter(train(short_run(name, tmp_path, data=data, steps=3, partial=True)))
+        train(dataclasses.replace(partly, partial=False))
+    assert partly.out is not None and not partly.out.exists()
+    adapter = load_adapter(train(partly))
     assert {key.split(".")[0] for key in adapter.keys} == {"transformer"}
     assert adapter.metadata.recipe["partial"] is True
