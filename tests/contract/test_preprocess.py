@@ -46,7 +46,7 @@ def reference(image: Image.Image, size: Any, **config: Any) -> np.ndarray:
     return (transform(image) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
     mode=st.sampled_from(MODES),
     width=st.integers(1, 90),
@@ -94,7 +94,7 @@ def masks(draw: st.DrawFn) -> NDArray[np.bool_]:
     return mask
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(masks(), st.floats(0, 1))
 def test_a_square_crop_holds_each_pixel_of_the_mask_once_in_place_and_no_other(
     mask: NDArray[np.bool_], padding: float

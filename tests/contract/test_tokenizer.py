@@ -38,7 +38,7 @@ def served(reference, tmp_path_factory):
     return Tokenizer.load(path, spec)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.text(max_size=120)
     | st.lists(st.sampled_from(PIECES), max_size=12).map(" ".join)
@@ -58,19 +58,19 @@ def test_every_word_of_the_vocabulary(reference, served):
     np.testing.assert_array_equal(served(words), reference(words).numpy())
 
 
-def test_dynamic_length_is_a_crop(reference, served, tmp_path):
+def test_dynamic_length_is_a_crop(reference, tmp_path):
     spec = write_tokenizer(reference, tmp_path / "tokenizer.json", dynamic_length=True)
+    served = Tokenizer.load(tmp_path / "tokenizer.json", spec)
     texts = ["a cat", "a photo of a small dog", "!"]
-    tokens = Tokenizer.load(tmp_path / "tokenizer.json", spec)(texts)
+    tokens = served(texts)
     full = reference(texts).numpy()
-    assert tokens.dtype == np.int32
-    assert tokens.shape == (3, 8)
+    assert tokens.dtype == np.int32 and tokens.shape == (3, 8)
     np.testing.assert_array_equal(tokens, full[:, :8])
     assert not full[:, 8:].any()
-    assert Tokenizer.load(tmp_path / "tokenizer.json", spec)(["dog " * 100]).shape == (1, 77)
+    assert served(["dog " * 100]).shape == (1, 77)
 
 
-@pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
+@pytest.mark.parametrize("clean", ["whitespace", "canonicalize"])
 def test_other_settings_of_the_tokenizer(clean, tmp_path):
     special = {"additional_special_tokens": ["<mask>"]}
     reference = SimpleTokenizer(context_length=11, clean=clean, **special)
@@ -109,14 +109,14 @@ def test_a_random_reduction_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", [b"", b'{"version": "1.0", "mo', bytes(range(256)), None])
-def test_a_broken_file_is_refused_in_a_line_that_names_it(content, reference, tmp_path):
+def test_a_broken_file_is_refused_in_a_line_that_names_it(reference, tmp_path):
     path = tmp_path / "tokenizer.json"
     spec = write_tokenizer(reference, path)
-    if content is None:
-        path.unlink()
-    else:
-        path.write_bytes(content)
-    with pytest.raises(RAdapterError, match="could not read the tokenizer") as why:
-        Tokenizer.load(path, spec)
-    assert str(path) in str(why.value) and "\n" not in str(why.value)
+    for content in (b"", b'{"version": "1.0", "mo', bytes(range(256)), None):
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        with pytest.raises(RAdapterError, match="could not read the tokenizer") as why:
+            Tokenizer.load(path, spec)
+        assert str(path) in str(why.value) and "\n" not in str(why.value)

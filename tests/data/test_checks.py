@@ -72,14 +72,11 @@ def test_a_folder_is_listed_as_the_library_of_data_sets_lists_it(photos: Path) -
     assert ours.classes == ["cat", "dog", "fire truck"]
 
 
-@pytest.mark.parametrize("format", [*FORMATS, "GIF"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_check_refuses_what_decoding_refuses(format: str) -> None:
     whole = encoded(format)
-    for data in (whole, whole[: int(0.9 * len(whole))], b""):
-        if data == whole and format in FORMATS:
-            decode(data)
-            verify(data)
-            continue
+    verify(whole)
+    for data in (whole[: int(0.9 * len(whole))], b""):
         whys = []
         for call in (decode, verify):
             with pytest.raises(TaskError) as error:

@@ -146,7 +146,6 @@ def test_needs_of_several_tasks_are_encoded_in_one_call(local: Local) -> None:
     ("counts", "max_batch_size", "expected"),
     [
         ((40, 40, 40), 64, [15] * 8),
-        ((64,), 64, [16] * 4),
         ((9, 8), 64, [8, 9]),
         ((16,), 64, [16]),
         ((7,), 3, [2, 2, 3]),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,18 +23,23 @@ from radapter_serve.training import Recipe
 COLOURS = {"blue": (30, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """8 PNG files of 40 by 36 pixels for each of three classes, in one sub-folder a class."""
+@pytest.fixture(scope="session")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("coloured")
     for name, colour in COLOURS.items():
-        folder = tmp_path / "images" / name
-        folder.mkdir(parents=True)
+        (root / name).mkdir()
         for index in range(8):
             noise = generator.integers(-30, 30, (36, 40, 3))
             pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{index}.png")
-    return tmp_path / "images"
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def images(coloured: Path, tmp_path: Path) -> Path:
+    """8 PNG files of 40 by 36 pixels for each of three classes, in one sub-folder a class."""
+    return shutil.copytree(coloured, tmp_path / "images")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from radapter_serve.evaluation.run import open_set
 from radapter_serve.evaluation.suite import Suite, entry_of
 from radapter_serve.training import Recipe, train
 from radapter_serve.training.tasks import open_run
-from tests.helpers.by_hand import ClipWithAdapters, Pair, assert_same
+from tests.helpers.by_hand import ClipWithAdapters, Pair
 from tests.helpers.short_run import short_run
 from tests.training.test_wiring import (
     CLASSES,
@@ -157,15 +156,3 @@ def test_what_is_refused_or_noted(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("image,label\na.png,cat\nb.png,dog\nc.png, ; \n")
     with pytest.raises(RAdapterError, match=r"image c\.png has no label in 'label'; take it out"):
         load_labelled(DataSource(f"csv:{tmp_path}/t.csv", label_separator=";"))
-
-
-@pytest.mark.slow
-def test_two_processes_with_images_of_more_labels_than_others(
-    tiny_clip_dir: str, tmp_path: Path, train_in_two_processes: Any
-) -> None:
-    data, _ = several(tmp_path / "data", "text")
-    fields = {**FIELDS, "label_separator": ";", "data": data}
-    recipe = short_run(tiny_clip_dir, tmp_path, **fields)
-    expected = load_adapter(train(recipe)).tensors
-    train_in_two_processes(dataclasses.replace(recipe, out=None), tmp_path / "two")
-    assert_same(load_adapter(tmp_path / "two").tensors, expected)
