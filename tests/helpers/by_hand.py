@@ -147,11 +147,12 @@ def train_by_hand(
     see: Callable[[int, Weights], None] = lambda step, average: None,
     prompts: Sequence[Sequence[str]] = (),
     words_of: Sequence[str] = (),
+    words_drawn: int = 64,
 ) -> Weights:
     """The averaged adapters after all of a recipe's steps, in fp32 and in one process.
 
     `see` is called with each step, from 1, and the average after it; `prompts` of each class are
-    for `negative_classes`, and the classes `words_of` for `preserve_words`.
+    for `negative_classes`, and the classes `words_of` for `preserve_words`, which draws some words.
     """
     assert recipe.steps is not None and recipe.momentum is not None
     clip = ClipWithAdapters(recipe.architecture, start)
@@ -187,7 +188,7 @@ def train_by_hand(
             loss = loss + recipe.preserve * (1 - F.cosine_similarity(f, base, dim=1)).mean()
             if recipe.preserve_words:
                 words = words_without(words_of)
-                chosen = torch.randperm(len(words), generator=draw)[:64].tolist()
+                chosen = torch.randperm(len(words), generator=draw)[:words_drawn].tolist()
                 some = [words[place] for place in chosen]
                 with clip.at(0.0):
                     of_base = torch.softmax(scale * base @ clip.texts(some).T, dim=1)

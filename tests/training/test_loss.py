@@ -32,7 +32,7 @@ def units(*sizes: int, width: int = 8, seed: int = 0) -> list[Tensor]:
     return [F.normalize(torch.randn(size, width), dim=-1) for size in sizes]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     labels=st.lists(st.sets(st.integers(0, 4), min_size=1), min_size=2, max_size=7),
     scale=st.floats(1, 100),

@@ -41,7 +41,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(content=st.binary() | TEXT.map(str.encode) | DOCUMENTS.map(yaml.dump).map(str.encode))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @example(content=b"\xff\xfe alpha")
 @example(content=b"a: 2001-99-99")
 @example(content=b"[" * 1500)

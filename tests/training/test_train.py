@@ -33,6 +33,7 @@ from radapter_serve.data.labelled import (
 from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Average, Recipe, choose_form, train
+from radapter_serve.training.progress import in_words
 from radapter_serve.training.setup import build
 from radapter_serve.training.tasks import open_run
 from radapter_serve.training.validation import answers, validate
@@ -138,6 +139,12 @@ def test_a_run_that_is_stopped_is_resumed_to_the_same_result(
     assert main(["--resume", str(cut)]) == 0
     assert len(losses(cut)) == 8
     torch.testing.assert_close(load_adapter(cut).tensors, whole, rtol=0, atol=1e-7)
+
+
+def test_times_are_told_as_people_say_them() -> None:
+    for seconds, words in ((1.2, "1 second"), (100, "100 seconds"), (170, "3 minutes")):
+        assert in_words(seconds) == words
+    assert in_words(2 * 3600) == "2 hours"
 
 
 def test_bf16_trains_to_nearly_the_same_adapter(recipe: Recipe, tmp_path: Path) -> None:
