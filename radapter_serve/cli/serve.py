@@ -20,7 +20,7 @@ from radapter_serve.release.release import Release
 from radapter_serve.server.config import MAX_WAITING, ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.launch import find_tritonserver
-from radapter_serve.server.releases import AdminSocket
+from radapter_serve.server.releases import admin_socket
 from radapter_serve.sources import HUB
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> 
             }
             _show(server.config, server.served.releases, server.runtime, urls, server.grpc_url)
             with (
-                AdminSocket(server.folder, server),
+                admin_socket(server.folder, server),
                 contextlib.nullcontext() if gateway is None else gateway.in_thread(),
             ):
                 Supervisor(server, _say).run()
@@ -274,7 +274,7 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: 
             url = config.endpoints.http_url
             urls = {"HTTP": url, "metrics": f"{url}/metrics"}
             _show(config, server.served.releases, server.runtime, urls, url)
-            with AdminSocket(server.folder, server):
+            with admin_socket(server.folder, server):
                 gateway.run()
         except KeyboardInterrupt:
             print("stopping ...", file=sys.stderr)

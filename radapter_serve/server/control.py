@@ -15,6 +15,8 @@ from urllib.parse import quote
 
 import urllib3
 
+from radapter_client.failures import read_failure
+from radapter_serve.contract.errors import OVERLOADED
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.process import SYSTEM, Clock
 from radapter_serve.release.config import parsed
@@ -143,7 +145,7 @@ def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: floa
                     f"{model} version {version} did not answer within {timeout:g} s; allow more"
                     " with --timeout"
                 ) from None
-            if answer.status not in _WORKS and "[overloaded]" not in answer.error:
+            if answer.status not in _WORKS and read_failure(answer.error).code != OVERLOADED:
                 raise RAdapterError(f"{model} version {version} fails: {answer.error}")
 
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,7 @@ FOLDER_PREFIX = "radapter-serve-"
 WAITING = "surplus"  # folder of the files that say how many requests a model is to reject
 MODELS = "models"  # folder of the models that Triton may load, in a server's folder
 SECRET_HEADER = "radapter-secret"
+_PYTHON = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
 DISK_ADVICE = "free some space, or set TMPDIR to another"
 # Protocols that can read or change the server's memory, files and log: they require the secret of
 # this server.
@@ -45,6 +46,8 @@ _TRACING = (
     "count=-1",
     "opentelemetry,resource=service.name=radapter-triton",
 )
+# Starts a program that is killed when the thread that starts it ends. SIGTERM would leave the
+# server's ports in use for as long as a caller keeps a connection open.
 _LAUNCHER = """import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)
 if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])"""
@@ -88,11 +91,11 @@ def find_tritonserver() -> Installation:
 
     package = Path(spec.submodule_search_locations[0]).absolute()
     server = package / "tritonserver"
-    stubs = server / "python_backend_stubs" / _python().removeprefix("Python ")
+    stubs = server / "python_backend_stubs" / _PYTHON.removeprefix("Python ")
     stub = stubs / "triton_python_backend_stub"
     if not (server / "bin" / "tritonserver").exists() or not stub.exists():
         raise RAdapterError(
-            f"nvidia-pytriton at {package} brings no server for {_python()}; {_advice()}"
+            f"nvidia-pytriton at {package} brings no server for {_PYTHON}; {_advice()}"
         )
 
     # The wheel's stub is linked against the shared library of Python.
@@ -103,7 +106,7 @@ def find_tritonserver() -> Installation:
     if not is_there and ctypes.util.find_library(library) is None:
         raise RAdapterError(
             f"lib{library}.so.1.0 is missing, which Triton's Python backend needs; install the"
-            f" shared library of {_python()}"
+            f" shared library of {_PYTHON}"
         )
     return Installation(
         server / "bin" / "tritonserver",
@@ -125,17 +128,13 @@ def _on_path(binary: Path) -> Installation:
     if built_for and int(built_for[1]) != sys.version_info[1]:
         needed = f"Python 3.{int(built_for[1])}"
         raise RAdapterError(
-            f"the Python backend of {binary} is for {needed}, this is {_python()};"
+            f"the Python backend of {binary} is for {needed}, this is {_PYTHON};"
             f" install radapter-serve under {needed} and start again"
         )
     for name, ours in OUR_BACKENDS.items():
         if not (backends.get(name, folder) / f"libtriton_{name}.so").exists():
             backends[name] = ours
     return Installation(binary, backends)
-
-
-def _python() -> str:
-    return f"Python {sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def _advice() -> str:
@@ -256,7 +255,7 @@ def command_line(
     ]
     if otlp_endpoint() is not None:
         arguments += [f"--trace-config={setting}" for setting in _TRACING]
-    return ending_with_parent(arguments)
+    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *arguments]
 
 
 def server_environment(
@@ -281,16 +280,6 @@ def server_environment(
         # Relative paths would start from the server's folder.
         variables[name] = ":".join(str(path.absolute()) for path in (*folders, *others))
     return variables
-
-
-def ending_with_parent(command: Sequence[str]) -> list[str]:
-    """Wrap a command so that, on Linux, it is killed when the thread that starts it ends.
-
-    SIGTERM would leave the server's ports in use for as long as a caller keeps a connection open.
-    """
-    if sys.platform != "linux":
-        return list(command)
-    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
 
 
 def reason(log: str) -> str:

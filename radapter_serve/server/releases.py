@@ -1,4 +1,4 @@
-"""`ReleaseServer`, whose releases can change while it runs, and `AdminSocket`, by which
+"""`ReleaseServer`, whose releases can change while it runs, and `admin_socket`, by which
 `radapter-release` changes them.
 
 The socket listens on this machine only. Its port, and the secret of each request, are in the name
@@ -18,7 +18,7 @@ import socketserver
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,69 +103,63 @@ class ReleaseServer(ABC):
         return f"release {named} is served"
 
 
-class AdminSocket:
-    """Answers the requests of `radapter-release` to a server, as a context manager."""
+@contextlib.contextmanager
+def admin_socket(folder: Path, server: ReleaseServer) -> Iterator[None]:
+    """Answer the requests of `radapter-release` to a server, within the block."""
+    secret = secrets.token_hex(32)
+    callers = threading.BoundedSemaphore(MAX_CALLERS)
 
-    def __init__(self, folder: Path, server: ReleaseServer) -> None:
-        self._folder = folder
-        self._server = server
-        self._secret = secrets.token_hex(32)
-        self._callers = threading.BoundedSemaphore(MAX_CALLERS)
+    class Handler(socketserver.StreamRequestHandler):
+        timeout = READ_TIMEOUT_SECONDS
 
-    def __enter__(self) -> AdminSocket:
-        admin = self
+        def handle(self) -> None:
+            if callers.acquire(blocking=False):
+                try:
+                    _answer(self, server, secret)
+                finally:
+                    callers.release()
 
-        class Handler(socketserver.StreamRequestHandler):
-            timeout = READ_TIMEOUT_SECONDS
+    # A thread for each caller, because tritonserver ends with the thread that started it.
+    listener = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    listener.daemon_threads = True
+    listener.block_on_close = False
+    (folder / FILE.format(port=listener.server_address[1], secret=secret)).touch()
+    threading.Thread(
+        target=listener.serve_forever, args=(0.1,), name="admin socket", daemon=True
+    ).start()
+    try:
+        yield
+    finally:
+        listener.shutdown()
+        listener.server_close()
 
-            def handle(self) -> None:
-                if admin._callers.acquire(blocking=False):
-                    try:
-                        admin._serve(self)
-                    finally:
-                        admin._callers.release()
 
-        # A thread for each caller, because tritonserver ends with the thread that started it.
-        self._listener = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self._listener.daemon_threads = True
-        self._listener.block_on_close = False
-        port = self._listener.server_address[1]
-        (self._folder / FILE.format(port=port, secret=self._secret)).touch()
-        threading.Thread(
-            target=self._listener.serve_forever, args=(0.1,), name="admin socket", daemon=True
-        ).start()
-        return self
+def _answer(caller: socketserver.StreamRequestHandler, server: ReleaseServer, secret: str) -> None:
+    def say(**line: Any) -> None:
+        # A change goes on after its caller has disconnected.
+        with contextlib.suppress(OSError):
+            caller.wfile.write(json.dumps(line).encode() + b"\n")
 
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown()
-        self._listener.server_close()
-
-    def _serve(self, caller: socketserver.StreamRequestHandler) -> None:
-        def say(**line: Any) -> None:
-            # A change goes on after its caller has disconnected.
-            with contextlib.suppress(OSError):
-                caller.wfile.write(json.dumps(line).encode() + b"\n")
-
-        try:
-            request = json.loads(caller.rfile.readline(MAX_REQUEST_BYTES))
-            if not hmac.compare_digest(str(request["secret"]).encode(), self._secret.encode()):
-                raise ValueError("it has another secret")
-            if request["do"] == "load":
-                releases = [int(number) for number in request["releases"]]
-                say(done=self._server.load(releases, lambda line: say(say=line)))
-            elif request["do"] == "rollback":
-                say(done=self._server.rollback(lambda line: say(say=line)))
-            elif request["do"] == "state":
-                say(done=self._server.describe())
-            else:
-                raise ValueError(request["do"])
-        except RAdapterError as error:
-            say(error=str(error))
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            say(
-                error=f"this server does not understand the request ({error}); use the"
-                " radapter-release of its version"
-            )
+    try:
+        request = json.loads(caller.rfile.readline(MAX_REQUEST_BYTES))
+        if not hmac.compare_digest(str(request["secret"]).encode(), secret.encode()):
+            raise ValueError("it has another secret")
+        if request["do"] == "load":
+            releases = [int(number) for number in request["releases"]]
+            say(done=server.load(releases, lambda line: say(say=line)))
+        elif request["do"] == "rollback":
+            say(done=server.rollback(lambda line: say(say=line)))
+        elif request["do"] == "state":
+            say(done=server.describe())
+        else:
+            raise ValueError(request["do"])
+    except RAdapterError as error:
+        say(error=str(error))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        say(
+            error=f"this server does not understand the request ({error}); use the"
+            " radapter-release of its version"
+        )
 
 
 def ask(folder: Path, request: dict[str, Any], say: Say = lambda line: None) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import SYSTEM, Clock
@@ -103,14 +103,6 @@ class Probe:
         return True
 
 
-@dataclass
-class _History:
-    """Restarts of a model or the server: their times, and the number of failures in a row."""
-
-    starts: deque[float] = field(default_factory=deque)
-    failures: int = 0
-
-
 class Supervisor:
     """Restarts models, or the server, that died or no longer answer, with growing pauses.
 
@@ -130,7 +122,9 @@ class Supervisor:
         self._say = say
         self._clock = clock
         self._probe = probe or Probe(server.control, server.cpu_seconds, clock=clock)
-        self._histories: defaultdict[str, _History] = defaultdict(_History)
+        # By model or `SERVER`
+        self._starts: defaultdict[str, deque[float]] = defaultdict(deque)
+        self._failures: Counter[str] = Counter()  # in a row
 
     def run(self) -> None:
         """Supervise the server until an exception, such as that of a signal, ends the loop."""
@@ -153,9 +147,9 @@ class Supervisor:
 
     def _start_again(self, failure: Failure) -> None:
         name = failure.name
-        history = self._histories[name]
+        starts = self._starts[name]
         while True:
-            if history.failures >= MAX_FAILURES:
+            if self._failures[name] >= MAX_FAILURES:
                 raise RAdapterError(
                     f"{failure}; it has not become ready in {MAX_FAILURES} starts, so"
                     " radapter-serve gives up; once that is mended, start it again, with all its"
@@ -164,11 +158,10 @@ class Supervisor:
 
             # No pause before the first start within `WINDOW_SECONDS`, then 1 s, doubled each time.
             now = self._clock.monotonic()
-            while history.starts and now - history.starts[0] > WINDOW_SECONDS:
-                history.starts.popleft()
-            recent = len(history.starts)
-            history.starts.append(now)
-            pause = min(MAX_PAUSE_SECONDS, 2.0 ** (recent - 1)) if recent else 0.0
+            while starts and now - starts[0] > WINDOW_SECONDS:
+                starts.popleft()
+            pause = min(MAX_PAUSE_SECONDS, 2.0 ** (len(starts) - 1)) if starts else 0.0
+            starts.append(now)
             self._say(f"{failure}; starting it again" + (f" in {pause:g} s" if pause else ""))
             self._clock.sleep(pause)
 
@@ -181,15 +174,15 @@ class Supervisor:
                     self._server.reload(name)
                 break
             except NoAnswer:  # the server died or froze meanwhile: the next check finds it
-                history.failures += 1
+                self._failures[name] += 1
                 return
             except RAdapterError as error:
-                history.failures += 1
+                self._failures[name] += 1
                 why = f"it could not be started again: {error}"
                 failure = Failure(name, why, failure.version)
 
-        for other, past in self._histories.items():
-            if name in (SERVER, other):  # when tritonserver is ready, so are all its models
-                past.failures = 0
+        del self._failures[name]
+        if name == SERVER:  # when tritonserver is ready, so are all its models
+            self._failures.clear()
         self._probe.forget()
         self._say(f"{name} is back after {self._clock.monotonic() - began:.1f} s")

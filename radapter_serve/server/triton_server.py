@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,6 @@ import tritonclient.grpc
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from radapter_serve.contract.errors import Encode
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import disk_errors
 from radapter_serve.process import STOPPING, SYSTEM, Clock, handled
@@ -261,7 +261,7 @@ class TritonServer(ReleaseServer):
             for encoder in encoders_of(self.config.model_repository, releases) if releases else ():
                 for version in encoder.versions:
                     say(f"comparing {encoder.name} of release {version} with torch's embeddings")
-                    check_agreement(encoder, version, _encode(client, encoder, version))
+                    check_agreement(encoder, version, partial(_encode, client, encoder, version))
 
     def _run(self, mode: Literal["wb", "ab"]) -> None:
         """Start the process, and wait until all tasks have answered; `mode` begins the log or
@@ -359,26 +359,25 @@ class TritonServer(ReleaseServer):
 
 
 def _encode(
-    client: tritonclient.grpc.InferenceServerClient, encoder: ServedEncoder, version: int
-) -> Encode:
-    """A function that calls an encoder of a running server."""
-
-    def encode(*arrays: NDArray[Any]) -> NDArray[np.float32]:
-        tensors = []
-        for named, array in zip(encoder.config.input, arrays, strict=True):
-            dtype = np_to_triton_dtype(array.dtype)
-            tensor = tritonclient.grpc.InferInput(named.name, list(array.shape), dtype)
-            tensors.append(tensor.set_data_from_numpy(array))
-        for attempt in range(_MAX_ATTEMPTS):
-            try:
-                reply = client.infer(encoder.name, tensors, str(version), client_timeout=120.0)
-                break
-            except InferenceServerException as error:
-                # Callers of the served release may fill the queue.
-                if "UNAVAILABLE" not in str(error.status()) or attempt == _MAX_ATTEMPTS - 1:
-                    raise
-                time.sleep(_PAUSE_SECONDS)
-        [output] = reply.get_response().outputs
-        return np.asarray(reply.as_numpy(output.name), np.float32)
-
-    return encode
+    client: tritonclient.grpc.InferenceServerClient,
+    encoder: ServedEncoder,
+    version: int,
+    *arrays: NDArray[Any],
+) -> NDArray[np.float32]:
+    """Call an encoder of a running server."""
+    tensors = []
+    for named, array in zip(encoder.config.input, arrays, strict=True):
+        dtype = np_to_triton_dtype(array.dtype)
+        tensor = tritonclient.grpc.InferInput(named.name, list(array.shape), dtype)
+        tensors.append(tensor.set_data_from_numpy(array))
+    for attempt in range(_MAX_ATTEMPTS):
+        try:
+            reply = client.infer(encoder.name, tensors, str(version), client_timeout=120.0)
+            break
+        except InferenceServerException as error:
+            # Callers of the served release may fill the queue.
+            if "UNAVAILABLE" not in str(error.status()) or attempt == _MAX_ATTEMPTS - 1:
+                raise
+            time.sleep(_PAUSE_SECONDS)
+    [output] = reply.get_response().outputs
+    return np.asarray(reply.as_numpy(output.name), np.float32)

@@ -70,9 +70,9 @@ class TritonPythonModel:
 
         # From tensors to typed requests; one request may become several.
         steps: list[Steps[Any]] = []
-        owners: list[int] = []
-        errors: dict[int, TaskError] = {}
-        for number, request in enumerate(requests):
+        owners: list[list[Any]] = []  # where the answer of each belongs
+        parts: list[list[Any]] = [[] for _ in requests]  # answers and errors of each request
+        for request, own in zip(requests, parts, strict=True):
             names = request.requested_output_names()
             try:
                 tensors = (pb.get_input_tensor_by_name(request, name) for name in task.inputs)
@@ -82,22 +82,20 @@ class TritonPythonModel:
                 task.check(self.task, forms(inputs), self.loaded.release.max_batch_size)
                 typed = task.read(self.loaded, inputs, names.__contains__)
             except Exception as error:
-                errors[number] = task_error(error)
+                own.append(task_error(error))
                 continue
             cancelled = given_up(request)
             steps += [self._run(row, cancelled) for row in typed]
-            owners += [number] * len(typed)
+            owners += [own] * len(typed)
 
         # Run all of them together, and convert their answers to tensors.
-        answers = run_together(steps)
+        for own, part in zip(owners, run_together(steps), strict=True):
+            own.append(part)
         results: list[Mapping[str, NDArray[Any]] | TaskError] = []
-        for number in range(len(requests)):
-            parts = [part for owner, part in zip(owners, answers, strict=True) if owner == number]
-            failed = [part for part in parts if isinstance(part, TaskError)]
-            if number in errors:
-                failed = [errors[number]]
+        for own in parts:
+            failed = next((part for part in own if isinstance(part, TaskError)), None)
             try:
-                results.append(failed[0] if failed else task.write(parts))
+                results.append(failed or task.write(own))
             except Exception as error:
                 results.append(task_error(error))
         return results

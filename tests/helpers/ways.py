@@ -13,7 +13,7 @@ from radapter_serve.gateway.in_process import answering
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
-from radapter_serve.server.releases import AdminSocket, ReleaseServer
+from radapter_serve.server.releases import ReleaseServer, admin_socket
 from radapter_serve.server.triton_server import TritonServer
 
 
@@ -32,7 +32,7 @@ def by_triton(repository: Path, indexes: Path, port: int | None = None) -> Itera
     endpoints = Endpoints("127.0.0.1", port or http, grpc, metrics)
     with (
         TritonServer(ServerConfig(repository, endpoints, indexes=indexes)) as server,
-        AdminSocket(server.folder, server),
+        admin_socket(server.folder, server),
     ):
         yield Running(server.http_url, server, server.folder)
 
@@ -45,7 +45,7 @@ def in_process(
     config = ServerConfig(repository, Endpoints("127.0.0.1", port), indexes=indexes)
     with (
         answering(config, Settings(port=port, indexes=indexes, **settings)) as server,
-        AdminSocket(server.folder, server),
+        admin_socket(server.folder, server),
     ):
         yield Running(f"http://127.0.0.1:{port}", server, server.folder)
 
