@@ -231,6 +231,22 @@ def repository(common: Path) -> Path:
     return shared(common, "release", make)
 
 
+@pytest.fixture(scope="session")
+def releases(common: Path) -> Path:
+    """Two small releases with digests, both with patches, of which the second is served."""
+
+    def make(folder: Path) -> None:
+        from radapter_serve.release.repository import Served
+        from tests.helpers.small_release import seal, write_release
+
+        for number in (1, 2):
+            write_release(folder, number, seed=number)
+        seal(folder, 1, 2)
+        Served((2,)).save(folder)
+
+    return shared(common, "sealed-releases", make)
+
+
 @pytest.fixture
 def sealed(repository: Path, tmp_path: Path) -> Path:
     """A copy of the two releases, with digests, that a test may change."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -17,13 +17,10 @@ import urllib3
 
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.release.repository import Served
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers.fake_server import FakeServer, write_repository
 from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import start
-from tests.helpers.shared import shared
-from tests.helpers.small_release import seal, write_release
 
 __all__ = ["until"]
 
@@ -43,16 +40,12 @@ def ask(client: Client, image: bytes = b"x", **options: Any) -> str:
 
 
 class RunningProcess:
-    """A process that answers over HTTP, and can be killed, frozen and started again at its port:
-    what `launch` starts. `elsewhere` has URLs of other ways in, which notice nothing of that.
+    """A process that answers over HTTP, and can be frozen, killed and started again at its port:
+    what `launch` starts.
     """
 
-    def __init__(
-        self, port: int, launch: Callable[[], Popen[bytes]], elsewhere: Sequence[str] = ()
-    ) -> None:
-        self.port = port
+    def __init__(self, port: int, launch: Callable[[], Popen[bytes]]) -> None:
         self.url = f"http://127.0.0.1:{port}"
-        self.elsewhere = elsewhere
         self._launch = launch
         self.start()
 
@@ -78,15 +71,6 @@ class RunningProcess:
         self._process.wait()
 
 
-@contextlib.contextmanager
-def running_gateway(server: str) -> Iterator[RunningProcess]:
-    """A gateway in front of a Triton with the stand-in models."""
-    settings = Settings(port=free_ports()[0], server=server)
-    process = RunningProcess(settings.port, lambda: start(settings), [f"grpc://{server}"])
-    yield process
-    process.end()
-
-
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of the stand-in models, in one release, which no test changes."""
@@ -101,30 +85,21 @@ def running(stand_ins: Path) -> Iterator[FakeServer]:
 
 @pytest.fixture
 def gateway(running: FakeServer) -> Iterator[RunningProcess]:
-    with running_gateway(running.grpc_url.removeprefix("grpc://")) as gateway:
-        yield gateway
-
-
-@pytest.fixture(scope="session")
-def models(common: Path) -> Path:
-    """Two sealed releases, of which the second is served."""
-
-    def make(folder: Path) -> None:
-        for number in (1, 2):
-            write_release(folder, number, seed=number)
-        seal(folder, 1, 2)
-        Served((2,)).save(folder)
-
-    return shared(common, "sealed-releases", make)
+    """A gateway in front of a Triton with the stand-in models."""
+    server = running.grpc_url.removeprefix("grpc://")
+    settings = Settings(port=free_ports()[0], server=server)
+    process = RunningProcess(settings.port, lambda: start(settings))
+    yield process
+    process.end()
 
 
 @pytest.fixture
-def engine(models: Path) -> Iterator[RunningProcess]:
+def engine(releases: Path) -> Iterator[RunningProcess]:
     """An engine with the gateway's app in front of it, whose `classify` obeys as the stand-in
     models do.
     """
     port = free_ports()[0]
-    arguments = [models, models / "indexes", "-", port, 60, "orders"]
+    arguments = [releases, releases / "indexes", "-", port, 60, "orders"]
     command = [sys.executable, "-m", "tests.helpers.engine_process", *map(str, arguments)]
     process = RunningProcess(port, lambda: Popen(command, cwd=Path(__file__).parents[2]))
     yield process

@@ -24,15 +24,19 @@ pytestmark = pytest.mark.triton
 SLOW = b'{"sleep": 2}'
 
 
-def test_a_killed_gateway(front: RunningProcess) -> None:
-    """Calls under way fail with ServerUnavailable at once, and a client that tries again sees no
-    failure; both work as soon as the gateway is back.
+def test_a_frozen_and_a_killed_gateway(front: RunningProcess) -> None:
+    """A call to a frozen gateway ends with Timeout in its own time. Calls to one that is killed
+    fail with ServerUnavailable at once, and a client that tries again sees no failure.
     """
     with (
         Client(front.url, retries=0) as client,
         Client(front.url, retries=20, timeout=60) as patient,
         ThreadPoolExecutor(4) as threads,
     ):
+        front.signal(signal.SIGSTOP)
+        assert ask(client, timeout=1.0) == "Timeout None"
+        front.signal(signal.SIGCONT)
+        assert ask(client) == "an answer"
         calls = [threads.submit(ask, client, SLOW) for _ in range(2)]
         again = [threads.submit(ask, patient, SLOW) for _ in range(2)]
         time.sleep(0.7)
@@ -44,44 +48,23 @@ def test_a_killed_gateway(front: RunningProcess) -> None:
         assert ask(client) == "an answer"
 
 
-def test_a_frozen_gateway(front: RunningProcess) -> None:
-    """A call to a frozen gateway ends with Timeout in its own time; callers of Triton itself notice
-    nothing.
-    """
-    with Client(front.url) as client, contextlib.ExitStack() as stack:
-        others = [stack.enter_context(Client(url)) for url in front.elsewhere]
-        assert ask(client) == "an answer"
-        front.signal(signal.SIGSTOP)
-        assert ask(client, timeout=1.0) == "Timeout None"
-        for other in others:
-            assert ask(other, timeout=10.0) == "an answer"
-        front.signal(signal.SIGCONT)
-        assert ask(client) == "an answer"
-
-
-def test_a_killed_client(front: RunningProcess, tmp_path: Path) -> None:
-    """What a killed client had asked through the gateway is given up within seconds; other callers
-    notice nothing.
+def test_a_frozen_and_a_killed_client(front: RunningProcess, tmp_path: Path) -> None:
+    """Other callers notice nothing. The call of a frozen client ends in the server, and it reads
+    its answer when it goes on; what a killed one had asked is given up within seconds.
     """
     left = tmp_path / "left"
     with Client(front.url) as client:
+        with caller(front, {"sleep": 1}) as asking:
+            asking.send_signal(signal.SIGSTOP)
+            until(lambda: running_requests(front) == 0, 10)
+            assert ask(client, timeout=10.0) == "an answer"
+            asking.send_signal(signal.SIGCONT)
+            assert asking.wait(10) == 0
         with caller(front, {"watch": str(left)}) as asking:
             asking.kill()
         assert ask(client, timeout=10.0) == "an answer"
         until(left.exists, 15)
         until(lambda: left.read_text() == "cancelled", 1)
-
-
-def test_a_frozen_client(front: RunningProcess) -> None:
-    """A client that freezes holds up nobody: its call ends in the server, and it reads its answer
-    when it goes on.
-    """
-    with Client(front.url) as client, caller(front, {"sleep": 1}) as asking:
-        asking.send_signal(signal.SIGSTOP)
-        until(lambda: running_requests(front) == 0, 10)
-        assert ask(client, timeout=10.0) == "an answer"
-        asking.send_signal(signal.SIGCONT)
-        assert asking.wait(10) == 0
 
 
 @contextlib.contextmanager

@@ -1,7 +1,11 @@
-"""How tests ask a served model: tensors over gRPC."""
+"""How tests ask a served model: tensors over gRPC, and callers who ask all the time."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,3 +31,25 @@ def tensor(name: str, value: Any) -> grpc.InferInput:
 
 def tensors(**values: Any) -> list[grpc.InferInput]:
     return [tensor(name, value) for name, value in values.items()]
+
+
+@contextlib.contextmanager
+def meanwhile(ask: Callable[[], None]) -> Iterator[None]:
+    """Ask again and again in a thread, until the end of the block, and once more then; raises what
+    the asking has raised.
+    """
+    is_over = threading.Event()
+
+    def run() -> None:
+        ask()
+        while not is_over.wait(0.05):
+            ask()
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(run)
+        try:
+            yield
+        finally:
+            is_over.set()
+        asking.result()
+        ask()

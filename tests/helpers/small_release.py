@@ -23,7 +23,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
 
-from radapter_export.repository import TEMPLATE, config, sources
+from radapter_export.repository import TEMPLATE, TOKENIZED, config, sources
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.labels import load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease, complete, run_together
@@ -133,7 +133,8 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
             samples(name, model, random).save(folder)
         else:
             shutil.copy(sources() / name / "model.py", folder)
-            (folder / "tokenizer.json").write_bytes(tokenizer)
+            if name in TOKENIZED:
+                (folder / "tokenizer.json").write_bytes(tokenizer)
             release.save(folder)
         path = repository / name / CONFIG
         before = named_releases(read_config(path)).values() if path.exists() else ()

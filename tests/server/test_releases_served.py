@@ -5,12 +5,12 @@ crash in the middle.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER
 from radapter_serve.tasks.embed import Labels, embed_labels
 from radapter_serve.tasks.segment import SegmentRequest, segment
+from tests.helpers.asking import meanwhile
+from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import gateway
 from tests.helpers.small_release import (
     LABELS,
@@ -37,12 +39,11 @@ from tests.helpers.small_release import (
     photos_in,
     png,
     seal,
-    write_release,
 )
 from tests.helpers.ways import WAYS, Running
 
 TRITON = pytest.param("triton", marks=pytest.mark.triton)
-LOADERS = 3  # over each way
+CALLERS = 2  # over each way
 IMAGES = [png(number) for number in range(4)]
 LABEL_SET = "色 हिन्दी 🦊"
 INDEX = "fötos 写真 👩‍🔬"
@@ -54,19 +55,14 @@ KINDS = ("image", "text", "classify", *SEGMENTS)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(releases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with two releases and digests, of which the first is served, and photos."""
     folder = tmp_path_factory.mktemp("releases")
-    for version in (1, 2):
-        write_release(folder / "repository", version, seed=version)
-        loaded = Local(folder / "repository", version).loaded
-        embeds = complete(embed_labels(loaded, LABELS, ["a {}"]))
-        for task in ("classify", "segment"):
-            embeds.save(
-                folder / "repository" / task / str(version) / "label_sets" / f"{LABEL_SET}.npz"
-            )
-    seal(folder / "repository", 1, 2)
-    Served((1,)).save(folder / "repository")
+    repository = shutil.copytree(releases, folder / "repository")
+    for path in repository.glob("*/*/label_sets/colours.npz"):
+        shutil.copy(path, path.with_stem(LABEL_SET))
+    seal(repository, 1, 2)
+    Served((1,)).save(repository)
     photos_in(folder / "photos", len(IMAGES))
     return folder
 
@@ -91,91 +87,60 @@ def urls_of(served: Running) -> list[str]:
     return [served.url, *grpc]
 
 
-class Load:
-    """Callers of every task over each way, who compare each answer with what its release answers
-    here.
+def expected(repository: Path, version: int) -> dict[str, Any]:
+    """What each kind of request gets from a release, computed here."""
+    loaded = Local(repository, version).loaded
+    images = loaded.embed_pixels([loaded.pixels(data) for data in IMAGES])
+    labels = complete(embed_labels(loaded, LABELS, ["a photo of a {}."]))
+    request = SegmentRequest(IMAGES[0], Labels(tuple(LABELS)))
+    return {
+        "image": images,
+        "text": loaded.embed_texts(TEXTS),
+        "classify": [labels.labels[np.argmax(labels.embeds @ image)] for image in images],
+        "segment": complete(segment(loaded, request)),
+        "proposals": complete(segment(loaded, replace(request, proposals=PROPOSALS))),
+    }
 
-    Attributes:
-        answers: how many there were, by way, what was asked, and release.
-        wrong: answers that differ, and failures.
+
+def release_of_an_answer(client: Client, kind: str, known: Mapping[int, Mapping[str, Any]]) -> int:
+    """The release of an answer, all rows of which must be its own, though each was a request of its
+    own.
     """
-
-    def __init__(self, ways: Sequence[str], repository: Path) -> None:
-        self.answers: Counter[tuple[str, str, int]] = Counter()
-        self.wrong: list[str] = []
-        self._end = threading.Event()
-        self._expected: dict[int, dict[str, Any]] = {}
-        for version in (1, 2):
-            loaded = Local(repository, version).loaded
-            images = loaded.embed_pixels([loaded.pixels(data) for data in IMAGES])
-            labels = complete(embed_labels(loaded, LABELS, ["a photo of a {}."]))
-            request = SegmentRequest(IMAGES[0], Labels(tuple(LABELS)))
-            masked = replace(request, proposals=PROPOSALS)
-            self._expected[version] = {
-                "image": images,
-                "text": loaded.embed_texts(TEXTS),
-                "tops": [labels.labels[np.argmax(labels.embeds @ image)] for image in images],
-                "segment": complete(segment(loaded, request)),
-                "proposals": complete(segment(loaded, masked)),
-            }
-        self._threads = [
-            threading.Thread(target=self._ask, args=caller)
-            for caller in enumerate([*ways] * LOADERS)
+    if kind in ("image", "text"):
+        asked = client.embed_images(IMAGES) if kind == "image" else client.embed_texts(TEXTS)
+        [version] = [
+            version for version in known if np.allclose(asked, known[version][kind], atol=1e-5)
         ]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        for thread in self._threads:
-            thread.join(60)
-
-    def _ask(self, number: int, way: str) -> None:
-        with Client(way, batch_size=1, concurrency=2) as client:
-            # Callers that never rest would keep the processor from the switch.
-            while not self._end.wait(0.02):
-                kind = KINDS[number % len(KINDS)]
-                number += 1
-                try:
-                    self.answers[way, kind, self._answer(client, kind)] += 1
-                except Exception as error:
-                    self.wrong.append(f"{way}: {type(error).__name__}: {error}")
-
-    def _answer(self, client: Client, kind: str) -> int:
-        """The release of an answer, all rows of which must be its own, though each was a request of
-        its own.
-        """
-        if kind in ("image", "text"):
-            asked = client.embed_images(IMAGES) if kind == "image" else client.embed_texts(TEXTS)
-            [version] = [
-                version
-                for version, known in self._expected.items()
-                if np.allclose(asked, known[kind], atol=1e-5)
-            ]
-            return version
-        if kind == "classify":
-            answers = client.classify(IMAGES, LABELS)
-            [version] = {answer.release for answer in answers}
-            assert [answer.top for answer in answers] == self._expected[version]["tops"], version
-            return version
+    elif kind == "classify":
+        answers = client.classify(IMAGES, LABELS)
+        [version] = {answer.release for answer in answers}
+        assert [answer.top for answer in answers] == known[version][kind], version
+    else:
         answer = client.segment(IMAGES[0], LABELS, proposals=SEGMENTS[kind])
-        known = self._expected[answer.release][kind]
-        assert np.array_equal(answer.mask, known.mask), answer.release
-        assert np.allclose(answer.scores, known.scores, atol=1e-5), answer.release
-        return answer.release
+        version = answer.release
+        assert np.array_equal(answer.mask, known[version][kind].mask), version
+        assert np.allclose(answer.scores, known[version][kind].scores, atol=1e-5), version
+    return version
 
 
 def test_a_switch_and_the_way_back_under_load(served: Running, folder: Path) -> None:
+    known = {version: expected(folder / "repository", version) for version in (1, 2)}
+    answers: Counter[tuple[str, str, int]] = Counter()  # by way, what was asked, and release
+
+    def ask(way: str, client: Client, kinds: Iterator[str]) -> None:
+        kind = next(kinds)
+        answers[way, kind, release_of_an_answer(client, kind, known)] += 1
+
     ways = urls_of(served)
     with contextlib.ExitStack() as stack:
         if isinstance(served.server, TritonServer):
             ways.append(stack.enter_context(gateway(served.server)))
-        load = stack.enter_context(Load(ways, folder / "repository"))
+        for number, way in enumerate(ways * CALLERS):
+            client = stack.enter_context(Client(way, batch_size=1, concurrency=2))
+            kinds = itertools.cycle((*KINDS[number:], *KINDS[:number]))
+            stack.enter_context(meanwhile(partial(ask, way, client, kinds)))
         for target in (2, 1):
-            before = load.answers.copy()
+            before = answers.copy()
             lines: list[str] = []
             served.server.load([target], lines.append)
             assert any("comparing image_encoder" in line for line in lines)
@@ -184,11 +149,7 @@ def test_a_switch_and_the_way_back_under_load(served: Running, folder: Path) -> 
                 assert [release.version for release in client.releases()] == [target]
                 assert client.classify(IMAGES[0], LABELS).release == target
             awaited = [(way, kind, target) for way in ways for kind in KINDS]
-            deadline = time.monotonic() + 60
-            while not all(load.answers[answer] > before[answer] for answer in awaited):
-                assert time.monotonic() < deadline, (load.answers, load.wrong[:5])
-                time.sleep(0.1)
-    assert not load.wrong, load.wrong[:5]
+            until(lambda: all(answers[each] > before[each] for each in awaited), 60)  # noqa: B023
 
 
 def test_the_command_speaks_with_the_server(
@@ -263,11 +224,12 @@ def test_a_server_that_dies_in_the_middle_of_a_switch_comes_back_as_it_was(
         server.load([2], kill)
     lines: list[str] = []
     supervisor = Supervisor(server, lines.append)
-    deadline = time.monotonic() + 90
-    while not (lines and "is back" in lines[-1]):
-        assert time.monotonic() < deadline, lines
+
+    def is_back() -> bool:
         supervisor.step()
-        time.sleep(0.2)
+        return bool(lines) and "is back" in lines[-1]
+
+    until(is_back, 90)
     assert set(map(tuple, server.models.values())) == {(1,)}
     with Client(served.url) as client:
         assert client.classify(IMAGES[0], LABELS).release == 1
