@@ -7,56 +7,74 @@ from __future__ import annotations
 import base64
 import json
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import numpy as np
 
+from radapter_serve.tasks.table import TASKS
 from tests.helpers.small_release import png
 from tests.hostile import images
 
 KEY = "radapter-hostile-suite"
 LABEL_SET = "colours"
 INDEX = "photos"
-TYPE = "Content-Type"
 LENGTH = "Inference-Header-Content-Length"
-_DATATYPES = {"i": "INT32", "f": "FP32", "u": "UINT8", "b": "BOOL"}
 
-Headers = dict[str, "str | None"]
+# Promises
+REFUSED = "refused"  # 4xx with a code
+CHECKED = "refused, or answered right"  # broken values may still be valid
+BROKEN = "refused, or closed"  # broken HTTP, which may have nobody to answer to
+
+
+@dataclass(frozen=True)
+class Case:
+    """One hostile request on a connection: bytes, or what makes them where they are many, or parts
+    with seconds to wait in between; and how many answers may come.
+    """
+
+    kind: str
+    data: bytes | Callable[[], bytes] | Sequence[bytes | float]
+    promise: str = REFUSED
+    answers: int = 1
+
+    @property
+    def parts(self) -> Sequence[bytes | float]:
+        if isinstance(self.data, bytes):
+            return [self.data]
+        return [self.data()] if callable(self.data) else self.data
 
 
 @dataclass
 class Ask:
     """A request that still has its structure: `head` is the JSON of its body, `tail` the binary
-    tensors behind it. A header of None is left out.
+    tensors behind it.
     """
 
     model: str
     head: Any
     tail: bytes = b""
     binary: bool = False
-    headers: Headers = field(default_factory=dict)
-    path: str | None = None
 
     @property
     def body(self) -> bytes:
         return json.dumps(self.head).encode() + self.tail
 
-    def raw(self, body: bytes | None = None) -> bytes:
-        """The whole message, with another body if one is given."""
+    def raw(self, body: bytes | None = None, headers: Mapping[str, str | None] = {}) -> bytes:
+        """The whole message, with another body or other headers if they are given."""
         body = self.body if body is None else body
-        length: Headers = {LENGTH: str(len(body) - len(self.tail))} if self.binary else {}
-        path = self.path or f"/v2/models/{self.model}/infer"
-        return message("POST", path, {**length, **self.headers}, body)
+        length = {LENGTH: str(len(body) - len(self.tail))} if self.binary else {}
+        return message("POST", f"/v2/models/{self.model}/infer", {**length, **headers}, body)
 
 
-def message(method: str, path: str, headers: Headers, body: bytes = b"") -> bytes:
-    """A request of HTTP/1.1 with a key."""
-    usual: Headers = {
+def message(method: str, path: str, headers: Mapping[str, str | None], body: bytes = b"") -> bytes:
+    """A request of HTTP/1.1 with a key; a header of None is left out."""
+    usual = {
         "Host": "gateway",
         "Authorization": f"Bearer {KEY}",
-        TYPE: "application/octet-stream" if LENGTH in headers else "application/json",
+        "Content-Type": f"application/{'octet-stream' if LENGTH in headers else 'json'}",
         "Content-Length": str(len(body)),
     }
     named = {**usual, **headers}
@@ -68,6 +86,7 @@ def message(method: str, path: str, headers: Headers, body: bytes = b"") -> byte
 def ask(model: str, inputs: dict[str, Any], *, binary: bool = False) -> Ask:
     """A request for a task, with texts and images as lists and numbers as arrays."""
     batch = [] if model in ("segment", "retrieve") else [1]
+    kinds = {"i": "INT32", "f": "FP32", "u": "UINT8"}
     tensors = []
     tail = b""
     for name, value in inputs.items():
@@ -75,14 +94,18 @@ def ask(model: str, inputs: dict[str, Any], *, binary: bool = False) -> Ask:
         tensor: dict[str, Any] = {
             "name": name,
             "shape": [*batch, *([len(value)] if is_list else value.shape)],
-            "datatype": "BYTES" if is_list else _DATATYPES[value.dtype.kind],
+            "datatype": "BYTES" if is_list else kinds[value.dtype.kind],
         }
         if binary:
             packed = pack(value)
             tensor["parameters"] = {"binary_data_size": len(packed)}
             tail += packed
+        elif is_list:  # images as base64
+            tensor["data"] = [
+                one if isinstance(one, str) else base64.b64encode(one).decode() for one in value
+            ]
         else:
-            tensor["data"] = list(map(as_text, value)) if is_list else value.ravel().tolist()
+            tensor["data"] = value.ravel().tolist()
         tensors.append(tensor)
     head: dict[str, Any] = {"id": "1", "inputs": tensors}
     if binary:
@@ -100,17 +123,12 @@ def pack(value: Any) -> bytes:
     return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
-def as_text(value: str | bytes) -> str:
-    """A text, or the bytes of an image as base64."""
-    return value if isinstance(value, str) else base64.b64encode(value).decode()
-
-
 def number(value: float, kind: Any = np.int32) -> Any:
     return np.array([value], kind)
 
 
-def right(random: Random) -> Ask:
-    """A right request of some task."""
+def right(random: Random) -> list[tuple[str, dict[str, Any]]]:
+    """Each task with right inputs, in several ways."""
     kind = random.choice(["PNG", "JPEG", "WEBP"])
     image = [png(random.randrange(8), random.randrange(8, 60), random.randrange(8, 60), kind)]
     labels = {"labels": [f"label {place}" for place in range(random.randrange(1, 5))]}
@@ -120,7 +138,7 @@ def right(random: Random) -> Ask:
     masks[1, :10] = 0
     search = {"index": [INDEX], "top_k": number(2)}
     limits = {"min_score": number(-0.5, np.float32), "where": ["width > 10 AND NOT (height = 3)"]}
-    requests: list[tuple[str, dict[str, Any]]] = [
+    return [
         ("embed_image", {"image": image}),
         ("embed_text", {"text": [random.choice(["a cat", "ein Fahrrad", "猫", "x" * 300])]}),
         ("classify", {"image": image, **choice, "top_k": number(1)}),
@@ -131,20 +149,14 @@ def right(random: Random) -> Ask:
         ("retrieve", {"image": image, **search}),
         ("retrieve", {"text": ["a cat"], **search, **limits}),
     ]
-    model, inputs = random.choice(requests)
-    return ask(model, inputs, binary=random.random() < 0.5)
 
 
-def good() -> dict[str, Ask]:
-    """What the good client asks of each task, again and again."""
-    image = [png(5, 40, 30)]
-    return {
-        "embed_image": ask("embed_image", {"image": image}),
-        "embed_text": ask("embed_text", {"text": ["a striped thing"]}, binary=True),
-        "classify": ask("classify", {"image": image, "labels": ["red", "green", "blue"]}),
-        "segment": ask("segment", {"image": image, "label_set": [LABEL_SET]}, binary=True),
-        "retrieve": ask("retrieve", {"text": ["a cat"], "index": [INDEX], "where": ["width > 10"]}),
-    }
+def good() -> list[Ask]:
+    """What the good client asks again and again: every second in binary."""
+    return [
+        ask(model, inputs, binary=place % 2 == 1)
+        for place, (model, inputs) in enumerate(right(Random(5)))
+    ]
 
 
 # Mutations
@@ -164,146 +176,101 @@ NUMBERS = (
 WHERE = (
     *("width > 10 OR 1=1", "1/0", "width", "width > 'a'", "nothing = 1", "--", "/*", "\0"),
     *("path IN (SELECT path FROM photos)", "width > 10; DELETE FROM x", "(" * 1000, "width >"),
-    *("NOT " * 500 + "width>1", " AND ".join(["width>1"] * 200), "path LIKE '" + "%a" * 400 + "'"),
+    *("NOT " * 400 + "width>1", " OR ".join(["width>1"] * 180), "path LIKE '" + "%a" * 400 + "'"),
+    *("(" * 900 + "width>1" + ")" * 900, "-" * 1900 + "1 > 0", "CASE" * 400),
     *("sleep(10)", "read_csv('/etc/passwd')", "path = '\ud800'", "width > " + "9" * 500),
     *("width BETWEEN 1 AND", "CAST(path AS INT) > 1", "x'00'", "1e999 > 1"),
 )
 _NAMES = (
-    *("image", "text", "labels", "label_set", "templates", "top_k", "index", "where", "alpha"),
-    *("threshold", "refine", "short_side", "stride", "proposals", "tokens", "nothing", "x"),
-    *("label", "score", "mask", "thumbnail", "id", "image_embeds", "name", "shape", "data"),
-    *("parameters", "binary_data_size", "binary_data_output", "binary_data", "classification"),
-    *("shared_memory_region", "shared_memory_offset", "priority", "sequence_id", "timeout"),
-    *("outputs", ""),
+    *sorted({name for task in TASKS.values() for name in (*task.inputs, *task.outputs)}),
+    *("tokens", "nothing", "", "name", "shape", "data", "parameters", "outputs", "classification"),
+    *("binary_data", "binary_data_size", "binary_data_output", "shared_memory_region", "timeout"),
+    *("shared_memory_offset", "priority", "sequence_id"),
 )
 _SIZES = (0, -1, 1, 2, 65, 2**31, 2**32, 2**62, 2**63, -(2**63), 1.5, "1", None, True)
-_HEADERS = (TYPE, "Content-Encoding", "Host", "Authorization", "Expect", LENGTH)
-_VALUES = (
-    *(None, "", "gzip", "identity, gzip", "text/html", "multipart/form-data; boundary=x"),
-    *("0", "-1", "1", "9" * 20, "abc", "1.5", "0x10", "²", " 5 ", "a" * 5000),
-)
 _SNIPPETS = (b"\0", b"\xff", b'"', b"[", b"{", b",", b"-", b"1e9", b"\r\n", b"\xed\xa0\x80")
 
 
-def hostile(random: Random) -> tuple[str, bytes, bool]:
-    """Kind and bytes of a hostile request, and whether HTTP itself is broken."""
-    request = right(random)
+def mutation(random: Random) -> Case:
+    """A right request, changed until it is hostile."""
+    model, inputs = random.choice(right(random))
+    request = ask(model, inputs, binary=random.random() < 0.5)
     way = random.randrange(100)
     if way < 40:
         for _ in range(random.choice([1, 1, 1, 2, 3])):
             _change(request, random)
-        return "mutated structure", request.raw(), False
+        return Case("mutated structure", request.raw(), CHECKED)
     if way < 60:
-        _exchange_value(request, random)
-        return "hostile values", request.raw(), False
+        name = random.choice(list(inputs))
+        return Case("hostile values", _exchanged(request, inputs, name, random).raw(), CHECKED)
     if way < 80:
-        return "mutated bytes of a body", request.raw(_damaged(request.body, random)), False
+        return Case("mutated bytes of a body", request.raw(_damaged(request.body, random)), CHECKED)
     noise = random.randbytes(random.choice([1, 10, 100, 1000, 20_000]))
-    if way < 84:
-        return "random bytes as a body", Ask(request.model, request.head).raw(noise), False
     if way < 86:
-        request.tail = noise
-        request.binary = True
-        return "random bytes as tensors", request.raw(), False
+        return Case("random bytes as a body", request.raw(noise), CHECKED)
     if way < 88:
-        return "random bytes as HTTP", noise, True
+        return Case("random bytes as HTTP", noise, BROKEN)
     raw = request.raw()
     end = raw.index(b"\r\n\r\n") + 4 if random.random() < 0.7 else len(raw)
-    return "mutated bytes of HTTP", _damaged(raw[:end], random) + raw[end:], True
+    return Case("mutated bytes of HTTP", _damaged(raw[:end], random) + raw[end:], BROKEN)
 
 
 def _damaged(data: bytes, random: Random) -> bytes:
-    """Flip, take out, double or put in some bytes."""
+    """Exchange, take out, double or put in some bytes."""
     changed = bytearray(data)
     for _ in range(random.choice([1, 1, 2, 5, 20])):
-        at = random.randrange(len(changed) + 1)
-        way = random.randrange(6)
-        if way < 2 and at < len(changed):
-            changed[at] ^= 1 << random.randrange(8)
-        elif way == 2:
-            del changed[at : at + random.choice([1, 2, 10, 100])]
-        elif way == 3:
-            changed[at:at] = changed[at : at + random.choice([1, 10, 100])]
-        elif way == 4:
-            changed[at:at] = random.choice(_SNIPPETS)
-        elif random.random() < 0.3:
-            del changed[at:]
+        start = random.randrange(len(changed) + 1)
+        end = start + random.choice([0, 1, 1, 1, 2, 10, 100, len(data)])
+        new = [b"", random.randbytes(1), random.choice(_SNIPPETS), 2 * changed[start:end][:100]]
+        changed[start:end] = random.choice(new)
     return bytes(changed)
 
 
-def _exchange_value(request: Ask, random: Random) -> None:
-    """Exchange the values of one tensor for hostile ones, packed as they should be."""
-    tensors = request.head["inputs"]
-    place = random.randrange(len(tensors))
-    tensor = tensors[place]
-    count = max(1, len(tensor.get("data", [1])))
-    pool: Any = NUMBERS
-    if tensor["datatype"] == "BYTES":
-        pool = WHERE if tensor["name"] == "where" else TEXTS
-    values = [random.choice(pool) for _ in range(count)]
-    if tensor["name"] == "image":
-        values = [images.made(random.choice(list(images.small())))]
-    if not request.binary:
-        tensor["data"] = [as_text(one) if isinstance(one, bytes) else one for one in values]
-        return
-    sizes = [one["parameters"]["binary_data_size"] for one in tensors]
-    start = sum(sizes[:place])
-    packed = random.randbytes(sizes[place])
-    if tensor["datatype"] == "BYTES":
-        packed = pack(values)
-        tensor["shape"] = [*tensor["shape"][:-1], len(values)]
-        tensor["parameters"]["binary_data_size"] = len(packed)
-    request.tail = request.tail[:start] + packed + request.tail[start + sizes[place] :]
+def _exchanged(request: Ask, inputs: dict[str, Any], name: str, random: Random) -> Ask:
+    """The request with hostile values of one input, packed as they should be."""
+    value = inputs[name]
+    if name == "image":
+        value = [images.made(random.choice(images.SMALL))]
+    elif isinstance(value, list):
+        value = [random.choice(WHERE if name == "where" else TEXTS) for _ in value]
+    else:
+        value = np.frombuffer(random.randbytes(value.nbytes), value.dtype).reshape(value.shape)
+    changed = ask(request.model, {**inputs, name: value}, binary=request.binary)
+    for tensor in changed.head["inputs"]:
+        if tensor["name"] == name and tensor["datatype"] != "BYTES" and not request.binary:
+            tensor["data"] = [random.choice(NUMBERS) for _ in tensor["data"]]
+    return changed
 
 
 def _change(request: Ask, random: Random) -> None:
     """Change the structure of a request, of which an earlier change may have left anything."""
-    way = random.randrange(16)
-    places = _places(request.head)
-    if way == 0:
-        request.headers[random.choice(_HEADERS)] = random.choice(_VALUES)
-    elif way == 1:
-        text = random.choice(["image_encoder", "text_encoder", "patch_encoder", *TEXTS])
-        name = "".join(f"%{byte:02x}" for byte in text.encode("utf-8", "replace")[:2000])
-        versions = ("", "/versions/0", "/versions/-1", f"/versions/{2**63}", "/versions/1")
-        model = random.choice([request.model, name])
-        request.path = f"/v2/models/{model}{random.choice(versions)}/infer"
-    elif way == 2 and len(request.tail) > 4:
-        at = random.choice([0, random.randrange(len(request.tail) - 3)])
-        length = struct.pack("<I", random.choice([0, 1, 5, 2**16, 2**31, 2**32 - 1]))
-        request.tail = request.tail[:at] + length + request.tail[at + 4 :]
-    elif not places:
-        request.head = _odd(random)
+    dims = random.choice([0, 1, 2, 2, 3, 9, 100, 10_000])
+    kinds = ["BYTES", "INT32", "FP16", "BOOL", "STRING", "bytes", ""]
+    values = {
+        "name": random.choice(_NAMES),
+        "datatype": random.choice(kinds),
+        "shape": [random.choice(_SIZES) for _ in range(dims)],
+        "data": ["a"] * random.choice([0, 2, 3, 65, 300]),
+        "binary_data_size": random.choice(_SIZES),
+    }
+    tree, key = random.choice(_places([request.head]))
+    way = random.randrange(12)
+    if way < 7:
+        tree[key] = random.choice([values.get(key, _odd(random)), _odd(random)])
+    elif way < 9:
+        del tree[key]
+    elif isinstance(tree, dict):
+        tree[random.choice(_NAMES)] = _odd(random)
     else:
-        tree, key = random.choice(places)
-        if way < 8:  # a field of a tensor, by a value of its kind
-            dims = random.choice([0, 1, 2, 2, 3, 9, 100, 10_000])
-            kinds = ["BYTES", "INT32", "FP16", "BOOL", "STRING", "bytes", ""]
-            values = {
-                "name": random.choice(_NAMES),
-                "datatype": random.choice(kinds),
-                "shape": [random.choice(_SIZES) for _ in range(dims)],
-                "data": ["a"] * random.choice([0, 2, 3, 65, 300]),
-                "binary_data_size": random.choice(_SIZES),
-            }
-            tree[key] = values.get(key, _odd(random))
-        elif way < 10:
-            tree[key] = _odd(random)
-        elif way < 12:
-            del tree[key]
-        elif isinstance(tree, dict):
-            tree[random.choice(_NAMES)] = _odd(random)
-        else:
-            tree.insert(key, random.choice([tree[key], _odd(random)]))
+        tree.insert(key, random.choice([tree[key], _odd(random)]))
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
     """Every value in JSON, as its parent and its key."""
-    places: list[tuple[Any, Any]] = []
-    if isinstance(tree, (dict, list)):
-        for key in tree if isinstance(tree, dict) else range(len(tree)):
-            places += [(tree, key), *_places(tree[key])]
-    return places
+    keys: Any = tree if isinstance(tree, dict) else ()
+    if isinstance(tree, list):
+        keys = range(len(tree))
+    return [place for key in keys for place in ((tree, key), *_places(tree[key]))]
 
 
 def _odd(random: Random) -> Any:
