@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from radapter_serve.server.config import ServerConfig
     from radapter_serve.server.models import ModelEntry
 
-# The backends in Python of this package, by name.
-_BACKENDS = Path(__file__).absolute().parents[1] / "triton" / "backends"
-OUR_BACKENDS = {name: _BACKENDS / name for name in RUNTIMES}
+# The backend in Python of this package, by the names for which it stands in.
+OUR_BACKENDS = dict.fromkeys(RUNTIMES, Path(__file__).absolute().parents[1] / "triton" / "backend")
 FOLDER_PREFIX = "radapter-serve-"
 WAITING = "surplus"  # folder of the files that say how many requests a model is to reject
 MODELS = "models"  # folder of the models that Triton may load, in a server's folder

@@ -1,4 +1,4 @@
-"""Base of the Triton backends in Python: runs the requests of one `execute` as one batch.
+"""The Triton backend in Python: runs the requests of one `execute` as one batch.
 
 Importable only inside Triton's processes.
 """
@@ -32,7 +32,9 @@ Feed = dict[str, NDArray[Any]]
 
 
 class GraphModel:
-    """A graph in one runtime, with the interface of Triton's `TritonPythonModel`."""
+    """A graph in the runtime that its config names as its backend, with the interface of Triton's
+    `TritonPythonModel`.
+    """
 
     runtime: str  # one of `RUNTIMES`
 
@@ -46,6 +48,7 @@ class GraphModel:
 
         # Read the config.
         config = json.loads(args["model_config"])
+        self.runtime = config["backend"]
         parameters = {
             key: value["string_value"] for key, value in config.get("parameters", {}).items()
         }

@@ -17,7 +17,6 @@ from radapter_client import Client
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
-from radapter_serve.release.agreement import Samples
 from radapter_serve.release.repository import Served
 from radapter_serve.server.launch import FOLDER_PREFIX, shm_prefix
 from tests.faults.conftest import ask, outcome, until
@@ -38,56 +37,36 @@ def release_at(url: str) -> int:
         return client.classify(png(0), ["a"]).release
 
 
-def cut(repository: Path) -> None:
-    path = repository / "image_encoder" / "1" / "model.onnx"
-    path.write_bytes(path.read_bytes()[:-9])
-
-
-def lose(repository: Path) -> None:
-    (repository / "embed_text" / "1" / "tokenizer.json").unlink()
-
-
-def scribble(repository: Path) -> None:
-    (repository / "classify" / "1" / "release.json").write_text("{")
-
-
-def no_graph(repository: Path) -> None:
-    (repository / "text_encoder" / "1" / "model.onnx").write_bytes(b"no graph")
-    seal(repository, 1)
-
-
-def other_samples(repository: Path) -> None:
-    folder = repository / "image_encoder" / "1"
-    samples = Samples.load(folder)
-    Samples(samples.inputs, [-one for one in samples.references]).save(folder)
-    seal(repository, 1)
-
-
-# What is done to a release, and what the refusal names.
-DAMAGES: dict[Callable[[Path], None], str] = {
-    cut: "image_encoder",
-    lose: "tokenizer.json",
-    scribble: "release.json",
-    no_graph: "text_encoder",
-    other_samples: "image_encoder of release 1 differs from",
-}
-
-
 @each_way
 def test_a_damaged_release_leaves_the_present_one(releases: Path, tmp_path: Path, way: str) -> None:
     repository = shutil.copytree(releases, tmp_path / "models")
+    graph, other = (
+        (repository / "image_encoder" / version / "model.onnx").read_bytes() for version in "12"
+    )
+    # A file, what it holds instead, whether the digests are those of what it holds, and what the
+    # refusal names
+    damages: list[tuple[str, bytes | None, bool, str]] = [
+        ("image_encoder/1/model.onnx", graph[:-9], False, "image_encoder"),
+        ("embed_text/1/tokenizer.json", None, False, "tokenizer.json"),
+        ("classify/1/release.json", b"{", False, "release.json"),
+        ("text_encoder/1/model.onnx", b"no graph", True, "text_encoder"),
+        ("image_encoder/1/model.onnx", other, True, "image_encoder of release 1 differs from"),
+    ]
     with WAYS[way](repository, tmp_path / "indexes") as running:
-        for damage, named in DAMAGES.items():
-            damage(repository)
+        for file, content, is_sealed, named in damages:
+            path = repository / file
+            before = path.read_bytes()
+            path.unlink() if content is None else path.write_bytes(content)
+            if is_sealed:
+                seal(repository, 1)
             with pytest.raises(RAdapterError) as error:
                 running.server.load([1], lambda line: None)
             message = str(error.value)
             assert "release 1 was not loaded, and release 2 is served as before: " in message
-            assert named in message and "\n" not in message, damage
+            assert named in message and "\n" not in message, file
             assert release_at(running.url) == 2
-            for name in ("classify", "embed_text", "image_encoder", "text_encoder"):
-                shutil.rmtree(repository / name / "1")
-                shutil.copytree(releases / name / "1", repository / name / "1")
+            path.write_bytes(before)
+            seal(repository, 1)
         assert running.server.load([1], lambda line: None) == "release 1 is served"
         assert release_at(running.url) == 1
 

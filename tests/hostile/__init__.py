@@ -1,3 +1,0 @@
-"""Hostile requests for the gateway: made by number from a seed, sent over plain sockets, and
-judged.
-"""

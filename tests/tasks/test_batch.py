@@ -154,6 +154,7 @@ def backend(request, repository, monkeypatch):
         source = "image" if name == "image_encoder" else "tokens"
         output = name.replace("encoder", "embeds")
         whole = {
+            "backend": request.param,
             "max_batch_size": 64,
             "input": [{"name": source, "data_type": "not read"}],
             "output": [{"name": output, "data_type": "TYPE_FP32"}],
