@@ -19,7 +19,6 @@ import pytest
 import trustme
 
 from radapter_serve.server.endpoints import free_ports
-from tests.gateway.test_connections import answers
 from tests.gateway.test_gateway import ALIVE, BODY, HEAD
 from tests.helpers.asking import meanwhile
 from tests.helpers.fake_upstream import serving, until
@@ -67,7 +66,8 @@ class Attacked:
 
     def answers(self) -> bool:
         with contextlib.suppress(OSError), self.connect() as it:
-            return answers(it)
+            it.sendall(ALIVE)
+            return it.recv(100).startswith(b"HTTP/1.1 200")
         return False
 
 
