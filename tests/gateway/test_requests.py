@@ -253,31 +253,29 @@ def check(body: bytes, length: str | None, model: Model) -> None:
             assert all(type(one) is kind for one in array.ravel())
 
 
-plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 json_values = st.recursive(
-    plain,
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: (
         st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
     ),
     max_leaves=12,
 )
 names = sorted({name for model in MODELS.values() for name in model.inputs})
-datatypes = st.sampled_from(["BYTES", "FP32", "INT32", "UINT8", "BOOL", "FP64", ""])
-sizes = st.fixed_dictionaries({}, optional={"binary_data_size": st.integers(-2, 20)})
 inputs = st.fixed_dictionaries(
     {
         "name": st.sampled_from([*names, "tokens", ""]) | json_values,
-        "datatype": datatypes | json_values,
+        "datatype": st.sampled_from([*NUMPY, "FP64", ""]) | json_values,
         "shape": st.lists(st.integers(-2, 3) | st.integers(), max_size=4) | json_values,
     },
     optional={
         "data": st.lists(json_values, max_size=4) | json_values,
-        "parameters": sizes | json_values,
+        "parameters": st.fixed_dictionaries({"binary_data_size": st.integers(-2, 20)})
+        | json_values,
     },
 )
 headers = st.fixed_dictionaries(
     {"inputs": st.lists(inputs, max_size=4) | json_values},
-    optional={"outputs": json_values, "parameters": json_values, "id": json_values},
+    optional=dict.fromkeys(("outputs", "parameters", "id"), json_values),
 )
 
 
