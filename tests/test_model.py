@@ -56,7 +56,6 @@ def merged(exported: Path) -> Path:
 @pytest.mark.parametrize(
     ("form", "options"),
     [
-        ("model_repository", {}),
         ("model_repository@2", {}),
         ("adapter.safetensors", {"alpha": 0.8}),
         ("", {"alpha": 0.8}),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from radapter_serve.clip.transformers import (
     check_processor,
     features,
     form_of,
+    open_processor,
     quiet,
     to_transformers,
 )
@@ -134,8 +135,9 @@ def base_form(base: Base) -> Form:
     try:
         with quiet(), tempfile.TemporaryDirectory() as folder:
             write_processor(Path(folder), base)
-            check_processor(Path(folder), base.preprocess, base.tokenizer)
-            model = form.model_class(form.config_class(**form.config))
+            check_processor(*open_processor(Path(folder)), base.preprocess, base.tokenizer)
+            config_class, model_class = form.classes
+            model = model_class(config_class(**form.config))
             model.load_state_dict(to_transformers(state_dict, form))
             check_outputs(model.eval(), base.model, base.tokenizer)
     except Exception as error:  # the library raises many kinds of errors on unsupported models
@@ -151,8 +153,8 @@ def save_form(folder: Path, base: Base, form: Form, state_dict: Mapping[str, Ten
         with staged(folder / WEIGHTS) as path:
             tensors = to_transformers(state_dict, form)
             save_file(tensors, path, metadata={"format": "pt"})
-        config = form.config_class(**form.config)
-        config.architectures = [form.model_class.__name__]
+        config_class, model_class = form.classes
+        config = config_class(**form.config, architectures=[model_class.__name__])
         config.save_pretrained(folder)
         write_processor(folder, base)
     return (folder / WEIGHTS).stat().st_size
@@ -161,29 +163,25 @@ def save_form(folder: Path, base: Base, form: Form, state_dict: Mapping[str, Ten
 def check_form(
     folder: Path, base: Base, samples: Mapping[str, Samples], bounds: Tolerance, form: Form
 ) -> Agreement:
-    """Load a folder as a user would, and compare it with torch's embeddings at its α."""
+    """Load a folder as a user would, and compare it with torch's embeddings at its α. The processor
+    is that which `base_form` has checked.
+    """
     with quiet():
-        check_processor(folder, base.preprocess, base.tokenizer)
-        model = form.model_class.from_pretrained(folder, local_files_only=True).eval()
+        model = form.classes[1].from_pretrained(folder, local_files_only=True).eval()
 
-    def images(batch: NDArray[Any]) -> Any:
-        return model.get_image_features(pixel_values=normalised(batch, base.preprocess, "cpu"))
+    @torch.inference_mode()
+    def encode(batch: NDArray[Any]) -> NDArray[np.float32]:
+        if batch.ndim == 4:  # images
+            output = model.get_image_features(normalised(batch, base.preprocess, "cpu"))
+        else:
+            output = model.get_text_features(torch.from_numpy(batch).long())
+        embeds = torch.nn.functional.normalize(features(output).float(), dim=-1)
+        return np.asarray(embeds.numpy())
 
-    def texts(batch: NDArray[Any]) -> Any:
-        return model.get_text_features(input_ids=torch.from_numpy(batch).long())
-
-    agreements = []
-    for name, encode in (("image_encoder", images), ("text_encoder", texts)):
-
-        @torch.inference_mode()
-        def unit(
-            batch: NDArray[Any], encode: Callable[[NDArray[Any]], Any] = encode
-        ) -> NDArray[np.float32]:
-            embeds = torch.nn.functional.normalize(features(encode(batch)).float(), dim=-1)
-            return np.asarray(embeds.numpy())
-
-        label = f"{name} in the form of transformers"
-        agreements.append(compare(label, unit, samples[name], bounds, is_fixed=True))
+    agreements = [
+        compare(f"{name} in the form of transformers", encode, samples[name], bounds, is_fixed=True)
+        for name in ("image_encoder", "text_encoder")
+    ]
     return Agreement(
         max(agreement.max_error for agreement in agreements),
         min(agreement.min_cosine for agreement in agreements),

@@ -145,9 +145,10 @@ _TEXTS_A_BATCH = 64
 
 def calibrate(
     images: Sequence[Path], base: Base, source: Source, tokenizer: Tokenizer
-) -> dict[str, Batches]:
+) -> tuple[dict[str, Batches], dict[str, Any]]:
     """Prepare each graph's inputs for the calibration of its activations' ranges: some of the
-    images, some prompts of the label sets, and texts that the agreement check does not use.
+    images, some prompts of the label sets, and texts that the agreement check does not use. Also
+    returns their facts for the release.
     """
     turns = {"exif_orientation": source.metadata.source.exif_orientation}
     preprocess = Preprocess.from_dict({**base.preprocess, **turns})
@@ -162,24 +163,18 @@ def calibrate(
         for name in split_label(label)
         for template in source.templates
     ]
-    texts = [tokenizer(batch) for batch in _batched(spread(prompts, PROMPTS), _TEXTS_A_BATCH)]
     unseen = Inputs(base, tokenizer, base.image_size, seed=1)
+    texts = [
+        *unseen.tokens,
+        *(tokenizer(batch) for batch in _batched(spread(prompts, PROMPTS), _TEXTS_A_BATCH)),
+    ]
     prepared = [np.stack(batch) for batch in _batched(pixels, _IMAGES_A_BATCH)]
-    return {
-        **dict.fromkeys(("image_encoder", "patch_encoder"), prepared),
-        "text_encoder": [*unseen.tokens, *texts],
-    }
-
-
-def facts_of(calibration: Mapping[str, Batches]) -> dict[str, Any]:
-    """Facts of the calibration inputs, for a release."""
-    images = calibration["image_encoder"]
-    texts = calibration["text_encoder"]
-    return {
-        "images": sum(map(len, images)),
+    facts = {
+        "images": len(pixels),
         "texts": sum(map(len, texts)),
-        "digest": digest_of(*(batch.tobytes() for batch in (*images, *texts))),
+        "digest": digest_of(*(batch.tobytes() for batch in (*prepared, *texts))),
     }
+    return {"image_encoder": prepared, "patch_encoder": prepared, "text_encoder": texts}, facts
 
 
 def _batched(items: Sequence[Any], size: int) -> Iterator[Any]:

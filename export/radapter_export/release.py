@@ -31,7 +31,7 @@ from radapter_export.forms import (
 from radapter_export.graph import image_graph, patch_graph, text_graph
 from radapter_export.hub import card_of, prepare_push, push
 from radapter_export.in_torch import base_facts
-from radapter_export.precision import TYPES, Batches, calibrate, facts_of, lower, quantize
+from radapter_export.precision import TYPES, Batches, calibrate, lower, quantize
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_export.settings import ExportSettings, checked
 from radapter_export.source import Fold, Source, put_reference, read_source
@@ -218,8 +218,8 @@ def export_release(
         if precision == "int8":
             quantization = {"kind": "dynamic"}
         if images is not None:
-            calibration = calibrate(images, base, source, tokenizer)
-            quantization = {"kind": "static", **facts_of(calibration)}
+            calibration, inputs_facts = calibrate(images, base, source, tokenizer)
+            quantization = {"kind": "static", **inputs_facts}
         inputs = Inputs(base, tokenizer, base.image_size)
         set_alpha = put_reference(base, change)
 

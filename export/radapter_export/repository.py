@@ -165,31 +165,23 @@ class Repository:
                 remove(path)
 
 
-def add_tensors(parsed: model_config_pb2.ModelConfig, model: str) -> None:
-    """Add the inputs and outputs of a task to its config; an encoder's template has its own."""
-    table = TASKS.get(model)
-    if table is None:
-        return
-    for field, tensors in ((parsed.input, table.inputs), (parsed.output, table.outputs)):
-        for tensor in tensors.values():
-            kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
-            described = field.add(
-                name=tensor.name,
-                data_type=model_config_pb2.DataType.Value(f"TYPE_{kind}"),
-                dims=tensor.dims,
-            )
-            if tensor.optional:
-                described.optional = True
-                # Allow batches of requests whose lists have different lengths.
-                described.allow_ragged_batch = table.batched and tensor.dims == (-1,)
-
-
 def config(template: Path, model: str, releases: Sequence[Release]) -> str:
     """Fill in a model's config template for releases of one base, oldest first."""
     parsed = read_config(template)
-    add_tensors(parsed, model)
     newest = releases[-1]
     parsed.name = model
+
+    # Add the inputs and outputs of a task; an encoder's template has its own.
+    if (table := TASKS.get(model)) is not None:
+        for field, tensors in ((parsed.input, table.inputs), (parsed.output, table.outputs)):
+            for tensor in tensors.values():
+                kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
+                data_type = model_config_pb2.DataType.Value(f"TYPE_{kind}")
+                described = field.add(name=tensor.name, data_type=data_type, dims=tensor.dims)
+                if tensor.optional:
+                    described.optional = True
+                    # Allow batches of requests whose lists have different lengths.
+                    described.allow_ragged_batch = table.batched and tensor.dims == (-1,)
 
     # Set the largest batch, if the template has batches.
     if parsed.max_batch_size:

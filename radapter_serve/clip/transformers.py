@@ -120,18 +120,12 @@ class Form:
     names: dict[str, tuple[str, ...]]
 
     @property
-    def config_class(self) -> Any:
-        """The library's class of the configuration."""
+    def classes(self) -> tuple[Any, Any]:
+        """The library's classes of the configuration and of the model."""
         import transformers
 
-        return getattr(transformers, _CLASSES[self.kind][0])
-
-    @property
-    def model_class(self) -> Any:
-        """The library's class of the model."""
-        import transformers
-
-        return getattr(transformers, _CLASSES[self.kind][1])
+        config, model = _CLASSES[self.kind]
+        return getattr(transformers, config), getattr(transformers, model)
 
 
 def form_of(name: str, model: Any, tokenizer: Any) -> Form:
@@ -316,14 +310,22 @@ def features(output: Any) -> Tensor:
     return embeds
 
 
-def check_processor(folder: Path, preprocess: Mapping[str, Any], tokenizer: Any) -> None:
-    """Refuse a folder whose processor or tokenizer differs from open_clip's, on images and texts.
+def open_processor(folder: Path) -> tuple[Any, Any]:
+    """Open the image processor and the tokenizer of a folder."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
+    return images, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def check_processor(
+    processor: Any, theirs: Any, preprocess: Mapping[str, Any], tokenizer: Any
+) -> None:
+    """Refuse a processor or a tokenizer of `open_processor` that differs from open_clip's, on
+    images and texts.
 
     `preprocess` is open_clip's `preprocess_cfg`, and `tokenizer` its tokenizer.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
     transform: Any = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
     levels = 255 * np.array(preprocess["std"]).reshape(3, 1, 1)
     size = preprocess["size"]
@@ -350,7 +352,6 @@ def check_processor(folder: Path, preprocess: Mapping[str, Any], tokenizer: Any)
                 f"its processor in transformers differs by {apart:.1f} of 255 levels from"
                 " open_clip's"
             )
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     rows = theirs(
         _TEXTS, padding="max_length", truncation=True, max_length=tokenizer.context_length
     )
@@ -371,7 +372,7 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
     and a tokenizer. Refuses a model that is not a CLIP, or that open_clip computes differently.
     """
     check_installed("transformers", "huggingface")
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+    from transformers import CLIPConfig, CLIPModel
 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind != "clip":
@@ -392,10 +393,9 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
 
         # Compare the vocabulary, and read the preprocessing.
         names = {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
-        vocabulary = AutoTokenizer.from_pretrained(folder, **local).get_vocab()
-        if vocabulary != names or config["text_cfg"]["vocab_size"] != len(names):
+        processor, their_tokenizer = open_processor(folder)
+        if their_tokenizer.get_vocab() != names or config["text_cfg"]["vocab_size"] != len(names):
             raise RAdapterError("its vocabulary is not CLIP's")
-        processor: Any = AutoImageProcessor.from_pretrained(folder, **local)  # type: ignore[no-untyped-call]
         fields = processor.to_dict()
         size = fields.get("size") or {}
         is_squashed = not isinstance(size, int) and dict(size).get("height") is not None
@@ -412,7 +412,7 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
         set_model_preprocess_cfg(model, preprocess)
 
         # Check everything else by its outputs.
-        check_processor(folder, preprocess, tokenizer)
+        check_processor(processor, their_tokenizer, preprocess, tokenizer)
         check_outputs(theirs.float().eval(), model.eval(), tokenizer)
     return model, config, tokenizer
 

@@ -11,8 +11,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from radapter_serve.adapter import (
@@ -32,6 +30,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.training import mpm_nce
 from tests.helpers.small_models import FAMILIES, make_base
 
+Make = Callable[..., Adapter]  # of the model
 TEXTS = ["a cat", "!? a !longer text about dogs and !x", "", "a cat"]
 NATIVE = ("{}.resblocks.0.attn.out_proj", "{}.resblocks.0.mlp.c_proj")
 TIMM = ["visual.trunk.blocks.0.attn.proj", "visual.trunk.blocks.0.mlp.fc2"]
@@ -45,21 +44,12 @@ MT5 = [
     for name in ("0.SelfAttention.o", "1.DenseReluDense.wo")
 ]
 M2M = [f"text.transformer.layers.0.{name}" for name in ("self_attn.out_proj", "fc2")]
+VITS = ("vit", "vit-quickgelu", "vit-layer-scale", "vit-custom-blocks", "clipa")
 SITES = {
-    "vit": IMAGE + CLIP,
-    "vit-quickgelu": IMAGE + CLIP,
-    "vit-layer-scale": IMAGE + CLIP,
-    "vit-custom-blocks": IMAGE + CLIP,
-    "clipa": IMAGE + CLIP,
+    **dict.fromkeys(VITS, IMAGE + CLIP),
     "coca": IMAGE + CUSTOM,
-    "siglip": TIMM + CUSTOM,
-    "siglip2": TIMM + CUSTOM,
-    "mobileclip-b": TIMM + CUSTOM,
-    "eva02": TIMM + CUSTOM,
-    "pe-core": TIMM + CUSTOM,
-    "roberta": IMAGE + BERT,
-    "xlm-roberta": IMAGE + BERT,
-    "bert": IMAGE + BERT,
+    **dict.fromkeys(("siglip", "siglip2", "mobileclip-b", "eva02", "pe-core"), TIMM + CUSTOM),
+    **dict.fromkeys(("roberta", "xlm-roberta", "bert"), IMAGE + BERT),
     "mt5": IMAGE + MT5,
     "nllb": IMAGE + M2M,
     "resnet": CLIP,
@@ -81,21 +71,6 @@ def inputs(tiny_clip_dir: str) -> tuple[Tensor, Tensor]:
 def embeds(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return encode_image(model, inputs[0]), encode_text(model, inputs[1])
-
-
-def random_adapter(model: nn.Module, rank: int | None = None, std: float = 0.1) -> Adapter:
-    sites = find_sites(model)
-    torch.manual_seed(2)
-    tensors = {}
-    for site in sites:
-        d = site.layer.out_features
-        if rank is None:
-            tensors[site.key] = torch.randn(d, d) * std
-        else:
-            tensors[f"{site.key}.up"] = torch.randn(d, rank) * std
-            tensors[f"{site.key}.down"] = torch.randn(rank, d) * std
-    digest = base_digest(model.state_dict(), [site.key for site in sites])
-    return Adapter(tensors, Metadata(architecture="tiny", base_digest=digest, rank=rank))
 
 
 def test_vit_b_32_has_the_papers_number_of_parameters() -> None:
@@ -122,25 +97,10 @@ def test_no_effect_at_the_start_and_none_left_behind(
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("form", ["activation", "weight"])
-def test_a_low_rank_folded_equals_attached(
-    model: nn.Module, inputs: tuple[Tensor, Tensor], form: Any
-) -> None:
-    adapter = random_adapter(model, 3)
-    folded = copy.deepcopy(model)
-    folded.load_state_dict(fold(model.state_dict(), adapter, 0.7))
-    adapters = attach_adapter(model, adapter, 0.7, form=form)
-    attached = embeds(model, inputs)
-    adapters.remove()
-    torch.testing.assert_close(embeds(folded, inputs), attached, rtol=0, atol=1e-5)
-    assert (embeds(model, inputs)[0] - attached[0]).abs().max() > 1e-3
-
-
-@settings(max_examples=10, deadline=None)
-@given(alpha=st.floats(0, 1))
-def test_fold_is_linear_in_alpha(model: nn.Module, alpha: float) -> None:
+@pytest.mark.parametrize("alpha", [0.0, 0.37, 1.0])
+def test_fold_is_linear_in_alpha(model: nn.Module, random_adapter: Make, alpha: float) -> None:
     base = model.state_dict()
-    adapter = random_adapter(model)
+    adapter = random_adapter()
     whole = fold(base, adapter, 1.0)
     mixed = fold(base, adapter, alpha)
     for name, value in base.items():
@@ -151,10 +111,10 @@ def test_fold_is_linear_in_alpha(model: nn.Module, alpha: float) -> None:
         torch.testing.assert_close(mixed[name].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_fold_computes_in_fp32_and_casts_once(model: nn.Module) -> None:
+def test_fold_computes_in_fp32_and_casts_once(model: nn.Module, random_adapter: Make) -> None:
     half = copy.deepcopy(model).half().state_dict()
     wide = {name: value.float() for name, value in half.items()}
-    tensors = random_adapter(model).tensors
+    tensors = random_adapter().tensors
     adapter = Adapter(tensors, Metadata("tiny", base_digest(wide, tensors)))
     expected = fold(wide, adapter, 0.5)
     for name, value in fold(half, adapter, 0.5).items():
@@ -162,8 +122,10 @@ def test_fold_computes_in_fp32_and_casts_once(model: nn.Module) -> None:
         assert torch.equal(value, expected[name].to(value.dtype))
 
 
-def test_fold_refuses_values_that_are_not_finite_and_other_alphas(model: nn.Module) -> None:
-    adapter = random_adapter(model)
+def test_fold_refuses_values_that_are_not_finite_and_other_alphas(
+    model: nn.Module, random_adapter: Make
+) -> None:
+    adapter = random_adapter()
     for alpha in (-0.1, 1.5, float("nan"), float("inf")):
         with pytest.raises(RAdapterError, match="alpha is .*allowed"):
             fold(model.state_dict(), adapter, alpha)
@@ -173,8 +135,8 @@ def test_fold_refuses_values_that_are_not_finite_and_other_alphas(model: nn.Modu
         fold(model.state_dict(), adapter, 1.0)
 
 
-def test_adapter_of_another_base_names_both_digests(model: nn.Module) -> None:
-    adapter = random_adapter(model)
+def test_adapter_of_another_base_names_both_digests(model: nn.Module, random_adapter: Make) -> None:
+    adapter = random_adapter()
     other: Any = copy.deepcopy(model)
     with torch.no_grad():
         other.visual.transformer.resblocks[0].mlp.c_proj.bias[0] += 1e-3
@@ -203,9 +165,9 @@ def test_attach_refuses_before_it_changes_anything(tiny_clip_dir: str) -> None:
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_file_round_trip_and_a_full_disk(
-    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None
+    random_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None
 ) -> None:
-    adapter = random_adapter(model, rank)
+    adapter = random_adapter(rank=rank)
 
     def full(*args: Any, **kwargs: Any) -> None:
         Path(args[1]).write_bytes(b"half")
@@ -241,12 +203,13 @@ def test_training_moves_adapters_alone_and_they_fold_exactly(
     family: str, load: Callable[[str], Base]
 ) -> None:
     """Two steps of the paper's loss; then attached in either form and folded into the plain model
-    are the same.
+    are the same, at low rank, too.
     """
+    rank = 3 if family == "vit-quickgelu" else None
     base = load(family)
     model = base.model
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
-    adapters = attach(model, partial=FAMILIES[family].partial)
+    adapters = attach(model, rank, partial=FAMILIES[family].partial)
     assert [site.key for site in adapters.sites] == SITES[family]
     pixels = torch.randn(
         4, 3, base.image_size, base.image_size, generator=torch.Generator().manual_seed(0)
@@ -260,7 +223,7 @@ def test_training_moves_adapters_alone_and_they_fold_exactly(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    metadata = Metadata(base.name, base_digest(before, SITES[family]))
+    metadata = Metadata(base.name, base_digest(before, SITES[family]), rank=rank)
     adapter = adapters.adapter(metadata)
     adapters.remove()
     assert all(tensor.abs().max() > 1e-3 for tensor in adapter.tensors.values())

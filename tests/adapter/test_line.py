@@ -216,9 +216,10 @@ def _trained(folder: Path, out: Path, **config: Any) -> Any:
 @pytest.mark.parametrize(
     "config",
     [
-        {},
-        {"use_rslora": True},
-        {"target_modules": ["out_proj", "fc1", "fc2", "visual_projection", "text_projection"]},
+        {
+            "use_rslora": True,
+            "target_modules": ["out_proj", "fc1", "fc2", "visual_projection", "text_projection"],
+        },
         {
             "rank_pattern": {"layers.0.self_attn.q_proj": 2},
             "alpha_pattern": {

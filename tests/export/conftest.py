@@ -13,7 +13,7 @@ from PIL import Image
 
 from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
-from radapter_serve.adapter import Adapter, load_adapter, save_adapter
+from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.evaluation.metrics import LEAST
 from tests.helpers.graphs import graph_of, quick_exports
@@ -53,25 +53,24 @@ def labels_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photos(common: Path) -> Path:
     """A folder of 30 images, one folder a class."""
-    return _photos(tmp_path_factory.mktemp("photos"), 30)
+    return shared(common, "photos", lambda folder: _write_photos(folder, 30))
 
 
 @pytest.fixture(scope="session")
-def many_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def many_photos(common: Path) -> Path:
     """As many images as calibrated scores need."""
-    return _photos(tmp_path_factory.mktemp("many"), LEAST)
+    return shared(common, "many-photos", lambda folder: _write_photos(folder, LEAST))
 
 
-def _photos(folder: Path, count: int) -> Path:
+def _write_photos(folder: Path, count: int) -> None:
     random = np.random.default_rng(3)
     for number in range(count):
         colours = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
         path = folder / CLASSES[number % len(CLASSES)] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(colours).resize((40, 36), Image.Resampling.NEAREST).save(path)
-    return folder
 
 
 def exported_once(common: Path, name: str, adapter: Any, alphas: Any, **settings: Any) -> Exported:
@@ -96,6 +95,20 @@ def exported(common: Path, adapter_path: Path, labels_path: Path) -> Exported:
     return exported_once(common, "two", adapter_path, ALPHAS, label_sets=sets, dense="naclip")
 
 
+@pytest.fixture(scope="session")
+def dynamic(common: Path, adapter_path: Path) -> Exported:
+    """One release that takes any α, in the form of `transformers`, too."""
+    form = common / "any-form"
+    return exported_once(common, "any", adapter_path, "dynamic", dense="naclip", transformers=form)
+
+
+@pytest.fixture(scope="session")
+def fitted(common: Path, adapter_path: Path, many_photos: Path) -> Exported:
+    """The adapter at 0.7, with scores that are calibrated on `many_photos`."""
+    data = f"imagefolder:{many_photos}"
+    return exported_once(common, "fitted", adapter_path, [0.7], validation=data, max_drop=100)
+
+
 @pytest.fixture
 def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
     """Exports the tiny adapter into `repository` and `merged` of `tmp_path`; the settings are
@@ -115,16 +128,6 @@ def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
 @pytest.fixture(scope="session")
 def graphs(common: Path, tiny_base: Base) -> dict[str, Graph]:
     """The graphs of the tiny CLIP by name."""
-    return _by_name(common, tiny_base)
-
-
-@pytest.fixture(scope="session")
-def dynamic_graphs(common: Path, tiny_base: Base, adapter_path: Path) -> dict[str, Graph]:
-    """The graphs of the tiny CLIP and its adapter, of full rank, with α as an input."""
-    return _by_name(common, tiny_base, load_adapter(adapter_path))
-
-
-def _by_name(common: Path, base: Base, *dynamic: Adapter) -> dict[str, Graph]:
-    graphs = [graph_of(common, make, base, *dynamic) for make in (image_graph, text_graph)]
-    graphs.append(graph_of(common, patch_graph, base, "naclip", *dynamic))
+    graphs = [graph_of(common, make, tiny_base) for make in (image_graph, text_graph)]
+    graphs.append(graph_of(common, patch_graph, tiny_base, "naclip"))
     return {graph.name: graph for graph in graphs}

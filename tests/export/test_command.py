@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import radapter_serve
+from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.cli.export import main
 from radapter_serve.encoders.plans import check_plan
 from radapter_serve.errors import RAdapterError
@@ -25,7 +26,11 @@ def checkout(
     for name, age in (("old", 100), ("new", 0)):
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
-        shutil.copy(adapter_path, run / "adapter.safetensors")
+        adapter = load_adapter(adapter_path)
+        if name == "old":
+            metadata = dataclasses.replace(adapter.metadata, classes=["Crane", "dog", "crane"])
+            adapter = Adapter(adapter.tensors, metadata)
+        save_adapter(adapter, run / "adapter.safetensors")
         stamp = (run / "adapter.safetensors").stat().st_mtime - age
         os.utime(run / "adapter.safetensors", (stamp, stamp))
     (tmp_path / "animals.txt").write_text("cat, kitty\ndog\n", encoding="utf-8")
@@ -64,6 +69,9 @@ def test_the_function_returns_what_it_wrote_and_prints_nothing(
     assert (done.model_repository / "classify" / "2" / "label_sets" / "animals.npz").is_file()
     assert (done.transformers, done.choice, done.made_of) == (None, None, ("runs/old",))
     assert "\n" not in repr(done) and len(repr(done)) < 300
+    # The tokenizer makes all letters small; both releases say it, and the result once.
+    (note,) = done.notes
+    assert "'Crane' and 'crane'" in note and "dog" not in note
 
 
 def test_engines_are_built_with_the_release(

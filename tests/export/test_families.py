@@ -18,6 +18,7 @@ from radapter_export.release import UNFITTED
 from radapter_serve.adapter import fold, load_adapter, save_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.encoders.loaded import load_release
+from tests.conftest import TINY_CLIP
 from tests.export.conftest import Export
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
@@ -31,7 +32,9 @@ TEXTS = ["a photo of a cat", "", "many words " * 60, "Sand, sea & sun"]
 
 
 def base_with_adapter(family: str, folder: Path) -> str:
-    name = make_base(family, folder / "base")
+    # Its graph is made for others, too.
+    image = {"vision_cfg": TINY_CLIP["vision_cfg"], "quick_gelu": True} if family in QUICK else {}
+    name = make_base(family, folder / "base", **image)
     adapter = random_adapter(name, partial=FAMILIES[family].partial)
     save_adapter(adapter, folder / "adapter.safetensors")
     return name

@@ -1,13 +1,10 @@
-"""The graphs against torch, what must not depend on weights, and the agreement check, which lets
-nothing through that differs.
-"""
+"""The graphs against torch, and what must not depend on weights."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ import open_clip
 import pytest
 import torch
 
-from radapter_export.checks import Inputs, samples_at
 from radapter_export.graph import (
     EXTERNAL_ABOVE,
     Attention,
@@ -26,13 +22,10 @@ from radapter_export.graph import (
     patch_graph,
     text_graph,
 )
-from radapter_serve.adapter import attach_adapter, load_adapter
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.clip.towers import encode_patches
-from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.clip.towers import encode_patches, normalised
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.agreement import TOLERANCES, Samples, Tolerance, compare
 from tests.export.conftest import GRAPHS, Exported
 from tests.helpers.graphs import graph_of
 
@@ -48,32 +41,17 @@ def photos(batch: int) -> np.ndarray:
     return np.random.default_rng(batch).integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)
 
 
-def pixels(base: Base, image: np.ndarray) -> torch.Tensor:
-    mean, std = (torch.tensor(base.preprocess[key]).view(3, 1, 1) for key in ("mean", "std"))
-    return (torch.from_numpy(image).permute(0, 3, 1, 2) / 255 - mean) / std
-
-
-SLOW = pytest.mark.slow  # as another graph is exported for it
-
-
-@pytest.mark.parametrize("method", ["naclip", pytest.param("maskclip", marks=SLOW)])
+@pytest.mark.slow
 @torch.no_grad()
-def test_the_patch_graph_gives_what_torch_gives(
-    tiny_base: Base, graphs: dict[str, Graph], common: Path, tmp_path: Path, method: str
+def test_the_patch_graph_of_maskclip_gives_what_torch_gives(
+    tiny_base: Base, common: Path, tmp_path: Path
 ) -> None:
-    weights = tiny_base.model.state_dict()
+    """That of naclip is compared by each export of it."""
     path = tmp_path / "model.onnx"
-    graph_of(common, patch_graph, tiny_base, method).save(weights, path)
-    graphs["image_encoder"].save(weights, tmp_path / "image.onnx")
-    # TensorRT takes the operators of the image encoder; uint8 only to be cast, and no reduction but
-    # that of `unit`.
-    assert set(operators(path)) <= set(operators(tmp_path / "image.onnx")) | {"Slice"}
-    assert operators(path)["ReduceSum"] == 1
-    graph = onnx.load(path).graph
-    users = {node.op_type for node in graph.node if graph.input[0].name in node.input}
-    assert users == {"Shape", "Cast"}
+    graph_of(common, patch_graph, tiny_base, "maskclip").save(tiny_base.model.state_dict(), path)
     for batch in (1, 2, 7):
-        expected = encode_patches(tiny_base.model, pixels(tiny_base, photos(batch)), method)
+        pixels = normalised(photos(batch), tiny_base.preprocess, "cpu")
+        expected = encode_patches(tiny_base.model, pixels, "maskclip")
         np.testing.assert_allclose(EncoderGraph(path)(photos(batch)), expected, atol=2e-6)
 
 
@@ -89,7 +67,7 @@ def custom_base(tiny_base: Base) -> Base:
     return dataclasses.replace(tiny_base, config={**config, "text_cfg": text}, model=model)
 
 
-@pytest.mark.parametrize("kind", ["CLIP", pytest.param("CustomTextCLIP", marks=SLOW)])
+@pytest.mark.parametrize("kind", ["CLIP", pytest.param("CustomTextCLIP", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_the_text_graph_gives_what_open_clip_gives_at_every_length(
     kind: str, tiny_base: Base, common: Path, tmp_path: Path
@@ -170,33 +148,3 @@ def test_a_model_that_the_exporter_fails_on_is_refused_in_one_line(tiny_base: Ba
     with pytest.raises(RAdapterError, match=r"cannot export image_encoder of this model: .+") as e:
         image_graph(dataclasses.replace(tiny_base, model=model))
     assert "\n" not in str(e.value)
-
-
-@pytest.fixture(scope="module")
-def samples(exported: Exported, adapter_path: Path, tiny_clip_dir: str) -> dict[str, Samples]:
-    """Seeded inputs and torch's embeddings of them at 0.3, by adapters attached in weight form; the
-    export itself attaches them to activations.
-    """
-    folder, releases = exported
-    path = folder / "repository" / "classify" / "1" / "tokenizer.json"
-    base = load_base(tiny_clip_dir)
-    inputs = Inputs(base, Tokenizer.load(path, releases[0].facts["tokenizer"]), 32)
-    adapters = attach_adapter(base.model, load_adapter(adapter_path), 0.3, form="weight")
-    return samples_at(base, partial(setattr, adapters, "alpha"), inputs, 0.3, "naclip")
-
-
-@pytest.mark.parametrize("name", GRAPHS)
-def test_a_folded_graph_agrees_with_attached_adapters_and_another_alpha_does_not(
-    name: str, exported: Exported, samples: dict[str, Samples]
-) -> None:
-    folder = exported[0] / "repository" / name
-    graph = EncoderGraph(folder / "1" / "model.onnx")
-    agreement = compare(name, graph, samples[name], Tolerance(1e-5))
-    assert 0 <= agreement.max_error < 2e-6
-    assert 0.999999 < agreement.min_cosine < 1.000001
-    another = EncoderGraph(folder / "2" / "model.onnx")
-    with pytest.raises(RAdapterError, match=f"{name} differs from torch by up to .*--tolerance"):
-        compare(name, another, samples[name], TOLERANCES["fp32"])
-    # The samples beside the graph are enough to check it again.
-    stored = compare(name, graph, Samples.load(folder / "1"), Tolerance(1e-5))
-    assert stored.max_error == exported[1][0].facts["agreement"][name]["max_error"]

@@ -223,30 +223,40 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     unreachable.cache_clear()
 
 
-def send(folder: Path, version: int, merged: Path) -> str:
+def send(repository: Path, version: int, merged: Path) -> str:
     """Push a release that is exported already."""
-    settings = ExportSettings(model_repository=folder / "model_repository", merged=merged)
-    facts = Release.load(settings.model_repository / "classify" / str(version))
+    settings = ExportSettings(model_repository=repository, merged=merged)
+    facts = Release.load(repository / "classify" / str(version))
     return push(prepare_push(NAME, 1, "onnxruntime"), facts, settings, "a card")
 
 
 @pytest.fixture
-def pushed(hub: FakeHub, dense_tiny_clip: Path) -> str:
+def merged(tmp_path: Path) -> Path:
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    (folder / "open_clip_model.safetensors").write_bytes(b"weights")
+    (folder / "README.md").write_bytes(b"the card of the folder")
+    return folder
+
+
+@pytest.fixture
+def pushed(hub: FakeHub, repository: Path, merged: Path) -> str:
     """A release with patches and a label set, on the hub; the name with the commit."""
-    return send(dense_tiny_clip, 1, dense_tiny_clip / "merged")
+    return send(repository, 2, merged)
 
 
 def test_a_release_travels(
-    pushed: str, hub: FakeHub, dense_tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+    pushed: str, hub: FakeHub, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # It is sent with the merged weights and the card, to a private repository.
     files = hub.files(NAME)
-    here = dense_tiny_clip / "model_repository"
-    merged = {path.name: path.read_bytes() for path in (dense_tiny_clip / "merged").iterdir()}
-    others = {"README.md": b"a card", ".gitattributes": b""}
-    assert {name: data for name, data in files.items() if "/" not in name} == merged | others
+    assert {name: data for name, data in files.items() if "/" not in name} == {
+        "open_clip_model.safetensors": b"weights",
+        "README.md": b"a card",
+        ".gitattributes": b"",
+    }
     assert {name.removeprefix("release/") for name in files if name.startswith("release/")} == {
-        *("release.json", "tokenizer.json", "SHA256SUMS", "label_sets/four.npz"),
+        *("release.json", "tokenizer.json", "SHA256SUMS", "label_sets/colours.npz"),
         *(f"{tower}_encoder/model.onnx" for tower in ("image", "text", "patch")),
         *(f"{tower}_encoder/samples.npz" for tower in ("image", "text", "patch")),
     }
@@ -255,18 +265,18 @@ def test_a_release_travels(
 
     # It answers as it does here.
     texts = ["a cat", "a dog"]
-    local = Model(here)
+    local = Model(f"{repository}@2")
     with local, Model(f"hf-hub:{NAME}") as model, Model(pushed) as at_commit:
-        expected = local.classify(png(1), label_set="four")
-        assert model.classify(png(1), label_set="four") == expected
+        expected = local.classify(png(1), label_set="colours")
+        assert model.classify(png(1), label_set="colours") == expected
         assert (at_commit.segment(png(1), texts).mask == local.segment(png(1), texts).mask).all()
         assert model.release() == local.release()
     # What comes back is what the export wrote, configs included.
     there = take(pushed)
     assert there is not None
-    check(there, [1])
+    check(there, [2])
     for model_name in MODELS:
-        config = read_config(here / model_name / MODEL_CONFIG)
+        config = read_config(repository / model_name / "2" / MODEL_CONFIG)
         assert read_config(there / model_name / MODEL_CONFIG) == config
 
     # Without the hub the cache is enough, and what was never fetched is named.
@@ -297,52 +307,23 @@ def test_a_model_repository_on_the_hub_is_never_served(pushed: str, hub: FakeHub
     for _ in range(2):  # built, and found again
         there = take(f"hf-hub:{NAME}")
         assert there is not None and there != theirs and not there.is_relative_to(folder)
-        check(there, [1])
+        check(there, [2])
         assert code not in [path.read_bytes() for path in there.rglob("*.py")]
 
 
 def test_the_next_push_takes_the_place_of_the_last(
-    pushed: str, hub: FakeHub, exported_tiny_clip: Path
+    pushed: str, hub: FakeHub, repository: Path, merged: Path
 ) -> None:
-    newer = send(exported_tiny_clip, 2, exported_tiny_clip / "merged" / "alpha-0.8")
+    newer = send(repository, 1, merged)
     files = hub.files(NAME)
     assert not [name for name in files if "patch" in name] and len(files) > 5
     with Model(f"hf-hub:{NAME}") as new, Model(pushed) as old:
-        assert (new.release().alpha, old.release().alpha) == (0.8, 0.5)
+        assert (new.release().version, old.release().version) == (1, 2)
     assert newer != pushed
 
 
 @pytest.mark.slow
-def test_transformers_opens_it_from_the_hub(hub: FakeHub, export: Export, tmp_path: Path) -> None:
-    from transformers import AutoModel, AutoTokenizer
-
-    [done] = export([0.3], transformers=tmp_path / "form", push="tiny-clip")  # of the own account
-    assert done.pushed is not None and done.pushed.startswith(f"hf-hub:{NAME}@")
-    files = hub.files(NAME)
-    card = files["README.md"].decode()
-    assert f'"hf-hub:{NAME}"' in card and "FOLDER" not in card
-    assert 'subfolder="transformers"' in card
-    assert ModelCard(card).data.get("library_name") == "open_clip"
-    for name, data in files.items():
-        (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "there" / name).write_bytes(data)
-    there = tmp_path / "there"
-    assert AutoModel.from_pretrained(there, subfolder="transformers").config.model_type == "clip"
-    tokenizer = AutoTokenizer.from_pretrained(there, subfolder="transformers")
-    assert tokenizer("a cat").input_ids[0] == 49406
-
-
-@pytest.mark.parametrize(
-    ("place", "status", "message"),
-    [
-        ("create", 401, "the hub does not know who asks, or has no such repository (401); look at"),
-        ("/commit/", 403, "nothing of it was sent, and the export is complete in"),
-    ],
-)
-def test_a_hub_that_refuses_a_push(
-    place: str,
-    status: int,
-    message: str,
+def test_transformers_opens_it_from_the_hub(
     hub: FakeHub,
     adapter_path: Path,
     tmp_path: Path,
@@ -350,50 +331,62 @@ def test_a_hub_that_refuses_a_push(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    hub.answers = {("POST", place): status}
+    from transformers import AutoModel, AutoTokenizer
+
     monkeypatch.chdir(tmp_path)
-    command = ["--adapter", str(adapter_path), "--alpha", "0.3", "--push", NAME]
-    assert export_command(command) == 2
-    *_, line = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"radapter-export: error: could not push to {NAME}: ")
-    assert message in line
-    late = place == "/commit/"
-    assert (tmp_path / "merged").exists() == late
-    assert (tmp_path / "model_repository").exists() == late
-    if late:
-        assert list(hub.files(NAME)) == [".gitattributes"]
-        hub.answers = {}
-        assert export_command(command) == 0
-        oid = hub.repositories[NAME][-1][0]
-        assert f"Pushed: hf-hub:{NAME}@{oid}\n" in capsys.readouterr().out
+    command = ["--adapter", str(adapter_path), "--alpha", "0.3", "--transformers", "form"]
+    assert export_command([*command, "--push", "tiny-clip"]) == 0  # of the own account
+    oid = hub.repositories[NAME][-1][0]
+    assert f"Pushed: hf-hub:{NAME}@{oid}\n" in capsys.readouterr().out
+    files = hub.files(NAME)
+    card = files["README.md"].decode()
+    assert f'"hf-hub:{NAME}"' in card and "FOLDER" not in card
+    assert 'subfolder="transformers"' in card
+    assert ModelCard(card).data.get("library_name") == "open_clip"
+    there = tmp_path / "there"
+    for name, data in files.items():
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_bytes(data)
+    assert AutoModel.from_pretrained(there, subfolder="transformers").config.model_type == "clip"
+    tokenizer = AutoTokenizer.from_pretrained(there, subfolder="transformers")
+    assert tokenizer("a cat").input_ids[0] == 49406
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--push", "a/b/c"], "that is no name of a repository; write ORGANISATION/NAME"),
-        (["--push", NAME, "--alpha", "0.3", "0.8"], "sends one release, and --alpha names 2"),
-        (["--push", NAME, "--format", "tensorrt"], "engine of TensorRT is for one kind of GPU"),
-    ],
-)
-def test_pushes_that_cannot_be(
-    arguments: list[str],
-    message: str,
+def test_a_hub_that_refuses_a_push(
     hub: FakeHub,
     adapter_path: Path,
     tmp_path: Path,
+    quick: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert export_command(["--adapter", str(adapter_path), *arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert not hub.repositories and not (tmp_path / "merged").exists()
+    command = ["--adapter", str(adapter_path), "--alpha", "0.3", "--push", NAME]
+    for place, status, message in (
+        ("create", 401, "does not know who asks, or has no such repository (401); look at"),
+        ("/preupload/", 403, "nothing of it was sent, and the export is complete in"),
+    ):
+        hub.answers = {("POST", place): status}
+        assert export_command(command) == 2
+        *_, line = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"radapter-export: error: could not push to {NAME}: ")
+        assert message in line
+        for folder in ("merged", "model_repository"):
+            assert (tmp_path / folder).exists() == (status == 403)
+    assert list(hub.files(NAME)) == [".gitattributes"]
 
 
-def test_without_a_token_or_a_hub_nothing_is_exported(
+def test_a_push_that_cannot_be_is_refused_before_the_export(
     hub: FakeHub, export: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    for name, alphas, settings, message in (
+        ("a/b/c", [0.5], {}, "that is no name of a repository; write ORGANISATION/NAME"),
+        (NAME, [0.3, 0.8], {}, "sends one release, and --alpha names 2"),
+        (NAME, [0.5], {"runtime": "tensorrt"}, "engine of TensorRT is for one kind of GPU"),
+    ):
+        with pytest.raises(RAdapterError, match=message):
+            export(alphas, push=name, **settings)
+    assert not hub.repositories
     with monkeypatch.context() as patch:
         patch.delenv("HF_TOKEN")
         with pytest.raises(RAdapterError, match="log in with: hf auth login"):
@@ -451,30 +444,24 @@ def test_files_that_differ_are_refused_by_name(pushed: str, hub: FakeHub, tmp_pa
     assert not list((tmp_path / "cache").rglob(BUILT))
 
 
-@pytest.mark.parametrize(
-    ("fact", "value"),
-    [
-        ("version", "../../x"),
-        ("runtime", "python"),
-        ("max_batch_size", -1),
-        ("label_sets", {"x": 5}),
-        ("tokenizer", {}),
-    ],
-)
-def test_facts_that_no_export_writes_are_refused(
-    fact: str, value: object, exported_tiny_clip: Path, hub: FakeHub, tmp_path: Path
-) -> None:
-    shutil.copytree(exported_tiny_clip / "model_repository", tmp_path / "model_repository")
-    path = tmp_path / "model_repository" / "classify" / "2" / "release.json"
-    facts = json.loads(path.read_text())
-    (tmp_path / "empty").mkdir()
-    settings = ExportSettings(
-        model_repository=tmp_path / "model_repository", merged=tmp_path / "empty"
-    )
-    path.write_text(json.dumps({**facts, fact: value}))
-    push(prepare_push(NAME, 1, "onnxruntime"), Release.from_dict(facts), settings, "a card")
-    with pytest.raises(RAdapterError, match=r"the release.json of .* is broken: "):
-        Model(f"hf-hub:{NAME}")
+def test_facts_that_no_export_writes_are_refused(pushed: str, hub: FakeHub) -> None:
+    good = hub.files(NAME)
+    facts = good["release/release.json"]
+    wrong: dict[str, object] = {
+        "version": "../../x",
+        "runtime": "python",
+        "max_batch_size": -1,
+        "label_sets": {"x": 5},
+        "tokenizer": {},
+    }
+    for fact, value in wrong.items():
+        changed = json.dumps({**json.loads(facts), fact: value}).encode()
+        was, now = (hashlib.sha256(data).hexdigest().encode() for data in (facts, changed))
+        sums = good["release/SHA256SUMS"].replace(was, now)
+        files = {"release/release.json": changed, "release/SHA256SUMS": sums}
+        oid = hub.commit(NAME, {**good, **files})
+        with pytest.raises(RAdapterError, match=r"the release.json of .* is broken: "):
+            Model(f"hf-hub:{NAME}@{oid}")
 
 
 def test_a_cache_on_a_full_disk(pushed: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

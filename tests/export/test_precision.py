@@ -278,6 +278,9 @@ def test_a_release_says_what_its_precision_costs(
     assert accuracy["torch"] == pytest.approx(expected, abs=0.01)
     assert accuracy["drop"] == pytest.approx(accuracy["torch"] - accuracy["release"])
     assert (accuracy["n"], accuracy["metric"], accuracy["dataset"]) == (30, "acc1", data)
+    [warning] = release.warnings
+    assert "30 validation images of 5 labels are too few for calibrated" in warning
+    assert "confidence" not in facts
     if precision != "int8":
         assert "quantization" not in facts
         return
@@ -303,7 +306,7 @@ def test_every_name_of_a_label_calibrates_and_no_text_that_agreement_is_checked_
     spec = write_tokenizer(tokenizer, tmp_path / "tokenizer.json", dynamic_length=True)
     encode = Tokenizer.load(tmp_path / "tokenizer.json", spec)
     images = list_folder(photos, "--calibration")
-    calibration = calibrate(images, tiny_base, source, encode)
+    calibration, _ = calibrate(images, tiny_base, source, encode)
     rows = [row for batch in calibration["text_encoder"] for row in batch.tolist()]
     names = ("cat", "kitty", "salt, pepper")
     prompts = [f"a {how} of a {name}." for name in names for how in ("photo", "drawing")]

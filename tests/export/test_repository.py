@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,35 +93,79 @@ def test_a_model_of_another_maker_is_left_alone(tmp_path: Path) -> None:
     assert foreign.read_bytes() == b"somebody's"
 
 
-def put(folder: Path, models: Sequence[str], killed: bool = False) -> int:
-    """Commit a release of these models, each a version with nothing in it, or be killed just
-    before.
+class Killed(BaseException):
+    """As SIGKILL, which no handler sees."""
+
+
+WITHOUT_PATCHES = [model for model in MODELS if model != PATCH_ENCODER]
+
+
+def put(folder: Path, models: Sequence[str], moves: int | None = None) -> int:
+    """Commit a release of these models, each a version with nothing in it, or be killed after so
+    many moves.
     """
     repository = Repository(folder, models).__enter__()
     version = repository.next_version()
     for model in models:
         repository.staged(model, version).mkdir()
-        text = f'parameters {{ key: "release" }} # {version}'
+        text = f'parameters {{ key: "release" value: {{ string_value: "{version}" }} }}'
         (repository.staged(model) / "config.pbtxt").write_text(text)
-    if killed:
-        repository._held.close()
-    else:
-        repository.commit([version])
-        repository.__exit__()
+    done: list[Path] = []
+
+    def counted(move: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def moved(self: Path, target: Path) -> Path:
+            if len(done) == moves:
+                raise Killed
+            done.append(target)
+            return move(self, target)
+
+        return moved
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", counted(Path.rename))
+        patch.setattr(Path, "replace", counted(Path.replace))
+        try:
+            repository.commit([version])
+        except Killed:
+            repository._held.close()
+            return version
+    repository.__exit__()
     return version
+
+
+def served(folder: Path) -> dict[str, str]:
+    """The release that each model's config names."""
+    configs = {path.parent.name: path.read_text() for path in folder.glob("*/config.pbtxt")}
+    return {name: parse(text).parameters["release"].string_value for name, text in configs.items()}
 
 
 def test_a_model_that_the_new_release_lacks_is_served_no_more_and_its_old_versions_stay(
     tmp_path: Path,
 ) -> None:
-    without = [model for model in MODELS if model != PATCH_ENCODER]
-    for number, models in enumerate([MODELS, without, without] * 2, 1):
-        before = {path: path.read_text() for path in tmp_path.glob("*/config.pbtxt")}
-        assert put(tmp_path, models, killed=True) == number
-        assert {path: path.read_text() for path in tmp_path.glob("*/config.pbtxt")} == before
+    for number, models in enumerate([MODELS, WITHOUT_PATCHES, WITHOUT_PATCHES] * 2, 1):
+        before = served(tmp_path)
+        assert put(tmp_path, models, moves=0) == number
+        assert served(tmp_path) == before
         assert put(tmp_path, models) == number
-        served = {path.parent.name for path in tmp_path.glob("*/config.pbtxt")}
-        assert served == set(models)
+        assert served(tmp_path) == dict.fromkeys(models, str(number))
         assert not list(tmp_path.glob("*/.export-*"))
     assert {path.name for path in (tmp_path / PATCH_ENCODER).iterdir()} == {"1", "4"}
     assert {path.name for path in (tmp_path / "classify").iterdir()} == {"config.pbtxt", *"123456"}
+
+
+@pytest.mark.parametrize("moves", range(2 * len(MODELS)))
+def test_an_export_killed_while_it_puts_versions_in_place_serves_no_half_release(
+    tmp_path: Path, moves: int
+) -> None:
+    """Versions come first, so until the configs follow nothing that is served has changed."""
+    put(tmp_path, MODELS)
+    put(tmp_path, MODELS, moves)
+    for model, version in served(tmp_path).items():
+        assert (tmp_path / model / version).is_dir()
+    if moves <= len(MODELS):
+        assert served(tmp_path) == dict.fromkeys(MODELS, "1")
+    # The next export removes versions that lack a model.
+    assert put(tmp_path, MODELS) == (2 if moves < len(MODELS) else 3)
+    for model in MODELS:
+        kept = {path.name for path in (tmp_path / model).iterdir()}
+        assert kept == {"config.pbtxt", *("12" if moves < len(MODELS) else "123")}

@@ -24,8 +24,9 @@ from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, save_choice
+from radapter_serve.files import digest_of
 from radapter_serve.model import Model
-from tests.export.conftest import Export
+from tests.export.conftest import Export, Exported
 from tests.helpers.small_release import png
 
 
@@ -57,16 +58,6 @@ def test_the_runs_classes_are_a_label_set(run: Callable[..., Path], tmp_path: Pa
     assert label_sets(["dog"], animals=own) == both
     assert label_sets(["dog"], classes=own) == {"classes": ["zebra", "horse"]}
     assert label_sets(None) == {}
-
-
-def test_labels_that_cannot_be_told_apart_are_named(
-    run: Callable[..., Path], quick: None, tmp_path: Path
-) -> None:
-    """The tokenizer makes all letters small."""
-    folder = run(classes=["Crane", "dog", "crane"])
-    places: dict[str, Any] = {"model_repository": tmp_path / "r", "merged": tmp_path / "merged"}
-    (note,) = radapter_serve.export(folder, [0.5, 0.6], **places).notes
-    assert "'Crane' and 'crane'" in note and "dog" not in note
 
 
 def test_an_export_says_which_alpha_it_takes(
@@ -171,7 +162,9 @@ def test_a_release_has_labels_by_example(
     facts = exported.release.label_sets["animals"]
     assert (facts["labels"], facts["examples"]) == (5, 5)
     repository = tmp_path / "repository"
-    label_set = LabelSet.load(repository / "classify" / "1" / "label_sets" / "animals.npz")
+    path = repository / "classify" / "1" / "label_sets" / "animals.npz"
+    assert facts["digest"] == digest_of(path)
+    label_set = LabelSet.load(path)
     assert (label_set.examples is not None) == (alphas == "dynamic")
     local = load_release(repository)
     expected = by_hand(local, label_file.parent)
@@ -194,15 +187,13 @@ def test_a_release_has_labels_by_example(
 
 
 def test_validation_fits_scores_to_labels_by_text_alone(
-    export: Export, many_photos: Path, label_file: Path, tmp_path: Path
+    export: Export, fitted: Exported, many_photos: Path, label_file: Path, tmp_path: Path
 ) -> None:
-    data: dict[str, Any] = {"validation": f"imagefolder:{many_photos}", "max_drop": 100}
-    (exported,) = export([0.7], label_sets={"animals": label_file}, **data)
-    (without,) = export([0.7], **data)
-    assert exported.release.confidence is not None
-    assert without.release.confidence == exported.release.confidence
+    data = f"imagefolder:{many_photos}"
+    (exported,) = export([0.7], label_sets={"animals": label_file}, validation=data, max_drop=100)
+    assert exported.release.confidence == fitted[1][0].release.confidence
     image = sorted(many_photos.rglob("*.png"))[0]
-    with Model(f"{tmp_path / 'repository'}@1") as model:
+    with Model(tmp_path / "repository") as model:
         with pytest.raises(InvalidRequest, match="not calibrated for labels by example"):
             model.classify(image, label_set="animals", calibrated=True)
         assert model.classify(image, NAMES, calibrated=True).labels

@@ -27,6 +27,7 @@ from radapter_serve.release.repository import CONFIG, MODELS, Served
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.small_release import seal
 
 
 def files(repository: Path, version: int) -> list[str]:
@@ -71,6 +72,9 @@ def test_whatever_happens_to_any_file_is_said_by_its_name(sealed: Path, harm: st
     spoil, word = HARMS[harm]
     names = files(sealed, 2)
     assert len(names) > 20
+    for name in names:  # none so large that reading it again and again takes long
+        os.truncate(sealed / name, min((sealed / name).stat().st_size, 20_000))
+    seal(sealed, 2)
     for name in names:
         data = (sealed / name).read_bytes()
         spoil(sealed / name)
@@ -80,8 +84,7 @@ def test_whatever_happens_to_any_file_is_said_by_its_name(sealed: Path, harm: st
             assert f"{name} {word}" in str(error.value)
             assert str(error.value).count(";") == 1  # one file, one problem
         (sealed / name).write_bytes(data)
-        verify(sealed, 1)
-    verify(sealed, 2)
+    check(sealed, [1, 2])
 
 
 def test_a_file_that_nobody_exported_is_refused_but_for_what_python_and_editors_leave(
