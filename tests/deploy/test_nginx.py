@@ -151,7 +151,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 OPEN = [
     *("GET /v2/health/ready", "GET /v2/models/classify/config", "GET /v2", "POST /v1/embeddings"),
     *("GET /v2/models/classify/versions/3/config", "POST /v2/models/classify/infer"),
-    *("GET /v1/models", "GET /v1/models/radapter-1"),
+    *("GET /v1/models", "GET /v1/models/radapter-1", "GET /v2/models/retrieve/indexes"),
 ]
 CLOSED = [
     *("GET /v1/models/a/b", "POST /v1/embeddings/../../metrics", "POST /v1/chat/completions"),
