@@ -41,7 +41,6 @@ def test_label_file(tmp_path):
         ("cat\ndog\n# x\ncat, kitty\n", "line 4: the class 'cat' is already on line 1"),
         ("cat\n,,\n", "line 2.*names no class"),
         ("# nothing\n", "names no class"),
-        ("", "names no class"),
         ("Käfer".encode("latin-1"), "UTF-8"),
         (None, "No such file"),
     ],

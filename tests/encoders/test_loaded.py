@@ -7,7 +7,6 @@ from __future__ import annotations
 import io
 import itertools
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,26 +176,6 @@ def test_a_bad_image_is_its_own_tasks_error(local: Local) -> None:
         np.testing.assert_allclose(found, complete(images(loaded, good)), atol=1e-6)
 
 
-class Fails:
-    """An encoder that fails where a batch has a certain row."""
-
-    def __init__(self, local: Local, is_bad: Callable[[Any], bool]) -> None:
-        self.batches: list[int] = []
-        self._local = local
-        self._is_bad = is_bad
-
-    def images(self, pixels: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
-        self.batches.append(len(pixels))
-        if any(map(self._is_bad, pixels)):
-            raise ZeroDivisionError("at /home/somebody/secret.py")
-        return self._local.images(pixels)
-
-    patches = tokens = images
-
-    def close(self) -> None:
-        pass
-
-
 def test_needs_that_fail_together_are_halved_until_the_one_is_found(
     local: Local, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,12 +183,21 @@ def test_needs_that_fail_together_are_halved_until_the_one_is_found(
     black = np.zeros((1, SIZE, SIZE, 3), np.uint8)
     rows = [np.full((1, SIZE, SIZE, 3), number, np.uint8) for number in range(1, 8)]
     expected = [local.images(one) for one in rows]
-    loaded.encoder = failing = Fails(local, lambda one: not one.any())
+    batches: list[int] = []
+    encode = local.images
+
+    def fail(pixels: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
+        batches.append(len(pixels))
+        if not all(one.any() for one in pixels):
+            raise ZeroDivisionError("at /home/somebody/secret.py")
+        return encode(pixels)
+
+    local.images = fail  # type: ignore[method-assign]
     given = [*rows[:5], black, *rows[5:]]
     results: list[Any] = encode_together([Need(loaded, "images", one, None, None) for one in given])
     assert codes(results) == [*[None] * 5, "internal_error", None, None]
     np.testing.assert_allclose(results[:5] + results[6:], expected, atol=1e-6)
-    assert failing.batches == [8, 4, 4, 2, 1, 1, 2]
+    assert batches == [8, 4, 4, 2, 1, 1, 2]
     # Its caller learns that there was an error, and the log which, once.
     assert "secret" not in str(results[5])
     assert capfd.readouterr().err.count("Traceback") == 1

@@ -54,15 +54,6 @@ def several(folder: Path, kind: str, seed: int = 0) -> tuple[str, list[Pair]]:
     return f"csv:{folder}/rows.csv", pairs
 
 
-@pytest.mark.parametrize("kind", ["text", "lists"])
-def test_every_form_has_the_same_labels(tmp_path: Path, kind: str) -> None:
-    spec, _ = several(tmp_path, kind)
-    data = load_labelled(DataSource(spec, label_separator=";" if kind == "text" else None))
-    names = [(Path(data.name(row)).name, data.labels_of(row)) for row in data.rows]
-    assert data.classes == CLASSES
-    assert names == [(f"{number}.png", labels) for number, labels in enumerate(SETS)]
-
-
 def test_training_is_as_by_hand(tiny_clip_dir: str, tmp_path: Path) -> None:
     data, pairs = several(tmp_path / "data", "text")
     (tmp_path / "templates.txt").write_text("\n".join(TEMPLATES))
