@@ -37,50 +37,37 @@ EXTRAS = {
 
 
 def run(
-    function: Callable[..., Any],
-    argv: Sequence[str] | None = None,
-    *,
-    prog: str,
-    first: Collection[str] = (),
-) -> int:
-    """Run a typed function as a command: its signature gives the flags, and its docstring the help.
-
-    The function may return an exit status; 2 is an error that the user can correct, 130 Ctrl-C.
-    `--help` shows the options in `first`, which most people set, and `--help-all` shows all.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if first and asks_for_help(arguments):
-        return guard(lambda: show_help(options(function, first), prog=prog), arguments, prog=prog)
-    if HELP_ALL in arguments:
-        arguments = ["--help"]
-    return guard(lambda: tyro.cli(function, args=arguments, prog=prog), arguments, prog=prog)
-
-
-def run_one_of(
-    commands: Mapping[str, Callable[..., Any]],
+    commands: Callable[..., Any] | Mapping[str, Callable[..., Any]],
     argv: Sequence[str] | None = None,
     *,
     prog: str,
     first: Mapping[str, Collection[str]] | None = None,
     description: str | None = None,
 ) -> int:
-    """Run one of several sub-commands, like `run`; `first` names, for some of them, the options
-    that most people set.
+    """Run a typed function as a command, or one of several as sub-commands: its signature gives the
+    flags, and its docstring the help.
+
+    The function may return an exit status; 2 is an error that the user can correct, 130 Ctrl-C.
+    `--help` shows the options that most people set, and `--help-all` shows all: `first` names the
+    former by sub-command, which is "" for a lone function; without an entry, both show all.
     """
+    by_name = commands if isinstance(commands, Mapping) else {"": commands}
     arguments = list(sys.argv[1:] if argv is None else argv)
-    name = arguments[0] if arguments else ""
+    name = arguments[0] if arguments and arguments[0] in by_name else ""
     if first and name in first and asks_for_help(arguments):
-        few = options(commands[name], first[name])
-        return guard(lambda: show_help(few, prog=f"{prog} {name}"), arguments, prog=prog)
+        few = options(by_name[name], first[name])
+        return guard(lambda: show_help(few, prog=f"{prog} {name}".rstrip()), arguments, prog=prog)
     if HELP_ALL in arguments:
-        arguments = [name, "--help"] if name in commands else ["--help"]
-    return guard(
-        lambda: tyro.extras.subcommand_cli_from_dict(
+        arguments = [name, "--help"] if name else ["--help"]
+
+    def call() -> Any:
+        if not isinstance(commands, Mapping):
+            return tyro.cli(commands, args=arguments, prog=prog)
+        return tyro.extras.subcommand_cli_from_dict(
             dict(commands), args=arguments, prog=prog, description=description
-        ),
-        arguments,
-        prog=prog,
-    )
+        )
+
+    return guard(call, arguments, prog=prog)
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:

@@ -81,4 +81,4 @@ def _print(console: Console, *lines: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(evaluate, argv, prog="radapter-eval", first=FIRST)
+    return run(evaluate, argv, prog="radapter-eval", first={"": FIRST})

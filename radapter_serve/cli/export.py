@@ -170,4 +170,4 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(export, argv, prog="radapter-export", first=FIRST)
+    return run(export, argv, prog="radapter-export", first={"": FIRST})

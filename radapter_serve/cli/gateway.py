@@ -59,7 +59,7 @@ def gateway(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run(gateway, argv, prog=PROG, first=FIRST)
+    return run(gateway, argv, prog=PROG, first={"": FIRST})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from radapter_serve.cli import run_one_of
+from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.process import handled
 
@@ -295,7 +295,7 @@ COMMANDS: dict[str, Any] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     with handled(signal.default_int_handler, signal.SIGTERM):  # SIGTERM acts as Ctrl-C
-        return run_one_of(COMMANDS, argv, prog=PROG, first=FIRST)
+        return run(COMMANDS, argv, prog=PROG, first=FIRST)
 
 
 def _print_embedder(loaded: LoadedRelease) -> None:

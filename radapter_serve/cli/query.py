@@ -28,7 +28,7 @@ from rich.text import Text
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from radapter_client import Classification, Client, InvalidImage, Segmentation
-from radapter_serve.cli import run_one_of
+from radapter_serve.cli import run
 from radapter_serve.contract.images import count_kinds, list_images
 from radapter_serve.contract.labels import read_label_file
 from radapter_serve.errors import RAdapterError
@@ -547,4 +547,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with suppress(AttributeError):  # print file names that are not UTF-8 unchanged
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    return run_one_of(COMMANDS, argv, prog=PROG, description=description)
+    return run(COMMANDS, argv, prog=PROG, description=description)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from radapter_serve.cli import run_one_of
+from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
 from radapter_serve.release.config import check
@@ -145,10 +145,7 @@ def _state(repository: Path, url: str | None) -> tuple[Path | None, Served, dict
 
 
 def _do(
-    request: dict[str, Any],
-    repository: Path,
-    url: str | None,
-    offline: Callable[[Served], Served],
+    request: dict[str, Any], repository: Path, url: str | None, offline: Callable[[Served], Served]
 ) -> None:
     """Ask the server of a repository to serve other releases. Without a running server, `offline`
     computes what its next start serves.
@@ -217,4 +214,4 @@ def lacking(
 
 def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Any] = {"list": list_, "load": load, "rollback": rollback, "verify": verify}
-    return run_one_of(commands, argv, prog=PROG)
+    return run(commands, argv, prog=PROG)

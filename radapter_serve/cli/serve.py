@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for argument in arguments
         if argument != "--model-repository"
     ]
-    return run(serve, arguments, prog=PROG, first=FIRST)
+    return run(serve, arguments, prog=PROG, first={"": FIRST})
 
 
 if __name__ == "__main__":
