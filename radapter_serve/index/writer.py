@@ -68,6 +68,10 @@ class Summary:
     recall: float | None = None  # recall@10; None if every vector is compared
 
 
+class NotResumed(RAdapterError):
+    """What a stopped command left can't be used; the message says how to discard it."""
+
+
 @contextlib.contextmanager
 def writing(
     out: Path,
@@ -99,7 +103,7 @@ def writing(
             kept = "the embeddings so far are kept: give the same command again to continue"
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(kept) from error
-            if isinstance(error, RAdapterError):
+            if isinstance(error, RAdapterError) and not isinstance(error, NotResumed):
                 raise RAdapterError(f"{error}; {kept}") from error
             raise
 
@@ -138,6 +142,8 @@ class Writer:
         self._loaded = loaded
         self._out = out
         self._vectors = lru_cache(8)(self._read_vectors)
+        # An addition has no flag to discard what a stopped command left.
+        self._discard = f"remove {folder}" if extend else "discard it with --no-resume"
 
         # Take over the current generation, if it has the same plan.
         base: FolderIndex | None = None
@@ -160,13 +166,13 @@ class Writer:
             try:
                 stopped = read_facts(Plan, json.loads((folder / _PLAN).read_text(encoding="utf-8")))
             except (OSError, ValueError):
-                raise RAdapterError(
-                    f"the stopped build of {out} can't be resumed; discard it with --no-resume"
+                raise NotResumed(
+                    f"the stopped build of {out} can't be resumed; {self._discard}"
                 ) from None
             if other := stopped.differences(plan):
-                raise RAdapterError(
+                raise NotResumed(
                     f"a build of {out} was stopped that had another {', '.join(other)}; finish it:"
-                    f" {stopped.command(out)}, or discard it with --no-resume"
+                    f" {stopped.command(out)}, or {self._discard}"
                 )
         else:
             for path in folder.iterdir():
@@ -200,10 +206,7 @@ class Writer:
             self._note(self._read(number, self.metadata).to_pylist(), number, 0)
 
     def write(
-        self,
-        collection: Collection,
-        progress: Progress | None,
-        cluster: Cluster | None = None,
+        self, collection: Collection, progress: Progress | None, cluster: Cluster | None = None
     ) -> Summary:
         """Embed and append the images that are new or changed."""
         summary = Summary(repeated=collection.repeated, left_out=collection.left_out)
@@ -356,14 +359,13 @@ class Writer:
 
     def _read(self, number: int, columns: list[str] | None) -> pa.Table:
         """Read a part."""
+        part = self._parts[number]
         try:
-            return parquet.read_table(
-                self._parts[number], columns=columns, page_checksum_verification=True
-            )
+            return parquet.read_table(part, columns=columns, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
-            raise RAdapterError(
-                f"the stopped build of {self._out} can't be resumed: {reason(error):.200}; discard"
-                " it with --no-resume"
+            why = reason(error) if part.exists() else f"{part.name} is gone"
+            raise NotResumed(
+                f"the stopped build of {self._out} can't be resumed: {why:.200}; {self._discard}"
             ) from None
 
     def _read_vectors(self, part: int) -> NDArray[np.float32]:
