@@ -119,8 +119,20 @@ class EvaluationSet(ABC):
 
     def prepare(self, model: Candidate, number: int) -> Any:
         """Read and decode an image; thread-safe."""
-        turns = model.loaded.preprocess.exif_orientation
-        return model.prepare(as_seen(self.images[number](), self.entry.exif_orientation, turns))
+        return model.prepare(self.as_seen(model, self.images[number]()))
+
+    def as_seen(self, model: Candidate, data: bytes) -> bytes:
+        """The image file, encoded again where needed so that the model sees it as the suite says:
+        turned by its EXIF orientation or not, whether or not the model turns images itself.
+        """
+        wanted = self.entry.exif_orientation
+        if wanted == model.loaded.preprocess.exif_orientation:
+            return data
+        stored = decode(data, exif_orientation=False)
+        turned = oriented(stored)
+        if turned is stored:
+            return data
+        return png_of(turned if wanted else stored)
 
     @abstractmethod
     def answer(
@@ -314,10 +326,7 @@ class RetrievalSet(EvaluationSet):
     def fields(self, model: Candidate) -> dict[str, Any]:
         count = len(self.captions)
         different = len(set(self.groups.tolist()))
-        return {
-            "captions": count,
-            "different_captions": different if different < count else None,
-        }
+        return {"captions": count, "different_captions": different if different < count else None}
 
     def answer(
         self, model: Candidate, start: int, items: Sequence[Any], keep: Sequence[str] = ()
@@ -434,8 +443,7 @@ class SegmentationSet(EvaluationSet):
 
     def prepare(self, model: Candidate, number: int) -> MaskedItem:
         image = self.images[number]
-        turns = model.loaded.preprocess.exif_orientation
-        data = as_seen(image.data(), self.entry.exif_orientation, turns)
+        data = self.as_seen(model, image.data())
         truth = image.mask()
         if self.proposals is not None:
             masks, scores = self.proposals.read(image.name, (len(truth), truth.shape[1]))
@@ -527,33 +535,17 @@ def first_names(classes: Sequence[str]) -> list[str]:
 
 
 def by_class(
-    classes: Sequence[str],
-    n: NDArray[Any],
-    *,
-    recall: NDArray[np.float64] | None = None,
-    iou: NDArray[np.float64] | None = None,
-    average_precision: NDArray[np.float64] | None = None,
+    classes: Sequence[str], n: NDArray[Any], **figures: NDArray[np.float64]
 ) -> list[ClassFigures]:
-    """Build `per_class` of a row from the cases and values of each class; NaN becomes None."""
-    columns: list[list[float | None]] = []
-    for values in (recall, iou, average_precision):
-        known = np.full(len(classes), np.nan) if values is None else values
-        columns.append([None if np.isnan(value) else round(float(value), 4) for value in known])
-    names = first_names(classes)
-    return [ClassFigures(*row) for row in zip(names, n.tolist(), *columns, strict=True)]
-
-
-def as_seen(data: bytes, wanted: bool, turns: bool) -> bytes:
-    """The image file, encoded again where needed so that the model sees it as the suite says:
-    turned by its EXIF orientation if `wanted`, whether or not the model `turns` images itself.
+    """Build `per_class` of a row from the cases of each class and its figures, by the fields of
+    `ClassFigures`; NaN becomes None.
     """
-    if wanted == turns:
-        return data
-    stored = decode(data, exif_orientation=False)
-    turned = oriented(stored)
-    if turned is stored:
-        return data
-    return png_of(turned if wanted else stored)
+    rows = []
+    for place, name in enumerate(first_names(classes)):
+        values = {kind: round(float(of_class[place]), 4) for kind, of_class in figures.items()}
+        known = {kind: value for kind, value in values.items() if not np.isnan(value)}
+        rows.append(ClassFigures(name, int(n[place]), **known))
+    return rows
 
 
 def png_of(image: Pictures.Image) -> bytes:

@@ -134,10 +134,7 @@ def recalls_of(ranks: Mapping[str, Ranks], recalls: Sequence[int] = RECALLS) -> 
 
 
 def retrieval_ranks(
-    images: Floats,
-    texts: Floats,
-    image_of: NDArray[Any],
-    groups: NDArray[np.int64] | None = None,
+    images: Floats, texts: Floats, image_of: NDArray[Any], groups: NDArray[np.int64] | None = None
 ) -> dict[str, Ranks]:
     """Rank of the best true match both ways, from 0: `image`, int64 [T], of each text among the
     images, and `text`, int64 [I], of each image among the texts.

@@ -17,12 +17,7 @@ from radapter_serve.adapter import load_adapter
 from radapter_serve.adapter.file import check_base
 from radapter_serve.adapter.tuned import Tuned
 from radapter_serve.clip.base import Base, load_base, split_name
-from radapter_serve.clip.towers import (
-    TorchEncoder,
-    check_dense,
-    logit_scale_and_bias,
-    to_device,
-)
+from radapter_serve.clip.towers import TorchEncoder, check_dense, logit_scale_and_bias, to_device
 from radapter_serve.contract.errors import Alpha, check_alpha
 from radapter_serve.contract.images import decode
 from radapter_serve.contract.labels import mean_embeddings

@@ -230,10 +230,7 @@ class Cluster:
         self._workers = max(1, self._gpus or int(resources.get("CPU", 1)) - 1)  # one core writes
 
     def read(
-        self,
-        items: Sequence[tuple[str, Path, str]],
-        size: int,
-        thumbnails: int,
+        self, items: Sequence[tuple[str, Path, str]], size: int, thumbnails: int
     ) -> Iterator[list[Read]]:
         """Read and embed files in order, in batches of `size`; the work of a dead worker is
         repeated. An item is the id, the file, and the digest of the bytes in the index.

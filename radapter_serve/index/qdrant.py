@@ -449,28 +449,23 @@ def _column(node: Any, types: Mapping[str, str]) -> tuple[str, str]:
 def _value(node: Any, column: str, kind: str, types: Mapping[str, str]) -> Any:
     """Read the literal that a column of a kind is compared with."""
     literal = node.unnest()
+    sign = 1
+    if kind == "number" and isinstance(literal, exp.Neg):
+        literal = literal.this.unnest()
+        sign = -1
+    elif kind == "time" and isinstance(literal, exp.Cast) and literal.is_type("date", "timestamp"):
+        literal = literal.this.unnest()
     value: Any = None
-    if kind == "truth" and isinstance(literal, exp.Boolean):
-        value = bool(literal.this)
-    elif kind == "number":
-        sign = 1
-        if isinstance(literal, exp.Neg):
-            literal = literal.this.unnest()
-            sign = -1
-        if isinstance(literal, exp.Literal) and not literal.is_string:
+    match literal:
+        case exp.Boolean() if kind == "truth":
+            value = bool(literal.this)
+        case exp.Literal(is_string=False) if kind == "number":
             number = sign * float(literal.this)
             if math.isfinite(number) and abs(number) < _EXACT:
                 value = number
-    elif kind in ("text", "time"):
-        if (
-            kind == "time"
-            and isinstance(literal, exp.Cast)
-            and literal.is_type("date", "timestamp")
-        ):
-            literal = literal.this.unnest()
-        if isinstance(literal, exp.Literal) and literal.is_string and kind == "text":
+        case exp.Literal(is_string=True) if kind == "text":
             value = literal.this
-        elif isinstance(literal, exp.Literal) and literal.is_string:
+        case exp.Literal(is_string=True) if kind == "time":
             with contextlib.suppress(ValueError):
                 time = datetime.datetime.fromisoformat(literal.this)
                 if not time.tzinfo:  # UTC, as everywhere in conditions

@@ -81,9 +81,7 @@ def embed_texts(
 
 
 def checked_headers(
-    loaded: LoadedRelease,
-    images: Sequence[bytes | ImageFile],
-    others: Sequence[ImageFile] = (),
+    loaded: LoadedRelease, images: Sequence[bytes | ImageFile], others: Sequence[ImageFile] = ()
 ) -> list[ImageFile]:
     """Read and check the headers of a request's images, before any image is decoded. Raises a
     `TaskError` for the first bad image, or for too many pixels together with `others` of the

@@ -17,7 +17,6 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.contract.images import ImageFile
 from radapter_serve.encoders.loaded import Steps
-from radapter_serve.files import as_text
 from radapter_serve.index.facts import Hit
 from radapter_serve.index.index import Indexes
 from radapter_serve.release.release import HOW, fitted_at
@@ -110,7 +109,7 @@ def retrieve(
     if request.index_version not in (None, index.generation):
         raise TaskError(
             INDEX_REPLACED,
-            f"the index {as_text(index.folder.name)!r} has another version than the page before;"
+            f"the index {index.name!r} has another version than the page before;"
             " search again from offset 0",
         )
     alpha = index.facts.plan.release.alpha

@@ -151,12 +151,7 @@ def segment(
             image = decode(file, exif_orientation=turned)
             if masks is None:
                 windows = segment_densely(
-                    loaded,
-                    image,
-                    embeds,
-                    options,
-                    rows=release.max_batch_size,
-                    cancelled=cancelled,
+                    loaded, image, embeds, options, rows=release.max_batch_size, cancelled=cancelled
                 )
             else:
                 scores = request.proposal_scores
