@@ -20,7 +20,6 @@ EVIL = [
     "' onmouseover='alert(1)",
     "</style></title><script>",
     "&lt;b&gt; & <!-- -->",
-    "javascript:alert(1)",
     "\ud800 猫\x00\n",
 ]
 
@@ -31,7 +30,7 @@ class Page(HTMLParser):
     def __init__(self, content: bytes) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
+        self.text = ""
         self._open: list[str] = []
         self.feed(content.decode())
         self.close()
@@ -46,8 +45,7 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.text.append(data)
+        self.text += data
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
@@ -64,11 +62,10 @@ def test_page():
     hits = [Hit("deep/a.jpg", 0.28125, about, jpeg(8, 6)), web]
     content = page(hits, "a red bicycle", None, {"index": "photos", "release": "3"})
     found = Page(content)
-    text = "\n".join(found.text)
     for piece in ("a red bicycle", "index: photos · release: 3", "1. deep/a.jpg", "author", "Zoë"):
-        assert piece in text
-    assert "path" not in text and "sha256" not in text
-    assert '["a", "b"]' in text and "no thumbnail" in text
+        assert piece in found.text
+    assert "path" not in found.text and "sha256" not in found.text
+    assert '["a", "b"]' in found.text and "no thumbnail" in found.text
     [picture] = found.all("img")
     assert (decoded(picture["src"]).size, picture["alt"]) == ((8, 6), "deep/a.jpg")
     assert [meter["value"] for meter in found.all("meter")] == ["0.2812", "-0.5000"]
@@ -99,17 +96,11 @@ def test_page_of_an_image():
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_nothing_gets_out_of_its_place(evil: str):
-    plain = Page(page([Hit("a", 0.5, {"k": "v"}, b"x")], "t", None, {"index": "i"}))
-    about = {evil: evil, "k": {evil: [evil]}}
-    hit = Hit(evil, 0.5, about, evil.encode("utf-8", "replace"))
+    plain = Page(page([Hit("a", 0.5, {"k": "v", "l": "w"}, b"x")], "t", None, {"index": "i"}))
+    hit = Hit(evil, 0.5, {evil: evil, "k": {evil: [evil]}}, evil.encode("utf-8", "replace"))
     found = Page(page([hit], evil, None, {evil: evil}))
-
-    def tags(of: Page) -> list[str]:
-        return [tag for tag, _ in of.elements if tag not in ("dt", "dd")]
-
-    assert tags(found) == tags(plain)
-    names = {(tag, name) for tag, attributes in plain.elements for name in attributes}
-    assert {(tag, name) for tag, attributes in found.elements for name in attributes} <= names
+    shape, same = ([(tag, list(of)) for tag, of in one.elements] for one in (plain, found))
+    assert shape == same
     shown = evil.encode("utf-8", "replace").decode()
     assert found.all("article")[0]["title"] == shown
-    assert f"1. {shown}" in "".join(found.text)
+    assert f"1. {shown}" in found.text

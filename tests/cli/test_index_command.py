@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -24,17 +23,13 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.index.index import current, open_index
 from radapter_serve.release.release import Release
 from tests.helpers.indexes import generation
+from tests.helpers.small_release import photos_in
 
 
 @pytest.fixture
 def place(exported_tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, with photos and a model repository."""
-    (tmp_path / "photos").mkdir()
-    for number in range(5):
-        pixels = np.random.default_rng(number).integers(
-            0, 256, (40, 30 + number, 3), dtype=np.uint8
-        )
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    photos_in(tmp_path / "photos", 5)
     (tmp_path / "model_repository").symlink_to(exported_tiny_clip / "model_repository")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -101,16 +96,14 @@ def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "'bad.png' can't be indexed" in capsys.readouterr().err
 
 
-def test_an_index_is_made_without_torch(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what a module imports as a whole, see tests/test_house.py."""
-    for name in ("torch", "open_clip"):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert main(["build", "photos", "--out", "i"]) == 0
-
-
-def test_build_at_an_alpha(
-    place: Path, dynamic_tiny_clip: Path, capsys: pytest.CaptureFixture[str]
+def test_build_at_an_alpha_without_torch(
+    place: Path,
+    dynamic_tiny_clip: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in ("torch", "open_clip"):  # of what a module imports, see tests/test_house.py
+        monkeypatch.setitem(sys.modules, name, None)
     dynamic = ["--model-repository", str(dynamic_tiny_clip)]
     assert main(["build", "photos", "--out", "indexes/photos", *dynamic, "--alpha", "0.8"]) == 0
     assert main(["add", "--out", "indexes/photos", *dynamic]) == 0
@@ -138,8 +131,7 @@ def test_the_served_release_embeds_and_every_advice_ends_the_trouble(
 ) -> None:
     shutil.copytree("model_repository", "my models")
     Path("model_repository").unlink()
-    for command in (["load", "1"], ["load", "2"], ["rollback"]):
-        assert release_command.main([*command, "--model-repository", "my models"]) == 0
+    assert release_command.main(["load", "1", "--model-repository", "my models"]) == 0
     out = "my indexes/Büro"
     assert main(["build", "photos", "--out", out, "--model-repository", "my models"]) == 0
     assert f"release 1 of {place / 'my models'} embeds: " in capsys.readouterr().out

@@ -9,10 +9,8 @@ import functools
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,7 @@ import pytest
 import tyro
 from PIL import Image
 
-from radapter_serve.cli import serve
+from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.server.endpoints import free_ports
 from tests.helpers.commands import COMMANDS
 
@@ -55,15 +53,15 @@ def test_the_commands_of_a_page_are_read(
     page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     real = tyro.cli
-    of_dict = tyro.extras.subcommand_cli_from_dict
-    monkeypatch.setattr(tyro, "cli", lambda function, **options: real(idle(function), **options))
-    monkeypatch.setattr(
-        tyro.extras,
-        "subcommand_cli_from_dict",
-        lambda functions, **options: of_dict(
-            {name: idle(of) for name, of in functions.items()}, **options
-        ),
-    )
+
+    def read(function: Any, **options: Any) -> Any:
+        return real(idle(function), **options)
+
+    def read_one_of(functions: Any, args: list[str], **options: Any) -> Any:
+        return read(functions[args[0]], args=args[1:], **options)
+
+    monkeypatch.setattr(tyro, "cli", read)
+    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", read_one_of)
     nothing: Any = SimpleNamespace(train=lambda recipe, **_: None)
     monkeypatch.setitem(sys.modules, "radapter_serve.training.start", nothing)
     monkeypatch.chdir(tmp_path)
@@ -141,34 +139,18 @@ def printed(text: str) -> list[list[str]]:
     return [shlex.split(line) for line in re.findall(r"(radapter-[a-z-]+ [^;\n]+)", text)]
 
 
-@contextmanager
-def serving(command: list[str]) -> Iterator[str]:
-    """A server started by a printed command, on a free port; gives its URL."""
-    port = str(free_ports()[0])
-    options = [*command[1:], "--engine", "process", "--http-port", port]
-    started = [sys.executable, "-m", serve.__name__, *options]
-    with subprocess.Popen(started, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            said = ""
-            while "Ctrl-C stops the server" not in said:
-                line = server.stdout.readline()
-                assert line, f"the server ended: {said}"
-                said += line
-            (tried,) = [words for words in printed(said) if words[0] == "radapter-query"]
-            run(tried)
-            yield f"http://localhost:{port}"
-        finally:
-            server.terminate()
-
-
 def test_from_training_to_answers(
-    place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
+    place: Path,
+    tiny_clip_dir: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Train, choose alpha, export.
+    monkeypatch.setattr("radapter_serve.evaluation.start.GRID", (0.0, 1.0))
+    monkeypatch.setattr("radapter_serve.evaluation.image_sets._NOUN_STEP", 100)
     photos = "imagefolder:my photos"
     data = ["--data", photos, "--val-data", photos, "--out", "my runs/first run"]
-    short = "--steps 4 --batch-size 8 --warmup-steps 1 --workers 0 --tracker none"
+    short = "--steps 2 --batch-size 8 --warmup-steps 1 --workers 0 --tracker none"
     run(["radapter-train", "--architecture", tiny_clip_dir, *data, *short.split()])
     (command,) = [words for words in printed(capfd.readouterr().out) if words[0] == "radapter-eval"]
     run([*command, "--device", "cpu"])
@@ -179,13 +161,21 @@ def test_from_training_to_answers(
     assert served == ["radapter-serve", "my models"]
     assert asked == ["radapter-query", "classify", "PHOTO.jpg", "--label-set", "classes"]
 
-    # Index, serve and ask.
+    # Index, serve and ask: in place of waiting for callers, the server is asked in this process.
     build = ["radapter-index", "build", "my photos", "--out", "my indexes/Büro"]
     run([*build, "--model-repository", "my models"])
     served, searched = printed(capfd.readouterr().out)
     assert served == ["radapter-serve", "my models", "--indexes", "my indexes"]
-    with serving(served) as url:
-        for command in (asked, searched):
-            run([*command, "--url", url])
+    serve = GatewayServer.run
+
+    def ask(server: GatewayServer) -> None:
+        monkeypatch.setattr(GatewayServer, "run", serve)
+        (tried,) = [w for w in printed(capfd.readouterr().out) if w[0] == "radapter-query"]
+        with server.in_thread():
+            for command in (tried, [*asked, "--url", server.url], [*searched, "--url", server.url]):
+                run(command)
+
+    monkeypatch.setattr(GatewayServer, "run", ask)
+    run([*served, "--engine", "process", "--http-port", str(free_ports()[0])])
     answer = capfd.readouterr().out
     assert any(name in answer for name in COLOURS) and "0.png" in answer

@@ -30,6 +30,12 @@ def picture(generator: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels).resize((50, 41), Image.Resampling.BICUBIC)
 
 
+@pytest.fixture(autouse=True)
+def few_nouns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the time that the texts of 333 common nouns take."""
+    monkeypatch.setattr("radapter_serve.evaluation.image_sets._NOUN_STEP", 30)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`plain` and `shifted` with 4 images a class, `captions.csv` with 1 to 3 captions for each of

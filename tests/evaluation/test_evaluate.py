@@ -106,7 +106,6 @@ def test_every_alpha_is_the_folded_model_in_open_clip(
     adapter = load_adapter(run_folder)
     weights = {name: value.clone() for name, value in base.model.state_dict().items()}
     nouns = nouns_beside(CLASSES)
-    assert 300 < len(nouns) < 334
     _, _, transform = open_clip.create_model_and_transforms(tiny_clip_dir)
     tokens = open_clip.get_tokenizer(tiny_clip_dir)([f"a photo of a {name}." for name in nouns])
     files = [file for name in CLASSES for file in sorted((world / "plain" / name).iterdir())]
@@ -212,7 +211,8 @@ def test_a_checkpoint_is_on_the_line_from_its_base_as_in_wise_ft(
     assert measured([row for row in rows if row.alpha == 0.5]) == pytest.approx(by_hand, abs=1e-5)
 
 
-def test_the_nouns_are_every_third_of_imagenets_names() -> None:
+def test_the_nouns_are_every_third_of_imagenets_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     names = nouns_beside(["something else"])
     assert names == list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES[::3])) and len(names) == 333
     assert nouns_beside(open_clip.IMAGENET_CLASSNAMES) == []

@@ -25,12 +25,7 @@ from radapter_serve.encoders.loaded import LoadedRelease, load_release, served_r
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation import start
 from radapter_serve.evaluation.metrics import Floats, confusion, segmentation_metrics
-from radapter_serve.evaluation.models import (
-    Candidate,
-    from_adapter,
-    from_merged,
-    from_release,
-)
+from radapter_serve.evaluation.models import Candidate, from_adapter, from_merged, from_release
 from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate_set, evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from radapter_serve.clip.towers import templates_of
 from radapter_serve.data.rows import READERS
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet, RetrievalSet
@@ -55,7 +56,12 @@ def test_ready_suites(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the photos of ../shared/data are not here")
 @pytest.mark.parametrize("name", ["pacs", "flickr8k", "coco200"])
-def test_ready_suites_on_their_data(name: str, run_folder: Path, tmp_path: Path) -> None:
+def test_ready_suites_on_their_data(
+    name: str, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the first of their templates."""
+    place = "radapter_serve.evaluation.run.templates_of"
+    monkeypatch.setattr(place, lambda source: templates_of(source)[:1])
     suite = load_suite(SUITES / f"{name}.yaml", DATA)
     models = from_adapter(run_folder, [0.5])
     rows = evaluate_suite(models, suite, Results(tmp_path), limit=3)
@@ -187,7 +193,7 @@ ANY_SUITE = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     st.binary(max_size=60)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import operator
 import sqlite3
 import time
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from radapter_serve.contract.errors import INVALID_ARGUMENT, TaskError
-from radapter_serve.index.conditions import Sql, evaluate, parse_condition
+from radapter_serve.index.conditions import evaluate, parse_condition
 
 TEXTS = ["", "a", "A", "a/x.jpg", "b%c", "c_d", "line\nbreak", "it's"]
 WHOLE = [-3, 0, 1, 2, 7, 2020]
@@ -24,64 +25,57 @@ PARTS = [-1.5, 0.25, 1.0, 7.0, 2020.5]
 Rows = list[tuple[str | None, str | None, int | None, int | None, float | None, bool | None]]
 
 
-def maybe(values: list[Any]) -> st.SearchStrategy[Any]:
-    return st.none() | st.sampled_from(values)
-
-
 COLUMNS: list[list[Any]] = [TEXTS, TEXTS, WHOLE, WHOLE, PARTS, [True, False]]
-ROWS = st.lists(st.tuples(*(maybe(values) for values in COLUMNS)), min_size=1, max_size=12)
+ROWS = st.lists(
+    st.tuples(*(st.none() | st.sampled_from(values) for values in COLUMNS)), min_size=1, max_size=12
+)
 
 
 def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-texts = st.sampled_from(["path", "`other`"]) | st.sampled_from(TEXTS).map(quoted)
-numbers = st.sampled_from(["year", "small", "part"]) | st.sampled_from(WHOLE + PARTS).map(str)
+def one_of(*values: str) -> st.SearchStrategy[str]:
+    return st.sampled_from(values)
+
+
+def filled(template: str, *parts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.tuples(*parts).map(lambda values: template.format(*values))
+
+
+def some_of(values: list[str]) -> st.SearchStrategy[str]:
+    return st.lists(one_of(*values, "NULL"), min_size=1, max_size=4).map(", ".join)
+
+
+texts = one_of("path", "`other`", *map(quoted, TEXTS))
+columns = one_of("year", "small", "part")
+numbers = columns | one_of(*map(str, WHOLE + PARTS))
 computed = st.recursive(
     numbers,
     lambda one: (
-        st.tuples(one, st.sampled_from("+-*"), one).map(lambda three: f"({' '.join(three)})")
-        | one.map(lambda value: f"-({value})")
-        | st.tuples(one, one).map(lambda two: f"coalesce({two[0]}, {two[1]})")
+        filled("({} {} {})", one, one_of(*"+-*"), one)
+        | filled("-({})", one)
+        | filled("coalesce({}, {})", one, one)
     ),
     max_leaves=4,
 ) | st.just("length(path)")
-operators = st.sampled_from(["=", "!=", "<", "<=", ">", ">="])
-patterns = st.sampled_from(["a%", "%x%", "_", "c_d", "%", "", "b%c", "A%", "line%"]).map(quoted)
+operators = one_of("=", "!=", "<", "<=", ">", ">=")
+perhaps = one_of("", "NOT ")
+patterns = one_of(*map(quoted, ["a%", "%x%", "_", "c_d", "%", "", "b%c", "A%", "line%"]))
 simple = (
-    st.tuples(texts, operators, texts).map(" ".join)
-    | st.tuples(computed, operators, computed).map(" ".join)
-    | st.tuples(st.sampled_from(["path", "other"]), st.sampled_from(["IS", "IS NOT"])).map(
-        lambda two: f"{two[0]} {two[1]} NULL"
-    )
-    | st.tuples(st.sampled_from(["", "NOT "]), patterns).map(
-        lambda two: f"path {two[0]}LIKE {two[1]}"
-    )
-    | st.tuples(numbers, st.sampled_from(["", "NOT "]), numbers, numbers).map(
-        lambda four: f"{four[0]} {four[1]}BETWEEN {four[2]} AND {four[3]}"
-    )
-    | st.tuples(
-        st.sampled_from(["year", "small", "part"]),
-        st.sampled_from(["", "NOT "]),
-        st.lists(st.sampled_from([*map(str, WHOLE + PARTS), "NULL"]), min_size=1, max_size=4),
-    ).map(lambda three: f"{three[0]} {three[1]}IN ({', '.join(three[2])})")
-    | st.tuples(
-        st.sampled_from(["", "NOT "]),
-        st.lists(st.sampled_from([*map(quoted, TEXTS), "NULL"]), min_size=1, max_size=4),
-    ).map(lambda two: f"path {two[0]}IN ({', '.join(two[1])})")
-    | st.sampled_from(
-        ["flag", "flag = true", "flag IS TRUE", "flag IS NOT FALSE", "flag IS NULL", "year = NULL"]
-    )
+    filled("{} {} {}", texts, operators, texts)
+    | filled("{} {} {}", computed, operators, computed)
+    | filled("{} IS {}NULL", one_of("path", "other"), perhaps)
+    | filled("path {}LIKE {}", perhaps, patterns)
+    | filled("{} {}BETWEEN {} AND {}", numbers, perhaps, numbers, numbers)
+    | filled("{} {}IN ({})", columns, perhaps, some_of([str(one) for one in WHOLE + PARTS]))
+    | filled("path {}IN ({})", perhaps, some_of([quoted(text) for text in TEXTS]))
+    | one_of("flag", "flag = true", "flag IS TRUE", "flag IS NOT FALSE", "flag IS NULL")
+    | st.just("year = NULL")
 )
 conditions = st.recursive(
     simple,
-    lambda one: (
-        st.tuples(one, st.sampled_from([" AND ", " OR "]), one).map(
-            lambda three: f"({''.join(three)})"
-        )
-        | one.map(lambda part: f"NOT ({part})")
-    ),
+    lambda one: filled("({} {} {})", one, one_of("AND", "OR"), one) | filled("NOT ({})", one),
     max_leaves=6,
 )
 
@@ -106,7 +100,7 @@ def by_sqlite(rows: Rows, where: str) -> list[int]:
         return [row - 1 for (row,) in database.execute(f"SELECT rowid FROM t WHERE {where}")]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(ROWS, conditions, st.integers(1, 5))
 def test_any_condition_is_met_by_the_rows_that_sqlite_names(
     rows: Rows, where: str, chunk: int
@@ -204,15 +198,10 @@ def test_a_comparison_that_makes_no_sense_is_refused_in_one_line(where: str, mes
     assert error.value.code == INVALID_ARGUMENT and "\n" not in str(error.value)
 
 
-def written(where: str) -> str:
-    """A condition, written anew from what was understood of it."""
-    return parse_condition(where).sql(dialect=Sql, comments=False)
-
-
 def test_a_condition_of_too_many_parts_is_refused() -> None:
     with pytest.raises(TaskError, match="at most 300"):
-        written("width>" + "+".join(["1"] * 990))
-    written(f"path IN ({', '.join(['1'] * 600)})")
+        parse_condition("width>" + "+".join(["1"] * 990))
+    parse_condition(f"path IN ({', '.join(['1'] * 600)})")
 
 
 @pytest.mark.parametrize(
@@ -229,10 +218,10 @@ def test_a_condition_of_too_many_parts_is_refused() -> None:
 def test_what_is_nested_deeper_than_ten_is_refused_at_once(deep: str) -> None:
     start = time.thread_time()
     with pytest.raises(TaskError, match="in each other; at most 10") as error:
-        written(deep)
+        parse_condition(deep)
     assert error.value.code == INVALID_ARGUMENT
     assert time.thread_time() - start < 1
-    written("(" * 10 + "width>1" + ")" * 10)
+    parse_condition("(" * 10 + "width>1" + ")" * 10)
 
 
 @pytest.mark.parametrize(
@@ -242,19 +231,14 @@ def test_what_is_nested_deeper_than_ten_is_refused_at_once(deep: str) -> None:
         *("a = current_date", "CASE WHEN a THEN b END = 1", "* = 1", "x = ANY(y)", "year >"),
         *("1=1; drop table images", "(select 1) = 1", "path = (SELECT path FROM images)"),
         *("read_csv('/etc/passwd') = 1", "length(repeat('a', 2000000000)) > 0"),
-        *(
-            "repeat ('a', 9) = 'a'",
-            "`repeat`('a', 9) = 'a'",
-            "path = 'open",
-            "path = '\x00' \\",
-            "a = '\ud800'",
-        ),
+        *("repeat ('a', 9) = 'a'", "`repeat`('a', 9) = 'a'", "path = 'open", "a = '\ud800'"),
+        "path = '\x00' \\",
         *("(" * 900 + "a = 1" + ")" * 900, "NOT " * 450 + "a = 1", "a = 1 OR " * 200 + "a = 1"),
     ],
 )
 def test_what_no_comparison_needs_is_refused(where: str) -> None:
     with pytest.raises(TaskError, match="^.invalid_argument. where "):
-        written(where)
+        parse_condition(where)
 
 
 WORDS = [
@@ -265,17 +249,17 @@ WORDS = [
 ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.text(max_size=2100)
     | st.lists(st.sampled_from(WORDS), max_size=500).map(" ".join)
-    | st.tuples(st.sampled_from(WORDS), st.integers(1, 2000)).map(lambda one: one[0] * one[1])
+    | st.builds(operator.mul, st.sampled_from(WORDS), st.integers(1, 2000))
 )
 def test_any_condition_is_answered_soon_and_in_one_line(where: str) -> None:
     """In time of this thread, which other programs do not change."""
     start = time.thread_time()
     try:
-        assert written(where)
+        parse_condition(where)
     except TaskError as error:
         assert error.code == INVALID_ARGUMENT and "\n" not in str(error)
     assert time.thread_time() - start < 5

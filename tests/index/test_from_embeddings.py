@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,13 @@ from pyarrow import csv, parquet
 from radapter_serve.cli.index import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build, build_from_embeddings, verify
-from radapter_serve.index.index import current, open_index
+from radapter_serve.index.index import open_index
 from tests.helpers.indexes import generation
 from tests.helpers.projection import DIM, projecting
 from tests.index.test_index import embedded, write
 
 COUNT = 5000  # more than are read at once
+NAMES = [f"photos/{number}.jpg" for number in range(COUNT)]
 
 
 @pytest.fixture
@@ -34,13 +33,12 @@ def files(tmp_path: Path, vectors: Any) -> tuple[Path, Path]:
     np.save(tmp_path / "v.npy", vectors)
     years = [None if number % 7 == 0 else number for number in range(COUNT)]
     shares = [float("nan") if number == 3 else number / COUNT for number in range(COUNT)]
-    names = [f"photos/{number}.jpg" for number in range(COUNT)]
-    rows = pa.table({"year": years, "image": names, "share": shares})
+    rows = pa.table({"year": years, "image": NAMES, "share": shares})
     parquet.write_table(rows, tmp_path / "r.parquet")
     return tmp_path / "v.npy", tmp_path / "r.parquet"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_searches_are_numpys(
     dtype: str, files: tuple[Path, Path], vectors: Any, tmp_path: Path
 ) -> None:
@@ -57,27 +55,12 @@ def test_searches_are_numpys(
     scores[3000:] = -2
     scores[::7] = -2
     best = np.argsort(-scores)[:20]
-    assert [hit.id for hit in hits] == [f"photos/{number}.jpg" for number in best]
+    assert [hit.id for hit in hits] == [NAMES[number] for number in best]
     np.testing.assert_allclose([hit.score for hit in hits], scores[best], atol=1e-6)
     assert [hit.metadata["year"] for hit in hits] == best.tolist()
     (missing,) = index.search(query, 10, "share IS NULL")  # NaN is NULL
     assert missing.id == "photos/3.jpg" and missing.metadata["share"] is None
     assert verify(out).ok
-
-
-def test_a_search_loads_no_pandas(files: tuple[Path, Path], tmp_path: Path) -> None:
-    """It would cost a server some 30 MB."""
-    out = tmp_path / "index"
-    build_from_embeddings(*files, out, projecting())
-    code = (
-        "import sys, numpy as np, radapter_serve.index.index\n"
-        "from radapter_serve.index.index import open_index\n"
-        f"index = open_index({str(out)!r})\n"
-        "where = \"year < 3000 AND (path IN ('a') OR share > 0.1)\"\n"
-        f"assert len(index.search(np.ones({DIM}, np.float32) / 4, 5, where)) == 5\n"
-        "assert index.embeddings(['photos/3.jpg']) and 'pandas' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_index_names_the_command_that_makes_it_again(
@@ -86,7 +69,6 @@ def test_the_index_names_the_command_that_makes_it_again(
     out = tmp_path / "index"
     build_from_embeddings(*files, out, projecting())
     command = f"radapter-index build --from-embeddings {files[0]} --rows {files[1]} --out {out}"
-    assert current(out)[1].plan.command(out).startswith(command)
     with pytest.raises(RAdapterError, match=f"was made of embeddings; .*{command}"):
         add(out, projecting())
     first = generation(out)
@@ -95,9 +77,6 @@ def test_the_index_names_the_command_that_makes_it_again(
     # A build of images replaces it.
     write(tmp_path / "photos" / "a.png", 1)
     assert build(str(tmp_path / "photos"), out, projecting()).count == 1
-
-
-NAMES = [str(number) for number in range(COUNT)]
 
 
 def at(row: int, value: float) -> Any:
@@ -147,7 +126,6 @@ def test_files_that_do_not_fit_are_refused_and_leave_nothing(
 
 def test_the_command(
     files: tuple[Path, Path],
-    vectors: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -159,11 +137,7 @@ def test_the_command(
     call = ["build", "--from-embeddings", "v.npy", "--rows", "r.csv", "--image-column", "id"]
     assert main([*call, "--out", "indexes/photos"]) == 0
     assert "indexes/photos: 5,000 images\n" in capsys.readouterr().out
-    query = (vectors[9] / np.linalg.norm(vectors[9])).astype(np.float32)
-    assert open_index("indexes/photos").search(query, 1)[0].id == "photos/9.jpg"
-    assert main(["verify", "indexes/photos"]) == 0
-    for wrong in (["photos", *call[1:]], call[:3], ["--rows", "r.csv", "photos"], []):
-        arguments = wrong if wrong[:1] == ["build"] else ["build", *wrong]
-        assert main([*arguments, "--out", "other"]) == 2
+    for wrong in (["photos", *call[1:]], call[1:3], ["--rows", "r.csv", "photos"], []):
+        assert main(["build", *wrong, "--out", "other"]) == 2
         assert "--from-embeddings" in capsys.readouterr().err
     assert embedded(release) == 0

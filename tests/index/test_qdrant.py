@@ -7,6 +7,7 @@ import datetime
 import json
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,12 @@ from tests.index.test_index import write
 if TYPE_CHECKING:  # Qdrant's client takes a second to load, so tests load it as they need it
     from tests.helpers.fake_qdrant import FakeQdrant
 
-pytest.importorskip("qdrant_client", reason="pip install -e '.[integrations]'")
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(
+        find_spec("qdrant_client") is None, reason="pip install -e '.[integrations]'"
+    ),
+]
 QUERY = np.eye(DIM, dtype=np.float32)[0]
 
 

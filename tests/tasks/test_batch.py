@@ -109,10 +109,10 @@ import pytest
 from tests.helpers import fake_triton
 fake_triton.install(pytest.MonkeyPatch())
 from radapter_serve.triton import responses
-responses.HUNG = 0.5
+responses.HUNG = 0.1
 requests = [fake_triton.Request(text=[["a"]])]
 answered = responses.answer(requests, lambda some: [{} for _ in some])
-time.sleep(1)
+time.sleep(0.4)
 print(len(answered), flush=True)
 responses.answer(requests, lambda some: threading.Event().wait())
 """
@@ -158,9 +158,7 @@ def backend(request, repository, monkeypatch):
             "max_batch_size": 64,
             "input": [{"name": source, "data_type": "not read"}],
             "output": [{"name": output, "data_type": "TYPE_FP32"}],
-            "parameters": {
-                "release": {"string_value": '{"tokenizer": {"context_length": 77}}'},
-            },
+            "parameters": {"release": {"string_value": '{"tokenizer": {"context_length": 77}}'}},
             **config,
         }
         install(monkeypatch)

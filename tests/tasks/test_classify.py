@@ -34,15 +34,7 @@ from radapter_serve.tasks.embed import (
 )
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from radapter_serve.tasks.table import TASKS, forms
-from tests.helpers.small_release import (
-    CONFIDENCE,
-    LABELS,
-    SIZE,
-    WIDTH,
-    Local,
-    png,
-    together,
-)
+from tests.helpers.small_release import CONFIDENCE, LABELS, SIZE, WIDTH, Local, png, together
 
 NAMES = ("cat", "dog", "bird, fowl", "fish", "a man", "tree", "house")
 TEMPLATES = ["a photo of a {}."]

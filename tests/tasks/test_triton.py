@@ -149,10 +149,7 @@ def test_a_release_of_any_alpha_answers_as_those_with_it_folded_in(
         assert found.labels == expected.labels
         assert found.scores == pytest.approx(expected.scores.tolist(), rel=1e-3)
 
-    with (
-        running(dynamic_tiny_clip) as server,
-        Client(server.grpc_url, batch_size=3) as client,
-    ):
+    with running(dynamic_tiny_clip) as server, Client(server.grpc_url, batch_size=3) as client:
         assert (client.release().alpha, client.release().dynamic_alpha) == (0.5, True)
         for alpha, release in fixed.items():
             pixels = release.embed_pixels([release.pixels(image) for image in images])
@@ -182,7 +179,7 @@ def test_only_what_is_a_model_is_served_and_the_secret_opens_the_doors(repositor
     for name in (".export-x", "notes"):
         (folder / name / "1").mkdir(parents=True)
     (folder / "README.md").touch()
-    endpoints = Endpoints("localhost", *free_ports())
+    endpoints = Endpoints("::1", *free_ports())
     with TritonServer(ServerConfig(folder, endpoints)) as server, connect(server) as client:
         assert list(server.models) == ["embed_image", "image_encoder"]
         arguments = Path(f"/proc/{server.pid}/cmdline").read_text()
@@ -195,6 +192,8 @@ def test_only_what_is_a_model_is_served_and_the_secret_opens_the_doors(repositor
         server.control.load("embed_image")
         inputs = [tensor("image", [[png(0)]])]
         assert client.infer("embed_image", inputs).as_numpy("image_embeds").shape == (1, 8)
+        with urllib.request.urlopen(server.metrics_url) as response:
+            assert response.status == 200
 
 
 def test_code_in_the_folder_where_the_server_is_started_is_never_run(
@@ -208,34 +207,12 @@ def test_code_in_the_folder_where_the_server_is_started_is_never_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f".:{os.environ['PATH']}")
     monkeypatch.setenv("LD_LIBRARY_PATH", f".:{os.environ.get('LD_LIBRARY_PATH', '')}")
-    with (
-        running(Path("repository")) as server,
-        Client(server.grpc_url) as client,
-    ):
+    with running(Path("repository")) as server, Client(server.grpc_url) as client:
         assert len(client.embed_images([png(0)])) == 1
         triton = psutil.Process(server.pid)
         folders = {process.cwd() for process in (triton, *triton.children())}
         assert folders == {str(server.folder)}
     assert not (tmp_path / "evil").exists()
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_it_listens_on_loopback_only(repository, tmp_path, host):
-    folder = one_release(repository, tmp_path / "repository")
-    ports = free_ports()
-    with TritonServer(ServerConfig(folder, Endpoints(host, *ports))) as server:
-        listening = {
-            one.laddr.port: one.laddr.ip
-            for one in psutil.Process(server.pid).net_connections("tcp")
-            if one.status == psutil.CONN_LISTEN
-        }
-        assert sorted(listening) == sorted(ports)
-        # gRPC has IPv4 mapped into IPv6.
-        assert set(listening.values()) <= {host, f"::ffff:{host}"}
-        with urllib.request.urlopen(server.metrics_url) as response:
-            assert response.status == 200
-        with Client(server.grpc_url) as client:
-            assert client.embed_images([png(0)]).shape == (1, 8)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -244,12 +221,9 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
     ports = free_ports()
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    flags = [
-        f"--{name}-port={port}"
-        for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)
-    ]
     front = free_ports()[0]
-    flags.append(f"--gateway-port={front}")
+    names = ("http", "grpc", "metrics", "gateway")
+    flags = [f"--{name}-port={port}" for name, port in zip(names, (*ports, front), strict=True)]
     command = [sys.executable, "-m", "radapter_serve.cli.serve", str(folder), *flags]
     environment = {**os.environ, "TMPDIR": str(temporary), "COLUMNS": "300"}
     pipe = subprocess.PIPE
@@ -274,6 +248,10 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
             if "tritonserver" in " ".join(child.cmdline())
         ]
         children = [triton, *triton.children()]
+        listening = [c for c in triton.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        assert {one.laddr.port for one in listening} == set(ports)
+        # gRPC has IPv4 mapped into IPv6.
+        assert {one.laddr.ip for one in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}
         caller = stack.enter_context(socket.create_connection(("127.0.0.1", ports[0])))
         caller.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert caller.recv(100)
