@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,9 +33,8 @@ from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
 from radapter_serve.clip.base import load_base
 
 T = TypeVar("T")
-logging.getLogger().addHandler(
-    logging.NullHandler()
-)  # else open_clip warns of random weights, which are meant here
+# Else open_clip warns of random weights, which are meant here.
+logging.getLogger().addHandler(logging.NullHandler())
 RESULTS = Path(__file__).parent / "results"
 _TIMES = (
     "Times are medians over alternating rounds; ratios are medians of the ratios within a round."
@@ -158,6 +158,17 @@ class Process:
         self._pool.shutdown()
 
 
+def write_adapter(name: str, path: Path, std: float) -> None:
+    """Save an adapter of full rank for a base, of zeros or of random weights."""
+    base = load_base(name)
+    adapters = attach(base.model)
+    with torch.no_grad():
+        for tensor in adapters.parameters():
+            tensor.normal_(std=std)
+    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
+    save_adapter(adapters.adapter(Metadata(architecture=name, base_digest=digest)), path)
+
+
 def random_clip(architecture: str, folder: Path) -> tuple[str, Path, int]:
     """Save a CLIP and an adapter of full rank, of random weights; return the `local-dir:` name,
     the adapter's path, and the size of the checkpoint in bytes.
@@ -172,16 +183,7 @@ def random_clip(architecture: str, folder: Path) -> tuple[str, Path, int]:
     }
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     name = f"local-dir:{folder}"
-    base = load_base(name)
-    adapters = attach(base.model)
-    with torch.no_grad():
-        for tensor in adapters.parameters():
-            tensor.normal_(std=0.01)
-    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
-    save_adapter(
-        adapters.adapter(Metadata(architecture=name, base_digest=digest)),
-        folder / "adapter.safetensors",
-    )
+    write_adapter(name, folder / "adapter.safetensors", std=0.01)
     return name, folder / "adapter.safetensors", path.stat().st_size
 
 
@@ -235,22 +237,16 @@ def machine() -> str:
     flags = set(next((line for line in info.splitlines() if line.startswith("flags")), "").split())
     cpu += f" ({', '.join(name.upper() for name in _INSTRUCTIONS if name in flags)})"
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    installed = {name: _version(name) for name in _PACKAGES}
-    versions = [
-        f"{name.removesuffix('_torch')} {version}" for name, version in installed.items() if version
-    ]
+    versions = []
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
+            versions.append(f"{name.removesuffix('_torch')} {version}")
     return (
         f"{cpu}, {len(os.sched_getaffinity(0))} cores, {size / 1e9:.0f} GB of memory; load"
         f" {os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()},"
         f" {', '.join(versions)}; {torch.get_num_threads()} threads"
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @dataclass

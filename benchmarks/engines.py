@@ -52,17 +52,6 @@ class Cell:
         ]
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """The seconds of an engine's start until it is ready, and the bytes (PSS) of its processes then
-    and after the load.
-    """
-
-    start: float
-    idle: int
-    loaded: int
-
-
 def worst(found: Sequence[Cell], engine: str) -> str:
     """Describe the least and the largest throughput against Triton's."""
     rates = {(one.engine, one.task, one.callers): one.measured.throughput for one in found}
@@ -168,7 +157,8 @@ def main(
     title = f"Engines: {architecture} {precision} by Triton and without it"
     report = Report("engines", title, what, timed=False)
     found: list[Cell] = []
-    footprints: dict[str, Footprint] = {}
+    # Seconds until an engine is ready, and bytes (PSS) of its processes then and after the load.
+    footprints: dict[str, tuple[float, int, int]] = {}
     image = picture(640, 480, seed=1)
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "repository" if repository is None else repository
@@ -185,7 +175,7 @@ def main(
                         say(f"{engine}: {task}, {count} callers")
                         measured = asyncio.run(ask(url, task, image, count, seconds, warmup))
                         found.append(Cell(engine, task, count, measured))
-                footprints[engine] = Footprint(start, idle, proportional(server))
+                footprints[engine] = start, idle, proportional(server)
     found.sort(key=lambda cell: (TASKS.index(cell.task), cell.callers))
     report.table(
         "Answers",
@@ -199,13 +189,8 @@ def main(
         "What an engine takes",
         ["engine", "start s", "idle MiB", "after load MiB"],
         [
-            [
-                engine,
-                f"{one.start:.1f}",
-                f"{one.idle / MIB:.0f}",
-                f"{one.loaded / MIB:.0f}",
-            ]
-            for engine, one in footprints.items()
+            [engine, f"{start:.1f}", f"{idle / MIB:.0f}", f"{loaded / MIB:.0f}"]
+            for engine, (start, idle, loaded) in footprints.items()
         ],
     )
     report.write(out)

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
-from common import RESULTS, Report, picture, say
+from common import RESULTS, Report, picture, say, write_adapter
 from loop import read_totals
 from numpy.typing import NDArray
 from PIL import Image
@@ -81,24 +81,13 @@ WHERE: dict[str, tuple[Callable[[Numbers], Any], Callable[[Any], Any]]] = {
 def export_base(folder: Path) -> Path:
     """A model repository with the demo's base as a release."""
     from radapter_export import ExportSettings, export_release
-    from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
-    from radapter_serve.clip.base import load_base
+    from radapter_serve.demo.data import BASE
 
-    base_folder = Path(__file__).parents[1] / "radapter_serve" / "demo" / "base"
-    name = f"local-dir:{base_folder}"
-    base = load_base(name)
-    adapters = attach(base.model)
-    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
-    save_adapter(
-        adapters.adapter(Metadata(architecture=name, base_digest=digest)),
-        folder / "adapter.safetensors",
-    )
+    adapter = folder / "adapter.safetensors"
+    write_adapter(f"local-dir:{BASE}", adapter, std=0.0)
     models = folder / "model_repository"
-    export_release(
-        folder / "adapter.safetensors",
-        None,
-        ExportSettings(model_repository=models, merged=folder / "merged"),
-    )
+    settings = ExportSettings(model_repository=models, merged=folder / "merged")
+    export_release(adapter, None, settings)
     return models
 
 
@@ -309,7 +298,7 @@ def conditions(
     rows = []
     for where, (meets, compare) in WHERE.items():
         marks = meets(np.arange(len(index)))
-        floor = median_ms(_on(table, compare), asked[:10])
+        floor = median_ms(lambda _, compare=compare: compare(table), asked[:10])
         truth = exact(vectors, asked, 10, marks)
         fresh = []
         for number, query in enumerate(asked[:30]):
@@ -379,10 +368,6 @@ def served(folder: Path, report: Report) -> None:
             say(" | ".join(rows[-1]))
     heads = ["`retrieve` of 64 images", "first, ms", "tenth, ms", "median, ms", "its own, ms"]
     report.table("Served by Triton over HTTP", heads, rows)
-
-
-def _on(table: Any, compare: Callable[[Any], Any]) -> Callable[[Array], Any]:
-    return lambda _: compare(table)
 
 
 def main(

@@ -132,16 +132,12 @@ class Flags:
             raise RAdapterError(f"--limit is {self.limit}; allowed: 1 image or more")
         limit_threads(self.threads)
         benchmark = load_benchmark(self.data, self.data_root)
-        names = (
-            "architecture",
-            "pretrained",
-            "epochs",
-            "steps",
-            "batch_size",
-            "precision",
-            "threads",
-        )
-        flags = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        others = ("data", "data_root", "out", "limit")
+        flags = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in others and value is not None
+        }
         return dataclasses.replace(benchmark, fields={**benchmark.fields, **flags})
 
 

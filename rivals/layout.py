@@ -27,10 +27,10 @@ K = TypeVar("K")
 Images = list[NDArray[np.float64]]  # each image's part of a figure, by set
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
+def spread(values: Sequence[float]) -> str:
     """Format the mean over seeds, ± the standard deviation if there are several."""
-    middle = f"{mean(values):.{digits}f}"
-    return f"{middle} ± {stdev(values):.{digits}f}" if len(values) > 1 else middle
+    middle = f"{mean(values):.1f}"
+    return f"{middle} ± {stdev(values):.1f}" if len(values) > 1 else middle
 
 
 def with_interval(values: Sequence[float], sign: str = "") -> str:
@@ -109,12 +109,9 @@ def cost_of(costs: Sequence[Cost]) -> list[str]:
     """Format the cells of `COST`, dashes for a method without training; seconds are the median."""
     if not any(cost.parameters for cost in costs):
         return ["-", "-", "-"]
+    seconds = median(cost.seconds for cost in costs)
     memory = max(cost.memory for cost in costs) / 1e9
-    return [
-        f"{costs[0].parameters / 1e6:.2f}",
-        f"{median(cost.seconds for cost in costs):.0f}",
-        f"{memory:.2f}",
-    ]
+    return [f"{costs[0].parameters / 1e6:.2f}", f"{seconds:.0f}", f"{memory:.2f}"]
 
 
 COST = ["parameters, M", "time, s", "memory, GB"]

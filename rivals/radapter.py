@@ -108,10 +108,7 @@ class RAdapter(Method):
 
 
 def r_adapter(
-    recipe: str,
-    alpha: float | None = 0.5,
-    variant: Variant = OWN,
-    **changes: Any,
+    recipe: str, alpha: float | None = 0.5, variant: Variant = OWN, **changes: Any
 ) -> RAdapter:
     """Build R-Adapter from a ready recipe with changed fields; `alpha` None is no re-scaling."""
     values: Mapping[str, Any] = read_yaml(ready_recipes()[recipe], "the recipe")

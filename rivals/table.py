@@ -345,16 +345,10 @@ def _trials(chosen: Mapping[str, Choice]) -> list[str]:
             marks = ["chosen"] if trial.method == choice.method else []
             if marks and choice.at_edge:
                 marks.append("the best is at the edge of the grid")
-            lines.append(
-                [
-                    name,
-                    f"{trial.rate:.2g}",
-                    differing(methods, trial.method),
-                    _shown_alpha(trial.method),
-                    with_interval(trial.scores),
-                    ", ".join(marks),
-                ]
-            )
+            setting = differing(methods, trial.method)
+            shown = with_interval(trial.scores)
+            facts = (f"{trial.rate:.2g}", setting, _shown_alpha(trial.method), shown)
+            lines.append([name, *facts, ", ".join(marks)])
     if not lines:
         return []
     head = ["method", "rate", "setting", "α", "validation, % ± 95 % interval", ""]
@@ -417,12 +411,7 @@ def table(
         start = spec.starts.get(name, 1.0) if len(rates) > 1 else 1.0
         grid = [start * rate for rate in rates]
         chosen[name] = choose(
-            cells,
-            name,
-            [method, *others],
-            choosing,
-            grid,
-            CHOICES if alpha == "validation" else (),
+            cells, name, [method, *others], choosing, grid, CHOICES if alpha == "validation" else ()
         )
 
     # Make the cells, the picture and the page.
@@ -434,13 +423,7 @@ def table(
     parts = [
         f"# {spec.title}",
         _conditions(
-            benchmark,
-            methods,
-            seeds,
-            choosing,
-            rates,
-            spec.starts,
-            alpha=alpha == "validation",
+            benchmark, methods, seeds, choosing, rates, spec.starts, alpha=alpha == "validation"
         ),
         *cells.warnings(),
         body,

@@ -169,14 +169,7 @@ TABLES = {
             ),
         },
         others={"Mask-Fill": [MaskFill(weight=0.75)]},
-        starts={
-            "FT": 3,
-            "WiSE-FT": 3,
-            "FLYP": 10,
-            "WiSE-FLYP": 10,
-            "LoRA": 3,
-            "Mask-Fill": 10,
-        },
+        starts={"FT": 3, "WiSE-FT": 3, "FLYP": 10, "WiSE-FLYP": 10, "LoRA": 3, "Mask-Fill": 10},
     ),
     "1": Table(
         "Table 1: fine-tuned on all images, and judged on shifts too",

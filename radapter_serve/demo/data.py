@@ -126,10 +126,7 @@ def on_paper(drawn: NDArray[np.uint8], *, black: bool = False) -> Image.Image:
 
 
 def prepare(
-    folder: str | Path,
-    *,
-    styles: Sequence[str] = tuple(STYLES),
-    shipped: Path = DRAWINGS,
+    folder: str | Path, *, styles: Sequence[str] = tuple(STYLES), shipped: Path = DRAWINGS
 ) -> DemoData:
     """Draw the demo's image folders, each atomically; existing folders are kept as they are.
     `styles` selects the test drawings.
