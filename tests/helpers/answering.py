@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,9 @@ Answer = tuple[int, dict[str, str], bytes]  # status, headers and body
 
 
 @contextmanager
-def answering(answer: Callable[[str, str, Message, bytes], Answer]) -> Iterator[int]:
-    """Serve what a function answers to a method, a path, headers and a body; yields the port. At
-    the end connections that are open get no more answers.
+def listening(answer: Callable[[BaseHTTPRequestHandler, bytes], Answer | None]) -> Iterator[int]:
+    """Serve what a function answers to a request and its body, where None breaks the connection;
+    yields the port. At the end connections that are open get no more answers.
     """
     ended = threading.Event()
 
@@ -30,13 +31,16 @@ def answering(answer: Callable[[str, str, Message, bytes], Answer]) -> Iterator[
             if ended.is_set():
                 self.close_connection = True
                 return
-            path = unquote(urlsplit(self.path).path)
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, headers, content = answer(self.command, path, self.headers, body)
+            reply = answer(self, body)
+            if reply is None:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            status, headers, content = reply
             self.send_response(status)
-            for name, value in headers.items():
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content)
@@ -58,3 +62,14 @@ def answering(answer: Callable[[str, str, Message, bytes], Answer]) -> Iterator[
             ended.set()
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def answering(answer: Callable[[str, str, Message, bytes], Answer]) -> Iterator[int]:
+    """Serve what a function answers to a method, a path, headers and a body; yields the port."""
+    with listening(
+        lambda asked, body: answer(
+            asked.command, unquote(urlsplit(asked.path).path), asked.headers, body
+        )
+    ) as port:
+        yield port

@@ -4,9 +4,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,20 +21,15 @@ from radapter_serve.gateway.settings import Settings
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking
 from radapter_serve.tasks.embed import Labels
 from radapter_serve.tasks.table import TASKS, Task, Tensors, Wants
+from tests.helpers.fake_model import obey
 
 
-def obey(request: ClassifyRequest, cancelled: Cancelled | None) -> Steps[list[Ranking]]:
-    """Do what an image orders that is JSON, as fake_model.py does in Triton."""
+def ordered(request: ClassifyRequest, cancelled: Cancelled | None) -> Steps[list[Ranking]]:
+    """Do what an image orders."""
     yield from ()
     [image] = request.images
-    assert isinstance(image, bytes) and cancelled is not None
-    order = json.loads(image) if image.startswith(b"{") else {}
-    time.sleep(order.get("sleep", 0))
-    if "watch" in order:
-        end = time.monotonic() + 20
-        while not cancelled() and time.monotonic() < end:
-            time.sleep(0.01)
-        Path(order["watch"]).write_text("cancelled" if cancelled() else "late")
+    assert isinstance(image, bytes)
+    obey(image, cancelled)
     return [Ranking(["a"], np.ones(1, np.float32))]
 
 
@@ -47,7 +40,7 @@ class Orders(Task[Any, Any]):
         return [ClassifyRequest(inputs["image"].ravel().tolist(), Labels())]
 
 
-ORDERS = Orders(**{**vars(TASKS["classify"]), "make": lambda loaded, others: obey})
+ORDERS = Orders(**{**vars(TASKS["classify"]), "make": lambda loaded, others: ordered})
 
 
 def main(

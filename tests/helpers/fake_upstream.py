@@ -108,10 +108,7 @@ class Served:
     """A gateway that runs, in front of `upstream`; `stop` ends it."""
 
     def __init__(
-        self,
-        server: GatewayServer,
-        upstream: FakeUpstream,
-        loop: asyncio.AbstractEventLoop,
+        self, server: GatewayServer, upstream: FakeUpstream, loop: asyncio.AbstractEventLoop
     ) -> None:
         self.url = server.url
         self.port = int(server.url.rpartition(":")[2])

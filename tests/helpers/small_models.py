@@ -191,7 +191,8 @@ def make_base(family: str, folder: Path, **model_cfg: Any) -> str:
         _tokenizer().save_pretrained(folder)
     preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
     config = {
-        "embed_dim": _width(made),
+        # Without a projection it is the tower's own width.
+        "embed_dim": 64 if made.image.get("timm_proj") == "none" else 32,
         "vision_cfg": made.image,
         "text_cfg": text,
         **made.config,
@@ -261,12 +262,6 @@ def release(version: int = 1, **changes: Any) -> Release:
         "crop": MaskCrop().to_dict(),
     }
     return Release(version=version, **{**facts, **changes})
-
-
-def _width(family: Family) -> int:
-    return (
-        64 if family.image.get("timm_proj") == "none" else 32
-    )  # without a projection it is the tower's own
 
 
 def _register() -> None:

@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import io
 import json
-import socket
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import grpc
@@ -19,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from radapter_client import InvalidImage, InvalidRequest, Reply, Request
+from tests.helpers.answering import Answer, listening
 from tests.helpers.small_models import release
 
 
@@ -130,55 +129,20 @@ def http_server(
     headers: dict[str, str] | None = None,
     *,
     first: Sequence[tuple[int, bytes, dict[str, str]] | None] = (),
-    port: int = 0,
 ) -> Iterator[tuple[str, list[Any]]]:
     """A server that gives one answer to all; its URL, and its requests: (method, path, headers,
     body, caller). The first requests get the answers `first`, where None breaks the connection.
     """
     left = list(first)
-    last = (status, body, headers or {})
     seen: list[Any] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(asked: BaseHTTPRequestHandler, data: bytes) -> Answer | None:
+        seen.append((asked.command, asked.path, asked.headers, data, asked.client_address))
+        reply = left.pop(0) if left else (status, body, headers or {})
+        return reply and (reply[0], reply[2], reply[1])
 
-        def do_GET(self) -> None:
-            length = int(self.headers.get("Content-Length", 0))
-            seen.append(
-                (
-                    self.command,
-                    self.path,
-                    self.headers,
-                    self.rfile.read(length),
-                    self.client_address,
-                )
-            )
-            answer = left.pop(0) if left else last
-            if answer is None:
-                self.connection.shutdown(socket.SHUT_RDWR)
-                self.close_connection = True
-                return
-            self.send_response(answer[0])
-            for name, value in {**answer[2], "Content-Length": str(len(answer[1]))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            with suppress(ConnectionError):
-                self.wfile.write(answer[1])
-
-        do_POST = do_GET
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}", seen
-        finally:
-            server.shutdown()
-            thread.join()
+    with listening(answer) as port:
+        yield f"http://127.0.0.1:{port}", seen
 
 
 @contextmanager

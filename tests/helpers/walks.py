@@ -13,9 +13,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def calls_of(work: Callable[[], Any]) -> list[tuple[str, str]]:
-    """The functions of the project that some work calls, in their order: name and file."""
-    calls: list[tuple[str, str]] = []
+def check_walk(title: str, work: Callable[[], Any]) -> None:
+    """Fail where the work does not take the steps that the page names, in their order."""
+    calls: list[tuple[str, str]] = []  # of functions of the project: name and file
     files: dict[str, str] = {}
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
@@ -31,16 +31,10 @@ def calls_of(work: Callable[[], Any]) -> list[tuple[str, str]]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    return calls
-
-
-def check_walk(title: str, work: Callable[[], Any]) -> None:
-    """Fail where the work does not take the steps that the page names, in their order."""
     page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
     section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     steps = re.findall(r"^\| *\d+ \| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE)
     assert len(steps) > 10
-    calls = calls_of(work)
     start = 0
     for step in steps:
         assert step in calls[start:], f"{step} is not called after the step before it"
