@@ -38,42 +38,29 @@ FILE = r"\bbenchmarks/[\w./-]+\.(?:md|py|png)"
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 
 
-def codes() -> set[str]:
-    """The codes of errors: the constants beside `TaskError`, and those that the client gives of its
-    own.
-    """
-    (home,) = (
-        path
-        for path in (ROOT / "radapter_serve").rglob("*.py")
-        if "class TaskError" in path.read_text("utf-8")
-    )
-    homes = home, ROOT / "radapter_serve" / "gateway" / "upstream.py"
-    text = "".join(path.read_text(encoding="utf-8") for path in homes)
-    of_server = re.findall(r'^[A-Z_]+ = "([a-z_]+)"$', text, re.MULTILINE)
-    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "clients").rglob("*.py"))
-    of_client = {code for source in sources for code in re.findall(r'code="([a-z_]+)"', source)}
-    assert len(of_server) > 5 and of_client
-    return {*of_server, *of_client}
-
-
 def entries(section: str) -> set[str]:
     """The names that a section of the troubleshooting page has an entry for."""
-    text = re.split(r"^## ", TROUBLESHOOTING.partition(f"\n## {section}\n")[2], flags=re.MULTILINE)[
-        0
-    ]
+    text = TROUBLESHOOTING.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     return set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
 
 
 def test_every_code_has_its_entry() -> None:
-    assert entries("Codes in the server's answers") == codes()
+    """Those of tasks, of the gateway, and those that the client gives of its own."""
+    known = set()
+    for folder in ("radapter_serve/contract/errors.py", "radapter_serve/gateway/upstream.py"):
+        text = (ROOT / folder).read_text(encoding="utf-8")
+        known |= set(re.findall(r'^[A-Z_]+ = "([a-z_]+)"$', text, re.MULTILINE))
+    assert len(known) > 5
+    for path in (ROOT / "clients").rglob("*.py"):
+        known |= set(re.findall(r'code="([a-z_]+)"', path.read_text(encoding="utf-8")))
+    assert entries("Codes in the server's answers") == known
 
 
 def test_every_exception_of_the_client_has_its_entry() -> None:
     public = (getattr(radapter_client, name) for name in radapter_client.__all__)
-    kinds = {
-        kind.__name__ for kind in public if inspect.isclass(kind) and issubclass(kind, Exception)
-    }
-    assert entries("Exceptions of the client") == kinds - {"RAdapterClientError"}
+    classes = [kind for kind in public if inspect.isclass(kind)]
+    errors = {kind.__name__ for kind in classes if issubclass(kind, Exception)}
+    assert entries("Exceptions of the client") == errors - {"RAdapterClientError"}
 
 
 def named_commands() -> Iterator[tuple[str, str, str, set[str]]]:
@@ -116,9 +103,8 @@ def test_one_version_everywhere() -> None:
     version = radapter_serve.__version__
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     chart = (ROOT / "deploy" / "kubernetes" / "chart" / "Chart.yaml").read_text(encoding="utf-8")
-    assert set(re.findall(r"^(?:version|appVersion): \W?([\w.]+)", chart, re.MULTILINE)) == {
-        version
-    }
+    charted = set(re.findall(r"^(?:version|appVersion): \W?([\w.]+)", chart, re.MULTILINE))
+    assert charted == {version}
     newest = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     assert version in [one for one in newest if one != "Unreleased"][:1]
 
@@ -134,14 +120,11 @@ def test_commands_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None
         if command in images:
             continue
         if flags := flags - {"--help", "--help-all", "--version"}:
-            takes = (
-                subcommand
-                if command in ("radapter-index", "radapter-query", "radapter-release")
-                else ""
-            )
-            known = help_of(command, *([takes] if takes else []))
+            if command not in ("radapter-index", "radapter-query", "radapter-release"):
+                subcommand = ""
+            known = help_of(*filter(None, (command, subcommand)))
             names = set(re.findall(r"--[a-z][a-z-]*", known))
-            unknown += [f"{page}: {command} {takes} {flag}" for flag in sorted(flags - names)]
+            unknown += [f"{page}: {command} {subcommand} {flag}" for flag in flags - names]
     assert not unknown
 
 
@@ -202,9 +185,8 @@ def test_the_page_of_the_gateway_lists_every_path(monkeypatch: pytest.MonkeyPatc
 def python_blocks() -> Iterator[tuple[str, ast.Module]]:
     """Page and parsed code of every Python block, which may await."""
     for page in PAGES:
-        for block in re.findall(
-            r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
-        ):
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
             flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
             yield page.name, compile(block, page.name, "exec", flags=flags)
 
@@ -217,19 +199,12 @@ def test_python_on_the_pages_uses_what_there_is() -> None:
     assert len(own) > 5
     for page, node in own:
         module = importlib.import_module(str(node.module))
-        assert not [
-            f"{page}: {alias.name}" for alias in node.names if not hasattr(module, alias.name)
-        ]
-    called = [
-        node.func
-        for _, node in nodes
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-    ]
-    asked = {
-        call.attr
-        for call in called
-        if isinstance(call.value, ast.Name) and call.value.id == "client"
-    }
+        assert not [name.name for name in node.names if not hasattr(module, name.name)], page
+    asked = set()
+    for _, part in nodes:
+        match part:
+            case ast.Call(ast.Attribute(ast.Name("client"), method)):
+                asked.add(method)
     assert "classify" in asked
     for kind in (radapter_client.Client, radapter_client.AsyncClient):
         assert not [name for name in asked if not hasattr(kind, name)]
@@ -244,12 +219,10 @@ def test_the_loop_on_the_page_of_adapters_trains(
     tokenizer = open_clip.get_tokenizer(base)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.rand(4, 3, *model.visual.image_size)
-    batches = [
-        (images, tokenizer(["a cat", "a dog", "a dog", "a house"]), torch.tensor([0, 1, 1, 2]))
-    ] * 2
-    _, loop = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs/api/adapters.md").read_text("utf-8"), re.DOTALL
-    )
+    texts = tokenizer(["a cat", "a dog", "a dog", "a house"])
+    batches = [(images, texts, torch.tensor([0, 1, 1, 2]))] * 2
+    page = (ROOT / "docs/api/adapters.md").read_text(encoding="utf-8")
+    _, loop = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     loop = loop.replace('"ViT-B-32", digest, pretrained="openai"', f'"{base}", digest')
     exec(loop, {"model": model, "batches": batches})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

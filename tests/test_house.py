@@ -7,7 +7,6 @@ import functools
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -41,22 +40,14 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 TORCH_FREE = (
-    "contract",
-    "release",
-    "encoders",
-    "index",
-    "tasks",
-    "engine",
-    "triton",
-    "server",
-    "gateway",
-    "data",
-    "playground",
+    *("contract", "release", "encoders", "index", "tasks", "engine", "triton", "server"),
+    *("gateway", "data", "playground"),
 )
 COMMANDS = ("serve", "build_engine", "eval", "export", "gateway", "index", "query", "train")
 HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "tensorrt")
 
 
+@functools.cache
 def sources(folder: str) -> dict[str, Path]:
     """The modules below a folder of the checkout, by their full names."""
     package = ROOT / folder
@@ -68,57 +59,77 @@ def sources(folder: str) -> dict[str, Path]:
 
 
 @functools.cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+def nodes(path: Path) -> list[ast.AST]:
+    """The imports, calls, constants and assignments of a module."""
+    kinds = (ast.ImportFrom, ast.Import, ast.Call, ast.Constant, ast.Assign)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
 
 
-def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """The modules of the house that a module imports: also inside functions, for type checkers
-    alone, from its own package, and by `importlib`.
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """Which modules of the house and of the rivals each of them imports: also inside functions,
+    for type checkers alone, from its own package, and by `importlib`.
     """
-    for node in ast.walk(parsed(path)):
-        if isinstance(node, ast.ImportFrom):
-            package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
-            parts = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join(filter(None, [*parts, node.module]))
-            if source in known:
-                for alias in node.names:
-                    inner = f"{source}.{alias.name}"
-                    yield inner if inner in known else source
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in known)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            text = node.args[0]
-            if isinstance(text, ast.Constant) and text.value in known:
-                yield str(text.value)
+    known: dict[str, Path] = {}
+    for folder in (*PACKAGES, "rivals"):
+        known |= sources(folder)
+    imported = {}
+    for name, path in known.items():
+        if name in ("radapter_serve", "radapter_export"):  # these load their names on first use
+            continue
+        package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+        names: set[str] = set()
+        for node in nodes(path):
+            match node:
+                case ast.ImportFrom(module, aliases, level):
+                    parts = package[: len(package) - level + 1] if level else []
+                    source = ".".join(filter(None, [*parts, module]))
+                    for alias in aliases:
+                        inner = f"{source}.{alias.name}"
+                        names.add(inner if inner in known else source)
+                case ast.Import(aliases):
+                    names |= {alias.name for alias in aliases}
+                case ast.Call(ast.Attribute(attr="import_module"), [ast.Constant(str() as text)]):
+                    names.add(text)
+        imported[name] = (names & known.keys()) - {name}
+    return imported
 
 
 def room_of(module: str) -> str:
-    """The room of a module; empty for `radapter_serve` itself, whose names load on first use."""
+    """The room of a module; empty for `radapter_serve` itself."""
     package, _, inner = module.partition(".")
     return inner.partition(".")[0] if package == "radapter_serve" else package
 
 
 def test_no_room_imports_from_a_floor_above():
-    modules = {name: path for folder in PACKAGES for name, path in sources(folder).items()}
     rooms: dict[str, set[str]] = {}
-    for name, path in modules.items():
-        if name in ("radapter_serve", "radapter_export"):  # these load their names on first use
-            continue
+    for name, imported in graph().items():
         room = room_of(name)
-        for other in imports(name, path, modules):
+        for other in imported if room in FLOOR else ():
             other_room = room_of(other)
-            if not other_room:
-                continue
-            assert FLOOR[other_room] <= FLOOR[room], f"{name} imports {other}, which lives above it"
-            if other_room != room:
+            if other_room not in ("", room):
+                assert FLOOR[other_room] <= FLOOR[room], f"{name} imports {other}, above it"
                 rooms.setdefault(room, set()).add(other_room)
     list(TopologicalSorter(rooms).static_order())  # nor in a circle, where a floor has several
 
 
+def test_no_import_circle():
+    list(TopologicalSorter(graph()).static_order())  # raises CycleError, which names the circle
+
+
+def test_nothing_imports_what_is_private_in_the_client_or_a_rival():
+    for name, imported in graph().items():
+        package = name.partition(".")[0]
+        private = [other for other in imported if other.startswith("radapter_client._")]
+        assert package == "radapter_client" or not private, f"{name} imports {private[0]}"
+        rivals = [other for other in imported if other.startswith("rivals")]
+        assert package == "rivals" or not rivals, f"{name} imports {rivals[0]}"
+
+
 def test_the_client_imports_nothing_of_ours():
     for name, path in sources("clients/radapter_client").items():
-        for node in ast.walk(parsed(path)):
+        for node in nodes(path):
             match node:
                 case ast.Import(names):
                     modules = [alias.name for alias in names]
@@ -128,36 +139,9 @@ def test_the_client_imports_nothing_of_ours():
                     modules = [text]
                 case _:
                     continue
-            ours = [
-                module
-                for module in modules
-                if re.fullmatch(r"(radapter_serve|radapter_export)(\.\w+)*", module)
-            ]
-            assert not ours, f"{name}, line {node.lineno}, imports {ours[0]}"
-
-
-def test_nothing_imports_what_is_private_in_the_client_or_a_rival():
-    client = sources("clients/radapter_client")
-    private = {name: path for name, path in client.items() if name.startswith("radapter_client._")}
-    rivals = sources("rivals")
-    for folder in PACKAGES:
-        for name, path in sources(folder).items():
-            others = [*imports(name, path, rivals)]
-            if name not in client:
-                others += imports(name, path, private)
-            assert not others, f"{name} imports {others[0]}"
-
-
-def test_no_import_circle():
-    folders = (*PACKAGES, "rivals")
-    modules = {name: path for folder in folders for name, path in sources(folder).items()}
-    packages = {"radapter_serve", "radapter_export"}  # these two load their names on first use
-    graph = {
-        name: set(imports(name, path, modules)) - {name}
-        for name, path in modules.items()
-        if name not in packages
-    }
-    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+            for module in modules:
+                ours = re.fullmatch(r"(radapter_serve|radapter_export)(\.\w+)*", module)
+                assert not ours, f"{name}, line {node.lineno}, imports {module}"
 
 
 def test_no_wait_reads_the_time_of_day():
@@ -195,19 +179,13 @@ def test_what_ci_and_contributing_name_is_there():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     paths = re.findall(r"\btests/[\w./*-]*\w", ci + contributing)
-    paths += [
-        f"tests/{room}"
-        for rooms in re.findall(r"tests/\{([\w,]+)\}", ci)
-        for room in rooms.split(",")
-    ]
-    paths += [
-        path for path in re.findall(r"`((?:[\w.-]+/)+[\w.]*)`", contributing) if "NAME" not in path
-    ]
+    for rooms in re.findall(r"tests/\{([\w,]+)\}", ci):
+        paths += [f"tests/{room}" for room in rooms.split(",")]
+    named = re.findall(r"`((?:[\w.-]+/)+[\w.]*)`", contributing)
+    paths += [path for path in named if "NAME" not in path]
     assert len(paths) > 40
     for path in paths:
-        there = [
-            place / path for place in (ROOT, ROOT / "radapter_serve") if (place / path).exists()
-        ]
+        there = (ROOT / path).exists() or (ROOT / "radapter_serve" / path).exists()
         assert there, f"{path} is named, and is not there"
 
 
@@ -215,7 +193,7 @@ def test_a_line_assigns_one_value():
     """But for values that change places."""
     for folder in PACKAGES:
         for name, path in sources(folder).items():
-            for node in ast.walk(parsed(path)):
+            for node in nodes(path):
                 match node:
                     case ast.Assign([ast.Tuple(targets)], ast.Tuple(values)):
                         written = {ast.unparse(one) for one in targets}

@@ -109,12 +109,7 @@ ROOMS = {
     ),
     "tasks": Room(
         tuple(
-            f"tests/tasks/test_{name}.py"
-            for name in (
-                "classify",
-                "label_embeddings",
-                "segment",
-            )
+            f"tests/tasks/test_{name}.py" for name in ("classify", "label_embeddings", "segment")
         ),
         ("radapter_serve/tasks",),
         ("radapter_serve/tasks/retrieve.py",),

@@ -62,8 +62,7 @@ def quick_start() -> str:
         " cp picture.png quick/cat.jpg; cd quick\n"
     )
     text = script(README, "quick-start").replace(
-        "--data photos",
-        f"--data photos --architecture {base} --steps 3 --batch-size 8 --workers 0",
+        "--data photos", f"--data photos --architecture {base} --steps 3 --batch-size 8 --workers 0"
     )
     return ready + text
 
@@ -120,19 +119,6 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
         f"\n{line} " in output for line in ("classified", "found", "segmented")
     )
     assert "Traceback" not in output
-
-
-def test_commands_of_the_walk_through_exist() -> None:
-    commands = set(re.findall(r"^(radapter-[a-z]+)", walk_through() + quick_start(), re.MULTILINE))
-    assert {
-        "radapter-train",
-        "radapter-eval",
-        "radapter-export",
-        "radapter-serve",
-        "radapter-query",
-    } <= commands
-    for command in commands:
-        assert (Path(sys.executable).parent / command).is_file()
 
 
 def test_the_python_of_the_readme(

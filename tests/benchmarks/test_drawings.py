@@ -16,14 +16,7 @@ import yaml
 from PIL import Image
 
 from benchmarks.drawings import build, iconify, pairs, ship
-from benchmarks.drawings.iconify import (
-    Classes,
-    Roles,
-    drawings,
-    load_roles,
-    render,
-    sources,
-)
+from benchmarks.drawings.iconify import Classes, Roles, drawings, load_roles, render, sources
 from radapter_serve.demo import data
 
 SHAPES = {
@@ -43,12 +36,8 @@ def icon_set(
 ) -> None:
     """Add a set of drawings, 24 units wide, to the package."""
     (folder / "json").mkdir(parents=True, exist_ok=True)
-    document = {
-        "prefix": name,
-        "width": 24,
-        "height": 24,
-        "icons": {key: {"body": body} for key, body in icons.items()},
-    }
+    bodies = {key: {"body": body} for key, body in icons.items()}
+    document = {"prefix": name, "width": 24, "height": 24, "icons": bodies}
     (folder / "json" / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
     listed = folder / "collections.json"
     known = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
@@ -79,10 +68,10 @@ def files(folder: Path, pattern: str = "*.*") -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sets by seven hands, and four whose licences don't let anyone pass them on."""
-    folder = tmp_path / "package"
+    folder = tmp_path_factory.mktemp("drawings") / "package"
     seen = {"star": SHAPES["star"], "crescent-outline": SHAPES["moon"], "acme": SHAPES["box"]}
     lines = {
         "star-filled": SHAPES["star"],
@@ -95,20 +84,21 @@ def package(tmp_path: Path) -> Path:
             body = turned(shape, degrees)
             colours[f"{shape}-{number}"] = body
             colours[f"{shape}-{number}-flat"] = f'<g color="#900">{body}</g>'
+    copies = {"fallen-star": turned("star", 75), "moon": turned("moon", 290)}
     icon_set(folder, "seen", seen)
     icon_set(folder, "alike", {"home": SHAPES["house"]}, "CC-BY-SA-4.0")
     icon_set(folder, "kept", {"key": SHAPES["key"]})
     icon_set(folder, "brands", {"acme": SHAPES["flag"], "star": SHAPES["star"]}, "CC0-1.0")
     icon_set(folder, "colours", colours, "CC-BY-4.0", palette=True)
     icon_set(folder, "lines", lines)
-    icon_set(folder, "copies", {"fallen-star": turned("star", 75), "moon": turned("moon", 290)})
+    icon_set(folder, "copies", copies, "CC-BY-SA-4.0")
     for licence in ("CC-BY-NC-4.0", "CC-BY-ND-4.0", "GPL-3.0-only", ""):
         icon_set(folder, f"closed {licence}", {"star": SHAPES["star"]}, licence)
     return folder
 
 
-@pytest.fixture
-def roles(tmp_path: Path) -> Roles:
+@pytest.fixture(scope="module")
+def roles(package: Path) -> Roles:
     """Who is for what in that package."""
     document = {
         "fine_tuned": {"name": "colour", "sets": [{"set": "colours"}]},
@@ -120,33 +110,49 @@ def roles(tmp_path: Path) -> Roles:
         "unused": [["brands"]],
         "brands": ["brands"],
     }
-    (tmp_path / "roles.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
-    return load_roles(tmp_path / "roles.yaml")
+    path = package.with_name("roles.yaml")
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return load_roles(path)
 
 
-@pytest.fixture
-def classes(tmp_path: Path) -> Classes:
+@pytest.fixture(scope="module")
+def classes(package: Path) -> Classes:
     """Two classes, and a house that is none."""
-    (tmp_path / "classes.txt").write_text(
-        "star, pentagram | shining star\nmoon | crescent\n", encoding="utf-8"
-    )
-    (tmp_path / "synonyms.txt").write_text("home, house\n", encoding="utf-8")
-    return Classes(tmp_path / "classes.txt", tmp_path / "synonyms.txt")
+    own = package.with_name("classes.txt")
+    own.write_text("star, pentagram | shining star\nmoon | crescent\n", encoding="utf-8")
+    synonyms = package.with_name("synonyms.txt")
+    synonyms.write_text("home, house\n", encoding="utf-8")
+    return Classes(own, synonyms)
+
+
+@pytest.fixture(scope="module")
+def drawn_pairs(package: Path, roles: Roles) -> Path:
+    folder = package.with_name("pairs")
+    assert pairs.write_pairs(package, folder, roles, side=96, processes=1) == 3
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(package: Path, drawn_pairs: Path, roles: Roles, classes: Classes) -> Path:
+    """The benchmark's folders."""
+    folder = package.with_name("data")
+    build.build(package, drawn_pairs, folder, roles, classes)
+    return folder
 
 
 def rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 
-def test_a_drawing_is_rendered_whole_and_centred(package):
+def test_a_drawing_is_rendered_whole_and_centred(tmp_path):
     expected = np.zeros((8, 8, 4), np.uint8)
     expected[:, :4, 3] = 255
     np.testing.assert_array_equal(pixels('<path d="M0 0h12v24H0z"/>', 8), expected)
     wide = pixels('<path d="M0 0h24v12H0z"/>', 8, height=12)
     rows = np.repeat([0, 0, 255, 255, 255, 255, 0, 0], 8).reshape(8, 8)
     np.testing.assert_array_equal(wide[..., 3], rows)
-    icon_set(package, "shapes", {"nothing": "<g/>", "torn": "<path d="})
-    assert [render(drawing.svg, 8) for drawing in drawings(package, "shapes")] == [None, None]
+    icon_set(tmp_path, "shapes", {"nothing": "<g/>", "torn": "<path d="})
+    assert [render(drawing.svg, 8) for drawing in drawings(tmp_path, "shapes")] == [None, None]
 
 
 def test_only_licences_that_let_anyone_pass_drawings_on(package):
@@ -183,30 +189,28 @@ def test_near_duplicates_are_found_whatever_their_size_and_place():
     np.testing.assert_array_equal(iconify.alike(*marks), np.eye(len(SHAPES), dtype=bool))
 
 
-def test_pairs_are_of_nobody_that_is_tested(package, roles, tmp_path, monkeypatch):
-    monkeypatch.setattr(pairs, "Classes", lambda: Classes())
-    assert pairs.write_pairs(package, tmp_path / "pairs", roles, side=16, processes=1) == 3
-    listed = rows(tmp_path / "pairs" / "pairs.csv")
+def test_pairs_are_of_nobody_that_is_tested(package, drawn_pairs):
+    listed = rows(drawn_pairs / "pairs.csv")
     assert [(row["set"], row["words"], row["style"], row["split"]) for row in listed] == [
         ("kept", "key", "", "validation"),
         ("seen", "crescent", "line", "train"),
         ("seen", "star", "", "train"),
     ]  # neither share-alike nor brands
-    stored = np.load(tmp_path / "pairs" / "pixels.npy", mmap_mode="r")
+    stored = np.load(drawn_pairs / "pixels.npy", mmap_mode="r")
     [star] = [drawing.svg for drawing in drawings(package, "seen") if drawing.name == "star"]
-    drawn = render(star, 16)
+    drawn = render(star, 96)
     assert drawn is not None
     np.testing.assert_array_equal(stored[2], drawn)
-    credit = (tmp_path / "pairs" / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    credit = (drawn_pairs / "ATTRIBUTION.md").read_text(encoding="utf-8")
     assert "| `seen` | 2 | Seen | Author of seen | MIT |" in credit and "alike" not in credit
 
 
-def test_the_folders_are_disjoint_whole_and_always_the_same(package, roles, classes, tmp_path):
-    pairs.write_pairs(package, tmp_path / "pairs", roles, side=96, processes=1)
-    folder = tmp_path / "data"
-    count = build.build(package, tmp_path / "pairs", folder, roles, classes)
-    build.build(package, tmp_path / "pairs", tmp_path / "again", roles, classes)
-    assert files(folder) == files(tmp_path / "again")
+def test_the_folders_are_disjoint_whole_and_always_the_same(
+    package, drawn_pairs, folders, roles, classes, tmp_path
+):
+    folder = tmp_path / "again"
+    count = build.build(package, drawn_pairs, folder, roles, classes)
+    assert files(folder) == files(folders)
     listed = rows(folder / "index.csv")
     images = files(folder, "*.png")
     assert {row["path"] for row in listed} == set(images) and sum(count.values()) == len(images)
@@ -234,18 +238,12 @@ def test_the_folders_are_disjoint_whole_and_always_the_same(package, roles, clas
 
 
 def test_what_is_shipped_makes_the_same_folders_without_share_alike(
-    package, roles, classes, tmp_path
+    package, drawn_pairs, folders, tmp_path
 ):
-    listed = package / "collections.json"
-    facts = json.loads(listed.read_text(encoding="utf-8"))
-    facts["copies"]["license"]["spdx"] = "CC-BY-SA-4.0"
-    listed.write_text(json.dumps(facts), encoding="utf-8")
-    pairs.write_pairs(package, tmp_path / "pairs", roles, side=96, processes=1)
-    build.build(package, tmp_path / "pairs", tmp_path / "data", roles, classes)
     for name in ("first", "second"):
         out = tmp_path / name
         out.mkdir()
-        shipped = ship.ship(package, tmp_path / "pairs", tmp_path / "data", out, out / "A.md")
+        shipped = ship.ship(package, drawn_pairs, folders, out, out / "A.md")
     first = files(tmp_path / "first")
     assert first == files(tmp_path / "second")
     assert json.loads(lzma.decompress(first["drawings.json.xz"])) == shipped
@@ -256,6 +254,6 @@ def test_what_is_shipped_makes_the_same_folders_without_share_alike(
     data.prepare(tmp_path / "made", shipped=tmp_path / "first")
     for name in ("classes.txt", "templates.txt"):
         assert (tmp_path / "made" / name).read_bytes() == first[name]
-    built = files(tmp_path / "data", "*.png")
+    built = files(folders, "*.png")
     rest = {path: image for path, image in built.items() if "copies--" not in path}
     assert files(tmp_path / "made", "*.png") == rest and len(rest) < len(built)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from radapter_serve.clip.towers import encode_image, encode_texts
 from rivals.adapters import (
     CLIPSVD,
     AdaptFormer,
@@ -44,24 +43,34 @@ def embeds(system: System) -> Tensor:
     return torch.cat([system.embed_images(PIXELS), system.embed_texts(TEXTS)])
 
 
-@torch.no_grad()
-def plain(weights: Any, name: str) -> Tensor:
-    """What open_clip's own model gives with these weights."""
-    model = open_clip.create_model(name).eval()
-    model.load_state_dict(weights)
-    tokens = open_clip.get_tokenizer(name)(TEXTS)
-    return torch.cat([encode_image(model, PIXELS), encode_texts(model, tokens)])
+class Plain:
+    """The base once more, in open_clip alone."""
+
+    def __init__(self, name: str) -> None:
+        self.model = open_clip.create_model(name).eval()
+        self.weights = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.tokens = open_clip.get_tokenizer(name)(TEXTS)
+
+    @torch.no_grad()
+    def embeds(self, weights: Any = None) -> Tensor:
+        """What it gives with these weights, or with its own."""
+        self.model.load_state_dict(self.weights if weights is None else weights)
+        images = self.model.encode_image(PIXELS, normalize=True)
+        return torch.cat([images, self.model.encode_text(self.tokens, normalize=True)])
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_clip_dir: str) -> Plain:
+    return Plain(tiny_clip_dir)
 
 
 @pytest.mark.parametrize("method", ADAPTERS, ids=lambda method: type(method).__name__)
 def test_starts_as_the_base_and_learns_beside_it(
-    method: Method, make_run: Callable[..., Run], tiny_clip_dir: str
+    method: Method, make_run: Callable[..., Run], plain: Plain
 ):
     run = make_run()
-    base = open_clip.create_model(tiny_clip_dir).state_dict()
-    torch.testing.assert_close(
-        embeds(method.start(run.of(method.settings)).eval()), plain(base, tiny_clip_dir)
-    )
+    start = method.start(run.of(method.settings)).eval()
+    torch.testing.assert_close(embeds(start), plain.embeds())
     changed = learned(method, run).end
     assert changed
     added = ("extra.", "lora_", ".values")
@@ -79,23 +88,20 @@ def test_starts_as_the_base_and_learns_beside_it(
     ids=["repadapter", "repadapter of texts", "lora", "clip-svd"],
 )
 def test_folds_to_a_plain_clip_that_embeds_alike(
-    method: Method, make_run: Callable[..., Run], tiny_clip_dir: str
+    method: Method, make_run: Callable[..., Run], plain: Plain
 ):
-    run = make_run()
-    system = started(method, run)
+    system = started(method, make_run())
     before = {name: value.clone() for name, value in system.state_dict().items()}
     weights = system.clip()
     assert weights is not None
     torch.testing.assert_close(dict(system.state_dict()), before, rtol=0, atol=0)  # it can go on
-    found = plain(weights, tiny_clip_dir)
+    found = plain.embeds(weights)
     torch.testing.assert_close(found, embeds(system), rtol=0, atol=1e-5)
-    base = open_clip.create_model(tiny_clip_dir).state_dict()
-    assert (found - plain(base, tiny_clip_dir)).abs().max() > 1e-2
-    kinds = {
-        ".".join(name.split(".")[-2:])
-        for name in base
-        if not torch.equal(base[name], weights[name])
-    }
+    assert (found - plain.embeds()).abs().max() > 1e-2
+    kinds = set()
+    for name, value in plain.weights.items():
+        if not torch.equal(value, weights[name]):
+            kinds.add(".".join(name.split(".")[-2:]))
     further: dict[type[Method], set[str]] = {
         RepAdapter: {"attn.in_proj_bias", "c_fc.weight", "c_fc.bias"},
         CLIPSVD: {"out_proj.weight", "c_fc.weight", "c_proj.weight"},
@@ -103,11 +109,10 @@ def test_folds_to_a_plain_clip_that_embeds_alike(
     assert kinds == {"attn.in_proj_weight"} | further.get(type(method), set())
 
 
-def test_singular_values_by_their_equation(make_run: Callable[..., Run]):
-    run = make_run()
-    system = started(CLIPSVD(), run)
+def test_singular_values_by_their_equation(make_run: Callable[..., Run], plain: Plain):
+    system = started(CLIPSVD(), make_run())
     weights = system.clip()
-    base = run.of({}).base.model.state_dict()
+    base = plain.weights
     assert weights is not None
     name = "visual.transformer.resblocks.1."
     state = system.state_dict()
@@ -139,11 +144,10 @@ def test_grouped_bottleneck_by_its_equation():
     torch.testing.assert_close(adapter(x), x + 0.5 * change)
 
 
-def test_lora_is_counted_once(make_run: Callable[..., Run]):
-    run = make_run()
-    system = started(LoRA(rank=2, scale=1), run)
+def test_lora_is_counted_once(make_run: Callable[..., Run], plain: Plain):
+    system = started(LoRA(rank=2, scale=1), make_run())
     weights = system.clip()
-    base = run.of({}).base.model.state_dict()
+    base = plain.weights
     assert weights is not None
     for tower in ("visual.", ""):
         name = f"{tower}transformer.resblocks.1.attn"
@@ -158,11 +162,12 @@ def test_lora_is_counted_once(make_run: Callable[..., Run]):
 
 
 def test_adaptformer_stands_beside_the_feed_forward_layer(
-    make_run: Callable[..., Run], tiny_clip_dir: str
+    make_run: Callable[..., Run], plain: Plain
 ):
     system = started(AdaptFormer(towers=("image",), scale=0.3), make_run())
     assert system.clip() is None
-    visual: Any = open_clip.create_model(tiny_clip_dir).visual.eval()
+    plain.embeds()
+    visual: Any = plain.model.visual
     extra: Any = system.extra
     with torch.no_grad():
         x = visual._embeds(PIXELS)
@@ -183,7 +188,7 @@ def test_drops_while_it_learns_and_only_then(kind: Any, make_run: Callable[..., 
     with torch.no_grad():
         for rates, learns in (((0.5, 0.0), True), ((0.0, 0.5), True), ((0.0, 0.0), False)):
             system = started(kind(dropout=rates[0], drop_path=rates[1]), run.of({}))
-            assert (len({float(system(batch)) for _ in range(8)}) > 1) == learns
+            assert (len({float(system(batch)) for _ in range(4)}) > 1) == learns
             torch.testing.assert_close(embeds(system), embeds(system), rtol=0, atol=0)
 
 
@@ -213,11 +218,7 @@ def test_infonce_contrasts_with_the_prompts_of_the_batch(make_run: Callable[...,
     texts = ["a green.", "the green.", "a blue."]
     with torch.no_grad():
         found = float(system({"pixels": PIXELS, "labels": torch.tensor([1, 1, 0]), "texts": texts}))
-        images = model.encode_image(PIXELS)
-        texts = model.encode_text(system.tokenizer(texts))
-        loss = open_clip.ClipLoss()(
-            nn.functional.normalize(images, dim=-1),
-            nn.functional.normalize(texts, dim=-1),
-            system.scale,
-        )
+        images = model.encode_image(PIXELS, normalize=True)
+        prompts = model.encode_text(system.tokenizer(texts), normalize=True)
+        loss = open_clip.ClipLoss()(images, prompts, system.scale)
     assert found == pytest.approx(float(loss), abs=1e-4)

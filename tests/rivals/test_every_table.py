@@ -86,10 +86,7 @@ def test_table_4_takes_the_output_of_a_proposal_network(
 
 @pytest.mark.slow
 def test_save_writes_what_the_table_has_judged(
-    benchmark_file: Path,
-    here: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data", str(benchmark_file), "--out", str(tmp_path / "out")]
     name = "R-Adapter, rank 4"

@@ -44,10 +44,8 @@ def test_each_kind_is_judged_among_its_own_labels() -> None:
         [0.0, 0.1, 0.9, 0.2],  # of d, wrong everywhere
     ]
     images = Images(torch.tensor(scores), np.array([0, 0, 2, 3]))
-    found = {
-        kind: values.tolist()
-        for (kind, _), values in judge(system, of, "first half", {"x": images}).items()
-    }
+    judged = judge(system, of, "first half", {"x": images})
+    found = {kind: values.tolist() for (kind, _), values in judged.items()}
     assert found["trained"] == [True, True]
     assert found["trained, all labels"] == [True, False]
     assert found["others"] == [True, False]

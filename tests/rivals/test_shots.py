@@ -52,11 +52,10 @@ def test_drawn_images_are_as_many_as_asked_for(
     table.write_text("\n".join(["image,label", *rows]), encoding="utf-8")
 
     def draw(seed: int, images: int = 30) -> list[dict[str, str]]:
-        data = drawn_table(
-            f"csv:{table}", images, unequal=unequal, seed=seed, folder=tmp_path / "drawn"
-        )
-        with Path(data.removeprefix("csv:")).open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+        out = tmp_path / "drawn"
+        data = drawn_table(f"csv:{table}", images, unequal=unequal, seed=seed, folder=out)
+        text = Path(data.removeprefix("csv:")).read_text(encoding="utf-8")
+        return list(csv.DictReader(text.splitlines()))
 
     drawn = draw(0)
     assert drawn == draw(0) != draw(1)
@@ -70,10 +69,7 @@ def test_drawn_images_are_as_many_as_asked_for(
 
 @pytest.mark.slow
 def test_the_page_has_a_figure_for_each_number_of_images(
-    benchmark_file: Path,
-    here: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     call = ["--data", str(benchmark_file), "--out", str(out), "--shots", "1", "2", "--seeds", "0"]

@@ -30,12 +30,11 @@ def test_a_draw_is_of_its_seed_and_takes_so_many_of_each_class(data_root: Path, 
     of = set_of("pacs", data_root, tmp_path)
     drawn = []
     for seed in (0, 0, 1):
-        path = Path(of.draw(seed, tmp_path).removeprefix("csv:"))
-        with path.open(encoding="utf-8", newline="") as file:
-            drawn.append({(row["image"], row["label"]) for row in csv.DictReader(file)})
-    assert drawn[0] == drawn[1] and drawn[0] <= {
-        (str(image), label) for label, images in of.images.items() for image in images
-    }
+        text = Path(of.draw(seed, tmp_path).removeprefix("csv:")).read_text(encoding="utf-8")
+        rows = csv.DictReader(text.splitlines())
+        drawn.append({(row["image"], row["label"]) for row in rows})
+    known = {(str(image), label) for label, images in of.images.items() for image in images}
+    assert drawn[0] == drawn[1] <= known
     assert len(drawn[0]) == sum(min(of.shots, len(images)) for images in of.images.values())
 
 
