@@ -26,7 +26,7 @@ from rivals.method import Method, Run, System, learned
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 TEXTS = ["a photo of a green.", "a red."]
-ADAPTERS: list[Method] = [RepAdapter(), AdaptFormer(), LoRA(), CLIPSVD()]
+SLOW = pytest.mark.slow  # peft takes seconds to import
 
 
 def started(method: Method, run: Run) -> System:
@@ -64,7 +64,11 @@ def plain(tiny_clip_dir: str) -> Plain:
     return Plain(tiny_clip_dir)
 
 
-@pytest.mark.parametrize("method", ADAPTERS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize(
+    "method",
+    [RepAdapter(), AdaptFormer(), pytest.param(LoRA(), marks=SLOW), CLIPSVD()],
+    ids=lambda method: type(method).__name__,
+)
 def test_starts_as_the_base_and_learns_beside_it(
     method: Method, make_run: Callable[..., Run], plain: Plain
 ):
@@ -82,7 +86,7 @@ def test_starts_as_the_base_and_learns_beside_it(
     [
         RepAdapter(scale=0.5),
         RepAdapter(hidden=8, groups=4, towers=("text",)),
-        LoRA(rank=3, scale=2),
+        pytest.param(LoRA(rank=3, scale=2), marks=SLOW),
         CLIPSVD(),
     ],
     ids=["repadapter", "repadapter of texts", "lora", "clip-svd"],
@@ -144,6 +148,7 @@ def test_grouped_bottleneck_by_its_equation():
     torch.testing.assert_close(adapter(x), x + 0.5 * change)
 
 
+@pytest.mark.slow
 def test_lora_is_counted_once(make_run: Callable[..., Run], plain: Plain):
     system = started(LoRA(rank=2, scale=1), make_run())
     weights = system.clip()
