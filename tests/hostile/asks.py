@@ -152,10 +152,14 @@ def right(random: Random) -> list[tuple[str, dict[str, Any]]]:
 
 
 def good() -> list[Ask]:
-    """What the good client asks again and again: every second in binary."""
+    """What the good client asks of each task, again and again."""
+    image = [png(5, 40, 30)]
     return [
-        ask(model, inputs, binary=place % 2 == 1)
-        for place, (model, inputs) in enumerate(right(Random(5)))
+        ask("embed_image", {"image": image}),
+        ask("embed_text", {"text": ["a striped thing"]}, binary=True),
+        ask("classify", {"image": image, "labels": ["red", "green", "blue"]}),
+        ask("segment", {"image": image, "label_set": [LABEL_SET]}, binary=True),
+        ask("retrieve", {"text": ["a cat"], "index": [INDEX], "where": ["width > 10"]}),
     ]
 
 
