@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,22 @@ def test_searches_are_numpys(
     (missing,) = index.search(query, 10, "share IS NULL")  # NaN is NULL
     assert missing.id == "photos/3.jpg" and missing.metadata["share"] is None
     assert verify(out).ok
+
+
+@pytest.mark.slow
+def test_a_search_loads_no_pandas(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """It would cost a server some 30 MB."""
+    out = tmp_path / "index"
+    build_from_embeddings(*files, out, projecting())
+    code = (
+        "import sys, numpy as np\n"
+        "from radapter_serve.index.index import open_index\n"
+        f"index = open_index({str(out)!r})\n"
+        "where = \"year < 3000 AND (path IN ('a') OR share > 0.1)\"\n"
+        f"assert len(index.search(np.ones({DIM}, np.float32) / 4, 5, where)) == 5\n"
+        "assert index.embeddings(['photos/3.jpg']) and 'pandas' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_index_names_the_command_that_makes_it_again(
