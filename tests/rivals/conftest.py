@@ -14,6 +14,7 @@ from radapter_serve.evaluation.suite import Entry, Suite
 from rivals import cells as cells_module
 from rivals.benchmark import write_benchmark
 from rivals.method import Run, learned
+from tests.training.conftest import coloured as coloured
 from tests.training.conftest import images as images
 
 
