@@ -387,6 +387,24 @@ def test_batches(sizes: list[int], rows: int):
         assert len(run) == rows or sum(map(len, [*run, following[0]])) > most
 
 
+def test_examples_count_for_the_size_of_a_request(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("radapter_client._client.MAX_BYTES", 100)
+    recorder = Recorder()
+    Client(transport=recorder).classify([bytes(30)] * 3, ["a"], examples={"a": bytes(50)})
+    assert len(recorder.inferences) == 3
+
+
+def test_every_method_sends_its_alpha():
+    recorder = Recorder()
+    with Client(transport=recorder, release=1) as client:
+        client.embed_texts("a", alpha=0.25)
+        client.embed_images(b"x", alpha=0.25)
+        client.classify(b"x", ["a"], alpha=0.25)
+        client.segment(PIXELS, ["a"], alpha=0.25)
+    found = [request.inputs["alpha"].ravel().tolist() for request in recorder.inferences]
+    assert found == [[0.25]] * 4
+
+
 @settings(deadline=None, max_examples=10)
 @given(st.integers(1, 40), st.integers(1, 3000), st.integers(0, 80))
 def test_classify_keeps_requests_moderate(count: int, labels: int, templates: int):

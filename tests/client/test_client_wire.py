@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import numpy as np
@@ -103,7 +104,7 @@ UNKNOWN = "Request for unknown model: 'segment' "
             *(ABSENT, UNKNOWN + "has no available versions", "ServerUnavailable", "restarting"),
             "the server is starting or stopping",
         ),
-        (AWAY, "Exceeds maximum queue size", "ServerUnavailable", "overloaded", "queue"),
+        (AWAY, "Exceeds maximum queue size", "ServerUnavailable", "overloaded", "^Exceeds"),
         (AWAY, "[restarting] soon", "ServerUnavailable", "restarting", "^soon$"),
         (("DEADLINE_EXCEEDED", 504), "late", "Timeout", None, "late|within"),
         (FAULT, "failed: X: y\n\nAt:\n  /a.py(3): b", "ServerError", None, "failed: X: y$"),
@@ -420,8 +421,8 @@ def test_what_is_asked_again_over_http(
         assert getattr(answer, "retry_after", 0.0) == float(wait)
 
 
-def test_over_grpc() -> None:
-    """What is asked again, and the key, which is a header."""
+def test_over_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked again, and the key, which is a header; an answer without its numbers."""
     answer = service_pb2.ModelInferResponse(model_version="1")
     answer.outputs.add(name="text_embeds", datatype="FP32", shape=[1, 1])
     answer.raw_output_contents.append(np.float32(7).tobytes())
@@ -432,6 +433,13 @@ def test_over_grpc() -> None:
         assert len(seen) == 3 and seen[-1]["authorization"] == "Bearer secret"
     with grpc_server((grpc.StatusCode.DEADLINE_EXCEEDED, "late")) as (url, seen):
         assert type(attempt(url, embed)) is Timeout and len(seen) == 1
+    answer.outputs.add(name="more", datatype="FP32", shape=[1, 1])
+    with grpc_server(answer=answer.SerializeToString()) as (url, _):
+        assert type(attempt(url, embed)) is radapter_client.ServerError
+    secure = Mock(return_value=grpc.insecure_channel("x"))
+    monkeypatch.setattr(grpc, "secure_channel", secure)
+    Client("grpcs://example.com").close()
+    assert secure.call_args.args[2] == triton.CHANNEL
 
 
 def test_whether_it_is_ready_is_asked_once() -> None:
@@ -449,8 +457,8 @@ def test_keys_that_are_none(key: Any) -> None:
 
 
 def test_a_key_in_the_clear_is_warned_of() -> None:
-    for url in ("http://example.com", "grpc://192.0.2.1:8001"):
-        with pytest.warns(UserWarning, match=r"to \w+://.* in the clear; use (http|grpc)s:"):
+    for url, better in (("http://example.com", "https"), ("grpc://192.0.2.1:8001", "grpcs")):
+        with pytest.warns(UserWarning, match=rf"to \w+://.* in the clear; use {better}:"):
             Client(url, api_key="secret").close()
     for url in ("http://[::1]:1", "grpc://127.0.0.1:1", "https://example.com"):
         Client(url, api_key="secret").close()
