@@ -216,7 +216,7 @@ def photo(width: int, height: int, kind: str = "JPEG", mode: str = "RGB", turn: 
     ("form", "size", "kind"),
     [
         ((600, 800, "JPEG", "RGB", 6), (224, 299), "JPEG"),
-        ((800, 600, "JPEG", "L"), (299, 224), "JPEG"),
+        ((800, 600, "JPEG", "L", 3), (299, 224), "JPEG"),
         ((400, 300, "PNG", "RGBA"), (299, 224), "PNG"),
         ((400, 300, "WEBP"), (299, 224), "JPEG"),
     ],

@@ -106,6 +106,7 @@ def test_a_search_warns_where_the_best_is_at_the_edge_and_is_kept_by_a_resumed_r
     # Search among one rate.
     monkeypatch.setattr("radapter_serve.training.start.START", GRID[3:4])
     monkeypatch.setattr("radapter_serve.training.start.wider", lambda tried: None)
+    monkeypatch.setattr("radapter_serve.training.start.SHARE", 2)
     # A least rate above all that the search may choose.
     recipe = dataclasses.replace(recipe, steps=4, save_every=1, min_learning_rate=1.0)
     with steps_taken() as steps:
