@@ -299,14 +299,13 @@ def _classification_set(
         )
 
     # Keep all classes, or the classes of the mapping.
-    names = dict(zip(data.keys, data.classes, strict=True)) if mapping is None else mapping
-    kept = [index for index, key in enumerate(data.keys) if key in names]
+    kept = [index for index, key in enumerate(data.keys) if mapping is None or key in mapping]
     if not kept:
         raise RAdapterError(
             f"data set {entry.name!r}: the class mapping {entry.classes} knows none of its"
             f" classes: {', '.join(data.keys[:5])}, ..."
         )
-    classes = [names[data.keys[index]] for index in kept]
+    classes = data.classes if mapping is None else [mapping[data.keys[index]] for index in kept]
     number_of = {index: number for number, index in enumerate(kept)}
 
     # Keep images that have one of these classes.
@@ -327,7 +326,7 @@ def _classification_set(
             row[labels[index]] = True
     else:
         truth = np.array([labels[index][0] for index in chosen], np.int64)
-    return ClassificationSet(entry, images, truth, classes, templates)
+    return ClassificationSet(entry, images, truth, list(classes), templates)
 
 
 def _mapping(path: Path) -> dict[str, str]:
