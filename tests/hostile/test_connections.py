@@ -9,8 +9,10 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,9 +100,9 @@ def attacked(
 
 
 @contextlib.contextmanager
-def unharmed(attacked: Attacked, most: int = MOST) -> Iterator[None]:
+def unharmed(attacked: Attacked, most: int = MOST, ended: float = 20 * PATIENCE) -> Iterator[None]:
     """Check that the attack in the block costs other callers no time, and the gateway no memory and
-    no connections but while it lasts: `most` MiB then.
+    no connections but while it lasts: `most` MiB then, and connections for `ended` seconds.
     """
     before = memory(attacked.process.pid)
     files = attacked.process.num_fds()
@@ -112,8 +114,33 @@ def unharmed(attacked: Attacked, most: int = MOST) -> Iterator[None]:
 
     with meanwhile(ask):
         yield
-        until(lambda: attacked.process.num_fds() <= files + 2, 60 * PATIENCE)
+        until(lambda: attacked.process.num_fds() <= files + 2, ended)
     until(lambda: memory(attacked.process.pid) - before < MOST, 10 * PATIENCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attacked", ["http"], indirect=True)
+def test_pipelining(attacked: Attacked) -> None:
+    """On four connections at once: others get their answers between those."""
+    count = 10_000
+
+    def attack() -> None:
+        with attacked.connect() as it:
+            sending = threading.Thread(target=it.sendall, args=(ALIVE * count,))
+            sending.start()
+            found = 0
+            end = b""
+            while found < count and (part := it.recv(2**20)):
+                joined = end + part
+                found += joined.count(b"HTTP/1.1 200")
+                end = joined[-11:]
+                found -= end.count(b"HTTP/1.1 200")
+            sending.join()
+            assert found == count
+
+    with unharmed(attacked), ThreadPoolExecutor(4) as pool:
+        for attacker in [pool.submit(attack) for _ in range(4)]:
+            attacker.result()
 
 
 @pytest.mark.slow
@@ -145,7 +172,7 @@ def test_silent_connections(attacked: Attacked, first: bytes) -> None:
 @pytest.mark.parametrize("attacked", ["http"], indirect=True)
 def test_answers_that_nobody_reads(attacked: Attacked) -> None:
     """20 of 16 MiB: they are given up, and their memory comes back."""
-    with contextlib.ExitStack() as stack, unharmed(attacked, most=1024):
+    with contextlib.ExitStack() as stack, unharmed(attacked, 1024, 60 * PATIENCE):
         for _ in range(20):
             it = stack.enter_context(attacked.connect())
             it.sendall(post(BIG))
