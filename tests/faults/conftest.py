@@ -83,14 +83,19 @@ def running(stand_ins: Path) -> Iterator[FakeServer]:
         yield server
 
 
-@pytest.fixture
-def gateway(running: FakeServer) -> Iterator[RunningProcess]:
+@contextlib.contextmanager
+def running_gateway(server: str) -> Iterator[RunningProcess]:
     """A gateway in front of a Triton with the stand-in models."""
-    server = running.grpc_url.removeprefix("grpc://")
     settings = Settings(port=free_ports()[0], server=server)
     process = RunningProcess(settings.port, lambda: start(settings))
     yield process
     process.end()
+
+
+@pytest.fixture
+def gateway(running: FakeServer) -> Iterator[RunningProcess]:
+    with running_gateway(running.grpc_url.removeprefix("grpc://")) as gateway:
+        yield gateway
 
 
 @pytest.fixture

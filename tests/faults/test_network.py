@@ -12,7 +12,8 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 
 from radapter_client import Client
-from tests.faults.conftest import ask
+from tests.faults.conftest import ask, running_gateway
+from tests.helpers.fake_server import FakeServer
 
 pytestmark = pytest.mark.triton
 
@@ -94,3 +95,21 @@ def test_a_network_that_is_slow_silent_and_cut(way: str, request: pytest.Fixture
         time.sleep(0.5)
         network.cut()
         assert call.result(40) == "an answer"
+
+
+def test_a_silent_network_between_the_gateway_and_triton(running: FakeServer) -> None:
+    """A gateway that hears nothing of Triton answers with a time-out in time, and works when Triton
+    is heard again.
+    """
+    port = int(running.grpc_url.rpartition(":")[2])
+    with (
+        contextlib.closing(BadNetwork(port)) as network,
+        running_gateway(f"127.0.0.1:{network.port}") as gateway,
+        Client(gateway.url) as client,
+    ):
+        assert ask(client) == "an answer"
+        network.silent = True
+        assert ask(client, timeout=1.0).startswith("Timeout")
+        network.silent = False
+        network.cut()
+        assert ask(client, timeout=30.0) == "an answer"
