@@ -247,11 +247,10 @@ def releases(common: Path) -> Path:
 
     def make(folder: Path) -> None:
         from radapter_serve.release.repository import Served
-        from tests.helpers.small_release import seal, write_release
+        from tests.helpers.small_release import write_release
 
         for number in (1, 2):
             write_release(folder, number, seed=number)
-        seal(folder, 1, 2)
         Served((2,)).save(folder)
 
     return shared(common, "sealed-releases", make)

@@ -19,8 +19,8 @@ from radapter_serve.encoders.plans import PLAN, SIDECAR, Sidecar, build_engines,
 from radapter_serve.encoders.tensorrt import find_gpu
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import read_config
-from radapter_serve.release.integrity import write_sums
 from tests.helpers.fake_tensorrt import install
+from tests.helpers.small_release import seal
 
 ENGINES = [
     ("image_encoder", 1),
@@ -40,8 +40,7 @@ def mine(repository: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "repository"
     for model in (*ENCODERS, "classify"):
         shutil.copytree(repository / model, folder / model)
-    for version in (1, 2):
-        write_sums(folder, version)
+    seal(folder, 1, 2)
     return folder
 
 

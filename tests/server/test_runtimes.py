@@ -17,14 +17,13 @@ from radapter_serve.encoders.tensorrt import Gpu
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.config import ServedEncoder, encoders_of, parsed
-from radapter_serve.release.integrity import write_sums
 from radapter_serve.server import models
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.models import check_agreement, load_as_triton
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, tensor
-from tests.helpers.small_release import Local, png
+from tests.helpers.small_release import Local, png, seal
 
 
 def encoder(repository, name="image_encoder") -> ServedEncoder:
@@ -39,14 +38,8 @@ def own(repository, tmp_path):
     """
     for name in ("image_encoder", "classify"):
         shutil.copytree(repository / name, tmp_path / "repository" / name)
-    return sealed(tmp_path / "repository")
-
-
-def sealed(repository):
-    """The same, with the digests of the files as they are now."""
-    for version in (1, 2):
-        write_sums(repository, version)
-    return repository
+    seal(tmp_path / "repository", 1, 2)
+    return tmp_path / "repository"
 
 
 ORT = "onnxruntime"
@@ -65,7 +58,8 @@ def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
 
 
 def start(repository, runtime=None):
-    config = ServerConfig(sealed(repository), Endpoints.on_free_ports(), runtime=runtime)
+    seal(repository, 1, 2)
+    config = ServerConfig(repository, Endpoints.on_free_ports(), runtime=runtime)
     TritonServer(config).start()
 
 
