@@ -105,7 +105,7 @@ class Choice:
                 f"alpha {self.alpha:g} keeps {100 * kept:.1f} % of what the base answers among"
                 " common nouns on these images: labels and searches that you have not trained will"
                 f" answer otherwise, too. If you need them, {instead}, and so does training with"
-                " --preserve 10 --preserve-words 3."
+                " more --preserve and --preserve-words."
             )
         if not by_shift(self.sets)[1]:
             lines.append(
