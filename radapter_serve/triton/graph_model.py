@@ -25,6 +25,7 @@ from radapter_serve.contract.errors import (
     task_error,
 )
 from radapter_serve.encoders.runtimes import load_graph
+from radapter_serve.errors import RAdapterError
 from radapter_serve.triton import backlog
 from radapter_serve.triton.responses import answer
 
@@ -61,13 +62,20 @@ class GraphModel:
             for tensor in config["output"]
         }
 
-        # Load the graph, whose inputs and outputs have the names in the config.
+        # Load the graph, and refuse a config that names other inputs or outputs.
         file = config.get("default_model_filename") or "model.onnx"
         path = Path(args["model_repository"]) / args["model_version"] / file
         device = None
         if args["model_instance_kind"] == "GPU":
             device = int(args["model_instance_device_id"])
         self._graph = load_graph(path, self.runtime, parameters, device=device)
+        known = [*self._graph.inputs, *self._graph.outputs]
+        wrong = set(self._inputs) ^ set(self._graph.inputs) or set(self._outputs) - set(known)
+        if wrong:
+            raise RAdapterError(
+                f"config.pbtxt and {path} differ in the tensor {min(wrong)}; the graph has"
+                f" {', '.join(known)}: export the release again with radapter-export"
+            )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return answer(requests, self._answers)

@@ -202,6 +202,14 @@ def test_tokens_that_no_text_has_are_refused_alone(backend):
         assert re.match(r"\[(invalid_argument|encoder_failed)\] ", response.error())
 
 
+@pytest.mark.parametrize("change", [{"input": []}, {"output": "embeds"}, {"input": "picture"}])
+def test_a_config_with_other_names_than_the_graph_is_refused_at_load(backend, change):
+    for kind, name in change.items():
+        tensors = [{"name": name, "data_type": "TYPE_FP32"}] if name else []
+        with pytest.raises(RAdapterError, match="the graph has image, image_embeds: export"):
+            backend(**{kind: tensors})
+
+
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
 def test_a_gpu_that_is_not_there_is_refused(backend):
     message = "uses CPUExecutionProvider where GPU 0|runs on the CPU"
