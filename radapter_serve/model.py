@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from radapter_client import Client
-from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.release.release import FILE, Release
@@ -89,8 +86,42 @@ class Model(Client):
                 place, indexes=indexes, device=_number(device), threads=threads, spin=True
             )
         else:
-            load = _in_torch(name, pretrained, base)
-            engine = Engine([load(alpha=alpha, dense=dense, device=device, indexes=Path(indexes))])
+            path = Path(name)
+            is_folder = path.is_dir()
+            is_run = path.suffix == ".safetensors" or (path / ADAPTER).is_file()
+            if path.is_file() and not is_run:
+                raise RAdapterError(f"{name} is no model; allowed: {_FORMS}")
+            if is_folder and not is_run and not any(path.glob("*config.json")):
+                raise RAdapterError(f"there is no model in {name}; allowed: {_FORMS}")
+            if not path.exists() and os.sep in name and ":" not in name:
+                raise RAdapterError(f"there is no {name}; allowed: {_FORMS}")
+            if base is not None and not is_run:
+                raise RAdapterError(f"base is {base!r}, but {name} is no run; leave it out")
+            check_installed("torch", "export")
+            from radapter_export.in_torch import load_in_torch
+            from radapter_serve.adapter import load_adapter
+            from radapter_serve.adapter.tuned import load_base_of
+            from radapter_serve.clip.base import load_base, split_name
+
+            adapter = load_adapter(path) if is_run else None
+            exported = None
+            if adapter is not None:
+                clip = load_base_of(adapter, base, pretrained)
+            elif is_folder:
+                clip = load_base(f"local-dir:{name}", pretrained)
+                exported = Release.load(path) if (path / FILE).is_file() else None
+            else:
+                clip = load_base(*split_name(name, pretrained))
+            loaded = load_in_torch(
+                clip,
+                adapter,
+                exported=exported,
+                alpha=alpha,
+                dense=dense,
+                device=device,
+                indexes=Path(indexes),
+            )
+            engine = Engine([loaded])
         self._source = name
         super().__init__(
             transport=engine,
@@ -103,39 +134,6 @@ class Model(Client):
 
     def __repr__(self) -> str:
         return f"Model({self._source!r})"
-
-
-def _in_torch(name: str, pretrained: str | None, base: str | None) -> Callable[..., LoadedRelease]:
-    """Load a source in torch; returns a function that builds a release at an α, on a device."""
-    path = Path(name)
-    is_folder = path.is_dir()
-    is_run = path.suffix == ".safetensors" or (path / ADAPTER).is_file()
-    if path.is_file() and not is_run:
-        raise RAdapterError(f"{name} is no model; allowed: {_FORMS}")
-    if is_folder and not is_run and not any(path.glob("*config.json")):
-        raise RAdapterError(f"there is no model in {name}; allowed: {_FORMS}")
-    if not path.exists() and os.sep in name and ":" not in name:
-        raise RAdapterError(f"there is no {name}; allowed: {_FORMS}")
-    if base is not None and not is_run:
-        raise RAdapterError(f"base is {base!r}, but {name} is no run; leave it out")
-    check_installed("torch", "export")
-    from radapter_export.in_torch import load_in_torch
-    from radapter_serve.adapter import load_adapter
-    from radapter_serve.clip.base import load_base, split_name
-
-    if is_folder and not is_run:
-        exported = Release.load(path) if (path / FILE).is_file() else None
-        return partial(load_in_torch, load_base(f"local-dir:{name}", pretrained), exported=exported)
-    if not is_run:
-        return partial(load_in_torch, load_base(*split_name(name, pretrained)))
-    adapter = load_adapter(path)
-    meta = adapter.metadata
-    architecture = meta.architecture
-    tag = pretrained
-    if base is not None:
-        architecture, tag = split_name(base, pretrained)
-    loaded = load_base(architecture, tag or meta.pretrained)
-    return partial(load_in_torch, loaded, adapter)
 
 
 def _number(device: str | None) -> int | None:

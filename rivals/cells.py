@@ -23,7 +23,7 @@ from radapter_serve.clip.towers import normalised
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.evaluation.models import Candidate, Change, in_torch
+from radapter_serve.evaluation.models import Candidate, in_torch
 from radapter_serve.evaluation.rows import Row, by_shift, own_metric, unpacked
 from radapter_serve.evaluation.run import evaluate_set, warn_of_overlap
 from radapter_serve.process import limit_threads
@@ -45,16 +45,15 @@ def judge(
         start = run.base.model.state_dict()
         changes = {key: value.float().cpu() - start[key].float() for key, value in weights.items()}
         changes = {key: change for key, change in changes.items() if change.any()}
-        line = Change(type(learned.system).__name__, changes)
         crop = run.recipe.mask_crop(run.base.preprocess["mean"])
-        models = in_torch(run.base, line, alphas, crop=crop)
+        models = in_torch(type(learned.system).__name__, run.base, changes, alphas, crop=crop)
     return [row for data in sets for row, _ in evaluate_set(models, data)]
 
 
 def systems_of(learned: Learned, base: Base, alphas: Sequence[float]) -> list[SystemModel]:
     """Make models of a system at points of its line, with the preprocessing of a base."""
     models = []
-    for model in in_torch(base, Change(type(learned.system).__name__, {}), alphas):
+    for model in in_torch(type(learned.system).__name__, base, {}, alphas):
         assert model.alpha is not None
         scale = learned.at(model.alpha).factor
         loaded = copy.copy(model.loaded)

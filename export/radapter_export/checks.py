@@ -27,7 +27,7 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet, EvaluationSet
 from radapter_serve.evaluation.metrics import check_finite, fit_confidence
-from radapter_serve.evaluation.models import Change, from_release, in_torch
+from radapter_serve.evaluation.models import from_release, in_torch
 from radapter_serve.evaluation.run import evaluate_set, open_set, own_validation
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.release.agreement import Samples
@@ -161,8 +161,9 @@ def measure(
             release.known[label_set.templates, line] = embed
     # Keep the base on its device: adapters in the activation form would not move with it.
     [attached] = in_torch(
+        "adapter",
         base,
-        Change("adapter", {}),
+        {},
         [facts.alpha],
         templates=facts.templates,
         crop=MaskCrop.from_dict(facts.crop),

@@ -27,8 +27,8 @@ from radapter_serve.adapter import (
     load_adapter,
 )
 from radapter_serve.adapter.file import check_base
-from radapter_serve.adapter.tuned import Line, load_checkpoint, load_lora
-from radapter_serve.clip.base import Base, load_base, split_name
+from radapter_serve.adapter.tuned import Line, load_base_of, load_checkpoint, load_lora
+from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import templates_of
 from radapter_serve.contract.errors import TaskError, check_alpha
 from radapter_serve.contract.images import MAX_BYTES, list_images, verify
@@ -164,17 +164,13 @@ class Source:
         """Load the base and the change that α scales; raises an error if they do not fit."""
         if self.adapter is None:
             if settings.lora is not None:
-                tuned = load_lora(settings.lora, settings.base)
+                base, line = load_lora(settings.lora, settings.base)
             else:
-                tuned = load_checkpoint(str(settings.checkpoint), settings.base)
+                base, line = load_checkpoint(str(settings.checkpoint), settings.base)
             for alpha in self.alphas:
-                tuned.line.check(alpha)
-            return tuned.base, tuned.line
-        name = self.metadata.architecture
-        tag = None
-        if settings.base is not None:
-            name, tag = split_name(settings.base)
-        base = load_base(name, tag or self.metadata.pretrained)
+                line.check(alpha)
+            return base, line
+        base = load_base_of(self.adapter, settings.base)
         weights = dict(base.model.state_dict())
         check_base(weights, self.adapter)
         return base, Fold(self.adapter, weights)

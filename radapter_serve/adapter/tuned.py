@@ -1,5 +1,5 @@
-"""Models that were tuned elsewhere: a checkpoint or a LoRA, and the line of models between it and
-its base, as in WiSE-FT.
+"""The base of an adapter; and models that were tuned elsewhere: a checkpoint or a LoRA, and the
+line of models between it and its base, as in WiSE-FT.
 
 The folder of a LoRA is not trusted, so it is not read by peft: that would import a module that the
 configuration names, allocate any rank, and match any regular expression.
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from radapter_serve.adapter.file import tensors_digest
+from radapter_serve.adapter.file import Adapter, tensors_digest
 from radapter_serve.clip.base import Base, load_base, split_name
 from radapter_serve.clip.transformers import form_of, to_open_clip, to_transformers
 from radapter_serve.contract.errors import check_alpha
@@ -89,14 +89,13 @@ class Line:
         }
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """A model that was tuned elsewhere: its base, whose weights are at the start of the line, and
-    the line.
+def load_base_of(adapter: Adapter, base: str | None = None, pretrained: str | None = None) -> Base:
+    """Load the base of an adapter; `base`, which may have the form NAME:TAG, and `pretrained` say
+    where it is, if not where it was in training.
     """
-
-    base: Base
-    line: Line
+    metadata = adapter.metadata
+    name, tag = split_name(base or metadata.architecture, pretrained)
+    return load_base(name, tag or metadata.pretrained)
 
 
 def weights_of(base: Base) -> dict[str, Tensor]:
@@ -144,8 +143,8 @@ def plain_values(tensor: Tensor, subject: str) -> Tensor:
     return values
 
 
-def load_checkpoint(checkpoint: str, base: str | None = None) -> Tuned:
-    """Load a tuned checkpoint and its base.
+def load_checkpoint(checkpoint: str, base: str | None = None) -> tuple[Base, Line]:
+    """Load a tuned checkpoint: its base, with the weights at the start of the line, and the line.
 
     `checkpoint` is a file of weights; a model's folder, in the form of open_clip or of
     `transformers`; `hf-hub:NAME`; or an open_clip model with its tag, `NAME:TAG`. `base`, a name
@@ -164,22 +163,22 @@ def load_checkpoint(checkpoint: str, base: str | None = None) -> Tuned:
         if tag is None and not architecture.startswith((LOCAL, HUB)):
             model = load_base(architecture, checkpoint)
             weights = check_weights(checkpoint, state, model.model.state_dict())
-            return Tuned(model, Line(None, weights, made_of))
+            return model, Line(None, weights, made_of)
         start = load_base(architecture, tag)
         start_weights = weights_of(start)
         weights = check_weights(checkpoint, state, start_weights)
-        return Tuned(start, Line(start_weights, weights, made_of))
+        return start, Line(start_weights, weights, made_of)
     tuned = load_base(*split_name(name))
     weights = check_weights(checkpoint, weights_of(tuned), tuned.model.state_dict())
     made_of["digest"] = tensors_digest(weights)
     if base is None:
-        return Tuned(tuned, Line(None, weights, made_of))
+        return tuned, Line(None, weights, made_of)
     start = load_base(*split_name(base))
     _check_same(checkpoint, tuned, start)
     check_weights(checkpoint, weights, start.model.state_dict())
     start_weights = weights_of(start)
     tuned.model.load_state_dict(start_weights)
-    return Tuned(tuned, Line(start_weights, weights, made_of))
+    return tuned, Line(start_weights, weights, made_of)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -250,8 +249,8 @@ def _structure(model: nn.Module) -> list[str]:
     return parts
 
 
-def load_lora(folder: str | Path, base: str | None = None) -> Tuned:
-    """Load a LoRA and its base; the tuned weights are the base's with the LoRA merged.
+def load_lora(folder: str | Path, base: str | None = None) -> tuple[Base, Line]:
+    """Load a LoRA: its base, and the line to the base with the LoRA merged.
 
     `base` is a name for `load_base`, or `NAME:TAG`; None takes the base that the folder names.
     """
@@ -296,7 +295,7 @@ def load_lora(folder: str | Path, base: str | None = None) -> Tuned:
         "digest": digest_of(folder / WEIGHTS),
     }
     tuned = check_weights(str(folder), {**weights, **shaped}, weights)
-    return Tuned(start, Line(weights, tuned, made_of))
+    return start, Line(weights, tuned, made_of)
 
 
 def _read_layers(folder: Path, config: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor, float]]:

@@ -16,7 +16,6 @@ FIRST = (
     *("suite", "data", "alpha", "data_root", "out", "limit", "adapter", "checkpoint", "lora"),
     *("base", "merged", "model_repository", "url", "device"),
 )
-MODEL = start.EvaluatedModel()
 SETTINGS = start.EvaluationSettings()
 
 
@@ -24,7 +23,6 @@ def evaluate(
     *,
     suite: str | None = None,
     data: str | None = None,
-    model: tyro.conf.OmitArgPrefixes[start.EvaluatedModel] = MODEL,
     alpha: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A [A ...]|auto")] = (),
     settings: tyro.conf.OmitArgPrefixes[start.EvaluationSettings] = SETTINGS,
 ) -> None:
@@ -41,16 +39,15 @@ def evaluate(
             package, such as pacs, imagenet or retrieval.
         data: one data set in place of a suite, such as photos/test or csv:test.csv; it is
             opened as the run opened its own, with its columns, and among its classes.
-        model: the model to evaluate.
         alpha: re-scalings from 0 (the base) to 1 (all that was learned); if not given, 0, the run's
             own and 1. auto takes the smallest that is statistically as good as the best on
             validation data, and at most the run's own; that data is the suite's sets with `split:
             validation`, else the run's. A release or a server takes other alphas than its own only
             if requests may give them (radapter-export --alpha dynamic).
-        settings: settings of the evaluation.
+        settings: the model to evaluate, and settings of the evaluation.
     """
     screen = Console()
-    result = start.evaluate_model(model, settings, alpha, suite, data, progress=True)
+    result = start.evaluate(alpha=alpha, suite=suite, data=data, progress=True, **vars(settings))
     choice = result.choice
     if choice is not None:
         screen.print(choice.table())

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from radapter_serve.adapter import load_adapter
 from radapter_serve.adapter.file import check_base
-from radapter_serve.adapter.tuned import Tuned
-from radapter_serve.clip.base import Base, load_base, split_name
+from radapter_serve.adapter.tuned import Line, load_base_of
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import TorchEncoder, check_dense, logit_scale_and_bias, to_device
 from radapter_serve.contract.errors import Alpha, check_alpha
 from radapter_serve.contract.images import decode
@@ -182,19 +182,10 @@ class Candidate:
         return self.loaded.encoder.ask(task, *arguments, alpha=alpha, **options)
 
 
-@dataclass(frozen=True, eq=False)
-class Change:
-    """Tuned minus base weights, of an adapter at α = 1 or of a model tuned as a whole; at α, the
-    weights are `W + α·delta`.
-    """
-
-    source: str
-    deltas: Mapping[str, Tensor]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
 class LineEncoder(TorchEncoder):
-    """Sets the weights in place to `W + α·delta` for each batch; an α of None leaves them as is."""
+    """Sets the weights in place to `W + α·delta` for each batch; an α of None leaves them as is.
+    The deltas are tuned minus base weights, of an adapter at α = 1 or of a model tuned as a whole.
+    """
 
     def __init__(self, base: Base, deltas: Mapping[str, Tensor]) -> None:
         super().__init__(base.model, base.preprocess)
@@ -252,24 +243,26 @@ class _Tokens:
 
 
 def in_torch(
+    source: str,
     base: Base,
-    change: Change,
+    deltas: Mapping[str, Tensor],
     alphas: Sequence[float | None],
     *,
+    facts: Mapping[str, Any] | None = None,
     templates: Sequence[str] = TEMPLATES,
     dense: str | None = None,
     crop: MaskCrop | None = None,
     device: str | None = None,
 ) -> list[Candidate]:
-    """Candidates at each α from a base and a change; the base's weights change in place until
-    `close`.
+    """Candidates at each α from a base and the deltas of `LineEncoder`; the base's weights change
+    in place until `close`.
 
-    An α of None is unknown, for a model without a change. `templates` are for data sets that name
-    no templates, `crop` is for the masks of proposals.
+    An α of None is unknown, for a model without deltas. `facts` are fields of `Row`; `templates`
+    are for data sets that name no templates, `crop` is for the masks of proposals.
     """
     where = to_device(base.model, device)
-    encoder = LineEncoder(base, {key: delta.to(where) for key, delta in change.deltas.items()})
-    facts = {**change.facts, "precision": "fp32"}
+    encoder = LineEncoder(base, {key: delta.to(where) for key, delta in deltas.items()})
+    facts = {**(facts or {}), "precision": "fp32"}
     if "release" not in facts:  # the facts of a release name its model
         facts |= {"model": base.name, "pretrained": base.pretrained}
     release = Release(
@@ -297,12 +290,12 @@ def in_torch(
         point = replace(
             release,
             alpha=alpha or 0.0,
-            dynamic_alpha=bool(change.deltas),
+            dynamic_alpha=bool(deltas),
             logit_scale=scale,
             logit_bias=bias,
         )
         loaded = LoadedRelease(point, encoder, tokens)
-        candidates.append(Candidate(change.source, alpha, facts, loaded))
+        candidates.append(Candidate(source, alpha, facts, loaded))
     return candidates
 
 
@@ -317,11 +310,7 @@ def from_adapter(
     adapter = load_adapter(path)
     metadata = adapter.metadata
     alphas = alphas or sorted({0.0, metadata.alpha, 1.0})
-    name = metadata.architecture
-    tag = None
-    if base is not None:
-        name, tag = split_name(base)
-    clip = load_base(name, tag or metadata.pretrained)
+    clip = load_base_of(adapter, base)
     for alpha in alphas:
         check_alpha(alpha)
     weights = clip.model.state_dict()
@@ -334,9 +323,11 @@ def from_adapter(
     facts = {"base_digest": metadata.base_digest, "adapter_digest": adapter.digest}
     source = metadata.source
     return in_torch(
+        "adapter",
         clip,
-        Change("adapter", deltas, facts),
+        deltas,
         alphas,
+        facts=facts,
         templates=metadata.templates,
         dense=None if source.dense == "none" else source.dense,
         crop=source.mask_crop(clip.preprocess["mean"]),
@@ -345,12 +336,11 @@ def from_adapter(
 
 
 def from_line(
-    tuned: Tuned, alphas: Sequence[float] = (), *, device: str | None = None
+    base: Base, line: Line, alphas: Sequence[float] = (), *, device: str | None = None
 ) -> list[Candidate]:
     """Candidates of a checkpoint or LoRA that was tuned elsewhere, at each α; by default 0, 0.5 and
     1, or 1 alone if there is no base.
     """
-    line = tuned.line
     alphas = alphas or ((1.0,) if line.base is None else (0.0, 0.5, 1.0))
     for alpha in alphas:
         line.check(alpha)
@@ -362,8 +352,7 @@ def from_line(
                 if delta.any():
                     deltas[name] = delta
     facts = {"base_digest": line.base_digest, "weights_digest": line.digest}
-    change = Change(line.made_of["kind"], deltas, facts)
-    return in_torch(tuned.base, change, alphas, device=device)
+    return in_torch(line.made_of["kind"], base, deltas, alphas, facts=facts, device=device)
 
 
 def from_merged(folder: str | Path, *, device: str | None = None) -> list[Candidate]:
@@ -376,9 +365,11 @@ def from_merged(folder: str | Path, *, device: str | None = None) -> list[Candid
     facts = release_facts(release) if release else {}
     facts["weights_digest"] = digest_of(weights) if weights else None
     return in_torch(
+        "merged",
         base,
-        Change("merged", {}, facts),
+        {},
         [release.alpha if release else None],
+        facts=facts,
         templates=release.templates if release and release.templates else TEMPLATES,
         dense=release.dense["way"] if release and release.dense else None,
         crop=MaskCrop.from_dict(release.crop) if release and release.crop else None,

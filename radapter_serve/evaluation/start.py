@@ -98,8 +98,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class EvaluatedModel:
-    """The model that is evaluated: a run, unless another is named.
+class EvaluationSettings:
+    """The model that is evaluated, a run unless another is named; and settings of the evaluation.
 
     Attributes:
         adapter: folder of a run or adapter file; the newest run in ./runs if nothing else is given.
@@ -114,6 +114,16 @@ class EvaluatedModel:
             ViT-B-32:openai, local-dir:PATH or hf-hub:NAME; by default the base that the adapter or
             the LoRA names.
         device: device of torch, such as cpu or cuda:1; a GPU by default if there is one.
+        data_root: folder that the suite's paths start from.
+        out: folder for rows and pictures; results/MODEL/SUITE if none is given, such as
+            results/photos/pacs, and results/photos/validation where there is no suite.
+        resume: keep the rows in OUT, and evaluate only what is missing or has changed; --no-resume
+            evaluates all again, and replaces them.
+        limit: the most images of a data set, drawn by the seed.
+        seed: seed of the draw of images.
+        batch_size: images in a batch.
+        threads: threads to compute with; by default one for each core. Fewer are faster while other
+            work runs.
     """
 
     adapter: str | None = None
@@ -124,6 +134,19 @@ class EvaluatedModel:
     lora: str | None = None
     base: str | None = None
     device: str | None = None
+    data_root: str = "."
+    out: Path | None = None
+    resume: bool = True
+    limit: int | None = None
+    seed: int = 0
+    batch_size: int = 64
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise RAdapterError(f"{name} is {count}; allowed: 1 or more")
 
     @property
     def instead(self) -> list[str]:
@@ -151,16 +174,19 @@ class EvaluatedModel:
         if self.checkpoint:
             check_base_is_named(self.checkpoint, self.base, alphas)
 
-    def name(self, path: Path) -> str:
-        """The model's name in the path of its results: the name of the run at `path`, of the
-        checkpoint or of the release's folder, or the address of the server.
+    def folder(self, path: Path, suite: str) -> Path:
+        """The folder for the results on a suite, by default with a part for the model: the name of
+        the run at `path`, of the checkpoint or of the release's folder, or the server's address.
         """
-        if self.url:
-            return self.url.partition("://")[2] or self.url
-        if self.checkpoint:
-            return Path(self.checkpoint).name
+        if self.out:
+            return Path(self.out)
         whole = Path(self.merged or self.model_repository or self.lora or path).absolute()
-        return (whole.parent if whole.name == ADAPTER else whole).name
+        model = (whole.parent if whole.name == ADAPTER else whole).name
+        if self.url:
+            model = self.url.partition("://")[2] or self.url
+        elif self.checkpoint:
+            model = Path(self.checkpoint).name
+        return Path("results", *(re.sub(r"[^\w.@-]+", "_", part) for part in (model, suite)))
 
     def load(self, path: Path, alphas: Sequence[float]) -> list[Candidate]:
         """Load the model at each α; `path` is that of a run."""
@@ -169,11 +195,11 @@ class EvaluatedModel:
         from radapter_serve.evaluation import models
 
         if self.checkpoint:
-            tuned = load_checkpoint(self.checkpoint, self.base)
-            return models.from_line(tuned, alphas, device=self.device)
+            base, line = load_checkpoint(self.checkpoint, self.base)
+            return models.from_line(base, line, alphas, device=self.device)
         if self.lora:
-            tuned = load_lora(self.lora, self.base)
-            return models.from_line(tuned, alphas, device=self.device)
+            base, line = load_lora(self.lora, self.base)
+            return models.from_line(base, line, alphas, device=self.device)
         if self.merged:
             return models.from_merged(self.merged, device=self.device)
         if self.model_repository:
@@ -181,44 +207,6 @@ class EvaluatedModel:
         if self.url:
             return models.from_release(served_release(self.url), alphas, "server")
         return models.from_adapter(path, alphas, base=self.base, device=self.device)
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """Settings of an evaluation.
-
-    Attributes:
-        data_root: folder that the suite's paths start from.
-        out: folder for rows and pictures; results/MODEL/SUITE if none is given, such as
-            results/photos/pacs, and results/photos/validation where there is no suite.
-        resume: keep the rows in OUT, and evaluate only what is missing or has changed; --no-resume
-            evaluates all again, and replaces them.
-        limit: the most images of a data set, drawn by the seed.
-        seed: seed of the draw of images.
-        batch_size: images in a batch.
-        threads: threads to compute with; by default one for each core. Fewer are faster while other
-            work runs.
-    """
-
-    data_root: str = "."
-    out: Path | None = None
-    resume: bool = True
-    limit: int | None = None
-    seed: int = 0
-    batch_size: int = 64
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "batch_size"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise RAdapterError(f"{name} is {count}; allowed: 1 or more")
-
-    def folder(self, model: str, suite: str) -> Path:
-        """The folder for the results of a model on a suite."""
-        if self.out:
-            return Path(self.out)
-        return Path("results", *(re.sub(r"[^\w.@-]+", "_", part) for part in (model, suite)))
 
 
 @one_line("train")
@@ -244,8 +232,8 @@ def evaluate(
         data: one data set in place of a suite, such as `photos/test` or `csv:test.csv`; it is
             opened as the run opened its validation data, with the same columns and classes.
         progress: show progress on stderr; otherwise nothing is printed.
-        fields: any field of `EvaluatedModel`, in place of a run (`checkpoint`, `model_repository`,
-            `url`, ...), or of `EvaluationSettings` (`data_root`, `out`, `limit`, ...).
+        fields: any field of `EvaluationSettings`: another model in place of a run (`checkpoint`,
+            `model_repository`, `url`, ...), `data_root`, `out`, `limit`, ...
 
     Returns:
         The rows; with `auto`, also the choice.
@@ -253,49 +241,46 @@ def evaluate(
     Raises:
         RAdapterError: the model, the data or a value is invalid.
     """
-    # Split the keywords into the fields of the two objects.
-    kinds: tuple[Any, Any] = (EvaluatedModel, EvaluationSettings)
-    names = [{field.name for field in dataclasses.fields(kind)} for kind in kinds]
-    if unknown := sorted(set(fields).difference(*names)):
-        allowed = ", ".join(sorted(set().union(*names)))
+    known = [field.name for field in dataclasses.fields(EvaluationSettings)]
+    if unknown := sorted(set(fields).difference(known)):
+        allowed = ", ".join(sorted(known))
         raise RAdapterError(f"there is no argument {unknown[0]!r}; allowed are {allowed}")
-    values = {
+    values: dict[str, Any] = {
         name: str(Path(value)) if isinstance(value, PathLike) and name != "out" else value
         for name, value in {"adapter": adapter, **fields}.items()
     }
-    model, settings = (
-        kind(**{name: value for name, value in values.items() if name in known})
-        for kind, known in zip(kinds, names, strict=True)
-    )
-    alphas = [alpha] if isinstance(alpha, str | int | float) else list(alpha or ())
-    return evaluate_model(model, settings, alphas, suite, data, progress=progress)
-
-
-def evaluate_model(
-    model: EvaluatedModel,
-    settings: EvaluationSettings,
-    alpha: Sequence[float | str],
-    suite: Place | None,
-    data: str | None,
-    *,
-    progress: bool,
-) -> Evaluation:
-    """Evaluate a model, for `evaluate` and for the command."""
+    settings = EvaluationSettings(**values)
     limit_threads(settings.threads)
-    auto = list(alpha) == [AUTO]
-    alphas: Sequence[float] = GRID if auto else _numbers(alpha)
-    model.check(alphas, auto=auto)
-    tests = _suite(suite, data, Path(settings.data_root), auto=auto)
+
+    # Check the α, the model, and the test data, which is None if only α is to be chosen.
+    asked = [alpha] if isinstance(alpha, str | int | float) else list(alpha or ())
+    auto = asked == [AUTO]
+    alphas: Sequence[float] = GRID if auto else _numbers(asked)
+    settings.check(alphas, auto=auto)
+    from radapter_serve.evaluation.suite import Entry, Suite, load_suite, ready_suites
+
+    tests: Suite | None = None
+    if suite is not None and data is not None:
+        raise RAdapterError(f"the suite {suite} and the data {data} are both given; leave one out")
+    if suite is not None:
+        tests = load_suite(str(Path(suite)), Path(settings.data_root))
+    elif data is not None:
+        tests = Suite(data, (Entry(data, name=data),))
+    elif not auto:
+        raise RAdapterError(
+            "no test data; give a suite with --suite: a file, or one of"
+            f" {', '.join(ready_suites())}; or one data set with --data"
+        )
     path = Path()
-    if not model.instead:
-        path = Path(model.adapter) if model.adapter else newest_run()
+    if not settings.instead:
+        path = Path(settings.adapter) if settings.adapter else newest_run()
         if data is not None:
             # These load torch, which takes seconds: after the checks that need no torch.
             from radapter_serve.adapter import load_adapter
             from radapter_serve.evaluation.run import as_trained
 
             tests = as_trained(load_adapter(path).metadata, data)
-    folder = settings.folder(model.name(path), tests.name if tests else "validation")
+    folder = settings.folder(path, tests.name if tests else "validation")
     results = Results(folder, resume=settings.resume)
 
     from radapter_serve.adapter import load_adapter
@@ -320,7 +305,7 @@ def evaluate_model(
         if auto:  # the run's own α need not be on the grid
             metadata = load_adapter(path).metadata
             alphas = sorted({*alphas, metadata.alpha})
-        models = model.load(path, alphas)
+        models = settings.load(path, alphas)
         try:
             # Choose α on validation data.
             tested = models
@@ -379,24 +364,6 @@ def _numbers(values: Sequence[float | str]) -> tuple[float, ...]:
     if len(set(numbers)) < len(numbers):
         raise RAdapterError(f"an alpha is given twice: {' '.join(map(str, values))}")
     return tuple(numbers)
-
-
-def _suite(suite: Place | None, data: str | None, data_root: Path, *, auto: bool) -> Suite | None:
-    """The test data; None if only α is to be chosen."""
-    from radapter_serve.evaluation.suite import Entry, Suite, load_suite, ready_suites
-
-    if suite is not None and data is not None:
-        raise RAdapterError(f"the suite {suite} and the data {data} are both given; leave one out")
-    if suite is not None:
-        return load_suite(str(Path(suite)), data_root)
-    if data is not None:
-        return Suite(data, (Entry(data, name=data),))
-    if auto:
-        return None
-    raise RAdapterError(
-        "no test data; give a suite with --suite: a file, or one of"
-        f" {', '.join(ready_suites())}; or one data set with --data"
-    )
 
 
 @contextmanager

@@ -80,17 +80,17 @@ def test_the_line_is_that_of_wise_ft_to_the_bit(
         named = {f"module.{name}": tensor for name, tensor in tuned.items()}
         torch.save({"epoch": 3, "name": "run", "state_dict": named}, path)
     before = copy.deepcopy(tiny.model.state_dict())
-    found = load_checkpoint(str(path), tiny_clip_dir)
+    base, line = load_checkpoint(str(path), tiny_clip_dir)
     for alpha in (0.0, 0.3, 0.5, 0.995, 1.0):
         expected = _wise_ft(before, tuned, alpha)
-        weights = found.line.at(alpha)
+        weights = line.at(alpha)
         assert list(weights) == list(expected)
         for name, tensor in expected.items():
             assert torch.equal(weights[name], tensor), name
-    start = found.base.model.state_dict()
+    start = base.model.state_dict()
     assert all(torch.equal(start[name], tensor) for name, tensor in before.items())
-    assert found.line.made_of["kind"] == "checkpoint"
-    assert found.line.made_of["name"] == kind
+    assert line.made_of["kind"] == "checkpoint"
+    assert line.made_of["name"] == kind
 
 
 def test_a_folder_needs_no_base_where_it_is_taken_as_it_is(
@@ -98,7 +98,7 @@ def test_a_folder_needs_no_base_where_it_is_taken_as_it_is(
 ) -> None:
     folder = _folder(tmp_path / "tuned", tuned, tiny_clip_dir)
     for name in (folder, folder / "open_clip_model.safetensors", f"local-dir:{folder}"):
-        line = load_checkpoint(str(name)).line
+        line = load_checkpoint(str(name))[1]
         assert all(torch.equal(line.at(1)[key], tensor) for key, tensor in tuned.items())
         with pytest.raises(RAdapterError, match="alpha is 0.5, which needs the weights that"):
             line.at(0.5)
@@ -235,19 +235,19 @@ def test_a_lora_is_merged_as_peft_merges_it(
     tiny: Base, tiny_clip_dir: str, clip_folder: Path, tmp_path: Path, config: dict[str, Any]
 ) -> None:
     model = _trained(clip_folder, tmp_path / "lora", **config)
-    found = load_lora(tmp_path / "lora", tiny_clip_dir)
+    base, line = load_lora(tmp_path / "lora", tiny_clip_dir)
     merged = model.merge_and_unload()
     theirs = merged.state_dict()
-    ours = to_transformers(found.line.at(1), form_of(tiny))
+    ours = to_transformers(line.at(1), form_of(tiny))
     start = to_transformers(tiny.model.state_dict(), form_of(tiny))
-    half = to_transformers(found.line.at(0.5), form_of(tiny))
+    half = to_transformers(line.at(0.5), form_of(tiny))
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6)
         torch.testing.assert_close(half[name], (start[name] + tensor) / 2, rtol=0, atol=1e-6)
     assert max((ours[name] - start[name]).abs().max().item() for name in ours) > 0.1
-    clip: Any = found.base.model
-    clip.load_state_dict(found.line.at(1))
+    clip: Any = base.model
+    clip.load_state_dict(line.at(1))
     pixels = torch.randn(2, 3, 32, 32)
     tokens = open_clip.get_tokenizer("ViT-B-32")(["a cat", "a photo of two dogs"])
     with torch.no_grad():
