@@ -17,8 +17,7 @@ from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.process import STOPPING, handled
 from radapter_serve.release.release import Release
-from radapter_serve.server.config import MAX_WAITING, ServerConfig
-from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import find_tritonserver
 from radapter_serve.server.releases import admin_socket
 from radapter_serve.sources import HUB
@@ -75,7 +74,7 @@ class GatewayFlags:
             server=triton,
         )
 
-    def server(self, endpoints: Endpoints, indexes: Path) -> GatewayServer | None:
+    def server(self, config: ServerConfig) -> GatewayServer | None:
         """Open a gateway in front of Triton, listening at once; None without --gateway-port."""
         if self.gateway_port is None:
             for field in fields(self):
@@ -86,29 +85,16 @@ class GatewayFlags:
             return None
         from radapter_serve.gateway.run import GatewayServer
 
-        triton = endpoints.grpc_url.removeprefix("grpc://")
-        settings = self.settings(self.gateway_host, self.gateway_port, indexes, triton)
+        triton = config.endpoints.grpc_url.removeprefix("grpc://")
+        settings = self.settings(self.gateway_host, self.gateway_port, config.indexes, triton)
         if note := settings.note():
             _say(note)
         return GatewayServer(settings)
 
 
 def serve(
-    model_repository: tyro.conf.Positional[Path] = Path("model_repository"),
+    config: tyro.conf.OmitArgPrefixes[ServerConfig] = ServerConfig(instances=("2",)),  # noqa: B008
     engine: Literal["auto", "triton", "process"] = "auto",
-    host: str = "127.0.0.1",
-    http_port: int = 8000,
-    grpc_port: int = 8001,
-    metrics_port: int = 8002,
-    indexes: Path = Path("indexes"),
-    runtime: Literal["onnxruntime", "openvino", "tensorrt", "auto"] | None = None,
-    threads: int | None = None,
-    instances: tuple[str, ...] = ("2",),
-    max_waiting: int = MAX_WAITING,
-    timeout: float = 120.0,
-    drain_seconds: int = 10,
-    trust_network: bool = False,
-    verbose: bool = False,
     gateway: tyro.conf.OmitArgPrefixes[GatewayFlags] = GatewayFlags(),
 ) -> None:
     """Serve a model repository, made by radapter-export, until Ctrl-C. `radapter-release` switches
@@ -117,30 +103,10 @@ def serve(
     If tritonserver or the process of a model ends, it is started again.
 
     Args:
-        model_repository: folder to serve, or hf-hub:NAME, a release that radapter-export --push
-            sent to the hub; can also be given as --model-repository PATH.
+        config: repository, addresses and settings of the server.
         engine: triton starts tritonserver, with HTTP and gRPC; process answers over HTTP in this
             process, on any machine, with keys, limits and /v1/embeddings as radapter-gateway has
             them; auto takes Triton if it is installed.
-        host: address or name to listen on; any other than loopback needs --trust-network.
-        http_port: port of the HTTP endpoint.
-        grpc_port: port of the gRPC endpoint.
-        metrics_port: port of the Prometheus metrics.
-        indexes: folder of the indexes that radapter-index makes; a new or replaced one is served at
-            once.
-        runtime: runtime of the encoders, which are first checked against torch's embeddings; auto
-            takes the one that is usually fastest on such a machine; as exported if not given.
-        threads: number of threads that compute in an encoder, shared by its instances; one a core
-            if not given.
-        instances: processes of each task, so that a slow request does not hold up the others: a
-            number for all, and TASK=NUMBER for one, such as: 2 segment=4.
-        max_waiting: requests that may wait for a model; beyond this number, those that have waited
-            longest are refused.
-        timeout: seconds to wait until all models answer.
-        drain_seconds: seconds that calls under way may take when the server is stopped.
-        trust_network: let anyone who can reach --host use the server, as Triton asks for no
-            password.
-        verbose: show Triton's own messages.
         gateway: a gateway in front of the server.
     """
     # Choose the engine.
@@ -153,54 +119,34 @@ def serve(
             chosen = "process"
             _say(f"engine: process, because {error}")
 
-    # Describe the endpoints, the repository and the server.
-    in_process = chosen == "process"
-    endpoints = Endpoints(
-        host,
-        http_port,
-        grpc_port,
-        metrics_port,
-        trust_network or (in_process and (gateway.no_api_keys or gateway.api_keys is not None)),
-        in_process and gateway.tls_certificate is not None,
-    )
-    if model_repository.as_posix().startswith(HUB):
+    # Fetch a release from the hub.
+    name = config.model_repository.as_posix()
+    if name.startswith(HUB):
         from radapter_export.hub import take
 
-        name = model_repository.as_posix()
         folder = take(name)
         if folder is None:
             raise RAdapterError(
                 f"{name} holds no release; export one from it with radapter-export --checkpoint"
                 f" {name}, or push one with radapter-export --push"
             )
-        model_repository = folder
-    config = ServerConfig(
-        model_repository,
-        endpoints,
-        indexes=indexes,
-        runtime=runtime,
-        threads=threads,
-        instances=instances,
-        max_waiting=max_waiting,
-        timeout=timeout,
-        drain_seconds=drain_seconds,
-        verbose=verbose,
-    )
+        config = replace(config, model_repository=folder)
 
     # Serve with tritonserver, or in this process.
-    if not in_process:
+    if chosen == "triton":
         from radapter_serve.server.triton_server import TritonServer
 
-        with gateway.server(endpoints, config.indexes) or contextlib.nullcontext() as front:
-            keep_serving(TritonServer(config), front)
+        server = TritonServer(config)
+        with gateway.server(server.config) or contextlib.nullcontext() as front:
+            keep_serving(server, front)
         return
     changed = {
-        "--grpc-port": grpc_port != 8001,
-        "--metrics-port": metrics_port != 8002,
-        "--instances": instances != ("2",),
-        "--timeout": timeout != 120.0,
-        "--drain-seconds": drain_seconds != 10,
-        "--verbose": verbose,
+        "--grpc-port": config.endpoints.grpc_port != 8001,
+        "--metrics-port": config.endpoints.metrics_port != 8002,
+        "--instances": config.instances != ("2",),
+        "--timeout": config.timeout != 120.0,
+        "--drain-seconds": config.drain_seconds != 10,
+        "--verbose": config.verbose,
         "--gateway-port": gateway.gateway_port is not None,
         "--gateway-host": gateway.gateway_host != GatewayFlags.gateway_host,
     }
@@ -209,7 +155,7 @@ def serve(
             f"{wrong} has no effect with --engine process, which answers at --http-port alone;"
             " leave it out"
         )
-    answer_in_process(config, gateway, trust_network)
+    answer_in_process(config, gateway)
 
 
 def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> None:
@@ -252,26 +198,28 @@ def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> 
             server.stop()
 
 
-def answer_in_process(config: ServerConfig, flags: GatewayFlags, trust_network: bool) -> None:
-    """Answer over HTTP in this process until a signal ends it; `trust_network` admits everybody who
-    reaches the port.
-    """
+def answer_in_process(config: ServerConfig, flags: GatewayFlags) -> None:
+    """Answer over HTTP in this process until a signal ends it."""
     check_installed("uvicorn", "server")
-    from radapter_serve.gateway.in_process import EngineServer, in_front_of
+    from radapter_serve.gateway.in_process import EngineServer, InProcess
+    from radapter_serve.gateway.run import GatewayServer
 
-    if trust_network and flags.api_keys is None:
+    endpoints = replace(config.endpoints, tls=flags.tls_certificate is not None)
+    if endpoints.trust_network and flags.api_keys is None:
         flags = replace(flags, no_api_keys=True)
-    endpoints = config.endpoints
+    server = EngineServer(replace(config, endpoints=endpoints))
+    config = server.config
     settings = flags.settings(endpoints.host, endpoints.http_port, config.indexes)
-    server = EngineServer(config)
-    with in_front_of(server, settings) as gateway:
+    with GatewayServer(
+        settings, lambda: InProcess(server.engine, settings.max_concurrent)
+    ) as gateway:
         with (
             handled(lambda *_: sys.exit(0), *STOPPING),
             Console(stderr=True).status("starting") as status,
         ):
             server.start(lambda line: status.update(f"{escape(line)} ..."))
         try:
-            url = config.endpoints.http_url
+            url = endpoints.http_url
             urls = {"HTTP": url, "metrics": f"{url}/metrics"}
             _show(config, server.served.releases, server.runtime, urls, url)
             with admin_socket(server.folder, server):

@@ -39,7 +39,9 @@ class EngineServer(ReleaseServer):
 
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config)
-        self.runtime = config.runtime  # of all encoders; None: each encoder's runtime at its export
+        self.runtime: str | None = (
+            config.runtime
+        )  # of all encoders; None: each encoder's runtime at its export
         self._releases: dict[int, LoadedRelease] = {}
         self._stack = contextlib.ExitStack()
 
@@ -156,16 +158,12 @@ class InProcess:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def in_front_of(server: EngineServer, settings: Settings) -> GatewayServer:
-    """Make the gateway of an `EngineServer` in this process, which may be started later."""
-    return GatewayServer(settings, lambda: InProcess(server.engine, settings.max_concurrent))
-
-
 @contextlib.contextmanager
 def answering(config: ServerConfig, settings: Settings) -> Iterator[EngineServer]:
     """Serve an engine over HTTP in a thread of this process; raises `RAdapterError` for a release
     that cannot be served, or a port in use.
     """
     server = EngineServer(config)
-    with in_front_of(server, settings) as gateway, server, gateway.in_thread():
+    gateway = GatewayServer(settings, lambda: InProcess(server.engine, settings.max_concurrent))
+    with gateway, server, gateway.in_thread():
         yield server

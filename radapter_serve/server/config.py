@@ -1,10 +1,12 @@
-"""`ServerConfig`: the settings of a server, checked on creation."""
+"""`ServerConfig`: the settings of a server, which are flags of `radapter-serve`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+import tyro
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import total
@@ -18,47 +20,42 @@ MAX_WAITING = 128
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Settings of a `TritonServer`. Error messages name the flags of radapter-serve.
+    """Settings of a `TritonServer`: flags of radapter-serve.
 
     Args:
-        model_repository: folder that radapter-export has filled.
+        model_repository: folder to serve, or hf-hub:NAME, a release that radapter-export --push
+            sent to the hub; can also be given as --model-repository PATH.
         endpoints: where the server listens.
-        indexes: folder of the indexes for `retrieve`; it need not exist yet.
-        runtime: runtime of the encoders: onnxruntime, openvino or tensorrt; unless it is that of
-            the export, its embeddings are first compared with torch's. "auto" takes the runtime
-            that is usually fastest on this machine and agrees with torch. None keeps the runtime of
-            the export.
-        threads: threads that compute in an encoder, shared by its instances; None takes one for
-            each core.
-        instances: number of processes of each task, as a number for all tasks or TASK=NUMBER. A
-            task that is not named has one, as its config says. With two, a slow request does not
-            hold up the other requests of its task.
-        max_waiting: requests that may wait for a model; if there are more, the ones that have
-            waited longest are refused.
-        timeout: seconds to wait until every model answers.
-        drain_seconds: seconds that running calls may take when the server is stopped.
-        verbose: let the server write its log to this process's stderr, instead of the file from
-            which the reason of a failure is read.
+        indexes: folder of the indexes that radapter-index makes; a new or replaced one is served at
+            once.
+        runtime: runtime of the encoders, which are first checked against torch's embeddings; auto
+            takes the one that is usually fastest on such a machine; as exported if not given.
+        threads: number of threads that compute in an encoder, shared by its instances; one a core
+            if not given.
+        instances: processes of each task, so that a slow request does not hold up the others: a
+            number for all, and TASK=NUMBER for one, such as: 2 segment=4.
+        max_waiting: requests that may wait for a model; beyond this number, those that have waited
+            longest are refused.
+        timeout: seconds to wait until all models answer.
+        drain_seconds: seconds that calls under way may take when the server is stopped.
+        verbose: show Triton's own messages.
 
     Raises:
         RAdapterError: an unknown runtime or task, or a number that is not allowed.
     """
 
-    model_repository: Path
-    endpoints: Endpoints = field(default_factory=Endpoints)
+    model_repository: tyro.conf.Positional[Path] = Path("model_repository")
+    endpoints: tyro.conf.OmitArgPrefixes[Endpoints] = field(default_factory=Endpoints)
     indexes: Path = Path("indexes")
-    runtime: str | None = None
+    runtime: Literal["onnxruntime", "openvino", "tensorrt", "auto"] | None = None
     threads: int | None = None
-    instances: Sequence[str] = ()
+    instances: tuple[str, ...] = ()
     max_waiting: int = MAX_WAITING
     timeout: float = 120.0
     drain_seconds: int = 10
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        # Make paths absolute: the server's processes have another working directory.
-        object.__setattr__(self, "model_repository", self.model_repository.resolve())
-        object.__setattr__(self, "indexes", self.indexes.resolve())
         if not self.timeout > 0:
             raise RAdapterError(f"--timeout is {self.timeout:g}; allowed are seconds above 0")
         if self.drain_seconds < 1:

@@ -9,6 +9,8 @@ import random
 import socket
 from dataclasses import dataclass
 
+import tyro
+
 from radapter_serve.errors import RAdapterError
 
 
@@ -17,17 +19,16 @@ class Endpoints:
     """The host and the ports of a server.
 
     Args:
-        host: address or name to listen on; the attribute is the address. The default is loopback,
-            because the server has no authentication.
-        http_port: 1 to 65535; all three ports differ.
-        grpc_port: as `http_port`.
-        metrics_port: port of the Prometheus metrics, as `http_port`.
-        trust_network: whether all who can reach a host beyond loopback may use the server.
+        host: address or name to listen on; any other than loopback needs --trust-network.
+        http_port: port of the HTTP endpoint.
+        grpc_port: port of the gRPC endpoint.
+        metrics_port: port of the Prometheus metrics.
+        trust_network: let anyone who can reach --host use the server, as Triton asks for no
+            password.
         tls: whether the HTTP endpoint uses TLS.
 
     Raises:
-        RAdapterError: an unknown host, or one that other machines can reach although the network is
-            not trusted.
+        RAdapterError: an unknown host.
     """
 
     host: str = "127.0.0.1"
@@ -35,18 +36,10 @@ class Endpoints:
     grpc_port: int = 8001
     metrics_port: int = 8002
     trust_network: bool = False
-    tls: bool = False
+    tls: tyro.conf.Suppress[bool] = False
 
     def __post_init__(self) -> None:
-        name = self.host
-        object.__setattr__(self, "host", address_of(name))
-        if not (self.loopback or self.trust_network):
-            raise RAdapterError(
-                f"--host {name} lets other machines in, and asks nobody for a password: leave"
-                " --host out and put radapter-gateway in front of Triton, or add --api-keys KEYS"
-                " to --engine process, or --trust-network if you trust all who can reach this"
-                " address with a Triton whose published weaknesses SECURITY.md lists"
-            )
+        object.__setattr__(self, "host", address_of(self.host))
 
     @classmethod
     def on_free_ports(cls) -> Endpoints:
@@ -79,12 +72,20 @@ class Endpoints:
         """For example `http://127.0.0.1:8002/metrics`."""
         return f"http://{self.address}:{self.metrics_port}/metrics"
 
-    def check_ports(self) -> None:
-        """Check that the server can listen on its ports.
+    def check(self) -> None:
+        """Check that Triton may and can listen here.
 
         Raises:
-            RAdapterError: two ports are the same, or one is not allowed or in use; names the flag.
+            RAdapterError: a host that other machines can reach although the network is not trusted;
+                two ports are the same, or one is not allowed or in use. Names the flag.
         """
+        if not (self.loopback or self.trust_network):
+            raise RAdapterError(
+                f"--host {self.host} lets other machines in, and asks nobody for a password: leave"
+                " --host out and put radapter-gateway in front of Triton, or add --api-keys KEYS"
+                " to --engine process, or --trust-network if you trust all who can reach this"
+                " address with a Triton whose published weaknesses SECURITY.md lists"
+            )
         ports = {
             "--http-port": self.http_port,
             "--grpc-port": self.grpc_port,

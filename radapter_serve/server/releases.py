@@ -19,6 +19,7 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,12 @@ class ReleaseServer(ABC):
     """Serves releases of a model repository; `load` and `rollback` change them."""
 
     def __init__(self, config: ServerConfig) -> None:
-        self.config = config
+        # Make paths absolute: the server's processes have another working directory.
+        self.config = replace(
+            config,
+            model_repository=config.model_repository.resolve(),
+            indexes=config.indexes.resolve(),
+        )
         self.served = Served(())
         self._changing = threading.Lock()
 

@@ -85,7 +85,7 @@ class TritonServer(ReleaseServer):
         super().__init__(config)
         self.lock = threading.RLock()  # guards the process and the folder
         self.models: Mapping[str, list[int]] = {}
-        self.runtime = config.runtime
+        self.runtime: str | None = config.runtime
         self.warning: str | None = None
         self._secret = secrets.token_hex(32)
         self.control = Control(config.endpoints.http_url, self._secret)
@@ -138,7 +138,7 @@ class TritonServer(ReleaseServer):
         repository = self.config.model_repository
         try:
             check_repository(repository)
-            self.config.endpoints.check_ports()
+            self.config.endpoints.check()
             served = Served.load(repository)
             check(repository, served.releases, progress)
             if self._installation is None:

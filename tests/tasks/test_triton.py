@@ -271,7 +271,7 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
     # 10 s are for callers to leave.
     _, alive = psutil.wait_procs(children, 5 if kind == signal.SIGKILL else 20)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
-    Endpoints("127.0.0.1", *ports).check_ports()  # the same command can start
+    Endpoints("127.0.0.1", *ports).check()  # the same command can start
     if kind != signal.SIGKILL:
         assert not list(folder.rglob("__pycache__"))
         assert not list(temporary.iterdir())
