@@ -71,7 +71,7 @@ def test_flags_that_can_not_be(
     for flags, message in (
         ([models, "--gateway-port", "9"], "--gateway-port has no effect with --engine process"),
         ([models, "--timeout", "9", "--drain-seconds", "9"], "--timeout, --drain-seconds has no"),
-        ([models, "--host", "0.0.0.0"], "or add --api-keys KEYS to --engine process"),
+        ([models, "--host", "0.0.0.0"], "make one with: radapter-gateway --api-keys FILE"),
         ([str(tmp_path / "nowhere")], "nowhere does not exist"),
     ):
         assert serve([*flags, "--engine", "process", "--http-port", str(free_ports()[0])]) == 2
