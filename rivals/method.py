@@ -35,7 +35,7 @@ from radapter_serve.training import Recipe
 from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.loss import mpm_nce
 from radapter_serve.training.setup import augmentation
-from radapter_serve.training.tasks import Data, open_data
+from radapter_serve.training.tasks import Data, open_run
 
 
 class Run:
@@ -75,7 +75,7 @@ class Run:
     @cached_property
     def data(self) -> Data:
         """The training data."""
-        return open_data(self.recipe, self.base)[0]
+        return open_run(self.recipe, images=False).ready(self.recipe, self.base)[0]
 
     @cached_property
     def size(self) -> int:

@@ -82,12 +82,12 @@ def _clip_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
     start = int(spec["start"])
     end = int(spec["end"])
     context_length = int(spec["context_length"])
-    alphabet = bytes_to_unicode()
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
     def word_ids(word: str) -> tuple[int, ...]:
         if word in special:
             return (special[word],)
-        shown = "".join(alphabet[byte] for byte in word.encode())
+        [(shown, _)] = byte_level.pre_tokenize_str(word)
         return tuple(token.id for token in core.model.tokenize(shown))
 
     cached_ids = lru_cache(_CACHED_WORDS)(word_ids)
@@ -119,17 +119,6 @@ def _hugging_face_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> R
         return [[0 if token == strip else token for token in row] for row in rows]
 
     return encode
-
-
-def bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's printable character for each byte, in the order of CLIP's vocabulary."""
-    plain = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
 
 
 def _basic(text: str) -> str:

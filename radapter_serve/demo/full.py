@@ -52,7 +52,7 @@ from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.training import Recipe, train
 from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.setup import augmentation
-from radapter_serve.training.tasks import open_data
+from radapter_serve.training.tasks import open_run
 
 # Name, number of images, and metrics in per cent by α, of each data set.
 Sets = list[tuple[str, int, dict[float, list[float]]]]
@@ -181,7 +181,7 @@ def fine_tune(recipe: Recipe) -> Ends:
     zero-shot classifier. `rivals/full.py` of the project does the same for any data.
     """
     base = load_base(recipe.architecture, recipe.pretrained)
-    data, _ = open_data(recipe, base)
+    data, _ = open_run(recipe, images=False).ready(recipe, base)
     model: Any = base.model
     embeds = zero_shot_classifier(model, base.tokenizer, data.classes, data.templates)  # type: ignore[union-attr]
     head = linear_head(embeds, float(model.state_dict()["logit_scale"].exp()))

@@ -227,9 +227,8 @@ class Gateway:
             # Read and check
             body = await self._body(request, acquire)
             model = await self._model(name, version)
-            length = request.headers.get(kserve.HEADER_LENGTH)
-            json_size = kserve.json_length(length, len(body))
-            read = partial(kserve.read, body, length, model, version)
+            json_size = kserve.json_length(request.headers.get(kserve.HEADER_LENGTH), len(body))
+            read = partial(kserve.read, body, json_size, model, version)
             inference = await self._read(request, body, json_size, start + limit, read)
             # Many short texts, or a text with an emoji, take more memory than in the body.
             more = max(inference.size - len(body), 0)

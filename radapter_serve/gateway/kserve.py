@@ -128,11 +128,10 @@ def _count(text: bytes, characters: bytes, limit: int) -> int:
 # Requests
 
 
-def read(body: bytes, header_length: str | None, model: Model, version: str = "") -> Inference:
-    """Parse and check the body of an inference: JSON, optionally followed by binary tensors. Raises
+def read(body: bytes, end: int, model: Model, version: str = "") -> Inference:
+    """Parse and check the body of an inference: JSON up to `end`, then binary tensors. Raises
     `Refused` for the first error.
     """
-    end = json_length(header_length, len(body))
     header = from_json(_Header, body[:end], "send tensors in binary")
 
     # Names, types and shapes, before any value is read

@@ -161,8 +161,3 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise RAdapterError(f"the data of this run won't do, for {len(problems)} reasons:{lines}")
     return RunData(opened, opened_val, tuple(broken), tuple(notes))
-
-
-def open_data(recipe: Recipe, base: Base) -> tuple[Data, Data | None]:
-    """Open the data of a recipe, ready for a base, without a check of the image files."""
-    return open_run(recipe, images=False).ready(recipe, base)

@@ -14,7 +14,7 @@ from radapter_serve.data.labelled import load_labelled, prompt_names
 from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe
-from radapter_serve.training.tasks import open_data
+from radapter_serve.training.tasks import open_run
 
 # from the list of ImageNet's classes: id, number
 MISSILE = "n03773504"
@@ -102,7 +102,7 @@ def test_imagenet_names_its_folders_as_clip_does(tmp_path: Path) -> None:
     assert data.classes == ["tench", "missile", "missile"]
     assert data.labels().tolist() == [0, 1, 2]  # the two missiles are two classes
     with pytest.raises(RAdapterError, match="WordNet ids .*--classes imagenet"):
-        open_data(Recipe(data=spec), None)  # type: ignore[arg-type]
+        open_run(Recipe(data=spec), images=False)
     lines = [f"a.png,{SUNGLASS}", f"b.png,{SUNGLASSES}", f"c.png,{SUNGLASS}"]
     table = write(tmp_path / "t.csv", "image,label", *lines)
     named = load_labelled(DataSource(f"csv:{table}", classes=Path("imagenet")))

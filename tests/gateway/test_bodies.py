@@ -65,7 +65,7 @@ def test_arrays_do_not_keep_the_body() -> None:
         return json.dumps({"inputs": inputs}).encode().ljust(1000) + values
 
     tracemalloc.start()
-    request = kserve.read(body(), "1000", config("classify"))
+    request = kserve.read(body(), 1000, config("classify"))
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert request.images == 1 and 4 * MIB < held < 5 * MIB
@@ -87,7 +87,7 @@ def test_the_memory_that_reading_takes_is_known_before(name: str, ascii_only: bo
         model = config("classify")
         tracemalloc.start()
         with pytest.raises(Refused, match=f"input (image|{name}) are not all texts"):
-            kserve.read(body, None, model)
+            kserve.read(body, len(body), model)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < json_memory(body) < 10 * peak

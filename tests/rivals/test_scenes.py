@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from radapter_serve.training import Recipe
-from radapter_serve.training.tasks import open_data
+from radapter_serve.training.tasks import open_run
 from rivals import scenes
 from rivals.benchmark import load_benchmark
 from rivals.method import Run
@@ -22,7 +22,7 @@ def test_both_benchmarks_of_scenes_open(tmp_path: Path, monkeypatch: pytest.Monk
         benchmark = load_benchmark(tmp_path / f"{task}.yaml")
         recipe = Recipe(**{**benchmark.fields, "batch_size": 2})
         run = Run({**benchmark.fields, "batch_size": 2}, tmp_path / "learned")
-        data, _ = open_data(recipe, run.base)
+        data, _ = open_run(recipe, images=False).ready(recipe, run.base)
         assert len(data.rows) >= 3
         chosen, judged = (benchmark.sets(split) for split in ("validation", "test"))
         assert [data.entry.name for data in chosen] == ["scenes, validation"]

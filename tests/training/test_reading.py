@@ -31,7 +31,7 @@ from radapter_serve.training import Recipe
 from radapter_serve.training.batches import Examples, endless
 from radapter_serve.training.recipe import load_recipe
 from radapter_serve.training.setup import augmentation
-from radapter_serve.training.tasks import open_data
+from radapter_serve.training.tasks import open_run
 
 
 def pixels(data: Any) -> dict[bytes, str]:
@@ -46,7 +46,8 @@ def transform(image: Image.Image) -> torch.Tensor:
 
 def opened(recipe: Recipe, **changes: Any) -> Any:
     """The training and the validation data of a recipe."""
-    return open_data(dataclasses.replace(recipe, **changes), None)  # type: ignore[arg-type]
+    recipe = dataclasses.replace(recipe, **changes)
+    return open_run(recipe, images=False).ready(recipe, None)  # type: ignore[arg-type]
 
 
 def table(folder: Path, images: list[str], labels: list[Any]) -> str:
