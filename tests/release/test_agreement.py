@@ -61,12 +61,16 @@ def test_tolerance_widens_the_cosine_by_its_square_and_the_advice_suffices() -> 
     assert own.widened(1e-6).min_cosine == own.min_cosine
     assert 1 - own.widened(1e-3).min_cosine == pytest.approx(100 * (1 - own.min_cosine))
     assert own.widened(1.0).min_cosine == 0.9
-    for size in (3e-4, 3e-3, 1e-2):
-        near = units(0) + np.random.default_rng(2).normal(size=(4, 512)) * size
+    noise = np.random.default_rng(2).normal(size=(4, 512))
+    # The signs have errors of one size, so that the cosine is what needs the larger tolerance.
+    for away in (3e-4 * noise, 3e-3 * noise, 1e-2 * noise, 2.6e-4 * np.sign(noise)):
+        near = units(0) + away
         with pytest.raises(RAdapterError, match="to accept this, export with --tolerance") as error:
             agreement_of(near, units(0), own)
         advice = float(str(error.value).rpartition(" ")[2])
         assert agreement_of(near, units(0), own.widened(advice)).max_error <= advice
+        with pytest.raises(RAdapterError, match="differs from torch"):  # nor is it far too much
+            agreement_of(near, units(0), own.widened(advice / 2.01))
 
 
 NAN = units(0) * np.where(np.arange(512) == 7, np.nan, 1)

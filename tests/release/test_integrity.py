@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,11 +20,13 @@ from radapter_serve.release.config import (
     check_configs,
     configure,
     encoders_of,
+    name_releases,
+    named_releases,
     parsed,
     read_config,
 )
 from radapter_serve.release.integrity import SUMS, renew_sums, sums_of, verify
-from radapter_serve.release.repository import CONFIG, MODELS, Served
+from radapter_serve.release.repository import CONFIG, ENCODERS, MODELS, Served
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
@@ -50,7 +53,12 @@ def test_sha256sum_agrees_with_the_list_and_nothing_is_left_out(sealed: Path) ->
         named = {line.rpartition(": ")[0] for line in done.stdout.splitlines()}
         assert named == set(files(sealed, version)) - {f"classify/{version}/{SUMS}"}
         verify(sealed, version)
-    check(sealed, [1, 2])
+    said: list[str] = []
+    check(sealed, [1, 2], said.append)
+    for version in (1, 2):
+        shares = [line for line in said if f"the files of release {version}: " in line]
+        assert shares[-1] == f"checking the files of release {version}: 100 %"
+        assert len(shares) > 1
 
 
 def flip(path: Path) -> None:
@@ -139,6 +147,9 @@ def test_owners_may_change_how_a_model_runs(sealed: Path) -> None:
     config.dynamic_batching.max_queue_delay_microseconds = 500
     path.write_text(text_format.MessageToString(config))
     check_configs(sealed, 2)
+    configure(config, "openvino", "fp32", 16)  # its tensors have the batch's dimension themselves
+    path.write_text(text_format.MessageToString(config))
+    check_configs(sealed, 2)
 
 
 def test_models_of_others_are_left_alone_and_a_broken_config_is_named(sealed: Path) -> None:
@@ -151,6 +162,26 @@ def test_models_of_others_are_left_alone_and_a_broken_config_is_named(sealed: Pa
     (sealed / "other" / CONFIG).write_text("backend {")
     with pytest.raises(RAdapterError, match=r"other/config\.pbtxt is not a Triton model config: "):
         encoders_of(sealed)
+
+
+def test_encoders_of_a_release_have_its_facts_and_no_other_version(sealed: Path) -> None:
+    for version, names in ((1, ["image_encoder", "text_encoder"]), (2, list(ENCODERS))):
+        encoders = encoders_of(sealed, [version])
+        assert [one.folder for one in encoders] == [sealed / name for name in names]
+        for encoder in encoders:
+            assert encoder.versions == [version]
+            assert encoder.facts.adapter_digest == f"sha256:{version}"
+    with pytest.raises(RAdapterError, match=r"image_encoder lacks the releases that .* \(3\)"):
+        encoders_of(sealed, [3])
+
+
+def test_a_config_names_the_releases_that_it_is_given_and_no_other(sealed: Path) -> None:
+    config = read_config(sealed / "classify" / CONFIG)
+    both = named_releases(config)
+    assert list(both) == [1, 2]
+    name_releases(config, {1: both[1]})
+    assert named_releases(config) == {1: both[1]}
+    assert json.loads(config.parameters["release"].string_value) == both[1].to_dict()
 
 
 def test_configs_of_each_runtime_and_the_way_back(repository: Path) -> None:
@@ -201,6 +232,11 @@ def other_model(sealed: Path) -> None:
     shutil.copy(sealed / "patch_encoder" / CONFIG, sealed / "image_encoder" / CONFIG)
 
 
+def no_name(sealed: Path) -> None:
+    path = sealed / "image_encoder" / CONFIG
+    path.write_text(path.read_text().replace('name: "image_encoder"', ""))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -209,6 +245,7 @@ def other_model(sealed: Path) -> None:
         (other_release, r"embed_text/config\.pbtxt: it is of another release 2 than"),
         (other_tensors, r"image_encoder/config\.pbtxt: the output image_embeds is not the one"),
         (other_model, r"image_encoder/config\.pbtxt: it is the config of patch_encoder"),
+        (no_name, r"image_encoder/config\.pbtxt: it is the config of no model; to mend it"),
     ],
 )
 def test_configs_that_do_not_belong_together_are_named(

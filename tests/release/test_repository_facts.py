@@ -35,14 +35,16 @@ def repository(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
+        (None, [10]),
         ("", [10]),
         ("version_policy { specific { versions: [2, 1, 11] } }", [1, 2]),
     ],
 )
 def test_the_newest_export_is_what_the_config_asks_for(
-    repository: Path, policy: str, expected: list[int]
+    repository: Path, policy: str | None, expected: list[int]
 ) -> None:
-    (repository / "classify" / CONFIG).write_text(policy)
+    if policy is not None:
+        (repository / "classify" / CONFIG).write_text(policy)
     assert Served.load(repository) == Served(tuple(expected))
 
 
@@ -76,6 +78,9 @@ def test_a_choice_that_can_not_be_served_is_refused(
 def test_a_release_is_found_by_its_number(repository: Path) -> None:
     assert find_release(repository) == repository / "classify" / "10"
     assert find_release(f"{repository}@2") == repository / "classify" / "2"
+    link = repository / "team@home"
+    link.symlink_to(repository)
+    assert find_release(f"{link}@2") == link / "classify" / "2"
     assert require_known(repository, [10, 1, 10]) == [1, 10]
     with pytest.raises(RAdapterError, match="no release 3 in .*; it holds 1, 2, 10"):
         find_release(f"{repository}@3")
