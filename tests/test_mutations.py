@@ -94,6 +94,7 @@ ROOMS = {
                 f"tests/evaluation/test_{name}.py"
                 for name in ("metrics", "alpha_choice", "results")
             ),
+            "tests/data/test_orientation.py",
         ),
         ("radapter_serve/adapter", "radapter_serve/training", "radapter_serve/evaluation"),
         ("radapter_serve/training/progress.py",),

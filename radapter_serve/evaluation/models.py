@@ -223,23 +223,17 @@ class LineEncoder(TorchEncoder):
 
 
 class _Tokens:
-    """Adapts a base's tokenizer to `Tokenize`, whose rows have no padding."""
+    """Adapts a base's tokenizer, whose rows have one length, to `Tokenize`."""
 
     def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
         self._tokenizer = tokenizer
-        self._length = 0
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        rows = self._tokenizer(list(texts)).numpy()
-        self._length = rows.shape[1]
-        ends = rows.shape[1] - (rows[:, ::-1] != 0).argmax(axis=1)
-        return [row[:end].tolist() for row, end in zip(rows, ends, strict=True)]
+        rows: list[list[int]] = self._tokenizer(list(texts)).tolist()
+        return rows
 
     def batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
-        tokens = np.zeros((len(rows), self._length), np.int32)
-        for out, row in zip(tokens, rows, strict=True):
-            out[: len(row)] = row
-        return tokens
+        return np.array(rows, np.int32)
 
 
 def in_torch(

@@ -107,6 +107,7 @@ def refused(path: Path) -> str:
         ("rank", 0, "its 'rank' is 0: "),
         ("classes", "cat", "its 'classes' is 'cat': "),
         ("format_version", "1", "its 'format_version' is '1': "),
+        ("format_version", 2, "it has format version 2, and this radapter-serve reads up to 1; "),
     ],
 )
 def test_metadata_of_wrong_types_or_ranges_is_one_line(
@@ -290,3 +291,4 @@ def test_adapters_that_have_no_average() -> None:
     for adapters, weights, message in cases:
         with pytest.raises(RAdapterError, match=message):
             average_adapters(adapters, weights)
+    average_adapters(two, [0.3333333, 0.6666666])  # rounded, as people write them

@@ -257,6 +257,17 @@ def test_a_lora_is_merged_as_peft_merges_it(
         torch.testing.assert_close(clip.encode_text(tokens), text, rtol=0, atol=2e-5)
 
 
+def test_a_lora_is_of_the_base_that_it_names(
+    tiny_clip_dir: str, lora_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(lora_folder, tmp_path / "lora")
+    _edited("base_model_name_or_path", tiny_clip_dir.removeprefix("local-dir:"))(folder)
+    assert load_lora(folder).line.made_of["base"] == tiny_clip_dir
+    _edited("base_model_name_or_path", None)(folder)
+    with pytest.raises(RAdapterError, match="does not say what it was trained on; .* --base"):
+        load_lora(folder)
+
+
 @pytest.fixture(scope="module")
 def lora_folder(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora") / "lora"

@@ -105,7 +105,7 @@ class Sees:
 
 
 @pytest.mark.parametrize("model_turns", [True, False])
-@pytest.mark.parametrize(("orientation", "border"), [(1, 1), (3, 0), (6, 1), (7, 0), (8, 1)])
+@pytest.mark.parametrize(("orientation", "border"), [(1, 1), (3, 0), (6, 2), (7, 0), (8, 1)])
 def test_a_suite_decides_what_every_model_sees(
     orientation: int, border: int, model_turns: bool, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, chosen, save_choice
 from radapter_serve.evaluation.rows import Row, packed
-from radapter_serve.evaluation.run import own_validation
+from radapter_serve.evaluation.run import as_trained, own_validation
 from tests.helpers.a_row import a_row
 
 UNSHIFTED = "No validation set is shifted"
@@ -185,7 +185,8 @@ def test_validation_data_that_is_the_training_data_is_refused(
         architecture="a", base_digest="sha256:1", task="classification", recipe={"data": trained}
     )
     if not same:
-        assert own_validation(run, other).entries[0].data == other
+        for suite in (own_validation(run, other), as_trained(run, other)):
+            assert suite.entries[0].data == other
         return
     with pytest.raises(RAdapterError, match=r"is what the run was trained with"):
         own_validation(run, other)

@@ -1,5 +1,5 @@
-"""Metrics against loops over sorted lists; intervals against published values, exact binomials, and
-simulated repetitions; calibrated scores against torch's own optimizer.
+"""Metrics against loops over sorted lists and sets of pixels; intervals against published values,
+exact binomials, and simulated repetitions; calibrated scores against torch's own optimizer.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from radapter_serve.evaluation.metrics import (
     calibration_error,
     caption_groups,
     classification_metrics,
+    confusion,
     fit_confidence,
     fit_sigmoid,
     fit_temperature,
@@ -30,6 +31,7 @@ from radapter_serve.evaluation.metrics import (
     recalls_of,
     retrieval_ranks,
     segmentation_intervals,
+    segmentation_metrics,
     true_ranks,
     wilson,
 )
@@ -199,6 +201,34 @@ def test_a_mean_over_classes_is_covered_as_often_as_is_said(
     assert np.mean(covered) > 0.917  # 95 % less three standard errors of 400
     if images != 1:
         assert np.mean(covered) < 0.985  # and not by an interval that holds everything
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_metrics_against_sets_of_pixels(classes: int, images: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    used = generator.integers(1, classes + 1)  # some classes may be nowhere
+    truths = [generator.integers(-1, used, (3, 4)) for _ in range(images)]
+    answers = [generator.integers(0, classes + 1, (3, 4)) for _ in range(images)]
+    counts = np.zeros((classes, classes + 1), np.int64)
+    for truth, answer in zip(truths, answers, strict=True):
+        counts += confusion(truth[truth >= 0], answer[truth >= 0], classes)
+    true = np.stack(truths)
+    answered = np.where(true >= 0, np.stack(answers), -1)
+    ious = []
+    recalls = []
+    for label in range(classes):
+        both = ((true == label) & (answered == label)).sum()
+        if either := ((true == label) | (answered == label)).sum():
+            ious.append(both / either)
+        if own := (true == label).sum():
+            recalls.append(both / own)
+    expected = {
+        "miou": np.mean(ious) if ious else 0,
+        "pixel_accuracy": (true == answered)[true >= 0].mean() if (true >= 0).any() else 0,
+        "mean_class_accuracy": np.mean(recalls) if recalls else 0,
+    }
+    assert segmentation_metrics(counts) == pytest.approx(expected)
 
 
 def test_images_are_drawn_for_segmentation() -> None:

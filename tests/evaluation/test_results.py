@@ -40,6 +40,7 @@ def test_a_table_has_intervals_calibration_errors_means_and_what_is_kept() -> No
         a_row("a", 0.5, metrics={"acc1": 0.5, "kept": 0.75, "ece": 0.123}, intervals=interval),
         a_row("b", 0.25, metrics={"acc1": 0.25, "kept": 0.5}),
         a_row("c", 0.5, metric="miou", metrics={"miou": 0.5}),
+        a_row("d", 0.5, metric="mean_class_accuracy", metrics={"mean_class_accuracy": 0.5}),
         a_row("a", 0.5, source="merged"),
     ]
     columns = {
@@ -49,6 +50,7 @@ def test_a_table_has_intervals_calibration_errors_means_and_what_is_kept() -> No
         "a acc1, id n 20": ["50.00\n40.0 – 61.0\nECE 12.3", "50.00"],
         "b acc1, id n 20": ["25.00", ""],
         "c mIoU, id n 20": ["50.00", ""],
+        "d mean acc, id n 20": ["50.00", ""],
         "mean of 2 id": ["37.50", ""],
         "kept of the base": ["62.50", ""],
     }

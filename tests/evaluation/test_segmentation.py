@@ -1,6 +1,4 @@
-"""Segmentation, evaluated: mIoU against sets of pixels, known answers, the same masks whichever way
-a model runs.
-"""
+"""Segmentation, evaluated: known answers, and the same masks whichever way a model runs."""
 
 from __future__ import annotations
 
@@ -13,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -24,7 +20,7 @@ from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.encoders.loaded import LoadedRelease, load_release, served_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation import start
-from radapter_serve.evaluation.metrics import Floats, confusion, segmentation_metrics
+from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.models import Candidate, from_adapter, from_merged, from_release
 from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate_set, evaluate_suite, open_set
@@ -36,34 +32,6 @@ NAMES = ["sky", "grass", "cow", "barn"]
 SIZE = 32
 PATCH = 8
 ALL_RIGHT = {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
-def test_metrics_against_sets_of_pixels(classes: int, images: int, seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    used = generator.integers(1, classes + 1)  # some classes may be nowhere
-    truths = [generator.integers(-1, used, (3, 4)) for _ in range(images)]
-    answers = [generator.integers(0, classes + 1, (3, 4)) for _ in range(images)]
-    counts = np.zeros((classes, classes + 1), np.int64)
-    for truth, answer in zip(truths, answers, strict=True):
-        counts += confusion(truth[truth >= 0], answer[truth >= 0], classes)
-    true = np.stack(truths)
-    answered = np.where(true >= 0, np.stack(answers), -1)
-    ious = []
-    recalls = []
-    for label in range(classes):
-        both = ((true == label) & (answered == label)).sum()
-        if either := ((true == label) | (answered == label)).sum():
-            ious.append(both / either)
-        if own := (true == label).sum():
-            recalls.append(both / own)
-    expected = {
-        "miou": np.mean(ious) if ious else 0,
-        "pixel_accuracy": (true == answered)[true >= 0].mean() if (true >= 0).any() else 0,
-        "mean_class_accuracy": np.mean(recalls) if recalls else 0,
-    }
-    assert segmentation_metrics(counts) == pytest.approx(expected)
 
 
 def by_colour(pixels: NDArray[np.uint8], *, dense: bool) -> Floats:

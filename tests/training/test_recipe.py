@@ -87,6 +87,11 @@ def test_values_that_are_refused(path: Path, fields: dict[str, Any], message: st
         Recipe(data="csv:t.csv", **fields).check()
 
 
+@pytest.mark.parametrize("held_out", [{"val_fraction": 0.2}, {"val_data": "csv:v.csv"}])
+def test_a_rate_is_chosen_by_whatever_is_held_out(held_out: dict[str, Any]) -> None:
+    Recipe(data="csv:t.csv", learning_rate="auto", **held_out).check()
+
+
 def test_files_recipes_by_name_and_yaml_s_own_ways_with_numbers_and_no(path: Path) -> None:
     path.write_text("learning_rate: 5e-4\nprecision: no\nclasses: c.txt\ndrop: 0\n")
     recipe = load_recipe(path)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from radapter_serve.adapter import load_adapter
+from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.evaluation.rows import Results
@@ -181,7 +181,7 @@ def test_classification(
 
 
 def test_a_base_with_a_bias_learns_by_its_sigmoids(
-    recipe: Recipe, tmp_path: Path, tiny_clip_dir: str
+    recipe: Recipe, tmp_path: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sigmoid = tmp_path / "sigmoid"
     shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), sigmoid)
@@ -193,7 +193,8 @@ def test_a_base_with_a_bias_learns_by_its_sigmoids(
     save_file(weights, sigmoid / "open_clip_model.safetensors")
     data, pairs = labelled(tmp_path / "data", 11, seed=0)
     recipe = dataclasses.replace(recipe, data=data, architecture=f"local-dir:{sigmoid}")
-    assert_trains_as_by_hand(recipe, pairs)
+    assert_trains_as_by_hand(recipe, pairs, lambda recipe: train(recipe, progress=True))
+    assert "; pairwise sigmoid loss, as the base is scored" in "".join(capfd.readouterr())
 
 
 def test_low_rank(recipe: Recipe, tmp_path: Path) -> None:
@@ -255,8 +256,12 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
         assert found == pytest.approx(
             {"acc1@alpha=0.6": scores[0.6] / 100, "acc1@alpha=1": scores[1.0] / 100}, abs=1e-4
         ), row
-    models = from_adapter(out, list(scores))
-    suite = own_validation(load_adapter(out).metadata)
+    # The base may lie elsewhere by now.
+    trained = load_adapter(out)
+    gone = dataclasses.replace(trained.metadata, architecture="local-dir:gone")
+    save_adapter(Adapter(trained.tensors, gone), tmp_path / "adapter.safetensors")
+    models = from_adapter(tmp_path / "adapter.safetensors", list(scores), base=recipe.architecture)
+    suite = own_validation(trained.metadata)
     validation = evaluate_suite(models, suite, Results(tmp_path / "results"), split="validation")
     choice = choose(validation, 0.6)
     models[0].close()
