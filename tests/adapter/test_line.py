@@ -262,7 +262,8 @@ def test_a_lora_is_of_the_base_that_it_names(
 ) -> None:
     folder = shutil.copytree(lora_folder, tmp_path / "lora")
     _edited("base_model_name_or_path", tiny_clip_dir.removeprefix("local-dir:"))(folder)
-    assert load_lora(folder).line.made_of["base"] == tiny_clip_dir
+    _, line = load_lora(folder)
+    assert line.made_of["base"] == tiny_clip_dir
     _edited("base_model_name_or_path", None)(folder)
     with pytest.raises(RAdapterError, match="does not say what it was trained on; .* --base"):
         load_lora(folder)
