@@ -38,9 +38,9 @@ from radapter_export.source import Fold, Source, put_reference, read_source
 from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.clip.towers import is_causal
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.images import require_images
 from radapter_serve.contract.labels import SAME, indistinguishable
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.data.rows import list_folder
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, complete
@@ -167,7 +167,9 @@ def export_release(
     validation = open_validation(source.metadata, settings.validation, source.dense, precision)
     images = None
     if settings.calibration is not None:
-        images = list_folder(Path(settings.calibration), "--calibration")
+        images = require_images(
+            Path(settings.calibration), "--calibration a folder of images"
+        ).images
     hub = None
     if settings.push is not None:
         say("asking the Hugging Face hub")

@@ -348,6 +348,19 @@ def list_images(folder: Path) -> ImageFiles:
     return ImageFiles(images, dict(left_out))
 
 
+def require_images(folder: Path, wanted: str) -> ImageFiles:
+    """`list_images`, but an error if there is none; `wanted` says what to give instead."""
+    if not folder.is_dir():
+        raise RAdapterError(f"{folder} is no folder; give {wanted}")
+    files = list_images(folder)
+    if not files.images:
+        has = f"; it has {count_kinds(files.left_out)}" if files.left_out else ""
+        raise RAdapterError(
+            f"{folder} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of it{has}"
+        )
+    return files
+
+
 def count_kinds(left_out: Mapping[str, int]) -> str:
     """Numbers of files by suffix, the most frequent first: "3 .gif, 1 .txt"."""
     kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))

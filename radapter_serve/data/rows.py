@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from radapter_serve.contract.images import SUFFIXES, count_kinds, decode, is_image_file, list_images
+from radapter_serve.contract.images import SUFFIXES, decode, is_image_file, list_images
 from radapter_serve.contract.labels import split_label
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.sources import from_hub_or_cache, how_to_bring, unreachable
@@ -370,16 +370,3 @@ def sub_folders(path: Path) -> set[str]:
         for entry in os.scandir(path)
         if entry.is_dir() and not entry.name.startswith(".")
     }
-
-
-def list_folder(folder: Path, flag: str) -> list[Path]:
-    """List the images of a folder and its sub-folders; refuses a folder without images."""
-    if not folder.is_dir():
-        raise RAdapterError(f"{folder} is no folder; give {flag} a folder of images")
-    files = list_images(folder)
-    if not files.images:
-        has = f"; it has {count_kinds(files.left_out)}" if files.left_out else ""
-        raise RAdapterError(
-            f"{folder} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of it{has}"
-        )
-    return files.images

@@ -167,9 +167,9 @@ def encode(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.float32]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def complete(steps: Steps[A], together: EncodeTogether = encode_together) -> A:
+def complete(steps: Steps[A]) -> A:
     """Run one task, and return its answer or raise its `TaskError`."""
-    [answer] = run_together([steps], together)
+    [answer] = run_together([steps])
     if isinstance(answer, TaskError):
         raise answer
     return answer

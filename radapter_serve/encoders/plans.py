@@ -20,7 +20,7 @@ from radapter_serve.files import digest_of, lock, staged
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
 from radapter_serve.release.config import encoders_of
 from radapter_serve.release.integrity import renew_sums
-from radapter_serve.release.repository import TENSORRT
+from radapter_serve.release.repository import TENSORRT, check_repository
 
 ONNX = "model.onnx"
 PLAN = "model.plan"
@@ -113,10 +113,7 @@ def build_engines(
     Configs change at the very end: after an earlier failure, the repository is served as before.
     Engines that fit this machine and batch size are kept.
     """
-    if not repository.is_dir():
-        raise RAdapterError(
-            f"the model repository {repository} does not exist; make it with: radapter-export"
-        )
+    check_repository(repository)
     if not encoders_of(repository):
         raise RAdapterError(
             f"the model repository {repository} holds no encoder; make one with: radapter-export"

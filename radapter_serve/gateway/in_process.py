@@ -24,10 +24,10 @@ from radapter_serve.gateway.upstream import LOG, Entry, Inference, Model, from_s
 from radapter_serve.release.config import encoders_of
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import release_parameters
-from radapter_serve.release.repository import RUNTIMES, Served, format_list
+from radapter_serve.release.repository import RUNTIMES, Served, check_repository, format_list
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import server_folder
-from radapter_serve.server.models import check_agreement, check_repository, configure
+from radapter_serve.server.models import check_agreement, configure
 from radapter_serve.server.releases import ReleaseServer, Say
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.images import SUFFIXES, count_kinds, list_images, oriented
+from radapter_serve.contract.images import oriented, require_images
 from radapter_serve.encoders.loaded import LoadedRelease, release_at
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import digest_of
@@ -67,19 +67,9 @@ def open_collection(
     # Remove "..", but keep symbolic links.
     path = Path(os.path.abspath(place if is_table else source))  # noqa: PTH100
     if not is_table:
-        if not path.is_dir():
-            raise RAdapterError(
-                f"{source} is no folder; give a folder of images, csv:FILE or parquet:FILE"
-            )
+        files = require_images(path, "a folder of images, csv:FILE or parquet:FILE")
         root = root or path
-        files = list_images(path)
         items = [Item(_id(file, root), file) for file in files.images]
-        if not items:
-            has = f"; it has {count_kinds(files.left_out)}" if files.left_out else ""
-            raise RAdapterError(
-                f"{source} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of"
-                f" it{has}"
-            )
         return Collection(str(path), root, items, {}, left_out=files.left_out)
 
     root = root or path.parent

@@ -82,6 +82,18 @@ def releases_of(repository: Path) -> list[int]:
     return [version for version in versions_of(task) if (task / str(version) / FILE).exists()]
 
 
+def check_repository(repository: Path) -> None:
+    """Check that a repository holds a release, or another model."""
+    if not repository.is_dir():
+        raise RAdapterError(
+            f"the model repository {repository} does not exist; make it with: radapter-export"
+        )
+    if not any(versions_of(path.parent) for path in repository.glob(f"*/{CONFIG}")):
+        raise RAdapterError(
+            f"the model repository {repository} holds no release; make one with: radapter-export"
+        )
+
+
 def split_repository(repository: str | Path) -> tuple[str, str]:
     """Split `DIR@N` into the folder and the number; the number is empty if it is missing, or if a
     folder has this whole name.

@@ -71,18 +71,6 @@ def processes_of(model: ModelEntry) -> int:
     return len(model.versions) * (sum(group.count or 1 for group in groups) or 1)
 
 
-def check_repository(repository: Path) -> None:
-    """Check that a repository holds a release, or another model."""
-    if not repository.is_dir():
-        raise RAdapterError(
-            f"the model repository {repository} does not exist; make it with: radapter-export"
-        )
-    if not any(versions_of(path.parent) for path in repository.glob(f"*/{CONFIG}")):
-        raise RAdapterError(
-            f"the model repository {repository} holds no release; make one with: radapter-export"
-        )
-
-
 def configure(
     repository: Path,
     releases: Sequence[int],

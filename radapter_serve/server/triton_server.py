@@ -24,7 +24,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import disk_errors
 from radapter_serve.process import STOPPING, SYSTEM, Clock, handled
 from radapter_serve.release.config import ServedEncoder, check, encoders_of
-from radapter_serve.release.repository import Served
+from radapter_serve.release.repository import Served, check_repository
 from radapter_serve.server import launch
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import Control, check_side_by_side, switch, warm_up
@@ -32,7 +32,6 @@ from radapter_serve.server.launch import Installation, find_tritonserver
 from radapter_serve.server.models import (
     ModelEntry,
     check_agreement,
-    check_repository,
     check_shared_memory,
     configure,
     other_models,

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from radapter_serve.contract.images import require_images
 from radapter_serve.data.captions import load_captioned
 from radapter_serve.data.labelled import class_split, load_labelled
-from radapter_serve.data.rows import list_folder, open_rows
+from radapter_serve.data.rows import open_rows
 from radapter_serve.data.runs import validation_data
 from radapter_serve.data.source import DataSource, RunSource
 from radapter_serve.errors import RAdapterError
@@ -108,15 +109,15 @@ def test_files_of_splits_that_can_not_be_used(
 
 def test_the_images_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(RAdapterError, match="is no folder; give --calibration a folder of images"):
-        list_folder(tmp_path / "none", "--calibration")
+        require_images(tmp_path / "none", "--calibration a folder of images")
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(RAdapterError, match="holds no image; .*it has 1 .txt"):
-        list_folder(tmp_path, "--calibration")
+        require_images(tmp_path, "a folder")
     (tmp_path / "b").mkdir()
     paths = [tmp_path / name for name in ("a.png", "c.png", "b/d.png")]
     for path in paths:
         Image.new("RGB", (4, 4)).save(path)
-    assert list_folder(tmp_path, "--calibration") == paths
+    assert require_images(tmp_path, "a folder").images == paths
 
 
 def test_each_field_of_a_recipe_is_in_one_group() -> None:

@@ -27,8 +27,8 @@ from radapter_export.source import read_source
 from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.contract.images import list_images
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.data.rows import list_folder
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
@@ -305,7 +305,7 @@ def test_every_name_of_a_label_calibrates_and_no_text_that_agreement_is_checked_
     tokenizer: Any = tiny_base.tokenizer
     spec = write_tokenizer(tokenizer, tmp_path / "tokenizer.json", dynamic_length=True)
     encode = Tokenizer.load(tmp_path / "tokenizer.json", spec)
-    images = list_folder(photos, "--calibration")
+    images = list_images(photos).images
     calibration, _ = calibrate(images, tiny_base, source, encode)
     rows = [row for batch in calibration["text_encoder"] for row in batch.tolist()]
     names = ("cat", "kitty", "salt, pepper")

@@ -17,7 +17,7 @@ from radapter_serve.cli.release import lacking, main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import encoders_of, named_releases, parsed
 from radapter_serve.release.release import TASKS
-from radapter_serve.release.repository import ENCODERS, Served
+from radapter_serve.release.repository import ENCODERS, Served, check_repository
 from radapter_serve.server import releases
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import (
@@ -28,7 +28,7 @@ from radapter_serve.server.control import (
     switch,
 )
 from radapter_serve.server.launch import MODELS, put
-from radapter_serve.server.models import ModelEntry, check_repository, plan_models
+from radapter_serve.server.models import ModelEntry, plan_models
 from radapter_serve.server.releases import (
     MAX_CALLERS,
     ReleaseServer,

@@ -21,7 +21,13 @@ from torch.nn.functional import interpolate, pad
 from radapter_serve.contract.errors import Encode, TaskError
 from radapter_serve.contract.images import decode
 from radapter_serve.contract.preprocess import MaskCrop
-from radapter_serve.encoders.loaded import LoadedRelease, Need, complete, encode_together
+from radapter_serve.encoders.loaded import (
+    LoadedRelease,
+    Need,
+    complete,
+    encode_together,
+    run_together,
+)
 from radapter_serve.tasks import segment as module
 from radapter_serve.tasks.dense import (
     PATCH_SCALE,
@@ -427,8 +433,9 @@ def test_no_more_windows_are_encoded_when_the_caller_has_left(local: Local) -> N
         return encode_together(needs)
 
     request = SegmentRequest(png(3), CATS)
-    with pytest.raises(TaskError, match=r"\[cancelled\]"):
-        complete(segment(loaded, request, lambda: parts.count("patches") == 2), encode)
+    steps = segment(loaded, request, lambda: parts.count("patches") == 2)
+    [answer] = run_together([steps], encode)
+    assert isinstance(answer, TaskError) and answer.code == "cancelled"
     assert parts == ["tokens", "patches", "patches"]
 
 
