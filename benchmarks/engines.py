@@ -19,7 +19,7 @@ from common import LABEL_SET, RESULTS, Process, Report, export, picture, say
 from loop import Closed, Measured, Send, measure
 
 from radapter_client import AsyncClient
-from radapter_serve.server.endpoints import free_ports
+from radapter_serve.server.config import free_ports
 
 ENGINES = ("triton", "process")
 TASKS = ("classify", "embed_text")

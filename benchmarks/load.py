@@ -22,8 +22,7 @@ from radapter_client import AsyncClient
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.files import staged
 from radapter_serve.index.build import build
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.triton_server import TritonServer
 
 TASKS = ("classify", "embed_image", "embed_text", "retrieve", "segment")

@@ -27,7 +27,7 @@ from tritonclient.grpc import service_pb2
 from radapter_client import Client
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.index.build import build
-from radapter_serve.server.endpoints import free_ports
+from radapter_serve.server.config import free_ports
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the requests are made as the tests make them
 

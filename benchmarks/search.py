@@ -336,8 +336,7 @@ def served(folder: Path, report: Report) -> None:
     from radapter_client import Client
     from radapter_serve.encoders.loaded import load_release
     from radapter_serve.index.build import build
-    from radapter_serve.server.config import ServerConfig
-    from radapter_serve.server.endpoints import Endpoints
+    from radapter_serve.server.config import Endpoints, ServerConfig
     from radapter_serve.server.triton_server import TritonServer
 
     models = export_base(folder)

@@ -264,8 +264,7 @@ def sealed(repository: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[TritonServer]:
-    from radapter_serve.server.config import ServerConfig
-    from radapter_serve.server.endpoints import Endpoints
+    from radapter_serve.server.config import Endpoints, ServerConfig
     from radapter_serve.server.triton_server import TritonServer
 
     with TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), timeout=120)) as server:

@@ -55,8 +55,7 @@ from radapter_serve.gateway.settings import Settings
 from radapter_serve.index.build import build
 from radapter_serve.playground import Settings as PageSettings
 from radapter_serve.playground import serving
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints, free_ports
+from radapter_serve.server.config import Endpoints, ServerConfig, free_ports
 from radapter_serve.training import Recipe, load_recipe, train
 
 RECIPES = Path(__file__).parent / "recipes"

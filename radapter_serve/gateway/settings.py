@@ -11,7 +11,7 @@ from typing import Literal
 import tyro
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server.endpoints import address_of
+from radapter_serve.server.config import address_of
 
 MIB = 2**20
 

@@ -21,7 +21,7 @@ import tyro
 
 from radapter_client import Client
 from radapter_serve.errors import RAdapterError, check_installed
-from radapter_serve.server.endpoints import address_of
+from radapter_serve.server.config import address_of
 
 MAX_PICTURE = 64 * 2**20  # bytes
 

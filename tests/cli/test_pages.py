@@ -20,7 +20,7 @@ import tyro
 from PIL import Image
 
 from radapter_serve.gateway.run import GatewayServer
-from radapter_serve.server.endpoints import free_ports
+from radapter_serve.server.config import free_ports
 from tests.helpers.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]

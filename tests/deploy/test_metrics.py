@@ -75,8 +75,7 @@ def test_alerts_name_codes_that_there_are() -> None:
 def test_metrics_and_probes_of_a_server(tmp_path: Path) -> None:
     import tritonclient.grpc
 
-    from radapter_serve.server.config import ServerConfig
-    from radapter_serve.server.endpoints import Endpoints
+    from radapter_serve.server.config import Endpoints, ServerConfig
     from radapter_serve.server.triton_server import TritonServer
     from tests.helpers.asking import connect, tensors
     from tests.helpers.small_release import write_release

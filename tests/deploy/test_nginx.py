@@ -22,7 +22,7 @@ import grpc
 import pytest
 import trustme
 
-from radapter_serve.server.endpoints import free_ports
+from radapter_serve.server.config import free_ports
 from tests.deploy.files import DEPLOY
 
 crossplane = pytest.importorskip("crossplane", reason="pip install -e '.[integrations]'")

@@ -13,8 +13,7 @@ from radapter_client import Client, RAdapterClientError
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.index.build import build
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.small_release import photos_in, png
 

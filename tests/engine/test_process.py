@@ -22,7 +22,7 @@ import urllib3
 from radapter_client import Client, ModelNotFound, ServerUnavailable
 from radapter_serve.cli.serve import main as serve
 from radapter_serve.release.repository import Served
-from radapter_serve.server.endpoints import free_ports
+from radapter_serve.server.config import free_ports
 from radapter_serve.server.releases import find_server
 from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import until_asked

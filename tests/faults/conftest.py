@@ -17,7 +17,7 @@ import urllib3
 
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.server.endpoints import free_ports
+from radapter_serve.server.config import free_ports
 from tests.helpers.fake_server import FakeServer, write_repository
 from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import start

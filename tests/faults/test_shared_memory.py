@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from radapter_client import Client
-from radapter_serve.server.endpoints import free_ports
+from radapter_serve.server.config import free_ports
 from tests.faults.conftest import ask, until
 
 pytestmark = pytest.mark.triton

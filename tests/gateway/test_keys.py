@@ -31,7 +31,7 @@ from radapter_serve.gateway.access import Keys, TokenBucket
 from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings, Timeouts
 from radapter_serve.gateway.upstream import Refused
-from radapter_serve.server.endpoints import free_ports
+from radapter_serve.server.config import free_ports
 from tests.gateway.test_gateway import ALIVE, BODY, HEAD, heard
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import INFER, TEXT, Served, serving, until

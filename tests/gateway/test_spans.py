@@ -29,8 +29,7 @@ from radapter_serve.gateway.spans import Spans
 from radapter_serve.gateway.upstream import Entry, Refused
 from radapter_serve.index.build import build
 from radapter_serve.process import OTLP_ENDPOINTS
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.collector import Collector, check_inside, collecting, of_name
 from tests.helpers.fake_upstream import INFER, TEXT, Served, serving

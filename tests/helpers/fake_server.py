@@ -11,8 +11,7 @@ from typing import Any
 
 from radapter_export.repository import TEMPLATE, config, sources
 from radapter_serve.release.release import TASKS, Release
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.small_models import release as facts
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from radapter_serve.gateway.in_process import answering
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints, free_ports
+from radapter_serve.server.config import Endpoints, ServerConfig, free_ports
 from radapter_serve.server.releases import ReleaseServer, admin_socket
 from radapter_serve.server.triton_server import TritonServer
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import trustme
 
-from radapter_serve.server.endpoints import free_ports
+from radapter_serve.server.config import free_ports
 from tests.gateway.test_gateway import ALIVE, BODY, HEAD
 from tests.helpers.asking import meanwhile
 from tests.helpers.fake_upstream import serving, until

@@ -30,8 +30,7 @@ from radapter_serve.encoders.loaded import load_release
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import CODES
 from radapter_serve.index.build import build
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints, free_ports
+from radapter_serve.server.config import Endpoints, ServerConfig, free_ports
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import meanwhile
 from tests.helpers.fake_upstream import until

@@ -12,8 +12,7 @@ import tritonclient.grpc as grpc
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.index import writer
 from radapter_serve.index.build import build
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, tensors
 from tests.helpers.small_release import photos_in, png

@@ -19,7 +19,7 @@ from PIL import Image
 from radapter_client import Client, InvalidRequest
 from radapter_serve.errors import RAdapterError, install_command
 from radapter_serve.playground import Settings, serving
-from radapter_serve.server.endpoints import free_ports
+from radapter_serve.server.config import free_ports
 from tests.helpers.stand_ins import Answers
 from tests.helpers.use_playground import chromium, use
 

@@ -27,8 +27,7 @@ from radapter_serve.release.config import (
 )
 from radapter_serve.release.integrity import SUMS, renew_sums, sums_of, verify
 from radapter_serve.release.repository import CONFIG, ENCODERS, MODELS, Served
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.small_release import seal
 

@@ -18,8 +18,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.config import ServedEncoder, encoders_of, parsed
 from radapter_serve.server import models
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.models import check_agreement, load_as_triton
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, tensor

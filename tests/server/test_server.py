@@ -20,8 +20,7 @@ from radapter_serve.cli.serve import keep_serving, main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import hold
 from radapter_serve.release.config import parsed
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.launch import (
     OUR_BACKENDS,
     Installation,

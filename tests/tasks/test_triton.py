@@ -34,8 +34,7 @@ from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import save_adapter
 from radapter_serve.encoders.loaded import complete, load_release
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.endpoints import Endpoints, free_ports
+from radapter_serve.server.config import Endpoints, ServerConfig, free_ports
 from radapter_serve.server.launch import shm_prefix
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import ClassifyRequest, classify
