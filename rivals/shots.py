@@ -215,7 +215,12 @@ def shots(
     for panel, head in zip(figure.subplots(1, 2), heads, strict=True):
         for name in known:
             middles = [middle(head, name, number) for number in numbers]
-            style = {"color": "grey", "linestyle": "--"} if name == ZERO_SHOT else {"marker": "o"}
+            # There are more methods than colours: those of R-Adapter have whole lines.
+            style = {"marker": "o", "linestyle": ":"}
+            if name == ZERO_SHOT:
+                style = {"color": "black", "linestyle": "--"}
+            elif name.startswith("R-Adapter"):
+                style = {"marker": "s"}
             width = 2.5 if "small" in name else 1.2
             panel.plot(numbers, middles, label=name, linewidth=width, **style)
         panel.set_xscale("log", base=2)
