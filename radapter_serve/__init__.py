@@ -6,13 +6,13 @@ alone does not import torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from radapter_serve.errors import RAdapterError, lazily
 
 if TYPE_CHECKING:
     from radapter_export.start import Export, export
     from radapter_serve.adapter import Adapter, Metadata, attach, fold, load_adapter, save_adapter
-    from radapter_serve.errors import RAdapterError
     from radapter_serve.evaluation.start import Evaluation, evaluate
     from radapter_serve.model import Model
     from radapter_serve.training.recipe import Run
@@ -36,29 +36,16 @@ __all__ = [
 ]
 __version__ = "1.0.0"
 
-# Module that defines each name.
-_HOME = {
-    "Adapter": "radapter_serve.adapter",
-    "Evaluation": "radapter_serve.evaluation.start",
-    "Export": "radapter_export.start",
-    "Metadata": "radapter_serve.adapter",
-    "Model": "radapter_serve.model",
-    "RAdapterError": "radapter_serve.errors",
-    "Run": "radapter_serve.training.recipe",
-    "attach": "radapter_serve.adapter",
-    "evaluate": "radapter_serve.evaluation.start",
-    "export": "radapter_export.start",
-    "fold": "radapter_serve.adapter",
-    "load_adapter": "radapter_serve.adapter",
-    "save_adapter": "radapter_serve.adapter",
-    "train": "radapter_serve.training.start",
-}
-
-
-def __getattr__(name: str) -> Any:
-    from radapter_serve.errors import one_line
-
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with one_line():
-        return getattr(importlib.import_module(_HOME[name]), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "radapter_export.start": ["Export", "export"],
+        "radapter_serve.adapter": [
+            *("Adapter", "Metadata", "attach", "fold", "load_adapter", "save_adapter"),
+        ],
+        "radapter_serve.evaluation.start": ["Evaluation", "evaluate"],
+        "radapter_serve.model": ["Model"],
+        "radapter_serve.training.recipe": ["Run"],
+        "radapter_serve.training.start": ["train"],
+    },
+)

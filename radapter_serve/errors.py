@@ -1,15 +1,16 @@
-"""The exception for wrong input, whose message says how to correct it; and the command that
-installs a missing library.
+"""The exception for wrong input, whose message says how to correct it; and libraries that may be
+missing: the command that installs one, and names that are imported on first use.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import reprlib
 import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -82,6 +83,19 @@ def one_line(extra: str | None = None) -> Iterator[None]:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         raise RAdapterError(f"{place}{error.strerror or reason(error)}") from error
+
+
+def lazily(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package, whose names are imported from their modules on first use."""
+
+    def find(name: str) -> Any:
+        for module, names in modules.items():
+            if name in names:
+                with one_line():
+                    return getattr(importlib.import_module(module), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
 
 
 @contextmanager

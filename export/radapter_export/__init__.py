@@ -7,8 +7,9 @@ a whole release.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from radapter_serve.errors import lazily
 
 if TYPE_CHECKING:
     from radapter_export.forms import write_merged
@@ -27,17 +28,13 @@ __all__ = [
     "export_release",
     "write_merged",
 ]
-_MODULES = {
-    "radapter_export.forms": ["write_merged"],
-    "radapter_export.release": ["Exported", "ExportedRelease", "export_release"],
-    "radapter_export.settings": ["ExportSettings"],
-    "radapter_export.start": ["Export", "export"],
-    "radapter_serve.release.agreement": ["Agreement"],
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "radapter_export.forms": ["write_merged"],
+        "radapter_export.release": ["Exported", "ExportedRelease", "export_release"],
+        "radapter_export.settings": ["ExportSettings"],
+        "radapter_export.start": ["Export", "export"],
+        "radapter_serve.release.agreement": ["Agreement"],
+    },
+)

@@ -6,8 +6,9 @@ The names below load on first use: `radapter_serve.training.loss` needs torch, b
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from radapter_serve.errors import lazily
 
 if TYPE_CHECKING:
     from radapter_serve.training.loss import gather_with_grad, mpm_nce, pairwise_sigmoid
@@ -27,20 +28,12 @@ __all__ = [
     "train",
 ]
 
-_HOME = {
-    "Average": ".setup",
-    "Recipe": ".recipe",
-    "Run": ".recipe",
-    "choose_form": ".setup",
-    "gather_with_grad": ".loss",
-    "load_recipe": ".recipe",
-    "mpm_nce": ".loss",
-    "pairwise_sigmoid": ".loss",
-    "train": ".start",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name], __name__), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "radapter_serve.training.loss": ["gather_with_grad", "mpm_nce", "pairwise_sigmoid"],
+        "radapter_serve.training.recipe": ["Recipe", "Run", "load_recipe"],
+        "radapter_serve.training.setup": ["Average", "choose_form"],
+        "radapter_serve.training.start": ["train"],
+    },
+)
