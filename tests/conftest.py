@@ -264,10 +264,9 @@ def sealed(repository: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[TritonServer]:
-    from radapter_serve.server.config import Endpoints, ServerConfig
-    from radapter_serve.server.triton_server import TritonServer
+    from tests.helpers.asking import tritonserver
 
-    with TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), timeout=120)) as server:
+    with tritonserver(repository) as server:
         yield server
 
 

@@ -25,7 +25,6 @@ from starlette.routing import Route
 import radapter_client
 import radapter_export
 import radapter_serve
-from radapter_serve import cli
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.gateway import app as gateway
 from radapter_serve.gateway.settings import Settings
@@ -81,22 +80,6 @@ def test_the_page_of_what_is_stable_names_it_all() -> None:
         assert re.findall(r"`(\w+)`", row) == list(package.__all__)
     [row] = re.findall(r"^\| `radapter_client` \| (.+) \|$", text, re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", row)) <= {*radapter_client.__all__}
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [(None, 0), (radapter_serve.RAdapterError("mend this"), 2), (KeyboardInterrupt(), 130)],
-)
-def test_the_page_of_what_is_stable_names_the_exit_statuses(
-    error: BaseException | None, status: int
-) -> None:
-    def work() -> None:
-        if error is not None:
-            raise error
-
-    text = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
-    assert cli.guard(work, [], prog="radapter-index") == status
-    assert re.search(rf"^\| {status} \| ", text, re.MULTILINE)
 
 
 def test_one_version_everywhere() -> None:

@@ -72,14 +72,9 @@ def test_every_form_answers_as_open_clip(
     with Model(source, **options) as model:
         found = model.embed_images(images) @ model.embed_texts(texts).T
         np.testing.assert_allclose(found, expected, atol=2e-6)
-        release = model.release()
-        assert release.alpha == pytest.approx(0.8)
-        scores = np.exp(release.logit_scale * expected.astype(np.float64))
-        scores /= scores.sum(axis=1, keepdims=True)
-        answers = model.classify(images, LABELS, templates=["a photo of a {}."], top_k=3)
-        for answer, row in zip(answers, scores, strict=True):
-            assert answer.labels == [LABELS[index] for index in np.argsort(-row)]
-            np.testing.assert_allclose(answer.scores, np.sort(row)[::-1], atol=1e-4)
+        assert model.release().alpha == pytest.approx(0.8)
+        answers = model.classify(images, LABELS, templates=["a photo of a {}."])
+        assert [one.top for one in answers] == [LABELS[row.argmax()] for row in expected]
 
 
 def test_a_base_alone_and_its_patches(tiny_clip_dir: str, exported_tiny_clip: Path) -> None:
@@ -190,14 +185,15 @@ def test_what_is_no_model_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_a_release_needs_no_torch(exported_tiny_clip: Path, tmp_path: Path) -> None:
+def test_a_release_needs_neither_torch_nor_grpc(exported_tiny_clip: Path, tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(png(0))
     code = (
         "import sys; from radapter_serve import Model\n"
         "with Model(sys.argv[1]) as model:\n"
         "    print(model.classify(sys.argv[2], ['cat', 'dog']).top)\n"
-        "heavy = {'torch', 'open_clip', 'transformers', 'matplotlib'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "heavy = {'torch', 'open_clip', 'transformers', 'matplotlib', 'pyarrow'}\n"
+        "heavy |= {'grpc', 'google.protobuf', 'tritonclient'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     command = [sys.executable, "-c", code, str(exported_tiny_clip / "model_repository")]
     done = subprocess.run(

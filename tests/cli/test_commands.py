@@ -81,15 +81,22 @@ def test_nothing_is_drawn_where_no_terminal_is(
     assert capsys.readouterr().err.split() == ["done"]
 
 
-def test_guard_turns_errors_into_a_line_and_a_status(capsys: pytest.CaptureFixture[str]) -> None:
+def test_guard_turns_errors_into_a_line_and_a_status_that_is_stable(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "stability.md").read_text(encoding="utf-8")
+
     def fails(error: BaseException) -> int:
         def call() -> None:
             raise error
 
         return guard(call, prog="radapter-x")
 
-    assert fails(RAdapterError("alpha is 2; allowed: 0 to 1")) == 2
-    assert fails(KeyboardInterrupt()) == 130
+    for error, status in (
+        (RAdapterError("alpha is 2; allowed: 0 to 1"), 2),
+        (KeyboardInterrupt(), 130),
+    ):
+        assert fails(error) == status and f"\n| {status} | " in page
     assert guard(lambda: 3, prog="radapter-x") == 3
     lines = ["radapter-x: error: alpha is 2; allowed: 0 to 1", "radapter-x: interrupted"]
     assert capsys.readouterr().err.splitlines() == lines

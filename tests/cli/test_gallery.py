@@ -12,7 +12,7 @@ from PIL import Image
 
 from radapter_client import Hit
 from radapter_serve.cli.gallery import page
-from tests.hostile.images import jpeg
+from tests.helpers.small_release import png
 
 EVIL = [
     "<script>alert(1)</script>.jpg",
@@ -59,7 +59,7 @@ def decoded(source: str | None) -> Image.Image:
 def test_page():
     about = {"path": "deep/a.jpg", "digest": "sha256:00", "author": "Zoë", "tags": ["a", "b"]}
     web = Hit("https://example.org/b.jpg", -0.5, {"url": "https://example.org"}, None)
-    hits = [Hit("deep/a.jpg", 0.28125, about, jpeg(8, 6)), web]
+    hits = [Hit("deep/a.jpg", 0.28125, about, png(3, 8, 6, "JPEG")), web]
     content = page(hits, "a red bicycle", None, {"index": "photos", "release": "3"})
     found = Page(content)
     for piece in ("a red bicycle", "index: photos · release: 3", "1. deep/a.jpg", "author", "Zoë"):
@@ -84,12 +84,9 @@ def test_page_of_an_image():
     palette = io.BytesIO()
     # A palette with transparency, which Pillow warns of.
     Image.new("P", (2000, 500)).save(palette, "PNG", transparency=b"\0\x80")
-    turned = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # by 90 degrees
-    Image.new("RGB", (80, 40)).save(turned, "JPEG", exif=exif)
-    for file, size in ((palette, (320, 80)), (turned, (40, 80))):
-        found = Page(page([], "query.png", file.getvalue(), {}))
+    turned = png(0, 80, 40, "JPEG", turn=6)
+    for file, size in ((palette.getvalue(), (320, 80)), (turned, (40, 80))):
+        found = Page(page([], "query.png", file, {}))
         assert decoded(found.all("img")[0]["src"]).size == size
         assert "Nothing was found." in found.text
 

@@ -4,7 +4,6 @@ shares.
 
 from __future__ import annotations
 
-import io
 import logging
 import shutil
 from collections.abc import Iterator
@@ -12,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pandas as pd
 import pytest
 from huggingface_hub import constants
-from PIL import Image
 
 from radapter_client._images import SUFFIXES as OF_THE_CLIENT
 from radapter_serve.clip.base import load_base
@@ -31,13 +28,7 @@ from radapter_serve.index.collection import open_collection
 from radapter_serve.sources import unreachable
 from radapter_serve.training import Recipe
 from radapter_serve.training.tasks import open_run
-
-
-def encoded(format: str, size: tuple[int, int] = (90, 70)) -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format)
-    return file.getvalue()
+from tests.helpers.small_release import png
 
 
 @pytest.fixture
@@ -47,7 +38,7 @@ def photos(tmp_path: Path) -> Path:
         folder = tmp_path / "photos" / name
         folder.mkdir(parents=True)
         for number in range(8):
-            (folder / f"{number}.jpg").write_bytes(encoded("JPEG"))
+            (folder / f"{number}.jpg").write_bytes(png(kind="JPEG"))
         (folder / "notes.txt").write_text("none")
         (folder / ".hidden.jpg").write_bytes(b"")
     return tmp_path / "photos"
@@ -60,7 +51,7 @@ def problems(recipe: Recipe) -> str:
 
 
 def test_a_folder_is_listed_as_the_library_of_data_sets_lists_it(photos: Path) -> None:
-    (photos / "cat" / "train_3.jpg").write_bytes(encoded("JPEG"))
+    (photos / "cat" / "train_3.jpg").write_bytes(png(kind="JPEG"))
     theirs = datasets.load_dataset(
         "imagefolder", data_files={"train": [f"{photos}/**"]}, split="train"
     )
@@ -74,7 +65,7 @@ def test_a_folder_is_listed_as_the_library_of_data_sets_lists_it(photos: Path) -
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_check_refuses_what_decoding_refuses(format: str) -> None:
-    whole = encoded(format)
+    whole = png(0, 90, 70, format)
     verify(whole)
     for data in (whole[: int(0.9 * len(whole))], b""):
         whys = []
@@ -86,7 +77,7 @@ def test_a_check_refuses_what_decoding_refuses(format: str) -> None:
 
 
 def test_other_formats_are_left_out_and_named_the_same_way_everywhere(photos: Path) -> None:
-    (photos / "cat" / "other.gif").write_bytes(encoded("GIF"))
+    (photos / "cat" / "other.gif").write_bytes(png(kind="GIF"))
     data = f"imagefolder:{photos}"
     labelled = load_labelled(DataSource(data))
     collection = open_collection(str(photos))
@@ -94,7 +85,7 @@ def test_other_formats_are_left_out_and_named_the_same_way_everywhere(photos: Pa
     assert labelled.left_out == collection.left_out == {".txt": 3, ".gif": 1}
     (note,) = open_run(Recipe(data=data)).notes
     assert "left out 3 .txt, 1 .gif; images are .jpg, .jpeg, .png, .webp" in note
-    (photos / "cat" / "3.jpg").write_bytes(encoded("GIF"))
+    (photos / "cat" / "3.jpg").write_bytes(png(kind="GIF"))
     assert "cat/3.jpg can't be read: GIF files are not read; mend" in problems(Recipe(data=data))
     assert set(OF_THE_CLIENT) == set(SUFFIXES)
 

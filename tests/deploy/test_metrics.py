@@ -75,17 +75,11 @@ def test_alerts_name_codes_that_there_are() -> None:
 def test_metrics_and_probes_of_a_server(tmp_path: Path) -> None:
     import tritonclient.grpc
 
-    from radapter_serve.server.config import Endpoints, ServerConfig
-    from radapter_serve.server.triton_server import TritonServer
-    from tests.helpers.asking import connect, tensors
+    from tests.helpers.asking import connect, tensors, tritonserver
     from tests.helpers.small_release import write_release
 
     write_release(tmp_path / "models", 3, seed=1)
-    config = ServerConfig(tmp_path / "models", Endpoints.on_free_ports())
-    with (
-        TritonServer(config) as server,
-        connect(server) as client,
-    ):
+    with tritonserver(tmp_path / "models") as server, connect(server) as client:
         client.infer("embed_text", tensors(text=[["a cat"]]))
         with pytest.raises(tritonclient.grpc.InferenceServerException):
             client.infer("classify", tensors(image=[["no image"]], labels=[["a cat"]]))

@@ -4,7 +4,6 @@ what they need is encoded together, and an error is its own task's alone.
 
 from __future__ import annotations
 
-import io
 import itertools
 import weakref
 from pathlib import Path
@@ -40,15 +39,11 @@ from tests.helpers.small_release import SIZE, Local, png, together
 
 
 def test_a_copy_turns_images_or_leaves_them(local: Local) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
-    file = io.BytesIO()
-    image = Image.open(io.BytesIO(png(3, SIZE, SIZE)))
-    image.save(file, "JPEG", exif=exif)
-    upright = local.loaded.pixels(file.getvalue())
+    photo = png(3, SIZE, SIZE, "JPEG", turn=6)
+    upright = local.loaded.pixels(photo)
     as_it_is = local.loaded.turned(False)
-    np.testing.assert_array_equal(np.rot90(as_it_is.pixels(file.getvalue()), -1), upright)
-    np.testing.assert_array_equal(local.loaded.pixels(file.getvalue()), upright)
+    np.testing.assert_array_equal(np.rot90(as_it_is.pixels(photo), -1), upright)
+    np.testing.assert_array_equal(local.loaded.pixels(photo), upright)
     as_it_is.close()
 
 

@@ -13,8 +13,7 @@ from radapter_client import Client, RAdapterClientError
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.index.build import build
-from radapter_serve.server.config import Endpoints, ServerConfig
-from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.asking import tritonserver
 from tests.helpers.small_release import photos_in, png
 
 pytestmark = pytest.mark.triton
@@ -89,9 +88,8 @@ def both(
     folder = tmp_path_factory.mktemp("both")
     indexes = folder / "indexes"
     build(photos_in(folder / "photos", 8), indexes / "photos", load_release(repository))
-    config = ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)
     with (
-        TritonServer(config) as server,
+        tritonserver(repository, indexes=indexes) as server,
         Client(server.grpc_url) as served,
         Engine.open(repository, indexes=indexes) as engine,
         Client(transport=engine) as here,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -257,15 +255,3 @@ def test_a_request_takes_the_way_that_the_page_describes(repository: Path, tmp_p
     model.classify(tmp_path / "cat.jpg", ["a bird"])
     labels = ["a cat", "a dog"]
     check_walk("Follow one request", lambda: model.classify(tmp_path / "cat.jpg", labels))
-
-
-@pytest.mark.slow
-def test_a_model_needs_neither_grpc_nor_protobuf(repository: Path) -> None:
-    code = (
-        "import sys; from radapter_serve import Model;"
-        f"Model({str(repository)!r}).embed_texts(['a cat']);"
-        "heavy = ('grpc', 'google.protobuf', 'tritonclient', 'pyarrow', 'torch');"
-        "print([name for name in heavy if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -21,7 +21,6 @@ from tests.helpers.shared import shared
 
 ALPHAS = (0.3, 0.8)
 CLASSES = ("cat", "dog", "guinea pig", "horse", "old wall")
-ANIMALS = "cat, kitty\ndog\n# a comment\n\nguinea pig\n"
 GRAPHS = ("image_encoder", "patch_encoder", "text_encoder")
 
 Export = Callable[..., list[ExportedRelease]]
@@ -42,13 +41,6 @@ def adapter_path(
     save_adapter(
         random_adapter(scale=0.05, templates=["a photo of a {}.", "a drawing of a {}."]), path
     )
-    return path
-
-
-@pytest.fixture(scope="session")
-def labels_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("labels") / "animals.txt"
-    path.write_text(ANIMALS, encoding="utf-8")
     return path
 
 
@@ -89,9 +81,10 @@ def exported_once(common: Path, name: str, adapter: Any, alphas: Any, **settings
 
 
 @pytest.fixture(scope="session")
-def exported(common: Path, adapter_path: Path, labels_path: Path) -> Exported:
+def exported(common: Path, adapter_path: Path, tmp_path_factory: Any) -> Exported:
     """The adapter at two α, with patches and a label set."""
-    sets = {"animals": labels_path}
+    sets = {"animals": tmp_path_factory.mktemp("labels") / "animals.txt"}
+    sets["animals"].write_text("cat, kitty\ndog\n# a comment\n\nguinea pig\n", encoding="utf-8")
     return exported_once(common, "two", adapter_path, ALPHAS, label_sets=sets, dense="naclip")
 
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import open_clip
 import pytest
 import torch
 import transformers
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from radapter_export import export as export_function
 from radapter_serve.clip.base import Base
-from radapter_serve.encoders.loaded import load_release
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release
 from tests.export.conftest import GRAPHS, Exported, exported_once
@@ -44,31 +40,15 @@ def line(
 
 
 def test_a_checkpoint_becomes_releases_on_its_line(
-    line: Exported, tuned: dict[str, Tensor], tiny_base: Base, tiny_clip_dir: str, tmp_path: Path
+    line: Exported, tuned: dict[str, Tensor], tiny_base: Base, tiny_clip_dir: str
 ) -> None:
     folder, releases = line
     base = tiny_base.model.state_dict()
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    image.save(tmp_path / "photo.png")
-    texts = ["a cat", "two dogs"]
     for number, alpha in enumerate((0.5, 1.0), 1):
         merged = releases[number - 1].merged
         for name, tensor in load_file(merged / "open_clip_model.safetensors").items():
             # as WiSE-FT computes it
             assert torch.equal(tensor, (1 - alpha) * base[name] + alpha * tuned[name])
-        # open_clip's own pipeline gives the embeddings that the release gives.
-        model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
-        encode: Any = model.eval()
-        with torch.no_grad():
-            prepared: Any = transform(image)  # type: ignore[operator]
-            expected = encode.encode_image(prepared[None], normalize=True)
-            tokens = open_clip.get_tokenizer(f"local-dir:{merged}")(texts)
-            expected_texts = encode.encode_text(tokens, normalize=True)
-        loaded = load_release(folder / "repository", number)
-        served = loaded.pixels((tmp_path / "photo.png").read_bytes())
-        np.testing.assert_allclose(loaded.embed_pixels([served]), expected, atol=1e-4)
-        np.testing.assert_allclose(loaded.embed_texts(texts), expected_texts, atol=1e-4)
         verify(folder / "repository", number)
     facts = Release.load(folder / "repository" / "classify" / "1")
     assert facts.made_of is not None

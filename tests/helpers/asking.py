@@ -1,4 +1,4 @@
-"""How tests ask a served model: tensors over gRPC, and callers who ask all the time."""
+"""How tests start and ask a served model: tensors over gRPC, and callers who ask all the time."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tritonclient.grpc as grpc
 from tritonclient.utils import np_to_triton_dtype
 
+from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.triton_server import TritonServer
+
+
+def tritonserver(repository: Path, **settings: Any) -> TritonServer:
+    """A server of a repository on free ports, which is not started yet."""
+    return TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), **settings))
 
 
 def connect(server: TritonServer) -> grpc.InferenceServerClient:

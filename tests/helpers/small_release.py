@@ -221,10 +221,15 @@ def photos_in(folder: Path, count: int = 4, width: int = 30, height: int = 20) -
     return str(folder)
 
 
-def png(seed: int = 0, width: int = 30, height: int = 20, kind: str = "PNG") -> bytes:
+def png(
+    seed: int = 0, width: int = 30, height: int = 20, kind: str = "PNG", turn: int = 1
+) -> bytes:
+    """An image of random pixels; `turn` is its orientation by EXIF."""
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, kind)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(pixels).save(file, kind, exif=exif if turn != 1 else b"")
     return file.getvalue()
 
 

@@ -30,9 +30,8 @@ from radapter_serve.encoders.loaded import load_release
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import CODES
 from radapter_serve.index.build import build
-from radapter_serve.server.config import Endpoints, ServerConfig, free_ports
-from radapter_serve.server.triton_server import TritonServer
-from tests.helpers.asking import meanwhile
+from radapter_serve.server.config import free_ports
+from tests.helpers.asking import meanwhile, tritonserver
 from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import start
 from tests.helpers.small_release import photos_in, write_release
@@ -216,8 +215,7 @@ def world(folder: Path, engine: str) -> Iterator[tuple[Address, psutil.Process]]
     with contextlib.ExitStack() as stack:
         server = None
         if engine == "triton":
-            config = ServerConfig(models, Endpoints.on_free_ports(), indexes=indexes)
-            server = stack.enter_context(TritonServer(config))
+            server = stack.enter_context(tritonserver(models, indexes=indexes))
             url = server.grpc_url.removeprefix("grpc://")
             process = start(Settings(port=address[1], server=url, api_keys=keys, timeout=TIMEOUT))
         else:

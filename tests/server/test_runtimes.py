@@ -18,10 +18,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.config import ServedEncoder, encoders_of, parsed
 from radapter_serve.server import models
-from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.models import check_agreement, load_as_triton
-from radapter_serve.server.triton_server import TritonServer
-from tests.helpers.asking import connect, tensor
+from tests.helpers.asking import connect, tensor, tritonserver
 from tests.helpers.small_release import Local, png, seal
 
 
@@ -58,8 +56,7 @@ def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
 
 def start(repository, runtime=None):
     seal(repository, 1, 2)
-    config = ServerConfig(repository, Endpoints.on_free_ports(), runtime=runtime)
-    TritonServer(config).start()
+    tritonserver(repository, runtime=runtime).start()
 
 
 def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
@@ -110,7 +107,7 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(own):
     (own / "other" / "config.pbtxt").write_text('backend: "python"')
     (own / "other" / "1").mkdir()
     with pytest.raises(RAdapterError, match="holds no encoder of radapter-export; leave --runtime"):
-        TritonServer(ServerConfig(own, Endpoints.on_free_ports(), runtime="auto")).start()
+        tritonserver(own, runtime="auto").start()
 
 
 def test_auto_takes_the_first_that_is_there_and_agrees(own, monkeypatch):
@@ -134,15 +131,10 @@ def test_auto_takes_the_first_that_is_there_and_agrees(own, monkeypatch):
 
 @pytest.mark.triton
 def test_the_same_answers_by_openvino_in_any_version(repository, tmp_path):
-    for name in (
-        "image_encoder",
-        "text_encoder",
-        "embed_image",
-    ):  # without `classify`, which has the releases
+    # Without `classify`, which has the releases.
+    for name in ("image_encoder", "text_encoder", "embed_image"):
         (tmp_path / name).symlink_to(repository / name)
-    server = TritonServer(
-        ServerConfig(tmp_path, Endpoints.on_free_ports(), runtime="openvino", threads=2)
-    )
+    server = tritonserver(tmp_path, runtime="openvino", threads=2)
     with server, connect(server) as client:
         for name in ("image_encoder", "text_encoder"):
             config = client.get_model_config(name, as_json=True)["config"]

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
@@ -33,11 +32,7 @@ from radapter_serve.server.launch import (
 )
 from radapter_serve.server.models import ModelEntry, check_shared_memory
 from radapter_serve.server.triton_server import TritonServer
-
-
-def local(repository: Path, **settings: Any) -> ServerConfig:
-    """The settings of a server that only this machine reaches."""
-    return ServerConfig(repository, Endpoints.on_free_ports(), **settings)
+from tests.helpers.asking import tritonserver
 
 
 @pytest.mark.parametrize(
@@ -74,7 +69,7 @@ def test_the_handlers_of_signals_are_as_before_after_the_command(repository, usu
     before = signal.signal(signal.SIGTERM, usual)
     try:
         with contextlib.suppress(SystemExit, RAdapterError):
-            keep_serving(TritonServer(local(repository)))
+            keep_serving(tritonserver(repository))
         assert signal.getsignal(signal.SIGTERM) == usual
         assert (seen == [signal.SIG_IGN]) == (usual == signal.SIG_IGN)
     finally:
@@ -223,7 +218,7 @@ def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(
         def sleep(self, seconds: float, /) -> None:
             time.sleep(0.01)
 
-    config = local(repository, timeout=60)
+    config = ServerConfig(repository, Endpoints.on_free_ports(), timeout=60)
     server = TritonServer(config, installation=Installation(program, OUR_BACKENDS), clock=Clock())
     with pytest.raises(RAdapterError, match=f"tritonserver {message}"):
         server.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +117,3 @@ def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
     assert len(local.calls) <= 2
     fresh = embed(with_cache(local), labels)
     np.testing.assert_allclose(found.embeds, fresh.embeds, atol=1e-6)
-
-
-def test_threads_share_a_cache(local):
-    loaded = with_cache(local)
-    lists = [[f"thing {number + index}" for index in range(20)] for number in range(0, 400, 10)]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda words: embed(loaded, words), lists * 2))
-    for words, one in zip(lists * 2, found, strict=True):
-        expected = embed(local.loaded, words)
-        np.testing.assert_allclose(one.embeds, expected.embeds, atol=1e-6)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radapter_serve.contract.errors import TaskError, request_alpha
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.labels import Examples
 from radapter_serve.encoders.loaded import complete
 from radapter_serve.index.build import add, build
@@ -23,24 +23,10 @@ from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from radapter_serve.tasks.table import MAX_ENCODED, TASKS
 from tests.helpers.projection import Searching, projecting
-from tests.helpers.small_release import Local, png, together
+from tests.helpers.small_release import Local, photos_in, png, together
 
 SHOWN = tuple(png(seed, 4, 4) for seed in range(50, 70))
 NAMES = ("red, scarlet", "blue")
-
-
-def test_the_alpha_of_a_request() -> None:
-    for alpha in (None, 0.3, float(np.float32(0.3))):
-        assert request_alpha(alpha, 0.3, dynamic=False) is None
-        assert request_alpha(alpha, 0.3, dynamic=True) == float(np.float32(0.3))
-    assert [request_alpha(one, 0.3, dynamic=True) for one in (0, 0.5, 1)] == [0, 0.5, 1]
-    with pytest.raises(TaskError, match="exported at alpha 0.3; radapter-export --alpha dynamic"):
-        request_alpha(0.5, 0.3, dynamic=False)
-    for wrong in (-0.1, 1.01, float("nan"), float("inf")):
-        with pytest.raises(
-            TaskError, match=r"^\[invalid_argument\] alpha is .*; allowed: 0 .* to 1"
-        ):
-            request_alpha(wrong, 0.3, dynamic=wrong < 1)
 
 
 class Turned:
@@ -167,10 +153,7 @@ def test_segment_takes_every_encoder_at_one_alpha(turned: Turned) -> None:
 
 def test_an_index_belongs_to_one_alpha(tmp_path: Path) -> None:
     indexes = tmp_path / "indexes"
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for number in range(4):
-        (photos / f"{number}.png").write_bytes(png(number))
+    photos = photos_in(tmp_path / "photos")
     dynamic = projecting(indexes, dynamic_alpha=True, alpha=0.5)
     alphas: list[np.ndarray] = []
     tokens = dynamic.encoder.tokens
@@ -180,7 +163,7 @@ def test_an_index_belongs_to_one_alpha(tmp_path: Path) -> None:
         return tokens(values)
 
     dynamic.encoder.tokens = note  # type: ignore[method-assign,assignment]
-    build(str(photos), indexes / "photos", dynamic.at(0.8))
+    build(photos, indexes / "photos", dynamic.at(0.8))
     assert open_index(indexes / "photos").facts.plan.release.alpha == 0.8
     assert add(indexes / "photos", dynamic).kept == 4  # whose own α is 0.5
     request = RetrieveRequest("photos", Query(["1"]))

@@ -23,12 +23,11 @@ from radapter_serve.contract.errors import (
     UNKNOWN_INDEX,
     TaskError,
 )
-from radapter_serve.encoders.loaded import complete
 from radapter_serve.index import index as opened
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import index_names
 from radapter_serve.index.index import Indexes, open_index
-from radapter_serve.tasks.retrieve import MAX_PARTS, Query, RetrieveRequest, retrieve
+from radapter_serve.tasks.retrieve import MAX_PARTS, Query, RetrieveRequest
 from tests.helpers.indexes import generation
 from tests.helpers.projection import DIM, TEXTS, Searching, embeds_of, projecting
 from tests.index.test_index import write
@@ -136,16 +135,6 @@ def test_refusals(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
             other(RetrieveRequest("photos", A))
         assert error.value.code == INDEX_MISMATCH and str(tmp_path) not in str(error.value)
     assert capsys.readouterr().err.count("the index 'photos'") == 1
-
-
-def test_an_index_is_searched_by_the_release_that_made_it(photos: Path, tmp_path: Path) -> None:
-    build(str(photos), tmp_path / "indexes" / "photos", projecting(alpha=0.9))
-    older = projecting(alpha=0.9, texts=TEXTS[::-1])
-    indexes = Indexes(projecting(tmp_path / "indexes"), lambda: [projecting(alpha=0.1), older])
-    found = complete(retrieve(indexes, RetrieveRequest("photos", Query(["3"])))).hits
-    embeds = embeds_of([photos / hit.id for hit in found])
-    np.testing.assert_allclose([hit.score for hit in found], embeds @ TEXTS[-4], atol=1e-6)
-    assert indexes.get("photos")[1] is older
 
 
 def test_a_storage_that_does_not_answer_does_not_keep_a_server_from_being_ready(

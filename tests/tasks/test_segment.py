@@ -5,7 +5,6 @@ known beforehand; and the task `segment`: what a request may hold, and whose lab
 from __future__ import annotations
 
 import io
-import itertools
 import tracemalloc
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.functional import interpolate, pad
 
@@ -36,7 +33,6 @@ from radapter_serve.tasks.dense import (
     encode_windows,
     refine,
     segment_densely,
-    window_starts,
 )
 from radapter_serve.tasks.embed import Labels, embed_labels
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment, segment_proposals
@@ -217,21 +213,6 @@ def test_embeddings_that_are_not_finite_are_an_error():
         made.dense(image(40, 30), embeds(3))
     with pytest.raises(TaskError, match=r"\[encoder_failed\] .* not finite"):
         made.from_proposals(image(20, 20), colour_labels(), np.full((1, 20, 20), 255, np.uint8))
-
-
-@given(
-    st.integers(1, 40).flatmap(
-        lambda window: st.tuples(st.integers(window, 300), st.just(window), st.integers(1, window))
-    )
-)
-def test_windows_cover_every_pixel(case):
-    length, window, stride = case
-    starts = window_starts(length, window, stride)
-    covered = {pixel for start in starts for pixel in range(start, start + window)}
-    assert covered == set(range(length))
-    assert starts == sorted(set(starts))
-    assert all(second - first <= stride for first, second in itertools.pairwise(starts))
-    assert len(starts) == -(-(length - window) // stride) + 1  # no window more than needed
 
 
 def torch_pamr(maps: torch.Tensor, pixels: np.ndarray, steps: int) -> torch.Tensor:
@@ -522,11 +503,8 @@ def test_what_asks_for_too_much_is_refused_before_anything_is_done(
 
 
 def test_proposals_fit_a_photo_that_is_turned(local):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    file = io.BytesIO()
-    Image.open(io.BytesIO(png(3))).save(file, "JPEG", exif=exif)
-    found = ask(local.loaded, file.getvalue(), **sized(1, 30, 20))
+    photo = png(3, kind="JPEG", turn=6)
+    found = ask(local.loaded, photo, **sized(1, 30, 20))
     assert found.mask.shape == (30, 20)
     with pytest.raises(TaskError, match=r"proposals are uint8 \[1, 20, 30\]; .* 30, 20\]"):
-        ask(local.loaded, file.getvalue(), **sized(1, 20, 30))
+        ask(local.loaded, photo, **sized(1, 20, 30))

@@ -11,8 +11,6 @@ import pytest
 
 from radapter_client import Client, ServerError
 from radapter_client.tensors import NUMPY
-from radapter_serve.contract.errors import TaskError
-from radapter_serve.tasks.embed import EmbedTextsRequest
 from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.small_release import Local, png
 from tests.helpers.stand_ins import Recorder
@@ -94,13 +92,3 @@ def test_a_client_in_the_process_asks_what_its_tensors_would_ask(local: Local) -
         typed = task.request(dict(request.values), request.outputs.__contains__)
         [read] = task.read(local.loaded, dict(request.inputs), request.outputs.__contains__)
         assert type(typed) is type(read) and facts(typed) == facts(read)
-
-
-def test_texts_come_as_bytes_or_as_text(local: Local) -> None:
-    task = TASKS["embed_text"]
-    for text in ("Ölkäfer", "Ölkäfer".encode()):
-        inputs = {"text": np.array([[text]], object)}
-        [request] = task.read(local.loaded, inputs, lambda name: True)
-        assert request == EmbedTextsRequest(("Ölkäfer",))
-    with pytest.raises(TaskError, match=r"^\[invalid_argument\] a text is not UTF-8"):
-        task.read(local.loaded, {"text": np.array([[b"\xff"]], object)}, lambda name: True)

@@ -1,11 +1,10 @@
-"""The tasks on a real tritonserver: against the same tasks in this process, and against torch. That
-all answers are those of the engine, tests/engine/test_as_served.py shows.
+"""The tasks on a real tritonserver: callers who leave, the α of each request, and what is served.
+That all answers are those of the engine, tests/engine/test_as_served.py shows.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import os
 import shutil
@@ -19,19 +18,13 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import open_clip
 import psutil
 import pytest
-import torch
-from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from radapter_client import Client
-from radapter_export import ExportSettings, export_release
-from radapter_serve.adapter import save_adapter
 from radapter_serve.encoders.loaded import complete, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.config import Endpoints, ServerConfig, free_ports
@@ -39,19 +32,11 @@ from radapter_serve.server.launch import shm_prefix
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import ClassifyRequest, classify
 from radapter_serve.tasks.embed import Labels
-from tests.helpers.asking import connect, tensor, tensors
-from tests.helpers.small_models import make_base, random_adapter
+from tests.helpers.asking import connect, tensor, tensors, tritonserver
 from tests.helpers.small_release import png
 
 pytestmark = pytest.mark.triton
 CATS = ["cat, kitty", "dog", "bird"]
-
-
-@contextlib.contextmanager
-def running(repository: Path, **options: Any) -> Iterator[TritonServer]:
-    config = ServerConfig(repository, Endpoints.on_free_ports(), timeout=120, **options)
-    with TritonServer(config) as server:
-        yield server
 
 
 @pytest.fixture
@@ -96,42 +81,10 @@ def test_a_request_may_say_how_long_its_caller_waits(client):
         client.infer("embed_image", inputs, timeout=1)
 
 
-# Exports against torch
+# α
 
 
 LABELS = ["cat", "a dog in the SNOW", "don't know", "猫"]
-
-
-@torch.no_grad()
-def test_served_equals_open_clip(tmp_path: Path) -> None:
-    """By the merged checkpoint's transform, tokenizer and model: of a SigLIP, which has squashed
-    images, texts of one length, and sigmoids with a bias.
-    """
-    save_adapter(
-        random_adapter(make_base("siglip", tmp_path / "base")), tmp_path / "adapter.safetensors"
-    )
-    settings = ExportSettings(
-        model_repository=tmp_path / "model_repository", merged=tmp_path / "merged"
-    )
-    export_release(tmp_path, [0.7], settings)
-    [checkpoint] = {path.parent for path in tmp_path.glob("merged/**/open_clip_config.json")}
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{checkpoint}")
-    model.eval()
-    images = [png(0, 50, 41), png(1, 33, 90, kind="JPEG"), png(2, 20, 20, kind="WEBP")]
-    pixels = torch.stack([transform(Image.open(io.BytesIO(image))) for image in images])
-    image_embeds = model.encode_image(pixels, normalize=True)
-    prompts = [f"a photo of a {label}." for label in LABELS]
-    tokens = open_clip.get_tokenizer(f"local-dir:{checkpoint}")(prompts)
-    text_embeds = model.encode_text(tokens, normalize=True)
-    logits = model.logit_scale.exp() * image_embeds @ text_embeds.T
-    scores = (logits + model.logit_bias).sigmoid().numpy()
-    with running(tmp_path / "model_repository") as server, Client(server.grpc_url) as client:
-        np.testing.assert_allclose(client.embed_images(images), image_embeds, atol=1e-5)
-        np.testing.assert_allclose(client.embed_texts(prompts), text_embeds, atol=1e-5)
-        for row, found in zip(scores, client.classify(images, LABELS), strict=True):
-            best = np.argsort(-row)
-            assert list(found.labels) == [LABELS[index] for index in best]
-            np.testing.assert_allclose(found.scores, row[best], rtol=1e-3)
 
 
 def test_a_release_of_any_alpha_answers_as_those_with_it_folded_in(
@@ -148,7 +101,7 @@ def test_a_release_of_any_alpha_answers_as_those_with_it_folded_in(
         assert found.labels == expected.labels
         assert found.scores == pytest.approx(expected.scores.tolist(), rel=1e-3)
 
-    with running(dynamic_tiny_clip) as server, Client(server.grpc_url, batch_size=3) as client:
+    with tritonserver(dynamic_tiny_clip) as server, Client(server.grpc_url, batch_size=3) as client:
         assert (client.release().alpha, client.release().dynamic_alpha) == (0.5, True)
         for alpha, release in fixed.items():
             pixels = release.embed_pixels([release.pixels(image) for image in images])
@@ -210,10 +163,10 @@ def test_code_in_the_folder_where_the_server_is_started_is_never_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f".:{os.environ['PATH']}")
     monkeypatch.setenv("LD_LIBRARY_PATH", f".:{os.environ.get('LD_LIBRARY_PATH', '')}")
-    with running(Path("repository")) as server, Client(server.grpc_url) as client:
+    with tritonserver(Path("repository")) as server, Client(server.grpc_url) as client:
         assert len(client.embed_images([png(0)])) == 1
-        triton = psutil.Process(server.pid)
-        folders = {process.cwd() for process in (triton, *triton.children())}
+        process = psutil.Process(server.pid)
+        folders = {one.cwd() for one in (process, *process.children())}
         assert folders == {str(server.folder)}
     assert not (tmp_path / "evil").exists()
 
