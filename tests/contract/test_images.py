@@ -24,12 +24,7 @@ from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from tests.data.test_orientation import STORED
 from tests.helpers.small_release import png, png_header
 from tests.hostile import images
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+from tests.hostile.images import saved
 
 
 def test_decode_takes_bytes_base64_and_data_uri():
@@ -66,7 +61,7 @@ def test_images_are_turned_by_their_exif_orientation_but_where_the_release_says_
     ),
 )
 def test_broken_exif_leaves_an_image_as_it_is(exif, head):
-    data = encoded(Image.new("RGB", (8, 8)), "JPEG", exif=head + exif)
+    data = saved(Image.new("RGB", (8, 8)), "JPEG", exif=head + exif)
     assert decode(data).size == (8, 8)
 
 
@@ -88,7 +83,7 @@ def test_of_16_bits_of_gray_the_upper_8_are_kept():
         [[0, 255, 256, 257, 511, 512, 32_767, 32_768, 65_279, 65_280, 65_534, 65_535]]
     )
     expected = [[0, 0, 1, 1, 1, 2, 127, 128, 254, 255, 255, 255]]
-    gray = encoded(Image.fromarray(values.astype(np.uint16)), "PNG")
+    gray = saved(Image.fromarray(values.astype(np.uint16)), "PNG")
     np.testing.assert_array_equal(np.asarray(decode(gray)), expected)
     # The same values as colours, of which Pillow keeps the upper 8 bits itself.
     line = b"\0" + np.repeat(values, 3).astype(">u2").tobytes()
@@ -118,7 +113,7 @@ def test_a_thin_image_is_refused_before_it_is_blown_up():
 
 def with_scans(count: int) -> bytes:
     """A progressive JPEG whose last scan stands there again and again, up to so many scans."""
-    data = encoded(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
+    data = saved(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
     last = data[data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda")) : -2]
     return data[:-2] + last * (count - data.count(b"\xff\xda")) + data[-2:]
 
@@ -135,14 +130,14 @@ def test_a_jpeg_of_many_scans_is_refused():
     with pytest.raises(TaskError, match=r"\[image_too_large\] the JPEG has 258 scans"):
         decode(images.hidden_scans(1))
     # Scans of a preview, and those behind the end, are none.
-    data = encoded(Image.new("RGB", (64, 64)), "JPEG")
+    data = saved(Image.new("RGB", (64, 64)), "JPEG")
     many = b"\xff\xda" * 500
     preview = b"\xff\xe1" + (len(many) + 2).to_bytes(2, "big") + many
     assert decode(data[:2] + preview + data[2:] + many).size == (64, 64)
 
 
 def test_a_file_that_is_too_long_is_refused():
-    data = encoded(Image.new("RGB", (64, 64)), "PNG").ljust(64 * 2**20, b"\0")
+    data = saved(Image.new("RGB", (64, 64)), "PNG").ljust(64 * 2**20, b"\0")
     assert decode(data).size == (64, 64)
     with pytest.raises(TaskError, match=r"\[image_too_large\] the image has 67108865 bytes"):
         decode(data + b"\0")
@@ -208,7 +203,7 @@ def test_a_few_have_turns_at_once_in_their_order_and_too_many_are_refused(
 def test_what_takes_more_memory_to_decode_may_have_fewer_pixels(
     pixel_bytes: int, mode: str, kind: str, progressive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = encoded(Image.new(mode, (40, 30)), kind, progressive=progressive)
+    data = saved(Image.new(mode, (40, 30)), kind, progressive=progressive)
     assert read_header(data).memory == 1200 * pixel_bytes
     monkeypatch.setattr(module, "MAX_MEMORY", 1200 * pixel_bytes)
     assert decode(data).size == (40, 30)
@@ -227,7 +222,7 @@ def test_jpegs_that_are_more_than_they_seem() -> None:
     assert read_header(data).memory == 64 * 48 * 8
     # A photo of two pictures.
     picture = Image.new("RGB", (64, 64))
-    data = encoded(picture, "MPO", save_all=True, append_images=[picture], progressive=True)
+    data = saved(picture, "MPO", save_all=True, append_images=[picture], progressive=True)
     end = data.index(b"\xff\xd9")
     last = data[data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda", 0, end)) : end]
     with pytest.raises(TaskError, match=r"\[image_too_large\] the JPEG has \d+ scans"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 
 from radapter_serve.contract import images
-from tests.hostile.images import png_of
+from tests.hostile.images import png_of, saved
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,16 +45,12 @@ def photo(side: int, kind: str, mode: str = "RGB", turned: bool = False, **optio
         exif = Image.Exif()
         exif[ORIENTATION] = 6
         options["exif"] = exif
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+    return saved(image, kind, **options)
 
 
 def animation(side: int) -> bytes:
     first, second = (Image.new("RGB", (side, side), colour) for colour in ("red", "blue"))
-    file = io.BytesIO()
-    first.save(file, "WEBP", save_all=True, append_images=[second], method=0)
-    return file.getvalue()
+    return saved(first, "WEBP", save_all=True, append_images=[second], method=0)
 
 
 KINDS: dict[str, Any] = {

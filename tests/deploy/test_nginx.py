@@ -5,18 +5,15 @@ nothing else.
 from __future__ import annotations
 
 import http.client
-import http.server
 import shutil
 import socket
 import ssl
 import subprocess
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -24,6 +21,8 @@ import trustme
 
 from radapter_serve.server.config import free_ports
 from tests.deploy.files import DEPLOY
+from tests.helpers.answering import Answer, answering
+from tests.helpers.fake_upstream import until
 
 crossplane = pytest.importorskip("crossplane", reason="pip install -e '.[integrations]'")
 pytestmark = pytest.mark.integration
@@ -37,25 +36,10 @@ def test_it_parses() -> None:
     assert crossplane.parse(str(CONF), catch_errors=True)["errors"] == []
 
 
-class Gateway(http.server.BaseHTTPRequestHandler):
+def gateway(method: str, path: str, headers: Message, body: bytes) -> Answer:
     """Answers everything, with a key; its health without one."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        size = int(self.headers.get("Content-Length", 0))
-        self.rfile.read(size)
-        let_in = (
-            "/health/" in self.path or self.headers.get("Authorization") == KEY["Authorization"]
-        )
-        self.send_response(200 if let_in else 401)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_POST = do_GET
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing."""
+    let_in = "/health/" in path or headers.get("Authorization") == KEY["Authorization"]
+    return 200 if let_in else 401, {}, b""
 
 
 class Triton(grpc.GenericRpcHandler):
@@ -111,12 +95,10 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     certificate.private_key_pem.write_to_path(folder / "privkey.pem")
     for part in certificate.cert_chain_pems:
         part.write_to_path(folder / "fullchain.pem", append=True)
-    gateway = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
     triton = grpc.server(ThreadPoolExecutor(2), handlers=[Triton()])
     https, grpcs, _ = free_ports()
     text = CONF.read_text(encoding="utf-8").replace("/etc/nginx/tls", str(folder))
-    for port, own in ((8080, gateway.server_port), (8001, triton.add_insecure_port("127.0.0.1:0"))):
-        text = text.replace(f"127.0.0.1:{port}", f"127.0.0.1:{own}")
+    text = text.replace("127.0.0.1:8001", f"127.0.0.1:{triton.add_insecure_port('127.0.0.1:0')}")
     for port, own in ((443, https), (8443, grpcs)):
         text = text.replace(f"listen {port} ssl", f"listen 127.0.0.1:{own} ssl")
     # Where a user without rights may write, and where several may run.
@@ -124,28 +106,29 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     text = text.replace(
         "http {", "http {\n" + "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds), 1
     )
-    (folder / "nginx.conf").write_text(text, encoding="utf-8")
     settings = ["-p", str(folder), "-e", "stderr", "-g", f"pid {folder}/pid; daemon off;"]
     command = [nginx, *settings, "-c", str(folder / "nginx.conf")]
-    checked = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stderr
-    assert "[warn]" not in checked.stderr
-    triton.start()
-    threading.Thread(target=gateway.serve_forever, daemon=True).start()
-    with subprocess.Popen(command) as process:
+
+    def is_there() -> bool:
+        with socket.socket() as one:
+            return one.connect_ex(("127.0.0.1", grpcs)) == 0
+
+    with answering(gateway) as port:
+        text = text.replace("127.0.0.1:8080", f"127.0.0.1:{port}")
+        (folder / "nginx.conf").write_text(text, encoding="utf-8")
+        checked = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stderr
+        assert "[warn]" not in checked.stderr
+        triton.start()
+        process = subprocess.Popen(command)
         try:
-            for _ in range(100):
-                with socket.socket() as one:
-                    if one.connect_ex(("127.0.0.1", grpcs)) == 0:
-                        break
-                time.sleep(0.05)
+            until(is_there)
             tls = ssl.create_default_context(cadata=authority.cert_pem.bytes().decode())
             yield Proxy(https, grpcs, tls, authority.cert_pem.bytes())
         finally:
             process.terminate()
+            process.wait()
             triton.stop(None).wait()
-            gateway.shutdown()
-            gateway.server_close()
 
 
 OPEN = [

@@ -36,7 +36,8 @@ def png_of(
     return SIGNATURE + header + b"".join(extra) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The file of an image."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -48,12 +49,12 @@ def jpeg(width: int = 40, height: int = 30) -> bytes:
 
 def _animation(count: int) -> bytes:
     frames = [Image.new("RGB", (16, 16), (number, 0, 0)) for number in range(count)]
-    return _saved(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+    return saved(frames[0], "WEBP", save_all=True, append_images=frames[1:])
 
 
 def scan_bomb(width: int, height: int, scans: int) -> bytes:
     """A progressive JPEG that repeats its last scan: each is decoded over the whole image."""
-    data = _saved(Image.new("L", (width, height), 128), "JPEG", progressive=True)
+    data = saved(Image.new("L", (width, height), 128), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * scans + data[-2:]
 
@@ -63,7 +64,7 @@ def hidden_scans(regions: int = 80) -> bytes:
     restart.
     """
     image = Image.new("L", (2000, 2000), 128)
-    data = _saved(image, "JPEG", progressive=True, restart_marker_blocks=1000)
+    data = saved(image, "JPEG", progressive=True, restart_marker_blocks=1000)
     last = data.rindex(b"\xff\xda")
     scan = data[last:-2]
     head = data[last : last + 10]
@@ -90,7 +91,7 @@ def _zip() -> bytes:
     return file.getvalue()
 
 
-WEBP = _saved(Image.new("RGB", (64, 64)), "WEBP", lossless=True)
+WEBP = saved(Image.new("RGB", (64, 64)), "WEBP", lossless=True)
 _EXIF = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, 0x0112, 3, 1, 6, 8)
 
 # What is small is made at once, and the rest for its first request.
@@ -144,8 +145,8 @@ ODD: Files = {
     "odd image: EXIF that points to itself": _with_segment(0xE1, _EXIF),
     "odd image: PNG of 16 bits": png_of(9, 9, bits=16),
     "odd image: palette without colours": png_of(9, 9, bits=8, colour=3),
-    "odd image: CMYK": _saved(Image.new("CMYK", (20, 20)), "JPEG"),
-    "odd image: transparent": _saved(Image.new("RGBA", (20, 20)), "PNG"),
+    "odd image: CMYK": saved(Image.new("CMYK", (20, 20)), "JPEG"),
+    "odd image: transparent": saved(Image.new("RGBA", (20, 20)), "PNG"),
 }
 SMALL = [name for name, file in {**BAD, **ODD}.items() if isinstance(file, bytes)]
 
