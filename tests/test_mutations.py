@@ -47,6 +47,14 @@ timeout_constant = 10
 debug = true
 """
 
+# A gateway that fails sends SIGTERM, by which mutmut's own handler would end the tests as passed.
+NO_HANDLER = """
+
+@pytest.fixture(scope="session", autouse=True)
+def no_handler() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+"""
+
 
 @dataclass(frozen=True)
 class Room:
@@ -119,12 +127,15 @@ ROOMS = {
     "index": Room(
         tuple(
             f"tests/index/test_{name}.py"
-            for name in ("index", "neighbours", "integrity", "conditions")
+            for name in ("index", "from_embeddings", "neighbours", "integrity", "conditions")
         ),
         ("radapter_serve/index",),
     ),
     "gateway": Room(
-        tuple(f"tests/gateway/test_{name}.py" for name in ("requests", "openai", "triton")),
+        (
+            "tests/gateway",
+            "--deselect=tests/gateway/test_spans.py::test_one_request_followed_through_an_engine",
+        ),
         ("radapter_serve/gateway",),
         ("radapter_serve/gateway/run.py", "radapter_serve/gateway/in_process.py"),
     ),
@@ -193,6 +204,8 @@ def test_every_mutation_of_the_sample_is_seen_or_listed(room: str, tmp_path: Pat
     (tmp_path / "clients" / "radapter_client").rename(tmp_path / "radapter_client")
     with (tmp_path / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(ROOMS[room].config)
+    with (tmp_path / "tests" / "conftest.py").open("a", encoding="utf-8") as file:
+        file.write(NO_HANDLER)
     mutmut(tmp_path, "run", "--max-children", "1", *ROOMS[room].sample)
     lines = [
         line.strip().rpartition(": ")

@@ -94,13 +94,14 @@ def json_length(header_length: str | None, size: int) -> int:
     """Bytes of a body that are JSON: the value of the header `HEADER_LENGTH`, else all `size`."""
     if header_length is None:
         return size
-    is_number = header_length.isascii() and header_length.isdigit()
-    if not is_number or not 0 < int(header_length[:12]) <= size:
+    is_number = header_length.isascii() and header_length.isdigit() and len(header_length) <= 12
+    length = int(header_length) if is_number else 0
+    if not 0 < length <= size:
         raise bad_request(
             f"{HEADER_LENGTH} is {header_length!a:.80}; allowed are 1 to {size}, the length of"
             " the body"
         )
-    return int(header_length[:12])
+    return length
 
 
 def json_memory(text: bytes) -> int:

@@ -219,7 +219,7 @@ class OpenAI:
         """Answer a request within `seconds`, all of it by one release, which `entry` notes."""
         end = time.monotonic() + seconds
         version, facts = await self._release(request.model)
-        width = int(facts.get("embed_dim", 0))
+        width = int(facts["embed_dim"])
         if request.dimensions not in (None, width):
             raise bad_request(
                 f"dimensions is {request.dimensions}; embeddings of this release have {width}, and"

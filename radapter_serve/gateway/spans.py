@@ -38,7 +38,7 @@ class Spans:
         carrier = {name: headers[name] for name in _W3C.fields if name in headers}
         span = self._tracer.start_span(
             f"{method} {route}",
-            context=_W3C.extract(carrier, Context()),
+            context=_W3C.extract(carrier),
             kind=SpanKind.SERVER,
             attributes={"http.request.method": method, "http.route": route},
         )

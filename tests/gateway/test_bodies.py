@@ -52,6 +52,12 @@ def test_json_of_too_many_lists_and_objects_is_refused_unread(
         kserve.from_json(kserve._Header, body, "send tensors in binary")
 
 
+def test_json_of_as_many_lists_as_are_allowed_is_read() -> None:
+    body = b'{"inputs": [' + b"[]," * (MAX_JSON_LISTS - 9) + b" " * MIB + b"1]}"
+    with pytest.raises(Refused, match=r"\] inputs: List should have at most 64 items"):
+        kserve.from_json(kserve._Header, body, "send tensors in binary")
+
+
 def test_arrays_do_not_keep_the_body() -> None:
     def body() -> bytes:
         sizes = {"image": 4 + 4 * MIB, "alpha": 4, "labels": 6}

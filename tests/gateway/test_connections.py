@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from radapter_serve.gateway.connections import MAX_HEADERS, network_of
@@ -281,3 +282,12 @@ def test_it_stops_although_a_request_never_ends() -> None:
         assert answer(busy).startswith(b"HTTP/1.1 500")
         assert busy.recv(1) == b""
         assert served.upstream.cancelled == 1
+
+
+def test_it_stops_although_a_caller_reads_no_answer() -> None:
+    with serving(timeouts=Timeouts(drain=0.1)) as served, served.connection() as deaf:
+        served.upstream.outputs = {"text_embeds": np.zeros((1, 2**15), np.float32)}
+        deaf.sendall(EMBED * 200)
+        until(lambda: served.connections.unread and served.connections.state.tasks)
+        served.stop()
+        until(lambda: not served.connections.open, 5)

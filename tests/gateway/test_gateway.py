@@ -92,8 +92,15 @@ def test_metadata(served: Served) -> None:
     assert served.ask("/v2")[1]["extensions"] == ["binary_tensor_data"]
     text = {"name": "text", "datatype": "BYTES", "shape": [-1]}
     assert served.ask("/v2/models/retrieve")[1]["inputs"][0] == text
-    embeds = {"name": "text_embeds", "datatype": "FP32", "shape": [-1, 4]}
-    assert served.ask("/v2/models/embed_text")[1]["outputs"] == [embeds]
+    kinds = (("text", "BYTES", 1), ("alpha", "FP32", 1), ("text_embeds", "FP32", 4))
+    tensors = [
+        {"name": name, "datatype": datatype, "shape": [-1, width]}
+        for name, datatype, width in kinds
+    ]
+    assert served.ask("/v2/models/embed_text")[1] == {
+        **{"name": "embed_text", "versions": ["1"], "platform": "python"},
+        **{"inputs": tensors[:2], "outputs": tensors[2:]},
+    }
     found = served.ask("/v2/models/classify/versions/1/config")[1]
     top_k = {"name": "top_k", "data_type": "TYPE_INT32", "dims": [1], "optional": True}
     assert found["input"][4] == top_k and found["max_batch_size"] == 64
@@ -157,6 +164,8 @@ def test_closed_paths(served: Served) -> None:
         for body in (None, TEXT):
             status, code = served.refusal(path, body)
             assert status in (404, 405) and code in ("not_found", "unknown_model"), path
+    why = served.ask("/v2/models/image_encoder")[1]["error"]
+    assert "no model 'image_encoder' here; there are embed_image" in why
     assert not served.upstream.asked
 
 
@@ -228,6 +237,7 @@ def test_a_caller_that_leaves_cancels_its_request() -> None:
         until(lambda: served.upstream.cancelled == 1)
         served.let_go()
         assert served.ask(INFER, TEXT)[0] == 200  # its place is free again
+        assert 'requests_total{code="caller_gone",task="embed_text"} 1.0' in served.metrics()
 
 
 def test_deadlines(served: Served) -> None:
@@ -315,7 +325,7 @@ def test_answers_and_failures_count_for_some_seconds() -> None:
         clock.now += FRESH - 0.01
         health.answered("classify")
         assert await health.trouble() is None
-        assert len(upstream.asked) == len(TASKS)
+        assert upstream.timeouts == [10] * len(TASKS)
         clock.now += 0.01
         assert "does not answer" in (await health.trouble() or "")
         # All but the task that has answered a caller since.

@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 from radapter_client import Client, RAdapterClientError, ServerUnavailable, Unauthorized
 from radapter_serve.cli import gateway, serve
 from radapter_serve.errors import RAdapterError
-from radapter_serve.gateway.access import Keys, TokenBucket
+from radapter_serve.gateway.access import Key, Keys, Quota, TokenBucket
 from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings, Timeouts
-from radapter_serve.gateway.upstream import Refused
+from radapter_serve.gateway.upstream import LOG, Refused
 from radapter_serve.server.config import free_ports
 from tests.gateway.test_gateway import ALIVE, BODY, HEAD, heard
 from tests.helpers.fake_clock import FakeClock
@@ -46,7 +46,8 @@ def line(name: str, key: str, limits: str = "") -> str:
 # Files of keys
 
 
-def test_keys_let_in_and_are_read_again(tmp_path: Path) -> None:
+def test_keys_let_in_and_are_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", LOG.name)
     keys = tmp_path / "keys"
     keys.write_text(f"# callers\n{line('ann', 'first')}\n")
     unauthorized = 401, "unauthorized"
@@ -70,6 +71,7 @@ def test_keys_let_in_and_are_read_again(tmp_path: Path) -> None:
         for broken in (lambda: keys.write_text("bob second\n"), keys.unlink):
             broken()
             assert served.refusal("/v2", Authorization="Bearer second") == unauthorized
+    assert caplog.messages[0] == f"{keys} has changed: 1 keys"
 
 
 def test_a_key_in_a_trailer_lets_nobody_in(tmp_path: Path) -> None:
@@ -145,6 +147,14 @@ def test_a_bucket_gives_out_its_limit_and_what_it_held(
             taken += count
         # A full bucket gives more than it holds, once, and has a debt then.
         assert taken <= size + (clock.now - start) * limit / period + max(0, count - size) + 1e-6
+
+
+def test_images_are_counted_by_the_minute() -> None:
+    quota = Quota(Key(name="ann", digest="", images_per_minute=0.06))
+    quota.images(1)
+    with pytest.raises(Refused) as refused:
+        quota.images(1)
+    assert 990 < refused.value.retry_after <= 60 / 0.06
 
 
 @pytest.fixture
@@ -274,6 +284,10 @@ def test_a_line_a_request(keys: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("free", "embeddings", 200, "ok"),
     ]
     first = lines[0]
+    assert list(first) == [
+        *("time", "id", "key", "task", "release", "code", "status", "bytes_in", "bytes_out"),
+        *("ms", "queue_ms", "model_ms", "encoder_ms"),
+    ]
     assert (first["id"], first["release"], lines[3]["release"]) == ("my-id", "1", "1")
     assert first["bytes_in"] == len(BODY) and first["bytes_out"] > 0
     assert 0 <= first["queue_ms"] + first["model_ms"] <= first["ms"]
@@ -306,6 +320,7 @@ NONSENSE = Path(__file__)
         ({"tls_certificate": NONE, "tls_key": NONE}, "give two PEM files that belong together"),
         ({"tls_certificate": NONSENSE, "tls_key": NONSENSE}, "give two PEM files"),
         ({"api_keys": NONSENSE, "no_api_keys": True}, "--api-keys FILE or --no-api-keys, not"),
+        ({"api_keys": NONE}, "cannot read the keys none.pem: No such file or directory; make"),
         ({"api_keys": NONSENSE}, f"{NONSENSE}, line 1: each line is `name: SHA-256 in hex`"),
     ],
 )

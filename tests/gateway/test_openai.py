@@ -126,7 +126,15 @@ def test_order_is_kept_over_several_batches() -> None:
         inputs = ["x" * (place + 1) if place % 3 else IMAGE for place in range(200)]
         status, found = ask(served, input=inputs)
         expected = [[place + 1, ord("x")] if place % 3 else OF_IMAGE for place in range(200)]
-        assert status == 200 and [one["embedding"] for one in found["data"]] == expected
+        assert (
+            status == 200
+            and found["object"] == "list"
+            and found["data"]
+            == [
+                {"object": "embedding", "index": place, "embedding": embedding}
+                for place, embedding in enumerate(expected)
+            ]
+        )
         rows = [(one.model, len(next(iter(one.inputs.values())))) for one in served.upstream.asked]
         texts = [("embed_text", count) for count in (64, 64, 5)]
         assert rows == [*texts, ("embed_image", 64), ("embed_image", 3)]
@@ -163,8 +171,13 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
     served.upstream.configs = configs
     served.upstream.older = {(name, "2"): one for name, one in configs.items()}
     assert ask(served, input="a", model="radapter-2")[1]["model"] == "radapter-2"
-    names = [model["id"] for model in served.ask("/v1/models")[1]["data"]]
-    assert names == ["radapter", "radapter-2", "radapter-1"]
+    models = served.ask("/v1/models")[1]["data"]
+    assert [model["id"] for model in models] == ["radapter", "radapter-2", "radapter-1"]
+    named = ("version", "alpha", "architecture", "precision", "embed_dim")
+    assert models[0] == {
+        **{"id": "radapter", "object": "model", "owned_by": "radapter-serve"},
+        **{"created": 1767225600, **{name: release(2)[name] for name in named}},
+    }
 
 
 def test_options_reach_both_tasks_and_refusals_name_the_field(served: Served) -> None:

@@ -189,7 +189,14 @@ def test_what_sqlite_has_not(where: str, rows: list[int]) -> None:
         *(("cast(kind as int) = 1", "fails"), ("cast(part * 1e30 as int) = 1", "fails")),
         *((where, "has") for where in ("kind + 1 = 2", "kind LIKE kind", "NOT tiny", "- kind = 1")),
         *((where, "has") for where in ("kind LIKE 'x!%' ESCAPE '!'", "tiny IS TRUE")),
-        *(("cast(part as string) = '1'", "many ways"), ("cast(tiny as interval) = 1", "casts to")),
+        *(
+            (
+                f"cast({name} as string) = '1'",
+                f"a {kind} to text, which may be written in many ways",
+            )
+            for name, kind in (("part", "float"), ("narrow", "narrow"), ("time", "time"))
+        ),
+        ("cast(tiny as interval) = 1", "casts to"),
     ],
 )
 def test_a_comparison_that_makes_no_sense_is_refused_in_one_line(where: str, message: str) -> None:
