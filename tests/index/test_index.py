@@ -88,6 +88,9 @@ def ids(out: Path, query: NDArray[np.float32] = ANY, where: str | None = None) -
 
 def test_metadata_and_thumbnails(photos: Path, out: Path, release: LoadedRelease) -> None:
     write(photos / "wide.png", 99, (600, 300))
+    for pixels in (-1, 1025):
+        with pytest.raises(RAdapterError, match=f"--thumbnails is {pixels}; allowed: 0"):
+            build(str(photos), out, release, thumbnails=pixels)
     build(str(photos), out, release, thumbnails=64)
     query = embeds_of([photos / "wide.png"])[0]
     (hit,) = open_index(out).search(query, 1, thumbnails=True)
@@ -171,8 +174,9 @@ def test_equal_vectors_come_in_the_order_of_their_ids(
         of_kind = [f"{number:03}" for number in range(kind, 120, 3)]
         for top_k in (1, 19):
             assert [hit.id for hit in index.search(TEXTS[kind], top_k)] == of_kind[:top_k]
-        later = [id for id in of_kind if id > "020"]
-        assert [hit.id for hit in index.search(TEXTS[kind], 5, "path > '020'")] == later[:5]
+        for first in ("020", "100"):  # more rows than are all compared, and fewer
+            later = [id for id in of_kind if id > first][:5]
+            assert [hit.id for hit in index.search(TEXTS[kind], 5, f"path > '{first}'")] == later
 
 
 def test_copies_are_embedded_once_and_all_found(
@@ -184,7 +188,8 @@ def test_copies_are_embedded_once_and_all_found(
     hits = open_index(out).search(embeds_of([photos / "a.jpg"])[0], 2)
     assert [hit.id for hit in hits] == ["a.jpg", "b.jpg"] and hits[0].score == hits[1].score
     shutil.copy(photos / "a.jpg", photos / "c.jpg")
-    assert add(out, release).embedded == 0
+    write(photos / "d.jpg", 50)  # in the batch of the copies
+    assert add(out, release).embedded == 1 and len(ids(out)) == 15
 
 
 def test_an_addition_embeds_what_is_new_or_changed(
@@ -460,6 +465,8 @@ def test_nothing_is_written_where_there_is_nothing_to_index(
     (tmp_path / "own.csv").write_text("image,width\na.jpg,1\n")
     (tmp_path / "twice.csv").write_text("image,image\na,b\n")
     (tmp_path / "blank.csv").write_text("")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / FACTS).write_text('{"at": "qdrant:http://127.0.0.1:1/photos"}')
     before = sorted(tmp_path.rglob("*"))
     for source, place, message in (
         (folder, out, "holds no image"),
@@ -469,6 +476,7 @@ def test_nothing_is_written_where_there_is_nothing_to_index(
         (f"csv:{tmp_path / 'twice.csv'}", out, "has the column 'image' twice"),
         (f"csv:{tmp_path / 'blank.csv'}", out, "is not CSV that can be read"),
         (folder, folder, "already exists and is not an index"),
+        (folder, tmp_path / "linked", "links to a published index, which is read-only"),
         *((folder, tmp_path / name, "can't be the name of an") for name in (" i", "-i", ".i")),
     ):
         with pytest.raises(RAdapterError, match=message):
