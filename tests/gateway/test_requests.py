@@ -232,7 +232,13 @@ def test_json_that_is_refused(body: bytes) -> None:
         read(body, None, MODELS["embed_text"])
 
 
-@pytest.mark.parametrize("length", ["", "-1", "0", "1e3", "9" * 5000, "٣", "+5", " 5", "1_0"])
+def test_header_lengths_that_are_taken() -> None:
+    assert [kserve.json_length(length, 5) for length in ("1", "5", "005", None)] == [1, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "length", ["", "-1", "0", "0000000000055", "1e3", "9" * 5000, "٣", "+5", " 5", "1_0"]
+)
 def test_header_lengths_that_are_refused(length: str) -> None:
     with pytest.raises(Refused, match="Inference-Header-Content-Length is"):
         read(json.dumps({"inputs": [TEXT]}).encode(), length, MODELS["embed_text"])

@@ -85,6 +85,8 @@ def test_a_span_of_each_request_in_the_trace_of_its_caller(
         ("embed_text", "server_unavailable", None, 503),
     ]
     assert spans[0].name == "POST /v2/models/{model}/infer"
+    asked = [spans[0].attributes[f"http.{name}"] for name in ("request.method", "route")]
+    assert asked == ["POST", "/v2/models/{model}/infer"]
     assert spans[0].attributes["radapter.request_id"] == "my-id"
     # Triton is told whose part its own spans are.
     parents = [one.traceparent for one in told]
