@@ -62,17 +62,8 @@ class GatewayFlags:
         """Settings of a gateway at a host and a port."""
         from radapter_serve.gateway.settings import Settings  # not for Triton alone
 
-        return Settings(
-            host=host,
-            port=port,
-            indexes=indexes,
-            api_keys=self.api_keys,
-            no_api_keys=self.no_api_keys,
-            tls_certificate=self.tls_certificate,
-            tls_key=self.tls_key,
-            log=self.log,
-            server=triton,
-        )
+        same = {name: value for name, value in vars(self).items() if "gateway" not in name}
+        return Settings(host=host, port=port, indexes=indexes, server=triton, **same)
 
     def server(self, config: ServerConfig) -> GatewayServer | None:
         """Open a gateway in front of Triton, listening at once; None without --gateway-port."""

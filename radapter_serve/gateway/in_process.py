@@ -39,9 +39,6 @@ class EngineServer(ReleaseServer):
 
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config)
-        self.runtime: str | None = (
-            config.runtime
-        )  # of all encoders; None: each encoder's runtime at its export
         self._releases: dict[int, LoadedRelease] = {}
         self._stack = contextlib.ExitStack()
 

@@ -46,6 +46,7 @@ class ReleaseServer(ABC):
             model_repository=config.model_repository.resolve(),
             indexes=config.indexes.resolve(),
         )
+        self.runtime: str | None = config.runtime  # of all encoders; None: each has its export's
         self.served = Served(())
         self._changing = threading.Lock()
 

@@ -84,7 +84,6 @@ class TritonServer(ReleaseServer):
         super().__init__(config)
         self.lock = threading.RLock()  # guards the process and the folder
         self.models: Mapping[str, list[int]] = {}
-        self.runtime: str | None = config.runtime
         self.warning: str | None = None
         self._secret = secrets.token_hex(32)
         self.control = Control(config.endpoints.http_url, self._secret)
