@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -84,7 +84,9 @@ class GatewayFlags:
 
 
 def serve(
-    config: tyro.conf.OmitArgPrefixes[ServerConfig] = ServerConfig(instances=("2",)),  # noqa: B008
+    config: Annotated[
+        tyro.conf.OmitArgPrefixes[ServerConfig], tyro.conf.arg(name="server")
+    ] = ServerConfig(instances=("2",)),  # noqa: B008
     engine: Literal["auto", "triton", "process"] = "auto",
     gateway: tyro.conf.OmitArgPrefixes[GatewayFlags] = GatewayFlags(),
 ) -> None:

@@ -9,7 +9,7 @@ import random
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -156,7 +156,9 @@ class ServerConfig:
     """
 
     model_repository: tyro.conf.Positional[Path] = Path("model_repository")
-    endpoints: tyro.conf.OmitArgPrefixes[Endpoints] = field(default_factory=Endpoints)
+    endpoints: Annotated[
+        tyro.conf.OmitArgPrefixes[Endpoints], tyro.conf.arg(name="addresses", prefix_name=False)
+    ] = field(default_factory=Endpoints)
     indexes: Path = Path("indexes")
     runtime: Literal["onnxruntime", "openvino", "tensorrt", "auto"] | None = None
     threads: int | None = None
