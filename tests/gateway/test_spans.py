@@ -29,12 +29,10 @@ from radapter_serve.gateway.spans import Spans
 from radapter_serve.gateway.upstream import Entry, Refused
 from radapter_serve.index.build import build
 from radapter_serve.process import OTLP_ENDPOINTS
-from radapter_serve.server.config import Endpoints, ServerConfig
-from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.asking import needs_triton, tritonserver
 from tests.helpers.collector import Collector, check_inside, collecting, of_name
 from tests.helpers.fake_upstream import INFER, TEXT, Served, serving
 from tests.helpers.gateway import gateway
-from tests.helpers.needs_triton import needs_triton
 from tests.helpers.small_release import photos_in, png
 from tests.helpers.ways import in_process
 
@@ -214,8 +212,7 @@ def test_one_request_followed_through_triton(
         # Triton's exporter resets its connection after 2 s, and sends no batch twice: on a machine
         # that is busy for so long its spans would be lost.
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
-        config = ServerConfig(repository, Endpoints.on_free_ports())
-        with TritonServer(config) as server, gateway(server) as url:
+        with tritonserver(repository) as server, gateway(server) as url:
             # Without a traceparent the gateway begins a trace, and Triton alone sends nothing.
             classify(url)
             classify(server.http_url)
@@ -244,7 +241,7 @@ def test_triton_and_a_collector_that_does_not_answer(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv(OTLP_ENDPOINTS[0], f"http://127.0.0.1:{silent.getsockname()[1]}")
-        server = TritonServer(ServerConfig(repository, Endpoints.on_free_ports())).start()
+        server = tritonserver(repository).start()
         try:
             for _ in range(20):
                 classify(server.http_url, **KEPT)

@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tritonclient.grpc as grpc
 from tritonclient.utils import np_to_triton_dtype
 
 from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.triton_server import TritonServer
+
+# For tests that start a server or load its Python models.
+needs_triton = pytest.mark.skipif(
+    int(np.__version__.split(".")[0]) >= 2, reason="Triton's Python models refuse numpy 2"
+)
 
 
 def tritonserver(repository: Path, **settings: Any) -> TritonServer:

@@ -12,9 +12,7 @@ import tritonclient.grpc as grpc
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.index import writer
 from radapter_serve.index.build import build
-from radapter_serve.server.config import Endpoints, ServerConfig
-from radapter_serve.server.triton_server import TritonServer
-from tests.helpers.asking import connect, tensors
+from tests.helpers.asking import connect, tensors, tritonserver
 from tests.helpers.small_release import photos_in, png
 
 pytestmark = pytest.mark.triton
@@ -26,8 +24,7 @@ def test_many_images_are_found_by_faiss_in_an_index_that_came_later(
     monkeypatch.setattr(writer, "EXACT", 200)
     models = exported_tiny_clip / "model_repository"
     indexes = tmp_path / "Büro" / "indexes"
-    config = ServerConfig(models, Endpoints.on_free_ports(), indexes=indexes)
-    with TritonServer(config) as server, connect(server) as client:
+    with tritonserver(models, indexes=indexes) as server, connect(server) as client:
         build(photos_in(tmp_path / "many", 260), indexes / "many é", load_release(models))
         for number in (0, 259):
             asked = tensors(image=png(number), index="many é", top_k=3)

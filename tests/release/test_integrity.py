@@ -27,8 +27,7 @@ from radapter_serve.release.config import (
 )
 from radapter_serve.release.integrity import SUMS, renew_sums, sums_of, verify
 from radapter_serve.release.repository import CONFIG, ENCODERS, MODELS, Served
-from radapter_serve.server.config import Endpoints, ServerConfig
-from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.asking import tritonserver
 from tests.helpers.small_release import seal
 
 
@@ -277,7 +276,7 @@ def test_a_server_refuses_what_is_broken_before_it_starts_anything(
     )
     flip(sealed / "text_encoder/1/model.onnx")
     with pytest.raises(RAdapterError, match=r"text_encoder/1/model\.onnx differs"):
-        TritonServer(ServerConfig(sealed, Endpoints.on_free_ports())).start()
+        tritonserver(sealed).start()
     for version, status, text in (
         (["1"], 2, "text_encoder/1/model.onnx differs"),
         (["2"], 0, "release 2: as it was exported\n"),

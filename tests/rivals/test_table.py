@@ -21,6 +21,8 @@ import yaml
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.rows import packed
 from radapter_serve.training import Recipe
+from radapter_serve.training.tasks import open_run
+from rivals import scenes
 from rivals.benchmark import load_benchmark
 from rivals.cells import ALPHAS, Cell, Cells, Judged, read_cells, score
 from rivals.layout import spread, with_interval
@@ -311,6 +313,25 @@ def test_ready_benchmarks_hold_what_a_run_needs(path: Path, tmp_path: Path):
     assert recipe.classes is None or not Path(recipe.classes).is_dir()
     assert recipe.data.partition(":")[2].startswith(str(tmp_path))
     assert {entry.task for entry in benchmark.suite.entries} == {recipe.task}
+
+
+@pytest.mark.slow
+def test_the_scenes_open_as_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenes, "TRAIN", 3)
+    monkeypatch.setattr(scenes, "TEST", 2)
+    assert scenes.main([str(tmp_path)]) == 0
+    for task in ("retrieval", "segmentation"):
+        benchmark = load_benchmark(tmp_path / f"{task}.yaml")
+        recipe = Recipe(**{**benchmark.fields, "batch_size": 2})
+        run = Run({**benchmark.fields, "batch_size": 2}, tmp_path / "learned")
+        data, _ = open_run(recipe, images=False).ready(recipe, run.base)
+        assert len(data.rows) >= 3
+        chosen, judged = (benchmark.sets(split) for split in ("validation", "test"))
+        assert [data.entry.name for data in chosen] == ["scenes, validation"]
+        names = ["scenes, colour", "scenes, filled", "scenes, emoji-noto"]
+        assert [data.entry.name for data in judged] == names
+    images = {path.read_bytes() for path in tmp_path.glob("*/images/*.png")}
+    assert len(images) == 3 + 2 + 3 * 2  # no scene twice
 
 
 def test_pacs_keeps_apart_what_learns_chooses_and_judges(

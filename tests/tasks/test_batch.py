@@ -23,8 +23,8 @@ from radapter_serve.encoders.runtimes import load_graph, openvino_properties
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
 from radapter_serve.server.launch import OUR_BACKENDS
+from tests.helpers.asking import needs_triton
 from tests.helpers.fake_triton import Request, Response, Tensor, TritonError, install, load
-from tests.helpers.needs_triton import needs_triton
 from tests.helpers.small_release import png, png_header
 
 pytestmark = needs_triton

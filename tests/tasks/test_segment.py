@@ -172,7 +172,7 @@ def check(picture, labels, options, *, short_side=None, stride=None, maps=None) 
     [
         *(((width, height), 5, {}) for width, height in ((50, 70), (1, 1), (300, 9))),
         *(((40, 30), count, {}) for count in (1, 500)),
-        ((90, 71), 4, {"short_side": 45, "stride": 3}),
+        ((90, 71), 4, {"short_side": 40, "stride": 1}),
         ((90, 71), 4, {"short_side": 100, "stride": 24}),
         *(((90, 71), 6, {"threshold": threshold}) for threshold in (0.3, 0.9)),
     ],
