@@ -71,7 +71,7 @@ class Lesson:
 
 
 def run_full(settings: DemoSettings) -> dict[str, Any]:
-    """Run the full demo in about ten minutes on two CPU cores; returns the content of
+    """Run the full demo in five to ten minutes on two CPU cores; returns the content of
     `results.json`.
     """
     out = settings.out
