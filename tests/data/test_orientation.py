@@ -20,6 +20,7 @@ from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.masks import Masked, list_segments, load_masked
 from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.image_sets import png_of
 from radapter_serve.evaluation.run import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
 
@@ -119,6 +120,12 @@ def test_a_suite_decides_what_every_model_sees(
         np.testing.assert_array_equal(
             seen, expected[border : height - border, border : width - border]
         )
+
+
+def test_what_png_cannot_hold_is_seen_in_rgb() -> None:
+    inks = Image.fromarray(UPRIGHT).convert("CMYK")
+    seen = Image.open(io.BytesIO(png_of(inks)))
+    np.testing.assert_array_equal(np.asarray(seen), np.asarray(inks.convert("RGB")))
 
 
 def test_a_suite_of_masks(tmp_path: Path) -> None:

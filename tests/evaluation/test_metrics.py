@@ -94,7 +94,7 @@ def test_calibration_error_against_a_loop(n: int, seed: int, edges: bool) -> Non
     generator = np.random.default_rng(seed)
     drawn = generator.integers(0, 16, n) / 15 if edges else generator.random(n)
     confidences: Any = drawn if edges else drawn.astype(np.float32)
-    hits = generator.random(n) < 0.6
+    hits = generator.random(n) < drawn  # so that bins err to either side
     expected = 0.0
     for number in range(15):
         inside = (confidences > number / 15) & (confidences <= (number + 1) / 15)
