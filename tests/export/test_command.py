@@ -94,7 +94,7 @@ def test_an_engine_needs_a_gpu_and_nothing_is_begun_without(
 ) -> None:
     install(monkeypatch, gpu=None)
     monkeypatch.setattr(
-        "radapter_export.source.load_base", lambda *_: pytest.fail("the base was loaded")
+        "radapter_export.source.load_base_of", lambda *_: pytest.fail("the base was loaded")
     )
     assert main(["--format", "tensorrt"]) == 2
     assert "no GPU" in capfd.readouterr().err
