@@ -194,8 +194,7 @@ def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> 
 def answer_in_process(config: ServerConfig, flags: GatewayFlags) -> None:
     """Answer over HTTP in this process until a signal ends it."""
     check_installed("uvicorn", "server")
-    from radapter_serve.gateway.in_process import EngineServer, InProcess
-    from radapter_serve.gateway.run import GatewayServer
+    from radapter_serve.gateway.in_process import EngineServer, in_front_of
 
     endpoints = replace(config.endpoints, tls=flags.tls_certificate is not None)
     if endpoints.trust_network and flags.api_keys is None:
@@ -203,9 +202,7 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags) -> None:
     server = EngineServer(replace(config, endpoints=endpoints))
     config = server.config
     settings = flags.settings(endpoints.host, endpoints.http_port, config.indexes)
-    with GatewayServer(
-        settings, lambda: InProcess(server.engine, settings.max_concurrent)
-    ) as gateway:
+    with in_front_of(server, settings) as gateway:
         with (
             handled(lambda *_: sys.exit(0), *STOPPING),
             Console(stderr=True).status("starting") as status,

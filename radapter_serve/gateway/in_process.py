@@ -155,12 +155,16 @@ class InProcess:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
+def in_front_of(server: EngineServer, settings: Settings) -> GatewayServer:
+    """Make the gateway of an `EngineServer` in this process, which may be started later."""
+    return GatewayServer(settings, lambda: InProcess(server.engine, settings.max_concurrent))
+
+
 @contextlib.contextmanager
 def answering(config: ServerConfig, settings: Settings) -> Iterator[EngineServer]:
     """Serve an engine over HTTP in a thread of this process; raises `RAdapterError` for a release
     that cannot be served, or a port in use.
     """
     server = EngineServer(config)
-    gateway = GatewayServer(settings, lambda: InProcess(server.engine, settings.max_concurrent))
-    with gateway, server, gateway.in_thread():
+    with in_front_of(server, settings) as gateway, server, gateway.in_thread():
         yield server
