@@ -65,6 +65,13 @@ def test_broken_exif_leaves_an_image_as_it_is(exif, head):
     assert decode(data).size == (8, 8)
 
 
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    for kind, options in (("WEBP", {"lossless": True}), ("PNG", {})):
+        data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert decode(data).convert("RGB").getpixel((3, 3)) == (255, 0, 0)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     st.binary(max_size=80),
