@@ -169,7 +169,7 @@ class Neighbours:
         """
         scores = np.empty(len(of), np.float32)
         places = np.ascontiguousarray(of, np.int64)
-        asked = np.ascontiguousarray(query)
+        asked = np.ascontiguousarray(query, np.float32)
         self._faiss.omp_set_num_threads(1)  # applies to the calling thread
         self._faiss.fvec_inner_products_by_idx(
             self._faiss.swig_ptr(scores),

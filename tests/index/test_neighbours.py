@@ -137,6 +137,10 @@ def test_few_rows_are_compared_exactly_and_many_keep_the_recall(
         where = f"path < '{count:06}.jpg'"
         assert recall(index, built.images[:50], built.vectors[:count], where) >= 0.95
     query = built.images[0]
+    in_doubles = index.search(query.astype(np.float64), 10, "path < '000150.jpg'")
+    assert [hit.id for hit in in_doubles] == [
+        hit.id for hit in index.search(query, 10, "path < '000150.jpg'")
+    ]
     scores = np.where(np.arange(COUNT) % 5 == 3, built.vectors @ query, -1)
     assert set(numbers_of(index, query, 10, "year = 3")) == set(np.argsort(-scores)[:10])
     assert index.search(query, 10, "width > 5") == []
