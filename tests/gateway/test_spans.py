@@ -9,6 +9,7 @@ import contextlib
 import json
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -123,6 +124,7 @@ def test_nobody_takes_the_spans(
 ) -> None:
     monkeypatch.setenv(OTLP_ENDPOINTS[0], "http://user:word@127.0.0.1:1")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     with serving(timeouts=Timeouts(spans=0.1)) as served:
         for _ in range(3):
             assert served.ask(INFER, TEXT)[0] == 200
@@ -130,6 +132,11 @@ def test_nobody_takes_the_spans(
         start = time.monotonic()
     assert time.monotonic() - start < 4
     assert caplog.text and "word" not in caplog.text
+    # The exporter draws its next try from the `random` that tests with hypothesis must have alone.
+    for thread in threading.enumerate():
+        if thread.name == "spans":
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 def test_without_the_extra(
