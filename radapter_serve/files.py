@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, short
 
 if TYPE_CHECKING:
-    from pydantic import TypeAdapter
+    from pydantic import TypeAdapter, ValidationError
 
 fcntl: Any
 try:
@@ -100,6 +100,13 @@ def checker(kind: type[T]) -> TypeAdapter[T]:
     if kind not in _checkers:
         _checkers[kind] = TypeAdapter(kind)
     return _checkers[kind]
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of pydantic's errors: the field, and the message about its value."""
+    first = error.errors(include_url=False)[0]
+    place = short(".".join(map(str, first["loc"])))
+    return f"{place}: {first['msg']}" if place else first["msg"]
 
 
 def shipped(folder: str) -> dict[str, Path]:

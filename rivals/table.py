@@ -264,9 +264,10 @@ def _curves(cells: Cells, methods: Methods, seeds: Sequence[int], picture: Path)
             curves[name].append({"alpha": alpha, **means})
     first, *others = curves
     ids, shifted = by_shift(sets)
-    beside = {name: curves[name] for name in others}
     plot_alpha_curve(
-        curves[first], ids, shifted, picture, title=cells.benchmark.name, beside=beside
+        *(curves[first], ids, shifted, picture),
+        title=cells.benchmark.name,
+        other_methods={name: curves[name] for name in others},
     )
     heads = list(curves[first][0])[1:]
     ns = {name: row.n for name, row in sets.items()}

@@ -96,7 +96,7 @@ def run_full(settings: DemoSettings) -> dict[str, Any]:
         facts: dict[str, Any] = {"alpha": at, "metrics": lesson.metrics}
 
         # Evaluate, and compare classification with full fine-tuning.
-        beside: dict[str, list[dict[str, float]]] = {}
+        other_methods: dict[str, list[dict[str, float]]] = {}
         if task == "classification":
             whole = recipe_of("full", out, seed, settings.steps)
             rival = fine_tune(dataclasses.replace(whole, **lesson.fields))
@@ -107,7 +107,7 @@ def run_full(settings: DemoSettings) -> dict[str, Any]:
             log.console.print(comparison_table(systems, at))
             sets = accuracies(hits[OURS])
             of_rival = accuracies(hits[RIVAL])
-            beside = {f"{RIVAL}, full fine-tuning at α = 1": _points(of_rival)}
+            other_methods = {f"{RIVAL}, full fine-tuning at α = 1": _points(of_rival)}
             facts |= {"systems": systems, RIVAL: with_mean(of_rival)}
         else:
             sets = evaluate(lesson, run, at, settings.limit)
@@ -123,7 +123,11 @@ def run_full(settings: DemoSettings) -> dict[str, Any]:
         names = [name for name, *_ in sets if name in STYLES]
         picture = out / ("alpha.png" if task == "classification" else f"alpha-{task}.png")
         title = f"{task.capitalize()}, fine-tuned on drawings {STYLES[FINE_TUNED]}"
-        plot_alpha_curve(_points(sets), names[:1], names[1:], picture, title=title, beside=beside)
+        plot_alpha_curve(
+            *(_points(sets), names[:1], names[1:], picture),
+            title=title,
+            other_methods=other_methods,
+        )
         log.say(f"the curve: {picture}")
     log.end(results, out)
     log.say(f"  radapter-export --adapter {out}/runs/retrieval && radapter-serve")

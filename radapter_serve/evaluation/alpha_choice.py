@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.table import Table
 
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import paired_difference
 from radapter_serve.evaluation.rows import KEPT, Row, by_shift
 from radapter_serve.evaluation.suite import PROPOSALS
-from radapter_serve.files import checker, staged
+from radapter_serve.files import checker, first_problem, staged
 
 FILE = "alpha.json"
 RULE = (
@@ -103,13 +104,13 @@ class Choice:
             instead = f"alpha {smaller:g} keeps more" if smaller else "a smaller alpha keeps more"
             lines.append(
                 f"alpha {self.alpha:g} keeps {100 * kept:.1f} % of what the base answers among"
-                " common nouns on these images: labels and searches that you have not trained will"
-                f" answer otherwise, too. If you need them, {instead}, and so does training with"
-                " more --preserve and --preserve-words."
+                " common nouns on these images: the answers to labels and searches that you did not"
+                f" train change, too. If you need them, {instead}, and so does training with more"
+                " --preserve and --preserve-words."
             )
         if not by_shift(self.sets)[1]:
             lines.append(
-                "No validation set is shifted, so this choice tells nothing of images in other"
+                "No validation set is shifted, so this choice says nothing about images in other"
                 " styles than yours."
             )
         return tuple(lines)
@@ -139,9 +140,9 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
     kinds = {(row.dense == PROPOSALS, row.proposals is not None) for row in rows}
     if len(kinds) > 1:
         raise RAdapterError(
-            "alpha is chosen by a mean over validation sets, and dense segmentation and proposals"
-            " are no mean, nor are true masks and a network's; leave all but one of them out of the"
-            " sets with split: validation"
+            "alpha is chosen by a mean over validation sets, and figures of dense segmentation, of"
+            " true masks and of a network's masks can't be averaged; keep one of these kinds among"
+            " the sets with split: validation"
         )
     adapter_digest = rows[0].adapter_digest
     assert adapter_digest is not None
@@ -233,8 +234,8 @@ def chosen(adapter: str | Path) -> Choice:
         choice = checker(Choice).validate_json(path.read_bytes())
     except FileNotFoundError:
         raise RAdapterError(f"no alpha was chosen for {path.parent}; {again}") from None
-    except ValueError as error:
-        raise RAdapterError(f"could not read {path}: {reason(error)}; {again}") from error
+    except ValidationError as error:
+        raise RAdapterError(f"could not read {path}: {first_problem(error)}; {again}") from error
     if choice.adapter_digest != load_adapter(adapter).digest:
         raise RAdapterError(f"{path} was chosen for another adapter; {again}")
     return choice

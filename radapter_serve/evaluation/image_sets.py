@@ -58,7 +58,7 @@ MOST_CONFUSED = 50  # most classes of a confusion matrix in a row and in a plot
 NOUN_TEMPLATES = ("a photo of a {}.",)
 _NOUN_STEP = 3  # every third of ImageNet's 1,000 names: 333 nouns
 _WORD = re.compile(r"[^\W_]+")
-_READERS = 8  # threads that read files
+_DIGEST_THREADS = 8
 Answers = dict[str, NDArray[Any]]  # arrays by name, with a row for each image or batch
 _OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
@@ -94,7 +94,7 @@ class EvaluationSet(ABC):
             return sha.hexdigest()
 
         try:
-            with ThreadPoolExecutor(_READERS, thread_name_prefix="digest") as pool:
+            with ThreadPoolExecutor(_DIGEST_THREADS, thread_name_prefix="digest") as pool:
                 return list(pool.map(digest_of_image, self.images))
         except RAdapterError as error:
             raise RAdapterError(f"data set {self.entry.name!r}: {error}") from error
@@ -229,7 +229,7 @@ class ClassificationSet(EvaluationSet):
     def nouns(self) -> list[str]:
         """Common nouns that don't overlap with the classes or their synonyms."""
         lines = dict.fromkeys(self.classes)
-        return nouns_beside([name for line in lines for name in split_label(line)])
+        return common_nouns([name for line in lines for name in split_label(line)])
 
     def prompts(self, model: Candidate) -> Sequence[str]:
         """The prompt templates for a model."""
@@ -352,7 +352,6 @@ class RetrievalSet(EvaluationSet):
 class MaskedItem:
     """An image file, the class of each pixel, and masks for the model to classify."""
 
-    number: int  # of the image in its set
     data: bytes
     truth: NDArray[np.int32]  # class of each pixel, or IGNORE, [H, W]
     # Masks of a proposal network or of the true segments, 0 to 255, [N, H, W].
@@ -448,15 +447,13 @@ class SegmentationSet(EvaluationSet):
         if self.proposals is not None:
             masks, scores = self.proposals.read(image.name, (len(truth), truth.shape[1]))
             used = masks.max(axis=(1, 2), initial=0) > BINARY  # an empty mask has no crop
-            return MaskedItem(
-                number, data, truth, masks[used], None if scores is None else scores[used]
-            )
+            return MaskedItem(data, truth, masks[used], None if scores is None else scores[used])
         if self.entry.dense != PROPOSALS:
-            return MaskedItem(number, data, truth)
+            return MaskedItem(data, truth)
         segments = [
             mask for label, mask in image.segments() if label != self.background and mask.any()
         ]
-        return MaskedItem(number, data, truth, np.array(segments, np.uint8) * np.uint8(255))
+        return MaskedItem(data, truth, np.array(segments, np.uint8) * np.uint8(255))
 
     def answer(
         self, model: Candidate, start: int, items: Sequence[Any], keep: Sequence[str] = ()
@@ -472,14 +469,14 @@ class SegmentationSet(EvaluationSet):
 
         total = np.zeros((count, count + 1), np.int64)
         sums = []  # of each image, for the bootstrap
-        for item in items:
+        for number, item in enumerate(items, start):
             if item.masks is not None and not len(item.masks):
                 labels = np.full(item.truth.shape, len(classes) - 1, np.int64)
             else:
                 try:
                     mask = model.segment(item.data, query, item.masks, item.scores)
                 except RAdapterError as error:
-                    raise RAdapterError(f"{self.images[item.number].name}: {error}") from error
+                    raise RAdapterError(f"{self.images[number].name}: {error}") from error
                 labels = mask.astype(np.int64)
             known = item.truth != IGNORE
             counts = confusion(item.truth[known], classes[labels[known]], count)
@@ -509,8 +506,8 @@ class SegmentationSet(EvaluationSet):
         }
 
 
-def nouns_beside(names: Iterable[str]) -> list[str]:
-    """Common nouns that don't overlap with names of classes.
+def common_nouns(names: Iterable[str]) -> list[str]:
+    """Common nouns that don't overlap with these names of classes.
 
     They are every third of CLIP's names for ImageNet's classes. A noun is left out if it equals a
     class, contains it as whole words, or is contained in it; case is ignored.

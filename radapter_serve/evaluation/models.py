@@ -25,7 +25,7 @@ from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.encoders.loaded import LoadedRelease, ServerEncoder
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, check_finite
-from radapter_serve.evaluation.rows import model_name
+from radapter_serve.evaluation.rows import display_name
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.files import digest_of
 from radapter_serve.release.release import FILE, Release
@@ -61,7 +61,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """The model's name in messages."""
-        return model_name(self.source, self.alpha)
+        return display_name(self.source, self.alpha)
 
     def prepare(self, data: bytes) -> Any:
         """Decode an image file for `embed_images`, the same for every α; a server decodes it
@@ -108,8 +108,8 @@ class Candidate:
             way = dense or default
             if way is None:
                 raise RAdapterError(
-                    "this model has no dense method of its own (dense: none); give the set one, as"
-                    " in dense: naclip"
+                    "this model has no dense method (dense: none); name one for the set, such as"
+                    " dense: naclip"
                 )
             if way != PROPOSALS:
                 check_dense(encoder.model, way)

@@ -15,9 +15,9 @@ from radapter_serve.evaluation.rows import (
     KEPT,
     Row,
     by_shift,
+    display_name,
     mean_kept,
     metric_name,
-    model_name,
     own_metric,
 )
 from radapter_serve.evaluation.suite import PROPOSALS
@@ -102,7 +102,7 @@ def plot_alpha_curve(
     path: str | Path,
     *,
     title: str = "",
-    beside: Mapping[str, Points] | None = None,
+    other_methods: Mapping[str, Points] | None = None,
     unit: str = "%",
     kept: Mapping[float, float] | None = None,
     choice: Choice | None = None,
@@ -111,17 +111,17 @@ def plot_alpha_curve(
     and each set over α.
 
     A row has `alpha`, and per cent by the name of the data set; rows ascend in α. The curve takes
-    the means of the in-distribution and of the shifted sets, and needs both. `beside` has rows of
-    other methods by name, such as WiSE-FT. `kept` is the share of the base's answers that each α
-    keeps, in per cent, on the right axis. `choice` marks the α of `auto`, the smallest as good as
-    the best, the best, the base's level, and the score with the interval of its distance from the
-    best.
+    the means of the in-distribution and of the shifted sets, and needs both. `other_methods` has
+    rows by the name of a method, such as WiSE-FT. `kept` is the share of the base's answers that
+    each α keeps, in per cent, on the right axis. `choice` marks the α of `auto`, the smallest as
+    good as the best, the best, the base's level, and the score with the interval of its distance
+    from the best.
     """
     groups = [names for names in (ids, ood_names) if names]
     figure = Figure(figsize=(5 * len(groups) + 1.3, 4.2), dpi=150, layout="constrained")
     panels = list(figure.subplots(1, len(groups), squeeze=False)[0])
     if len(groups) == 2:
-        _draw_curve(panels[0], groups, {"R-Adapter": rows, **(beside or {})}, unit)
+        _draw_curve(panels[0], groups, {"R-Adapter": rows, **(other_methods or {})}, unit)
     each = panels[-1]
     alphas = [row["alpha"] for row in rows]
     for number, name in enumerate((*ids, *ood_names)):
@@ -235,5 +235,5 @@ def plot_confusion(row: Row, path: str | Path) -> None:
     axes.set_yticks(range(len(names)), labels)
     axes.set_xlabel("answered")
     axes.set_ylabel("true")
-    figure.suptitle(f"{row.dataset}: {model_name(row.source, row.alpha, ', α = ')}")
+    figure.suptitle(f"{row.dataset}: {display_name(row.source, row.alpha, ', α = ')}")
     figure.savefig(path)

@@ -16,9 +16,9 @@ from rich.table import Table
 
 from radapter_serve.contract.labels import SAME
 from radapter_serve.contract.preprocess import MaskCrop
-from radapter_serve.errors import RAdapterError, short
+from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Interval
-from radapter_serve.files import checker, staged
+from radapter_serve.files import checker, first_problem, staged
 
 FILE = "results.jsonl"
 KEPT = "kept"  # name of a metric; see `Row`
@@ -170,9 +170,7 @@ class Row:
         try:
             row = checker(cls).validate_json(line)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = short(".".join(map(str, first["loc"])))
-            raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+            raise ValueError(first_problem(error)) from None
         _ = row.per_image  # raises if `right` has another length than `n`
         return row
 
@@ -263,7 +261,7 @@ def by_shift(sets: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return ids, [name for name, data in sets.items() if data.shift == "ood"]
 
 
-def model_name(source: str, alpha: float | None, joint: str = " at alpha ") -> str:
+def display_name(source: str, alpha: float | None, joint: str = " at alpha ") -> str:
     """A model's name in messages and pictures."""
     return source if alpha is None else f"{source}{joint}{alpha:g}"
 
@@ -365,7 +363,7 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     lines = []
     for pairs, alike in of_pairs.items():
         sets = ", ".join(dict.fromkeys(row.dataset for row in alike))
-        models = ", ".join(dict.fromkeys(model_name(row.source, row.alpha) for row in alike))
+        models = ", ".join(dict.fromkeys(display_name(row.source, row.alpha) for row in alike))
         shown = ", ".join(f"{first!r} and {second!r}" for first, second in pairs[:5])
         more = f" and {len(pairs) - 5} pairs more" if len(pairs) > 5 else ""
         lines.append(

@@ -47,7 +47,7 @@ from radapter_serve.evaluation.suite import PROPOSALS, SEVERAL_METRIC, Entry, Su
 from radapter_serve.files import read_yaml
 
 Say = Callable[[str], None]
-_READERS = (*READERS, "masks", "coco")
+_READERS_OF_PATHS = (*READERS, "masks", "coco")
 
 
 def evaluate_set(
@@ -226,10 +226,10 @@ def open_set(
                 if entry.task == "classification" and classes.suffix in (".yaml", ".yml"):
                     mapping = _mapping(classes)
             reader, colon, path = entry.data.partition(":")
-            below = colon and reader in _READERS
+            is_path = colon and reader in _READERS_OF_PATHS
             source = dataclasses.replace(
                 entry,
-                data=f"{reader}:{suite.data_root / path}" if below else entry.data,
+                data=f"{reader}:{suite.data_root / path}" if is_path else entry.data,
                 images=suite.data_root / entry.images if entry.images else None,
                 classes=classes if mapping is None else None,
             )
@@ -353,9 +353,9 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
         place = data = with_reader(data)
         if source.data and _place(data) == _place(source.data):
             raise RAdapterError(
-                f"the validation data {data} is what the run was trained with, which tells nothing"
-                " of other images; name others, or none, or own for those that the run was"
-                " validated with"
+                f"the validation data {data} is what the run was trained with, so figures on it say"
+                " nothing about other images; name other data, or none, or own for the data that"
+                " the run was validated with"
             )
     elif not place and source.val_fraction and source.data:
         place = f"{source.val_fraction} of {source.data}"

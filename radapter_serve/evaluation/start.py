@@ -74,7 +74,7 @@ class Evaluation:
             return self.choice.table()
         if self.suite is None:
             return table(self.rows, "per cent")
-        return table(self.rows, f"{self.suite.name}: per cent", self.suite.pairs("test"))
+        return table(self.rows, f"{self.suite.name}: per cent", self.suite.pairs())
 
     def __repr__(self) -> str:
         suite = self.suite.name if self.suite else None

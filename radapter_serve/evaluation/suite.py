@@ -134,9 +134,9 @@ class Suite:
         """The data sets of one split."""
         return tuple(entry for entry in self.entries if entry.split == split)
 
-    def pairs(self, split: str) -> list[tuple[str, str]]:
-        """Pairs of data sets in a split: names of the base and novel classes of the same data."""
-        entries = self.of_split(split)
+    def pairs(self) -> list[tuple[str, str]]:
+        """Names of each test set of base classes and of that of the novel classes of its data."""
+        entries = self.of_split("test")
         novel = {entry.data: entry.name for entry in entries if entry.class_split == "novel"}
         return [
             (entry.name, novel[entry.data])

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from radapter_serve.contract.errors import OVERLOADED
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import staged
+from radapter_serve.files import first_problem, staged
 from radapter_serve.gateway.upstream import LOG, RATE_LIMITED, UNAUTHORIZED, Entry, Refused
 
 _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
@@ -134,8 +134,7 @@ def _parse(path: Path, text: str) -> dict[str, Key]:
         try:
             keys[match[1]] = Key.model_validate(dict(words))
         except ValidationError as error:
-            first = error.errors()[0]
-            raise RAdapterError(f"{where}: {first['loc'][0]}: {first['msg']}") from None
+            raise RAdapterError(f"{where}: {first_problem(error)}") from None
     return keys
 
 

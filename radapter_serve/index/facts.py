@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, invalid
 from radapter_serve.contract.labels import check_length
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import as_text, checker
+from radapter_serve.files import as_text, checker, first_problem
 from radapter_serve.release.release import Release
 
 if TYPE_CHECKING:
@@ -175,21 +175,15 @@ class IndexFacts:
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             other = values.get("format") if isinstance(values, dict) else None
             raise ValueError(f"it has the format {other!r:.40} and this version reads {FORMAT}")
-        facts: IndexFacts = read_facts(cls, values)
+        import pydantic  # imported here, as a base installation lacks it and still shows --help
+
+        try:
+            facts = checker(cls).validate_python(values)
+        except pydantic.ValidationError as error:
+            raise ValueError(first_problem(error)) from None
         if facts.count < 0:
             raise ValueError(f"count: {facts.count} is less than 0")
         return facts
-
-
-def read_facts(kind: Any, values: Any) -> Any:
-    """Build a dataclass from JSON values; raises a `ValueError` that names the first wrong one."""
-    import pydantic  # imported here, as a base installation lacks it and still shows --help
-
-    try:
-        return checker(kind).validate_python(values)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 @dataclass(frozen=True)

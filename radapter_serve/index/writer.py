@@ -25,9 +25,9 @@ from pyarrow import parquet
 
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import disk_errors, lock, staged
+from radapter_serve.files import checker, disk_errors, lock, staged
 from radapter_serve.index.collection import Cluster, Collection, Item, Progress, Read, read
-from radapter_serve.index.facts import IndexFacts, Plan, read_facts
+from radapter_serve.index.facts import IndexFacts, Plan
 from radapter_serve.index.folder import (
     EXACT,
     THUMBNAIL,
@@ -164,7 +164,8 @@ class Writer:
         # Take over the rows of a stopped command.
         if resume and _parts(folder):
             try:
-                stopped = read_facts(Plan, json.loads((folder / _PLAN).read_text(encoding="utf-8")))
+                values = json.loads((folder / _PLAN).read_bytes())
+                stopped = checker(Plan).validate_python(values)
             except (OSError, ValueError):
                 raise NotResumed(
                     f"the stopped build of {out} can't be resumed; {self._discard}"

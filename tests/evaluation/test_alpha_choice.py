@@ -141,7 +141,7 @@ def test_what_is_kept_is_noted_and_chooses_nothing() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"dense": "naclip"}, {"dense": "proposals"}], "dense segmentation and proposals"),
+        ([{"dense": "naclip"}, {"dense": "proposals"}], "figures of dense segmentation, of true masks"),
         ([{"dense": "proposals"}, {"dense": "proposals", "proposals": "found"}], "a network's"),
         ([{"shift": "ood"}], "without an in-distribution validation set"),
     ],
@@ -158,9 +158,10 @@ def test_the_choice_is_kept_beside_the_adapter(run_folder: Path, tmp_path: Path)
     )
     assert save_choice(choice, run / "adapter.safetensors") == run / "alpha.json"
     assert chosen(run) == choice
-    (run / "alpha.json").write_text("{", encoding="utf-8")
-    with pytest.raises(RAdapterError, match="could not read"):
-        chosen(run)
+    for text, problem in (("{", "Invalid JSON"), ("{}", "alpha: Field required")):
+        (run / "alpha.json").write_text(text, encoding="utf-8")
+        with pytest.raises(RAdapterError, match=f"could not read .*: {problem}"):
+            chosen(run)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.encoders.loaded import load_release, served_release
-from radapter_serve.evaluation.image_sets import nouns_beside
+from radapter_serve.evaluation.image_sets import common_nouns
 from radapter_serve.evaluation.models import Candidate, from_adapter, from_merged, from_release
 from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate_suite
@@ -105,7 +105,7 @@ def test_every_alpha_is_the_folded_model_in_open_clip(
     base = load_base(tiny_clip_dir)
     adapter = load_adapter(run_folder)
     weights = {name: value.clone() for name, value in base.model.state_dict().items()}
-    nouns = nouns_beside(CLASSES)
+    nouns = common_nouns(CLASSES)
     _, _, transform = open_clip.create_model_and_transforms(tiny_clip_dir)
     tokens = open_clip.get_tokenizer(tiny_clip_dir)([f"a photo of a {name}." for name in nouns])
     files = [file for name in CLASSES for file in sorted((world / "plain" / name).iterdir())]
@@ -213,9 +213,9 @@ def test_a_checkpoint_is_on_the_line_from_its_base_as_in_wise_ft(
 
 def test_the_nouns_are_every_third_of_imagenets_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    names = nouns_beside(["something else"])
+    names = common_nouns(["something else"])
     assert names == list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES[::3])) and len(names) == 333
-    assert nouns_beside(open_clip.IMAGENET_CLASSNAMES) == []
+    assert common_nouns(open_clip.IMAGENET_CLASSNAMES) == []
     for name, left_out in (
         ("a big Toucan.", ["toucan"]),
         ("toucans", []),  # no word of it
@@ -223,5 +223,5 @@ def test_the_nouns_are_every_third_of_imagenets_names(monkeypatch: pytest.Monkey
         ("SEA-LION", ["sea lion", "lion"]),
         ("!", []),
     ):
-        kept = nouns_beside(["something else", name])
+        kept = common_nouns(["something else", name])
         assert [noun for noun in names if noun not in kept] == left_out

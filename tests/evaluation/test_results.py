@@ -153,7 +153,7 @@ def test_the_curve_has_another_method_and_what_is_kept(drawn: list[Any]) -> None
     rows = [{"alpha": a, "a": 50 + 20 * a, "b": 40 - 15 * a * a} for a in (0.0, 0.5, 1.0)]
     other = [{"alpha": a, "a": 50 + 10 * a, "b": 40 - 20 * a} for a in (0.0, 1.0)]
     kept = {1.0: 71.0, 0.0: 100.0}
-    plot_alpha_curve(rows, ["a"], ["b"], "with.png", beside={"WiSE-FT": other}, kept=kept)
+    plot_alpha_curve(rows, ["a"], ["b"], "with.png", other_methods={"WiSE-FT": other}, kept=kept)
     plot_alpha_curve(rows, ["a"], [], "alone.png")
     curve, of_alpha, right = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in curve.get_lines()}

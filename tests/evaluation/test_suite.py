@@ -89,7 +89,7 @@ def test_base_and_novel_classes_have_a_harmonic_mean(
     models = from_adapter(run_folder, [0.0, 1.0])
     rows = evaluate_suite(models, suite, Results(tmp_path / "out"))
     models[0].close()
-    columns = table(rows, "", suite.pairs("test")).columns
+    columns = table(rows, "", suite.pairs()).columns
     (shown,) = [list(of.cells) for of in columns if str(of.header).startswith("H")]
     for alpha, cell in zip((0.0, 1.0), shown, strict=True):
         a, b = (row.metrics["acc1"] for row in rows if row.alpha == alpha)
