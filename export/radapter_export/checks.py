@@ -35,7 +35,7 @@ from radapter_serve.release.release import Confidence
 from radapter_serve.release.repository import PATCH_ENCODER
 
 BATCHES = (1, 2, 7)  # odd sizes reveal constants in a Reshape
-
+MAX_IMAGES = 2000  # of validation data; each is 0.05 points
 Array = npt.NDArray[np.float32]
 
 _WORDS = [
@@ -118,9 +118,6 @@ def samples_at(
         batches = inputs.tokens if graph == "text_encoder" else inputs.images
         samples[graph] = Samples(batches, references, alphas if mixed else ())
     return samples
-
-
-MOST = 2000  # largest number of images, each of which is 0.05 points
 
 
 @dataclass(frozen=True)
@@ -222,7 +219,7 @@ def open_validation(
     if metadata.task == "segmentation":
         entry = dataclasses.replace(entry, dense=dense or PROPOSALS)
     try:
-        return open_set(suite, entry, limit=MOST)
+        return open_set(suite, entry, limit=MAX_IMAGES)
     except OtherImages:
         raise
     except RAdapterError:

@@ -40,12 +40,23 @@ from radapter_serve.release.agreement import Agreement, Samples, Tolerance, comp
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.sources import CARD
 
+# Files of open_clip's folder
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 OPEN_CLIP_FILES = (
     *(OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
 )
+# Files of the folder of transformers, and its patterns for texts
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PROCESSOR = "preprocessor_config.json"
+FORM_FILES = (CONFIG, WEIGHTS, PROCESSOR, "tokenizer.json", "tokenizer_config.json")
+_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+# Python's string.punctuation without the underscore, which becomes a space
+_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^`{|}~]"""
 WRITER = "radapter-export"
 DISK_ADVICE = "nothing half-written was left; make room for it, and run radapter-export again"
 
@@ -112,17 +123,6 @@ def check_replaceable(folder: Path, flag: str, files: Collection[str]) -> None:
                 f"{folder} holds {path.name}, which no export wrote; it would be replaced: give"
                 f" another folder with {flag}, or move that away"
             )
-
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-PROCESSOR = "preprocessor_config.json"
-FORM_FILES = (CONFIG, WEIGHTS, PROCESSOR, "tokenizer.json", "tokenizer_config.json")
-_WORDS = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-)
-# Python's string.punctuation without the underscore, which becomes a space
-_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^`{|}~]"""
 
 
 def base_form(base: Base) -> Form:

@@ -281,8 +281,8 @@ class Graph:
                     tensor.to("cpu", kind).contiguous(), name=name
                 )
                 total += value.const_value.nbytes
-            beside = f"{path.name}.data" if total > external_above else None
-            ir.save(self.model, path, external_data=beside)
+            data_file = f"{path.name}.data" if total > external_above else None
+            ir.save(self.model, path, external_data=data_file)
         finally:
             for value in weightless.values():
                 value.const_value = None

@@ -36,6 +36,13 @@ from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.files import digest_of
 
+Batches = Sequence[NDArray[np.generic]]
+# Inputs for the calibration of int8: of the user's images, evenly spread (more of them hardly
+# change the ranges), and of the prompts of the label sets, likewise
+IMAGES = 128
+PROMPTS = 512
+_IMAGES_A_BATCH = 8
+_TEXTS_A_BATCH = 64
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOAT = ir.DataType.FLOAT
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"}
@@ -133,14 +140,6 @@ def _floats(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
     for place, value in enumerate(node.inputs):
         if value is not None and value.dtype in (_FLOAT, *TYPES.values()):
             yield place, value
-
-
-Batches = Sequence[NDArray[np.generic]]
-
-IMAGES = 128  # of the user's, evenly spread; more of them hardly change the ranges
-PROMPTS = 512  # of the label sets, likewise
-_IMAGES_A_BATCH = 8
-_TEXTS_A_BATCH = 64
 
 
 def calibrate(

@@ -18,7 +18,7 @@ from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.rows import metric_name
-from radapter_serve.release.release import KEPT, NO_TEMPERATURE, Release
+from radapter_serve.release.release import MIN_SCORE_SHARE, NO_TEMPERATURE, Release
 from radapter_serve.release.repository import SERVED
 
 FIRST = (
@@ -149,8 +149,9 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
     """A sentence about the calibrated scores of a release."""
     labels = (
         f"--multi-label scores have a calibration error of {100 * fitted['label_ece']:.2f} %; a"
-        f" search with --min-score calibrated ({fitted['min_score']:.3f}) keeps {KEPT:.0%} of the"
-        f" images, and answers {fitted['false_answers']:.0%} of the queries for what is not there"
+        f" search with --min-score calibrated ({fitted['min_score']:.3f}) keeps"
+        f" {MIN_SCORE_SHARE:.0%} of the images, and still finds images for"
+        f" {fitted['false_answers']:.0%} of the queries that no image fits"
     )
     before = f"ECE {100 * fitted['ece_before']:.2f} %"
     if fitted["ece_after"] is None:

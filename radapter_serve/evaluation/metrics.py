@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.labels import class_probabilities
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.release import KEPT, Confidence
+from radapter_serve.release.release import MIN_SCORE_SHARE, Confidence
 
 Floats = NDArray[np.float32]
 Ranks = NDArray[np.int64]
@@ -36,9 +36,9 @@ _DRAWN = 100  # draws in memory at once
 _FEWER_DRAWS = 200  # of the bootstrap of mAP, which is slow
 _PRECISION_BLOCK = 20  # of these draws in memory at once
 _MAX_SCORES = 5_000_000  # images x classes; above, mAP has no interval
-LEAST = 100  # fewest images for the fit of calibrated scores
+MIN_IMAGES = 100  # fewest images for the fit of calibrated scores
 MAX_PAIRS = 4_000_000  # most pairs of an image and a label in a fit
-RANGE = (0.01, 100.0)  # of the fitted temperature
+TEMPERATURES = (0.01, 100.0)  # ends of the range of the fit
 
 
 def check_finite(values: Floats) -> Floats:
@@ -334,10 +334,10 @@ def fit_confidence(
     right label of each image, [N].
     """
     n, classes = cosines.shape
-    if n < LEAST or classes < 2:
+    if n < MIN_IMAGES or classes < 2:
         raise RAdapterError(
-            f"{n} validation images of {classes} labels are too few for calibrated scores; {LEAST}"
-            " images are needed, and two labels"
+            f"{n} validation images of {classes} labels are too few for calibrated scores;"
+            f" {MIN_IMAGES} images are needed, and two labels"
         )
     scale, bias = fit_sigmoid(cosines, truth)
     temperature = None if logit_bias is not None else fit_temperature(cosines * logit_scale, truth)
@@ -361,9 +361,9 @@ def fit_confidence(
     hits = best == truth
     right = np.arange(classes) == truth[:, None]
     known = not np.isnan(after).any()
-    # The highest cosine that at least the share `KEPT` of images reaches with its own label.
+    # The highest cosine that `MIN_SCORE_SHARE` of the images reach with their own label.
     own_scores = np.sort(cosines[np.arange(n), truth])
-    min_score = float(own_scores[int((1 - KEPT) * n + 1e-9)])
+    min_score = float(own_scores[int((1 - MIN_SCORE_SHARE) * n + 1e-9)])
     others = np.where(right, -np.inf, cosines)
     return Confidence(
         scale=scale,
@@ -387,8 +387,8 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
     it is wrong. Guo et al. maximize the likelihood of the right label, which the wrong images
     dominate where there are many labels: the best label's score becomes too low.
 
-    None if there is no such temperature within `RANGE`: no image is wrong, or the scores do not
-    tell right from wrong. Above `MAX_PAIRS` pairs of image and label, every k-th image is used.
+    None if no temperature within `TEMPERATURES` is the best: no image is wrong, or the scores do
+    not tell right from wrong. Above `MAX_PAIRS` pairs of image and label, every k-th image is used.
     """
     from scipy.optimize import minimize_scalar  # slow to load
 
@@ -413,7 +413,7 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
         log_odds = -inverse * second - np.log(np.exp(inverse * logits).sum(axis=1))
         return float(np.logaddexp(0, signs * log_odds).mean())
 
-    ends = np.log(RANGE)
+    ends = np.log(TEMPERATURES)
     best_log = minimize_scalar(loss, bounds=ends, method="bounded", options={"xatol": 1e-6}).x
     return float(np.exp(best_log)) if np.abs(ends - best_log).min() > 1e-4 else None
 

@@ -32,7 +32,7 @@ HOW = "export one with radapter-export --validation DATA"
 # Reason for a softmax without a best temperature.
 NO_TEMPERATURE = "every image was right, or scores are no higher for right answers"
 # Share of the images that the calibrated `min_score` of a search keeps.
-KEPT = 0.95
+MIN_SCORE_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Confidence:
     for models with a sigmoid loss and for `NO_TEMPERATURE`. `ece_before` and `ece_after` are the
     calibration errors of the best label's score, in [0, 1], before and after calibration;
     `label_ece` is the error over all pairs of an image and a label. Each half of the images is
-    scored by the fit on the other half. At least `KEPT` of the images have a cosine of `min_score`
-    with their own label; `false_answers` is the share of labels that reach it with an image of
-    another label. `dataset` has `n` images and `classes` labels.
+    scored by the fit on the other half. At least `MIN_SCORE_SHARE` of the images have a cosine of
+    `min_score` with their own label; `false_answers` is the share of labels that reach it with an
+    image of another label. `dataset` has `n` images and `classes` labels.
     """
 
     scale: float

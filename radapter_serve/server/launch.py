@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 # The backend in Python of this package, by the names for which it stands in.
 OUR_BACKENDS = dict.fromkeys(RUNTIMES, Path(__file__).absolute().parents[1] / "triton" / "backend")
 FOLDER_PREFIX = "radapter-serve-"
-WAITING = "surplus"  # folder of the files that say how many requests a model is to reject
-MODELS = "models"  # folder of the models that Triton may load, in a server's folder
+# In a server's folder: the files that say how many requests a model is to reject, and the models
+# that Triton may load.
+SURPLUS_FOLDER = "surplus"
+MODELS_FOLDER = "models"
 SECRET_HEADER = "radapter-secret"
 _PYTHON = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
 DISK_ADVICE = "free some space, or set TMPDIR to another"
@@ -150,9 +152,9 @@ def server_folder() -> Iterator[Path]:
     """
     parent = Path(tempfile.gettempdir())
     for folder in parent.glob(f"{FOLDER_PREFIX}*"):
-        # Skip folders of other users, and new ones: these are not locked yet, and lack MODELS.
+        # Skip folders of other users, and new ones: these are not locked yet, and have no models.
         with contextlib.suppress(OSError):
-            if (folder / MODELS).is_dir():
+            if (folder / MODELS_FOLDER).is_dir():
                 with hold(folder):
                     _remove(folder)
     with disk_errors(parent, DISK_ADVICE):
@@ -161,7 +163,7 @@ def server_folder() -> Iterator[Path]:
         with disk_errors(parent, DISK_ADVICE):
             stack.enter_context(hold(folder))
             stack.callback(_remove, folder)
-            (folder / MODELS).mkdir()  # shows a folder without a lock to be left over
+            (folder / MODELS_FOLDER).mkdir()  # shows a folder without a lock to be left over
         yield folder
 
 
@@ -195,14 +197,14 @@ def lay_out(
             (backends / name).symlink_to(source)
     if installation.stub is not None:
         shutil.copy(installation.stub, backends / "python")
-    (folder / WAITING).mkdir()
+    (folder / SURPLUS_FOLDER).mkdir()
     for name, model in models.items():
         put(folder, repository, name, model)
 
 
 def put(folder: Path, repository: Path, name: str, model: ModelEntry | None) -> None:
     """Update a model's folder to the versions and config to load next; None removes it."""
-    target = folder / MODELS / name
+    target = folder / MODELS_FOLDER / name
     versions = set() if model is None else {str(version) for version in model.versions}
     for path in target.glob("*"):
         if path.name.isdecimal() and path.name not in versions:
@@ -239,7 +241,7 @@ def command_line(
     """Command line of the server."""
     arguments = [
         str(installation.binary),
-        f"--model-repository={folder / MODELS}",
+        f"--model-repository={folder / MODELS_FOLDER}",
         f"--backend-directory={folder / 'backends'}",
         *config.endpoints.flags(),
         # Loading a model can load code, so it requires the secret.
@@ -267,7 +269,7 @@ def server_environment(
         "TOKENIZERS_PARALLELISM": "false",
         "TMPDIR": str(folder),  # ONNX Runtime leaves a file there
         INDEXES: str(config.indexes),
-        SURPLUS: str(folder / WAITING),
+        SURPLUS: str(folder / SURPLUS_FOLDER),
     }
     if "OTEL_EXPORTER_OTLP_TIMEOUT" not in variables:
         # Limits the wait for a collector, also at the server's end; 10 s if unset.

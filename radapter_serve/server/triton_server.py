@@ -301,7 +301,7 @@ class TritonServer(ReleaseServer):
         warm_up(self.control, self.models, max(1.0, deadline - self._clock.monotonic()))
         self._backlog = Backlog(
             self.metrics_url,
-            self.folder / launch.WAITING,
+            self.folder / launch.SURPLUS_FOLDER,
             lambda: {name: processes_of(model) for name, model in self.offered.items()},
             config.max_waiting,
         )

@@ -141,7 +141,7 @@ def test_what_is_kept_is_noted_and_chooses_nothing() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"dense": "naclip"}, {"dense": "proposals"}], "figures of dense segmentation, of true masks"),
+        ([{"dense": "naclip"}, {"dense": "proposals"}], "dense segmentation, of true masks"),
         ([{"dense": "proposals"}, {"dense": "proposals", "proposals": "found"}], "a network's"),
         ([{"shift": "ood"}], "without an in-distribution validation set"),
     ],

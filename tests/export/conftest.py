@@ -15,7 +15,7 @@ from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.evaluation.metrics import LEAST
+from radapter_serve.evaluation.metrics import MIN_IMAGES
 from tests.helpers.graphs import graph_of, quick_exports
 from tests.helpers.shared import shared
 
@@ -53,7 +53,7 @@ def photos(common: Path) -> Path:
 @pytest.fixture(scope="session")
 def many_photos(common: Path) -> Path:
     """As many images as calibrated scores need."""
-    return shared(common, "many-photos", lambda folder: _write_photos(folder, LEAST))
+    return shared(common, "many-photos", lambda folder: _write_photos(folder, MIN_IMAGES))
 
 
 def _write_photos(folder: Path, count: int) -> None:

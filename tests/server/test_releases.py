@@ -27,7 +27,7 @@ from radapter_serve.server.control import (
     check_side_by_side,
     switch,
 )
-from radapter_serve.server.launch import MODELS, put
+from radapter_serve.server.launch import MODELS_FOLDER, put
 from radapter_serve.server.models import ModelEntry, plan_models
 from radapter_serve.server.releases import (
     MAX_CALLERS,
@@ -113,15 +113,15 @@ def test_the_folder_of_a_server_holds_what_is_offered_and_the_repository_stays(
     for versions in ((1,), (1, 2), (2,)):
         for name in ("image_encoder", "classify"):
             put(folder, repository, name, ModelEntry((), "").at(versions))
-            model = folder / MODELS / name
+            model = folder / MODELS_FOLDER / name
             assert {path.name for path in model.iterdir()} == {"config.pbtxt", *map(str, versions)}
             for version in map(str, versions):
                 names = {path.name for path in (model / version).iterdir()} - {"__pycache__"}
                 assert names == {path.name for path in (repository / name / version).iterdir()}
     # A file where Python would compile model.py.
-    assert (folder / MODELS / "classify" / "2" / "__pycache__").is_file()
+    assert (folder / MODELS_FOLDER / "classify" / "2" / "__pycache__").is_file()
     put(folder, repository, "classify", None)
-    assert not (folder / MODELS / "classify").exists()
+    assert not (folder / MODELS_FOLDER / "classify").exists()
     assert sorted(repository.rglob("*")) == before
 
 
