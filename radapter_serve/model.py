@@ -90,13 +90,13 @@ class Model(Client):
             is_folder = path.is_dir()
             is_run = path.suffix == ".safetensors" or (path / ADAPTER).is_file()
             if path.is_file() and not is_run:
-                raise RAdapterError(f"{name} is no model; allowed: {_FORMS}")
+                raise RAdapterError(f"{name} is not a model; allowed: {_FORMS}")
             if is_folder and not is_run and not any(path.glob("*config.json")):
                 raise RAdapterError(f"there is no model in {name}; allowed: {_FORMS}")
             if not path.exists() and os.sep in name and ":" not in name:
                 raise RAdapterError(f"there is no {name}; allowed: {_FORMS}")
             if base is not None and not is_run:
-                raise RAdapterError(f"base is {base!r}, but {name} is no run; leave it out")
+                raise RAdapterError(f"base is {base!r}, but {name} is not a run; leave it out")
             check_installed("torch", "export")
             from radapter_export.in_torch import load_in_torch
             from radapter_serve.adapter import load_adapter

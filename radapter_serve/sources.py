@@ -128,7 +128,7 @@ def refused(error: BaseException) -> str:
     from huggingface_hub.errors import HFValidationError
 
     if isinstance(error, HFValidationError):
-        return "that is no name of a repository; write ORGANISATION/NAME"
+        return "that is not a name of a repository; write ORGANISATION/NAME"
     for cause in _causes(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status is not None:

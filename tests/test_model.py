@@ -151,7 +151,7 @@ def test_radapter_query_asks_a_model_without_a_server(
     ("source", "options", "message"),
     [
         ("{tmp}/none", {}, "there is no .*none; allowed: a model repository, a run"),
-        ("{tmp}/notes.txt", {}, "notes.txt is no model; allowed"),
+        ("{tmp}/notes.txt", {}, "notes.txt is not a model; allowed"),
         ("{tmp}/broken", {}, "broken"),
         ("ViT-Q", {}, "unknown model 'ViT-Q'"),
         ("ViT-B-32", {}, "no weights for ViT-B-32: pretrained is None; allowed"),
@@ -161,7 +161,7 @@ def test_radapter_query_asks_a_model_without_a_server(
         ("{run}", {"alpha": 1.5}, "alpha"),
         ("{run}", {"base": "local-dir:{tmp}/none"}, "none"),
         ("{base}", {"alpha": 0.5}, "alpha is 0.5, but .* has no adapter"),
-        ("{base}", {"base": "ViT-B-32"}, "base is 'ViT-B-32', but .* is no run"),
+        ("{base}", {"base": "ViT-B-32"}, "base is 'ViT-B-32', but .* is not a run"),
         ("{base}", {"dense": "best"}, "best"),
     ],
 )

@@ -166,7 +166,7 @@ def _array(name: str, value: Any) -> Array:
         if array.dtype.kind not in "bfiu":
             raise ValueError(f"values of type {array.dtype}")
     except (ValueError, TypeError, RuntimeError) as error:  # a ragged list; a tensor on a GPU
-        raise bad_argument(f"{name} is no array of numbers: {error}") from error
+        raise bad_argument(f"{name} is not an array of numbers: {error}") from error
     return array
 
 
@@ -182,7 +182,7 @@ def check_key(key: str, url: ServerURL) -> None:
     """Check that an API key fits in a header; warns where it would travel unencrypted."""
     if not isinstance(key, str) or not re.fullmatch("[!-~]+", key):
         raise bad_argument(
-            "api_key is no key: it has letters, digits and signs of ASCII, and no white space"
+            "api_key is not a key: a key has letters, digits and signs of ASCII, and no white space"
         )
     if not url.secure and not url.loopback:
         kind = "grpcs" if url.protocol == "grpc" else "https"

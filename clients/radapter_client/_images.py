@@ -147,7 +147,9 @@ def read_image(image: ImageLike, *, exif_orientation: bool = True) -> Image.Imag
             opened = opened.convert("RGBA")
         return opened.convert("RGB")
     except UnidentifiedImageError as error:  # its message is the repr of a Python object
-        raise bad_image("cannot read the image: these are no bytes of an image file") from error
+        raise bad_image(
+            "cannot read the image: these are not the bytes of an image file"
+        ) from error
     except _BROKEN as error:
         raise bad_image(f"cannot read the image: {error}") from error
 

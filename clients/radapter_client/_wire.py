@@ -207,7 +207,7 @@ def find_server() -> str:
 
 def parse_url(url: str) -> ServerURL:
     """Split a server's URL; the error for a malformed one names the allowed forms."""
-    refused = InvalidURL(f"{shown(url)} is no server's URL; allowed are {ALLOWED}")
+    refused = InvalidURL(f"{shown(url)} is not a server's URL; allowed are {ALLOWED}")
     if not isinstance(url, str) or not url.isprintable() or " " in url:
         raise refused
     try:

@@ -342,7 +342,7 @@ def take(name: str) -> Path | None:
         problems[file] = "is missing"
     for file in {*sums, *files}:
         if not _ALLOWED.fullmatch(file):
-            problems[file] = "is no part of a release"
+            problems[file] = "is not a part of a release"
     if problems:
         raise RAdapterError(
             f"{name} is not as it was pushed: {shown(problems)}; fetch it again with: hf download"
@@ -361,7 +361,7 @@ def take(name: str) -> Path | None:
             try:
                 for number in (version, release.max_batch_size):
                     if not (isinstance(number, int) and 0 < number <= _MAX):
-                        raise ValueError(f"{number!r:.40} is no version or size of a batch")
+                        raise ValueError(f"{number!r:.40} is not a version or a batch size")
                 for facts in release.label_sets.values():
                     facts.keys()
                 with Repository(place, models) as unfinished:

@@ -190,7 +190,7 @@ def _metadata(header: Mapping[str, str]) -> Metadata:
         try:
             values[name] = json.loads(header[name])
         except (ValueError, RecursionError) as error:
-            raise RAdapterError(f"its {name} is no JSON: {reason(error)}") from error
+            raise RAdapterError(f"its {name} is not JSON: {reason(error)}") from error
     version = values.get("format_version", FORMAT_VERSION)
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise RAdapterError(

@@ -362,7 +362,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RAdapterError(
-            f"{path.parent} is no folder of peft: could not read {path.name}: {reason(error)}"
+            f"{path.parent} is not a folder of peft: could not read {path.name}: {reason(error)}"
         ) from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":

@@ -41,7 +41,7 @@ def gateway(
         key = access.new_key(settings.api_keys, new_key)
         print(key)
         print(
-            f"Keep it: {settings.api_keys} has only its digest. Give it to those who may ask:\n"
+            f"Keep it: {settings.api_keys} has only its digest. A caller uses it like this:\n"
             f"RADAPTER_API_KEY={key} radapter-query release --url http://HOST:{settings.port}",
             file=sys.stderr,
         )

@@ -327,7 +327,7 @@ def _print_summary(summary: Any, out: Path) -> None:
         (summary.kept, "there before"),
         (summary.removed, "removed"),
         (summary.copies, "with the same bytes as another"),
-        (summary.repeated, "rows left out, for an earlier one names the same image"),
+        (summary.repeated, "rows left out, as an earlier one names the same image"),
     ):
         if number:
             parts.append(f"{number:,} {what}")
@@ -338,7 +338,7 @@ def _print_summary(summary: Any, out: Path) -> None:
 
         count = sum(summary.left_out.values())
         print(
-            f"left out, for an index takes {', '.join(SUFFIXES)}: {count:,} files"
+            f"left out, as an index takes only {', '.join(SUFFIXES)}: {count:,} files"
             f" ({count_kinds(summary.left_out)})"
         )
     if summary.broken:

@@ -420,7 +420,7 @@ class Images:
             self._in_folders |= {*map(str, files.images)}
             others.update(files.left_out)
         if others:
-            note(f"files that are no JPEG, PNG or WebP are left out: {count_kinds(others)}")
+            note(f"files that are not JPEG, PNG or WebP are left out: {count_kinds(others)}")
         if not self.paths:
             raise RAdapterError(
                 f"no JPEG, PNG or WebP files: {', '.join(names) or 'give files or folders'}"
@@ -472,7 +472,9 @@ def check_output(flag: str, path: Path, *suffixes: str) -> None:
     if path.suffix.lower() not in suffixes:
         raise RAdapterError(f"{flag} {path} does not end in {' or '.join(suffixes)}")
     if not path.parent.is_dir() or path.is_dir():
-        raise RAdapterError(f"{flag} {path}: {path.parent} is no folder, or the file itself is one")
+        raise RAdapterError(
+            f"{flag} {path}: {path.parent} is not a folder, or the file itself is one"
+        )
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

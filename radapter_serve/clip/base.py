@@ -251,8 +251,8 @@ def _local_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RAdapterError(
-            f"{folder} is no model folder: {path.name} is missing or broken ({error}), and it holds"
-            " no config.json of transformers"
+            f"{folder} is not a model folder: {path.name} is missing or broken ({error}), and it"
+            " holds no config.json of transformers"
         ) from error
     return config
 
@@ -351,7 +351,7 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RAdapterError(f"could not load {path}: it is no JSON ({reason(error)})") from error
+        raise RAdapterError(f"could not load {path}: it is not JSON ({reason(error)})") from error
 
 
 def _table(of: dict[str, Any], name: str) -> dict[str, Any]:

@@ -351,7 +351,7 @@ def list_images(folder: Path) -> ImageFiles:
 def require_images(folder: Path, wanted: str) -> ImageFiles:
     """`list_images`, but an error if there is none; `wanted` says what to give instead."""
     if not folder.is_dir():
-        raise RAdapterError(f"{folder} is no folder; give {wanted}")
+        raise RAdapterError(f"{folder} is not a folder; give {wanted}")
     files = list_images(folder)
     if not files.images:
         has = f"; it has {count_kinds(files.left_out)}" if files.left_out else ""

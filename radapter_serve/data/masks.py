@@ -340,9 +340,9 @@ def _load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
                 masked.append(Instances(folder / image["file_name"], size, of_image))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise RAdapterError(
-            f"{file} is no annotation file of COCO ({type(error).__name__}: {reason(error)}); it"
-            " needs images, categories and annotations of these, with segments_info and the area of"
-            " each (panoptic), or segmentation (instances)"
+            f"{file} is not an annotation file of COCO ({type(error).__name__}: {reason(error)});"
+            " it needs images, categories and annotations of these, with segments_info and the area"
+            " of each (panoptic), or segmentation (instances)"
         ) from None
     if not masked:
         known = ", ".join(map(str, [*categories.values()][:8]))

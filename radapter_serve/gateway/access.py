@@ -105,7 +105,7 @@ def new_key(path: Path, name: str) -> str:
 def _text(path: Path) -> str:
     try:
         if path.exists() and not path.is_file():  # reading a pipe would block all callers
-            raise OSError(errno.EINVAL, "it is no file")
+            raise OSError(errno.EINVAL, "it is not a file")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or reason(error)

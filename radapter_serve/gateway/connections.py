@@ -38,8 +38,8 @@ TICK_SECONDS = 0.25  # between checks for connections past their time limit
 WARN_SECONDS = 60.0  # between warnings that an address has reached its limit
 _HEAD_END = b"\r\n\r\n"
 _NO_REQUEST = bad_request(
-    "these bytes are no request of HTTP/1.1; its lines end with CRLF, and a path has ASCII"
-    " characters alone, all others as %XX"
+    "these bytes are not a request of HTTP/1.1: its lines end with CRLF, and its path has only"
+    " ASCII characters, with all others as %XX"
 )
 _TOO_LARGE = Refused(431, TOO_LARGE, f"the headers have more than {MAX_HEADERS} bytes")
 # A request may follow an empty line, which some callers send after a body.

@@ -288,7 +288,8 @@ def _outputs(header: _Header, model: Model) -> tuple[tuple[str, ...], frozenset[
 def _no_text(output: str) -> Refused:
     """The error for an output of type BYTES that JSON cannot hold."""
     return bad_request(
-        f"the output {output} is no text; ask for it in binary, or name the outputs that you want"
+        f"the output {output} is not a text; ask for it in binary, or name the outputs that you"
+        " want"
     )
 
 

@@ -107,7 +107,7 @@ def read(text: bytes) -> EmbeddingsRequest:
         value = values[place]
         values[place] = None  # frees the base64 of an image once it is decoded
         if type(value) is not str:
-            raise _wrong(place, "is no text; send texts, or images as data URLs")
+            raise _wrong(place, "is not a text; send texts, or images as data URLs")
         if body.modality != "text" and _DATA_URL.match(value):
             request.images[place] = _decode_image(place, value)
             continue
@@ -119,7 +119,7 @@ def read(text: bytes) -> EmbeddingsRequest:
             )
         if body.modality == "image":
             raise _wrong(
-                place, 'is no image; send a data URL, such as "data:image/jpeg;base64,..."'
+                place, 'is not an image; send a data URL, such as "data:image/jpeg;base64,..."'
             )
         if not value.strip():
             raise _wrong(place, "is empty; give at least one word")
@@ -150,7 +150,7 @@ def _decode_image(place: int, url: str) -> bytes:
     if not file.startswith(_MAGIC):
         raise _wrong(
             place,
-            f"says {media}, but its {len(file)} bytes are no JPEG, PNG or WebP file",
+            f"says {media}, but its {len(file)} bytes are not a JPEG, PNG or WebP file",
             INVALID_IMAGE,
         )
     return file
@@ -273,7 +273,7 @@ class OpenAI:
                     raise Refused(
                         503,
                         SERVER_UNAVAILABLE,
-                        "the model server answers otherwise than radapter-serve does",
+                        "the model server did not answer with an embedding of each input",
                     )
                 rows.update(zip(batch, embeds, strict=True))
         return [rows[place] for place in range(len(rows))], version

@@ -85,8 +85,8 @@ class Settings:
                 raise RAdapterError(f"{flag} is {value:g}; allowed are numbers above 0")
         if self.max_memory < self.max_body:
             raise RAdapterError(
-                f"--max-memory {self.max_memory:g} holds no body of --max-body"
-                f" {self.max_body:g} MiB"
+                f"--max-memory is {self.max_memory:g} MiB; allowed are {self.max_body:g} MiB, which"
+                " is --max-body, and more"
             )
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise RAdapterError("--tls-certificate and --tls-key go together; give both or neither")

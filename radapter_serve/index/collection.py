@@ -143,7 +143,7 @@ def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
     for number, name in enumerate(table[image_column].to_pylist(), 1):
         if not isinstance(name, str) or not name:
             raise RAdapterError(
-                f"{path}, row {number}: {image_column!r} is no path of an image ({name!r:.60})"
+                f"{path}, row {number}: {image_column!r} is not a path of an image ({name!r:.60})"
             )
     return table
 

@@ -83,7 +83,7 @@ class Qdrant:
         match = _PLACE.fullmatch(url)
         if match is None or not 0 < int(match[3] or _PORT) < 65536:
             raise RAdapterError(
-                f"{url.rpartition('@')[2]!r:.200} is no place of an index; allowed:"
+                f"{url.rpartition('@')[2]!r:.200} is not the address of an index; allowed:"
                 " qdrant://HOST:PORT/COLLECTION (qdrants:// for TLS), and names of letters,"
                 " digits, _, - and ."
             )

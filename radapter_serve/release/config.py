@@ -108,7 +108,7 @@ def named_releases(config: Any) -> dict[int, Release]:
         releases = [Release.from_dict(json.loads(text)) for text in texts]
     except (ValueError, TypeError, RecursionError) as error:
         raise RAdapterError(
-            f"the config of {config.name} says of its release what is no JSON: {error}"
+            f"the facts of a release in the config of {config.name} are not JSON: {error}"
         ) from error
     return {release.version: release for release in releases}
 

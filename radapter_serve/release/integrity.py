@@ -140,7 +140,7 @@ def load_sums(path: Path) -> dict[str, str]:
         match = _LINE.fullmatch(line)
         if match is None or line is rest:  # a last line without a line end is cut off
             raise RAdapterError(
-                f"{path}, line {number}, is no digest with the name of a file; copy the release"
+                f"{path}, line {number}, is not a digest with the name of a file; copy the release"
                 " here again, or export it again with radapter-export"
             )
         sums[os.fsdecode(match[2])] = f"sha256:{match[1].decode()}"

@@ -159,5 +159,5 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
         if len(problems) == 1:
             raise RAdapterError(problems[0])
         lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise RAdapterError(f"the data of this run won't do, for {len(problems)} reasons:{lines}")
+        raise RAdapterError(f"the data of this run has {len(problems)} problems:{lines}")
     return RunData(opened, opened_val, tuple(broken), tuple(notes))

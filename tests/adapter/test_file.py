@@ -130,7 +130,7 @@ def test_a_missing_field_is_refused_and_an_unknown_one_ignored(tmp_path: Path) -
     write(path, format="pt", recipe={"classes": None, "x": [1]})
     assert load_adapter(path).metadata.recipe == {"classes": None, "x": [1]}
     save_file(tensors, path, metadata={**header, "alpha": "half"})
-    assert "its alpha is no JSON" in refused(path)
+    assert "its alpha is not JSON" in refused(path)
 
 
 @pytest.mark.parametrize(

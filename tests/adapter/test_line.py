@@ -150,7 +150,7 @@ def test_what_is_no_checkpoint_or_has_no_architecture_is_refused(
     for name, base, message in (
         (str(tmp_path / "none.pt"), None, "there is no checkpoint"),
         (str(tmp_path / "tuned.pt"), None, "holds weights alone; name what was tuned with --base"),
-        (str(tmp_path), None, "is no model folder"),
+        (str(tmp_path), None, "is not a model folder"),
         ("ViT-B-32:nobody", None, "pretrained is 'nobody'"),
         (str(tmp_path / "tuned.pt"), "ViT-B-32:nobody", "pretrained is 'nobody'"),
     ):
@@ -306,7 +306,10 @@ _Q = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weigh
         (_edited("alpha_pattern", {"(a+)+$": 1}), "allowed are names of layers"),
         (_edited("lora_alpha", float("nan")), "rank or alpha nan; allowed"),
         (_edited("r", 3), "has rank 4, and 3 by adapter_config.json"),
-        (lambda folder: (folder / "adapter_config.json").write_text("["), "is no folder of peft"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("["),
+            "is not a folder of peft",
+        ),
         (_reweighted(lambda w: w[_Q].fill_(float("inf"))), "holds values that are not finite"),
         (_reweighted(lambda w: w.update({"x.lora_embedding_A": w[_Q] + 1})), "has the tensor x.l"),
         (_reweighted(lambda w: w.update({_Q: torch.ones(4, 3)})), "is of another base than"),

@@ -246,11 +246,11 @@ EARLY = [
     ([*COMMON, "--limit", "0"], "limit is 0; allowed: 1 or more"),
 ]
 LATE = [
-    ([*COMMON, "--merged", "none"], "is no model folder"),
+    ([*COMMON, "--merged", "none"], "is not a model folder"),
     ([*COMMON, "--adapter", "none"], "no adapter file at none"),
     ([*COMMON, "--model-repository", "none"], "no release in the model repository none"),
     ([*COMMON, "--url", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: "),
-    ([*COMMON, "--lora", "runs"], "runs is no folder of peft"),
+    ([*COMMON, "--lora", "runs"], "runs is not a folder of peft"),
     ([*COMMON, "--device", "abacus"], "abacus"),
     (["--suite", "suite.yaml", "--data-root", "runs"], "'plain': no folder runs/plain"),
 ]

@@ -207,7 +207,7 @@ A = ["no.png", "--labels", "a"]
         (["classify", *A], "cannot read the image no.png: No such file"),
         (["classify", "no.png", "--labels-file", "{tmp}/empty.txt"], "empty.txt names no class"),
         (["classify", *A, "--out", "x.txt"], "x.txt does not end in .csv"),
-        (["classify", *A, "--out", "no/x.csv"], "no is no folder"),
+        (["classify", *A, "--out", "no/x.csv"], "no is not a folder"),
         (["classify", "{tmp}", "--labels", "a"], "no JPEG, PNG or WebP files"),
         (["classify", "--labels", "a"], "give files or folders"),
         (["classify", *A, "--label-set", "b"], "give one of --labels"),

@@ -451,7 +451,7 @@ def test_whether_it_is_ready_is_asked_once() -> None:
 
 @pytest.mark.parametrize("key", ["", "two words", "line\n", "ü", 5])
 def test_keys_that_are_none(key: Any) -> None:
-    with pytest.raises(radapter_client.InvalidRequest, match="api_key is no key") as caught:
+    with pytest.raises(radapter_client.InvalidRequest, match="api_key is not a key") as caught:
         Client(api_key=key)
     assert not key or str(key) not in str(caught.value).split()
 

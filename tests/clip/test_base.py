@@ -307,7 +307,7 @@ HOSTILE: list[tuple[str, dict[str, Any] | str, str]] = [
     (OURS, OTHER, "has tokenizer_kwargs.tokenizer_file.*allowed are clean"),
     (OURS, TIMM, "has timm_model_name local-dir:"),
     ("tokenizer_config.json", TOKENIZER, "tokenizer_config.json has auto_map"),
-    ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json: it is no JSON"),
+    ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json: it is not JSON"),
     ("config.json", {"model_type": "own", **CONFIG}, "config.json has auto_map"),
     ("config.json", {"configuration_files": ["config.4.0.json"]}, "has configuration_files"),
     ("text/config.json", CONFIG, "text/config.json has auto_map"),

@@ -103,7 +103,7 @@ def test_one_report_names_all_that_is_wrong(photos: Path, tmp_path: Path) -> Non
         architecture="local-dir:nowhere",
     )
     report = problems(recipe)
-    assert "for 6 reasons:" in report
+    assert "has 6 problems:" in report
     for words in ("model folder", "class file", "none.txt", "nowhere.csv", "and 'fire_truck'"):
         assert words in report, words
     assert "23 of 32 images of imagefolder:" in report and "and 3 more" in report

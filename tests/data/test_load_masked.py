@@ -282,10 +282,10 @@ def segmentation(value: Any) -> Callable[[dict[str, Any]], None]:
                 {"size": [6, 8], "counts": "PPPPPPPP4"},
             )
         ),
-        (lambda c: c.pop("categories"), "no annotation file of COCO .*'categories'"),
+        (lambda c: c.pop("categories"), "not an annotation file of COCO .*'categories'"),
         (lambda c: c["annotations"].clear(), "no segment of a class that is named; its categories"),
         (lambda c: c["annotations"][0].update(category_id=3), r"COCO \(KeyError: 3\)"),
-        (lambda c: c["categories"][0].update(name=""), "no annotation file of COCO"),
+        (lambda c: c["categories"][0].update(name=""), "not an annotation file of COCO"),
         (lambda c: c["images"][0].update(width=9), r"size is \[6, 8\]|9 x 6 pixels but the image"),
         (None, "is not JSON"),
     ],

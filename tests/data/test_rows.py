@@ -108,7 +108,7 @@ def test_files_of_splits_that_can_not_be_used(
 
 
 def test_the_images_of_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(RAdapterError, match="is no folder; give --calibration a folder of images"):
+    with pytest.raises(RAdapterError, match="not a folder; give --calibration a folder of images"):
         require_images(tmp_path / "none", "--calibration a folder of images")
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(RAdapterError, match="holds no image; .*it has 1 .txt"):

@@ -114,7 +114,7 @@ CHECKPOINT = "--checkpoint animals.txt --base ViT-B-32:openai"
         ("--label-set animals.txt", "write NAME=FILE"),
         ("--adapter runs/none", "no adapter file at runs/none"),
         ("--precision bf16", "cannot compute in bf16 on a CPU; add --runtime openvino"),
-        ("--precision int8 --calibration none", "none is no folder"),
+        ("--precision int8 --calibration none", "none is not a folder"),
         ("--max-drop -1", "max_drop is -1.0: "),
         ("--model-repository animals.txt", "animals.txt is a file"),
         ("--alpha nan", "alpha is nan"),

@@ -380,7 +380,7 @@ def test_a_push_that_cannot_be_is_refused_before_the_export(
     hub: FakeHub, export: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name, alphas, settings, message in (
-        ("a/b/c", [0.5], {}, "that is no name of a repository; write ORGANISATION/NAME"),
+        ("a/b/c", [0.5], {}, "that is not a name of a repository; write ORGANISATION/NAME"),
         (NAME, [0.3, 0.8], {}, "sends one release, and --alpha names 2"),
         (NAME, [0.5], {"runtime": "tensorrt"}, "engine of TensorRT is for one kind of GPU"),
     ):
@@ -427,8 +427,14 @@ BROKEN = {
     "release/text_encoder/model.onnx": (None, "text_encoder/model.onnx is missing"),
     "release/tokenizer.json": (b"", "tokenizer.json is empty"),
     "release/SHA256SUMS": (None, "SHA256SUMS: No such file"),
-    "release/classify/model.py": (b"raise SystemExit", "classify/model.py is no part of a release"),
-    "release/image_encoder/config.pbtxt": (b"backend: 'x'", "config.pbtxt is no part of a release"),
+    "release/classify/model.py": (
+        b"raise SystemExit",
+        "model.py is not a part of a release",
+    ),
+    "release/image_encoder/config.pbtxt": (
+        b"backend: 'x'",
+        "pbtxt is not a part of a release",
+    ),
 }
 
 

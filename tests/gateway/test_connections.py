@@ -228,7 +228,7 @@ def test_what_is_not_this_protocol(served: Served, request_: bytes) -> None:
         said = answer(it)
         assert said.startswith(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n")
         error = json.loads(said.partition(b"\r\n\r\n")[2])["error"]
-        assert error.startswith("[invalid_argument] these bytes are no request of HTTP/1.1")
+        assert error.startswith("[invalid_argument] these bytes are not a request of HTTP/1.1")
         assert it.recv(1) == b""
     until(lambda: not served.connections.open)
     assert not served.upstream.asked

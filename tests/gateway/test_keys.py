@@ -315,7 +315,7 @@ NONSENSE = Path(__file__)
         ({"timeout": float("inf")}, "--timeout is inf"),
         ({"max_queue": -1}, "--max-queue is -1; allowed are 0 and more"),
         ({"max_connections_per_address": 0}, "--max-connections-per-address is 0; allowed are 1"),
-        ({"max_memory": 1.0}, "--max-memory 1 holds no body of --max-body 64 MiB"),
+        ({"max_memory": 1.0}, "--max-memory is 1 MiB; allowed are 64 MiB"),
         ({"tls_key": NONE}, "--tls-certificate and --tls-key go together"),
         ({"tls_certificate": NONE, "tls_key": NONE}, "give two PEM files that belong together"),
         ({"tls_certificate": NONSENSE, "tls_key": NONSENSE}, "give two PEM files"),

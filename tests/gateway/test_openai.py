@@ -263,7 +263,7 @@ def test_texts_and_images_find_their_places() -> None:
     assert read_inputs(["see http://a.example/b.png", "data: what we have"]).images == {}
     texts = [url(PNG), "https://x.example"]
     assert [*read_inputs(texts, modality="text").texts.values()] == list(map(str.encode, texts))
-    with pytest.raises(Refused, match=r"input\[1\] is no image"):
+    with pytest.raises(Refused, match=r"input\[1\] is not an image"):
         read_inputs([url(PNG), "a cat"], modality="image")
 
 

@@ -119,7 +119,7 @@ def test_outputs_in_json_and_in_binary() -> None:
         assert ask("classify", CLASSIFY, outputs=outputs, **more).binary == binary
     # Files are for binary answers alone.
     assert ask("retrieve", SEARCH).outputs == ("id", "score", "metadata", "index_version")
-    with pytest.raises(Refused, match="thumbnail is no text; ask for it in binary, or name"):
+    with pytest.raises(Refused, match="thumbnail is not a text; ask for it in binary, or name"):
         ask("retrieve", SEARCH, outputs=[{"name": "id"}, {"name": "thumbnail"}])
     outputs = [{"name": "thumbnail", "parameters": {"binary_data": True}}]
     assert ask("retrieve", SEARCH, outputs=outputs).binary == {"thumbnail"}

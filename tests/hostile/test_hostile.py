@@ -126,7 +126,7 @@ def trouble(case: Case, answers: list[Answer], rest: bytes) -> str | None:
     """Why what came back breaks the promise of its case, or None."""
     if case.promise == BROKEN and len(answers) == case.answers + 1:
         last = answers[-1]
-        if last.headers.get("connection") == "close" and b"no request of HTTP/1.1" in last.body:
+        if last.headers.get("connection") == "close" and b"not a request of HTTP/1.1" in last.body:
             answers = answers[:-1]  # of bytes behind the body that was announced
     wanted = range(0 if case.promise == BROKEN else case.answers, case.answers + 1)
     if rest or len(answers) not in wanted:

@@ -119,7 +119,7 @@ def at(row: int, value: float) -> Any:
         (lambda vectors: vectors[1:], "has 5,000 rows, and .* 4,999 vectors"),
         ({"image": ["x", "x", *NAMES[2:]]}, "names 'x' twice"),
         ({"id": NAMES}, "no column 'image'; .* see --image-column"),
-        ({"image": ["x", "", *NAMES[2:]]}, "row 2: 'image' is no path"),
+        ({"image": ["x", "", *NAMES[2:]]}, "row 2: 'image' is not a path"),
         ({"image": NAMES, "Width": NAMES}, "has a column 'Width'; the index needs"),
         ("v.npy", "not an array of NumPy's"),
         ("r.parquet", "is not PARQUET that can be read"),

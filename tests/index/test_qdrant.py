@@ -306,7 +306,7 @@ def test_facts_that_make_no_sense(linked: Path, store: FakeQdrant) -> None:
 
 def test_refusals(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
     for place in ("//", "//h", "//h:1/../x", "//k:secret@h/x", "//h:0/x", "x"):
-        with pytest.raises(RAdapterError, match="no place of an index") as error:
+        with pytest.raises(RAdapterError, match="is not the address of an index") as error:
             link(f"qdrant:{place}", tmp_path / "linked")
         assert "secret" not in str(error.value)
     url = f"{store.url}/photos"

@@ -113,7 +113,7 @@ def test_the_list_itself_may_be_broken(sealed: Path) -> None:
     with pytest.raises(RAdapterError, match="does not belong to it"):
         verify(sealed, 2)
     path.write_bytes(b"\xff\x00" * 99)
-    with pytest.raises(RAdapterError, match=r"SHA256SUMS, line 1, is no digest"):
+    with pytest.raises(RAdapterError, match=r"SHA256SUMS, line 1, is not a digest"):
         verify(sealed, 2)
     path.unlink()
     with pytest.raises(RAdapterError, match="SHA256SUMS, the list of its digests, is missing"):
