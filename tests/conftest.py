@@ -14,9 +14,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -26,6 +26,7 @@ from tests.helpers.small_models import random_adapter as make_adapter
 if TYPE_CHECKING:
     import tritonclient.grpc as grpc
 
+    from radapter_export import ExportedRelease
     from radapter_serve.adapter import Adapter
     from radapter_serve.server.triton_server import TritonServer
     from tests.helpers.small_release import Local
@@ -208,24 +209,22 @@ def dense_tiny_clip(exported_tiny_clip: Path, common: Path) -> Path:
     return shared(common, "dense", make)
 
 
-def _export(
-    common: Path,
-    source: Path,
-    alphas: Sequence[float] | Literal["dynamic"],
-    folder: Path,
-    **changes: Any,
-) -> None:
+def _export(common: Path, source: Path, alphas: Any, folder: Path, **settings: Any) -> None:
+    labels = {"four": source / "labels.txt"}
+    adapter = source / "adapter.safetensors"
+    export_into(folder, common, adapter, alphas, label_sets=labels, **settings)
+
+
+def export_into(
+    folder: Path, common: Path, adapter: Any, alphas: Any, **settings: Any
+) -> list[ExportedRelease]:
+    """Export into `model_repository` and `merged` of a folder, by graphs that are known."""
     from radapter_export import ExportSettings, export_release
     from tests.helpers.graphs import quick_exports
 
-    settings = ExportSettings(
-        model_repository=folder / "model_repository",
-        merged=folder / "merged",
-        label_sets={"four": source / "labels.txt"},
-        **changes,
-    )
+    places = {"model_repository": folder / "model_repository", "merged": folder / "merged"}
     with quick_exports(common):
-        export_release(source / "adapter.safetensors", alphas, settings)
+        return export_release(adapter, alphas, ExportSettings(**{**places, **settings}))
 
 
 @pytest.fixture(scope="session")

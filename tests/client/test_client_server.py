@@ -7,20 +7,22 @@ from collections.abc import Iterator
 import pytest
 
 from radapter_client import Client, InvalidRequest, ModelNotFound
-from tests.helpers.fake_server import FakeServer, write_repository
+from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.asking import tritonserver
+from tests.helpers.fake_server import write_repository
 
 pytestmark = pytest.mark.triton
 
 
 @pytest.fixture(scope="module")
-def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with FakeServer(write_repository(tmp_path_factory.mktemp("fake") / "models")) as server:
-        yield server.urls
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    with tritonserver(write_repository(tmp_path_factory.mktemp("fake") / "models")) as server:
+        yield server
 
 
 @pytest.fixture(params=["grpc", "http"])
-def url(urls: dict[str, str], request: pytest.FixtureRequest) -> str:
-    return urls[request.param]
+def url(server: TritonServer, request: pytest.FixtureRequest) -> str:
+    return server.grpc_url if request.param == "grpc" else server.http_url
 
 
 def test_release(url: str) -> None:

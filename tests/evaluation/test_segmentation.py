@@ -25,6 +25,7 @@ from radapter_serve.evaluation.models import Candidate, from_adapter, from_merge
 from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate_set, evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
+from tests.conftest import export_into
 from tests.helpers.small_models import release
 from tests.helpers.ways import in_process
 
@@ -344,15 +345,8 @@ def masks_of(models: Sequence[Candidate], suite: Suite) -> dict[str, list[NDArra
 @pytest.fixture(scope="module")
 def dense_release(common: Path, dense_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model_repository` and `merged`: that run at α = 0.6."""
-    from radapter_export import ExportSettings, export_release
-    from tests.helpers.graphs import quick_exports
-
     folder = tmp_path_factory.mktemp("dense-release")
-    settings = ExportSettings(
-        model_repository=folder / "model_repository", merged=folder / "merged"
-    )
-    with quick_exports(common):
-        export_release(dense_run, [0.6], settings)
+    export_into(folder, common, dense_run, [0.6])
     return folder
 
 

@@ -16,7 +16,8 @@ from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.evaluation.metrics import MIN_IMAGES
-from tests.helpers.graphs import graph_of, quick_exports
+from tests.conftest import export_into
+from tests.helpers.graphs import graph_of
 from tests.helpers.shared import shared
 
 ALPHAS = (0.3, 0.8)
@@ -71,9 +72,8 @@ def exported_once(common: Path, name: str, adapter: Any, alphas: Any, **settings
     """
 
     def make(folder: Path) -> None:
-        places = {"model_repository": folder / "repository", "merged": folder / "merged"}
-        with quick_exports(common):
-            releases = export_release(adapter, alphas, ExportSettings(**{**places, **settings}))
+        place = folder / "repository"
+        releases = export_into(folder, common, adapter, alphas, model_repository=place, **settings)
         (folder / "releases").write_bytes(pickle.dumps(releases))
 
     folder = shared(common, name, make)

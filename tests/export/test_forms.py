@@ -17,7 +17,6 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import load_file
 
-from radapter_export import ExportSettings, export_release
 from radapter_export.forms import base_form, write_processor
 from radapter_serve.adapter import base_digest, fold, load_adapter, save_adapter
 from radapter_serve.clip.base import Base, load_base
@@ -30,8 +29,8 @@ from radapter_serve.clip.transformers import (
 )
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import train
+from tests.conftest import export_into
 from tests.export.conftest import Export, Exported
-from tests.helpers.graphs import quick_exports
 from tests.helpers.shared import shared
 from tests.helpers.short_run import short_run
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
@@ -102,13 +101,7 @@ def export_forms(common: Path, folder: Path, base: str, alphas: Any) -> None:
     """Export a random adapter of a base, and the adapter, into a folder."""
     path = folder / "adapter.safetensors"
     save_adapter(random_adapter(base, rank=4, scale=0.3), path)
-    settings = ExportSettings(
-        model_repository=folder / "repository",
-        merged=folder / "merged",
-        transformers=folder / "hf",
-    )
-    with quick_exports(common):
-        export_release(path, alphas, settings)
+    export_into(folder, common, path, alphas, transformers=folder / "hf")
 
 
 @pytest.fixture(scope="session")

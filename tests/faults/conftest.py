@@ -18,7 +18,9 @@ import urllib3
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.config import free_ports
-from tests.helpers.fake_server import FakeServer, write_repository
+from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.asking import tritonserver
+from tests.helpers.fake_server import write_repository
 from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import start
 
@@ -78,8 +80,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def running(stand_ins: Path) -> Iterator[FakeServer]:
-    with FakeServer(stand_ins, instances=["2"], drain_seconds=5) as server:
+def running(stand_ins: Path) -> Iterator[TritonServer]:
+    with tritonserver(stand_ins, instances=["2"], drain_seconds=5) as server:
         yield server
 
 
@@ -93,7 +95,7 @@ def running_gateway(server: str) -> Iterator[RunningProcess]:
 
 
 @pytest.fixture
-def gateway(running: FakeServer) -> Iterator[RunningProcess]:
+def gateway(running: TritonServer) -> Iterator[RunningProcess]:
     with running_gateway(running.grpc_url.removeprefix("grpc://")) as gateway:
         yield gateway
 

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 
 from radapter_client import Client
+from radapter_serve.server.triton_server import TritonServer
 from tests.faults.conftest import ask, running_gateway
-from tests.helpers.fake_server import FakeServer
 
 pytestmark = pytest.mark.triton
 
@@ -74,7 +74,7 @@ def test_a_network_that_is_slow_silent_and_cut(way: str, request: pytest.Fixture
     if way in ("gateway", "engine"):
         url = request.getfixturevalue(way).url
     else:
-        url = request.getfixturevalue("running").urls[way]
+        url = getattr(request.getfixturevalue("running"), f"{way}_url")
     with (
         contextlib.closing(BadNetwork(int(url.rpartition(":")[2]))) as network,
         Client(network.url(url)) as client,
@@ -97,7 +97,7 @@ def test_a_network_that_is_slow_silent_and_cut(way: str, request: pytest.Fixture
         assert call.result(40) == "an answer"
 
 
-def test_a_silent_network_between_the_gateway_and_triton(running: FakeServer) -> None:
+def test_a_silent_network_between_the_gateway_and_triton(running: TritonServer) -> None:
     """A gateway that hears nothing of Triton answers with a time-out in time, and works when Triton
     is heard again.
     """

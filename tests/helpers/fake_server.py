@@ -1,18 +1,14 @@
-"""A real tritonserver with the stand-in models of fake_model.py, in two releases."""
+"""The stand-in models of fake_model.py, in two releases, for a real tritonserver."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from radapter_export.repository import TEMPLATE, config, sources
 from radapter_serve.release.release import TASKS, Release
-from radapter_serve.server.config import Endpoints, ServerConfig
-from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.small_models import release as facts
 
 VERSIONS = (1, 2)
@@ -35,22 +31,3 @@ def write_repository(folder: Path, versions: Sequence[int] = VERSIONS) -> Path:
         text = config(sources() / name / TEMPLATE, name, releases)
         (folder / name / "config.pbtxt").write_text(text)
     return folder
-
-
-class FakeServer(TritonServer):
-    """A server on free ports that can be made to fail; `urls` has a URL for each protocol."""
-
-    def __init__(self, repository: Path, **options: Any) -> None:
-        super().__init__(ServerConfig(repository, Endpoints.on_free_ports(), **options))
-        self.urls = {"grpc": self.grpc_url, "http": self.http_url}
-
-    def __enter__(self) -> FakeServer:
-        super().__enter__()
-        return self
-
-    def signal(self, number: signal.Signals) -> None:
-        """SIGSTOP: the server no longer answers, its connections stay. SIGKILL: it is gone at
-        once.
-        """
-        assert self.pid is not None
-        os.kill(self.pid, number)

@@ -21,8 +21,10 @@ import pytest
 
 from radapter_client import Client
 from radapter_serve.server.supervisor import Probe, Supervisor
+from radapter_serve.server.triton_server import TritonServer
 from tests.faults.conftest import ask, outcome
-from tests.helpers.fake_server import FakeServer, write_repository
+from tests.faults.conftest import stand_ins as stand_ins
+from tests.helpers.asking import tritonserver
 from tests.helpers.fake_upstream import until
 
 pytestmark = pytest.mark.triton
@@ -34,14 +36,9 @@ def order(**what: Any) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of one release."""
-    return write_repository(tmp_path_factory.mktemp("faults") / "model_repository", [2])
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[FakeServer]:
-    with FakeServer(folder, instances=["classify=2"], max_waiting=4, drain_seconds=5) as server:
+def server(stand_ins: Path) -> Iterator[TritonServer]:
+    settings: dict[str, Any] = {"instances": ["classify=2"], "max_waiting": 4, "drain_seconds": 5}
+    with tritonserver(stand_ins, **settings) as server:
         yield server
 
 
@@ -52,8 +49,9 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture
-def clients(server: FakeServer) -> Iterator[list[Client]]:
-    clients = [Client(url, timeout=60, retries=0) for url in server.urls.values()]
+def clients(server: TritonServer) -> Iterator[list[Client]]:
+    urls = (server.grpc_url, server.http_url)
+    clients = [Client(url, timeout=60, retries=0) for url in urls]
     yield clients
     for client in clients:
         client.close()
@@ -62,7 +60,7 @@ def clients(server: FakeServer) -> Iterator[list[Client]]:
 class Watched:
     """A supervisor that looks as often as a test needs, and its lines."""
 
-    def __init__(self, server: FakeServer, probe: Probe | None = None) -> None:
+    def __init__(self, server: TritonServer, probe: Probe | None = None) -> None:
         self.lines: list[str] = []
         self._supervisor = Supervisor(
             server, self.lines.append, probe=probe or Probe(server.control, server.cpu_seconds)
@@ -112,7 +110,7 @@ def test_a_server_that_is_killed_or_frozen_is_back_for_the_same_clients(
 ):
     watched = Watched(server)
     calls = begun(threads, clients, order(sleep=30))
-    server.signal(number)
+    os.kill(server.pid, number)
     watched.until_back("tritonserver")
     assert [call.result() for call in calls] == ["ServerUnavailable None"] * 2
     why = "tritonserver died: (it was killed by SIGKILL|a signal had stopped it)"
@@ -190,13 +188,13 @@ def test_what_waits_is_begun_as_soon_as_a_process_is_free(
     assert [delay for delay in delays if delay > 0.3] == []
 
 
-def test_stopping_lets_calls_under_way_finish_and_is_unavailable_to_others(folder, threads):
+def test_stopping_lets_calls_under_way_finish_and_is_unavailable_to_others(stand_ins, threads):
     """It takes its models away meanwhile, one after the other."""
-    with FakeServer(folder) as server, contextlib.ExitStack() as stack:
+    with tritonserver(stand_ins) as server, contextlib.ExitStack() as stack:
         busy, others = (
             [
                 stack.enter_context(Client(url, timeout=30, retries=0))
-                for url in server.urls.values()
+                for url in (server.grpc_url, server.http_url)
             ]
             for _ in range(2)
         )
