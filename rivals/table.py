@@ -411,9 +411,16 @@ def table(
         others = spec.others.get(name, ()) if len(rates) > 1 else ()
         start = spec.starts.get(name, 1.0) if len(rates) > 1 else 1.0
         grid = [start * rate for rate in rates]
-        chosen[name] = choose(
-            cells, name, [method, *others], choosing, grid, CHOICES if alpha == "validation" else ()
-        )
+        alphas = CHOICES if alpha == "validation" else ()
+        if name in spec.fixed:
+            grid = [1.0]
+            alphas = ()
+        elif base := spec.rate_of.get(name):
+            if base not in chosen:
+                raise RAdapterError(f"the row {name!r} takes the rate of {base!r}; add it to --only")
+            method = dataclasses.replace(chosen[base].method, alpha=1.0)
+            grid = [1.0]
+        chosen[name] = choose(cells, name, [method, *others], choosing, grid, alphas)
 
     # Make the cells, the picture and the page.
     methods = {name: choice.method for name, choice in chosen.items()}

@@ -71,6 +71,10 @@ class Table:
     others: Mapping[str, Sequence[Method]] = field(default_factory=dict)
     # By row: factor of the paper's rate at which the grid of rates starts.
     starts: Mapping[str, float] = field(default_factory=dict)
+    # Rows at their own rate and α, of which nothing is chosen.
+    fixed: Sequence[str] = ()
+    # By row: the row before it whose chosen rate and settings it takes, so that only α is chosen.
+    rate_of: Mapping[str, str] = field(default_factory=dict)
 
 
 def by_task(recipe: str, alpha: float) -> dict[str, Method]:
@@ -154,12 +158,16 @@ TABLES = {
         {
             "Zero-shot": METHODS["zero-shot"],
             "FT": METHODS["ft"],
+            "FT, 9e-5": with_rate(METHODS["ft"], 9e-5),
             "WiSE-FT": METHODS["wise-ft"],
             "FLYP": METHODS["flyp"],
             "WiSE-FLYP": METHODS["wise-flyp"],
             "LoRA": METHODS["lora"],
+            "LoRA, α": METHODS["lora"],
             "Mask-Fill": METHODS["mask-fill"],
+            "Mask-Fill, α": METHODS["mask-fill"],
             "R-Adapter": METHODS["r-adapter"],
+            "R-Adapter, the paper's rate and α": METHODS["r-adapter"],
             "R-Adapter, no dropping": r_adapter("imagenet", drop=0.0),
             "R-Adapter, preserve": r_adapter("imagenet", **PRESERVE),
             "R-Adapter, preserve, all classes": r_adapter(
@@ -167,9 +175,12 @@ TABLES = {
                 negative_classes=1000,  # at least as many as any benchmark has
                 **PRESERVE,
             ),
+            "R-Adapter, small": r_adapter("small", val_fraction=0.0),
         },
         others={"Mask-Fill": [MaskFill(weight=0.75)]},
         starts={"FT": 3, "WiSE-FT": 3, "FLYP": 10, "WiSE-FLYP": 10, "LoRA": 3, "Mask-Fill": 10},
+        fixed=("FT, 9e-5", "R-Adapter, the paper's rate and α", "R-Adapter, small"),
+        rate_of={"LoRA, α": "LoRA", "Mask-Fill, α": "Mask-Fill"},
     ),
     "1": Table(
         "Table 1: fine-tuned on all images, and judged on shifts too",

@@ -226,6 +226,29 @@ def test_some_of_the_seeds_choose_and_all_are_tested(
         assert by_split == {"validation": set(choosing or range(5)), "test": set(range(5))}
 
 
+def test_rows_that_keep_their_rate_or_take_that_of_another(
+    benchmark_file: Path, tmp_path: Path, asked: Any
+):
+    """Three times the paper's rate is best, and α = 0.5; of "FT, 9e-5" nothing is chosen."""
+    lora = rate_of(METHODS["lora"])
+
+    def value(method: Any, seed: int, alpha: float) -> float:
+        return 60 - 100 * abs(rate_of(method) - 6 * lora) - abs(alpha - 0.5) + seed
+
+    by_split = asked(value)
+    call = ["main", "--data", str(benchmark_file), "--out", str(tmp_path / "out")]
+    call += ["--seeds", "0", "1", "--alpha", "validation", "--rates", "1", "2", "4", "--only"]
+    assert main([*call, "FT, 9e-5"]) == 0 and not by_split["validation"]
+    text = (tmp_path / "out" / "table-main.md").read_text(encoding="utf-8")
+    assert ": FT, 9e-5 at 9e-05." in text and "What was tried" not in text
+    assert main([*call, "LoRA", "LoRA, α"]) == 0
+    text = (tmp_path / "out" / "table-main.md").read_text(encoding="utf-8")
+    assert f": LoRA at {6 * lora:.2g}; LoRA, α at {6 * lora:.2g}." in text
+    places = [line.split(" | ")[4] for line in text.splitlines() if line.startswith("| LoRA")][:2]
+    assert places == ["-", "0.5"]
+    assert main([*call, "LoRA, α"]) == 2  # of which row is its rate?
+
+
 def test_an_interval_of_five_seeds_by_hand() -> None:
     # The standard deviation is √2.5, and Student's t for five seeds is 2.776: 2.776 √2.5 / √5.
     assert with_interval([1, 2, 3, 4, 5], "+") == "+3.0 ± 2.0"
