@@ -32,6 +32,7 @@ class Benchmark:
     name: str
     fields: Mapping[str, Any]
     suite: Suite
+    judge: Suite | None = None  # its test sets take the place of the suite's
 
     def filled(self, fields: Mapping[str, Any]) -> Benchmark:
         """Add fields of `Recipe` that the benchmark lacks."""
@@ -39,12 +40,13 @@ class Benchmark:
 
     def sets(self, split: str, limit: int | None = None) -> list[EvaluationSet]:
         """Open the sets of a split, `test` or `validation`, with `limit` images at most."""
-        entries = self.suite.of_split(split)
+        suite = self.judge if self.judge and split == "test" else self.suite
+        entries = suite.of_split(split)
         if not entries:
             raise RAdapterError(
-                f"the suite {self.name} has no set with split: {split}, by which this is decided"
+                f"the suite {suite.name} has no set with split: {split}, by which this is decided"
             )
-        return [open_set(self.suite, entry, limit=limit) for entry in entries]
+        return [open_set(suite, entry, limit=limit) for entry in entries]
 
 
 def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:

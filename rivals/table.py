@@ -18,6 +18,7 @@ from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.plots import plot_alpha_curve
 from radapter_serve.evaluation.rows import by_shift
+from radapter_serve.evaluation.suite import load_suite
 from rivals.benchmark import Benchmark, Flags, TableName, check_seeds
 from rivals.cells import ALPHAS, Cells, Judged, score
 from rivals.full import of_members
@@ -367,6 +368,7 @@ def table(
     alpha: Literal["paper", "validation"] = "paper",
     rates: tuple[float, ...] = (1.0,),
     soup: int = 72,
+    judge: Path | None = None,
 ) -> None:
     """Make a table of the paper: train and evaluate missing cells; print it, write Markdown and a
     picture.
@@ -384,6 +386,9 @@ def table(
             for each method; the grid grows until the best is inside. A single factor is applied
             without a choice.
         soup: models of the uniform soup.
+        judge: suite whose test sets take the place of the benchmark's, such as of other data: it
+            shows what a model forgets. Its paths are below the benchmark's data root, and its
+            table is table-NUMBER-SUITE.md. Only systems that can name any class take part.
     """
     check_seeds(seeds)
     if validation_seeds is not None:
@@ -402,7 +407,12 @@ def table(
             f"table {number} has no row {unknown[0]!r}; allowed: {', '.join(spec.rows)}"
         )
     benchmark = flags.benchmark().filled(spec.fields)
-    cells = Cells(benchmark, flags.out, f"table-{number}", flags.limit, say)
+    title = f"table-{number}"
+    if judge is not None:
+        suite = load_suite(judge, benchmark.suite.data_root)
+        benchmark = dataclasses.replace(benchmark, judge=suite)
+        title = f"{title}-{suite.name}"
+    cells = Cells(benchmark, flags.out, title, flags.limit, say)
     chosen: dict[str, Choice] = {}
     for name, row in spec.rows.items():
         if only and name not in only:
@@ -417,7 +427,9 @@ def table(
             alphas = ()
         elif base := spec.rate_of.get(name):
             if base not in chosen:
-                raise RAdapterError(f"the row {name!r} takes the rate of {base!r}; add it to --only")
+                raise RAdapterError(
+                    f"the row {name!r} takes the rate of {base!r}; add that to --only"
+                )
             method = dataclasses.replace(chosen[base].method, alpha=1.0)
             grid = [1.0]
         chosen[name] = choose(cells, name, [method, *others], choosing, grid, alphas)
@@ -425,7 +437,7 @@ def table(
     # Make the cells, the picture and the page.
     methods = {name: choice.method for name, choice in chosen.items()}
     flags.out.mkdir(parents=True, exist_ok=True)
-    picture = flags.out / f"table-{number}.png"
+    picture = flags.out / f"{title}.png"
     body = (_curves if spec.curves else _rows)(cells, methods, seeds, picture)
     say(f"wrote {picture}")
     parts = [

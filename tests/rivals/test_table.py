@@ -20,6 +20,7 @@ import yaml
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.rows import packed
+from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.training import Recipe
 from radapter_serve.training.tasks import open_run
 from rivals import scenes
@@ -247,6 +248,30 @@ def test_rows_that_keep_their_rate_or_take_that_of_another(
     places = [line.split(" | ")[4] for line in text.splitlines() if line.startswith("| LoRA")][:2]
     assert places == ["-", "0.5"]
     assert main([*call, "LoRA, α"]) == 2  # of which row is its rate?
+
+
+def test_the_sets_of_another_suite_judge_what_validation_chose(
+    benchmark_file: Path, here: list[str], tmp_path: Path
+):
+    suite = tmp_path / "other.yaml"
+    suite.write_text(
+        "name: others\ntemplates: simple\nsets: [{name: elsewhere, data: 'imagefolder:named'}]\n"
+    )
+    for folder in (tmp_path / "images").iterdir():
+        shutil.copytree(folder, tmp_path / "named" / f"no {folder.name}")
+    call = ["all", "--data", str(benchmark_file), "--out", str(tmp_path / "out")]
+    call += ["--judge", str(suite), "--steps", "1", "--only"]
+    assert main([*call, "zero-shot"]) == 0
+    text = (tmp_path / "out" / "table-all-others.md").read_text(encoding="utf-8")
+    assert "| elsewhere (n 24) |" in text
+    assert main([*call, "ft"]) == 2  # its head knows no other class
+    benchmark = load_benchmark(benchmark_file)
+    benchmark = dataclasses.replace(benchmark, judge=load_suite(suite, tmp_path))
+    names = {
+        split: [data.entry.name for data in benchmark.sets(split)]
+        for split in ("test", "validation")
+    }
+    assert names == {"test": ["elsewhere"], "validation": ["chosen by"]}
 
 
 def test_an_interval_of_five_seeds_by_hand() -> None:
