@@ -129,7 +129,7 @@ def plot_alpha_curve(
         style = "-" if name in ids else "--"
         marker = "os^D"[number // 10 % 4]
         values = [row[name] for row in rows]
-        each.plot(alphas, values, style, marker=marker, markersize=3, label=name)
+        each.plot(alphas, values, style, marker=marker, markersize=3, label=_shown(name))
     if choice is not None:
         _mark(each, choice)
     each.set_xlabel("α")
@@ -146,8 +146,13 @@ def plot_alpha_curve(
     figure.legend(handles, labels, fontsize=8, loc="outside right upper")
     for axes in panels:
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
+    figure.suptitle(_shown(title))
     figure.savefig(path)
+
+
+def _shown(name: str) -> str:
+    """Keep the end of a long name, such as that of a folder, for which a figure has no room."""
+    return name if len(name) <= 40 else f"…{name[-39:]}"
 
 
 def _mark(axes: Axes, choice: Choice) -> None:
@@ -192,7 +197,7 @@ def _draw_curve(
         (axes.set_xlabel, "in", groups[0]),
         (axes.set_ylabel, "out of", groups[1]),
     ):
-        what = names[0] if len(names) == 1 else f"mean of {len(names)}"
+        what = _shown(names[0]) if len(names) == 1 else f"mean of {len(names)}"
         joint = ", in" if unit == "%" else ","
         set_label(f"{where} distribution: {what}{joint} {unit}")
     axes.margins(0.15)

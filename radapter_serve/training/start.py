@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.labels import split_label
+from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.files import staged
 from radapter_serve.process import limit_threads
@@ -98,7 +100,8 @@ def train(
 @dataclass(frozen=True)
 class Tried:
     """A short run: its peak rate, whether it classifies each held-out image rightly at the recipe's
-    α (bool [N]), and the share of these images with the same answer as the base's.
+    α (bool [N]), and the share of these images for which it names the same of the common nouns that
+    are no classes as the base does.
     """
 
     learning_rate: float
@@ -111,9 +114,12 @@ class Tried:
         return float(self.right.mean())
 
     @property
-    def away(self) -> tuple[int, float]:
-        """Distance of the rate from the paper's in the grid; the rate orders equal distances."""
-        return abs(GRID.index(self.learning_rate) - GRID.index(PAPER)), self.learning_rate
+    def worth(self) -> tuple[float, float, int, float]:
+        """Orders runs by accuracy, then by what is kept, then by the rate's distance from the
+        paper's in the grid, then to the lower rate; the best has the highest.
+        """
+        away = abs(GRID.index(self.learning_rate) - GRID.index(PAPER))
+        return round(self.accuracy, 9), self.kept, -away, -self.learning_rate
 
 
 def search_rate(
@@ -122,6 +128,7 @@ def search_rate(
     """Choose the learning rate of a run with `learning_rate: auto`, and write `rates.json` into its
     folder; returns the recipe with the rate, and notes for the user.
     """
+    from radapter_serve.evaluation.image_sets import common_nouns
     from radapter_serve.training.loop import fit
     from radapter_serve.training.validation import answers
 
@@ -140,6 +147,8 @@ def search_rate(
         save_every=None,
         tracker="none",
     )
+    assert isinstance(opened.data, LabelledImages)  # `Recipe.check` refuses auto for others
+    nouns = common_nouns([name for line in opened.data.classes for name in split_label(line)])
     of_base: list[NDArray[np.int64]] = []  # answers of the base, from the first short run
     tried: list[Tried] = []
 
@@ -148,10 +157,10 @@ def search_rate(
 
         def measure(learner: Learner) -> dict[str, float]:
             alphas = [recipe.alpha] if of_base else [0.0, recipe.alpha]
-            answered, right = answers(learner, alphas)
+            right, named = answers(learner, alphas, nouns)
             if not of_base:
-                of_base.append(answered[0])
-            tried.append(Tried(rate, right[-1], float((answered[-1] == of_base[0]).mean())))
+                of_base.append(named[0])
+            tried.append(Tried(rate, right[-1], float((named[-1] == of_base[0]).mean())))
             return {}
 
         least = min(recipe.min_learning_rate, rate)
@@ -162,7 +171,7 @@ def search_rate(
         say(
             f"learning rate {rate:.2g}: {100 * run.accuracy:.1f} % of {len(run.right)} held-out"
             f" images right at alpha {recipe.alpha:g}, {100 * run.kept:.1f} % of the base's"
-            f" answers kept ({time.monotonic() - began:.0f} s)"
+            f" answers among other nouns kept ({time.monotonic() - began:.0f} s)"
         )
 
     # Try the rates around the paper's, and one more if the best rate is at an edge.
@@ -176,8 +185,8 @@ def search_rate(
     beyond = wider(tried)
     if beyond is not None:
         short_run(beyond)
-    chosen = nearest(tried).learning_rate
-    best = _best(tried).learning_rate
+    chosen = gentlest(tried).learning_rate
+    best = max(tried, key=lambda run: run.worth).learning_rate
     tried.sort(key=lambda run: run.learning_rate)
     notes = []
     if best in (tried[0].learning_rate, tried[-1].learning_rate):
@@ -189,8 +198,8 @@ def search_rate(
     # Write the table.
     table = {
         "chosen": chosen,
-        "rule": "from the best rate towards 5e-4, as long as each rate is within one standard error"
-        " of the best on held-out images",
+        "rule": "of the rates within one standard error of the best on held-out images, the one"
+        " that keeps most of the base's answers among common nouns",
         "tried": [
             {
                 "learning_rate": run.learning_rate,
@@ -214,7 +223,7 @@ def wider(tried: Sequence[Tried]) -> float | None:
     """The next rate of the grid if the best of the tried rates is at their edge; None if it is
     inside, or at the end of the grid.
     """
-    best = _best(tried).learning_rate
+    best = max(tried, key=lambda run: run.worth).learning_rate
     place = GRID.index(best)
     rates = [run.learning_rate for run in tried]
     if best == max(rates) and best < GRID[-1]:
@@ -224,26 +233,16 @@ def wider(tried: Sequence[Tried]) -> float | None:
     return None
 
 
-def nearest(tried: Sequence[Tried]) -> Tried:
-    """The run nearest to the paper's rate on the way from the best rate, as long as each run is
-    within one standard error of the best: that of the paired difference over the held-out images
-    (the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984).
+def gentlest(tried: Sequence[Tried]) -> Tried:
+    """The run that keeps most of the base's answers, of those within one standard error of the
+    best: that of the paired difference over the held-out images (the one-standard-error rule of
+    Breiman et al., Classification and Regression Trees, 1984).
     """
-    best = _best(tried)
-    low, high = sorted([best.learning_rate, PAPER])
-    way = [run for run in tried if low <= run.learning_rate <= high]
-    chosen = best
-    for run in sorted(way, key=lambda run: run.away, reverse=True):
+    best = max(tried, key=lambda run: run.worth)
+    equals = []
+    for run in tried:
         differences = best.right.astype(np.float64) - run.right.astype(np.float64)
         error = float(np.std(differences) / len(differences) ** 0.5)
-        if best.accuracy - run.accuracy > error:
-            break
-        chosen = run
-    return chosen
-
-
-def _best(tried: Sequence[Tried]) -> Tried:
-    """The most accurate run; of equals the nearest to the paper's rate, then the lower rate, which
-    keeps more of the base.
-    """
-    return min(tried, key=lambda run: (-round(run.accuracy, 9), *run.away))
+        if best.accuracy - run.accuracy <= error:
+            equals.append(run)
+    return max(equals, key=lambda run: (run.kept, run.worth))

@@ -36,7 +36,7 @@ def validate(learner: Learner) -> dict[str, float]:
     if isinstance(learner.val, Captioned):
         measured = _recalls(learner, learner.val, alphas)
     else:
-        _, right = answers(learner, alphas)
+        right, _ = answers(learner, alphas)
         measured = [{"acc1": float(row.mean()) if row.size else 0.0} for row in right]
     return {
         f"{name}@alpha={alpha:g}": round(value, 4)
@@ -47,12 +47,12 @@ def validate(learner: Learner) -> dict[str, float]:
 
 @torch.no_grad()
 def answers(
-    learner: Learner, alphas: Sequence[float]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    learner: Learner, alphas: Sequence[float], nouns: Sequence[str] = ()
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Classify images with the adapters at A values of α in one pass; every process calls it.
 
-    Returns the class of the best score, integer [A, N], and whether the image has this class, bool
-    [A, N]. The order of images is the same at each call.
+    Returns whether the image has the class of the best score, bool [A, N], and the best of `nouns`,
+    integer [A, N], 0 without nouns. The order of images is the same at each call.
     """
     val = learner.val
     assert isinstance(val, LabelledImages)
@@ -60,21 +60,28 @@ def answers(
     classifiers = []
     for alpha in alphas:
         learner.adapters.alpha = alpha
-        classifiers.append(
-            zero_shot_classifier(base.model, base.tokenizer, val.classes, val.templates)
-        )
-    parts = []
+        lists = (names for names in (val.classes, nouns) if names)
+        parts = [
+            zero_shot_classifier(base.model, base.tokenizer, names, val.templates)
+            for names in lists
+        ]
+        classifiers.append(torch.cat(parts))
+    count = len(val.classes)
+    batches = []
     for rows, embeds in _embedded(learner, val, alphas):
-        scores = [images @ classes.T for images, classes in zip(embeds, classifiers, strict=True)]
-        check_finite(torch.stack(scores).cpu().numpy())
-        best = torch.stack([of_alpha.argmax(dim=1) for of_alpha in scores]).cpu().numpy()
+        scores = torch.stack(
+            [images @ texts.T for images, texts in zip(embeds, classifiers, strict=True)]
+        )
+        check_finite(scores.cpu().numpy())
+        best = scores[..., :count].argmax(dim=-1).cpu().numpy()
         right = [np.isin(best[:, n], val.labels_of(row)) for n, (_, row) in enumerate(rows)]
-        parts.append((best, np.stack(right, axis=1)))
-    parts = gather_object(parts)
-    if not parts:
-        return np.zeros((len(alphas), 0), np.int64), np.zeros((len(alphas), 0), bool)
-    classes, hits = (np.concatenate(of, axis=1) for of in zip(*parts, strict=True))
-    return classes, hits
+        among = scores[..., count:].argmax(dim=-1).cpu().numpy() if nouns else np.zeros_like(best)
+        batches.append((np.stack(right, axis=1), among))
+    batches = gather_object(batches)
+    if not batches:
+        return np.zeros((len(alphas), 0), bool), np.zeros((len(alphas), 0), np.int64)
+    hits, named = (np.concatenate(of, axis=1) for of in zip(*batches, strict=True))
+    return hits, named
 
 
 @torch.no_grad()

@@ -155,6 +155,11 @@ def test_the_curve_has_another_method_and_what_is_kept(drawn: list[Any]) -> None
     kept = {1.0: 71.0, 0.0: 100.0}
     plot_alpha_curve(rows, ["a"], ["b"], "with.png", other_methods={"WiSE-FT": other}, kept=kept)
     plot_alpha_curve(rows, ["a"], [], "alone.png")
+    folder = f"imagefolder:/{'long/' * 40}photos"  # leaves no room for the curve if shown whole
+    named = [{"alpha": row["alpha"], folder: row["a"], "b": row["b"]} for row in rows]
+    plot_alpha_curve(named, [folder], ["b"], "named.png", title=folder)
+    [shown, _] = drawn[2].axes[1].get_legend_handles_labels()[1]
+    assert shown == f"…{folder[-39:]}" == drawn[2].get_suptitle()
     curve, of_alpha, right = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in curve.get_lines()}
     assert lines == {

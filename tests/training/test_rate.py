@@ -11,45 +11,37 @@ import numpy as np
 import pytest
 import yaml
 
-from radapter_serve import RAdapterError, load_adapter, train
+from radapter_serve import RAdapterError, evaluate, load_adapter, train
 from radapter_serve.training import Recipe
-from radapter_serve.training.start import GRID, START, Tried, nearest, wider
+from radapter_serve.training.start import GRID, START, Tried, gentlest, wider
 from tests.helpers.by_hand import steps_taken
 from tests.helpers.short_run import short_run
 
 
-def tried(rate: float, right: int, first: int = 0) -> Tried:
+def tried(rate: float, right: int, first: int = 0, kept: float = 0.5) -> Tried:
     """A short run that is right on `right` of 100 images, from the `first` on."""
     number = np.arange(100)
-    return Tried(rate, (number >= first) & (number < first + right), 0.5)
-
-
-EVERY = [tried(rate, 60) for rate in GRID]
-OTHERS = [run for run in EVERY if run.learning_rate != 5e-4]
-ENDS = [tried(1.5e-4, 44), tried(5e-3, 45), tried(5e-4, 40, first=60)]
+    return Tried(rate, (number >= first) & (number < first + right), kept)
 
 
 @pytest.mark.parametrize(
     ("runs", "chosen"),
     [
         # 1 of 100 paired images differs: 0.01 against √(0.01·0.99/100) = 0.00995, just outside
-        ([tried(5e-4, 59), tried(1.5e-3, 60), tried(5e-3, 58)], 1.5e-3),
-        (EVERY, 5e-4),
-        # without the paper's own, those on either side are as near
-        (OTHERS, 1.5e-4),
-        ([run for run in OTHERS if run.learning_rate > 5e-4], 1.5e-3),
-        # on the way back from 5e-3, 1.5e-3 is outside, so neither 5e-4 nor what is past it is asked
-        ([*ENDS, tried(1.5e-3, 43)], 5e-3),
-        # now 1.5e-3 is the best, and 5e-3 is on its other side
-        ([*ENDS, tried(1.5e-3, 45)], 5e-4),
+        ([tried(5e-4, 59, kept=0.9), tried(1.5e-3, 60), tried(5e-3, 58, kept=1)], 1.5e-3),
         # 45 against 40 that are others: 0.05 against √(0.85 − 0.0025)/10 = 0.092
-        ([tried(5e-4, 40, first=60), tried(1.5e-2, 45)], 5e-4),
+        ([tried(5e-4, 40, first=60, kept=0.51), tried(1.5e-2, 45)], 5e-4),
+        ([tried(5e-4, 40, first=60, kept=0.49), tried(1.5e-2, 45)], 1.5e-2),
+        # of equals in both the more accurate, the nearest to the paper's, the lower
+        ([tried(5e-4, 40, first=60), tried(1.5e-2, 45)], 1.5e-2),
+        ([tried(rate, 60) for rate in GRID], 5e-4),
+        ([tried(rate, 60) for rate in GRID if rate != 5e-4], 1.5e-4),
     ],
 )
-def test_goes_from_the_best_towards_the_papers_rate_within_one_standard_error(
+def test_takes_what_keeps_most_within_one_standard_error_of_the_best(
     runs: list[Tried], chosen: float
 ) -> None:
-    assert nearest(runs).learning_rate == chosen
+    assert gentlest(runs).learning_rate == gentlest(runs[::-1]).learning_rate == chosen
 
 
 def test_the_grid_grows_to_the_side_where_the_best_is() -> None:
@@ -95,7 +87,9 @@ def test_a_run_finds_its_rate_by_short_runs(
         out = tmp_path / f"{number}"
         short = train(dataclasses.replace(recipe, learning_rate=rate, out=out, **length))
         assert row["accuracy"] == pytest.approx(100 * short.metrics["acc1@alpha=0.6"], abs=0.01)
-        assert row["images"] == 24 and 0 <= row["base_answers_kept"] <= 100
+        rows = evaluate(short, [0.0, 0.6], data=recipe.data, out=tmp_path / f"r{number}").rows
+        kept = next(result.metrics["kept"] for result in rows if result.alpha == 0.6)
+        assert row["images"] == 24 and row["base_answers_kept"] == pytest.approx(100 * kept, 0.01)
     same = dataclasses.replace(recipe, learning_rate=table["chosen"], out=tmp_path / "same")
     assert load_adapter(train(same)).digest == load_adapter(run).digest
 

@@ -245,8 +245,8 @@ def test_an_image_that_breaks_before_validation(recipe: Recipe, images: Path) ->
     with pytest.raises(RAdapterError, match=r"red/0\.png can't be read"):
         validate(learner)
     learner.examples.refuse = False
-    answered, right = answers(learner, [0.0, 1.0])
-    assert answered.shape == right.shape == (2, 23)
+    right, named = answers(learner, [0.0, 1.0])
+    assert right.shape == named.shape == (2, 23)
     with torch.no_grad():
         learner.base.model.get_parameter("visual.proj")[0, 0] = torch.nan
     with pytest.raises(RAdapterError, match="not finite"):
