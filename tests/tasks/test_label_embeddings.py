@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,39 @@ def test_the_cache_is_bounded_and_the_answers_are_still_right(local):
     # A list by itself may be longer.
     many = [f"{index}" for index in range(60)]
     assert embed(small, many) is embed(small, many)
+
+
+class Key:
+    """A key that does something at its second look-up, between a check of the cache and its use."""
+
+    def __init__(self) -> None:
+        self.lookups = 0
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def __hash__(self) -> int:
+        self.lookups += 1
+        if self.lookups == 2:
+            self.meanwhile()
+        return 1
+
+
+def test_threads_use_the_cache_one_after_the_other() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        # An entry is not dropped while it is read.
+        small = LabelCache(max_size=1)
+        key = Key()
+        small.put(key, "old")
+        key.lookups = 0
+        key.meanwhile = lambda: wait([pool.submit(small.put, "another", "new")], timeout=0.2)
+        assert small.get(key) == "old"
+
+        # An entry that two threads put counts once.
+        large = LabelCache()
+        both = Key()
+        both.meanwhile = lambda: wait([pool.submit(large.put, both, "theirs")], timeout=0.2)
+        large.put(both, "ours")
+    assert (small.get(key), small.get("another")) == (None, "new")
+    assert (large.get(both), large._size) == ("ours", 1)
 
 
 def test_embeddings_of_another_template_alpha_or_release_are_others(local):
