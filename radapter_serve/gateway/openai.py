@@ -219,7 +219,13 @@ class OpenAI:
         """Answer a request within `seconds`, all of it by one release, which `entry` notes."""
         end = time.monotonic() + seconds
         version, facts = await self._release(request.model)
-        width = int(facts["embed_dim"])
+        width = facts.get("embed_dim")
+        if not isinstance(width, int):
+            raise Refused(
+                503,
+                SERVER_UNAVAILABLE,
+                "the release does not say its embed_dim; export it again with radapter-export",
+            )
         if request.dimensions not in (None, width):
             raise bad_request(
                 f"dimensions is {request.dimensions}; embeddings of this release have {width}, and"

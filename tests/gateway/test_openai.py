@@ -121,6 +121,12 @@ def test_numbers_that_json_cannot_hold(served: Served) -> None:
     assert ask(served, input=["a", "b"], encoding_format="base64")[0] == 200
 
 
+def test_a_release_without_a_width_is_none_of_ours(served: Served) -> None:
+    served.upstream.configs["embed_text"] = config("embed_text", {"version": 1})
+    assert refusal(served, input="a")[:2] == (503, "server_unavailable")
+    assert not served.upstream.asked
+
+
 def test_order_is_kept_over_several_batches() -> None:
     with serving() as served:
         inputs = ["x" * (place + 1) if place % 3 else IMAGE for place in range(200)]
