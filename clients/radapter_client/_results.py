@@ -319,7 +319,7 @@ def paint(
     """Blend the colours of all labels but the background into an image of the mask's size."""
     times = -(-LEAST_SIDE // max(image.size)) if enlarge else 1
     if times > 1:
-        image = image.resize((image.width * times, image.height * times), Image.Resampling.BICUBIC)
+        image = image.resize((image.width * times, image.height * times))
         mask = mask.repeat(times, 0).repeat(times, 1)
     painted = Image.fromarray(palette()[mask % COLOURS])
     picture = Image.blend(image, painted, opacity)

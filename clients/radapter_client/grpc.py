@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -17,7 +18,7 @@ from .failures import (
     Timeout,
     from_server,
 )
-from .tensors import DATATYPES, pack, unpack
+from .tensors import DATATYPES, Array, pack, unpack
 
 CHANNEL = [
     ("grpc.max_send_message_length", -1),
@@ -34,13 +35,13 @@ CHANNEL = [
 SILENT = re.compile("timed out|timeout|handshaker shutdown", re.IGNORECASE)
 
 
-def encode(request: Request) -> Any:
-    """Encode an inference as a message."""
-    message = service_pb2.ModelInferRequest(model_name=request.model, model_version=request.version)
-    for name, array in request.inputs.items():
+def encode(model: str, version: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Any:
+    """Encode an inference as a message; the arguments are those of a `Request`."""
+    message = service_pb2.ModelInferRequest(model_name=model, model_version=version)
+    for name, array in inputs.items():
         message.inputs.add(name=name, datatype=DATATYPES[array.dtype], shape=array.shape)
         message.raw_input_contents.append(pack(array))
-    for name in request.outputs:
+    for name in outputs:
         message.outputs.add(name=name)
     return message
 
@@ -70,7 +71,8 @@ class GrpcTransport:
         model = {"name": request.model, "version": request.version}
         try:
             if request.action == "infer":
-                return decode(self._stub.ModelInfer(encode(request), **options))
+                message = encode(request.model, request.version, request.inputs, request.outputs)
+                return decode(self._stub.ModelInfer(message, **options))
             if request.action == "config":
                 asked = service_pb2.ModelConfigRequest(**model)
                 parameters = self._stub.ModelConfig(asked, **options).config.parameters

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ def pack(array: Array) -> bytes:
     parts: list[bytes] = []
     for value in array.ravel():
         data = value.encode() if isinstance(value, str) else value
-        parts += (struct.pack("<I", len(data)), data)
+        parts += (len(data).to_bytes(4, "little"), data)
     return b"".join(parts)
 
 

@@ -214,8 +214,8 @@ class Adapters(nn.Module):
         Processes that call `torch.manual_seed` with the same seed before it draw the same.
         """
         self.train()
-        keep = torch.rand(len(self.layers)) >= self.drop
-        for adapter, kept in zip(self.adapters, keep.tolist(), strict=True):
+        for adapter in self.adapters:
+            kept = torch.rand(()).item() >= self.drop
             adapter.gate = kept / (1 - self.drop)
 
     def stop_drop(self) -> None:

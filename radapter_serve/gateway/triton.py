@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from radapter_client import Reply, Request
+from radapter_client import Reply
 from radapter_client.grpc import CHANNEL, decode, encode
 from radapter_serve.gateway.upstream import (
     LOG,
@@ -55,9 +55,7 @@ class Triton:
         return self._fresh_stub
 
     async def infer(self, request: Inference, timeout: float, entry: Entry) -> Reply:
-        message = encode(
-            Request("infer", request.model, request.version, request.inputs, request.outputs)
-        )
+        message = encode(request.model, request.version, request.inputs, request.outputs)
         message.id = entry.id
         trace = entry.traceparent
         metadata = () if trace is None else (("traceparent", trace),)

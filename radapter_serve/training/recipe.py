@@ -288,7 +288,7 @@ class Plan:
         low = self.recipe.min_learning_rate
         if step < self.warmup_steps:
             return high * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        done = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
         return low + (high - low) * (1 + math.cos(math.pi * done)) / 2
 
 
