@@ -27,6 +27,7 @@ COPIED = (
     "radapter_serve",
     "export",
     "clients",
+    "docs",
     "tests",
     "model_repository",
     "recipes",
@@ -97,7 +98,7 @@ ROOMS = {
     "training": Room(
         (
             "tests/adapter",
-            *(f"tests/training/test_{name}.py" for name in ("recipe", "loss", "wiring")),
+            *(f"tests/training/test_{name}.py" for name in ("recipe", "reading", "loss", "wiring")),
             *(
                 f"tests/evaluation/test_{name}.py"
                 for name in ("metrics", "alpha_choice", "results")
@@ -118,7 +119,8 @@ ROOMS = {
     ),
     "tasks": Room(
         tuple(
-            f"tests/tasks/test_{name}.py" for name in ("classify", "label_embeddings", "segment")
+            f"tests/tasks/test_{name}.py"
+            for name in ("classify", "label_embeddings", "request_alpha", "segment", "table")
         ),
         ("radapter_serve/tasks",),
         ("radapter_serve/tasks/retrieve.py",),

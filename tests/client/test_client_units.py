@@ -326,6 +326,14 @@ def test_orientation_travels_with_the_pixels(value: int, tmp_path: Path):
         assert back.getexif().get(0x0112, 1) == 1 and back.tobytes() == turned.tobytes()
 
 
+@pytest.mark.parametrize("value", [0, 9])
+def test_an_orientation_that_exif_does_not_have_is_upright(value: int):
+    photo = Image.new("RGB", (20, 30))
+    photo.info["exif"] = exif(value).tobytes()
+    with Image.open(io.BytesIO(sent(photo))) as back:
+        assert back.getexif().get(0x0112) is None
+
+
 def test_one_image_or_several():
     images: list[Any] = ["a.jpg", Path("a.jpg"), b"x", Image.new("L", (1, 1))]
     for image in (*images, pixels(4, 4, 3), pixels(4, 4)):
@@ -437,6 +445,7 @@ PIXELS = np.zeros((4, 5, 3), np.uint8)
         ("classify", {"timeout": 0}, "timeout is 0; allowed are seconds above 0"),
         ("classify", {"examples": {"mug": b"x"}}, "'mug', which is not among"),
         ("classify", {"examples": [b"x"]}, "examples is a value of type list"),
+        ("classify", {"examples": {"a": 5}}, "^examples takes a list, not one int"),
         ("classify", {"examples": {"a": ["/no/such.png"]}}, "an example of 'a': .*no/such.png"),
         ("classify", {"examples": {"a": b"x"}, "example_weight": {"b": 1}}, "'b', which is not"),
         ("classify", {"example_weight": 1}, "no examples: give some"),

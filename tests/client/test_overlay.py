@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 import radapter_client
-from radapter_client import Segmentation
+from radapter_client import Segmentation, _results
 
 # The first of Okabe and Ito's, which people with any colour vision tell apart.
 FIRST = ((86, 180, 233), (230, 159, 0))
@@ -45,6 +45,19 @@ def test_labels_have_colours_of_their_own():
     assert len(set(found)) == 256 and found[:2] == [*FIRST]
     # A label keeps its colour.
     assert colours(10) == found[:10] and found[256:] == found[:44]
+
+
+def test_the_distance_of_colours_is_that_of_lab():
+    """The values of sRGB's colours under D65, as Lindbloom publishes them."""
+    published = {
+        (255, 0, 0): (53.24, 80.09, 67.2),
+        (0, 255, 0): (87.73, -86.18, 83.18),
+        (0, 0, 255): (32.3, 79.19, -107.86),
+        (255, 255, 255): (100, 0, 0),
+        (5, 5, 5): (1.37, 0, 0),
+    }
+    found = _results._lab(np.array([*published], float))
+    np.testing.assert_allclose(found, [*published.values()], atol=0.1)
 
 
 def test_pixels():
@@ -116,6 +129,15 @@ def test_image_of_any_mode(mode: str):
 def legend(label: str) -> bytes:
     """The picture of one label, with its legend."""
     return segmentation(np.zeros((1, 512)), [label], noise(1, 512)).overlay().tobytes()
+
+
+def test_the_letters_of_a_legend_are_nearly_as_high_as_its_swatches():
+    for width in (512, 2000):
+        picture = segmentation(np.zeros((1, width)), ["OOO"], noise(1, width)).overlay()
+        rows = np.asarray(picture)[1:].astype(int)
+        swatch = (rows == FIRST[0]).all(-1).any(1).sum()
+        letters = (rows.sum(-1) < 200).any(1).sum()  # none else is as dark
+        assert 0.6 * swatch < letters < swatch
 
 
 def test_labels_are_spelled():

@@ -142,3 +142,21 @@ def test_a_suite_of_masks(tmp_path: Path) -> None:
             np.testing.assert_array_equal(model.prepare(item.data), pixels)
             np.testing.assert_array_equal(item.truth, mask - 1)
             np.testing.assert_array_equal(item.masks > 0, [mask == label for label in (1, 2)])
+
+
+def test_a_network_s_masks_are_those_of_the_image_as_it_is_seen(tmp_path: Path) -> None:
+    masked(tmp_path / "set", stored(MASK, 6), 6)
+    (tmp_path / "found").mkdir()
+    for wanted, mask in ((True, MASK), (False, stored(MASK, 6))):
+        inside = np.stack([mask == 2, mask == 0, mask == 1])  # the second is empty
+        np.savez(tmp_path / "found" / "a.npz", masks=inside)
+        for turned in (True, False):
+            how: Any = {"name": "set", "dense": "proposals", "exif_orientation": turned}
+            entry = Entry("masks:set", "segmentation", proposals="found", **how)
+            data = open_set(Suite("suite", (entry,), data_root=tmp_path), entry)
+            if turned != wanted:
+                with pytest.raises(RAdapterError, match="write them at the image's size"):
+                    data.prepare(Sees(True), 0)  # type: ignore[arg-type]
+                continue
+            item = data.prepare(Sees(True), 0)  # type: ignore[arg-type]
+            np.testing.assert_array_equal(item.masks, inside[[0, 2]] * 255)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import scipy.stats
 import torch
@@ -17,6 +18,7 @@ from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation import metrics
+from radapter_serve.evaluation.image_sets import common_nouns
 from radapter_serve.evaluation.metrics import (
     average_precisions,
     calibration_error,
@@ -400,3 +402,19 @@ def test_too_few_images_or_labels(shape: tuple[int, int]) -> None:
     with pytest.raises(RAdapterError, match="too few for calibrated scores"):
         cosines = np.zeros(shape, np.float32)
         fit_confidence(cosines, np.zeros(shape[0], np.int64), 100.0, None, "photos")
+
+
+def test_the_nouns_are_every_third_of_imagenets_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    names = common_nouns(["something else"])
+    assert names == list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES[::3])) and len(names) == 333
+    assert common_nouns(open_clip.IMAGENET_CLASSNAMES) == []
+    for name, left_out in (
+        ("a big Toucan.", ["toucan"]),
+        ("toucans", []),  # no word of it
+        ("shark", ["tiger shark"]),
+        ("SEA-LION", ["sea lion", "lion"]),
+        ("!", []),
+    ):
+        kept = common_nouns(["something else", name])
+        assert [noun for noun in names if noun not in kept] == left_out

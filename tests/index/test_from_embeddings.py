@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,21 @@ def test_searches_are_numpys(
     (missing,) = index.search(query, 10, "share IS NULL")  # NaN is NULL
     assert missing.id == "photos/3.jpg" and missing.metadata["share"] is None
     assert verify(out).ok
+
+
+def test_vectors_are_never_in_memory_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("radapter_serve.index.build._ROWS", 50)
+    wide = np.random.default_rng(0).standard_normal((500, 2000))
+    np.save(tmp_path / "v.npy", wide)
+    parquet.write_table(pa.table({"image": NAMES[:500]}), tmp_path / "r.parquet")
+    loaded = projecting(embed_dim=2000)
+    tracemalloc.start()
+    build_from_embeddings(tmp_path / "v.npy", tmp_path / "r.parquet", tmp_path / "index", loaded)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < wide.nbytes / 2
 
 
 @pytest.mark.slow

@@ -85,6 +85,7 @@ def test_a_client_in_the_process_asks_what_its_tensors_would_ask(local: Local) -
         return {name: np.asarray(one).tolist() for name, one in kept.items()}
 
     assert len(recorder.inferences) == 8
+    requests = []
     for request in recorder.inferences:
         task = TASKS[request.model]
         assert request.values is not None
@@ -92,3 +93,7 @@ def test_a_client_in_the_process_asks_what_its_tensors_would_ask(local: Local) -
         typed = task.request(dict(request.values), request.outputs.__contains__)
         [read] = task.read(local.loaded, dict(request.inputs), request.outputs.__contains__)
         assert type(typed) is type(read) and facts(typed) == facts(read)
+        requests.append(read)
+    dense, proposed = requests[2:4]
+    assert (dense.short_side, dense.stride, dense.refine) == (20, 5, 1)
+    assert proposed.proposal_weight == pytest.approx(0.3)

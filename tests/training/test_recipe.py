@@ -155,6 +155,15 @@ def test_the_recipe_that_comes_without_one(trained: list[Recipe]) -> None:
         assert trained.pop() == expected
 
 
+def test_a_run_is_resumed_by_its_own_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RAdapterError, match="no run to resume in .*: it has no recipe.yaml"):
+        recipe_from(resume=tmp_path)
+    (tmp_path / "recipe.yaml").write_text("data: csv:t.csv\ndelta: 0.2\n")
+    own = Recipe(data="csv:t.csv", delta=0.2, out=tmp_path, resume=True)
+    assert recipe_from(resume=tmp_path) == own
+    assert recipe_from(resume=str(tmp_path), workers=0) == dataclasses.replace(own, workers=0)
+
+
 @pytest.mark.parametrize(
     ("steps", "warmup", "momentum"), [(4, 0, 0.0), (180, 36, 1 - 5 / 180), (10_000, 500, 0.999)]
 )

@@ -156,22 +156,6 @@ def test_bf16_trains_to_nearly_the_same_adapter(recipe: Recipe, tmp_path: Path) 
         assert F.cosine_similarity(value.flatten(), plain[name].flatten(), dim=0) > 0.9
 
 
-def test_auto_takes_bf16_where_the_processor_computes_with_it(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = dataclasses.replace(recipe, precision="auto", val_data=None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for amx, avx512, precision in (
-        (True, False, "bf16"),
-        (False, True, "bf16"),
-        (False, False, "no"),
-    ):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx512: has)
-        learner = build(recipe, open_run(recipe), tmp_path)
-        assert learner.plan.recipe.precision == precision
-
-
 @pytest.mark.slow
 def test_two_processes_train_to_the_same_adapter_as_one(
     tiny_clip_dir: str, tmp_path: Path, train_in_two_processes: Any

@@ -25,7 +25,7 @@ from radapter_serve.evaluation.rows import Results
 from radapter_serve.evaluation.run import evaluate_suite, own_validation
 from radapter_serve.training import Recipe, Run, train
 from radapter_serve.training.loop import fit
-from radapter_serve.training.setup import Learner
+from radapter_serve.training.setup import Learner, build
 from radapter_serve.training.tasks import open_run
 from radapter_serve.training.validation import validate
 from tests.helpers.by_hand import (
@@ -286,3 +286,20 @@ def test_validation_by_captions(recipe: Recipe, tmp_path: Path) -> None:
         for way, recall in zip(("image", "text"), recall_by_hand(clip, alpha, pairs), strict=True):
             expected[f"{way}_retrieval_recall@1@alpha={alpha:g}"] = recall / 100
     assert adapter.metadata.metrics == pytest.approx(expected, abs=1e-4)
+
+
+def test_auto_takes_bf16_where_the_processor_computes_with_it(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = labelled(tmp_path / "data", 4, seed=0)
+    recipe = dataclasses.replace(recipe, data=data, precision="auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for amx, avx512, precision in (
+        (True, False, "bf16"),
+        (False, True, "bf16"),
+        (False, False, "no"),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx512: has)
+        learner = build(recipe, open_run(recipe), tmp_path)
+        assert learner.plan.recipe.precision == learner.accelerator.mixed_precision == precision
