@@ -146,28 +146,32 @@ def evaluate_suite(
     batch_size: int = 64,
     say: Say = lambda line: None,
     opened: Callable[[EvaluationSet], None] = lambda data: None,
+    base: Candidate | None = None,
 ) -> list[Row]:
     """Evaluate models of one kind on the data sets of one split of a suite, except rows that
     `results` has already.
 
-    `opened` is called with each data set.
+    `opened` is called with each data set. `kept` (see `Row`) is measured against the model of
+    alpha 0 among the models, or else against `base`, which has no row.
     """
     rows: list[Row] = []
+    base = next((model for model in models if model.alpha == 0.0), base)
     for entry in suite.of_split(split):
         say(f"{entry.name}: reading {entry.data}")
         data = open_set(suite, entry, limit=limit, seed=seed)
         stamp: dict[str, Any] = {"suite": suite.name, "seed": seed, "version": __version__}
         cases = [replace(data.row(model), **stamp) for model in models]
         opened(data)
-        # `kept` compares with the answers at alpha 0, which is evaluated again for it.
-        keep = ["nouns"] if data.nouns and any(model.alpha == 0.0 for model in models) else []
+        keep = ["nouns"] if data.nouns and base else []
         missing = []
         for model, case in zip(models, cases, strict=True):
             row = results.find(case)
             if row is None or (keep and KEPT not in row.metrics):
                 missing.append(model)
         if missing:
-            wanted = [m for m in models if m in missing or (keep and m.alpha == 0.0)]
+            wanted = missing
+            if keep and base and base not in missing:  # again, to compare with its answers
+                wanted = [base, *missing]
             by = f"{len(wanted)} model{'s' if len(wanted) > 1 else ''}"
             say(f"{entry.name}: embedding its texts by {by}")
             new = evaluate_set(
@@ -179,7 +183,8 @@ def evaluate_suite(
                     f"{name}: {done} of {n} images by {by}"
                 ),
             )
-            results.add(replace(row, **stamp) for row, _ in new)
+            pairs = zip(wanted, new, strict=True)
+            results.add(replace(row, **stamp) for model, (row, _) in pairs if model in models)
         rows += [row for case in cases if (row := results.find(case)) is not None]
     return rows
 

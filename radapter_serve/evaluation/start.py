@@ -305,7 +305,14 @@ def evaluate(
         if auto:  # the run's own α need not be on the grid
             metadata = load_adapter(path).metadata
             alphas = sorted({*alphas, metadata.alpha})
-        models = settings.load(path, alphas)
+        # The base is evaluated too, to measure what is kept of its answers, where it is known.
+        only_tuned = settings.checkpoint and not settings.base
+        others = settings.merged or settings.model_repository or settings.url or only_tuned
+        base = None
+        if alphas and 0.0 not in alphas and not others:
+            base, *models = settings.load(path, (0.0, *alphas))
+        else:
+            models = settings.load(path, alphas)
         try:
             # Choose α on validation data.
             tested = models
@@ -326,7 +333,9 @@ def evaluate(
                         choosing.append(open_set(tests, entry, **draws))
             # Evaluate on test data.
             if tests:
-                rows = evaluate_suite(tested, tests, results, opened=testing.append, **how)
+                rows = evaluate_suite(
+                    tested, tests, results, opened=testing.append, base=base, **how
+                )
         finally:
             models[0].close()
         overlaps = warn_of_overlap(choosing, testing)

@@ -106,13 +106,14 @@ def test_resume_evaluates_only_what_is_missing(
     assert after[:4] == before
     assert points(here / "results")[4:] == [("plain", 1), ("shifted", 1)]
 
-    # What alpha 1 keeps of the base is not known yet, which takes the base as well.
-    assert [("kept" in row["metrics"]) for row in after] == [True] * 4 + [False] * 2
-    assert main([*COMMON, "--alpha", "0.5", "1", "0"]) == 0
-    after = rows(here / "results")
-    assert len(after) == 6 and all("kept" in row["metrics"] for row in after)
-    half = [row for row in before if row["alpha"] == 0.5]
-    assert [row for row in after if row["alpha"] == 0.5] == half
+    # What alpha 1 keeps of the base is measured without a row of the base, and is the same with it.
+    kept = [row["metrics"]["kept"] for row in after]
+    assert main([*COMMON, "--alpha", "1", "--out", "alone"]) == 0
+    alone = rows(here / "alone")
+    assert [row["alpha"] for row in alone] == [1.0, 1.0]
+    assert [row["metrics"]["kept"] for row in alone] == kept[4:]
+    assert main([*COMMON, "--alpha", "1", "0", "--out", "both"]) == 0
+    assert [r["metrics"]["kept"] for r in rows(here / "both") if r["alpha"] == 1] == kept[4:]
 
     # Nothing is missing.
     assert "measured before" not in capfd.readouterr().out
