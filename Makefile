@@ -1,6 +1,7 @@
 # `make demo` and `make test` set up all they need; PYTHON is Python 3.10 to 3.13. PYTHONS are those of `make test-all`.
 # TESTS are the files and folders to test; all if empty. COVERAGE=--cov measures what the tests run, which takes longer.
-# WORKERS is the number of processes that test; some tests wait, so three keep two cores busy. INSTALL is what installs packages into VENV: uv where it is there.
+# WORKERS is the number of processes that run the fast tests and the integrations; some tests wait, so three keep two cores
+# busy. INSTALL is what installs packages into VENV: uv where it is there.
 # EXTRAS are the extras of the package that tests and checks are run with.
 PYTHON ?= python3
 PYTHONS ?= python3.10 python3.12 python3.13
@@ -25,7 +26,7 @@ endef
 comma := ,
 with = $(if $(findstring $(1),$(EXTRAS)),$(EXTRAS),$(1)$(comma)$(EXTRAS))
 
-.PHONY: demo test test-integrations test-all check docs install
+.PHONY: demo test test-integrations test-triton test-slow test-all check docs install
 
 # The extra `test` has the demo, too.
 demo:
@@ -42,6 +43,35 @@ test: install
 # The first two are Debian's packages chromium and nginx-light.
 test-integrations: $(VENV)/installed-$(call with,integrations)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "integration and not slow and not triton" --numprocesses $(WORKERS) --dist loadfile $(TESTS)
+
+# Tests with a real tritonserver, the longest first. Two servers at a time keep two cores busy.
+TRITON := tests/test_readme.py tests/*/
+test-triton: $(VENV)/installed-$(call with,integrations)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "triton and not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TRITON)
+
+# Whole programs: every rival and a table of them, the demo's comparison, the playground and the engine,
+# a small /dev/shm, what each room may import, an export that is killed, other libraries that open a release
+# or ask the gateway, an index by a local Ray, and what a search loads.
+SLOW := tests/cli tests/demo tests/engine tests/playground \
+  tests/rivals/test_adapters.py tests/rivals/test_full.py tests/rivals/test_methods.py tests/rivals/test_others.py \
+  tests/rivals/test_shots.py tests/rivals/test_small.py tests/rivals/test_table.py \
+  tests/export/test_checkpoint.py \
+  tests/export/test_dynamic_alpha.py tests/export/test_forms.py tests/export/test_graph.py tests/export/test_validation.py \
+  tests/export/test_hub.py tests/export/test_release.py tests/faults/test_shared_memory.py tests/gateway/test_openai.py \
+  tests/index/test_cluster.py tests/index/test_from_embeddings.py \
+  tests/test_house.py
+# Of these there is time for some: SigLIP in every precision through TensorRT's parser and builder and from its training to
+# a release, the same adapter from one process and from two, what is imported of each extra, attacks on the gateway's
+# connections, and hostile requests to an engine.
+SLOW_IN_PART := tests/benchmarks/test_gpu.py tests/deploy tests/export/test_validation.py tests/export/test_families.py \
+  tests/export/test_tensorrt.py tests/hostile/test_connections.py tests/hostile/test_hostile.py tests/training/test_loss.py \
+  tests/training/test_rate.py tests/training/test_recipe.py tests/training/test_train.py \
+  tests/test_packaging.py::test_an_extra_has_what_its_commands_import
+PARTS := siglip or two_processes_train or before_torch or finds_its_rate or no_time or extra_has or connections \
+  or many_callers or to_an_engine
+test-slow: $(VENV)/installed-$(call with,integrations)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(SLOW)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -k "$(PARTS)" $(SLOW_IN_PART)
 
 # Each Python has an environment of its own: .venv-3.10, .venv-3.12, .venv-3.13.
 test-all:

@@ -48,6 +48,18 @@ def test_a_workflow_is_valid_and_may_do_little(name: str) -> None:
             assert "${{" not in step.get("run", "")
 
 
+def test_there_is_one_pipeline() -> None:
+    """`.ci/run` and GitHub call the same targets, which CONTRIBUTING.md names; no test by hand."""
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    workflow = (FOLDER / "ci.yml").read_text(encoding="utf-8")
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    here = set(re.findall(r"^ *make ([a-z-]+)", script, re.MULTILINE))
+    there = set(re.findall(r"^ *- run: make ([a-z-]+)", workflow, re.MULTILINE))
+    assert here - {"install"} == there
+    assert set(re.findall(r"^\| `make ([a-z-]+)`", page, re.MULTILINE)) == there | {"test-all"}
+    assert "pytest" not in script + workflow
+
+
 @pytest.mark.skipif(shutil.which("actionlint") is None, reason="needs actionlint; ci.yml has it")
 def test_actionlint_finds_nothing() -> None:
     files = [str(path) for path in sorted(FOLDER.glob("*.yml"))]
