@@ -470,7 +470,7 @@ def test_nothing_is_written_where_there_is_nothing_to_index(
     before = sorted(tmp_path.rglob("*"))
     for source, place, message in (
         (folder, out, "holds no image"),
-        (tmp_path / "nowhere", out, "no folder"),
+        (tmp_path / "nowhere", out, "is not a folder"),
         (f"csv:{tmp_path / 'empty.csv'}", out, "no row"),
         (f"csv:{tmp_path / 'own.csv'}", out, "has a column 'width'; the index needs"),
         (f"csv:{tmp_path / 'twice.csv'}", out, "has the column 'image' twice"),
