@@ -33,9 +33,9 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
 from radapter_serve.training import Recipe
 from radapter_serve.training.batches import Examples, endless
+from radapter_serve.training.data import Data, open_run
 from radapter_serve.training.loss import mpm_nce
 from radapter_serve.training.setup import augmentation
-from radapter_serve.training.tasks import Data, open_run
 
 
 class Run:

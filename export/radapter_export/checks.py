@@ -112,8 +112,11 @@ def samples_at(
     samples = {}
     for graph in embeds[number][0]:
         references = []
-        for place, of in enumerate(alphas):
-            rows = [embeds[float(value)][place][graph][row] for row, value in enumerate(of.ravel())]
+        for place, batch_alphas in enumerate(alphas):
+            rows = [
+                embeds[float(value)][place][graph][row]
+                for row, value in enumerate(batch_alphas.ravel())
+            ]
             references.append(np.stack(rows))
         batches = inputs.tokens if graph == "text_encoder" else inputs.images
         samples[graph] = Samples(batches, references, alphas if mixed else ())

@@ -241,12 +241,12 @@ def prepare_push(name: str, alphas: int, runtime: str) -> str:
             " out --format and --runtime, and run radapter-build-engine where it is served"
         )
     try:
-        made = HfApi().create_repo(name.removeprefix(HUB), private=True, exist_ok=True)
+        repository = HfApi().create_repo(name.removeprefix(HUB), private=True, exist_ok=True)
     except Exception as error:  # the hub and the network raise many kinds of errors
         raise RAdapterError(
             f"could not push to {name}: {refused(error)} (nothing was exported)"
         ) from error
-    return made.repo_id
+    return repository.repo_id
 
 
 def push(name: str, release: Release, settings: ExportSettings, card: str) -> str:

@@ -55,8 +55,8 @@ def run(
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments and arguments[0] in by_name else ""
     if first and name in first and asks_for_help(arguments):
-        few = options(by_name[name], first[name])
-        return guard(lambda: show_help(few, prog=f"{prog} {name}".rstrip()), arguments, prog=prog)
+        shown = options(by_name[name], first[name])
+        return guard(lambda: show_help(shown, prog=f"{prog} {name}".rstrip()), arguments, prog=prog)
     if HELP_ALL in arguments:
         arguments = [name, "--help"] if name else ["--help"]
 
@@ -104,12 +104,12 @@ def options(kind: Callable[..., Any], names: Collection[str], values: Any = None
         elif name in names:
             default = dataclasses.field(default_factory=lambda value=value: value)  # type: ignore[misc]
             fields.append((name, hints[name], default))
-    few = dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
+    subset = dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
     # The docstring of the class, with the attributes of its base classes.
     bases = inspect.getmro(kind) if inspect.isclass(kind) else (kind,)
-    own, *inherited = [inspect.getdoc(base) or "" for base in bases if base is not object]
-    few.__doc__ = "\n".join([own, *(text.partition("Attributes:\n")[2] for text in inherited)])
-    return few
+    first, *inherited = [inspect.getdoc(base) or "" for base in bases if base is not object]
+    subset.__doc__ = "\n".join([first, *(text.partition("Attributes:\n")[2] for text in inherited)])
+    return subset
 
 
 def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: str) -> int:

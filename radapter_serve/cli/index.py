@@ -174,8 +174,7 @@ def add(
     elif model_repository:
         origin = {"model_repository": model_repository}
     elif repository:
-        made = plan.release
-        versions = releases_with_digest(Path(repository), made.digest, made.alpha)
+        versions = releases_with_digest(Path(repository), plan.release.digest, plan.release.alpha)
         if versions:
             origin = {"model_repository": repository}
             version = max(versions)
@@ -308,16 +307,16 @@ def _print_embedder(loaded: LoadedRelease) -> None:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Any]:
+def _progress(description: str) -> Iterator[Any]:
     columns = (
-        TextColumn(what),
+        TextColumn(description),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

@@ -24,7 +24,7 @@ FIRST = (
 
 
 @dataclass
-class Given:
+class Defaults:
     """The source of the defaults of all other options.
 
     Args:
@@ -67,7 +67,7 @@ def _train(arguments: list[str]) -> None:
     if asks_for_help(rest):
         show_help(_in_groups(recipe, FIRST), prog=PROG, description=description)
     if HELP_ALL in rest:
-        shown = {field.name for field in dataclasses.fields(recipe)} - {"resume"}  # in `Given`
+        shown = {field.name for field in dataclasses.fields(recipe)} - {"resume"}  # in `Defaults`
         tyro.cli(_in_groups(recipe, shown), args=["--help"], prog=PROG, description=description)
     recipe = tyro.cli(
         Recipe, args=_nones(rest, Recipe), default=recipe, prog=PROG, description=description
@@ -89,7 +89,7 @@ def _in_groups(recipe: Recipe, names: Collection[str]) -> type:
         kind = Annotated[shown, tyro.conf.OmitArgPrefixes, named]  # type: ignore[valid-type]
         if dataclasses.fields(shown):
             fields.append((title, kind, dataclasses.field(default_factory=shown)))
-    return dataclasses.make_dataclass("Shown", fields, bases=(Given,))
+    return dataclasses.make_dataclass("Shown", fields, bases=(Defaults,))
 
 
 def _by_names(arguments: list[str]) -> list[str]:

@@ -51,8 +51,8 @@ from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.training import Recipe, train
 from radapter_serve.training.batches import Examples, endless
+from radapter_serve.training.data import open_run
 from radapter_serve.training.setup import augmentation
-from radapter_serve.training.tasks import open_run
 
 # Name, number of images, and metrics in per cent by α, of each data set.
 Sets = list[tuple[str, int, dict[float, list[float]]]]

@@ -168,10 +168,10 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
     best = max(scores, key=lambda alpha: (round(scores[alpha], _DIGITS), -alpha))
     curve = []
     for alpha, score in scores.items():
-        apart = {name: _behind(models[best][name], row) for name, row in models[alpha].items()}
-        behind = sum(weights[name] * share for name, (share, _) in apart.items())
+        distances = {name: _behind(models[best][name], row) for name, row in models[alpha].items()}
+        behind = sum(weights[name] * distance for name, (distance, _) in distances.items())
         # The data sets are independent, so their variances add up.
-        variance = sum((weights[name] * half) ** 2 for name, (_, half) in apart.items())
+        variance = sum((weights[name] * half) ** 2 for name, (_, half) in distances.items())
         point = {"alpha": alpha, "score": score, "behind": behind, "plus_minus": sqrt(variance)}
         kept = [row.metrics[KEPT] for row in models[alpha].values() if KEPT in row.metrics]
         if kept:
@@ -200,10 +200,10 @@ def _behind(best: Row, row: Row) -> tuple[float, float]:
     The rows are paired over images if both have per-image results. Otherwise the half-width is
     that of the best row's interval, or 0 without an interval.
     """
-    ours = best.per_image
-    theirs = row.per_image
-    if ours is not None and theirs is not None and len(ours) > 1:
-        return paired_difference([ours], [theirs])
+    best_results = best.per_image
+    results = row.per_image
+    if best_results is not None and results is not None and len(results) > 1:
+        return paired_difference([best_results], [results])
     score = best.metrics[best.metric]
     behind = score - row.metrics[row.metric]
     interval = (best.intervals or {}).get(best.metric)

@@ -404,7 +404,7 @@ class SegmentationSet(EvaluationSet):
     def query(self, model: Candidate) -> SegmentQuery:
         """Labels, templates and options of the segmentation; default sizes are filled in."""
         entry = self.entry
-        dense = model.way(entry.dense)
+        dense = model.dense_method(entry.dense)
         if dense == PROPOSALS:
             options = SegmentOptions(threshold=entry.threshold)
             if entry.proposal_weight is not None:

@@ -97,7 +97,7 @@ class Candidate:
             self.known.update({(key, line): embed for line, embed in zip(new, embeds, strict=True)})
         return np.stack([self.known[key, line] for line in classes])
 
-    def way(self, dense: str | None) -> str:
+    def dense_method(self, dense: str | None) -> str:
         """The dense method to use for `dense`, where None asks for the model's default; an error if
         the model lacks it.
         """

@@ -158,18 +158,17 @@ class EvaluationSettings:
         """Refuse several models, options of a run for another model, and a checkpoint whose base is
         not named.
         """
-        of_runs = ["adapter"]
-        if not (self.checkpoint or self.lora):
-            of_runs.append("base")
-        also = [name for name in of_runs if getattr(self, name)]
+        run_options = [name for name in ("adapter", "base") if getattr(self, name)]
+        if self.base and (self.checkpoint or self.lora):  # these have a base, too
+            run_options.remove("base")
         if auto:
-            also.append("alpha auto")
+            run_options.append("alpha auto")
         elif alphas and self.merged:  # a release checks α when it is loaded
-            also.append("alpha")
-        if len(self.instead) > 1 or (self.instead and also):
+            run_options.append("alpha")
+        if len(self.instead) > 1 or (self.instead and run_options):
             raise RAdapterError(
-                f"{', '.join(self.instead + also)} don't go together: evaluate one thing a call;"
-                " one out takes all their rows"
+                f"{', '.join(self.instead + run_options)} don't go together: evaluate one thing a"
+                " call; one out takes all their rows"
             )
         if self.checkpoint:
             check_base_is_named(self.checkpoint, self.base, alphas)
@@ -180,8 +179,8 @@ class EvaluationSettings:
         """
         if self.out:
             return Path(self.out)
-        whole = Path(self.merged or self.model_repository or self.lora or path).absolute()
-        model = (whole.parent if whole.name == ADAPTER else whole).name
+        source = Path(self.merged or self.model_repository or self.lora or path).absolute()
+        model = (source.parent if source.name == ADAPTER else source).name
         if self.url:
             model = self.url.partition("://")[2] or self.url
         elif self.checkpoint:
@@ -253,9 +252,9 @@ def evaluate(
     limit_threads(settings.threads)
 
     # Check the α, the model, and the test data, which is None if only α is to be chosen.
-    asked = [alpha] if isinstance(alpha, str | int | float) else list(alpha or ())
-    auto = asked == [AUTO]
-    alphas: Sequence[float] = GRID if auto else _numbers(asked)
+    values_of_alpha = [alpha] if isinstance(alpha, str | int | float) else list(alpha or ())
+    auto = values_of_alpha == [AUTO]
+    alphas: Sequence[float] = GRID if auto else _numbers(values_of_alpha)
     settings.check(alphas, auto=auto)
     from radapter_serve.evaluation.suite import Entry, Suite, load_suite, ready_suites
 

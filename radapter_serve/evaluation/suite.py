@@ -128,7 +128,7 @@ class Suite:
     entries: tuple[Entry, ...]
     folder: Path = Path()  # of the suite file; class and template files are relative to it
     data_root: Path = Path()  # data paths are relative to it
-    run: Metadata | None = None  # of the run whose way to open validation data this suite uses
+    run: Metadata | None = None  # of a run whose validation data is opened as in its training
 
     def of_split(self, split: str) -> tuple[Entry, ...]:
         """The data sets of one split."""

@@ -212,12 +212,12 @@ class _Connection(HttpToolsProtocol):
 
     opening: asyncio.Future[Any]  # the handshake
 
-    def __init__(self, others: Connections, address: str) -> None:
-        super().__init__(others.config, others.state, {})
+    def __init__(self, connections: Connections, address: str) -> None:
+        super().__init__(connections.config, connections.state, {})
         self.logger = _SILENT
         self.access_log = False
         self.address = address
-        self._others = others
+        self._connections = connections
         # Bytes that are not parsed yet: incomplete headers, or requests behind the current one
         self._left = b""
         # The body: whether one is being read, its remaining bytes (None if it is chunked), and the
@@ -235,14 +235,14 @@ class _Connection(HttpToolsProtocol):
 
     def wait_for_request(self) -> None:
         """Start the time limit for the caller's next request."""
-        if self in self._others.open:
-            self._others.waiting.pop(self, None)
-            self._others.waiting[self] = self._others.loop.time()
-            self._others.place_is_free.set()
+        if self in self._connections.open:
+            self._connections.waiting.pop(self, None)
+            self._connections.waiting[self] = self._connections.loop.time()
+            self._connections.place_is_free.set()
 
     def end(self) -> None:
         """Close the connection at once, and free its place."""
-        self._others.leave(self)
+        self._connections.leave(self)
         if self.transport is None:
             self.opening.cancel()
         else:
@@ -265,16 +265,16 @@ class _Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._others.leave(self)
+        self._connections.leave(self)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self in self._others.open:
-            self._others.unread[self] = self._others.loop.time()
+        if self in self._connections.open:
+            self._connections.unread[self] = self._connections.loop.time()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._others.unread.pop(self, None)
+        self._connections.unread.pop(self, None)
 
     def data_received(self, data: bytes) -> None:
         if self.parser is None or self.transport.is_closing():
@@ -361,7 +361,7 @@ class _Connection(HttpToolsProtocol):
         for name, value in self.headers:
             if name == b"content-length":
                 self._body_left = int(value)
-        self._others.waiting.pop(self, None)
+        self._connections.waiting.pop(self, None)
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)

@@ -254,8 +254,8 @@ def _evaluate(node: Any, batch: pa.RecordBatch) -> _Term:
                 return _Term(_UNKNOWN, "truth")
             if pattern.literal is None:
                 _refuse(node)
-            same = isinstance(node, exp.ILike)
-            met = pc.match_like(text.values, pattern.literal, ignore_case=same)
+            ignores_case = isinstance(node, exp.ILike)
+            met = pc.match_like(text.values, pattern.literal, ignore_case=ignores_case)
             return _Term(pc.invert(met) if node.args.get("negate") else met, "truth")
         case exp.Escape() if operands[1].literal == "\\":  # the default of LIKE
             return operands[0]

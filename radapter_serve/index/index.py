@@ -59,7 +59,7 @@ class _Opened:
 
     pointer: bytes  # the text of the folder's `index.json`
     index: Index | None  # None if it could not be opened
-    asked: float  # time of opening
+    opened_at: float  # by the clock
     error: str  # the logged error; empty if it was opened
 
 
@@ -151,7 +151,7 @@ class Indexes:
                 pause = TRY_AGAIN if index is None else math.inf
                 if isinstance(index, QdrantIndex):  # another generation may be published by now
                     pause = POLL
-            if known is None or self._clock() - known.asked >= pause:
+            if known is None or self._clock() - known.opened_at >= pause:
                 why = ""
                 try:
                     index = open_index(folder)

@@ -61,7 +61,7 @@ ALLOWED = (
     " = <> IN), IS NULL, AND, OR, NOT and brackets"
 )
 # Arrow types of the columns that every index has.
-OWN = {"path": "string", "width": "int32", "height": "int32", "digest": "string"}
+BASE_COLUMNS = {"path": "string", "width": "int32", "height": "int32", "digest": "string"}
 _KINDS = {  # Arrow types that Qdrant compares as SQL does
     "number": r"u?int(8|16|32|64)|halffloat|float|double",
     "text": r"(large_)?string",
@@ -137,7 +137,7 @@ class QdrantIndex(Index):
     ) -> list[Hit]:
         from qdrant_client import models  # imported here, as other indexes need no client
 
-        types = OWN | self.facts.plan.column_types
+        types = BASE_COLUMNS | self.facts.plan.column_types
         types = {name: kind for name, kind in types.items() if name in self.facts.columns}
         met = None if where is None else to_filter(where, types)
         payload: Any = True if thumbnails else models.PayloadSelectorExclude(exclude=[THUMBNAIL])
@@ -249,7 +249,7 @@ def publish(folder: Path, url: str, progress: Progress | None = None) -> bool:
             on_disk_payload=True,
             metadata={FACTS_KEY: json.dumps({**dataclasses.asdict(facts), GENERATION: fresh})},
         )
-        for column, arrow in (OWN | facts.plan.column_types).items():
+        for column, arrow in (BASE_COLUMNS | facts.plan.column_types).items():
             kind = kind_of(arrow)
             if kind is not None:
                 schema: Any = SCHEMAS[kind]

@@ -97,7 +97,7 @@ def writing(
                 yield Writer(folder, plan, loaded, out, columns, resume=resume, extend=extend)
                 shutil.rmtree(folder)
         except BaseException as error:
-            if not _parts(folder):
+            if not _parts_in(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             kept = "the embeddings so far are kept: give the same command again to continue"
@@ -108,11 +108,11 @@ def writing(
             raise
 
 
-def _parts(folder: Path) -> list[Path]:
+def _parts_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet"))
 
 
-class _Row(NamedTuple):
+class _KnownRow(NamedTuple):
     """A known row: the digest of its file, a hash of its metadata, and its place, the number of a
     part (`_BASE` for the base) and the row in it.
     """
@@ -162,7 +162,7 @@ class Writer:
         self._base = base
 
         # Take over the rows of a stopped command.
-        if resume and _parts(folder):
+        if resume and _parts_in(folder):
             try:
                 values = json.loads((folder / _PLAN).read_bytes())
                 stopped = checker(Plan).validate_python(values)
@@ -179,7 +179,7 @@ class Writer:
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_text(folder / _PLAN, json.dumps(dataclasses.asdict(plan)))
-        self._parts = _parts(folder)
+        self._parts = _parts_in(folder)
 
         if base is None:
             schema = pa.schema(
@@ -196,8 +196,8 @@ class Writer:
         self.metadata = [name for name in schema.names if name not in details]
 
         # Note the known rows by id; a later row replaces an earlier one of the same image.
-        self.known: dict[str, _Row] = {}
-        self._by_digest: dict[str, _Row] = {}
+        self.known: dict[str, _KnownRow] = {}
+        self._by_digest: dict[str, _KnownRow] = {}
         if base is not None:
             start = 0
             for batch in base.rows(self.metadata, _ROWS):
@@ -307,7 +307,7 @@ class Writer:
             row = self.known.get(item.id)
             if row is None:
                 return ""
-            same = not item.row or row.metadata == self._hash(_row(item, row.digest))
+            same = not item.row or row.metadata == self._hash(_values_of(item, row.digest))
             return row.digest if same else ""
 
         if cluster is not None:
@@ -344,7 +344,7 @@ class Writer:
             fresh = self._loaded.embed_pixels(list(waiting.values()))
             embeds |= dict(zip(waiting, fresh, strict=True))
 
-        rows = [{**_row(item, image.digest), **image.details} for item, image in images]
+        rows = [{**_values_of(item, image.digest), **image.details} for item, image in images]
         table = pa.Table.from_pylist(
             rows, schema=self.schema.remove(self.schema.names.index(VECTOR))
         )
@@ -378,7 +378,7 @@ class Writer:
 
     def _note(self, rows: Iterable[Mapping[str, Any]], part: int, start: int) -> None:
         for number, values in enumerate(rows, start):
-            row = _Row(values["digest"], self._hash(values), part, number)
+            row = _KnownRow(values["digest"], self._hash(values), part, number)
             self.known[values["path"]] = row
             self._by_digest[row.digest] = row
 
@@ -386,5 +386,5 @@ class Writer:
         return hash(repr([row.get(name) for name in self.metadata]))
 
 
-def _row(item: Item, digest: str) -> dict[str, Any]:
+def _values_of(item: Item, digest: str) -> dict[str, Any]:
     return {**item.row, "path": item.id, "digest": digest}

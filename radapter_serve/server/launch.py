@@ -283,7 +283,7 @@ def server_environment(
     return variables
 
 
-def reason(log: str) -> str:
+def reason_in(log: str) -> str:
     """The line of a server's log that explains a failure best: a model that failed to load, else
     the last error.
     """

@@ -92,7 +92,7 @@ def configure(
             f"{repository} holds no encoder of radapter-export; leave --runtime {runtime} out"
         )
 
-    def by(runtime: str | None, *, check: bool) -> tuple[str | None, dict[str, str]]:
+    def configured(runtime: str | None, *, check: bool) -> tuple[str | None, dict[str, str]]:
         """Configure the encoders for one runtime, or that of their export; `check` compares all."""
         configs = {}
         for encoder in encoders:
@@ -125,7 +125,7 @@ def configure(
         return runtime, configs
 
     if runtime != AUTO:
-        return by(runtime, check=False)
+        return configured(runtime, check=False)
 
     # AUTO: take the first runtime that is installed and agrees with torch, beginning with the
     # usually fastest (docs/export.md): on a CPU OpenVINO, except for int8 with ranges found at run
@@ -139,7 +139,7 @@ def configure(
     reasons = []
     for candidate in order:
         try:
-            return by(candidate, check=True)
+            return configured(candidate, check=True)
         except RAdapterError as error:
             reasons.append(str(error))
     raise RAdapterError(f"no runtime can run all encoders: {'; '.join(reasons)}")

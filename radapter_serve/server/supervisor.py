@@ -28,7 +28,7 @@ BUSY_SECONDS = 0.1  # CPU time within the timeout that shows a model busy, not f
 
 
 @dataclass
-class _Asked:
+class _ModelProbe:
     """The probe of one model: time of the next request, pending answer, CPU time at the request,
     and number of requests in a row without an answer.
     """
@@ -62,7 +62,7 @@ class Probe:
         self._interval = interval
         self._timeout = timeout
         self._threads = threads or ThreadPoolExecutor(len(GLANCES) + 1, thread_name_prefix="probe")
-        self._asked: dict[str, _Asked] = {}
+        self._probes: dict[str, _ModelProbe] = {}
 
     def step(self, models: Collection[str]) -> list[str]:
         """Send the requests that are due, without waiting; return the models that no longer
@@ -73,24 +73,24 @@ class Probe:
 
     def forget(self) -> None:
         """Forget all requests, after a restart."""
-        self._asked.clear()
+        self._probes.clear()
 
     def _is_silent(self, name: str) -> bool:
         now = self._clock.monotonic()
-        asked = self._asked.setdefault(name, _Asked(now + self._interval))
+        probe = self._probes.setdefault(name, _ModelProbe(now + self._interval))
         answering = [SERVER] if name == SERVER else [name, *ENCODERS]
-        if asked.answer is None:
-            if now >= asked.due:
-                asked.used = self._cpu_seconds(answering)
-                asked.answer = self._threads.submit(self._answers, name)
-        elif asked.answer.done():
-            is_alive = asked.answer.result()
+        if probe.answer is None:
+            if now >= probe.due:
+                probe.used = self._cpu_seconds(answering)
+                probe.answer = self._threads.submit(self._answers, name)
+        elif probe.answer.done():
+            is_alive = probe.answer.result()
             if not is_alive:
-                is_alive = self._cpu_seconds(answering) - asked.used >= BUSY_SECONDS
-            asked.misses = 0 if is_alive else asked.misses + 1
-            asked.answer = None
-            asked.due = now + self._interval
-        return asked.misses >= MAX_UNANSWERED
+                is_alive = self._cpu_seconds(answering) - probe.used >= BUSY_SECONDS
+            probe.misses = 0 if is_alive else probe.misses + 1
+            probe.answer = None
+            probe.due = now + self._interval
+        return probe.misses >= MAX_UNANSWERED
 
     def _answers(self, name: str) -> bool:
         """True if any answer comes: an error shows a living process, too."""

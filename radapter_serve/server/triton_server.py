@@ -353,7 +353,7 @@ class TritonServer(ReleaseServer):
         if self.config.verbose:
             return "its messages above say why"
         log = (self.folder / _LOG).read_text(encoding="utf-8", errors="replace")
-        return f"{launch.reason(log)}; all its messages: radapter-serve --verbose"
+        return f"{launch.reason_in(log)}; all its messages: radapter-serve --verbose"
 
 
 def _encode(

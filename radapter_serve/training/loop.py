@@ -25,6 +25,7 @@ from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.sources import ADAPTER, RECIPE
 from radapter_serve.training.batches import NO_LABEL, endless
+from radapter_serve.training.data import RunData
 from radapter_serve.training.loss import (
     distance_to_base,
     divergence_from_base,
@@ -41,7 +42,6 @@ from radapter_serve.training.setup import (
     save_checkpoint,
     start_tracker,
 )
-from radapter_serve.training.tasks import RunData
 from radapter_serve.training.validation import validate
 
 WORDS = 64  # drawn from the vocabulary for each step

@@ -29,9 +29,9 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
 from radapter_serve.sources import CHECKPOINT
 from radapter_serve.training.batches import Examples, Transform
+from radapter_serve.training.data import Data, RunData
 from radapter_serve.training.loss import mpm_nce, pairwise_sigmoid
 from radapter_serve.training.recipe import Plan, Recipe
-from radapter_serve.training.tasks import Data, RunData
 
 # Fields of a recipe that may change when a run is resumed.
 FREE = {

@@ -25,8 +25,8 @@ from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.files import staged
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import ADAPTER, CHECKPOINT, RATES
+from radapter_serve.training.data import RunData, open_run
 from radapter_serve.training.recipe import Recipe, Run, recipe_from
-from radapter_serve.training.tasks import RunData, open_run
 
 if TYPE_CHECKING:
     from radapter_serve.training.setup import Learner

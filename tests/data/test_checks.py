@@ -27,7 +27,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.collection import open_collection
 from radapter_serve.sources import unreachable
 from radapter_serve.training import Recipe
-from radapter_serve.training.tasks import open_run
+from radapter_serve.training.data import open_run
 from tests.helpers.small_release import png
 
 

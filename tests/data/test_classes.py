@@ -14,7 +14,7 @@ from radapter_serve.data.labelled import load_labelled, prompt_names
 from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe
-from radapter_serve.training.tasks import open_run
+from radapter_serve.training.data import open_run
 
 # from the list of ImageNet's classes: id, number
 MISSILE = "n03773504"

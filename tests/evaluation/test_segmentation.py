@@ -375,11 +375,11 @@ def test_a_set_that_a_model_can_not_be_evaluated_on_is_refused(
     fake = Fake(NAMES, by_colour)
     has = candidate(fake, SIZE, dense={"way": "maskclip", "grid": 7})
     lacks = candidate(fake, SIZE)
-    assert has.way(None) == has.way("maskclip") == "maskclip"
-    assert lacks.way("proposals") == "proposals"
+    assert has.dense_method(None) == has.dense_method("maskclip") == "maskclip"
+    assert lacks.dense_method("proposals") == "proposals"
     for model, dense in ((has, "naclip"), (lacks, None)):
         with pytest.raises(RAdapterError, match="export one with radapter-export --dense naclip"):
-            model.way(dense)
+            model.dense_method(dense)
     suite = suite_of(masked, "dense: maskclip", "dense: null")
     models = from_adapter(run_folder, [0.5])  # its recipe names no way
     results = Results(tmp_path)

@@ -24,9 +24,9 @@ from radapter_serve.index.facts import FACTS
 from radapter_serve.index.folder import THUMBNAIL, FolderIndex
 from radapter_serve.index.index import POLL, Indexes, open_index
 from radapter_serve.index.qdrant import (
+    BASE_COLUMNS,
     FACTS_KEY,
     KEYS,
-    OWN,
     SCHEMAS,
     Qdrant,
     key_of,
@@ -371,7 +371,7 @@ def test_qdrants_own_engine_meets_the_conditions(table: str, tmp_path: Path, ind
     edge = pytest.importorskip("qdrant_edge", reason="pip install -e '.[integrations]'")
     build(table, tmp_path / "index", projecting())
     local = FolderIndex(tmp_path / "index")
-    types = OWN | local.facts.plan.column_types
+    types = BASE_COLUMNS | local.facts.plan.column_types
     vectors = edge.EdgeVectorParams(size=DIM, distance=edge.Distance.Dot)
     (tmp_path / "shard").mkdir()
     shard = edge.EdgeShard.create(str(tmp_path / "shard"), edge.EdgeConfig(vectors=vectors))

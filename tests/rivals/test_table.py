@@ -22,7 +22,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.rows import packed
 from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.training import Recipe
-from radapter_serve.training.tasks import open_run
+from radapter_serve.training.data import open_run
 from rivals import scenes
 from rivals.benchmark import load_benchmark
 from rivals.cells import ALPHAS, Cell, Cells, Judged, read_cells, score

@@ -26,7 +26,7 @@ from radapter_serve.server.launch import (
     find_tritonserver,
     hide_argument,
     lay_out,
-    reason,
+    reason_in,
     server_folder,
     shm_prefix,
 )
@@ -122,9 +122,9 @@ def test_the_reason_in_a_log():
         "E1124 15:45:35.510363 7432 model_lifecycle.cc:642] \"failed to load 'x' version 1\"\n"
         'E1124 15:45:35.610363 7432 main.cc:1] "another"\n'
     )
-    assert reason(log) == "failed to load 'x' version 1"
-    assert reason(log.replace("failed to load", "x")) == "another"
-    assert reason("error: no memory\nError: Failed to initialize NVML\n") == "error: no memory"
+    assert reason_in(log) == "failed to load 'x' version 1"
+    assert reason_in(log.replace("failed to load", "x")) == "another"
+    assert reason_in("error: no memory\nError: Failed to initialize NVML\n") == "error: no memory"
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.run import open_set, own_validation
 from radapter_serve.training import Recipe
 from radapter_serve.training.batches import Examples, endless
+from radapter_serve.training.data import open_run
 from radapter_serve.training.recipe import load_recipe
 from radapter_serve.training.setup import augmentation
-from radapter_serve.training.tasks import open_run
 
 
 def pixels(data: Any) -> dict[bytes, str]:

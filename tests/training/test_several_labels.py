@@ -18,7 +18,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.run import open_set
 from radapter_serve.evaluation.suite import Suite, entry_of
 from radapter_serve.training import Recipe, train
-from radapter_serve.training.tasks import open_run
+from radapter_serve.training.data import open_run
 from tests.helpers.by_hand import ClipWithAdapters, Pair
 from tests.helpers.short_run import short_run
 from tests.training.test_wiring import (

@@ -33,9 +33,9 @@ from radapter_serve.data.labelled import (
 from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Average, Recipe, choose_form, train
+from radapter_serve.training.data import open_run
 from radapter_serve.training.progress import in_words
 from radapter_serve.training.setup import build
-from radapter_serve.training.tasks import open_run
 from radapter_serve.training.validation import answers, validate
 from tests.helpers.by_hand import assert_same
 from tests.helpers.short_run import rows, short_run

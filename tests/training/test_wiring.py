@@ -24,9 +24,9 @@ from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.evaluation.rows import Results
 from radapter_serve.evaluation.run import evaluate_suite, own_validation
 from radapter_serve.training import Recipe, Run, train
+from radapter_serve.training.data import open_run
 from radapter_serve.training.loop import fit
 from radapter_serve.training.setup import Learner, build
-from radapter_serve.training.tasks import open_run
 from radapter_serve.training.validation import validate
 from tests.helpers.by_hand import (
     ClipWithAdapters,
