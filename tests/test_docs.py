@@ -249,8 +249,11 @@ def test_bases_of_recipes_and_of_the_page_are_open_clips_own() -> None:
     assert len(listed) >= 6 and {*listed, *bases} <= known
 
 
-def test_the_picture_of_the_house_has_every_room() -> None:
+def test_the_picture_of_the_house_and_its_table_have_every_room() -> None:
     picture = (ROOT / "docs" / "images" / "house.svg").read_text(encoding="utf-8")
     drawn = set(re.findall(r">([\w/]+)/</text>", picture))
     rooms = {path.parent.name for path in (ROOT / "radapter_serve").glob("*/__init__.py")}
     assert drawn == rooms | {"export/radapter_export", "clients/radapter_client"}
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    table = page.partition("\n### What is where\n")[2].partition("\n## ")[0]
+    assert rooms <= set(re.findall(r"`(?:radapter_serve/)?(\w+)/`", table))

@@ -175,15 +175,17 @@ def test_torch_is_not_imported():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr[-800:]
 
 
-def test_what_ci_and_contributing_name_is_there():
-    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    paths = re.findall(r"\btests/[\w./*-]*\w", ci + contributing)
+def test_what_ci_and_the_map_of_the_house_name_is_there():
+    ci, makefile, contributing, how = (
+        (ROOT / name).read_text(encoding="utf-8")
+        for name in (".ci/run", "Makefile", "CONTRIBUTING.md", "docs/how-it-works.md")
+    )
+    paths = re.findall(r"\btests/[\w./*-]*\w", ci + makefile + contributing)
     for rooms in re.findall(r"tests/\{([\w,]+)\}", ci):
         paths += [f"tests/{room}" for room in rooms.split(",")]
-    named = re.findall(r"`((?:[\w.-]+/)+[\w.]*)`", contributing)
+    named = re.findall(r"`((?:[\w.-]+/)+[\w.]*)`", contributing + how)
     paths += [path for path in named if "NAME" not in path]
-    assert len(paths) > 40
+    assert len(paths) > 60
     for path in paths:
         there = (ROOT / path).exists() or (ROOT / "radapter_serve" / path).exists()
         assert there, f"{path} is named, and is not there"
