@@ -33,7 +33,7 @@ class Server:
 @pytest.mark.parametrize("callers", [1, 5])
 def test_a_closed_loop_keeps_as_many_requests_under_way_as_it_has_callers(callers: int):
     server = Server(0.01)
-    measured = asyncio.run(measure(server, Closed(callers), 0.1))
+    measured = asyncio.run(measure(server, Closed(callers), 0.3))
     assert server.most == callers
     assert server.numbers == list(range(len(server.numbers)))
     assert len(measured.latencies) == len(server.numbers) > callers
@@ -53,7 +53,7 @@ def test_an_open_loop_waits_for_no_answer_and_counts_from_when_a_request_was_due
     assert len(measured.latencies) == len(server.numbers)  # it waits for the last ones
     assert max(measured.latencies) > 0.2
     half = len(measured.latencies) // 2
-    assert np.mean(measured.latencies[half:]) > 2 * np.mean(measured.latencies[:half])
+    assert np.mean(measured.latencies[half:]) - np.mean(measured.latencies[:half]) > 0.1
 
 
 def test_where_the_time_goes_by_hand():

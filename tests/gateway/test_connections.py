@@ -44,9 +44,9 @@ def answers(it: socket.socket, request: bytes = ALIVE) -> bool:
     return answer(it).startswith(b"HTTP/1.1 200")
 
 
-def has_ended(it: socket.socket) -> bool:
-    """Whether the gateway has ended a connection on which nothing is to come."""
-    it.settimeout(0.05)
+def has_ended(it: socket.socket, seconds: float = 20) -> bool:
+    """Whether the gateway ends a connection on which nothing is to come, within so many seconds."""
+    it.settimeout(seconds)
     try:
         return it.recv(1) == b""
     except TimeoutError:
@@ -88,7 +88,7 @@ def test_where_all_are_at_work_a_newcomer_waits_for_a_place(served: Served) -> N
         until(lambda: len(served.upstream.asked) == 8)
         newcomer = stack.enter_context(served.connection())
         newcomer.sendall(ALIVE)
-        assert not has_ended(newcomer)
+        assert not has_ended(newcomer, 0.05)
         assert len(served.connections.open) == 8
         served.let_go()
         assert answer(newcomer).startswith(b"HTTP/1.1 200")
@@ -103,7 +103,7 @@ def test_an_address_at_its_limit_gets_no_further_place_and_another_does(
         assert answers(other) and all(map(answers, kept))
         # Its own connection that has waited longest ends.
         assert answers(stack.enter_context(served.connection()))
-        assert [has_ended(it) for it in (other, *kept)] == [False, True, False]
+        assert has_ended(kept[0]) and not any(has_ended(it, 0.05) for it in (other, kept[1]))
         served.hold()
         for _ in range(2):
             stack.enter_context(served.connection()).sendall(EMBED)
@@ -142,17 +142,17 @@ def test_who_counts_as_one_caller(host: str, network: str) -> None:
 
 
 def test_a_caller_who_does_not_ask_has_a_limited_time() -> None:
-    with serving(timeouts=Timeouts(idle=0.5)) as served, contextlib.ExitStack() as stack:
+    with serving(timeouts=Timeouts(idle=1.2)) as served, contextlib.ExitStack() as stack:
         idle = [
             (first, stack.enter_context(served.connection(first)))
             for first in (b"", b"GET /health/live HT", ALIVE, ALIVE + b"GET ")
         ]
         # The headers of a request have their time from their first byte on.
         slow = stack.enter_context(served.connection())
-        time.sleep(0.3)
+        time.sleep(0.7)
         assert len(served.connections.open) == 5
         slow.sendall(ALIVE[:9])
-        time.sleep(0.3)
+        time.sleep(0.7)
         slow.sendall(ALIVE[9:])
         head = answer(slow).split(b"\r\n")
         assert head[0] == b"HTTP/1.1 200 OK"
@@ -290,4 +290,4 @@ def test_it_stops_although_a_caller_reads_no_answer() -> None:
         deaf.sendall(EMBED * 200)
         until(lambda: served.connections.unread and served.connections.state.tasks)
         served.stop()
-        until(lambda: not served.connections.open, 5)
+        until(lambda: not served.connections.open)

@@ -189,7 +189,7 @@ def test_headers_and_bodies_that_are_refused() -> None:
         with served.connection(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3) as it:
             assert b"413" in heard(it)
     with (
-        serving(timeout=0.1, timeouts=Timeouts(idle=0.1)) as served,
+        serving(timeout=0.5, timeouts=Timeouts(idle=0.5)) as served,
         served.connection(HEAD + b"Content-Length: 10\r\n\r\nabc") as it,  # and no more comes
     ):
         assert b"408" in (answer := heard(it)) and b"[timed_out]" in answer
@@ -252,14 +252,14 @@ def test_deadlines(served: Served) -> None:
 
 def test_an_answer_that_is_read_slowly() -> None:
     """16 MiB of which 64 KiB are read at a time, for longer than one piece may take."""
-    with serving(timeouts=Timeouts(piece=0.25)) as served:
+    with serving(timeouts=Timeouts(piece=1)) as served:
         served.upstream.outputs = {"text_embeds": np.zeros((1, 2**22), np.float32)}
         body = json.dumps({**TEXT, "parameters": {"binary_data_output": True}}).encode()
         size = 0
         with served.connection(HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)) as it:
             while size <= 2**24 and (part := it.recv(2**16)):
                 size += len(part)
-                time.sleep(0.002)
+                time.sleep(0.006)
         assert size > 2**24
 
 

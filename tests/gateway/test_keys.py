@@ -215,7 +215,7 @@ def test_a_key_that_asks_too_much_is_refused_alone(served: Served) -> None:
 
 def test_the_body_of_a_refused_request_is_read_within_limits(keys: Path) -> None:
     """A short one is, and the connection goes on; one that is long, late or waited for ends it."""
-    with serving(api_keys=keys, timeouts=Timeouts(idle=0.3)) as served:
+    with serving(api_keys=keys, timeouts=Timeouts(idle=1)) as served:
         size = 2**19
         with served.connection(HEAD + b"Content-Length: %d\r\n\r\n" % size) as it:
             assert b"HTTP/1.1 401" in heard(it)
@@ -273,7 +273,7 @@ def test_a_line_a_request(keys: Path, capsys: pytest.CaptureFixture[str]) -> Non
             for _ in range(2):
                 threads.submit(served.ask, INFER, TEXT, **free)
             until(lambda: "radapter_gateway_waiting 1.0" in served.metrics(**free))
-            time.sleep(0.15)
+            time.sleep(0.5)
             served.let_go()
     lines = [json.loads(one) for one in said.splitlines()]
     assert "secret" not in said and "wrong" not in said and "Bearer" not in said
@@ -294,8 +294,8 @@ def test_a_line_a_request(keys: Path, capsys: pytest.CaptureFixture[str]) -> Non
     lines = [json.loads(one) for one in capsys.readouterr().err.splitlines()]
     times = [one for one in lines if one["task"]]
     ran, waited = sorted(times, key=lambda one: float(one["queue_ms"]))
-    assert ran["model_ms"] > 150 > ran["queue_ms"]
-    assert waited["queue_ms"] > 150 > waited["model_ms"]
+    assert ran["model_ms"] > 500 > ran["queue_ms"]
+    assert waited["queue_ms"] > 500 > waited["model_ms"]
 
 
 # The command

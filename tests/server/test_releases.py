@@ -135,7 +135,7 @@ class Server(ReleaseServer):
 @pytest.fixture
 def admin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server of two releases that have no files to be checked."""
-    monkeypatch.setattr(releases, "READ_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(releases, "READ_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(releases, "check", lambda *_: None)
     for version in ("1", "2"):
         (tmp_path / "classify" / version).mkdir(parents=True)

@@ -109,10 +109,10 @@ import pytest
 from tests.helpers import fake_triton
 fake_triton.install(pytest.MonkeyPatch())
 from radapter_serve.triton import responses
-responses.HUNG = 0.1
+responses.HUNG = 0.5
 requests = [fake_triton.Request(text=[["a"]])]
 answered = responses.answer(requests, lambda some: [{} for _ in some])
-time.sleep(0.4)
+time.sleep(0.8)
 print(len(answered), flush=True)
 responses.answer(requests, lambda some: threading.Event().wait())
 """
