@@ -212,20 +212,14 @@ def test_test_images_that_are_validation_images_are_named_in_a_warning(
 
 
 def test_a_checkpoint_and_releases_are_evaluated_at_their_alpha(
-    here: Path, dynamic_tiny_clip: Path, exported_tiny_clip: Path, capfd: pytest.CaptureFixture[str]
+    here: Path, exported_tiny_clip: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     *_, checkpoint = sorted(exported_tiny_clip.glob("merged/**/open_clip_config.json"))
     fixed = str(exported_tiny_clip / "model_repository")
-    dynamic = ["--model-repository", str(dynamic_tiny_clip), "--alpha", "0.3", "0.8"]
-    assert main([*COMMON, *dynamic]) == 0
-    assert main([*COMMON, "--merged", str(checkpoint.parent), "--out", "fixed"]) == 0
-    assert main([*COMMON, "--model-repository", f"{fixed}@1", "--out", "fixed"]) == 0
-    expected = {(row["dataset"], row["alpha"]): row["metrics"] for row in rows(here / "results")}
-    others = rows(here / "fixed")
-    assert [row["source"] for row in others] == ["merged"] * 2 + ["release"] * 2
-    assert {(row["dataset"], row["alpha"]) for row in others} == expected.keys()
-    for row in others:
-        assert row["metrics"] == pytest.approx(expected[row["dataset"], row["alpha"]], abs=1e-5)
+    assert main([*COMMON, "--merged", str(checkpoint.parent)]) == 0
+    assert main([*COMMON, "--model-repository", f"{fixed}@1"]) == 0
+    found = [(row["source"], row["alpha"]) for row in rows(here / "results")]
+    assert found == [("merged", 0.8)] * 2 + [("release", 0.3)] * 2
     capfd.readouterr()
     release = ["--model-repository", fixed, "--alpha", "0.5", "--out", "none"]
     assert main([*COMMON, *release]) == 2

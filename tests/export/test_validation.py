@@ -33,6 +33,7 @@ from radapter_serve.training import train
 from tests.export.conftest import CLASSES, Export, Exported
 from tests.helpers.short_run import short_run
 from tests.helpers.small_models import make_base
+from tests.training.conftest import COLOURS
 
 
 def test_a_release_carries_what_its_validation_data_says(
@@ -85,7 +86,6 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     assert np.mean([len(answer.labels) for answer in answers]) < 1.2
 
 
-COLOURS = {"blue": (30, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
 DATA = {"classification": "imagefolder:photos", "segmentation": "masks:masked"}
 RUN = (
     "--val-fraction 0.25 --steps 4 --batch-size 3 --warmup-steps 1 --momentum 0.5 --workers 0"

@@ -4,17 +4,14 @@ refused.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from radapter_serve.contract.errors import INVALID_ARGUMENT, NOT_CALIBRATED, TaskError
-from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, complete
 from radapter_serve.tasks.classify import (
@@ -26,15 +23,13 @@ from radapter_serve.tasks.classify import (
 )
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
-    EmbedTextsRequest,
     Labels,
     embed_images,
     embed_labels,
-    embed_texts,
 )
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from radapter_serve.tasks.table import TASKS, forms
-from tests.helpers.small_release import CONFIDENCE, LABELS, SIZE, WIDTH, Local, png, together
+from tests.helpers.small_release import CONFIDENCE, LABELS, SIZE, Local, png, together
 
 NAMES = ("cat", "dog", "bird, fowl", "fish", "a man", "tree", "house")
 TEMPLATES = ["a photo of a {}."]
@@ -76,25 +71,6 @@ def check(found: Sequence[Ranking], scores: np.ndarray, names: Sequence[str]) ->
         best = np.argsort(-own)[: len(ranking.labels)]
         assert list(ranking.labels) == [names[place] for place in best]
         np.testing.assert_allclose(ranking.scores, own[best], rtol=1e-4)
-
-
-def test_embed_images(local: Local) -> None:
-    data = [png(0), png(1), png(2, 90, 16), png(3, kind="JPEG")]
-    found = complete(embed_images(local.loaded, EmbedImagesRequest(data)))
-    assert found.shape == (4, WIDTH) and local.calls == [(4, SIZE, SIZE, 3)]
-    for image, row in zip(data, found, strict=True):
-        pixels = Preprocess((SIZE, SIZE))(Image.open(io.BytesIO(image)))
-        np.testing.assert_allclose(row, local.images(pixels[None])[0], atol=1e-6)
-        assert np.linalg.norm(row) == pytest.approx(1)
-
-
-def test_embed_texts(local: Local) -> None:
-    values = ("a cat", "a dog", "Ölkäfer", "a cat", "word " * 200, "x" * 10_000)
-    found = complete(embed_texts(local.loaded, EmbedTextsRequest(values)))
-    assert [shape[0] for shape in local.calls] == [5]
-    tokens = [local.loaded.tokenizer.batch(local.loaded.tokenizer.encode([one])) for one in values]
-    expected = np.concatenate([local.tokens(one) for one in tokens])
-    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_the_headers_of_all_images_are_read_before_the_first_is_decoded(

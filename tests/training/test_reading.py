@@ -206,6 +206,8 @@ def test_a_share_of_each_class_is_held_out_for_validation(images: Path) -> None:
     assert names(opened(recipe)[1]) == names(val) != names(opened(recipe, seed=1)[1])
     whole, _ = opened(recipe, shots=None)
     assert np.bincount(whole.labels()).tolist() == [6, 6, 1]
+    draws = [names(opened(recipe, val_fraction=0.0, seed=seed)[0]) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
 
 
 def test_held_out_captions_and_segments_keep_an_image_together(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,13 +23,6 @@ import yaml
 from radapter_serve.adapter import load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.data.labelled import (
-    Labelled,
-    class_split,
-    few_shot,
-    load_labelled,
-)
-from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Average, Recipe, choose_form, train
 from radapter_serve.training.data import open_run
@@ -326,35 +318,6 @@ def test_broken_images_and_rows_without_captions(with_captions: Recipe, tmp_path
     broken = (run.folder / "broken.txt").read_text()
     assert "0.png can't be read: 8 bytes are not an image\n" in broken and "row 41 of" in broken
     assert run.metrics  # the broken image is in the validation data too
-
-
-def drawn(data: Labelled) -> dict[str, set[str]]:
-    """The images of each class."""
-    images: dict[str, set[str]] = {}
-    for row in data.rows:
-        images.setdefault(data.classes[data.label(row)], set()).add(row["image"])
-    return images
-
-
-def test_shots_of_each_class_by_the_seed_and_base_and_novel_classes(tmp_path: Path) -> None:
-    sizes = {"a": 6, "b": 6, "c": 2, "d": 6, "e": 6}
-    rows = [(f"{name}{index}.png", name) for name, size in sizes.items() for index in range(size)]
-    pd.DataFrame(rows, columns=["image", "label"]).to_csv(tmp_path / "t.csv", index=False)
-    data = load_labelled(DataSource(f"csv:{tmp_path}/t.csv"))
-    everything = drawn(data)
-    two = drawn(few_shot(data, 2, 1))
-    four = drawn(few_shot(data, 4, 1))
-    assert [len(two[name]) for name in "abcde"] == [2] * 5
-    assert [len(four[name]) for name in "abcde"] == [4, 4, 2, 4, 4]
-    assert all(two[name] <= four[name] <= everything[name] for name in everything)
-    draws = [drawn(few_shot(data, 2, seed)) for seed in (1, 2, 3)]
-    assert draws[0] == two and all(draws.count(draw) == 1 for draw in draws)
-    recipe = Recipe(data=f"csv:{tmp_path}/t.csv", shots=2, seed=3)
-    assert drawn(open_run(recipe, images=False).data) == draws[2]  # type: ignore[arg-type]
-    for half, names in (("base", "abc"), ("novel", "de")):
-        part = class_split(data, half)
-        assert part.classes == list(names)
-        assert drawn(part) == {name: everything[name] for name in names}
 
 
 def test_adapters_of_one_tower_alone(tiny_clip_dir: str, images: Path, tmp_path: Path) -> None:
