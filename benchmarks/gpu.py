@@ -76,7 +76,7 @@ class Flash(nn.Module):
 
 @dataclass
 class Bench:
-    """What all parts share."""
+    """Report, device and settings, which all parts share."""
 
     report: Report  # takes the tables
     device: str  # cuda or cpu
@@ -136,7 +136,7 @@ class Bench:
 
 
 def matmul(bench: Bench, size: int) -> None:
-    """What the machine does at most: a square matmul in each type."""
+    """Measure the most that the machine does: a square matmul in each type."""
     rows = []
     for name in dict.fromkeys(("fp32", bench.precision, "bf16")):
         a, b = (torch.randn(size, size, device=bench.device, dtype=TYPES[name]) for _ in range(2))

@@ -102,8 +102,8 @@ def at_rest(parents: list[int]) -> dict[str, tuple[float, float]]:
 
 
 def work(url: str) -> None:
-    """What fills the processes: full batches, many labels, large images, searches; each often
-    enough for two.
+    """Fill the processes: full batches, many labels, large images, searches; each often enough for
+    two.
     """
     photo = png(1, 640, 480)
     wall = png(2, 4000, 3000, "JPEG")

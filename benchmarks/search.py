@@ -212,7 +212,7 @@ def numbers(found: Any) -> set[int]:
 
 
 def median_ms(function: Callable[[Array], Any], queries: Array) -> float:
-    """What one question takes, in the middle of all rounds."""
+    """Median time of one question over all rounds, in ms."""
     times = []
     for _ in range(ROUNDS):
         for query in queries:
@@ -289,7 +289,7 @@ def measure(folder: Path, queries: dict[str, Array], report: Report) -> None:
 def conditions(
     index: FolderIndex, folder: Path, vectors: Array, asked: Array
 ) -> tuple[list[str], list[list[str]]]:
-    """What a condition adds to a search for ten, when it is new and when it was asked before."""
+    """Time that a condition adds to a search for ten, when it is new and when asked before."""
     table = {
         name: pa.chunked_array([batch.column(name) for batch in index.rows([name], 1 << 16)])
         for name in ("path", "year", "kind")

@@ -1,5 +1,5 @@
-"""What the pages say of the code is so: error codes, exceptions, commands and their flags, recipes
-and suites.
+"""Pages are right about the code: error codes, exceptions, commands and their flags, recipes and
+suites.
 """
 
 from __future__ import annotations

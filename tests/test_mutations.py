@@ -77,7 +77,7 @@ class Room:
 
     @property
     def config(self) -> str:
-        """What mutmut reads of `pyproject.toml`."""
+        """The `pyproject.toml` that mutmut reads."""
         copied = {*COPIED, "radapter_client"} - {self.package, "tests", "pyproject.toml"}
         return CONFIG.format(
             package=self.package,

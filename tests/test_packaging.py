@@ -1,4 +1,4 @@
-"""What a wheel carries, what each extra brings, and what is said about a missing library."""
+"""The files of a wheel, the libraries of each extra, and the message about a missing one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How cores are counted and divided, against figures worked out by hand."""
+"""Cores are counted and divided, against figures worked out by hand."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Sample:
 def samples(
     package: Path, style: Style, classes: Classes, *, variants: bool
 ) -> dict[str, list[Sample]]:
-    """What a style has of each class, in an order that depends on names alone; classes in their
+    """A style's drawings of each class, in an order that depends on names alone; classes in their
     order.
     """
     found: dict[str, list[Sample]] = {name: [] for name in classes.names}

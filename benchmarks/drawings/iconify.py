@@ -166,8 +166,8 @@ MOST_WORDS = 3  # of a name whose last words are a class: "old alarm clock"
 
 
 def load_meanings(path: Path) -> dict[str, str]:
-    """What each name means. A line of the file is `meaning, synonyms for prompts | other names of
-    drawings`.
+    """Read the meaning of each name. A line of the file is `meaning, synonyms for prompts | other
+    names of drawings`.
     """
     found: dict[str, str] = {}
     for line in read_label_file(path):
@@ -217,8 +217,8 @@ def _named(words: str, meanings: Mapping[str, str]) -> str | None:
 
 
 def _mentions(parts: list[str], meanings: Mapping[str, str]) -> list[tuple[int, int, str]]:
-    """What is named where, longest names first, from the left: start, end, meaning; of + and the
-    like only its own.
+    """Find names from the left, the longest first: start, end, meaning. A word of `BESIDE` by
+    itself is none.
     """
     found = []
     start = 0

@@ -146,7 +146,7 @@ def text_tower(model: nn.Module) -> Any:
 
 
 def pool_type(text: Any) -> str:
-    """How the text tower pools: `argmax`, `eos`, `last`, `first`."""
+    """The text tower's pooling: `argmax`, `eos`, `last`, `first`."""
     return str(getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "none"))
 
 

@@ -62,7 +62,7 @@ class Labelled(ImageColumn, LabelledImages):
         if not numbers:
             raise RAdapterError(
                 f"image {self.name(row)} has no label in {self.label_column!r}; take it out, or"
-                " give it a class of its own, such as 'none of them'"
+                " give it a class such as 'none of them'"
             )
         return numbers
 

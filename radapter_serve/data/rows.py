@@ -260,7 +260,7 @@ def _coop(content: Any) -> tuple[_Splits, datasets.Features]:
             splits[split].append({"image": path, "label": number})
     names = [classes[number] for number in sorted(classes)]
     if sorted(classes) != list(range(len(classes))) or len(set(names)) < len(names):
-        raise ValueError("the classes must be numbered from 0 on, each with a name of its own")
+        raise ValueError("the classes must be numbered from 0 on, and their names must differ")
     return splits, datasets.Features(
         {"image": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
     )

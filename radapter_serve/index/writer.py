@@ -69,7 +69,7 @@ class Summary:
 
 
 class NotResumed(RAdapterError):
-    """What a stopped command left can't be used; the message says how to discard it."""
+    """The files of a stopped command can't be used; the message says how to discard them."""
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ class Endpoints:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """True if only this machine can reach the server."""
         return ipaddress.ip_address(self.host).is_loopback
 
     @property

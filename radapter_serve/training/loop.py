@@ -212,7 +212,7 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
     loss = learner.loss_fn(images.repeat_interleave(several, dim=0), texts, positive)
     # Keep the images' embeddings, and their probabilities of the words, close to the base's. For
     # this the model in training becomes its base for a moment, without a second model in memory,
-    # and with a cache of its own: the weights in the training's cache include the adapters.
+    # and with a separate cache: the weights in the training's cache include the adapters.
     if recipe.preserve or recipe.preserve_words:
         learner.adapters.alpha = 0.0
         with torch.no_grad(), accelerator.autocast(), parametrize.cached():

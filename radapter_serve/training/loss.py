@@ -97,8 +97,8 @@ def _cross_entropy(logits: Tensor, positive: Tensor, epsilon: float) -> Tensor:
 
 
 def positives_of(of_images: Tensor, of_texts: Tensor) -> Tensor:
-    """Whether each text is right for each image, bool [B, B] with images as rows: if the text's
-    label, integer [B], is among the image's labels, integer [B, K], padded with negative numbers.
+    """Mark the right texts of each image, bool [B, B] with images as rows: those whose label,
+    integer [B], is among the image's labels, integer [B, K], padded with negative numbers.
     """
     return (of_images[:, :, None] == of_texts).any(dim=1)
 

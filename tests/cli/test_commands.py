@@ -1,4 +1,4 @@
-"""What all commands share: help, bad flags, and one line for people."""
+"""Help, bad flags, and one line for people, which all commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client sends and makes of the answer, through a transport that records."""
+"""Requests and results of a client, through a transport that records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CLIENT = Client(transport=Recorder(), release=1)
 
 
 def sent(image: Any, **options: Any) -> bytes:
-    """What reaches the server of one image."""
+    """The bytes of one image that reach the server."""
     recorder = Recorder()
     Client(transport=recorder, release=1, **options).embed_images([image])
     return recorder.requests[0].inputs["image"][0, 0]

@@ -1,5 +1,5 @@
-"""What goes over the wire and comes back, with servers that a test makes up: errors, silence,
-HTTP's bodies, tries and keys.
+"""The client's requests and answers on the wire, with servers that a test makes up: errors,
+silence, HTTP's bodies, tries and keys.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def test_silence_is_a_timeout(
     ],
 )
 def test_an_answer_that_comes_byte_by_byte_is_late(start: bytes, keep: bytes):
-    """Whether its head is long or its body; no thread goes on for longer than the call."""
+    """Its head is long, or its body; no thread goes on for longer than the call."""
 
     def drip(caller: socket.socket) -> None:
         caller.sendall(start.replace(b"OK\r\n", b"OK\r\n" + keep))
@@ -351,7 +351,7 @@ def test_close_ends_calls_that_wait(silent: socket.socket, protocol: str, kind: 
 
 
 def test_a_cancelled_call_ends_at_once_and_sends_no_more():
-    """What it has sent goes on until its time-out, and no longer."""
+    """A request that it has sent goes on until its time-out, and no longer."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         options: dict[str, Any] = {"concurrency": 1, "batch_size": 1, "release": 1}
 
@@ -378,7 +378,7 @@ def test_a_cancelled_call_ends_at_once_and_sends_no_more():
 
 
 def refusal(status: int, text: str = "[overloaded] busy", **headers: str) -> Any:
-    """What a server answers that refuses a request."""
+    """The answer of a server that refuses a request."""
     return status, json.dumps({"error": text}).encode(), headers
 
 
@@ -422,7 +422,7 @@ def test_what_is_asked_again_over_http(
 
 
 def test_over_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked again, and the key, which is a header; an answer without its numbers."""
+    """Failures after which it asks again, the key in a header, an answer without its numbers."""
     answer = service_pb2.ModelInferResponse(model_version="1")
     answer.outputs.add(name="text_embeds", datatype="FP32", shape=[1, 1])
     answer.raw_output_contents.append(np.float32(7).tobytes())

@@ -1,4 +1,4 @@
-"""What decoding takes at the largest size that each kind of image may have."""
+"""Memory that decoding takes at the largest size that each kind of image may have."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What is wrong with data is found at once, before a model is loaded, by rules that every part
-shares.
-"""
+"""Faults of data are found at once, before a model is loaded, by rules that every part shares."""
 
 from __future__ import annotations
 

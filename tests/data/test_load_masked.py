@@ -49,7 +49,7 @@ def only(spec: str, **options: Any) -> MaskedImage:
 
 
 def check(image: MaskedImage) -> None:
-    """What every kind of data promises of one image."""
+    """Check one image for what every kind of data promises."""
     mask = image.mask()
     segments = image.segments()
     assert mask.dtype == np.int32 and all(inside.dtype == bool for _, inside in segments)

@@ -90,7 +90,7 @@ def test_karpathys_train_and_restval_are_one_source(tmp_path: Path) -> None:
         ("karpathy:{}@test", "{", "JSONDecodeError"),
         ("karpathy:{}@test", {"images": [photo("1.jpg", "test", 3)]}, "unexpected types in"),  # type: ignore[arg-type]
         ("karpathy:{}@test", {"images": []}, "it has no images at all"),
-        ("coop:{}@test", {**COOP, "val": [["a", 4, "Sea or Lake"]]}, "each with a name of its own"),
+        ("coop:{}@test", {**COOP, "val": [["a", 4, "Sea or Lake"]]}, "and their names must differ"),
         ("coop:{}@test", {**COOP, "val": [["a", 5, "Desert"]]}, "numbered from 0 on"),
         ("coop:{}@test", {**COOP, "val": [["a", 0, "Desert"]]}, "0 is both 'Annual Crop_Land' and"),
         ("coop:{}@test", {**COOP, "val": [["a", True, "Desert"]]}, "unexpected types"),

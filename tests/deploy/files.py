@@ -1,4 +1,4 @@
-"""What lies in deploy/, read once for all tests."""
+"""The files of deploy/, read once for all tests."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def stages() -> dict[str, list[tuple[str, str]]]:
 
 
 def instructions(stage: str, name: str) -> list[str]:
-    """What stands behind all instructions of one name in a stage."""
+    """Arguments of all instructions of one name in a stage."""
     return [rest for instruction, rest in stages()[stage] if instruction == name]
 
 
 def command(stage: str) -> list[str]:
-    """What an image runs."""
+    """The command that an image runs."""
     (words,) = instructions(stage, "CMD")
     return [str(word) for word in json.loads(words)]
 

@@ -1,4 +1,4 @@
-"""What waits is encoded together, and nobody waits for another's fault."""
+"""Requests that wait are encoded together, and nobody waits for another's fault."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ SAME = ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", 
 
 
 def measured(rows: Sequence[Row]) -> dict[str, float]:
-    """What `by_open_clip` gives, of the rows of one model."""
+    """The figures of `by_open_clip`, taken from the rows of one model."""
     figures = {}
     for row in rows:
         figures[row.dataset] = row.metrics[row.metric]

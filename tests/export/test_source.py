@@ -1,5 +1,5 @@
-"""What goes with an adapter into its releases: classes, label sets with examples, the chosen α; and
-what is warned of.
+"""Classes, label sets with examples and the chosen α go with an adapter into its releases; and
+warnings.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from tests.training.conftest import COLOURS
 def test_a_release_carries_what_its_validation_data_says(
     fitted: Exported, many_photos: Path
 ) -> None:
-    """What is fitted, tests/evaluation/test_metrics.py shows."""
+    """The test of the fit itself is in tests/evaluation/test_metrics.py."""
     place, [release] = fitted
     confidence = release.facts["confidence"]
     expected = (f"imagefolder:{many_photos}", 100, 5)

@@ -115,6 +115,6 @@ def engine(releases: Path) -> Iterator[RunningProcess]:
 
 @pytest.fixture(params=["gateway", "engine"])
 def front(request: pytest.FixtureRequest) -> RunningProcess:
-    """What strangers ask: a gateway in front of Triton, or an engine."""
+    """The process that strangers ask: a gateway in front of Triton, or an engine."""
     found: RunningProcess = request.getfixturevalue(request.param)
     return found

@@ -1,4 +1,4 @@
-"""What callers see when a gateway, a server or another caller goes away in the middle of calls."""
+"""Calls in the middle of which a gateway, a server or another caller goes away."""
 
 from __future__ import annotations
 

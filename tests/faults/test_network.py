@@ -1,4 +1,4 @@
-"""What callers see of a network that is slow, silent or cut."""
+"""Calls over a network that is slow, silent or cut."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_a_repository_that_is_full_or_that_nobody_can_write(
 
 
 def left_by(folder: Path) -> list[Path]:
-    """What a server whose folder is gone has left in /dev/shm and beside it."""
+    """Files that a server whose folder is gone has left in /dev/shm and beside it."""
     return [
         *Path("/dev/shm").glob(f"{shm_prefix(folder)}*"),
         *folder.parent.glob(f"{FOLDER_PREFIX}*"),

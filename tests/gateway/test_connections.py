@@ -1,4 +1,4 @@
-"""How many connections callers may have, and what each of them may take."""
+"""Limits of connections: their number for a caller, and the time and bytes that each may take."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def answers(it: socket.socket, request: bytes = ALIVE) -> bool:
 
 
 def has_ended(it: socket.socket, seconds: float = 20) -> bool:
-    """Whether the gateway ends a connection on which nothing is to come, within so many seconds."""
+    """True if the gateway ends a connection on which nothing is to come, within so many seconds."""
     it.settimeout(seconds)
     try:
         return it.recv(1) == b""

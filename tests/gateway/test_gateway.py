@@ -1,5 +1,5 @@
-"""What the gateway lets through and what it refuses, over real connections, in front of a stand-in
-for Triton.
+"""Requests that the gateway passes on or refuses, over real connections, in front of a stand-in for
+Triton.
 """
 
 from __future__ import annotations

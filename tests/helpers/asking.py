@@ -1,4 +1,4 @@
-"""How tests start and ask a served model: tensors over gRPC, and callers who ask all the time."""
+"""Start and ask a served model: tensors over gRPC, and callers who ask all the time."""
 
 from __future__ import annotations
 

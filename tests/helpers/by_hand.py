@@ -235,7 +235,7 @@ def assert_same(found: Weights, expected: Weights) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """What reaches the optimizer in one step, where AdamW does not yet hide how large it is."""
+    """The input of the optimizer in one step, where AdamW does not yet hide how large it is."""
 
     rate: float
     weight_decay: float

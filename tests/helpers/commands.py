@@ -16,7 +16,7 @@ COMMANDS = {
 
 @cache
 def help_of(command: str, *subcommand: str) -> str:
-    """What a command says of itself, with all its options."""
+    """The help of a command with all its options."""
     short = _said(command, *subcommand, "--help")
     return _said(command, *subcommand, "--help-all") if "--help-all" in short else short
 

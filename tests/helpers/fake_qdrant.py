@@ -21,9 +21,7 @@ _OK = models.UpdateResult(operation_id=0, status=models.UpdateStatus.COMPLETED)
 
 
 class FakeQdrant:
-    """What the server holds, whom it lets in, and, where a test sets `answer`, what it says in
-    place of the truth.
-    """
+    """A server with collections, a key, and `answer`, by which a test replaces true results."""
 
     def __init__(self) -> None:
         self.local = QdrantClient(":memory:")

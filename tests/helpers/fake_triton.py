@@ -63,7 +63,7 @@ class Response:
 
 
 class Request:
-    """What a caller sent: arrays by name."""
+    """A caller's request: arrays by name."""
 
     def __init__(self, **arrays: Any) -> None:
         self.arrays = {

@@ -94,7 +94,7 @@ def graph_of(common: Path, make: Callable[..., Graph], base: Base, *rest: Any) -
 
 
 def _tower(base: Base, text: bool) -> tuple[Any, ...]:
-    """What one of a base's two graphs depends on: models may have the other tower alone."""
+    """All that one of a base's two graphs depends on; two models may have one tower in common."""
     other = "vision_cfg" if text else "text_cfg"
     config = {name: value for name, value in sorted(base.config.items()) if name != other}
     parts = [

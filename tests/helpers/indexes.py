@@ -1,4 +1,4 @@
-"""What lies in the folder of an index."""
+"""Read and write the files in the folder of an index."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def generation(out: Path) -> Path:
 
 
 def said(out: Path) -> dict[str, Any]:
-    """What its `index.json` says."""
+    """The content of its `index.json`."""
     facts: dict[str, Any] = json.loads((generation(out) / FACTS).read_text())
     return facts
 
 
 def say(out: Path, facts: dict[str, Any]) -> None:
-    """Have it say something else."""
+    """Write other facts into it."""
     (generation(out) / FACTS).write_text(json.dumps(facts))
 
 

@@ -42,7 +42,7 @@ class Projection:
         return self._texts[tokens[:, 0]]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """What the tokenizer makes of texts."""
+        """Tokens of texts, one for each: the number that it is, or else its length."""
         numbers = (int(text) if text.isdecimal() else len(text) for text in texts)
         return [[number % len(self._texts)] for number in numbers]
 

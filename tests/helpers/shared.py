@@ -1,6 +1,4 @@
-"""What takes long to make is made once in a test run: by the worker that asks for it first, for all
-of them.
-"""
+"""Folders that take long to fill, once in a test run: by the worker that asks first, for all."""
 
 from __future__ import annotations
 

@@ -25,5 +25,5 @@ def short_run(architecture: str, folder: Path, **fields: Any) -> Recipe:
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    """What `metrics.jsonl` of a run holds."""
+    """The rows of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

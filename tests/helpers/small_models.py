@@ -77,7 +77,7 @@ def _hugging_face(config: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """How a small model of a family is made."""
+    """The parts of a small model of a family."""
 
     names: str  # models of open_clip that belong to it
     image: dict[str, Any] = field(default_factory=lambda: dict(IMAGE))

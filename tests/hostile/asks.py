@@ -152,7 +152,7 @@ def right(random: Random) -> list[tuple[str, dict[str, Any]]]:
 
 
 def good() -> list[Ask]:
-    """What the good client asks of each task, again and again."""
+    """The good client's requests, one of each task, which it sends again and again."""
     image = [png(5, 40, 30)]
     return [
         ask("embed_image", {"image": image}),

@@ -147,7 +147,7 @@ def trouble(case: Case, answers: list[Answer], rest: bytes) -> str | None:
 
 
 def _wrong_refusal(answer: Answer) -> str | None:
-    """What is wrong with the body of a refusal, or None."""
+    """The fault of a refusal's body, or None."""
     try:
         error = json.loads(answer.body)["error"]
         if isinstance(error, dict):  # OpenAI's form
@@ -163,7 +163,7 @@ def _wrong_refusal(answer: Answer) -> str | None:
 
 
 def wrong(answer: Answer) -> str | None:
-    """What is wrong with an answer of status 200, or None."""
+    """The fault of an answer of status 200, or None."""
     try:
         size = int(answer.headers.get("inference-header-content-length", len(answer.body)))
         head = json.loads(answer.body[:size])

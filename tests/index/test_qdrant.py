@@ -327,7 +327,7 @@ def test_refusals(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
 def test_qdrant_that_is_gone(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was opened stays open, and the log has one line, however often it is asked for."""
+    """An open index stays open, and the log has one line, however often it is asked for."""
     from tests.helpers.fake_qdrant import fake_qdrant
 
     clock = FakeClock()

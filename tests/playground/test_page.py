@@ -45,7 +45,7 @@ def client(answers: Answers) -> Client:
 
 @pytest.fixture
 def events(client: Client) -> dict[str, Any]:
-    """What the events of the page call, by their names."""
+    """The functions that the page's events call, by their names."""
     return handlers(client)
 
 

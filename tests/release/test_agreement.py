@@ -1,4 +1,4 @@
-"""How far a graph is from torch: over all batches, wherever the worst row is."""
+"""The distance of a graph from torch: over all batches, wherever the worst row is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a repository serves, and the facts of a release."""
+"""The releases that a repository serves, and the facts of a release."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Plain:
 
     @torch.no_grad()
     def embeds(self, weights: Any = None) -> Tensor:
-        """What it gives with these weights, or with its own."""
+        """Embeddings of the images and texts with these weights, or with its own."""
         self.model.load_state_dict(self.weights if weights is None else weights)
         images = self.model.encode_image(PIXELS, normalize=True)
         return torch.cat([images, self.model.encode_text(self.tokens, normalize=True)])

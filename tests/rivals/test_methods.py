@@ -1,5 +1,5 @@
-"""What holds for every method: it learns, is kept, is judged like the others, and has as many
-parameters as the papers print.
+"""Every method learns, is kept, is judged like the others, and has as many parameters as the papers
+print.
 """
 
 from __future__ import annotations

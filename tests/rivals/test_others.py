@@ -1,5 +1,5 @@
-"""What happens to other classes: each judgement by hand, the interval and Holm's correction against
-values from elsewhere, and the table of a few steps.
+"""Judgements of other classes, each by hand; the interval and Holm's correction against values from
+elsewhere, and the table of a few steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Triton offers and `radapter-serve` closes: no spelling of it opens it over HTTP or gRPC."""
+"""Paths of Triton that `radapter-serve` closes: no spelling opens one over HTTP or gRPC."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def ask(server: TritonServer, method: str, path: str, headers: dict[str, str], b
 
 
 def state(server: TritonServer) -> dict[str, object]:
-    """What the closed doors would change, by the secret that opens them."""
+    """The settings that closed paths would change, read with the secret that opens them."""
     return {
         path: server.control.ask(path).body
         for path in ("systemsharedmemory/status", "cudasharedmemory/status", "logging")

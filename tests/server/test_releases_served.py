@@ -88,7 +88,7 @@ def urls_of(served: Running) -> list[str]:
 
 
 def expected(repository: Path, version: int) -> dict[str, Any]:
-    """What each kind of request gets from a release, computed here."""
+    """The right answer of a release to each kind of request, computed here."""
     loaded = Local(repository, version).loaded
     images = loaded.embed_pixels([loaded.pixels(data) for data in IMAGES])
     labels = complete(embed_labels(loaded, LABELS, ["a photo of a {}."]))

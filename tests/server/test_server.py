@@ -1,4 +1,4 @@
-"""What is checked before a server starts, and a start that fails; no tritonserver needed."""
+"""Checks before a server starts, and a start that fails; no tritonserver needed."""
 
 from __future__ import annotations
 

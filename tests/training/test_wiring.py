@@ -1,4 +1,4 @@
-"""What the trainer writes against training by hand (`by_hand`): each setting of a recipe does what
+"""The trainer's adapters against training by hand (`by_hand`): each setting of a recipe does what
 the paper says.
 """
 
