@@ -118,7 +118,7 @@ def methods() -> dict[str, Method]:
         "preserve, all classes": r_adapter("imagenet", **PRESERVE, **closed),
         "preserve, words": r_adapter("imagenet", **PRESERVE, **words),
         "preserve, all classes, words": r_adapter("imagenet", **PRESERVE, **words, **closed),
-        **{name: AT_CHOSEN_RATE[name] for name in ("WiSE-FLYP", "LoRA", "CLIP-SVD")},
+        **{name: AT_CHOSEN_RATE[name] for name in ("WiSE-FLYP", "LoRA", "LoRA, 0.019", "CLIP-SVD")},
         **NO_STOP,
         "CLIPood": METHODS["clipood"],
     }
