@@ -36,16 +36,9 @@ PAPER: dict[str, Any] = {
     "negative_classes": 0,
     "precision": "no",
 }
-AUTO = {**PAPER, "learning_rate": "auto"}
 CANDIDATES = {
     "5e-4": PAPER,
-    "auto": AUTO,
-    "auto, preserve, all classes": {
-        **AUTO,
-        "drop": 0.0,
-        "preserve": 10.0,
-        "negative_classes": 1000,
-    },
+    "auto": {**PAPER, "learning_rate": "auto"},
     "small, fp32": {"precision": "no"},
     "small, bf16": {"precision": "bf16"},
 }
@@ -272,8 +265,7 @@ def small(
         f" at most {LIMIT} images of a test set.\n"
         f"The held-out images choose the rate of auto, and α. They and"
         f" {data.style.partition(',')[0]} choose between the rows, and are no test. A lead is over"
-        " the first row, paired over the seeds, ± its 95 % interval. preserve is 10, with drop 0;"
-        " all classes is negative_classes 1000.",
+        " the first row, paired over the seeds, ± its 95 % interval.",
         markdown(HEAD, [row_of(candidate, runs, first) for candidate, runs in rows.items()]),
     ]
     publish(parts, out / "small.md")

@@ -264,9 +264,13 @@ def images_of(rows: Sequence[Judged]) -> dict[str, Images]:
     """Collect each image's part of the figures, by column, from one row of each set at one α.
 
     Columns of cells without these parts are left out; a mean column has the images of each set.
+    Cells of retrieval have the parts of one recall alone.
     """
-    kept = {row.dataset: row.per_image for row in rows}
-    images = {name: [values] for name, values in kept.items() if values is not None}
+    images: dict[str, Images] = {}
+    for row in rows:
+        values = row.per_image
+        if values is not None:
+            images[_column(row, row.metric)] = [values]
     _, shifted = by_shift({row.dataset: row for row in rows})
     if len(shifted) > 1 and all(name in images for name in shifted):
         images[f"mean of {len(shifted)} shifts"] = [images[name][0] for name in shifted]
@@ -288,8 +292,12 @@ def figures(rows: Sequence[Judged]) -> dict[str, float]:
         if name == (shifted or [""])[0] and len(shifted) > 1 and not retrieval:
             head = f"mean of {len(shifted)} shifts"
             values[head] = mean(own_metric(by_name[other]) for other in shifted)
-        metrics = row.metrics if retrieval else [row.metric]
-        for metric in metrics:
-            head = name if len(metrics) == 1 else f"{name}, {metric_name(metric)}"
-            values[head] = 100 * row.metrics[metric]
+        for metric in row.metrics if retrieval else [row.metric]:
+            values[_column(row, metric)] = 100 * row.metrics[metric]
     return values
+
+
+def _column(row: Judged, metric: str) -> str:
+    """Name the column of a row's metric; only retrieval has several for a set."""
+    several = row.task == "zeroshot_retrieval" and len(row.metrics) > 1
+    return f"{row.dataset}, {metric_name(metric)}" if several else row.dataset

@@ -333,6 +333,11 @@ def test_figures_of_each_task():
     recalls = {"image_retrieval_recall@1": 0.25, "text_retrieval_recall@10": 0.5}
     retrieval = dataclasses.replace(row("f", "id", 0, task="zeroshot_retrieval"), metrics=recalls)
     assert figures([retrieval]) == {"f, image R@1": 25.0, "f, text R@10": 50.0}
+    # Each image's part is of one recall: of 4 images with 8 captions, 2 captions find theirs.
+    recall: dict[str, Any] = {"metric": "image_retrieval_recall@1", "n": 4, "captions": 8}
+    parts = dataclasses.replace(retrieval, right=[0, 2, 0, 0], **recall)
+    [(column, [values])] = images_of([parts]).items()
+    assert column == "f, image R@1" and values.tolist() == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
