@@ -330,7 +330,7 @@ def test_close_ends_calls_that_wait(silent: socket.socket, protocol: str, kind: 
     async def main() -> None:
         client = AsyncClient(url_of(silent, protocol), **options)
         waiting = asyncio.ensure_future(client.embed_texts(["x"] * count))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.3)
         await client.close()
         with pytest.raises(radapter_client.RAdapterClientError, match="closed in the middle"):
             await waiting
@@ -343,7 +343,7 @@ def test_close_ends_calls_that_wait(silent: socket.socket, protocol: str, kind: 
         client = Client(url_of(silent, protocol), **options)
         with ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(client.embed_texts, ["x"] * count)
-            time.sleep(0.1)
+            time.sleep(0.3)
             client.close()
             with pytest.raises(radapter_client.RAdapterClientError, match="closed in the middle"):
                 waiting.result()
