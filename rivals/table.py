@@ -425,12 +425,12 @@ def table(
         if name in spec.fixed:
             grid = [1.0]
             alphas = ()
-        elif base := spec.rate_of.get(name):
+        if base := spec.rate_of.get(name):
             if base not in chosen:
                 raise RAdapterError(
                     f"the row {name!r} takes the rate of {base!r}; add that to --only"
                 )
-            method = dataclasses.replace(chosen[base].method, alpha=1.0)
+            method = dataclasses.replace(chosen[base].method, alpha=row.alpha or 1.0)
             grid = [1.0]
         chosen[name] = choose(cells, name, [method, *others], choosing, grid, alphas)
 

@@ -75,7 +75,7 @@ class Table:
     starts: Mapping[str, float] = field(default_factory=dict)
     # Rows at their own rate and α, of which nothing is chosen.
     fixed: Sequence[str] = ()
-    # By row: the row before it whose chosen rate and settings it takes, so that only α is chosen.
+    # By row: the row before it whose chosen rate and settings it takes; its α is chosen, or fixed.
     rate_of: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -164,6 +164,7 @@ TABLES = {
             "WiSE-FT": METHODS["wise-ft"],
             "FLYP": METHODS["flyp"],
             "WiSE-FLYP": METHODS["wise-flyp"],
+            "WiSE-FLYP, α = 0.5": METHODS["wise-flyp"],
             "LoRA": METHODS["lora"],
             "LoRA, α": METHODS["lora"],
             "Mask-Fill": METHODS["mask-fill"],
@@ -181,8 +182,17 @@ TABLES = {
         },
         others={"Mask-Fill": [MaskFill(weight=0.75)]},
         starts={"FT": 3, "WiSE-FT": 3, "FLYP": 10, "WiSE-FLYP": 10, "LoRA": 3, "Mask-Fill": 10},
-        fixed=("FT, 9e-5", "R-Adapter, the paper's rate and α", "R-Adapter, small"),
-        rate_of={"LoRA, α": "LoRA", "Mask-Fill, α": "Mask-Fill"},
+        fixed=(
+            "FT, 9e-5",
+            "WiSE-FLYP, α = 0.5",
+            "R-Adapter, the paper's rate and α",
+            "R-Adapter, small",
+        ),
+        rate_of={
+            "WiSE-FLYP, α = 0.5": "WiSE-FLYP",
+            "LoRA, α": "LoRA",
+            "Mask-Fill, α": "Mask-Fill",
+        },
     ),
     "1": Table(
         "Table 1: fine-tuned on all images, and judged on shifts too",

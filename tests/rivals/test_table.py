@@ -248,6 +248,12 @@ def test_rows_that_keep_their_rate_or_take_that_of_another(
     places = [line.split(" | ")[4] for line in text.splitlines() if line.startswith("| LoRA")][:2]
     assert places == ["-", "0.5"]
     assert main([*call, "LoRA, α"]) == 2  # of which row is its rate?
+    assert main([*call, "WiSE-FLYP", "WiSE-FLYP, α = 0.5"]) == 0
+    text = (tmp_path / "out" / "table-main.md").read_text(encoding="utf-8")
+    rates = text.partition("the learning rate")[2].partition("\n")[0].rpartition(": ")[2]
+    assert len({rate.rpartition(" at ")[2].strip(".") for rate in rates.split("; ")}) == 1
+    places = [line.split(" | ")[4] for line in text.splitlines() if line.startswith("| WiSE-FLYP,")]
+    assert places[0] == "0.5"
 
 
 def test_the_sets_of_another_suite_judge_what_validation_chose(
