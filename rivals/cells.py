@@ -94,9 +94,9 @@ class SystemModel(Candidate):
             self.known[key] = np.asarray(embeds.float().cpu().numpy())
         return self.known[key]
 
-    def way(self, dense: str | None) -> str:
+    def dense_method(self, dense: str | None) -> str:
         raise RAdapterError(
-            f"{self.source} is no plain CLIP, so it can't segment; leave it out by --only"
+            f"{self.source} is not a plain CLIP, so it can't segment; leave it out by --only"
         )
 
 
@@ -160,8 +160,8 @@ def read_cells(path: Path) -> Iterator[Cell]:
             yield Cell(**{**values, "cost": Cost(**values["cost"]), "rows": rows})
         except (ValueError, TypeError, KeyError) as error:
             raise RAdapterError(
-                f"line {number} of {path} is no cell ({reason(error)}); remove it, to make the cell"
-                " again"
+                f"line {number} of {path} is not a cell ({reason(error)}); remove it, to make the"
+                " cell again"
             ) from None
 
 

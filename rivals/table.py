@@ -5,6 +5,7 @@ rate, settings and α over several seeds; results become Markdown and a picture.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from rivals.layout import (
     with_interval,
 )
 from rivals.method import Method, at_rate
-from rivals.tables import TABLES, figures, images_of
+from rivals.tables import TABLES, Table, figures, images_of
 
 CHOICES = (0.25, 0.5, 0.75, 1.0)  # few α suffice, as curves are smooth, and each is an evaluation
 WIDENINGS = 3  # most steps by which the grid of rates grows
@@ -266,7 +267,10 @@ def _curves(cells: Cells, methods: Methods, seeds: Sequence[int], picture: Path)
     first, *others = curves
     ids, shifted = by_shift(sets)
     plot_alpha_curve(
-        *(curves[first], ids, shifted, picture),
+        curves[first],
+        ids,
+        shifted,
+        picture,
         title=cells.benchmark.name,
         other_methods={name: curves[name] for name in others},
     )
@@ -293,7 +297,7 @@ def _conditions(
     seeds: Sequence[int],
     choosing: Sequence[int],
     factors: Sequence[float],
-    starts: Mapping[str, float],
+    spec: Table,
     *,
     alpha: bool,
 ) -> str:
@@ -315,15 +319,19 @@ def _conditions(
         f"Every method learned with {shown}; the rest is its own paper's.",
         f"Validation chose α, {mean_of}." if alpha else "α is each paper's own.",
     ]
+    if benchmark.judge is not None:
+        parts.append(f"The test sets are those of the suite {benchmark.judge.name}.")
+    if fixed := [name for name in spec.fixed if name in methods]:
+        parts.append(f"Nothing was chosen for {'; '.join(fixed)}.")
     if set(factors) - {1}:
         several = len(factors) > 1
         rates = [
             f"{name} at {method.settings['learning_rate']:.2g}"
             for name, method in methods.items()
-            if method.settings
+            if method.settings and (name not in spec.fixed or name in spec.rate_of)
         ]
         grid = ", ".join(f"{factor:g}" for factor in factors)
-        further = [f"{name} {start:g}" for name, start in starts.items() if name in methods]
+        further = [f"{name} {start:g}" for name, start in spec.starts.items() if name in methods]
         if further and several:
             grid += f", and these times {', '.join(further)}"
         chosen = f"Validation chose the learning rate, {mean_of}," if several else ""
@@ -411,7 +419,7 @@ def table(
     if judge is not None:
         suite = load_suite(judge, benchmark.suite.data_root)
         benchmark = dataclasses.replace(benchmark, judge=suite)
-        title = f"{title}-{suite.name}"
+        title = f"{title}-" + re.sub(r"[^\w.@-]+", "_", suite.name)
     cells = Cells(benchmark, flags.out, title, flags.limit, say)
     chosen: dict[str, Choice] = {}
     for name, row in spec.rows.items():
@@ -425,6 +433,8 @@ def table(
         if name in spec.fixed:
             grid = [1.0]
             alphas = ()
+        elif name in spec.rate_of and not alphas:
+            continue  # it would be the row whose rate it takes
         if base := spec.rate_of.get(name):
             if base not in chosen:
                 raise RAdapterError(
@@ -442,9 +452,7 @@ def table(
     say(f"wrote {picture}")
     parts = [
         f"# {spec.title}",
-        _conditions(
-            benchmark, methods, seeds, choosing, rates, spec.starts, alpha=alpha == "validation"
-        ),
+        _conditions(benchmark, methods, seeds, choosing, rates, spec, alpha=alpha == "validation"),
         *cells.warnings(),
         body,
         *_trials(chosen),

@@ -30,9 +30,9 @@ def evaluate(
     sets of a suite.
 
     The command prints a table, and writes pictures and OUT/results.jsonl, which has one row for
-    each model and data set, with intervals and the figures of each class. If alpha 0 is evaluated,
-    too, it also measures how many of the base's answers among common nouns, on the same images, are
-    kept.
+    each model and data set, with intervals and the figures of each class. If the base is known,
+    which it is for a run, the command also measures how many of its answers among common nouns, on
+    the same images, are kept.
 
     Args:
         suite: data sets to evaluate on: a YAML file, or the name of a suite that comes with the

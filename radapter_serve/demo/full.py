@@ -124,7 +124,10 @@ def run_full(settings: DemoSettings) -> dict[str, Any]:
         picture = out / ("alpha.png" if task == "classification" else f"alpha-{task}.png")
         title = f"{task.capitalize()}, fine-tuned on drawings {STYLES[FINE_TUNED]}"
         plot_alpha_curve(
-            *(_points(sets), names[:1], names[1:], picture),
+            _points(sets),
+            names[:1],
+            names[1:],
+            picture,
             title=title,
             other_methods=other_methods,
         )

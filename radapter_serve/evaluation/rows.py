@@ -79,9 +79,9 @@ class Row:
         size: for segmentation, the side of the image encoder's input in pixels.
         crop: how the masks of proposals are cropped.
         templates: prompt templates; None if there are no prompts.
-        metrics: figures in [0, 1] by name. Classification also has `kept`, if alpha 0 is among the
-            models: the share of images for which the model and alpha 0 choose the same one of some
-            hundred common nouns that are not classes of the set.
+        metrics: figures in [0, 1] by name. Classification also has `kept`, if the base is known:
+            the share of images for which the model and alpha 0 choose the same one of some hundred
+            common nouns that are not classes of the set.
         intervals: the two ends of each metric's 95 % interval.
         per_class: figures of each class.
         confusion: cases by true and answered class, if the classes are few.

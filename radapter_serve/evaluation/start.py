@@ -305,7 +305,7 @@ def evaluate(
             metadata = load_adapter(path).metadata
             alphas = sorted({*alphas, metadata.alpha})
         # The base is evaluated too, to measure what is kept of its answers, where it is known.
-        only_tuned = settings.checkpoint and not settings.base
+        only_tuned = settings.checkpoint and ":" not in (settings.base or "")  # without weights
         others = settings.merged or settings.model_repository or settings.url or only_tuned
         base = None
         if alphas and 0.0 not in alphas and not others:

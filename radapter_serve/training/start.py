@@ -114,12 +114,12 @@ class Tried:
         return float(self.right.mean())
 
     @property
-    def worth(self) -> tuple[float, float, int, float]:
-        """Orders runs by accuracy, then by what is kept, then by the rate's distance from the
-        paper's in the grid, then to the lower rate; the best has the highest.
+    def worth(self) -> tuple[float, int, float]:
+        """Orders runs by accuracy, then by the rate's distance from the paper's in the grid, then
+        to the lower rate; the best has the highest.
         """
         away = abs(GRID.index(self.learning_rate) - GRID.index(PAPER))
-        return round(self.accuracy, 9), self.kept, -away, -self.learning_rate
+        return round(self.accuracy, 9), -away, -self.learning_rate
 
 
 def search_rate(
@@ -168,10 +168,11 @@ def search_rate(
         with tempfile.TemporaryDirectory() as folder:
             fit(at_rate, opened, Path(folder), show=False, measure=measure)
         run = tried[-1]
+        kept = f", {100 * run.kept:.1f} % of the base's answers among other nouns kept"
         say(
             f"learning rate {rate:.2g}: {100 * run.accuracy:.1f} % of {len(run.right)} held-out"
-            f" images right at alpha {recipe.alpha:g}, {100 * run.kept:.1f} % of the base's"
-            f" answers among other nouns kept ({time.monotonic() - began:.0f} s)"
+            f" images right at alpha {recipe.alpha:g}{kept if nouns else ''}"
+            f" ({time.monotonic() - began:.0f} s)"
         )
 
     # Try the rates around the paper's, and one more if the best rate is at an edge.
@@ -199,12 +200,13 @@ def search_rate(
     table = {
         "chosen": chosen,
         "rule": "of the rates within one standard error of the best on held-out images, the one"
-        " that keeps most of the base's answers among common nouns",
+        " that keeps most of the base's answers among common nouns, and none below 5e-4 if the"
+        " best is not",
         "tried": [
             {
                 "learning_rate": run.learning_rate,
                 "accuracy": round(100 * run.accuracy, 2),
-                "base_answers_kept": round(100 * run.kept, 2),
+                "base_answers_kept": round(100 * run.kept, 2) if nouns else None,
                 "images": len(run.right),
             }
             for run in tried
@@ -236,11 +238,14 @@ def wider(tried: Sequence[Tried]) -> float | None:
 def gentlest(tried: Sequence[Tried]) -> Tried:
     """The run that keeps most of the base's answers, of those within one standard error of the
     best: that of the paired difference over the held-out images (the one-standard-error rule of
-    Breiman et al., Classification and Regression Trees, 1984).
+    Breiman et al., Classification and Regression Trees, 1984). Its rate is not lower than both
+    the best and the paper's, as over few images a rate that learns nothing can look as good.
     """
     best = max(tried, key=lambda run: run.worth)
     equals = []
     for run in tried:
+        if run.learning_rate < min(best.learning_rate, PAPER):
+            continue
         differences = best.right.astype(np.float64) - run.right.astype(np.float64)
         error = float(np.std(differences) / len(differences) ** 0.5)
         if best.accuracy - run.accuracy <= error:

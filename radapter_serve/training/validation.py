@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from radapter_serve.clip.towers import encode_image, encode_texts, zero_shot_classifier
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.rows import BrokenImage, LabelledImages
+from radapter_serve.evaluation.image_sets import NOUN_TEMPLATES
 from radapter_serve.evaluation.metrics import (
     caption_groups,
     check_finite,
@@ -60,11 +61,10 @@ def answers(
     classifiers = []
     for alpha in alphas:
         learner.adapters.alpha = alpha
-        lists = (names for names in (val.classes, nouns) if names)
-        parts = [
-            zero_shot_classifier(base.model, base.tokenizer, names, val.templates)
-            for names in lists
-        ]
+        texts: list[tuple[Sequence[str], Sequence[str]]] = [(val.classes, val.templates)]
+        if nouns:
+            texts.append((nouns, NOUN_TEMPLATES))
+        parts = [zero_shot_classifier(base.model, base.tokenizer, *each) for each in texts]
         classifiers.append(torch.cat(parts))
     count = len(val.classes)
     batches = []

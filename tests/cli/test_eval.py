@@ -115,6 +115,13 @@ def test_resume_evaluates_only_what_is_missing(
     assert main([*COMMON, "--alpha", "1", "0", "--out", "both"]) == 0
     assert [r["metrics"]["kept"] for r in rows(here / "both") if r["alpha"] == 1] == kept[4:]
 
+    # A row of an older file, without it, is measured again.
+    old = [{**row, "metrics": {**row["metrics"]}} for row in alone]
+    del old[0]["metrics"]["kept"]
+    (here / "alone" / "results.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in old))
+    assert main([*COMMON, "--alpha", "1", "--out", "alone"]) == 0
+    assert {row["metrics"]["kept"] for row in rows(here / "alone")} == set(kept[4:])
+
     # Nothing is missing.
     assert "measured before" not in capfd.readouterr().out
     with monkeypatch.context() as patched:

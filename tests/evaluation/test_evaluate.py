@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -21,11 +22,12 @@ from safetensors.torch import save_file
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.encoders.loaded import load_release, served_release
+from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import common_nouns
 from radapter_serve.evaluation.models import Candidate, from_adapter, from_merged, from_release
 from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate_suite
-from radapter_serve.evaluation.start import evaluate
+from radapter_serve.evaluation.start import EvaluationSettings, evaluate
 from radapter_serve.evaluation.suite import load_suite
 from tests.evaluation.conftest import CLASSES
 from tests.helpers.ways import in_process
@@ -179,6 +181,33 @@ def test_closing_leaves_the_base_as_it_was(run_folder: Path, tiny_clip_dir: str)
     assert any(not torch.equal(before[name], state[name]) for name in before)
     model.close()
     assert all(torch.equal(before[name], state[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "loaded"),
+    [
+        ({"checkpoint": "tuned.pt", "base": "ViT-B-32"}, (1.0,)),  # an architecture alone
+        ({"checkpoint": "tuned.pt", "base": "ViT-B-32:openai"}, (0.0, 1.0)),
+        ({"lora": "lora"}, (0.0, 1.0)),
+        ({"model_repository": "models"}, (1.0,)),
+    ],
+)
+def test_the_base_is_evaluated_where_it_is_known(
+    fields: dict[str, Any],
+    loaded: tuple[float, ...],
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(settings: EvaluationSettings, path: Path, alphas: Sequence[float]) -> list[Candidate]:
+        raise RAdapterError(f"asked for {alphas}")
+
+    monkeypatch.chdir(tmp_path)
+    Path("tuned.pt").touch()
+    monkeypatch.setattr(EvaluationSettings, "load", load)
+    with pytest.raises(RAdapterError) as caught:
+        evaluate(alpha=1.0, suite=world / "suite.yaml", out=tmp_path / "results", **fields)
+    assert str(caught.value) == f"asked for {loaded}"
 
 
 def test_a_checkpoint_is_on_the_line_from_its_base_as_in_wise_ft(

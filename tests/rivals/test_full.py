@@ -47,6 +47,8 @@ def test_classes_are_rows_of_the_head_with_their_bias(make_run: Callable[..., Ru
         )
         torch.testing.assert_close(scores, system.logits(PIXELS)[:, [2, 0]])
         (own,) = systems_of(Learned(system, Cost()), run.base, [1.0])
+        with pytest.raises(RAdapterError, match="not a plain CLIP, so it can't segment"):
+            own.dense_method(None)
         release = own.loaded.release
         found = class_probabilities(
             system.logits(PIXELS).numpy(), release.logit_scale, release.logit_bias

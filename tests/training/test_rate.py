@@ -36,6 +36,9 @@ def tried(rate: float, right: int, first: int = 0, kept: float = 0.5) -> Tried:
         ([tried(5e-4, 40, first=60), tried(1.5e-2, 45)], 1.5e-2),
         ([tried(rate, 60) for rate in GRID], 5e-4),
         ([tried(rate, 60) for rate in GRID if rate != 5e-4], 1.5e-4),
+        # not below the paper's, where little is learned and all is kept, unless the best is
+        ([*(tried(rate, 40, 60, 1 - rate) for rate in (1.5e-4, 5e-4)), tried(1.5e-3, 45)], 5e-4),
+        ([tried(5e-5, 40, first=60, kept=0.9), tried(1.5e-4, 45), tried(5e-4, 9)], 1.5e-4),
     ],
 )
 def test_takes_what_keeps_most_within_one_standard_error_of_the_best(
@@ -54,6 +57,7 @@ def test_the_grid_grows_to_the_side_where_the_best_is() -> None:
     assert wider([*best_at(5e-3), tried(5e-3, 60)]) == 1.5e-2
     assert wider([tried(5e-2, 60), tried(1.5e-2, 50)]) is None
     assert wider([tried(rate, 60) for rate in START]) is None  # nothing tells where to go
+    assert wider([tried(rate, 60, kept=1 - 99 * rate) for rate in START]) is None
 
 
 @pytest.fixture
