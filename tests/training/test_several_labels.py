@@ -94,7 +94,8 @@ def test_evaluation_is_as_by_hand(
         each.append(np.mean(high))
     (row,) = evaluate(run, 1.0, data=val, out=tmp_path / "results").rows
     expected = {"mean_average_precision": np.mean(each), "acc1": hits}
-    assert row.metrics == pytest.approx(expected, abs=1e-6)
+    assert {name: row.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert set(row.metrics) == {*expected, "kept"}
     assert [of.n for of in row.per_class or ()] == truth.sum(axis=0).tolist()
 
 
