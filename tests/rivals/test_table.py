@@ -441,7 +441,7 @@ def test_a_cell_that_is_damaged_is_named(tmp_path: Path):
     path = tmp_path / "table-1.jsonl"
     for damaged in (whole[:-20], json.dumps({**json.loads(whole), "rows": [{}]})):
         path.write_text(f"{whole}\n{damaged}")
-        with pytest.raises(RAdapterError, match=f"line 2 of {path} is no cell .* remove it"):
+        with pytest.raises(RAdapterError, match=f"line 2 of {path} is not a cell .* remove it"):
             list(read_cells(path))
 
 
