@@ -223,10 +223,19 @@ def test_one_request_followed_through_triton(
             # Without a traceparent the gateway begins a trace, and Triton alone sends nothing.
             classify(url)
             classify(server.http_url)
-            classify(url, **{**KEPT, "X-Request-Id": "my-id"})
-            # Each process sends its spans when it likes.
+            # Each process sends its spans when it likes, and Triton each batch once, which a busy
+            # machine loses; so another request follows where they do not come.
             names = ("POST /v2/models/{model}/infer", "InferRequest", "classify", "compute")
-            spans = collector.wait_for(*names, "image_encoder", trace=TRACE)
+            traces = [f"{number:032x}" for number in (1, 2, 3)]
+            for trace in traces:
+                traceparent = f"00-{trace}-{CALLER}-01"
+                classify(url, **{"traceparent": traceparent, "X-Request-Id": "my-id"})
+                try:
+                    spans = collector.wait_for(*names, "image_encoder", trace=trace, seconds=40)
+                    break
+                except AssertionError:
+                    if trace == traces[-1]:
+                        raise
     whole, triton, task, encoder = (of_name(spans, name) for name in (*names[:3], "image_encoder"))
     assert whole.parent == CALLER and whole.attributes["radapter.code"] == "ok"
     # The labels are known since the first request, so one encoder is asked.
@@ -237,7 +246,7 @@ def test_one_request_followed_through_triton(
     assert int(task.attributes["triton.model_version"]) == 2
     assert task.attributes["triton.request_id"] == "my-id"
     assert len([one for one in spans if one.name == "compute" and one.parent == task.id]) == 1
-    assert len({one.trace for one in collector.spans}) == 2
+    assert len({one.trace for one in collector.spans} - set(traces)) == 1
     assert b"secret" not in b"".join(collector.bodies)
 
 
