@@ -187,7 +187,7 @@ def search_rate(
     if beyond is not None:
         short_run(beyond)
     chosen = gentlest(tried).learning_rate
-    best = max(tried, key=lambda run: run.worth).learning_rate
+    best = _best(tried).learning_rate
     tried.sort(key=lambda run: run.learning_rate)
     notes = []
     if best in (tried[0].learning_rate, tried[-1].learning_rate):
@@ -225,7 +225,7 @@ def wider(tried: Sequence[Tried]) -> float | None:
     """The next rate of the grid if the best of the tried rates is at their edge; None if it is
     inside, or at the end of the grid.
     """
-    best = max(tried, key=lambda run: run.worth).learning_rate
+    best = _best(tried).learning_rate
     place = GRID.index(best)
     rates = [run.learning_rate for run in tried]
     if best == max(rates) and best < GRID[-1]:
@@ -241,7 +241,7 @@ def gentlest(tried: Sequence[Tried]) -> Tried:
     Breiman et al., Classification and Regression Trees, 1984). Its rate is not lower than both
     the best and the paper's, as over few images a rate that learns nothing can look as good.
     """
-    best = max(tried, key=lambda run: run.worth)
+    best = _best(tried)
     equals = []
     for run in tried:
         if run.learning_rate < min(best.learning_rate, PAPER):
@@ -251,3 +251,8 @@ def gentlest(tried: Sequence[Tried]) -> Tried:
         if best.accuracy - run.accuracy <= error:
             equals.append(run)
     return max(equals, key=lambda run: (run.kept, run.worth))
+
+
+def _best(tried: Sequence[Tried]) -> Tried:
+    """The run with the most worth."""
+    return max(tried, key=lambda run: run.worth)
