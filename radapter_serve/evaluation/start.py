@@ -154,6 +154,13 @@ class EvaluationSettings:
         names = ("merged", "model_repository", "url", "checkpoint", "lora")
         return [name for name in names if getattr(self, name)]
 
+    @property
+    def knows_base(self) -> bool:
+        """True if the base can be loaded with its weights, to compare the model with it."""
+        if self.checkpoint:
+            return ":" in (self.base or "")  # an architecture alone has no weights
+        return not (self.merged or self.model_repository or self.url)
+
     def check(self, alphas: Sequence[float], *, auto: bool) -> None:
         """Refuse several models, options of a run for another model, and a checkpoint whose base is
         not named.
@@ -304,11 +311,9 @@ def evaluate(
         if auto:  # the run's own α need not be on the grid
             metadata = load_adapter(path).metadata
             alphas = sorted({*alphas, metadata.alpha})
-        # The base is evaluated too, to measure what is kept of its answers, where it is known.
-        only_tuned = settings.checkpoint and ":" not in (settings.base or "")  # without weights
-        others = settings.merged or settings.model_repository or settings.url or only_tuned
+        # The base is evaluated too, to measure what is kept of its answers.
         base = None
-        if alphas and 0.0 not in alphas and not others:
+        if settings.knows_base and alphas and 0.0 not in alphas:
             base, *models = settings.load(path, (0.0, *alphas))
         else:
             models = settings.load(path, alphas)
