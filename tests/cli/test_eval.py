@@ -18,6 +18,7 @@ from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import main
 from radapter_serve.evaluation.alpha_choice import chosen
 from tests.evaluation.conftest import picture
+from tests.helpers.ways import in_process
 
 CLASSES = ["cat", "dog", "house"]
 SUITE = """
@@ -232,6 +233,18 @@ def test_a_checkpoint_and_releases_are_evaluated_at_their_alpha(
     assert main([*COMMON, *release]) == 2
     assert "exported at alpha 0.8; radapter-export --alpha dynamic" in capfd.readouterr().err
     assert not (here / "none").exists()
+
+
+def test_a_release_and_a_server_that_take_any_alpha_are_evaluated_at_the_one_asked_for(
+    here: Path, exported_tiny_clip: Path, dynamic_tiny_clip: Path
+) -> None:
+    folded = f"{exported_tiny_clip / 'model_repository'}@1"  # at alpha 0.3
+    assert main([*COMMON, "--model-repository", folded]) == 0
+    expected = [pytest.approx(row["metrics"], abs=1e-5) for row in rows(here / "results")]
+    with in_process(dynamic_tiny_clip, here / "indexes") as server:
+        for model in ("--model-repository", str(dynamic_tiny_clip)), ("--url", server.url):
+            assert main([*COMMON, *model, "--alpha", "0.3", "--no-resume"]) == 0
+            assert [row["metrics"] for row in rows(here / "results")] == expected
 
 
 # The first are refused before torch is loaded, which takes seconds.
