@@ -177,7 +177,7 @@ def python_blocks() -> Iterator[tuple[str, ast.Module]]:
 def test_python_on_the_pages_uses_what_there_is() -> None:
     nodes = [(page, node) for page, tree in python_blocks() for node in ast.walk(tree)]
     imported = [(page, node) for page, node in nodes if isinstance(node, ast.ImportFrom)]
-    # What pages import from other libraries, the slow tests of these libraries import too.
+    # Slow tests cover what pages import from other libraries.
     own = [each for each in imported if str(each[1].module).startswith("radapter")]
     assert len(own) > 5
     for page, node in own:

@@ -68,7 +68,7 @@ def nodes(path: Path) -> list[ast.AST]:
 
 @functools.cache
 def graph() -> dict[str, set[str]]:
-    """Which modules of the house and of the rivals each of them imports: also inside functions,
+    """The modules of the house and of the rivals that each of them imports: also inside functions,
     for type checkers alone, from its own package, and by `importlib`.
     """
     known: dict[str, Path] = {}
@@ -156,7 +156,7 @@ def test_no_wait_reads_the_time_of_day():
 def test_torch_is_not_imported():
     inside_triton = set(sources("radapter_serve/triton")) - {"triton", "triton.backlog"}
     client = list(sources("clients/radapter_client"))
-    # What the commands import before they know what they are asked for, and what they check first.
+    # The modules of the commands, and those of their first checks.
     names = [f"radapter_serve.cli.{name}" for name in COMMANDS]
     names += [f"radapter_serve.evaluation.{name}" for name in ("suite", "start")]
     names += [f"radapter_serve.training.{name}" for name in ("recipe", "start")]
@@ -192,7 +192,7 @@ def test_what_ci_and_the_map_of_the_house_name_is_there():
 
 
 def test_a_line_assigns_one_value():
-    """But for values that change places."""
+    """Values that change places are the exception."""
     for folder in PACKAGES:
         for name, path in sources(folder).items():
             for node in nodes(path):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".github" / "workflows"
-# What a job may do beyond reading the source.
+# The rights of a job beyond reading the source.
 RIGHTS = {
     "attest": {"attestations", "contents", "id-token"},
     "image": {"attestations", "contents", "id-token", "packages"},
@@ -44,7 +44,7 @@ def test_a_workflow_is_valid_and_may_do_little(name: str) -> None:
                 assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", step["uses"])
             if step.get("uses", "").startswith("actions/checkout@"):
                 assert step["with"]["persist-credentials"] == "false"
-            # What somebody outside chose, such as the name of a branch, is no part of a script.
+            # No script holds text that somebody outside chose, such as the name of a branch.
             assert "${{" not in step.get("run", "")
 
 

@@ -64,7 +64,7 @@ class Watch:
         certain = sorted(suspects & self._suspects)
         self._suspects = suspects
 
-        # Why they died, once for each version of a model.
+        # Find why they died, once for each version of a model.
         failures: dict[tuple[str, int | None], Failure] = {}
         for pid in certain:
             if states[pid] == psutil.STATUS_STOPPED:

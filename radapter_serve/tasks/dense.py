@@ -324,8 +324,8 @@ class Axis:
     starts: tuple[int, ...]  # first working pixel of each window
 
     def weights(self, first: int, last: int) -> tuple[slice, NDArray[np.float32]]:
-        """For the image's pixels first..last-1: the slice of the K patches (window after window)
-        that count, and their weights, float32 [last - first, K].
+        """The slice of the K patches (window after window) that count for the image's pixels
+        first..last-1, and their weights, float32 [last - first, K].
         """
         low, high, share = _between(np.arange(first, last), self.pixels, self.working)
         share = share[:, None]

@@ -70,7 +70,7 @@ class Task(Generic[R, A]):
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-    # Whether tensors have a batch dimension first, of up to the release's max_batch_size rows.
+    # True if tensors have a batch dimension first, of up to the release's max_batch_size rows.
     batched: bool
     # Makes a typed request from plain values by the names of the inputs, such as texts as `str`,
     # and from the wanted outputs; raises a `TaskError`.

@@ -1,4 +1,4 @@
-"""Where adapters sit, attaching, dropping, scaling and folding, against formulas written out."""
+"""Places of adapters, attaching, dropping, scaling and folding, against formulas written out."""
 
 from __future__ import annotations
 

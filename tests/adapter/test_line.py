@@ -60,7 +60,7 @@ def _folder(path: Path, weights: dict[str, Tensor], tiny_clip_dir: str) -> Path:
 
 
 def _wise_ft(theta_0: dict[str, Tensor], theta_1: dict[str, Tensor], alpha: float) -> Any:
-    """As in the repository of WiSE-FT: for all keys of the zero-shot model."""
+    """Mix all keys of the zero-shot model, as in the repository of WiSE-FT."""
     assert set(theta_0.keys()) == set(theta_1.keys())
     return {key: (1 - alpha) * theta_0[key] + alpha * theta_1[key] for key in theta_0}
 

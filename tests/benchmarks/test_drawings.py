@@ -99,7 +99,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def roles(package: Path) -> Roles:
-    """Who is for what in that package."""
+    """The roles of that package's data sets."""
     document = {
         "fine_tuned": {"name": "colour", "sets": [{"set": "colours"}]},
         "shifts": [

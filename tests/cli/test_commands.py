@@ -103,7 +103,7 @@ def test_guard_turns_errors_into_a_line_and_a_status_that_is_stable(
 
 
 def test_a_reader_that_ends_early_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    """As in `radapter-query classify photos/ … | head -1`."""
+    """An example is `radapter-query classify photos/ … | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe, pytest.MonkeyPatch.context() as patch:

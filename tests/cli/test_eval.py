@@ -107,7 +107,7 @@ def test_resume_evaluates_only_what_is_missing(
     assert after[:4] == before
     assert points(here / "results")[4:] == [("plain", 1), ("shifted", 1)]
 
-    # What alpha 1 keeps of the base is measured without a row of the base, and is the same with it.
+    # The share that alpha 1 keeps needs no row of the base, and is the same with one.
     kept = [row["metrics"]["kept"] for row in after]
     assert main([*COMMON, "--alpha", "1", "--out", "alone"]) == 0
     alone = rows(here / "alone")

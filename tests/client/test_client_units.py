@@ -188,7 +188,7 @@ def test_pil_image_arrives_to_the_bit(image: Image.Image):
     assert back.tobytes() == image.tobytes()
     assert "icc_profile" not in back.info
     assert len(data) < 2 * len(image.tobytes()) + 2000
-    # What preprocessing does: resize in the image's own mode, then convert.
+    # Preprocess: resize in the image's own mode, then convert.
     if image.mode != "I;16":  # which older Pillows cannot resize
         resized, wanted = (x.resize((16, 16), Image.Resampling.BICUBIC) for x in (back, image))
         assert resized.convert("RGBA").tobytes() == wanted.convert("RGBA").tobytes()

@@ -374,7 +374,7 @@ def test_a_cancelled_call_ends_at_once_and_sends_no_more():
         asyncio.run(main())
 
 
-# What is asked again, and keys
+# Retries, and keys
 
 
 def refusal(status: int, text: str = "[overloaded] busy", **headers: str) -> Any:
@@ -395,7 +395,7 @@ EMBEDDED = json.dumps({**ANSWER, "outputs": [EMBEDDING]}).encode()
         ([None, STOPS], {}, 3, None),
         ([refusal(502), None], {}, 3, None),
         *(([BUSY] * 3, {"retries": count}, count + 1, "ServerUnavailable") for count in (0, 1)),
-        # What is wrong or late is not asked again.
+        # A request that is wrong or late is not sent again.
         ([refusal(413, "[any] no")], {}, 1, "InvalidRequest"),
         ([refusal(401, "[any] no")], {}, 1, "Unauthorized"),
         *(([refusal(status, "[any] no")], {}, 1, "Timeout") for status in (408, 504)),

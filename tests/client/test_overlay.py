@@ -144,7 +144,7 @@ def test_labels_are_spelled():
     assert legend("猫") == legend("\\u732b") and legend("🦊 fox") == legend("\\U0001f98a fox")
     assert legend("") == legend("   ") == legend("(no name)")
     assert legend("line\nbreak") == legend("line break")
-    # What is long, invisible or written from right to left differs, too.
+    # Long, invisible and right-to-left labels differ, too.
     labels = ["a" * 1000, "Größe", "مرحبا", "\x00\x07", "\ufeff", "e\u0301"]
     assert len(set(map(legend, labels))) == len(labels)
 

@@ -85,7 +85,7 @@ def test_any_bytes_give_an_image_or_one_clear_error(data, magic):
 
 
 def test_of_16_bits_of_gray_the_upper_8_are_kept():
-    """As libpng cuts colours to 8 bits. Divided by 257, 65,534 would be 254."""
+    """libpng cuts colours to 8 bits in the same way. Divided by 257, 65,534 would be 254."""
     values = np.array(
         [[0, 255, 256, 257, 511, 512, 32_767, 32_768, 65_279, 65_280, 65_534, 65_535]]
     )

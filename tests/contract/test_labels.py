@@ -91,7 +91,7 @@ def test_the_mean_is_over_names_and_templates_and_each_text_is_embedded_once():
 
 def test_prompts_are_counted_before_they_are_built():
     def check(*lists: tuple[int, int], length: int = 0) -> None:
-        """So many labels and templates of each list."""
+        """Check lists of so many labels and templates each."""
         module.check_prompts(
             ([f"{number:05}".ljust(length, "x") for number in range(labels)], ["a {}."] * templates)
             for labels, templates in lists

@@ -165,7 +165,7 @@ def test_folders_with_signs_links_and_loose_images(photos: Path) -> None:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a machine that can't reach the hub, and has nothing in its cache."""
+    """Act as a machine that can't reach the hub, and has nothing in its cache."""
 
     class Unplugged:
         def head(self, *_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which class of a data set gets which name in prompts."""
+"""The names that the classes of a data set get in prompts."""
 
 from __future__ import annotations
 

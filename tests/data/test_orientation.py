@@ -26,8 +26,8 @@ from radapter_serve.evaluation.suite import Entry, Suite
 
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 MASK = np.random.default_rng(1).integers(0, 2, (6, 9), dtype=np.uint8) + 1
-# How a camera stores what stands upright, for each value of EXIF's orientation (CIPA DC-008, tag
-# 274).
+# The way a camera stores an upright picture, for each value of EXIF's orientation (CIPA DC-008,
+# tag 274).
 STORED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],

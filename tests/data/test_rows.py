@@ -130,7 +130,7 @@ def test_an_adapter_files_recipe_is_read_into_one() -> None:
     recipe = Recipe(data="csv:t.csv", task="retrieval", **fields)
     source = RunSource.from_json(recipe.to_dict(), "retrieval")
     assert source == RunSource("csv:t.csv", "retrieval", **fields)
-    # What a later version adds is ignored, and what an earlier one lacked has its default.
+    # A field that a later version adds is ignored; one that an earlier lacked has its default.
     assert RunSource.from_json({"colour": "red"}, "segmentation") == RunSource(task="segmentation")
     assert RunSource.from_json({"task": "retrieval"}, "segmentation").task == "segmentation"
     for name, value in (("data", 3), ("val_fraction", 1), ("seed", True), ("images", 3)):

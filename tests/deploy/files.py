@@ -61,7 +61,7 @@ def command(stage: str) -> list[str]:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Where Prometheus is asked for something, and for what."""
+    """Yield the name of each panel, alert or rule that asks Prometheus, and what it asks for."""
     for panel in json.loads(BOARD.read_text(encoding="utf-8"))["panels"]:
         yield from ((panel["title"], target["expr"]) for target in panel["targets"])
     for group in document(RULES)["groups"]:

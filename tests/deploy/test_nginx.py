@@ -101,7 +101,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     text = text.replace("127.0.0.1:8001", f"127.0.0.1:{triton.add_insecure_port('127.0.0.1:0')}")
     for port, own in ((443, https), (8443, grpcs)):
         text = text.replace(f"listen {port} ssl", f"listen 127.0.0.1:{own} ssl")
-    # Where a user without rights may write, and where several may run.
+    # Use a folder that a user without rights may write, and that no other nginx uses.
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     text = text.replace(
         "http {", "http {\n" + "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds), 1

@@ -44,7 +44,7 @@ def texts(*values: bytes) -> np.ndarray:
 
 
 def test_releases_refusals_and_one_output_alone(engine: Engine) -> None:
-    """That all answers are those of the tasks, tests/server/test_releases_served.py shows."""
+    """tests/server/test_releases_served.py shows that all answers are those of the tasks."""
     client = Client(transport=engine)
     assert [release.version for release in client.releases()] == [1, 2]
     for number in (1, 2):

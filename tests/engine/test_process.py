@@ -48,7 +48,7 @@ def copy(two_releases: Path, tmp_path: Path) -> Path:
 
 
 def test_every_way_in(two_releases: Path, tmp_path: Path) -> None:
-    """That the answers are right, tests/server/test_releases_served.py shows."""
+    """tests/server/test_releases_served.py shows that the answers are right."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "index.json").touch()
     with in_process(two_releases, tmp_path) as one, Client(one.url) as client:

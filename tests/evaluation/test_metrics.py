@@ -285,7 +285,7 @@ def drawn(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def least(loss: Callable[[torch.Tensor], torch.Tensor], start: list[float]) -> np.ndarray:
-    """Where a function is least, by torch's L-BFGS."""
+    """The point at which a function is least, by torch's L-BFGS."""
     point = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [point], max_iter=500, tolerance_grad=1e-11, line_search_fn="strong_wolfe"
@@ -391,7 +391,7 @@ def test_models_without_a_temperature(logits: np.ndarray) -> None:
     biased = fit_confidence(logits / 100, drawn(logits, 1.0), 100.0, -9.0, "photos")
     assert biased.temperature is None and biased.ece_after is not None
     assert biased.ece_after < biased.ece_before
-    # Where no image is wrong, the colder the better; where none is right, the warmer.
+    # Colder is always better if no image is wrong, and warmer if none is right.
     right = fit_confidence(logits / 100, logits.argmax(axis=1), 100.0, None, "photos")
     assert right.temperature is None and right.ece_after is None and right.scale > 0
     assert fit_temperature(logits, logits.argmin(axis=1)) is None

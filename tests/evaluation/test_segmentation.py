@@ -300,7 +300,7 @@ def test_masks_that_are_empty_take_their_scores_along(proposed: Path) -> None:
     (rest,) = rows_of(suite, fixed())
     assert whole.confusion == rest.confusion
 
-    # Where all are, all is background.
+    # All pixels are background if all masks are empty.
     rewrite(proposed, lambda masks, scores: {"masks": np.full(masks.shape, 0.4)})
     np.savez(proposed / "found" / "0.npz", masks=np.zeros((0, 144, 160)))
     (row,) = rows_of(suite, fixed())

@@ -53,7 +53,7 @@ def photos(common: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def many_photos(common: Path) -> Path:
-    """As many images as calibrated scores need."""
+    """A folder with as many images as calibrated scores need."""
     return shared(common, "many-photos", lambda folder: _write_photos(folder, MIN_IMAGES))
 
 

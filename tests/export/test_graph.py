@@ -46,7 +46,7 @@ def photos(batch: int) -> np.ndarray:
 def test_the_patch_graph_of_maskclip_gives_what_torch_gives(
     tiny_base: Base, common: Path, tmp_path: Path
 ) -> None:
-    """That of naclip is compared by each export of it."""
+    """Each export of naclip compares the graph of that method."""
     path = tmp_path / "model.onnx"
     graph_of(common, patch_graph, tiny_base, "maskclip").save(tiny_base.model.state_dict(), path)
     for batch in (1, 2, 7):

@@ -271,7 +271,7 @@ def test_a_release_travels(
         assert model.classify(png(1), label_set="colours") == expected
         assert (at_commit.segment(png(1), texts).mask == local.segment(png(1), texts).mask).all()
         assert model.release() == local.release()
-    # What comes back is what the export wrote, configs included.
+    # The folder that comes back is the one that the export wrote, configs included.
     there = take(pushed)
     assert there is not None
     check(there, [2])

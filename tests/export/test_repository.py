@@ -74,7 +74,7 @@ def test_two_exports_at_a_time_are_refused_and_an_empty_one_leaves_nothing(tmp_p
 def test_an_installation_without_its_own_models_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a checkout's `model_repository` was removed, with the releases in it."""
+    """An example is a checkout whose `model_repository` was removed with its releases."""
     monkeypatch.setattr(module, "sources", lambda: tmp_path / "parts")
     with pytest.raises(RAdapterError, match=f"git checkout -- {tmp_path / 'parts'},"):
         Repository(tmp_path / "whole")

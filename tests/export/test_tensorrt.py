@@ -90,7 +90,7 @@ def test_ctrl_c_ends_a_build(
 def test_the_graphs_of_every_family_are_built(
     family: str, dynamic: bool, common: Path, tmp_path: Path
 ) -> None:
-    """But for towers that a family before it has."""
+    """Each family leaves out the towers that an earlier family has."""
     name = make_base(family, tmp_path / "base")
     base = load_base(name)
     adapter = random_adapter(name, partial=FAMILIES[family].partial) if dynamic else None

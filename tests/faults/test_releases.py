@@ -189,7 +189,7 @@ def cut_all(index: Path) -> None:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-# What is done to an index, and what a search gets.
+# The damage done to an index, and the error that a search gets.
 BREAKS: dict[Callable[[Path], None], str | None] = {
     no_facts: "InvalidRequest unknown_index",
     no_files: "InvalidRequest unknown_index",

@@ -164,7 +164,7 @@ def test_a_caller_who_does_not_ask_has_a_limited_time() -> None:
             assert it.recv(1) == b""
 
 
-# What is parsed
+# Parsing
 
 
 def test_a_request_that_comes_byte_by_byte(served: Served) -> None:

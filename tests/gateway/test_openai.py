@@ -112,7 +112,7 @@ def test_the_clients_of_langchain_and_llama_index(
         OpenAIEmbeddings(**options).embed_query("abc")
 
 
-# What is asked of Triton
+# Requests to Triton
 
 
 def test_numbers_that_json_cannot_hold(served: Served) -> None:

@@ -77,7 +77,7 @@ class Searching:
 
     @classmethod
     def of(cls, release: LoadedRelease, clock: Callable[[], float] = time.monotonic) -> Searching:
-        """By a clock that says when to ask again what was published last."""
+        """Make it with a clock that says when to ask again what was published last."""
         return cls(Indexes(release, clock=clock))
 
     def __call__(self, request: RetrieveRequest) -> Retrieved:

@@ -86,7 +86,7 @@ def use(page: Any, picture: str, scene: str, shot: str = "", *, moves: bool = Fa
 
 
 def main(url: str, picture: str, scene: str, shot: str = "") -> None:
-    """As the module says."""
+    """Do what the module says."""
     try:
         with chromium() as browser:
             page = browser.new_page(viewport={"width": 1180, "height": 760})

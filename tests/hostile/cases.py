@@ -46,7 +46,7 @@ def _http() -> Iterator[Case]:
     whole = host + b"\r\n"
     right = TEXT.raw()
 
-    # What is no line or no header of HTTP/1.1, or too long
+    # Lines and headers that are not HTTP/1.1, or too long
     raw: list[bytes] = [
         b"GET /v2\r\n\r\n",
         *(b"GET /v2 HTTP/%s\r\n" % version + whole for version in (b"0.9", b"3.0", b"2.0")),

@@ -94,7 +94,7 @@ def _zip() -> bytes:
 WEBP = saved(Image.new("RGB", (64, 64)), "WEBP", lossless=True)
 _EXIF = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, 0x0112, 3, 1, 6, 8)
 
-# What is small is made at once, and the rest for its first request.
+# Small files are made at once, and the rest for the first request.
 Files = dict[str, "bytes | Callable[[], bytes]"]
 
 # No image of these may be answered.

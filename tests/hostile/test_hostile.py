@@ -123,7 +123,7 @@ def exchange(address: Address, case: Case) -> tuple[list[Answer], bytes]:
 
 
 def trouble(case: Case, answers: list[Answer], rest: bytes) -> str | None:
-    """Why what came back breaks the promise of its case, or None."""
+    """The reason why the answers break the promise of their case; None if they keep it."""
     if case.promise == BROKEN and len(answers) == case.answers + 1:
         last = answers[-1]
         if last.headers.get("connection") == "close" and b"not a request of HTTP/1.1" in last.body:
@@ -186,7 +186,7 @@ def wrong(answer: Answer) -> str | None:
     return None
 
 
-# What runs
+# Servers under attack
 
 
 @contextlib.contextmanager

@@ -167,7 +167,7 @@ def test_what_is_refused_is_said_in_words(
         events["classify"](str(broken), "cat\ndog", "", 0)
 
 
-# Who may open it
+# Access
 
 
 def get(url: str, path: str = "", **headers: str) -> int:

@@ -1,4 +1,4 @@
-"""Which runtime may serve: one that computes what torch computed."""
+"""The choice of a runtime: only one that computes what torch computed may serve."""
 
 from __future__ import annotations
 

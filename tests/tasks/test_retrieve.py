@@ -192,7 +192,7 @@ class World:
         return [hit.id for hit in hits], [hit.score for hit in hits]
 
     def best(self, query: NDArray[np.floating[Any]]) -> list[int]:
-        """By numpy: all images, the best first, equals by their ids."""
+        """All images by numpy, the best first, equals by their ids."""
         scores = (self.embeds * query.astype(np.float32)).sum(axis=1)
         return sorted(range(len(self.ids)), key=lambda row: (-scores[row], self.ids[row]))
 

@@ -65,7 +65,7 @@ def colour_images(pixels: np.ndarray) -> np.ndarray:
 
 
 class Segmenter:
-    """By patches, and by masks that a request brings; with what a release would say."""
+    """Segments by patches, and by masks that a request brings; with what a release would say."""
 
     def __init__(
         self,
@@ -216,7 +216,7 @@ def test_embeddings_that_are_not_finite_are_an_error():
 
 
 def torch_pamr(maps: torch.Tensor, pixels: np.ndarray, steps: int) -> torch.Tensor:
-    """By unfolding neighbourhoods: maps [C, h, w]."""
+    """Refine maps [C, h, w] by unfolding neighbourhoods."""
     colours = torch.from_numpy(pixels.copy()).permute(2, 0, 1).double() / 255
 
     def around(values: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,7 @@ def one_release(repository: Path, folder: Path) -> Path:
 
 
 def test_only_what_is_a_model_is_served_and_the_secret_opens_the_doors(repository, tmp_path):
-    """That nobody else opens them, tests/server/test_closed.py shows."""
+    """tests/server/test_closed.py shows that nobody else opens them."""
     folder = one_release(repository, tmp_path / "repository")
     for name in (".export-x", "notes"):
         (folder / name / "1").mkdir(parents=True)

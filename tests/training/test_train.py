@@ -112,7 +112,7 @@ def test_a_run_that_is_stopped_is_resumed_to_the_same_result(
     torch.testing.assert_close(resumed.tensors, whole, rtol=0, atol=1e-7)
 
     # A run that gets a signal saves a checkpoint, from which its folder alone goes on.
-    # What a shell starts in the background ignores Ctrl-C.
+    # A process that a shell starts in the background ignores Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
