@@ -11,7 +11,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from radapter_serve.adapter import (
     Adapter,
@@ -62,17 +62,6 @@ def model(tiny_clip_dir: str) -> nn.Module:
     return load_base(tiny_clip_dir).model
 
 
-@pytest.fixture
-def inputs(tiny_clip_dir: str) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(1)
-    return torch.randn(4, 3, 32, 32), open_clip.get_tokenizer(tiny_clip_dir)(TEXTS)
-
-
-def embeds(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        return encode_image(model, inputs[0]), encode_text(model, inputs[1])
-
-
 def test_vit_b_32_has_the_papers_number_of_parameters() -> None:
     with torch.device("meta"):
         model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
@@ -83,15 +72,19 @@ def test_vit_b_32_has_the_papers_number_of_parameters() -> None:
 
 @pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("form", ["activation", "weight"])
+@torch.no_grad()
 def test_no_effect_at_the_start_and_none_left_behind(
-    model: nn.Module, inputs: tuple[Tensor, Tensor], rank: int | None, form: Any
+    model: nn.Module, tiny_clip_dir: str, rank: int | None, form: Any
 ) -> None:
+    torch.manual_seed(1)
+    pixels = torch.randn(4, 3, 32, 32)
+    tokens = open_clip.get_tokenizer(tiny_clip_dir)(TEXTS)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    expected = embeds(model, inputs)
+    expected = encode_image(model, pixels), encode_text(model, tokens)
     adapters = attach(model, rank, form=form)
     with pytest.raises(RAdapterError, match="has an adapter already"):
         attach(model)
-    attached = embeds(model, inputs)
+    attached = encode_image(model, pixels), encode_text(model, tokens)
     adapters.remove()
     torch.testing.assert_close(attached, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)

@@ -21,37 +21,25 @@ import urllib3
 
 from radapter_client import Client, ModelNotFound, ServerUnavailable
 from radapter_serve.cli.serve import main as serve
-from radapter_serve.release.repository import Served
 from radapter_serve.server.config import free_ports
 from radapter_serve.server.releases import find_server
 from tests.helpers.fake_upstream import until
 from tests.helpers.gateway import until_asked
-from tests.helpers.shared import shared
 from tests.helpers.small_release import png
 from tests.helpers.ways import in_process
 
 
-@pytest.fixture(scope="session")
-def two_releases(common: Path, repository: Path) -> Path:
-    """A repository that serves the second of two releases."""
-
-    def make(folder: Path) -> None:
-        shutil.copytree(repository, folder, dirs_exist_ok=True)
-        Served((2,)).save(folder)
-
-    return shared(common, "two-releases", make)
-
-
 @pytest.fixture
-def copy(two_releases: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(two_releases, tmp_path / "models")
+def copy(releases: Path, tmp_path: Path) -> Path:
+    """A copy of the two releases, whose server no other test's is."""
+    return shutil.copytree(releases, tmp_path / "models")
 
 
-def test_every_way_in(two_releases: Path, tmp_path: Path) -> None:
+def test_every_way_in(releases: Path, tmp_path: Path) -> None:
     """tests/server/test_releases_served.py shows that the answers are right."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "index.json").touch()
-    with in_process(two_releases, tmp_path) as one, Client(one.url) as client:
+    with in_process(releases, tmp_path) as one, Client(one.url) as client:
         assert client.indexes() == ["photos"] and client.is_ready()
         grpc = Client(one.url.replace("http", "grpc"), retries=0)
         with grpc, pytest.raises(ServerUnavailable, match="--engine process.* answers http://"):
@@ -65,9 +53,9 @@ def test_every_way_in(two_releases: Path, tmp_path: Path) -> None:
 
 
 def test_flags_that_can_not_be(
-    two_releases: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    releases: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    models = str(two_releases)
+    models = str(releases)
     for flags, message in (
         ([models, "--gateway-port", "9"], "--gateway-port has no effect with --engine process"),
         ([models, "--timeout", "9", "--drain-seconds", "9"], "--timeout, --drain-seconds has no"),
@@ -79,10 +67,10 @@ def test_flags_that_can_not_be(
 
 
 def test_the_command_starts_says_where_and_stops(
-    two_releases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port = free_ports()[0]
-    flags = [str(two_releases), "--engine", "process", "--indexes", str(tmp_path)]
+    flags = [str(copy), "--engine", "process", "--indexes", str(tmp_path)]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert serve([*flags, "--http-port", str(taken.getsockname()[1])]) == 2
     authority = trustme.CA()
@@ -105,11 +93,11 @@ def test_the_command_starts_says_where_and_stops(
 
     def ask() -> None:
         until(is_ready, 60)
-        folders.append(find_server(two_releases))
+        folders.append(find_server(copy))
 
     assert until_asked(partial(serve, flags), ask) == 0
     [folder] = folders
-    assert folder is not None and not folder.exists() and find_server(two_releases) is None
+    assert folder is not None and not folder.exists() and find_server(copy) is None
     assert f"HTTP     https://127.0.0.1:{port}" in capsys.readouterr().out
 
 

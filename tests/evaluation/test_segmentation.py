@@ -342,25 +342,18 @@ def masks_of(models: Sequence[Candidate], suite: Suite) -> dict[str, list[NDArra
     return found
 
 
-@pytest.fixture(scope="module")
-def dense_release(common: Path, dense_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `model_repository` and `merged`: that run at α = 0.6."""
-    folder = tmp_path_factory.mktemp("dense-release")
-    export_into(folder, common, dense_run, [0.6])
-    return folder
-
-
 def test_a_run_its_checkpoint_its_release_and_a_server_give_the_same_masks(
-    masked: Path, dense_run: Path, dense_release: Path, tmp_path: Path
+    masked: Path, dense_run: Path, common: Path, tmp_path: Path
 ) -> None:
     suite = suite_of(masked, *SETS)
-    repository = dense_release / "model_repository"
+    export_into(tmp_path, common, dense_run, [0.6])
+    repository = tmp_path / "model_repository"
     run = masks_of(from_adapter(dense_run, [0.6]), suite)
     others = [
-        masks_of(from_merged(dense_release / "merged"), suite),
+        masks_of(from_merged(tmp_path / "merged"), suite),
         masks_of(from_release(load_release(repository)), suite),
     ]
-    with in_process(repository, tmp_path) as server:
+    with in_process(repository, tmp_path / "indexes") as server:
         others.append(masks_of(from_release(served_release(server.url), source="server"), suite))
     for other in others:
         for name, masks in run.items():

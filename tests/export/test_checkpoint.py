@@ -3,54 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor
 
 from radapter_export import export as export_function
 from radapter_serve.clip.base import Base
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release
-from tests.export.conftest import GRAPHS, Exported, exported_once
-
-
-@pytest.fixture(scope="session")
-def tuned(tiny_base: Base) -> dict[str, Tensor]:
-    """The weights of the tiny CLIP after some training."""
-    generator = torch.Generator().manual_seed(1)
-    return {
-        name: tensor + 0.03 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in tiny_base.model.state_dict().items()
-    }
-
-
-@pytest.fixture(scope="session")
-def line(
-    tuned: dict[str, Tensor], tiny_clip_dir: str, common: Path, tmp_path_factory: Any
-) -> Exported:
-    """The releases of a checkpoint at 0.5 and 1."""
-    folder = tmp_path_factory.mktemp("line")
-    torch.save({"epoch": 1, "state_dict": tuned}, folder / "tuned.pt")
-    settings = {"checkpoint": str(folder / "tuned.pt"), "base": tiny_clip_dir, "dense": "naclip"}
-    return exported_once(common, "line", (), [0.5, 1.0], **settings)
+from tests.export.conftest import GRAPHS, Export, Exported
 
 
 def test_a_checkpoint_becomes_releases_on_its_line(
-    line: Exported, tuned: dict[str, Tensor], tiny_base: Base, tiny_clip_dir: str
+    export: Export, tiny_base: Base, tiny_clip_dir: str, tmp_path: Path
 ) -> None:
-    folder, releases = line
     base = tiny_base.model.state_dict()
+    torch.manual_seed(1)
+    tuned = {name: tensor + 0.03 * torch.randn_like(tensor) for name, tensor in base.items()}
+    torch.save({"epoch": 1, "state_dict": tuned}, tmp_path / "tuned.pt")
+    settings = {"checkpoint": str(tmp_path / "tuned.pt"), "base": tiny_clip_dir}
+    releases = export([0.5, 1.0], adapter=(), dense="naclip", **settings)
     for number, alpha in enumerate((0.5, 1.0), 1):
         merged = releases[number - 1].merged
         for name, tensor in load_file(merged / "open_clip_model.safetensors").items():
             # as WiSE-FT computes it
             assert torch.equal(tensor, (1 - alpha) * base[name] + alpha * tuned[name])
-        verify(folder / "repository", number)
-    facts = Release.load(folder / "repository" / "classify" / "1")
+        verify(tmp_path / "repository", number)
+    facts = Release.load(tmp_path / "repository" / "classify" / "1")
     assert facts.made_of is not None
     assert {**facts.made_of, "digest": facts.made_of["digest"][:7]} == {
         "kind": "checkpoint",

@@ -15,7 +15,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,17 +38,11 @@ pytestmark = pytest.mark.triton
 CATS = ["cat, kitty", "dog", "bird"]
 
 
-@pytest.fixture
-def asking(server: TritonServer) -> Iterator[Client]:
-    with Client(server.grpc_url, retries=0) as client:
-        yield client
-
-
 # Answers
 
 
 @pytest.mark.parametrize("model", ["text_encoder", "patch_encoder"])
-def test_callers_who_give_up_do_not_hold_up_the_others(client, asking, model):
+def test_callers_who_give_up_do_not_hold_up_the_others(server, client, model):
     def encoded() -> int:
         models = client.get_inference_statistics(model).model_stats
         return sum(one.inference_count for one in models)
@@ -68,8 +61,9 @@ def test_callers_who_give_up_do_not_hold_up_the_others(client, asking, model):
         time.sleep(0.001)
     for call in started:
         call.cancel()
-    asking.classify(png(0), ["cat"])
-    asking.segment(png(0), CATS)
+    with Client(server.grpc_url, retries=0) as asking:
+        asking.classify(png(0), ["cat"])
+        asking.segment(png(0), CATS)
     assert encoded() - before < most
 
 
