@@ -51,7 +51,7 @@ def names(folder: Path) -> set[str]:
 def test_a_folder_takes_the_place_of_another_or_of_none(
     exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one step where the disk can, as this one: there is a folder before every step."""
+    """It takes one step where the disk can, as this one: there is a folder before every step."""
     if not exchanged:
         monkeypatch.setattr("radapter_serve.files.exchange", lambda *_: False)
     folder = tmp_path / "new \u00e9"

@@ -94,7 +94,7 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
     ],
 )
 def test_an_extra_has_what_its_commands_import(extras: tuple[str, ...], modules: str) -> None:
-    """In a process to which the packages of other extras are not there."""
+    """It is imported in a process to which the packages of other extras are not there."""
     installed = {
         canonicalize_name(of.metadata["Name"]) for of in importlib.metadata.distributions()
     }

@@ -33,7 +33,7 @@ from tests.helpers.stand_ins import grpc_server, http_server
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two tries."""
+    """Shorten the wait between two tries."""
     monkeypatch.setattr(_sending, "FIRST_WAIT", 0.01)
 
 
@@ -148,7 +148,7 @@ def binary(**outputs: np.ndarray) -> tuple[bytes, dict[str, str]]:
 
 
 def test_inference_over_http():
-    """In binary; a proxy or another server may answer in JSON."""
+    """Triton answers in binary; a proxy or another server may answer in JSON."""
     body, headers = binary(
         label=np.array([[b"a\0", "ü".encode()]], object), score=np.array([[0.75, 0.25]], np.float32)
     )
@@ -323,7 +323,7 @@ def test_hanging_up_is_no_timeout(protocol: str):
 
 @pytest.mark.parametrize(("kind", "count"), [(Client, 1), (Client, 5), (AsyncClient, 5)])
 def test_close_ends_calls_that_wait(silent: socket.socket, protocol: str, kind: type, count: int):
-    """At once, and not when the time-out of their requests is over."""
+    """They end at once, and not when the time-out of their requests is over."""
     start = time.monotonic()
     options: dict[str, Any] = {"batch_size": 1, "release": 1, "timeout": 30}
 

@@ -190,7 +190,7 @@ def of_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any
 def test_a_base_in_the_form_of_transformers(
     of_transformers: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    """In half precision and in several files, too."""
+    """It is read in half precision and in several files, too."""
     folder = tmp_path / "half"
     shutil.copytree(of_transformers[0], folder, ignore=shutil.ignore_patterns("*.safetensors"))
     half = copy.deepcopy(of_transformers[1]).half()

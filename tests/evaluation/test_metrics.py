@@ -304,9 +304,7 @@ def least(loss: Callable[[torch.Tensor], torch.Tensor], start: list[float]) -> n
 def test_the_temperature_is_the_best_for_whether_the_best_label_is_right(
     logits: np.ndarray,
 ) -> None:
-    """Also where no temperature is right for all labels: here a third of them are drawn at
-    random.
-    """
+    """No temperature is right for all labels here: a third of them are drawn at random."""
     truth = np.where(np.arange(N) % 3, drawn(logits, 1.0), np.arange(N) // 3 % CLASSES)
     values = torch.tensor(logits, dtype=torch.float64)
     hits = torch.tensor(logits.argmax(axis=1) == truth, dtype=torch.float64)

@@ -59,7 +59,7 @@ def test_ready_suites(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_ready_suites_on_their_data(
     name: str, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the first of their templates."""
+    """Their first templates alone are used."""
     place = "radapter_serve.evaluation.run.templates_of"
     monkeypatch.setattr(place, lambda source: templates_of(source)[:1])
     suite = load_suite(SUITES / f"{name}.yaml", DATA)

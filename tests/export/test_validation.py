@@ -53,7 +53,7 @@ def test_a_release_carries_what_its_validation_data_says(
 def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     export: Export, tmp_path: Path
 ) -> None:
-    """So does its own sigmoid, which training by the loss of the base does not leave behind."""
+    """Its own sigmoid finds them too, as training by the loss of the base keeps it right."""
     random = np.random.default_rng(0)
     for number in range(204):
         split = ("photos", "others")[number // 102]

@@ -111,7 +111,7 @@ def test_metadata(served: Served) -> None:
 
 
 def test_each_release_is_asked_by_its_own_configuration(served: Served) -> None:
-    """Also after somebody has looked at another one's."""
+    """This holds even after somebody has looked at another one's."""
     served.upstream.older["embed_text", "2"] = replace(config("embed_text"), max_batch_size=1)
     two = {"inputs": [{**TEXT["inputs"][0], "shape": [2, 1], "data": ["a", "b"]}]}
     assert served.ask(INFER, two)[0] == 200

@@ -106,9 +106,9 @@ def _tower(base: Base, text: bool) -> tuple[Any, ...]:
 
 @functools.cache
 def _kept(common: Path) -> Path:
-    """Where graphs stay from one run to the next, while the code and the tools that make them are
-    the same. Each environment has a place of its own: `.ci/run` tests in two at a time, whose tools
-    differ.
+    """The folder that keeps graphs from one run to the next, while the code and the tools that make
+    them are the same. Each environment has a folder of its own: `.ci/run` tests in two at a time,
+    whose tools differ.
     """
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for folder in MAKERS:

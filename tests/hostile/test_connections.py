@@ -121,7 +121,7 @@ def unharmed(attacked: Attacked, most: int = MOST, ended: float = 20 * PATIENCE)
 @pytest.mark.slow
 @pytest.mark.parametrize("attacked", ["http"], indirect=True)
 def test_pipelining(attacked: Attacked) -> None:
-    """On four connections at once: others get their answers between those."""
+    """Four connections do it at once: others get their answers between those."""
     count = 10_000
 
     def attack() -> None:

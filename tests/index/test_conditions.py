@@ -263,7 +263,7 @@ WORDS = [
     | st.builds(operator.mul, st.sampled_from(WORDS), st.integers(1, 2000))
 )
 def test_any_condition_is_answered_soon_and_in_one_line(where: str) -> None:
-    """In time of this thread, which other programs do not change."""
+    """The time is that of this thread, which other programs do not change."""
     start = time.thread_time()
     try:
         parse_condition(where)

@@ -132,7 +132,7 @@ def test_scores_that_no_cosine_has_are_refused(
 def test_damage_to_a_stopped_build_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the checksums of the parts' pages."""
+    """The checksums of the parts' pages show it."""
     monkeypatch.setattr(writer, "BATCH", 2)
     photos = tmp_path / "photos"
     for number in range(4):

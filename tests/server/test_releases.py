@@ -380,7 +380,7 @@ def test_whatever_fails_all_is_as_it_was(change: dict[str, Any], message: str) -
 
 @pytest.mark.parametrize("loads", range(len(models(1)) + len(ENCODERS)))
 def test_a_server_that_dies_comes_back_with_one_release_as_a_whole(loads: int) -> None:
-    """Before the last task is loaded with the old one, from then on with the new one."""
+    """It is the old one until the last task is loaded, and the new one from then on."""
     old = models(1)
     new = models(2)
     server = Switched(old)

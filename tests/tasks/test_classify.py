@@ -216,7 +216,7 @@ def test_an_image_that_no_label_fits_is_unknown(local: Local, cosines: np.ndarra
 def test_calibrated_scores_are_for_the_alpha_of_the_release_alone(
     local: Local, options: dict[str, Any]
 ) -> None:
-    """Also where another is as near as float32 has it."""
+    """An alpha that is as near as float32 has it is another one, too."""
     loaded = local.changed(alpha=0.3, dynamic_alpha=True)
     own = np.float32(0.3)
     for same in (None, 0.3, float(own)):

@@ -71,7 +71,7 @@ def column(*rows: Any, kind: Any = object) -> np.ndarray:
 def test_rows_of_several_alphas_share_a_batch(
     turned: Turned, task: str, given: str, one: bytes, two: bytes
 ) -> None:
-    """Also those of one request, which become requests of one α each."""
+    """Rows of one request do so too, and become requests of one α each."""
 
     def answer(*rows: bytes, alphas: Sequence[float] = ()) -> np.ndarray:
         inputs = {given: column(*rows)}
