@@ -4,8 +4,9 @@ flags of the commands.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +92,16 @@ def write_benchmark(path: Path, suite: Mapping[str, Any], train: Mapping[str, An
     for file, document in documents.items():
         text = yaml.safe_dump(document, sort_keys=False)
         (path.parent / file).write_text(text, encoding="utf-8")
+
+
+def table_of(images: Mapping[str, Iterable[Path]], folder: Path) -> str:
+    """Write images by class as a table in a folder; returns the table as `data` takes it."""
+    path = folder / "images.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "label"])
+        table.writerows([image, label] for label, paths in images.items() for image in paths)
+    return f"csv:{path}"
 
 
 TableName = Literal["main", "1", "2", "3", "4", "5", "hyper", "why", "fig3", "all"]

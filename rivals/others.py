@@ -11,6 +11,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import harmonic_mean, mean
 from typing import Any, Literal
@@ -31,21 +32,22 @@ from radapter_serve.evaluation.metrics import average_precisions
 from radapter_serve.evaluation.rows import packed, unpacked
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import LOCAL
-from rivals.benchmark import check_seeds
+from rivals.benchmark import check_seeds, table_of
 from rivals.layout import corrected, lead_of, markdown, origin, publish, say
 from rivals.method import Method, Run, System, learned
 from rivals.radapter import r_adapter
-from rivals.small import table_of
 from rivals.tables import AT_CHOSEN_RATE, METHODS, NO_STOP, PRESERVE
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 BATCH = 64  # images a step, or all images if there are fewer
+OTHER_DATA = "other data"
 KINDS = {
     "trained": "trained classes",
     "trained, all labels": "trained, among all labels",
     "others": "others, among themselves",
     "others, all labels": "others, among all labels",
     "searches": "searches for others, mAP",
+    OTHER_DATA: OTHER_DATA,
 }
 
 
@@ -91,6 +93,18 @@ def collection(name: str, data_root: Path) -> Collection:
         tests={style: _by_class(folder) for style, folder in data.test.items()},
         fields={"crop_scale": 0.9, "flip": False},
     )
+
+
+def half_of(images: Collection, split: str, folder: Path) -> dict[str, Any]:
+    """Write the trained half in a folder; returns the fields of a recipe that trains it."""
+    trained = images.splits[split]
+    classes = folder / "classes.txt"
+    classes.write_text("\n".join(trained), encoding="utf-8")
+    templates = folder / "templates.txt"
+    templates.write_text("\n".join(images.templates), encoding="utf-8")
+    names = [split_label(label)[0] for label in trained]
+    data = table_of({name: images.train[name] for name in names}, folder)
+    return {"data": data, "classes": classes, "templates": str(templates), **images.fields}
 
 
 def _by_class(folder: Path) -> dict[str, list[Path]]:
@@ -183,6 +197,21 @@ def judge(
     return values
 
 
+def judged_rows(
+    values: Mapping[tuple[str, str], NDArray[Any]],
+    name: str,
+    settings: str,
+    split: str,
+    seed: int,
+    alpha: float,
+) -> list[Judged]:
+    """Make rows of the values by kind and style."""
+    return [
+        Judged(name, settings, split, seed, alpha, style, kind, len(each), _packed(each))
+        for (kind, style), each in values.items()
+    ]
+
+
 def read_tests(images: Collection, base: Base) -> dict[str, Images]:
     """Read the test sets, by style."""
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
@@ -209,21 +238,13 @@ def measure(
     every α; `folder` keeps the trained systems.
     """
     with tempfile.TemporaryDirectory() as place:
-        files = Path(place)
-        trained = images.splits[split]
-        (files / "classes.txt").write_text("\n".join(trained), encoding="utf-8")
-        (files / "templates.txt").write_text("\n".join(images.templates), encoding="utf-8")
-        names = [split_label(label)[0] for label in trained]
-        train = {name: images.train[name] for name in names}
+        size = sum(len(images.train[split_label(label)[0]]) for label in images.splits[split])
         run = Run(
             {
                 "architecture": f"{LOCAL}{BASE}",
-                "data": table_of(train, files),
-                "classes": files / "classes.txt",
-                "templates": str(files / "templates.txt"),
                 "seed": seed,
-                "batch_size": min(BATCH, sum(map(len, train.values()))),
-                **images.fields,
+                "batch_size": min(BATCH, size),
+                **half_of(images, split, Path(place)),
                 **fields,
             },
             folder,
@@ -233,13 +254,8 @@ def measure(
         # Other systems than plain CLIPs have no line to the base, so only the end is evaluated.
         for alpha in ALPHAS if result.system.clip() is not None else ALPHAS[-1:]:
             system = result.at(alpha)
-            for (kind, style), values in judge(system, images, split, tests).items():
-                rows.append(
-                    Judged(
-                        *(name, repr(method), split, seed, alpha, style, kind, len(values)),
-                        _packed(values),
-                    )
-                )
+            values = judge(system, images, split, tests)
+            rows += judged_rows(values, name, repr(method), split, seed, alpha)
     return rows
 
 
@@ -247,15 +263,15 @@ def _packed(values: NDArray[Any]) -> str:
     return packed(values) if values.dtype == bool else base64.b64encode(values.tobytes()).decode()
 
 
-def table(rows: Sequence[Judged], base: Sequence[Judged], own: str) -> str:
-    """Make a table of the leads over the base, with one row for each method and α; `own` is the
-    trained style.
+def table(
+    grouped: Mapping[tuple[str, str], Sequence[Judged]], base: Sequence[Judged], own: str
+) -> str:
+    """Make a table of the leads over the base, with one row for each method and α as shown; `own`
+    is the trained style.
     """
     before = {(row.split, row.style, row.kind): row.each for row in base}
-    grouped: dict[tuple[str, float], list[Judged]] = defaultdict(list)
-    for row in rows:
-        grouped[row.method, row.alpha].append(row)
-    columns = [(kind, where) for kind in KINDS for where in ("own", "others")]
+    found = {(row.kind, "own" if row.style == own else "others") for row in base}
+    columns = [place for place in product(KINDS, ("own", "others")) if place in found]
     figures = {}
     for key, group in grouped.items():
         for kind, where in columns:
@@ -278,10 +294,7 @@ def table(rows: Sequence[Judged], base: Sequence[Judged], own: str) -> str:
             if row.kind == kind and (row.style == own) == (where == "own")
         ]
         level.append(f"{100 * float(np.mean(values)):.1f}")
-    lines = [
-        [method, f"{alpha:g}", *(shown[(method, alpha), kind, where] for kind, where in columns)]
-        for method, alpha in grouped
-    ]
+    lines = [[*key, *(shown[key, kind, where] for kind, where in columns)] for key in grouped]
     return markdown(head, [level, *lines])
 
 
@@ -366,9 +379,9 @@ def others(
     system = System(base).eval()
     own = next(iter(images.tests))
     before = [
-        Judged("base", "", split, 0, 0.0, style, kind, len(values), _packed(values))
+        row
         for split in images.splits
-        for (kind, style), values in judge(system, images, split, tests).items()
+        for row in judged_rows(judge(system, images, split, tests), "base", "", split, 0, 0.0)
     ]
 
     # Train and evaluate the methods, except for runs that the file has.
@@ -402,6 +415,9 @@ def others(
         and row.seed in seeds
         and row.settings == repr(known.get(row.method))  # leaves out runs with other settings
     ]
+    grouped: dict[tuple[str, str], list[Judged]] = defaultdict(list)
+    for row in shown:
+        grouped[row.method, f"{row.alpha:g}"].append(row)
     parts = [
         "# What happens to the other classes",
         f"{origin('rivals.others')}\n"
@@ -412,7 +428,7 @@ def others(
         "± is the half of a 95 % interval over images and seeds. **Bold** survives"
         " Holm's correction over the whole table. Nothing was chosen here: the rates were fixed"
         " before, and every α is shown.",
-        table(shown, before, own),
+        table(grouped, before, own),
         "**From base to novel classes**: accuracies in the trained style in %, H is their harmonic"
         " mean.",
         base_to_novel([*before, *shown], own, out / "others.png"),

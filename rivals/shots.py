@@ -24,12 +24,11 @@ from torch import Tensor
 from radapter_serve.cli import run as run_command
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.errors import RAdapterError
-from rivals.benchmark import Flags, check_seeds
+from rivals.benchmark import Flags, check_seeds, table_of
 from rivals.cells import Cells, Judged
 from rivals.layout import corrected, lead_over, markdown, origin, publish, say
 from rivals.method import Cost, Learned, Method, Run, System
 from rivals.radapter import r_adapter
-from rivals.small import table_of
 from rivals.tables import AT_CHOSEN_RATE, METHODS, NO_STOP, figures, images_of
 
 ZERO_SHOT = "zero-shot"
