@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radapter_serve.clip.towers import encode_image, encode_text, encode_texts
-from rivals.method import Batch, Method, Run, System, Tuned, paper
+from radapter_serve.training.loop import other_prompts
+from rivals.method import Batch, Method, Run, System, Tuned, labelled_images, paper
 
 # FLYP fine-tunes both towers with CLIP's pretraining loss, the contrast of images with prompts of
 # their classes. Goyal et al., Finetune like you pretrain: Improved finetuning of zero-shot vision
@@ -20,16 +22,28 @@ from rivals.method import Batch, Method, Run, System, Tuned, paper
 
 class Flyp(System):
     """A CLIP whose parameters all learn; the other prompts of a batch are negatives, even those of
-    the same class.
+    the same class. With `negative_classes`, which is not of the paper, so are prompts of as many
+    classes that the batch lacks.
     """
 
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.base)
+        self.run = run
+        self.draw = random.Random(run.recipe.seed)
+
     def forward(self, batch: Batch) -> Tensor:
+        texts = list(batch["texts"])
+        if more := self.run.recipe.negative_classes:
+            present = set(batch["labels"].tolist())
+            texts += other_prompts(labelled_images(self.run), present, more, self.draw).values()
         images = encode_image(self.model, batch["pixels"])
-        texts = encode_text(self.model, self.tokenizer(batch["texts"]).to(self.device))
+        pairs = torch.arange(len(batch["texts"]), device=self.device)
+        images = images.repeat_interleave(len(pairs) // len(images), dim=0)
         scale: Tensor = self.model.logit_scale.exp()  # a parameter that learns
-        logits = scale * images.repeat_interleave(len(texts) // len(images), dim=0) @ texts.T
-        targets = torch.arange(len(logits), device=self.device)
-        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        embeds = encode_text(self.model, self.tokenizer(texts).to(self.device))
+        logits = scale * images @ embeds.T
+        of_texts = F.cross_entropy(logits[:, : len(pairs)].T, pairs)
+        return (F.cross_entropy(logits, pairs) + of_texts) / 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class FineTuneLikePretrain(Method):
     text: bool = True
 
     def start(self, run: Run) -> System:
-        system = Flyp(run.base)
+        system = Flyp(run)
         (system.model if self.text else system.model.visual).requires_grad_(True)
         return system
 

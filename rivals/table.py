@@ -37,7 +37,7 @@ from rivals.layout import (
     spread,
     with_interval,
 )
-from rivals.method import Method, at_rate
+from rivals.method import Method, at_rate, with_rate
 from rivals.tables import TABLES, Table, figures, images_of
 
 CHOICES = (0.25, 0.5, 0.75, 1.0)  # few α suffice, as curves are smooth, and each is an evaluation
@@ -440,7 +440,8 @@ def table(
                 raise RAdapterError(
                     f"the row {name!r} takes the rate of {base!r}; add that to --only"
                 )
-            method = dataclasses.replace(chosen[base].method, alpha=row.alpha or 1.0)
+            rate = chosen[base].method.settings["learning_rate"]
+            method, *others = [with_rate(setting, rate) for setting in (method, *others)]
             grid = [1.0]
         chosen[name] = choose(cells, name, [method, *others], choosing, grid, alphas)
 

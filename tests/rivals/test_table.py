@@ -230,11 +230,12 @@ def test_some_of_the_seeds_choose_and_all_are_tested(
 def test_rows_that_keep_their_rate_or_take_that_of_another(
     benchmark_file: Path, tmp_path: Path, asked: Any
 ):
-    """Three times the paper's rate is best, and α = 0.5; of "FT, 9e-5" nothing is chosen."""
+    """Six times the paper's rate, rank 4 and α = 0.5 are best; of "FT, 9e-5" nothing is chosen."""
     lora = rate_of(METHODS["lora"])
 
     def value(method: Any, seed: int, alpha: float) -> float:
-        return 60 - 100 * abs(rate_of(method) - 6 * lora) - abs(alpha - 0.5) + seed
+        rank = abs(getattr(method, "rank", 4) - 4)
+        return 60 - 100 * abs(rate_of(method) - 6 * lora) - abs(alpha - 0.5) - rank + seed
 
     by_split = asked(value)
     call = ["main", "--data", str(benchmark_file), "--out", str(tmp_path / "out")]
@@ -242,12 +243,13 @@ def test_rows_that_keep_their_rate_or_take_that_of_another(
     assert main([*call, "FT, 9e-5"]) == 0 and not by_split["validation"]
     text = (tmp_path / "out" / "table-main.md").read_text(encoding="utf-8")
     assert "Nothing was chosen for FT, 9e-5." in text and "What was tried" not in text
-    assert main([*call, "LoRA", "LoRA, α"]) == 0
+    assert main([*call, "LoRA", "LoRA, rank and α"]) == 0
     text = (tmp_path / "out" / "table-main.md").read_text(encoding="utf-8")
-    assert f": LoRA at {6 * lora:.2g}; LoRA, α at {6 * lora:.2g}." in text
+    assert f": LoRA at {6 * lora:.2g}; LoRA, rank and α at {6 * lora:.2g}." in text
     places = [line.split(" | ")[4] for line in text.splitlines() if line.startswith("| LoRA")][:2]
     assert places == ["-", "0.5"]
-    assert main([*call, "LoRA, α"]) == 2  # of which row is its rate?
+    assert [line for line in text.splitlines() if "rank 4 | 0.5" in line and "chosen" in line]
+    assert main([*call, "LoRA, rank and α"]) == 2  # of which row is its rate?
     assert main([*call, "WiSE-FLYP", "WiSE-FLYP, α = 0.5"]) == 0
     text = (tmp_path / "out" / "table-main.md").read_text(encoding="utf-8")
     rates = text.partition("the learning rate")[2].partition("\n")[0].rpartition(": ")[2]
