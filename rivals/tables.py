@@ -173,7 +173,8 @@ TABLES = {
             "LoRA": METHODS["lora"],
             "LoRA, rank and α": LoRA(alpha=1.0),
             "Mask-Fill": METHODS["mask-fill"],
-            "Mask-Fill, α": MaskFill(alpha=1.0),
+            # Of the weight that validation chose on both sets.
+            "Mask-Fill, α": MaskFill(alpha=1.0, weight=0.75),
             "CLIPood": CLIPood(beta=0.5),  # by its paper for domain shifts
             "Uniform soup": METHODS["soup"],
             "R-Adapter": METHODS["r-adapter"],
@@ -188,7 +189,6 @@ TABLES = {
         others={
             "LoRA, rank and α": [LoRA(alpha=1.0, rank=rank) for rank in (1, 4, 16)],
             "Mask-Fill": [MaskFill(weight=0.75)],
-            "Mask-Fill, α": [MaskFill(alpha=1.0, weight=0.75)],
         },
         starts={
             "FT": 3,
