@@ -52,12 +52,12 @@ Numbers = NDArray[np.int64]
 # A condition, which of the numbered images meet it, and Arrow's own comparison of its first column.
 WHERE: dict[str, tuple[Callable[[Numbers], Any], Callable[[Any], Any]]] = {
     "year >= 2010": (
-        lambda n: n * 7 % 20 >= 10,
+        lambda n: n // 1000 * 7 % 20 >= 10,
         lambda table: pc.greater_equal(table["year"], 2010),
     ),
     "kind = 'photo'": (lambda n: n % 3 == 0, lambda table: pc.equal(table["kind"], "photo")),
     "year >= 2005 AND kind = 'photo'": (
-        lambda n: (n * 7 % 20 >= 5) & (n % 3 == 0),
+        lambda n: (n // 1000 * 7 % 20 >= 5) & (n % 3 == 0),
         lambda table: pc.and_(
             pc.greater_equal(table["year"], 2005), pc.equal(table["kind"], "photo")
         ),
@@ -66,7 +66,10 @@ WHERE: dict[str, tuple[Callable[[Numbers], Any], Callable[[Any], Any]]] = {
         lambda n: n % 10 == 7,
         lambda table: pc.match_like(table["path"], "%7.jpg"),
     ),
-    "year = 2019": (lambda n: n * 7 % 20 == 19, lambda table: pc.equal(table["year"], 2019)),
+    "year = 2019": (
+        lambda n: n // 1000 * 7 % 20 == 19,
+        lambda table: pc.equal(table["year"], 2019),
+    ),
     "path LIKE '%77.jpg'": (
         lambda n: n % 100 == 77,
         lambda table: pc.match_like(table["path"], "%77.jpg"),
@@ -152,7 +155,7 @@ def photos_of(tables: tuple[Path, ...], most: int) -> tuple[list[Path], list[lis
 
 def rows_of(vectors: Array) -> Iterator[pa.RecordBatch]:
     """An index's columns: a path, a size, a digest, a year of twenty, one of three kinds, and a
-    thumbnail.
+    thumbnail. Year and kind say nothing of the photo; a path does.
     """
     for start in range(0, len(vectors), BATCH):
         part = np.ascontiguousarray(vectors[start : start + BATCH])
@@ -163,7 +166,7 @@ def rows_of(vectors: Array) -> Iterator[pa.RecordBatch]:
             "width": size,
             "height": size,
             "digest": pa.array([f"sha256:{number:064x}" for number in numbers]),
-            "year": pa.array([2000 + number * 7 % 20 for number in numbers], pa.int64()),
+            "year": pa.array([2000 + number // 1000 * 7 % 20 for number in numbers], pa.int64()),
             "kind": pa.array([("photo", "drawing", "print")[number % 3] for number in numbers]),
             "thumbnail": pa.array([THUMBNAIL] * len(part), pa.large_binary()),
             "vector": vector_column(part),
@@ -249,9 +252,11 @@ def measure(folder: Path, queries: dict[str, Array], report: Report) -> None:
     # Time what only the first search of a program waits for.
     start = time.perf_counter()
     index = FolderIndex(folder)
-    opened = time.perf_counter()
+    opened = time.perf_counter() - start
+    index.search(queries["texts"][0], 10)  # reads from the disk
+    start = time.perf_counter()
     index.search(queries["texts"][0], 10, "year >= 2001")
-    first = time.perf_counter()
+    first = time.perf_counter() - start
     count = len(index)
     vectors = np.asarray(np.load(folder / index.generation / VECTORS, mmap_mode="r"))
     everything = np.ones(count, bool)
@@ -292,8 +297,8 @@ def measure(folder: Path, queries: dict[str, Array], report: Report) -> None:
         f"{count:,} images, a condition", *conditions(index, folder, vectors, queries["texts"])
     )
     report.note(
-        f"Opening {count:,} images took {opened - start:.2f} s, and the first condition of"
-        f" the program {(first - opened) * 1e3:.0f} ms."
+        f"Opening {count:,} images took {opened:.2f} s, and the first condition of the"
+        f" program {first * 1e3:.0f} ms."
     )
 
 
@@ -438,7 +443,8 @@ def main(
         " matrix product up to 20,000 images, without ids, metadata and the order of equals. A"
         " condition is asked by the texts, for ten hits: new in other words each time, then the"
         " same again; what it adds is against the search without it; Arrow alone is its own"
-        " comparison of the columns. Recall is against numpy.",
+        " comparison of the columns. Year and kind say nothing of what a photo shows; a path does,"
+        " so that whole photos fall out. Recall is against numpy.",
         timed=False,
     )
     for size in sizes:
