@@ -176,7 +176,6 @@ TABLES = {
             # Of the weight that validation chose on both sets.
             "Mask-Fill, α": MaskFill(alpha=1.0, weight=0.75),
             "CLIPood": CLIPood(beta=0.5),  # by its paper for domain shifts
-            "Uniform soup": METHODS["soup"],
             "R-Adapter": METHODS["r-adapter"],
             "R-Adapter, the paper's rate and α": METHODS["r-adapter"],
             "R-Adapter, no dropping": r_adapter("imagenet", drop=0.0),
@@ -198,7 +197,6 @@ TABLES = {
             "LoRA": 3,
             "Mask-Fill": 10,
             "CLIPood": 10,
-            "Uniform soup": 3,
         },
         fixed=(
             "FT, 9e-5",
