@@ -92,7 +92,8 @@ def run() -> Any:
         model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-16"))
     model.logit_scale = nn.Parameter(torch.tensor(4.6))
     base = SimpleNamespace(model=model, tokenizer=open_clip.get_tokenizer("ViT-B-16"))
-    return SimpleNamespace(base=base, data=Labelled([], ["cat", "dog"], "image", "label"))
+    data = Labelled([], ["cat", "dog"], "image", "label")
+    return SimpleNamespace(base=base, data=data, recipe=SimpleNamespace(seed=0))
 
 
 @pytest.mark.slow
