@@ -53,9 +53,7 @@ test-triton: $(VENV)/installed-$(call with,integrations)
 # a small /dev/shm, what each room may import, an export that is killed, other libraries that open a release
 # or ask the gateway, an index by a local Ray, and what a search loads.
 SLOW := tests/cli tests/demo tests/engine tests/playground \
-  tests/rivals/test_adapters.py tests/rivals/test_full.py tests/rivals/test_methods.py tests/rivals/test_others.py \
-  tests/rivals/test_shots.py tests/rivals/test_default.py tests/rivals/test_table.py \
-  tests/export/test_checkpoint.py \
+  tests/rivals tests/export/test_checkpoint.py \
   tests/export/test_dynamic_alpha.py tests/export/test_forms.py tests/export/test_graph.py tests/export/test_validation.py \
   tests/export/test_hub.py tests/export/test_release.py tests/faults/test_shared_memory.py tests/gateway/test_openai.py \
   tests/index/test_cluster.py tests/index/test_from_embeddings.py \

@@ -64,7 +64,7 @@ def test_table_4_takes_the_output_of_a_proposal_network(
     (tmp_path / "found").mkdir()
     for file in (scenes / "masks").iterdir():
         truth = np.asarray(Image.open(file))
-        masks = np.stack([truth == value for value in (1, 2, 3)])
+        masks = np.stack([truth == value for value in (0, 1, 2)])
         np.savez(
             tmp_path / "found" / f"{file.stem}.npz",
             masks=masks.astype(np.float32),
