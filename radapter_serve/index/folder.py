@@ -45,8 +45,10 @@ VECTORS = "vectors.npy"
 VECTOR = "vector"  # the column that `vectors.npy` holds
 THUMBNAIL = "thumbnail"
 EXACT = 20_000  # images up to which a search compares every vector; above, FAISS finds candidates
-# Images that meet a condition, up to which a search compares each; above, FAISS finds candidates.
+# Images that meet a condition, and their share of all, up to which a search compares each; above
+# both, FAISS finds candidates.
 FEW = 4_096
+FEW_OF_ALL = 1 / 64
 _CHUNK_ROWS = 1 << 16  # rows of a record batch; a few large ones are compared fastest
 _CHUNK_BYTES = 256 << 20  # size of a record batch at which it is written
 _CONDITIONS = 64  # conditions whose rows are cached
@@ -240,7 +242,7 @@ class FolderIndex(Index):
         """
         effort = self.facts.nearest
         if self._neighbours is not None and effort is not None:
-            if met is not None and met.count <= FEW:
+            if met is not None and met.count <= max(FEW, FEW_OF_ALL * len(self)):
                 rows = met.positions
                 return rows[near_best(self._neighbours.cosines(embedding, rows), top_k)]
             wanted = min(top_k, len(self) if met is None else met.count)

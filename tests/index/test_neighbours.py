@@ -147,6 +147,11 @@ def test_few_rows_are_compared_exactly_and_many_keep_the_recall(
     monkeypatch.setattr(Neighbours, "nearest", lambda *_: pytest.fail("FAISS was asked"))
     best = np.argsort(-(built.vectors[:FEW] @ query))[:10]
     assert numbers_of(index, query, 10, f"path < '{FEW:06}.jpg'") == list(best)
+    # So is one in 64 of a large index.
+    monkeypatch.setattr(folder, "FEW", 10)
+    share = COUNT // 64
+    best = np.argsort(-(built.vectors[:share] @ query))[:10]
+    assert numbers_of(index, query, 10, f"path < '{share:06}.jpg'") == list(best)
 
 
 def test_an_index_grows_beyond_what_is_compared_and_shrinks(
