@@ -147,6 +147,8 @@ def test_few_rows_are_compared_exactly_and_many_keep_the_recall(
     monkeypatch.setattr(Neighbours, "nearest", lambda *_: pytest.fail("FAISS was asked"))
     best = np.argsort(-(built.vectors[:FEW] @ query))[:10]
     assert numbers_of(index, query, 10, f"path < '{FEW:06}.jpg'") == list(best)
+    with pytest.raises(pytest.fail.Exception, match="FAISS was asked"):
+        index.search(query, 10)
     # So is one in 64 of a large index.
     monkeypatch.setattr(folder, "FEW", 10)
     share = COUNT // 64
