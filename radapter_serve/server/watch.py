@@ -60,11 +60,12 @@ class Watch:
         # Processes that are dead or stopped in this poll and the last one.
         states = self._states()
         bad = {psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED}
-        suspects = {pid for pid, state in states.items() if state in bad} - self._reported
+        suspects = {pid for pid, state in states.items() if state in bad}
         certain = sorted(suspects & self._suspects)
         self._suspects = suspects
 
-        # Find why they died, once for each version of a model.
+        # Find why they died, once for each version of a model. A process of a model that is started
+        # again may have been stopped later than the one that was reported.
         failures: dict[tuple[str, int | None], Failure] = {}
         for pid in certain:
             if states[pid] == psutil.STATUS_STOPPED:
@@ -73,6 +74,8 @@ class Watch:
                 why = "a signal had stopped it, so it was killed"
             else:
                 why = how_it_ended(_exit_code(pid))
+            if pid in self._reported:
+                continue
             if pid == self._process.pid:
                 failure = Failure(SERVER, why)
             elif pid in self._models:

@@ -95,6 +95,22 @@ def test_a_death_is_reported_once_with_its_reason(parent, name, number, why):
         assert set(watch.models().values()) == {"classify", "segment"} - {name}
 
 
+def test_a_process_that_is_stopped_after_its_model_was_reported_is_killed_unreported(
+    parent, tmp_path
+):
+    two = [sys.executable, "-c", PARENT.replace("segment/12", "classify/1"), str(tmp_path)]
+    with subprocess.Popen(two, start_new_session=True) as process:
+        watch = Watch(process)
+        until(lambda: len(watch.models()) == 2 and watch.poll() == [])
+        first, second = watch.models()
+        os.kill(first, signal.SIGSTOP)
+        assert [failure.name for failure in first_of(watch)] == ["classify"]
+        os.kill(second, signal.SIGSTOP)
+        until(lambda: watch.poll() or not watch.models())
+        assert watch.poll() == []
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 class Scene:
     """A supervisor of a stand-in for a server. A look finds the next of `deaths`, a
     probe those in `silent`; a model fails to start `fails` times.
