@@ -164,6 +164,7 @@ TABLES = {
             "FT, 9e-5": with_rate(METHODS["ft"], 9e-5),
             "FT, 2.7e-4": with_rate(METHODS["ft"], 2.7e-4),
             "WiSE-FT": METHODS["wise-ft"],
+            "Uniform soup": METHODS["soup"],
             "FLYP": METHODS["flyp"],
             "WiSE-FLYP": METHODS["wise-flyp"],
             "WiSE-FLYP, α = 0.5": METHODS["wise-flyp"],
@@ -192,6 +193,7 @@ TABLES = {
         starts={
             "FT": 3,
             "WiSE-FT": 3,
+            "Uniform soup": 3,
             "FLYP": 10,
             "WiSE-FLYP": 10,
             "LoRA": 3,
