@@ -13,11 +13,10 @@ import pytest
 
 from radapter_serve.gateway.connections import MAX_HEADERS, network_of
 from radapter_serve.gateway.settings import Timeouts
-from tests.gateway.test_gateway import ALIVE, BODY, HEAD
+from tests.gateway.test_gateway import ALIVE, BODY, EMBED, HEAD, heard
 from tests.helpers.fake_upstream import Served, serving, until
 
 HOST = b"HTTP/1.1\r\nHost: localhost\r\n"
-EMBED = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
@@ -27,21 +26,9 @@ def served() -> Iterator[Served]:
         yield one
 
 
-def answer(it: socket.socket) -> bytes:
-    """One answer as a whole, and nothing beyond it; nothing where the connection has ended."""
-    head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        part = it.recv(1)
-        if not part:
-            return head
-        head += part
-    size = int(head.lower().partition(b"\r\ncontent-length:")[2].split()[0])
-    return head + it.recv(size, socket.MSG_WAITALL)
-
-
 def answers(it: socket.socket, request: bytes = ALIVE) -> bool:
     it.sendall(request)
-    return answer(it).startswith(b"HTTP/1.1 200")
+    return heard(it).startswith(b"HTTP/1.1 200")
 
 
 def has_ended(it: socket.socket, seconds: float = 20) -> bool:
@@ -77,7 +64,7 @@ def test_a_newcomer_gets_the_place_that_has_waited_longest(served: Served) -> No
         assert len(served.connections.open) == 8
         assert all(answers(it) for it in (kept[1], *kept[5:]))
         served.let_go()
-        assert answer(kept[0]).startswith(b"HTTP/1.1 200")
+        assert heard(kept[0]).startswith(b"HTTP/1.1 200")
 
 
 def test_where_all_are_at_work_a_newcomer_waits_for_a_place(served: Served) -> None:
@@ -91,7 +78,7 @@ def test_where_all_are_at_work_a_newcomer_waits_for_a_place(served: Served) -> N
         assert not has_ended(newcomer, 0.05)
         assert len(served.connections.open) == 8
         served.let_go()
-        assert answer(newcomer).startswith(b"HTTP/1.1 200")
+        assert heard(newcomer).startswith(b"HTTP/1.1 200")
 
 
 def test_an_address_at_its_limit_gets_no_further_place_and_another_does(
@@ -121,7 +108,7 @@ def test_a_connection_that_ends_gives_its_place_back() -> None:
     with serving(max_connections=8) as served:
         for begin in (ALIVE, b"GET /he") * 5:
             with served.connection(begin) as it:
-                assert begin != ALIVE or answer(it)
+                assert begin != ALIVE or heard(it)
         until(lambda: not served.connections.open)
         assert not served.connections._of_address and not served.connections.waiting
 
@@ -154,13 +141,13 @@ def test_a_caller_who_does_not_ask_has_a_limited_time() -> None:
         slow.sendall(ALIVE[:9])
         time.sleep(0.7)
         slow.sendall(ALIVE[9:])
-        head = answer(slow).split(b"\r\n")
+        head = heard(slow).split(b"\r\n")
         assert head[0] == b"HTTP/1.1 200 OK"
         # Nothing names the program.
         names = [line.partition(b":")[0] for line in head[1:5]]
         assert names == [b"date", b"content-length", b"content-type", b"x-request-id"]
         for first, it in idle:
-            assert ALIVE not in first or answer(it)
+            assert ALIVE not in first or heard(it)
             assert it.recv(1) == b""
 
 
@@ -174,7 +161,7 @@ def test_a_request_that_comes_byte_by_byte(served: Served) -> None:
             it.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for number in range(len(request)):
                 it.sendall(request[number : number + 1])
-            assert answer(it).startswith(b"HTTP/1.1 200")
+            assert heard(it).startswith(b"HTTP/1.1 200")
             assert answers(it)
     # Our client knows a server of HTTP by this end of a call by gRPC.
     with served.connection(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") as it:
@@ -193,7 +180,7 @@ def test_one_request_at_a_time_and_all_in_their_order(served: Served) -> None:
         assert len(served.upstream.asked) == 1
         served.let_go()
         for name in names:
-            assert b'"model_name":"%s"' % name in answer(it)
+            assert b'"model_name":"%s"' % name in heard(it)
     assert [one.model.encode() for one in served.upstream.asked] == names
 
 
@@ -205,7 +192,7 @@ def test_what_comes_behind_a_request_does_not_cost_its_answer(served: Served) ->
         with served.connection(request) as it:
             until(lambda: len(served.upstream.asked) > asked)  # noqa: B023
             served.let_go()
-            beginnings = [answer(it)[:12] for _ in range(answered)]
+            beginnings = [heard(it)[:12] for _ in range(answered)]
             assert beginnings == [b"HTTP/1.1 200", b"HTTP/1.1 400"][:answered]
             assert it.recv(1) == b""
 
@@ -225,7 +212,7 @@ def test_what_comes_behind_a_request_does_not_cost_its_answer(served: Served) ->
 )
 def test_what_is_not_this_protocol(served: Served, request_: bytes) -> None:
     with served.connection(request_) as it:
-        said = answer(it)
+        said = heard(it)
         assert said.startswith(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n")
         error = json.loads(said.partition(b"\r\n\r\n")[2])["error"]
         assert error.startswith("[invalid_argument] these bytes are not a request of HTTP/1.1")
@@ -247,7 +234,7 @@ def test_what_never_ends_is_cut_off(served: Served, head: bytes) -> None:
     """Headers, a trailer, and what a chunk says of itself: none is kept beyond the limit."""
     with served.connection(head + b"a" * MAX_HEADERS) as it:
         it.sendall(b"a" * 2 * MAX_HEADERS)
-        assert answer(it).startswith(b"HTTP/1.1 431")
+        assert heard(it).startswith(b"HTTP/1.1 431")
         with contextlib.suppress(ConnectionError):
             for _ in range(20):
                 it.sendall(b"a" * 2**20)
@@ -269,7 +256,7 @@ def test_it_stops_with_kept_connections_and_with_the_answer_that_is_under_way() 
         with pytest.raises(ConnectionError):
             until(lambda: served.connection().__enter__().close())
         served.let_go()
-        assert b"\r\nconnection: close" in answer(busy)
+        assert b"\r\nconnection: close" in heard(busy)
         assert busy.recv(1) == b""
 
 
@@ -279,7 +266,7 @@ def test_it_stops_although_a_request_never_ends() -> None:
         busy.sendall(EMBED)
         until(lambda: served.upstream.asked)
         served.stop()
-        assert answer(busy).startswith(b"HTTP/1.1 500")
+        assert heard(busy).startswith(b"HTTP/1.1 500")
         assert busy.recv(1) == b""
         assert served.upstream.cancelled == 1
 

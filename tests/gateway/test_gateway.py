@@ -31,17 +31,22 @@ from tests.helpers.fake_upstream import INFER, TEXT, FakeUpstream, Served, confi
 
 BODY = json.dumps(TEXT).encode()
 HEAD = b"POST %s HTTP/1.1\r\nHost: localhost\r\n" % INFER.encode()
+EMBED = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
 ALIVE = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
 IMAGE = {"name": "image", "shape": [1], "datatype": "BYTES", "data": ["eA=="]}
 LOCAL = "localhost:8080"
 
 
 def heard(it: socket.socket) -> bytes:
-    """All of an answer in JSON."""
-    answer = b""
-    while b"}" not in answer and (part := it.recv(1000)):
-        answer += part
-    return answer
+    """One answer as a whole, and nothing beyond it; nothing where the connection has ended."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        part = it.recv(1)
+        if not part:
+            return head
+        head += part
+    size = int(head.lower().partition(b"\r\ncontent-length:")[2].split()[0])
+    return head + it.recv(size, socket.MSG_WAITALL)
 
 
 # Answers
@@ -232,7 +237,7 @@ def test_more_than_may_wait_is_refused_at_once() -> None:
 def test_a_caller_that_leaves_cancels_its_request() -> None:
     with serving(max_concurrent=1) as served:
         served.hold()
-        with served.connection(HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)):
+        with served.connection(EMBED):
             until(lambda: served.upstream.asked)
         until(lambda: served.upstream.cancelled == 1)
         served.let_go()
