@@ -252,26 +252,3 @@ def test_a_failure_lets_go_of_what_was_under_way(
                 upstream.failure = failure
                 assert served.ask(path, body)[0] >= 400
                 until(lambda: upstream.held() is None)
-
-
-URL = "data:image/png;base64,"
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        (EMBEDDINGS, {"model": "radapter", "input": URL + "A" * MIB + "!"}),
-        (EMBEDDINGS, {"model": "radapter-7", "input": URL + "iVBORw0K" + "A" * MIB}),
-        (INFER, {"inputs": [{**text_of(MIB)["inputs"][0], "shape": [2, 1]}]}),
-    ],
-    ids=["base64", "release", "shape"],
-)
-def test_a_refusal_lets_go_of_its_body(path: str, body: dict[str, Any], without_gc: None) -> None:
-    sent = json.dumps(body).encode()
-    with serving() as served:
-        status = served.ask(path, sent)[0]  # what the first request makes stays
-        tracemalloc.start()
-        before = tracemalloc.get_traced_memory()[0]
-        assert 400 <= served.ask(path, sent)[0] == status < 500
-        until(lambda: tracemalloc.get_traced_memory()[0] < before + MIB / 4)
-        tracemalloc.stop()
