@@ -237,5 +237,5 @@ def test_header_lengths_that_are_taken() -> None:
     "length", ["", "-1", "0", "0000000000055", "1e3", "9" * 5000, "٣", "+5", " 5", "1_0"]
 )
 def test_header_lengths_that_are_refused(length: str) -> None:
-    with pytest.raises(Refused, match="Inference-Header-Content-Length is"):
+    with pytest.raises(Refused, match="Inference-Header-Content-Length is '[ -~]*;"):
         read(json.dumps({"inputs": [TEXT]}).encode(), length, MODELS["embed_text"])
