@@ -121,9 +121,7 @@ def example_values(
 
 
 def proposal_values(proposals: Any, scores: Any) -> dict[str, Any]:
-    """Convert one image's proposals to the types that `segment` takes: masks are uint8 [N, H, W],
-    255 inside.
-    """
+    """Convert an image's proposals to what `segment` takes: uint8 [N, H, W], 255 inside."""
     values: dict[str, Any] = {}
     if scores is not None:
         values["proposal_scores"] = _array("proposal_scores", scores).astype(np.float32)
@@ -143,10 +141,7 @@ def proposal_values(proposals: Any, scores: Any) -> dict[str, Any]:
 
 
 def one_each(name: str, value: Any, images: int | None) -> list[Any]:
-    """Split an argument that has one entry for each image; refuses a list of another length.
-
-    `images` is the number of images, or None for one image that is not in a list.
-    """
+    """Split an argument with one entry for each of so many images, None for one without a list."""
     if images is None:
         return [value]
     if value is None:

@@ -125,9 +125,7 @@ def encode(request: Request) -> tuple[bytes, dict[str, str]]:
 
 
 def decode(body: bytes, length: str | None) -> Reply:
-    """Decode the body of a reply: `length` bytes of JSON, then the tensors; all JSON if `length` is
-    None.
-    """
+    """Decode the body of a reply: `length` bytes of JSON, None for all, then the tensors."""
     end = len(body) if length is None else int(length)
     head = json.loads(body[:end])
     outputs: dict[str, Array] = {}
@@ -158,10 +156,8 @@ def _reason(error: urllib3.exceptions.HTTPError) -> str:
 
 
 class _UntilDeadline(io.RawIOBase):
-    """The bytes that a connection receives, until the request's deadline.
-
-    A socket's own time-out starts again with every byte, so that a server which sends one byte a
-    second could block a caller without end.
+    """The bytes that a connection receives until the request's deadline. A socket's own time-out
+    starts again with every byte.
     """
 
     def __init__(
@@ -184,11 +180,7 @@ class _UntilDeadline(io.RawIOBase):
 
 
 class _EndsInTime(HTTPConnection):
-    """A connection that ends a request at its deadline, answer included; while open, it is in the
-    transport's set of connections.
-
-    urllib3 applies a time-out to each step: connect, TLS handshake, each part sent. Here the
-    deadline is set when urllib3 sets `timeout`, before the first step, and each step gets the time
+    """A connection that ends a request at its deadline, answer included: each step gets the time
     that is left.
     """
 
@@ -204,7 +196,7 @@ class _EndsInTime(HTTPConnection):
 
     @timeout.setter
     def timeout(self, seconds: Any) -> None:
-        # A new connection gets a placeholder; each request sets a number.
+        # A new connection gets a placeholder; each request sets a number before its first step.
         if isinstance(seconds, (int, float)):
             self._deadline = time.monotonic() + seconds
 

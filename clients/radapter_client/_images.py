@@ -54,9 +54,7 @@ def is_one_image(images: object) -> bool:
 
 
 def encode_image(image: ImageLike) -> bytes:
-    """Encode pixels as PNG, or read the bytes of an image file; raises `InvalidImage` if the image
-    cannot be read.
-    """
+    """Encode pixels as PNG, or read the bytes of an image file."""
     if isinstance(image, (str, os.PathLike)):
         try:
             return Path(image).read_bytes()
@@ -93,10 +91,8 @@ def encode_image(image: ImageLike) -> bytes:
 
 
 def encode_small(image: ImageLike, shrink_to: int | None) -> bytes:
-    """Encode an image, after reducing a photo whose shorter side has more than `shrink_to` pixels.
-
-    An image that cannot be read here is sent unchanged, so that the server reports the error;
-    palettes and other modes that photos don't have are sent unchanged, too.
+    """Encode an image; a photo whose shorter side has more than `shrink_to` pixels is reduced
+    first. An image that cannot be read is sent unchanged, so that the server reports the error.
     """
     if shrink_to is None:
         return encode_image(image)
@@ -195,9 +191,7 @@ def size_bound(image: ImageLike) -> int:
 
 
 def chunks(sizes: Sequence[int], max_rows: int, max_bytes: int) -> list[range]:
-    """Split items of these sizes, in order, into runs of at most `max_rows` items and `max_bytes`;
-    a larger item is a run by itself.
-    """
+    """Split items of these sizes into runs of at most `max_rows` items and `max_bytes`."""
     runs: list[range] = []
     start = total = 0
     for index, size in enumerate(sizes):

@@ -277,9 +277,7 @@ PALE = (110, 114, 120)
 
 @lru_cache(maxsize=1)
 def palette() -> npt.NDArray[np.uint8]:
-    """The colours of labels, RGB [COLOURS, 3]: the fixed first ones, then each the farthest from
-    all before it.
-    """
+    """The colours of labels, RGB [COLOURS, 3]; each new one is the farthest from those before."""
     levels = np.linspace(0, 255, 12).round()
     known = np.concatenate(
         [FIRST, np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)]

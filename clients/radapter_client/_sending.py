@@ -52,10 +52,7 @@ class Sender:
             raise RAdapterClientError("the client is closed; make a new one")
 
     def ask(self, parts: Sequence[Part], timeout: float | None) -> list[Any]:
-        """Send requests and return their replies, in order.
-
-        `timeout` is in seconds for each request; None takes the client's.
-        """
+        """Send requests and return their replies, in order, within `timeout` seconds each."""
         self.check_open()
         seconds = self._timeout if timeout is None else check_seconds(timeout)
         cancelled = CANCELLED.get()
@@ -83,15 +80,13 @@ class Sender:
             raise
 
     def _send(self, part: Part, seconds: float, cancelled: threading.Event | None) -> Any:
-        """Send a request and return its reply; retries while no server answers.
-
-        Requests only read, so they can be repeated. A time-out is not retried: the server is slow,
-        and the caller has waited long enough. A "ready" request is sent once, as "no server
-        answers" is already its answer.
+        """Send a request, which only reads, and again while no server answers; a time-out is not
+        retried.
         """
         if cancelled is not None and cancelled.is_set():
             raise RAdapterClientError("the call was cancelled")
         request = part()
+        # That no server answers is an answer to "ready".
         retries = 0 if request.action == "ready" else self._retries
         wait = FIRST_WAIT
         end = time.monotonic() + seconds

@@ -46,9 +46,7 @@ class Values(Mapping[str, Array]):
 
 
 class Rows(Values):
-    """Inputs of a task with a batch: `varied` has one entry for each row, and the other inputs are
-    repeated for every row.
-    """
+    """Inputs of a task with a batch; all but `varied` are repeated for every row."""
 
     def __init__(self, plain: Mapping[str, Any], varied: str) -> None:
         super().__init__(plain)

@@ -97,9 +97,7 @@ class ServerError(RAdapterClientError):
 
 
 def shown(value: object) -> str:
-    """Format a value for an error message, on one line of at most 80 characters; values other than
-    texts and numbers are named by their type.
-    """
+    """Format a value for an error message, in at most 80 characters of one line."""
     if value is None or isinstance(value, (str, bytes, Number)):
         return f"{value!r:.80}"
     return f"a value of type {type(value).__name__}"
@@ -168,10 +166,8 @@ def read_failure(text: str) -> Failure:
 
 
 def from_server(status: str, text: str) -> RAdapterClientError:
-    """Build the exception for a failure that the server reported.
-
-    `status` is gRPC's name of it ("INVALID_ARGUMENT") or HTTP's number ("400"); `text` is the
-    message, which may begin with a code in brackets.
+    """Build the exception for a failure that the server reported, with gRPC's name of its status or
+    HTTP's number.
     """
     failure = read_failure(text)
     code = failure.code

@@ -33,9 +33,7 @@ def pack(array: Array) -> bytes:
 
 
 def unpack(data: bytes | memoryview, datatype: str, shape: Sequence[int]) -> Array:
-    """Decode the bytes of `pack`; raises `ValueError` or `KeyError` if they are not of this shape
-    and type.
-    """
+    """Decode the bytes of `pack`; a `ValueError` or `KeyError` if they do not fit."""
     if datatype != "BYTES":
         return np.frombuffer(data, NUMPY[datatype]).reshape(shape)
     count = math.prod(shape)

@@ -45,11 +45,8 @@ _WORDS = [
 
 
 class Inputs:
-    """Seeded inputs at each batch size.
-
-    `images` are uint8 [B, S, S, 3]; `tokens`, as the server sends them, int32 [B, L], cropped to
-    the longest text if the tower allows it; `full_tokens` are the same texts through open_clip's
-    tokenizer, int64 [B, context length].
+    """Seeded inputs at each batch size: images, tokens as the server sends them, and the same texts
+    by open_clip's tokenizer, of full length.
     """
 
     def __init__(self, base: Base, tokenizer: Tokenizer, size: int, seed: int = 0) -> None:
@@ -80,11 +77,8 @@ def samples_at(
     *,
     mixed: bool = False,
 ) -> dict[str, Samples]:
-    """Compute torch's embeddings of each graph's inputs at one α; with `mixed`, for graphs whose α
-    is an input, rows alternate between this and other α.
-
-    The embeddings are those of open_clip's own towers with attached adapters, whose α `set_alpha`
-    sets. `dense` is the method of patch embeddings; None leaves them out.
+    """Compute torch's embeddings of each graph's inputs by open_clip's own towers, with adapters
+    attached; `mixed`, for graphs whose α is an input, alternates several α.
     """
     values = itertools.cycle((alpha, 0.0, 1.0, 0.25) if mixed else (alpha,))
     alphas: list[npt.NDArray[Any]] = [
@@ -125,9 +119,7 @@ def samples_at(
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A metric of the task in per cent, by torch with attached adapters and by the encoders of a
-    release.
-    """
+    """A metric in per cent, by torch with attached adapters and by the encoders of a release."""
 
     dataset: str
     n: int  # number of images
@@ -145,11 +137,8 @@ def measure(
     known: Iterable[LabelSet],
     say: Callable[[str], None],
 ) -> tuple[Accuracy, Confidence | str | None]:
-    """Evaluate a release, and its base with adapters attached at the release's α; raises an error
-    if the release loses more than `max_drop` points.
-
-    Label sets in `known` are not embedded again. Also returns calibrated scores, or a warning that
-    explains why there are none; None if the data has no classes.
+    """Evaluate a release, and its base with adapters attached; refuse a loss above `max_drop`
+    points. Also returns calibrated scores, or a warning that says why there are none.
     """
     entry = data.entry
     facts = loaded.release
@@ -208,12 +197,7 @@ def measure(
 def open_validation(
     metadata: Metadata, data: str | None, dense: str | None, precision: str
 ) -> EvaluationSet | None:
-    """Open the data for the evaluation of releases.
-
-    `data` has the form of a recipe's `val_data`, or is "none", or "own" for the run's (its
-    `val_data`, or the share that it held out). None takes the run's, if it can still be read and
-    the precision is not fp32.
-    """
+    """Open the data for the evaluation of releases; None if it is not wanted or not there."""
     has_own = metadata.source.val_data or metadata.source.val_fraction
     if data == "none" or (data is None and (precision == "fp32" or not has_own)):
         return None

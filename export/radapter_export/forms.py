@@ -126,9 +126,7 @@ def check_replaceable(folder: Path, flag: str, files: Collection[str]) -> None:
 
 
 def base_form(base: Base) -> Form:
-    """Find the form of a base in transformers; raises an error, before anything is written, if that
-    library computes the base differently.
-    """
+    """Find the form of a base in transformers; refuses a base that it computes differently."""
     check_installed("transformers", "huggingface")
     form = form_of(base.name, base.model, base.tokenizer)
     state_dict = base.model.state_dict()
@@ -146,9 +144,7 @@ def base_form(base: Base) -> Form:
 
 
 def save_form(folder: Path, base: Base, form: Form, state_dict: Mapping[str, Tensor]) -> int:
-    """Write a model of weights in open_clip's names, with processor and tokenizer; returns the size
-    of the weights' file in bytes.
-    """
+    """Write a model with processor and tokenizer; returns the bytes of its weights."""
     with quiet():
         with staged(folder / WEIGHTS) as path:
             tensors = to_transformers(state_dict, form)
@@ -163,9 +159,7 @@ def save_form(folder: Path, base: Base, form: Form, state_dict: Mapping[str, Ten
 def check_form(
     folder: Path, base: Base, samples: Mapping[str, Samples], bounds: Tolerance, form: Form
 ) -> Agreement:
-    """Load a folder as a user would, and compare it with torch's embeddings at its α. The processor
-    is that which `base_form` has checked.
-    """
+    """Load a folder as a user would, and compare it with torch's embeddings at its α."""
     with quiet():
         model = form.classes[1].from_pretrained(folder, local_files_only=True).eval()
 

@@ -76,9 +76,7 @@ class PatchTower(ImageTower):
 
 
 class TextTower(nn.Module):
-    """Token ids to embeddings of unit length; a causal tower takes texts of any length up to its
-    context length.
-    """
+    """Token ids to embeddings of unit length; a causal tower takes texts of any length."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -127,9 +125,8 @@ class Attention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Attend from `query` [B, L, D] to `key` [B, K, E]; `value` is the same tensor as `key`.
-
-        `attn_mask` is added to the scores: [L, K], or [B·heads, L, K].
+        """Attend from `query` [B, L, D] to `key`, which is `value`, [B, K, E]; `attn_mask`, [L, K]
+        or [B·heads, L, K], is added to the scores.
         """
         batch, length, width = query.shape
         depth = width // self.num_heads
@@ -158,9 +155,7 @@ class Attention(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Scale to unit length in fp32; by rsqrt, as TensorRT refuses the exported axes of
-    `F.normalize`.
-    """
+    """Scale to unit length in fp32; TensorRT refuses the exported axes of `F.normalize`."""
     x = x.float()
     return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True).clamp_min(1e-24))
 
@@ -184,11 +179,7 @@ def exportable(model: nn.Module, *, only: str = "", without: str = "") -> Any:
 
 
 class DynamicAlphaTower(nn.Module):
-    """A tower with a second input, `alpha` float32 [B, 1], in place of a folded α.
-
-    Replaces the adapted layers of `tower` in place; only the names and shapes of the adapter's
-    tensors matter.
-    """
+    """Gives a tower, whose adapted layers it replaces, the input `alpha`, float32 [B, 1]."""
 
     def __init__(self, tower: nn.Module, adapter: Adapter) -> None:
         super().__init__()
@@ -212,8 +203,6 @@ class DynamicAlphaTower(nn.Module):
 class DynamicAlphaLinear(nn.Module):
     """Computes `y + α·F·y` with `y = W·x + b`, the same as the fold at α: (W + α·F·W)·x + (b +
     α·F·b).
-
-    W is [d, k] and b [d]; the adapter has `full` [d, d], or `up` [d, r] and `down` [r, d].
     """
 
     full: Tensor
@@ -248,10 +237,8 @@ class _Alpha:
 
 @dataclass
 class Graph:
-    """A tower as an ONNX graph without weights; `name` is that of the model in the repository.
-
-    `constants` are values outside the state dict: mean, std, the causal mask, the neighbourhood of
-    patches.
+    """A tower as an ONNX graph without weights; `constants`, such as mean and std, are outside the
+    state dict.
     """
 
     name: str
@@ -261,11 +248,8 @@ class Graph:
     def save(
         self, weights: Mapping[str, Tensor], path: Path, *, external_above: int = EXTERNAL_ABOVE
     ) -> int:
-        """Add weights, write the file and check it; returns the size of all written files in bytes.
-
-        `weights` is a state dict of the whole CLIP, whose tensors are cast to the types of the
-        initializers of the same names. More than `external_above` bytes of weights are written
-        to a separate file next to the graph.
+        """Add the weights of a CLIP's state dict, cast to the graph's types, write the file and
+        check it; returns the size of all written files in bytes.
         """
         initializers = self.model.graph.initializers
         weightless = {
@@ -296,10 +280,8 @@ def size_of(path: Path) -> int:
 
 
 def image_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
-    """Export `image_encoder`: `image` uint8 [B, S, S, 3] to `image_embeds` float32 [B, D].
-
-    With `dynamic`, here and below, `alpha` float32 [B, 1] is a second input; the weights are the
-    base's and the adapter's.
+    """Export `image_encoder`: `image` uint8 [B, S, S, 3] to `image_embeds` float32 [B, D]; with
+    `dynamic`, here and below, `alpha` float32 [B, 1] is a second input.
     """
     return _export("image", ImageTower(base), _pixels(base), dynamic)
 

@@ -82,11 +82,8 @@ def card_of(
     *,
     transformers: bool = False,
 ) -> str:
-    """Write the text of a release's model card, for a folder or for a repository on the `hub`.
-
-    `metadata` is the adapter's, `curve` the figures of `Choice`; `library` is the one that opens
-    the weights next to the card, and `transformers` is set if the repository has that form, too.
-    The card has no path of this machine: of files and folders only the names.
+    """Write the text of a release's model card, for a folder or for a repository on the `hub`. The
+    card has no path of this machine.
     """
     # Imported here: a server takes releases without these dependencies of an export.
     from huggingface_hub import EvalResult, ModelCardData
@@ -225,8 +222,8 @@ def _named(source: str) -> str:
 
 
 def prepare_push(name: str, alphas: int, runtime: str) -> str:
-    """Create a private repository, or check that an existing one may be written, before the export;
-    returns its full name. Without an organisation, it belongs to the user's account.
+    """Check, before the export, that a release may be pushed, and create a missing repository,
+    which is private; returns its full name.
     """
     from huggingface_hub import HfApi
 
@@ -250,10 +247,7 @@ def prepare_push(name: str, alphas: int, runtime: str) -> str:
 
 
 def push(name: str, release: Release, settings: ExportSettings, card: str) -> str:
-    """Push a release in one commit; returns the name with the commit.
-
-    The same commit deletes an earlier release's other files in `release/` and `transformers/`.
-    """
+    """Push a release in one commit, replacing an earlier one; returns its name and commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     # Collect the data of the release, each file once, and its digests.
@@ -298,12 +292,8 @@ def push(name: str, release: Release, settings: ExportSettings, card: str) -> st
 
 
 def take(name: str) -> Path | None:
-    """Download a release from the hub, as a model repository in the cache; returns None if the
-    repository has no release.
-
-    `name` is `hf-hub:ORGANISATION/NAME`, or with `@REVISION`: a branch, a tag or a commit. Files
-    are verified by their digests, and the models' configs are written here. The result is outside
-    the snapshot, which may hold any file of the hub.
+    """Download a release from the hub, and build a model repository of its files in the cache; None
+    if there is no release.
     """
     check_installed("huggingface_hub", "server")
     from huggingface_hub import constants, snapshot_download
@@ -385,9 +375,7 @@ def take(name: str) -> Path | None:
 
 
 def _link(data: Path, sums: Mapping[str, str], model: str, folder: Path) -> None:
-    """Put the files of a model into its folder, as hard links to the data; a runtime may refuse to
-    follow the cache's symbolic links.
-    """
+    """Link a model's files into its folder; runtimes may refuse the cache's symbolic links."""
     folder.mkdir()
     for file in sums:
         parent, _, name = file.rpartition("/")

@@ -33,10 +33,7 @@ from radapter_serve.tasks.embed import embed_labels
 def base_facts(
     base: Base, weights: Mapping[str, Tensor], dense: str | None, *, exif_orientation: bool
 ) -> dict[str, Any]:
-    """Fields of a `Release` that follow from a base and its weights.
-
-    Raises an error for a base without patch embeddings by the method `dense`.
-    """
+    """Fields of a `Release` that follow from a base with the dense method, and its weights."""
     preprocess = base.preprocess
     copied = ("mode", "interpolation", "resize_mode", "fill_color")
     scale, bias = logit_scale_and_bias(weights)
@@ -67,13 +64,8 @@ def load_in_torch(
     device: str | None = None,
     indexes: Path = Path("indexes"),
 ) -> LoadedRelease:
-    """Load a base, or a base with a folded adapter, in torch; the base's model gets the folded
-    weights.
-
-    `exported` holds the facts of a merged checkpoint. By default `alpha` is the adapter's own,
-    `dense`, the method of patch embeddings, that of the run or of `exported`, and `device` a GPU if
-    there is one. Raises an error for an adapter of another base, an α outside [0, 1], or a missing
-    device.
+    """Load a base in torch, with an adapter folded into its weights; `exported` has the facts of a
+    merged checkpoint.
     """
     if adapter is None and alpha not in (None, 0.0):
         raise RAdapterError(f"alpha is {alpha:g}, but {base.name} has no adapter; leave it out")

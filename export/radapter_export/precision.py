@@ -61,9 +61,7 @@ _PASSTHROUGH_OPS = {
 
 
 def lower(graph: Graph, precision: str) -> Graph:
-    """Convert a graph to fp16 or bf16; inputs and outputs keep their types, initializers their
-    names.
-    """
+    """Convert a graph to fp16 or bf16, all but its inputs and outputs."""
     low = TYPES[precision]
     model = graph.model.clone()
     nodes = list(model.graph)
@@ -145,9 +143,8 @@ def _floats(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
 def calibrate(
     images: Sequence[Path], base: Base, source: Source, tokenizer: Tokenizer
 ) -> tuple[dict[str, Batches], dict[str, Any]]:
-    """Prepare each graph's inputs for the calibration of its activations' ranges: some of the
-    images, some prompts of the label sets, and texts that the agreement check does not use. Also
-    returns their facts for the release.
+    """Prepare each graph's inputs for the calibration of int8: images, prompts of the label sets,
+    and texts that the agreement check does not use; also returns facts for the release.
     """
     turns = {"exif_orientation": source.metadata.source.exif_orientation}
     preprocess = Preprocess.from_dict({**base.preprocess, **turns})

@@ -27,21 +27,15 @@ STAGED = ".export-"  # Triton ignores a model's subfolders whose names are not n
 
 
 def sources() -> Path:
-    """Folder of the models' templates and `model.py` files: in a wheel next to this file, else in
-    the checkout.
-    """
+    """Folder of the models' templates and code: next to this file in a wheel, or in a checkout."""
     here = Path(__file__).resolve().parent
     packed = here / "model_repository"
     return packed if packed.is_dir() else here.parents[1] / "model_repository"
 
 
 class Repository:
-    """A model repository to which releases are added, in temporary folders until `commit`.
-
-    A context manager: entering removes the leftovers of a killed export, and leaving removes
-    uncommitted releases. Raises an error if another export writes the folder, if it holds models of
-    other makers, or if the installation lacks its templates. Models that are not in `models` are no
-    longer served after the commit.
+    """A model repository to which releases are added, in temporary folders until `commit`. Entering
+    removes the leftovers of a killed export.
     """
 
     def __init__(self, folder: str | Path, models: Sequence[str] = MODELS) -> None:
@@ -98,8 +92,8 @@ class Repository:
                 shutil.copyfile(sources() / model / "model.py", target)
 
     def add_configs(self, releases: Sequence[Release]) -> None:
-        """Write each model's configs: one for all of these releases, oldest first, and one for each
-        release alone, with which a server can return to it after a later export.
+        """Write each model's config for all of these releases, oldest first, and for each one
+        alone, with which a server can return to it after a later export.
         """
         for model in self.models:
             template = sources() / model / TEMPLATE
@@ -121,10 +115,8 @@ class Repository:
             write_sums(Path(name), version)
 
     def commit(self, versions: Sequence[int]) -> None:
-        """Move the versions into place, then the configs that make Triton serve them; encoders
-        first, `classify` last.
-
-        The configs of models that these releases lack are removed at the very end.
+        """Move the versions into place, `classify` last, then the configs that make Triton serve
+        them.
         """
         for model in self.models:
             for version in versions:

@@ -84,9 +84,7 @@ class _Entry(BaseModel, extra="forbid", strict=True):
 
 
 def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
-    """Read a label file: a class a line, or YAML with images for some of them. With `dynamic_alpha`
-    fewer images are allowed, as servers embed them again for each α.
-    """
+    """Read a label file, with fewer images if servers embed them again for each α."""
     path = Path(path)
     if path.suffix not in (".yaml", ".yml"):
         return LabelFile(read_label_file(path))
@@ -181,9 +179,7 @@ def read_source(
     alphas: Sequence[float] | Literal["dynamic"] | None,
     settings: ExportSettings,
 ) -> Source:
-    """Read adapters, templates and label files, and choose the α. Raises an error unless there is
-    exactly one thing to export.
-    """
+    """Read the one thing to export, templates and label files, and choose the α."""
     # Check that there is one thing to export.
     dynamic_alpha = alphas == "dynamic"
     flags = {"--adapter": paths, "--checkpoint": settings.checkpoint, "--lora": settings.lora}

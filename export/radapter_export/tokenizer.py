@@ -22,12 +22,8 @@ _CLEAN = {
 def write_tokenizer(
     tokenizer: Any, path: str | Path, *, dynamic_length: bool = False
 ) -> dict[str, Any]:
-    """Write open_clip's tokenizer in the format of Hugging Face `tokenizers`; returns the
-    `tokenizer` entry of a release.
-
-    `dynamic_length` allows cropping texts to the longest one (see
-    `radapter_serve.clip.towers.is_causal`). Raises an error for a tokenizer with steps that the
-    server lacks.
+    """Write open_clip's tokenizer in the format of `tokenizers`; returns the `tokenizer` entry of a
+    release. `dynamic_length` allows cropping texts (see `is_causal`).
     """
     path = Path(path)
     if isinstance(tokenizer, clip.SimpleTokenizer):

@@ -37,14 +37,12 @@ class Site:
 class _Place:
     """An adapted layer inside a block, by module names: the layer, the module whose output is the
     layer's, and a norm that may follow.
-
-    Linear modules, such as a LayerScale, may come between a layer and the residual that it is added
-    to. A norm may not: the adapter would no longer be the last linear map, as in the paper.
     """
 
     layer: str
     output: str = ""  # by default the layer
-    norm: str = ""  # by default no norm
+    # By default no norm: after one, the adapter would not be the last linear map, as in the paper.
+    norm: str = ""
 
 
 _NATIVE = (_Place("attn.out_proj", output="attn", norm="ln_attn"), _Place("mlp.c_proj"))
@@ -128,8 +126,8 @@ def _search(model: nn.Module, text: bool, partial: bool) -> tuple[list[Site], li
 
 
 class LinearAdapter(nn.Module):
-    """One adapter, F = W_adp transposed: full [d, d], or up [d, r] times down [r, d] for a layer of
-    width d; initially without effect.
+    """One adapter, F = W_adp transposed: full [d, d], or up [d, r] times down
+    [r, d]; at first 0.
     """
 
     def __init__(self, width: int, rank: int | None) -> None:
@@ -151,18 +149,14 @@ class LinearAdapter(nn.Module):
         return linear(linear(x, self.down), self.up)
 
     def forward(self, value: Tensor) -> Tensor:
-        """Weight form, a parametrization: `W + α·F·W` for a weight [d, k], `b + α·F·b` for a bias
-        [d].
-        """
+        """Weight form, a parametrization: `W + α·F·W` for a weight, `b + α·F·b` for a bias."""
         if self.alpha == 0:
             return value
         change = self.full @ value if self.rank is None else self.up @ (self.down @ value)
         return value + self.alpha * self.gate * change
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Activation form, a forward hook: `X + α·X·W_adp` for X [..., d]; attention returns a pair
-        whose first element is X.
-        """
+        """Activation form, a forward hook: `X + α·X·W_adp`, for attention in its first output."""
         if self.alpha == 0:
             return output
         x = output[0] if isinstance(output, tuple) else output

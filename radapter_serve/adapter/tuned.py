@@ -49,10 +49,8 @@ _PATTERN = re.compile(r"\^?[\w.]+")
 
 @dataclass(frozen=True)
 class Line:
-    """The weights `(1 − α)·base + α·tuned`.
-
-    Both are state dicts of the same names and shapes, fp32; `base` is None if unknown, and α must
-    then be 1. `made_of` is the entry of a release: kind, name, base and digest.
+    """The weights `(1 − α)·base + α·tuned`, of two state dicts in fp32; without a base, α must be
+    1. `made_of` is the entry of a release.
     """
 
     base: Mapping[str, Tensor] | None
@@ -90,9 +88,7 @@ class Line:
 
 
 def load_base_of(adapter: Adapter, base: str | None = None, pretrained: str | None = None) -> Base:
-    """Load the base of an adapter; `base`, which may have the form NAME:TAG, and `pretrained` say
-    where it is, if not where it was in training.
-    """
+    """Load the base of an adapter, which may be elsewhere than in training."""
     metadata = adapter.metadata
     name, tag = split_name(base or metadata.architecture, pretrained)
     return load_base(name, tag or metadata.pretrained)
@@ -106,10 +102,8 @@ def weights_of(base: Base) -> dict[str, Tensor]:
 def check_weights(
     name: str, state: Mapping[str, Tensor], like: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The weights of a file in fp32, in the order of `like`, a state dict of the architecture.
-
-    Tensors of `like` that are not floating-point are kept. Refuses weights that are missing,
-    unknown, of another shape or not finite; `name` is the file's name in errors.
+    """The floating-point weights of the file `name`, in fp32, and the other tensors of `like`;
+    refuses other names, shapes and values that are not finite.
     """
     needed = {key: tensor for key, tensor in like.items() if tensor.is_floating_point()}
     other = f"{name} is of another architecture than its base"
@@ -130,9 +124,7 @@ def check_weights(
 
 
 def plain_values(tensor: Tensor, subject: str) -> Tensor:
-    """Convert a tensor of a file to fp32; refuses anything but finite real numbers. `subject`
-    begins the error.
-    """
+    """Convert a tensor of a file to fp32; refuses anything but finite real numbers."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not (plain and tensor.is_floating_point()):
         kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
@@ -144,12 +136,8 @@ def plain_values(tensor: Tensor, subject: str) -> Tensor:
 
 
 def load_checkpoint(checkpoint: str, base: str | None = None) -> tuple[Base, Line]:
-    """Load a tuned checkpoint: its base, with the weights at the start of the line, and the line.
-
-    `checkpoint` is a file of weights; a model's folder, in the form of open_clip or of
-    `transformers`; `hf-hub:NAME`; or an open_clip model with its tag, `NAME:TAG`. `base`, a name
-    for `load_base` or `NAME:TAG`, is the model that was tuned: a file of weights needs it for its
-    architecture, the others need it for an α below 1.
+    """Load a tuned checkpoint: its base, with the weights at the start of the line, and the line. A
+    file of weights needs `base` for its architecture, others for an α below 1.
     """
     check_base_is_named(checkpoint, base)
     name = model_name(checkpoint)
@@ -182,9 +170,7 @@ def load_checkpoint(checkpoint: str, base: str | None = None) -> tuple[Base, Lin
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights without running code: safetensors, or `torch.save` of a state dict or
-    of a training checkpoint that holds one as `state_dict`.
-    """
+    """Read a file of weights without running code: safetensors, or a state dict of torch."""
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
@@ -250,9 +236,8 @@ def _structure(model: nn.Module) -> list[str]:
 
 
 def load_lora(folder: str | Path, base: str | None = None) -> tuple[Base, Line]:
-    """Load a LoRA: its base, and the line to the base with the LoRA merged.
-
-    `base` is a name for `load_base`, or `NAME:TAG`; None takes the base that the folder names.
+    """Load a LoRA: its base, by default the one that it names, and the line to the base with the
+    LoRA merged.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
@@ -336,9 +321,7 @@ def _read_layers(folder: Path, config: dict[str, Any]) -> dict[str, tuple[Tensor
 
 
 def _value_of(layer: str, patterns: Any, default: Any) -> float:
-    """The rank or alpha of a layer: of the first pattern that is its name or the end of its name,
-    or the default.
-    """
+    """The rank or alpha of a layer: of the first pattern that ends its name, or the default."""
     value = default
     for pattern, own in (patterns or {}).items():
         if not _PATTERN.fullmatch(pattern):

@@ -44,12 +44,9 @@ def run(
     first: Mapping[str, Collection[str]] | None = None,
     description: str | None = None,
 ) -> int:
-    """Run a typed function as a command, or one of several as sub-commands: its signature gives the
-    flags, and its docstring the help.
-
-    The function may return an exit status; 2 is an error that the user can correct, 130 Ctrl-C.
-    `--help` shows the options that most people set, and `--help-all` shows all: `first` names the
-    former by sub-command, which is "" for a lone function; without an entry, both show all.
+    """Run a typed function as a command, or one of several as sub-commands; returns the exit
+    status, 2 for an error that the user can correct. `first` names the options that `--help` shows,
+    by sub-command; `--help-all` shows all.
     """
     by_name = commands if isinstance(commands, Mapping) else {"": commands}
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -84,10 +81,8 @@ def show_help(first: Callable[..., Any], *, prog: str, description: str | None =
 
 
 def options(kind: Callable[..., Any], names: Collection[str], values: Any = None) -> type:
-    """Build a dataclass with some options of a command, for its help.
-
-    `kind` is a typed function or a dataclass, whose instance `values` has the defaults; options of
-    dataclasses among its parameters are included.
+    """Build a dataclass with some options of a function or a dataclass, for its help; `values` is
+    an instance with the defaults.
     """
     hints = get_type_hints(kind, include_extras=True)
     fields: list[tuple[str, Any, Any]] = []

@@ -54,9 +54,7 @@ dd { margin: 0; overflow-wrap: anywhere }
 def page(
     hits: Sequence[Hit], text: str | None, image: bytes | None, facts: Mapping[str, str]
 ) -> bytes:
-    """Build a page in UTF-8: hits with thumbnails, best first, below the query's text and image,
-    and facts about the search, such as its index and release.
-    """
+    """Build a page: the hits below the query's text and image, and facts about the search."""
     query = escape(text or "an image")
     header = ""
     if image is not None:

@@ -427,9 +427,7 @@ class Images:
             )
 
     def answers(self, ask: Callable[[list[str]], list[T]], size: int) -> Iterator[tuple[str, T]]:
-        """Yield each image with its answer. An unreadable image in a folder is left out, with a
-        note.
-        """
+        """Yield each image with its answer; an unreadable one in a folder is left out."""
         batches = [self.paths[start : start + size] for start in range(0, len(self.paths), size)]
         quiet = len(batches) == 1 or not sys.stderr.isatty()
         console = Console(stderr=True)
@@ -450,9 +448,7 @@ class Images:
                     yield path, answer
 
     def pictures(self, flag: str, path: Path | None, *suffixes: str) -> dict[str, Path]:
-        """Choose a file for the picture of each image. For one named image it is `path`; for
-        several, it is in the folder `path`, with the same relative path as the image.
-        """
+        """Choose a file for each image's picture: `path` for one, else in the folder `path`."""
         if path is None:
             return {}
         if len(self.paths) == 1 and not self._in_folders:

@@ -147,8 +147,8 @@ def _state(repository: Path, url: str | None) -> tuple[Path | None, Served, dict
 def _do(
     request: dict[str, Any], repository: Path, url: str | None, offline: Callable[[Served], Served]
 ) -> None:
-    """Ask the server of a repository to serve other releases. Without a running server, `offline`
-    computes what its next start serves.
+    """Ask a repository's server to serve other releases; without one, `offline` says which its next
+    start serves.
     """
     server, served, state = _state(repository, url)
     wanted = offline(served)

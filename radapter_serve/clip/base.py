@@ -54,13 +54,8 @@ _TIMM_NAME = re.compile(r"[\w.]+")
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained CLIP with its configuration, preprocessing and tokenizer.
-
-    `name` is an open_clip architecture, `local-dir:PATH` or `hf-hub:ORGANISATION/NAME[@REVISION]`;
-    `pretrained` an open_clip tag or the path of a checkpoint, None for a folder. The model is in
-    eval mode, fp32, on the CPU. `config` is open_clip's `model_cfg`, with the field `quick_gelu`
-    set, `preprocess` its `preprocess_cfg`, and `tokenizer` turns N texts into token ids, int64
-    [N, context_length].
+    """A pretrained CLIP in eval mode, fp32, on the CPU, with open_clip's `model_cfg` and
+    `preprocess_cfg`; `name` and `pretrained` are those of `load_base`.
     """
 
     name: str
@@ -93,16 +88,9 @@ def split_name(name: str, pretrained: str | None = None) -> tuple[str, str | Non
 
 
 def load_base(name: str, pretrained: str | None = None) -> Base:
-    """Load a CLIP with its weights, never with random ones.
-
-    `name` is an open_clip architecture such as `ViT-B-32`; or `local-dir:PATH`, a folder with
-    `open_clip_config.json` and `open_clip_model.safetensors`, or with a `CLIPModel` of the library
-    `transformers`; or `hf-hub:ORGANISATION/NAME`, such a folder on the Hugging Face hub.
-    `pretrained` is an open_clip tag such as `openai`, or the path of a checkpoint; None for a
-    folder.
-
-    Raises an `RAdapterError` if the name or the weights are unknown or unavailable, or if a folder
-    would run code.
+    """Load a CLIP with its weights, never with random ones, and without running foreign code: an
+    open_clip architecture with a tag or a checkpoint's path, or `local-dir:PATH` or `hf-hub:NAME`,
+    a folder in the form of open_clip or of `transformers`.
     """
     quick_gelu = False
     source = name
@@ -217,9 +205,7 @@ def _folder(name: str) -> Path | None:
 
 @contextlib.contextmanager
 def _source(name: str, pretrained: str | None) -> Iterator[None]:
-    """Load from the cache if the hub can't be reached; the error for a missing file says how to
-    bring the weights.
-    """
+    """Load from the cache if the hub can't be reached; the error says how to bring the weights."""
     local = name.startswith(LOCAL) or (pretrained is not None and Path(pretrained).is_file())
     if local or not unreachable():
         yield
@@ -258,9 +244,7 @@ def _local_config(folder: Path) -> dict[str, Any]:
 
 
 def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
-    """True if a checkpoint was trained with QuickGELU, by the configuration next to it, else by its
-    name. Refuses an architecture with QuickGELU for a checkpoint trained with GELU.
-    """
+    """True if a checkpoint was trained with QuickGELU, by its configuration or its name."""
     if (checkpoint.parent / "open_clip_config.json").is_file():
         quick = bool(_local_config(checkpoint.parent).get("quick_gelu", False))
     else:
@@ -288,9 +272,7 @@ def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a model's folder, of open_clip or `transformers`, that could run code; the error names
-    the field.
-    """
+    """Refuse a model's folder that could run code; the error names the field."""
     _check_configs(folder)
     path = folder / "open_clip_config.json"
     config = _read(path) if path.is_file() else None

@@ -22,10 +22,10 @@ from radapter_serve.contract.errors import Alpha
 from radapter_serve.contract.labels import mean_embeddings, read_templates
 from radapter_serve.errors import RAdapterError, reason
 
-# maskclip: Zhou, Loy, Dai: Extract Free Dense Labels from CLIP, ECCV 2022. The paper describes the
-# attention only; the authors' ViT keeps residual and feed-forward around it.
+# maskclip: Zhou, Loy, Dai: Extract Free Dense Labels from CLIP, ECCV 2022. Each token attends to
+# itself; as in the authors' ViT, the block keeps residual and feed-forward.
 # naclip: Hajimiri, Ben Ayed, Dolz: Pay Attention to Your Neighbours, WACV 2025, in its reduced
-# form.
+# form: `softmax(kkᵀ/√d + ω)`, ω a Gaussian of the patches' distance, without these two.
 METHODS = ("maskclip", "naclip")
 STD = 5.0  # of NACLIP's Gaussian, in patches, as in the authors' code
 _BATCH = 256  # texts
@@ -40,14 +40,11 @@ def encode_image(model: Any, pixels: Tensor) -> Tensor:
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
-    """Embed token ids, integer [N, L], padded, as float32 [N, D] of unit length.
-
-    Equal texts are encoded once, and causal towers get no more tokens than the longest text has.
-    Both are exact: a causal tower pools at the end token, which later tokens can't change.
-    """
+    """Embed token ids, integer [N, L], padded, as float32 [N, D] of unit length."""
     unique, inverse = torch.unique(tokens, dim=0, return_inverse=True)
     if is_causal(model):
-        # Crop after the last token that a row is pooled at. Zeros pad, but 0 is a token too ("!").
+        # Crop after the last token that a row is pooled at, which later tokens can't change. Zeros
+        # pad, but 0 is a token too ("!").
         text = text_tower(model)
         ends = unique if pool_type(text) == "argmax" else unique.eq(_eos_id(text)).int()
         length = int(ends.argmax(dim=1).max()) + 1 if len(unique) else unique.shape[1]
@@ -58,9 +55,7 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
 
 
 def encode_texts(model: Any, tokens: Tensor) -> Tensor:
-    """Embed one or more texts in batches of similar length, as `encode_text` does; `tokens` may be
-    on any device, the result is on the model's.
-    """
+    """Embed texts on any device in batches of similar length, as `encode_text` does."""
     device = next(model.parameters()).device
     order = torch.argsort(tokens.ne(0).sum(dim=1), stable=True)
     embeds = torch.cat(
@@ -102,9 +97,7 @@ class TorchEncoder:
 
 
 def normalised(pixels: NDArray[np.uint8], preprocess: Mapping[str, Any], device: Any) -> Tensor:
-    """Normalise pixels for the image tower: uint8 [B, S, S, 3] in RGB to float32 [B, 3, S, S], by
-    the mean and std of `preprocess`, each in [0, 1].
-    """
+    """Normalise pixels, uint8 [B, S, S, 3] in RGB, to float32 [B, 3, S, S], by mean and std."""
     scaled = (
         torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float() / 255
     )
@@ -155,9 +148,7 @@ def _eos_id(text: Any) -> Any:
 
 
 def causal_text_features(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Run a causal text tower on texts of any length up to its context length: [N, L] to [N, D],
-    not normalised.
-    """
+    """Run a causal text tower on texts of any length: [N, L] to [N, D], not normalised."""
     text = text_tower(model)
     length = tokens.shape[1]
     dtype = text.transformer.get_cast_dtype()
@@ -173,11 +164,7 @@ def causal_text_features(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def templates_of(source: str | Path | Sequence[str]) -> list[str]:
-    """Read prompt templates, in which `{}` is the class.
-
-    `source` is `openai` for OpenAI's 80 ImageNet templates, `vild` for ViLD's 63, `ovseg` for the
-    14 of OVSeg, `simple` for one; a file with one template a line, one template, or a list of them.
-    """
+    """Read prompt templates, as `read_templates` does, or OpenAI's 80 for ImageNet, `openai`."""
     if source == "openai":
         return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     return read_templates(source)
@@ -190,9 +177,7 @@ def zero_shot_classifier(
     classes: Sequence[str],
     templates: Sequence[str],
 ) -> Tensor:
-    """Unit-length text embeddings of classes, float32 [C, D] on the model's device: the mean over a
-    class's names, synonyms after commas, and all templates.
-    """
+    """Embed classes, float32 [C, D]: the mean over a class's names and all templates."""
 
     def embed(texts: list[str]) -> NDArray[np.float32]:
         return np.asarray(encode_texts(model, tokenizer(texts)).cpu())
@@ -203,9 +188,7 @@ def zero_shot_classifier(
 
 @torch.no_grad()
 def linear_head(classifier: Tensor, scale: float) -> nn.Linear:
-    """A linear head to train, which starts with the logits of zero-shot classification: from
-    `zero_shot_classifier`, [C, D], and the model's 1/τ.
-    """
+    """A linear head to train, which starts with the logits of zero-shot classification."""
     head = nn.Linear(classifier.shape[1], classifier.shape[0])
     head.weight.copy_(scale * classifier)
     head.bias.zero_()
@@ -213,15 +196,8 @@ def linear_head(classifier: Tensor, scale: float) -> nn.Linear:
 
 
 def encode_patches(model: Any, pixels: Tensor, method: str) -> Tensor:
-    """Embed the patches of images, to compare with embeddings of texts by cosine.
-
-    MaskCLIP lets each token attend to itself (the attention is `out_proj(v)`) and keeps residual
-    and feed-forward. NACLIP takes `softmax(kkᵀ/√d + ω)`, ω a Gaussian of the patches' distance, and
-    drops both.
-
-    `pixels` are normalised, float [B, 3, S, S]; the result is float32 [B, g, g, D] of unit length:
-    row, column, as in the image, without the class token. The model is open_clip's, plain, folded,
-    or with adapters attached.
+    """Embed the patches of normalised images, [B, 3, S, S], as float32 [B, g, g, D] of unit length,
+    row by row, to compare with embeddings of texts.
     """
     visual = check_dense(model, method)
     if tuple(pixels.shape[1:]) != (3, *visual.image_size):
@@ -258,10 +234,8 @@ def check_dense(model: Any, method: str) -> Any:
 
 
 def patch_features(visual: Any, pixels: Tensor, near: Tensor | None) -> Tensor:
-    """Run the image tower with an edited last block: [B, 3, S, S] to [B, g, g, D], not normalised.
-
-    `near` is the `neighbourhood` of the grid for NACLIP, None for MaskCLIP. The tower's attention
-    may be another module with the same parameters.
+    """Run the image tower with an edited last block, [B, 3, S, S] to [B, g, g, D]; `near` is the
+    `neighbourhood` for NACLIP, None for MaskCLIP.
     """
     x = visual._embeds(pixels)
     *blocks, last = visual.transformer.resblocks

@@ -129,10 +129,7 @@ class Form:
 
 
 def form_of(name: str, model: Any, tokenizer: Any) -> Form:
-    """The form of an open_clip model, from its modules and their names; `name` is for the error.
-
-    `check_outputs` checks that the library computes the same.
-    """
+    """The form of an open_clip model, from its modules and their names; `name` is for the error."""
     trunk = getattr(model.visual, "trunk", None)
     is_siglip = isinstance(model.visual, TimmModel) and hasattr(trunk, "attn_pool")
     kind = "siglip" if is_siglip else "clip"
@@ -263,9 +260,7 @@ def to_transformers(state_dict: Mapping[str, Tensor], form: Form) -> dict[str, T
 
 
 def to_open_clip(tensors: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
-    """Convert a state dict of a `CLIPModel` to the names of open_clip, fp32; refuses missing and
-    unknown weights.
-    """
+    """Convert a `CLIPModel`'s state dict, of no other weights, to open_clip's names, fp32."""
     needed = [name for theirs in form.names.values() for name in theirs]
     if missing := [name for name in needed if name not in tensors]:
         raise RAdapterError(f"it has no weight {missing[0]}")
@@ -282,10 +277,7 @@ def to_open_clip(tensors: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]
 
 @torch.no_grad()
 def check_outputs(theirs: Any, ours: Any, tokenizer: Any) -> None:
-    """Refuse a model of `transformers` whose embeddings differ from those of open_clip's model.
-
-    `theirs` is in eval mode, `tokenizer` open_clip's.
-    """
+    """Refuse a model of `transformers` whose embeddings differ from those of open_clip's model."""
     size = ours.visual.image_size
     height, width = size if isinstance(size, tuple | list) else (size, size)
     pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -303,9 +295,7 @@ def check_outputs(theirs: Any, ours: Any, tokenizer: Any) -> None:
 
 
 def features(output: Any) -> Tensor:
-    """Embeddings from the output of any version of `transformers`: a tensor up to 4, an object that
-    holds it from 5 on.
-    """
+    """Embeddings from the output of `transformers`: a tensor up to version 4, an object later."""
     embeds: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return embeds
 
@@ -321,11 +311,7 @@ def open_processor(folder: Path) -> tuple[Any, Any]:
 def check_processor(
     processor: Any, theirs: Any, preprocess: Mapping[str, Any], tokenizer: Any
 ) -> None:
-    """Refuse a processor or a tokenizer of `open_processor` that differs from open_clip's, on
-    images and texts.
-
-    `preprocess` is open_clip's `preprocess_cfg`, and `tokenizer` its tokenizer.
-    """
+    """Refuse a processor or tokenizer of `open_processor` that differs from open_clip's."""
     transform: Any = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
     levels = 255 * np.array(preprocess["std"]).reshape(3, 1, 1)
     size = preprocess["size"]
@@ -366,10 +352,8 @@ def check_processor(
 
 
 def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
-    """Read a `CLIPModel` as an open_clip model in fp32, with open_clip's `model_cfg` and tokenizer.
-
-    The folder holds `config.json`, weights, `preprocessor_config.json` (or `processor_config.json`)
-    and a tokenizer. Refuses a model that is not a CLIP, or that open_clip computes differently.
+    """Read a folder with a `CLIPModel` as an open_clip model in fp32, with open_clip's `model_cfg`
+    and tokenizer; refuses one that open_clip computes differently.
     """
     check_installed("transformers", "huggingface")
     from transformers import CLIPConfig, CLIPModel

@@ -61,9 +61,7 @@ _STATUS = {
 
 
 class TaskError(RAdapterError):
-    """A request that cannot be answered; `str()` is "[code] sentence". `advice` says what a caller
-    of a server may send instead.
-    """
+    """A request that cannot be answered, "[code] sentence"; `advice` is for callers of a server."""
 
     def __init__(self, code: str, what: str, advice: str = "") -> None:
         message = f"{what}; {advice}" if advice else what
@@ -84,9 +82,7 @@ def invalid(message: str) -> TaskError:
 
 
 def task_error(error: Exception) -> TaskError:
-    """Convert an error for the caller. A `TaskError` is returned as it is; any other error is a
-    bug, which is logged, and the caller gets an `internal_error` without details.
-    """
+    """Convert an error for the caller; any but a `TaskError` is a bug, which is logged."""
     if not isinstance(error, TaskError):
         traceback.print_exception(error, file=sys.stderr)
         message = "the server failed on this request; its log says why"
@@ -116,11 +112,7 @@ def check_alpha(alpha: float) -> None:
 
 
 def request_alpha(alpha: float | None, release_alpha: float, *, dynamic: bool) -> float | None:
-    """The α to pass to the encoders for a request; None if α is folded into their weights.
-
-    Encoders with α as an input (`dynamic`) take any α. Raises a `TaskError` for an α outside
-    [0, 1], or for another α than the folded one.
-    """
+    """The α to pass to the encoders for a request, any if `dynamic`; None if α is folded."""
     used = float(np.float32(release_alpha if alpha is None else alpha))
     try:
         check_alpha(used)

@@ -143,9 +143,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def oriented(image: Image.Image, orientation: int | None = None) -> Image.Image:
-    """Turn an image by an EXIF orientation, by default its own; an upright image is returned as it
-    is. A turned image has no orientation, so that nothing turns it twice.
-    """
+    """Turn an image by an EXIF orientation, by default its own, which it then loses."""
     if orientation is not None:
         image.getexif()[ExifTags.Base.Orientation] = orientation
     if orientation_of(image) == 1:
@@ -219,9 +217,7 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
 def read_headers(
     images: Sequence[bytes | ImageFile], others: Sequence[ImageFile] = ()
 ) -> list[ImageFile]:
-    """Read the headers of a request's images; errors have the number of the image. Together with
-    `others` of the same request, they must not have too many pixels.
-    """
+    """Read the headers of a request's images; `others` of the request count towards its pixels."""
     files = []
     for number, image in enumerate(images, 1):
         try:
@@ -243,11 +239,7 @@ def read_headers(
 
 
 def decode(data: bytes | ImageFile, *, exif_orientation: bool = True) -> Image.Image:
-    """Decode a JPEG, PNG or WebP image; of an animation, the first frame.
-
-    The mode is not converted, but gray of 16 bits is cut to its upper 8. Without `exif_orientation`
-    the pixels stay as the file has them, as in open_clip.
-    """
+    """Decode a JPEG, PNG or WebP image, the first frame of an animation, in its own mode."""
     image = _open(read_header(data).data)
     with _broken():
         image.load()
@@ -296,9 +288,7 @@ def check_pixels(width: int, height: int, limit: int, what: str) -> None:
 
 
 def _markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the markers of a JPEG file up to its end, each with the position after it; the data of
-    a marker, such as a preview in metadata, is skipped.
-    """
+    """Yield a JPEG's markers up to its end, each with the position after it."""
     position = 2
     while match := _MARKER.search(data, position):
         if match[0][1] == _END:

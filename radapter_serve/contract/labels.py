@@ -147,10 +147,7 @@ def mean_embeddings(
     labels: Sequence[str],
     templates: Sequence[str],
 ) -> NDArray[np.float32]:
-    """Embed C labels, float32 [C, D]: the mean over all prompts of a label (its names x the
-    templates), scaled to unit length. `embed_texts` gets each text once and returns unit length,
-    [N, D].
-    """
+    """Embed C labels, float32 [C, D]: the mean over all prompts of a label, at unit length."""
     prompts = [prompts_of(split_label(label), templates) for label in labels]
     texts = list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
     return means_of(prompts, texts, embed_texts(texts))
@@ -164,9 +161,7 @@ def prompts_of(names: Iterable[str], templates: Sequence[str]) -> list[str]:
 def means_of(
     prompts: Sequence[Sequence[str]], texts: Sequence[str], embeds: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Mean over the prompts of each label, scaled to unit length, float32 [C, D], from the
-    embeddings of the distinct texts, [N, D].
-    """
+    """Mean over the prompts of each label, at unit length, from the texts' embeddings, [N, D]."""
     rows = {text: row for row, text in enumerate(texts)}
     means = np.stack([embeds[[rows[text] for text in each]].mean(axis=0) for each in prompts])
     lengths = np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
@@ -191,9 +186,7 @@ def check_names(labels: Sequence[str]) -> dict[str, list[str]]:
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise a `TaskError` for no templates, or a template that is too long, or has no place or too
-    many places for the label.
-    """
+    """Refuse an empty list, or a template that is too long or has no good place for the label."""
     if not templates:
         raise invalid(
             "no templates; give at least one, such as 'a photo of a {}.', or leave them out"
@@ -217,9 +210,7 @@ def check_length(text: str, limit: int = MAX_TEXT_LENGTH, what: str = "text") ->
 
 
 def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
-    """Raise a `TaskError` if the labels and templates of a request make too many or too long
-    prompts.
-    """
+    """Refuse labels and templates of a request that make too many or too long prompts."""
     prompts = characters = 0
     for labels, templates in lists:
         check_templates(templates)
@@ -288,9 +279,8 @@ def there_are(names: Iterable[str], how: str) -> str:
 def class_probabilities(
     cosines: NDArray[np.float32], logit_scale: float, logit_bias: float | None = None
 ) -> NDArray[np.float32]:
-    """Probability of each label, float32 [..., C] in [0, 1], from the cosines of images or patches
-    with the labels: a softmax, or, with the bias of a model trained with a sigmoid loss (SigLIP), a
-    sigmoid for each label alone.
+    """Probability of each label, float32 [..., C], from cosines: a softmax, or, with the bias of a
+    model trained with a sigmoid loss (SigLIP), a sigmoid for each label alone.
     """
     logits = np.asarray(cosines, np.float32) * np.float32(logit_scale)
     if logit_bias is not None:
@@ -306,9 +296,7 @@ def class_probabilities(
 def best_class(
     cosines: NDArray[np.float32], logit_scale: float, logit_bias: float | None = None
 ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """The best label of each place and its probability, [n] each, from cosines [C, n], which may be
-    overwritten.
-    """
+    """Best label and its probability, [n] each, from cosines [C, n], which are overwritten."""
     greatest = cosines.max(0)
     winners = cosines == greatest
     best = np.empty(len(greatest), np.intp)

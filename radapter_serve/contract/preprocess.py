@@ -50,9 +50,7 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocess:
-        """Read the `preprocess` entry of a release (or of open_clip's own configuration); unknown
-        keys are ignored.
-        """
+        """Read the `preprocess` of a release, or of open_clip; unknown keys are ignored."""
         size = config["size"]
         height, width = (size, size) if isinstance(size, int) else size
         # "random" is for training; open_clip takes bicubic for it in evaluation.
@@ -67,9 +65,7 @@ class Preprocess:
     def __call__(
         self, image: Image.Image, out: NDArray[np.uint8] | None = None
     ) -> NDArray[np.uint8]:
-        """Preprocess an image from `decode` to uint8 [H, W, 3], in `out` if given: resize, crop or
-        pad, and convert to RGB last, as open_clip does.
-        """
+        """Preprocess an image to uint8 [H, W, 3], in `out` if given, and convert to RGB last."""
         height, width = self.size
         image = self.resize(image)
 
@@ -96,9 +92,7 @@ class Preprocess:
         return out
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """Resize an image, the first step of a call; its mode is kept. Refuses an image so long and
-        thin that resizing its short side would make it huge.
-        """
+        """Resize an image, whose mode is kept; refuses one so thin that it would become huge."""
         resample = _FILTERS[self.interpolation]
         if self.resize_mode == "shortest" and self.size[0] != self.size[1]:
             resample = Image.Resampling.BICUBIC  # open_clip passes no interpolation on here
@@ -139,9 +133,7 @@ def decode_into(
     out: NDArray[np.uint8],
     cancelled: Cancelled | None = None,
 ) -> None:
-    """Decode and preprocess an image into `out`; thread-safe. Large images are decoded one at a
-    time, in order of arrival.
-    """
+    """Decode and preprocess an image into `out`; large images take turns."""
     try:
         file = read_header(data)
         preprocess.check(file.width, file.height)
@@ -176,8 +168,7 @@ class Decoder:
         self, files: Sequence[ImageFile], cancelled: Cancelled | None = None
     ) -> Callable[[], NDArray[np.uint8]]:
         """Start to decode the images of a request; returns a function that waits for them and
-        returns uint8 [N, S, S, 3]. It raises the `TaskError` of the first bad image, with its
-        number if there are several, or of a caller that gave up.
+        returns uint8 [N, S, S, 3], or raises the `TaskError` of the first bad image.
         """
         pixels = np.empty((len(files), *self._preprocess.size, 3), np.uint8)
 
@@ -289,11 +280,7 @@ class MaskCrop:
         return left, top, right, bottom
 
     def __call__(self, image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
-        """Crop an image of any mode to a mask of its size, bool [H, W].
-
-        The crop is RGB and square: the box is extended to a square if `square`, else its shorter
-        side is stretched.
-        """
+        """Crop an image of any mode to a mask of its size, bool [H, W], as a square in RGB."""
         mask = np.asarray(mask, bool)
         if mask.shape != (image.height, image.width):
             raise invalid(

@@ -25,9 +25,7 @@ Rows = Callable[[Sequence[str]], list[list[int]]]  # cleaned texts to token ids
 
 class Tokenizer:
     """Turns texts into token ids, int32 [N, L], where L is the context length or, with
-    `dynamic_length`, the length of the longest text.
-
-    Cropping to the longest text changes nothing for a causal text tower, which never looks ahead.
+    `dynamic_length`, for a causal tower, which never looks ahead, that of the longest text.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:

@@ -23,9 +23,7 @@ ENCODER = "_encoder"  # suffix of the names of steps that call an encoder
 
 
 class Encoder(Protocol):
-    """Encodes images and texts of one release; raises a `TaskError` on failure. `alpha` is None if
-    it is folded into the weights.
-    """
+    """Encodes images and texts of one release; `alpha` is None if it is folded into the weights."""
 
     def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
         """uint8 [B, S, S, 3] -> float32 [B, D] of unit length."""
@@ -68,11 +66,8 @@ class GraphEncoder:
 
 
 class EncoderGraph:
-    """A graph of an encoder in one of `RUNTIMES`, without fall-back to another.
-
-    OpenVINO computes in bf16 if the release's precision is bf16 and the CPU supports it, else in
-    fp32; the other runtimes use the types of the graph. `device` is the number of a GPU, None for
-    the CPU (TensorRT always takes GPU 0); `parameters` are those of the encoder's config.pbtxt.
+    """A graph of an encoder in one of `RUNTIMES`, on GPU `device` or, for None, on the CPU;
+    `parameters` are those of the encoder's config.pbtxt.
     """
 
     def __init__(
@@ -86,7 +81,7 @@ class EncoderGraph:
         parameters: Mapping[str, str] | None = None,
     ) -> None:
         options = dict(parameters or {})
-        if precision == "bf16":
+        if precision == "bf16":  # for OpenVINO, if the CPU has it; others have it in the graph
             options["HINT_BF16"] = "YES"
         name = RUNTIMES[runtime].threads
         if name is not None and threads is not None:
@@ -99,9 +94,7 @@ class EncoderGraph:
         self._graph = load_graph(path, runtime, options, device=device)
 
     def __call__(self, *values: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Encode a batch, an array for each of the graph's inputs, to float32 [B, D] ([B, g, g, D]
-        with a patch encoder).
-        """
+        """Encode a batch, an array for each input, to float32 [B, D] or [B, g, g, D]."""
         feed = dict(zip(self._graph.inputs, values, strict=True))
         [embeds] = self._graph.run(feed, self._graph.outputs[:1])
         return np.asarray(embeds, dtype=np.float32)

@@ -92,11 +92,7 @@ EncodeTogether: TypeAlias = Callable[[Sequence[Need]], Sequence[Result]]
 
 
 def encode_together(needs: Sequence[Need]) -> list[Result]:
-    """Encode needs of one part of one release in few batches.
-
-    A batch that fails is halved until the failing need is found, so that a request does not affect
-    others; except if the encoder is overloaded, restarting or stopping.
-    """
+    """Encode needs of one part of one release in few batches, so that none affects the others."""
     loaded = needs[0].loaded
     results: list[Result] = []
     if needs[0].part == "pixels":
@@ -126,7 +122,8 @@ def encode_together(needs: Sequence[Need]) -> list[Result]:
     else:
         ends = itertools.accumulate(len(need.rows) for need in needs)
         return [embeds[end - len(need.rows) : end] for need, end in zip(needs, ends, strict=True)]
-    # Outside of `except`, so that the log does not repeat this error for each half.
+    # Halve a batch that fails until the failing need is found. Outside of `except`, so that the
+    # log does not repeat this error for each half.
     half = len(needs) // 2
     return encode_together(needs[:half]) + encode_together(needs[half:])
 
@@ -225,9 +222,6 @@ def run_together(
 class LoadedRelease:
     """A release at an α, with its encoder, its tokenizer and its label sets, which are read at
     first use.
-
-    `indexes` is the folder of the indexes for `retrieve`; `origin` maps the flag of radapter-index
-    that names the release, `model_repository` or `url`, to its value.
     """
 
     def __init__(
@@ -344,11 +338,8 @@ def load_release(
     runtime: str | None = None,
     spin: bool = False,
 ) -> LoadedRelease:
-    """Load a release of a model repository: that of `DIR@N` or `version`, else the newest.
-
-    The release runs on the CPU or, with ONNX Runtime, on GPU `device`; with `threads` threads, or
-    one a core; in `runtime`, or that of its export. With `spin`, ONNX Runtime's threads wait
-    busily: a call is a fifth quicker, but programs that share the cores are slower.
+    """Load release N of `DIR@N`, `version`, or the newest. `spin` makes a call a fifth quicker, but
+    programs that share the cores slower.
     """
     folder = find_release(repository if version is None else f"{repository}@{version}")
     release = Release.load(folder)
@@ -379,8 +370,8 @@ def load_release(
 
 
 def release_at(origin: Mapping[str, str], version: int | None = None) -> LoadedRelease:
-    """Load the release of an `origin`: of its `url`, or of its `model_repository`: N of `DIR@N`, or
-    `version` of a `DIR` without N, or the served one. The caller closes it.
+    """Load the release of an `origin`; of a repository without `@N`, `version`
+    or the served one.
     """
     if "url" in origin:
         return served_release(origin["url"])

@@ -60,9 +60,8 @@ class Sidecar:
 
 
 def check_plan(folder: Path) -> Sidecar:
-    """Return the sidecar of the plan in a folder such as `model_repository/image_encoder/1`; raises
-    a `RAdapterError` if the plan cannot be served here: it is missing, unfinished, or for another
-    TensorRT, GPU or graph, or there is no GPU.
+    """Return the sidecar of the plan in a version's folder; refuses a plan that is missing,
+    unfinished, or for another TensorRT, GPU or graph.
     """
     gpu = find_gpu()
     if not (folder / PLAN).is_file():
@@ -107,11 +106,7 @@ def build_engines(
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Built]:
     """Build the engines of all encoders and releases that a repository serves, and make TensorRT
-    their runtime.
-
-    An engine is compared with torch, to `tolerance` or the release's bounds, before it is written.
-    Configs change at the very end: after an earlier failure, the repository is served as before.
-    Engines that fit this machine and batch size are kept.
+    their runtime; engines that fit already are kept.
     """
     check_repository(repository)
     if not encoders_of(repository):
@@ -166,9 +161,7 @@ def write_plan(
     bounds: Tolerance,
     progress: Callable[[str], None],
 ) -> Sidecar:
-    """Build an engine, and write it next to `model.onnx` and `samples.npz` in the folder of one
-    version if its difference from torch is within `bounds`; the sidecar is written last.
-    """
+    """Build an engine, check it against torch, and write it next to its graph."""
     gpu = find_gpu()  # first: TensorRT ends the process where there is no driver
     trt = import_tensorrt()
     label = f"building {name} of release {folder.name}"

@@ -43,9 +43,7 @@ def load_graph(
     *,
     device: int | None = None,
 ) -> Graph:
-    """Load a graph into a runtime with the parameters of its config.pbtxt, on GPU `device` (None:
-    the CPU), without fall-back.
-    """
+    """Load a graph into a runtime, on GPU `device` or, for None, on the CPU."""
     if runtime == "openvino":
         graph = _load_openvino(path, parameters, device)
     elif runtime == TENSORRT:
@@ -129,12 +127,10 @@ def _load_onnxruntime(path: Path, parameters: Mapping[str, str], device: int | N
 
 @functools.cache
 def cuda_provider(device: int = 0) -> tuple[str, dict[str, str]]:
-    """ONNX Runtime's provider for a GPU, with options that turn TF32 off, so that fp32 is fp32.
-
-    Loads the CUDA and cuDNN libraries of pip's packages first, which the loader would not find.
-    """
+    """ONNX Runtime's provider for a GPU, with options that turn TF32 off, so that fp32 is fp32."""
     import onnxruntime
 
+    # Load the libraries of pip's packages, which the loader would not find.
     with contextlib.redirect_stdout(io.StringIO()):  # a missing library shows as a fall-back
         onnxruntime.preload_dlls()
     return CUDA, {"device_id": str(device), **CUDA_OPTIONS}
@@ -183,13 +179,10 @@ def openvino_core() -> Any:
 
 
 def openvino_properties(parameters: Mapping[str, str]) -> dict[str, Any]:
-    """Properties of OpenVINO's CPU plugin for parameters of a config.pbtxt.
-
-    The plugin would compute fp32 in bf16 wherever the CPU can, so the precision is always given. A
-    CPU without bf16 computes in fp32.
-    """
+    """Properties of OpenVINO's CPU plugin for parameters of a config.pbtxt."""
     bf16 = parameters.get("HINT_BF16", "").upper() == "YES"
     return {
+        # Otherwise the plugin would compute fp32 in bf16 wherever the CPU can.
         "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
         "PERFORMANCE_HINT": "LATENCY",
         # With pinning, each encoder's process would pin its first thread to the first core.

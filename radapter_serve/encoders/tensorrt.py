@@ -177,11 +177,8 @@ def build(
     max_length: int,
     progress: Callable[[str], None] = lambda line: None,
 ) -> bytes:
-    """Build an engine with the module `tensorrt` or `tensorrt_rtx`.
-
-    The engine takes batches of up to `max_batch_size` rows and texts of up to `max_length` tokens,
-    and is tuned for `opt_batch_size` and `opt_length`; prompts have 8 to 16 tokens. `progress` is
-    called with lines, from TensorRT's threads.
+    """Build an engine with the module `tensorrt` or `tensorrt_rtx`; lines of `progress` come from
+    other threads.
     """
     log = _log(trt)
     log.clear()
@@ -236,10 +233,7 @@ def build(
 
 
 class Engine:
-    """An engine of `build`, loaded into this process, and called with the graph's inputs in order.
-    Raises a `RAdapterError` if TensorRT refuses the engine: another version, another GPU, or too
-    little memory.
-    """
+    """An engine of `build` in this process, called with the graph's inputs in order."""
 
     def __init__(self, trt: Any, plan: bytes) -> None:
         self._trt = trt

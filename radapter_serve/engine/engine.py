@@ -63,11 +63,8 @@ class _Caller:
 
 
 class Queue:
-    """Batches concurrent calls: one of the callers encodes for several, in its own thread.
-
-    A caller that finds the encoder idle encodes at once. Later callers wait; then the first of them
-    encodes for all waiting callers, up to `max_rows` rows unless one caller has more. At most
-    `max_waiting` callers wait, others are refused; a caller that gives up leaves the queue.
+    """Batches concurrent calls: a caller that finds the encoder idle encodes at once; of those that
+    wait, the first encodes for all, up to `max_rows` rows, in its own thread.
     """
 
     def __init__(
@@ -171,11 +168,7 @@ class ServedRelease:
 
 
 class Engine:
-    """Runs releases in this process; a `Transport` of the client.
-
-    Each request runs in its caller's thread; its rows are encoded together with those of other
-    requests, of which at most `max_waiting` wait for an encoder.
-    """
+    """Runs releases in this process, in the callers' threads; a `Transport` of the client."""
 
     def __init__(
         self, releases: Sequence[LoadedRelease], *, max_waiting: int = MAX_WAITING
@@ -199,13 +192,7 @@ class Engine:
         threads: int | None = None,
         spin: bool = False,
     ) -> Engine:
-        """Open a model repository: release N of `DIR@N`; else the releases chosen with
-        `radapter-release`, or the newest export.
-
-        `device` is the number of a GPU for ONNX Runtime, `threads` compute a batch (one a core if
-        None), and `spin` is that of `load_release`. Raises `RAdapterError` for a release that is
-        missing, changed since its export, or not loadable.
-        """
+        """Open release N of `DIR@N`, or the releases that a server would serve."""
         folder = find_release(repository).parent.parent
         _, number = split_repository(repository)
         numbers = [int(number)] if number else list(Served.load(folder).releases)
@@ -220,9 +207,7 @@ class Engine:
         return cls(releases)
 
     def prepare(self, releases: Sequence[LoadedRelease]) -> Mapping[int, ServedRelease]:
-        """Prepare releases next to the served ones, and probe each task of the new releases; raises
-        a `TaskError` if one fails.
-        """
+        """Prepare releases next to the served ones, and probe each task of those that are new."""
         prepared: dict[int, ServedRelease] = {}
         known = {served.loaded: served for served in self._served.values()}
         for loaded in releases:
@@ -275,16 +260,14 @@ class Engine:
         cancelled: Cancelled = lambda: False,
     ) -> Reply:
         """Run a task of a release, the newest if `version` is empty, and return the named outputs,
-        or all; `deadline` is in seconds of `time.monotonic`. Raises a `TaskError`.
+        or all; `deadline` is in seconds of `time.monotonic`.
         """
         with step("engine"):
             served = self._pick(model, version)
             return self._answer(served, model, inputs, outputs, deadline, cancelled)
 
     def releases(self, model: str, version: str = "") -> list[Release]:
-        """The served releases, the newest last; raises a `TaskError` for an unknown task or
-        release.
-        """
+        """The served releases, the newest last; refuses an unknown task or release."""
         self._pick(model, version)
         served = self._served
         return [served[number].loaded.release for number in sorted(served)]
@@ -375,9 +358,7 @@ class Engine:
         return Reply(served.loaded.release.version, Values(outputs))
 
     def _encode(self, asked: ServedRelease, needs: Sequence[Need]) -> Sequence[Result]:
-        """Encode needs of one release in its queue, together with those of other requests; images
-        are decoded without a queue.
-        """
+        """Encode needs of one release in its queue; images are decoded without a queue."""
         first = needs[0]
         if first.part == "pixels":
             return encode_together(needs)

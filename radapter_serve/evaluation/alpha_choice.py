@@ -196,14 +196,13 @@ def _as_good(point: Mapping[str, float]) -> bool:
 def _behind(best: Row, row: Row) -> tuple[float, float]:
     """Distance of a row from the best α's row of the same data set, and the half-width of its 95 %
     interval, both in [0, 1].
-
-    The rows are paired over images if both have per-image results. Otherwise the half-width is
-    that of the best row's interval, or 0 without an interval.
     """
+    # Pair the rows over images, if both have a result of each.
     best_results = best.per_image
     results = row.per_image
     if best_results is not None and results is not None and len(results) > 1:
         return paired_difference([best_results], [results])
+    # Otherwise take the interval of the best row.
     score = best.metrics[best.metric]
     behind = score - row.metrics[row.metric]
     interval = (best.intervals or {}).get(best.metric)
@@ -213,9 +212,7 @@ def _behind(best: Row, row: Row) -> tuple[float, float]:
 
 
 def save_choice(choice: Choice, adapter: str | Path) -> Path:
-    """Write `alpha.json` atomically, next to an adapter file or into a run's folder; returns its
-    path.
-    """
+    """Write `alpha.json` next to an adapter file or into a run's folder; returns its path."""
     path = _path(adapter)
     with staged(path) as temporary:
         temporary.write_text(json.dumps(asdict(choice), indent=2), encoding="utf-8")
@@ -223,9 +220,7 @@ def save_choice(choice: Choice, adapter: str | Path) -> Path:
 
 
 def chosen(adapter: str | Path) -> Choice:
-    """Read the choice next to an adapter file or in a run's folder; an error if it was made for
-    another adapter.
-    """
+    """Read the choice for an adapter file or a run; refuses one made for another adapter."""
     from radapter_serve.adapter import load_adapter  # torch takes seconds to load
 
     path = _path(adapter)

@@ -122,9 +122,7 @@ class EvaluationSet(ABC):
         return model.prepare(self.as_seen(model, self.images[number]()))
 
     def as_seen(self, model: Candidate, data: bytes) -> bytes:
-        """The image file, encoded again where needed so that the model sees it as the suite says:
-        turned by its EXIF orientation or not, whether or not the model turns images itself.
-        """
+        """Encode the image again where the suite and the model differ in turning it by EXIF."""
         wanted = self.entry.exif_orientation
         if wanted == model.loaded.preprocess.exif_orientation:
             return data
@@ -147,9 +145,7 @@ class EvaluationSet(ABC):
         """Compute the measured fields of `Row` from the answers for all images, in order."""
 
     def row(self, model: Candidate) -> Row:
-        """A model's row on the set, without metrics; an error if the model lacks the set's dense
-        method.
-        """
+        """A model's row without metrics; an error if the model lacks the set's dense method."""
         entry = self.entry
         return Row(
             **model.facts,
@@ -318,9 +314,7 @@ class RetrievalSet(EvaluationSet):
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:
-        """Group number of each caption, [T]. Equal captions share a number and match each other's
-        images.
-        """
+        """Group number of each caption, [T]; equal captions match each other's images."""
         return caption_groups(self.captions)
 
     def fields(self, model: Candidate) -> dict[str, Any]:
@@ -507,10 +501,8 @@ class SegmentationSet(EvaluationSet):
 
 
 def common_nouns(names: Iterable[str]) -> list[str]:
-    """Common nouns that don't overlap with these names of classes.
-
-    They are every third of CLIP's names for ImageNet's classes. A noun is left out if it equals a
-    class, contains it as whole words, or is contained in it; case is ignored.
+    """Every third of CLIP's names for ImageNet's classes, without those that overlap with these
+    names: one is in the other as whole words, in any case.
     """
 
     def words(name: str) -> str:
@@ -534,9 +526,7 @@ def first_names(classes: Sequence[str]) -> list[str]:
 def by_class(
     classes: Sequence[str], n: NDArray[Any], **figures: NDArray[np.float64]
 ) -> list[ClassFigures]:
-    """Build `per_class` of a row from the cases of each class and its figures, by the fields of
-    `ClassFigures`; NaN becomes None.
-    """
+    """Build `per_class` of a row from fields of `ClassFigures`, [C] each; NaN becomes None."""
     rows = []
     for place, name in enumerate(first_names(classes)):
         values = {kind: round(float(of_class[place]), 4) for kind, of_class in figures.items()}

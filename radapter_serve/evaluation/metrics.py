@@ -74,13 +74,10 @@ def classification_metrics(ranks: Ranks, labels: NDArray[Any], classes: int) -> 
 def average_precisions(
     scores: Floats, truth: NDArray[np.bool_], weights: NDArray[Any] | None = None
 ) -> NDArray[np.float64]:
-    """The average precision of each class, float64 [C] in [0, 1], from scores and labels, [N, C];
-    NaN for a class without an image.
-
-    `Σ_n (R_n − R_{n−1})·P_n` from the highest score down, without interpolation; images of equal
-    score make one step. `weights` is how often each image counts, [N], or [D, N] for D draws, which
-    returns [D, C].
+    """Average precision of each class, [C], from scores and labels, [N, C]; NaN without an image.
+    `weights` is how often each image counts, [N], or [D, N] for [D, C].
     """
+    # Σ_n (R_n − R_{n−1})·P_n from the highest score down; images of equal score make one step.
     counted = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
     classes = []
     for column, right in zip(scores.T, truth.T, strict=True):
@@ -96,23 +93,18 @@ def average_precisions(
 
 
 def calibration_error(confidences: Floats, hits: NDArray[np.bool_]) -> float:
-    """Expected calibration error (ECE; Guo et al., ICML 2017): the sum over bins of
-    n_b/N * |accuracy_b - confidence_b|, in [0, 1]; from the probability of each image's best label,
-    and whether that label is right, [N].
-
-    Bin k holds confidences above k/15 and up to (k + 1)/15, and the first bin 0 too.
+    """Expected calibration error (Guo et al., ICML 2017), from the probability of each image's best
+    label, and whether that label is right, [N].
     """
+    # Bin k has confidences above k/15 and up to (k + 1)/15; the first has 0, too.
     bins = np.searchsorted(np.arange(1, BINS) / BINS, confidences, side="left")
     right, sure = (np.bincount(bins, weights, BINS) for weights in (hits, confidences))
     return float(np.abs(right - sure).sum() / len(bins))
 
 
 def caption_groups(captions: Sequence[str]) -> NDArray[np.int64]:
-    """Group number of each caption, int64 [T]; equal captions share a number.
-
-    Captions are equal if they differ only in Unicode's compatible forms (NFKC), case, white space,
-    and full stops at the end.
-    """
+    """Group number of each caption, int64 [T]; equal captions share a number."""
+    # Equal up to compatible forms of Unicode, case, white space, and full stops at the end
     plain = [
         " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .")
         for text in captions
@@ -122,10 +114,7 @@ def caption_groups(captions: Sequence[str]) -> NDArray[np.int64]:
 
 
 def recalls_of(ranks: Mapping[str, Ranks], recalls: Sequence[int] = RECALLS) -> dict[str, float]:
-    """Recall at k both ways from `retrieval_ranks`, in [0, 1]: `image_retrieval_recall@k` over the
-    texts and `text_retrieval_recall@k` over the images. A hit has at least one true match among the
-    best k.
-    """
+    """Recall at k both ways from `retrieval_ranks`: the share with a true match among the best."""
     return {
         f"{way}_retrieval_recall@{k}": float((values < k).mean())
         for k in recalls
@@ -136,15 +125,12 @@ def recalls_of(ranks: Mapping[str, Ranks], recalls: Sequence[int] = RECALLS) -> 
 def retrieval_ranks(
     images: Floats, texts: Floats, image_of: NDArray[Any], groups: NDArray[np.int64] | None = None
 ) -> dict[str, Ranks]:
-    """Rank of the best true match both ways, from 0: `image`, int64 [T], of each text among the
-    images, and `text`, int64 [I], of each image among the texts.
-
-    Embeddings have unit length, [I, D] and [T, D]; each image has at least one text, and `image_of`
-    is the number of each text's image, [T]. An image matches its own texts, and all texts that are
-    in a group with one of them by `caption_groups`.
+    """Rank of the best true match, from 0: `image`, [T], of each text among the images, and `text`,
+    [I], of each image among the texts; `image_of` is the image of each text, [T].
     """
     check_finite(images)
     check_finite(texts)
+    # An image matches its own texts, and all texts in a group with one of them.
     groups = np.arange(len(texts)) if groups is None else groups
     texts_of_group = _members(groups, np.arange(len(texts)))
     images_of_group = _members(groups, image_of)
@@ -187,10 +173,7 @@ def confusion(truth: NDArray[Any], answered: NDArray[Any], classes: int) -> NDAr
 
 
 def segmentation_metrics(counts: NDArray[np.int64]) -> dict[str, float]:
-    """Metrics in [0, 1] from `confusion`, summed over the images of a set: `miou`, the mean of
-    `class_ious` over the classes in the truth or the answers; `pixel_accuracy`;
-    `mean_class_accuracy` over the classes in the truth.
-    """
+    """`miou`, `pixel_accuracy` and `mean_class_accuracy` from the `confusion` of all images."""
     means = mean_metrics(np.stack(pixel_sums(counts)).astype(float)[:, None])
     return {name: float(values[0]) for name, values in means.items()}
 
@@ -205,9 +188,7 @@ def pixel_sums(
 def class_ious(
     right: NDArray[Any], true: NDArray[Any], answered: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """Intersection over union of each class, in [0, 1]; NaN for a class that is neither in the
-    truth nor in the answers.
-    """
+    """Intersection over union of each class; NaN without the class in truth and answers."""
     return shares(right, true + answered - right)
 
 
@@ -217,9 +198,7 @@ def shares(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def mean_metrics(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """`segmentation_metrics` of B data sets of the same classes, [B] each, from `pixel_sums`,
-    [3, B, C].
-    """
+    """`segmentation_metrics` of B data sets, [B] each, from their `pixel_sums`, [3, B, C]."""
     right, true, answered = sums
     pixels = true.sum(axis=-1)
     return {
@@ -236,9 +215,7 @@ def _mean_of_known(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def wilson(share: float, n: float) -> Interval:
-    """Wilson's interval of a share of n independent cases; n may be an effective sample size, which
-    need not be whole.
-    """
+    """Wilson's interval of a share of n cases; an effective n need not be whole."""
     middle = share + _Z**2 / (2 * n)
     spread = _Z * sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
     low, high = ((middle + sign * spread) / (1 + _Z**2 / n) for sign in (-1, 1))
@@ -271,8 +248,6 @@ def mean_recall_interval(hits: NDArray[Any], count: NDArray[Any]) -> Interval:
 def precision_interval(scores: NDArray[Any], truth: NDArray[np.bool_]) -> Interval | None:
     """Interval of the mean of `average_precisions`: normal, with the spread of a bootstrap over
     images; None for a single image and for too many scores.
-
-    It is not centred on the mean of the draws, which is too high: copies of an image rank together.
     """
     n = len(scores)
     if n < 2 or scores.size > _MAX_SCORES:
@@ -282,6 +257,7 @@ def precision_interval(scores: NDArray[Any], truth: NDArray[np.bool_]) -> Interv
     for _ in range(_FEWER_DRAWS // _PRECISION_BLOCK):
         times = generator.multinomial(n, np.full(n, 1 / n), _PRECISION_BLOCK)
         means.append(np.nanmean(average_precisions(scores, truth, times), axis=1))
+    # Not centred on the mean of the draws, which is too high: copies of an image rank together.
     mean = float(np.nanmean(average_precisions(scores, truth)))
     spread = _Z * float(np.concatenate(means).std(ddof=1))
     return max(0.0, mean - spread), min(1.0, mean + spread)
@@ -291,8 +267,7 @@ def paired_difference(
     first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]]
 ) -> tuple[float, float]:
     """Mean lead of one system over another on the same cases, averaged over data sets, and the
-    half-width of its normal 95 % interval; from both systems' results on each case, such as right
-    or wrong, [N] for each data set, with N of 2 or more.
+    half-width of its normal 95 % interval.
     """
     differences = [
         np.asarray(a, float) - np.asarray(b, float) for a, b in zip(first, second, strict=True)
@@ -330,9 +305,7 @@ def fit_confidence(
     logit_bias: float | None,
     dataset: str,
 ) -> Confidence:
-    """Fit calibrated scores of a release to the cosines of images with labels, [N, C], and the
-    right label of each image, [N].
-    """
+    """Fit calibrated scores to the cosines of images, [N, C], and their right labels, [N]."""
     n, classes = cosines.shape
     if n < MIN_IMAGES or classes < 2:
         raise RAdapterError(

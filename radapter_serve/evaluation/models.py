@@ -64,9 +64,7 @@ class Candidate:
         return display_name(self.source, self.alpha)
 
     def prepare(self, data: bytes) -> Any:
-        """Decode an image file for `embed_images`, the same for every α; a server decodes it
-        itself. Thread-safe.
-        """
+        """Decode an image for `embed_images`, the same for every α; a server decodes it itself."""
         if isinstance(self.loaded.encoder, ServerEncoder):
             return data
         return self.loaded.pixels(data)
@@ -85,9 +83,7 @@ class Candidate:
         return self.loaded.embed_texts(texts)
 
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Floats:
-        """Unit-length embeddings of classes, float32 [C, D]: the mean over a class's names and all
-        templates.
-        """
+        """Embed classes, float32 [C, D]: the mean over a class's names and all templates."""
         if not templates:
             raise RAdapterError("no prompt template; give one or more, such as 'a photo of a {}.'")
         key = tuple(templates)
@@ -98,9 +94,7 @@ class Candidate:
         return np.stack([self.known[key, line] for line in classes])
 
     def dense_method(self, dense: str | None) -> str:
-        """The dense method to use for `dense`, where None asks for the model's default; an error if
-        the model lacks it.
-        """
+        """The dense method, by default the model's; an error if the model lacks it."""
         release = self.loaded.release
         default = (release.dense or {}).get("way")
         encoder = self.loaded.encoder
@@ -129,10 +123,8 @@ class Candidate:
         masks: NDArray[np.uint8] | None = None,
         scores: NDArray[np.float32] | None = None,
     ) -> NDArray[np.uint16]:
-        """Segment an image file: the label index of each pixel, uint16 [H, W]; C is the background.
-
-        `masks` are proposals, uint8 [N, H, W], 0 to 255; `scores` are a network's probabilities of
-        their labels, float32 [N, C].
+        """Label each pixel of an image file, uint16 [H, W]; C is the background. `masks` are
+        proposals, uint8 [N, H, W], with the probabilities of their labels in `scores`, [N, C].
         """
         encoder = self.loaded.encoder
         options = query.options
@@ -250,9 +242,6 @@ def in_torch(
 ) -> list[Candidate]:
     """Candidates at each α from a base and the deltas of `LineEncoder`; the base's weights change
     in place until `close`.
-
-    An α of None is unknown, for a model without deltas. `facts` are fields of `Row`; `templates`
-    are for data sets that name no templates, `crop` is for the masks of proposals.
     """
     where = to_device(base.model, device)
     encoder = LineEncoder(base, {key: delta.to(where) for key, delta in deltas.items()})

@@ -26,9 +26,7 @@ Points = Sequence[Mapping[str, float]]
 
 
 def draw_choice(choice: Choice, folder: Path) -> Path:
-    """Draw the validation curve that α was chosen from as `validation.png` in a folder; returns
-    its path.
-    """
+    """Draw the curve that α was chosen from as `validation.png`; returns its path."""
     path = folder / "validation.png"
     points = [
         {name: value if name == "alpha" else 100 * value for name, value in point.items()}
@@ -47,10 +45,8 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
 
 
 def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = True) -> list[Path]:
-    """Draw the rows of one call in a folder; returns the pictures' paths.
-
-    `alpha.png` shows the curve of several α, if `curve_too`; dense segmentation and proposals have
-    one each. `confusion-NAME.png` shows a data set of few classes, for the last model.
+    """Draw the α curves, if `curve_too`, and the confusion matrices of the rows of one call;
+    returns the pictures' paths.
     """
     unit = _unit(row.metric for row in rows)
     pictures = []
@@ -107,15 +103,8 @@ def plot_alpha_curve(
     kept: Mapping[float, float] | None = None,
     choice: Choice | None = None,
 ) -> None:
-    """Draw the α curve: out-of-distribution against in-distribution figures (the paper's Fig. 3),
-    and each set over α.
-
-    A row has `alpha`, and per cent by the name of the data set; rows ascend in α. The curve takes
-    the means of the in-distribution and of the shifted sets, and needs both. `other_methods` has
-    rows by the name of a method, such as WiSE-FT. `kept` is the share of the base's answers that
-    each α keeps, in per cent, on the right axis. `choice` marks the α of `auto`, the smallest as
-    good as the best, the best, the base's level, and the score with the interval of its distance
-    from the best.
+    """Draw the α curve, out-of-distribution figures against those in distribution (the paper's Fig.
+    3), and each set over α; all figures are in per cent.
     """
     groups = [names for names in (ids, ood_names) if names]
     figure = Figure(figsize=(5 * len(groups) + 1.3, 4.2), dpi=150, layout="constrained")
@@ -206,9 +195,7 @@ def _draw_curve(
 
 
 def plot_confusion(row: Row, path: str | Path) -> None:
-    """Draw a row's confusion matrix, with the number of images (for segmentation: pixels) of each
-    class.
-    """
+    """Draw a row's confusion matrix, with the images, or pixels, of each class."""
     assert row.per_class is not None
     counts = np.array(row.confusion, float)
     if not counts[:, -1].any():

@@ -181,9 +181,7 @@ def packed(right: NDArray[np.bool_]) -> str:
 
 
 def unpacked(right: str | list[int], n: int, captions: int | None) -> NDArray[np.float64]:
-    """Result of each image, whose mean is the metric, from a row's `right`, `n` and `captions`; a
-    ValueError if `right` has another number of images than the row.
-    """
+    """Result of each image from a row's `right`; a ValueError if its length is not `n`."""
     if isinstance(right, str):
         data = base64.b64decode(right, validate=True)
         if len(data) != (n + 7) // 8:
@@ -195,10 +193,8 @@ def unpacked(right: str | list[int], n: int, captions: int | None) -> NDArray[np
 
 
 class Results:
-    """The file `results.jsonl` in a folder, one row a line, complete after each `add`.
-
-    The first `add` makes the folder. It replaces the rows of an existing file unless `resume` keeps
-    them.
+    """The file `results.jsonl` in a folder, complete after each `add`; the first replaces the rows
+    of an existing file unless `resume` keeps them.
     """
 
     def __init__(self, folder: str | Path, *, resume: bool = True) -> None:
@@ -278,12 +274,8 @@ def metric_name(metric: str) -> str:
 
 
 def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()) -> Table:
-    """Table of models by data sets, in per cent, with numbers of images, 95 % intervals and
-    calibration errors.
-
-    Means are over sets of the same shift, metric and method of segmentation. The share kept of the
-    base is the mean over the sets that have it. H is the harmonic mean of the means over `pairs`,
-    the names of the sets of base and of novel classes.
+    """Table of models by data sets, in per cent, with intervals, and with means over sets of one
+    kind and over `pairs` of base and novel classes.
     """
     # Columns: data sets, in distribution first; means over sets of one kind.
     sets = {row.dataset: row for row in sorted(rows, key=lambda row: row.shift)}

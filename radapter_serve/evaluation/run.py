@@ -58,12 +58,8 @@ def evaluate_set(
     progress: Callable[[int, int], None] | None = None,
     keep: Sequence[str] = (),
 ) -> list[tuple[Row, Answers]]:
-    """Evaluate models that prepare images alike on one data set; each image is read and decoded
-    once.
-
-    `progress` is called with the number of images done and of all images. `keep` may have "nouns",
-    to measure `kept` (see `Row`) against the first model of alpha 0, and "scores", which take 4
-    bytes for each model, image and class.
+    """Evaluate models that prepare images alike on one data set. `keep` may have "nouns", to
+    measure `kept` (see `Row`) against the first model of alpha 0, and "scores".
     """
     seconds = [0.0] * len(models)
     parts: list[list[Answers]] = [[] for _ in models]
@@ -148,11 +144,8 @@ def evaluate_suite(
     opened: Callable[[EvaluationSet], None] = lambda data: None,
     base: Candidate | None = None,
 ) -> list[Row]:
-    """Evaluate models of one kind on the data sets of one split of a suite, except rows that
-    `results` has already.
-
-    `opened` is called with each data set. `kept` (see `Row`) is measured against the model of
-    alpha 0 among the models, or else against `base`, which has no row.
+    """Evaluate models on the sets of one split, except rows that `results` has already. `opened` is
+    called with each set; `base` is for `kept` (see `Row`), and has no row.
     """
     rows: list[Row] = []
     base = next((model for model in models if model.alpha == 0.0), base)
@@ -192,9 +185,7 @@ def evaluate_suite(
 def warn_of_overlap(
     choosing: Iterable[EvaluationSet], testing: Iterable[EvaluationSet]
 ) -> list[str]:
-    """A warning for each test set that shares images, by the digests of their files, with the
-    validation sets.
-    """
+    """A warning for each test set that shares image files with the validation sets."""
     set_of = {digest: data.entry.name for data in choosing for digest in data.contents}
     warnings = []
     for data in testing:

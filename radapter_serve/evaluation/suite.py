@@ -151,11 +151,8 @@ def ready_suites() -> dict[str, Path]:
 
 
 def load_suite(source: str | Path, data_root: str | Path = ".") -> Suite:
-    """Read a suite from a file, or by its name one that comes with the package. Torch is loaded
-    only if a set has a dense method.
-
-    The YAML file has `sets`, a list of `Entry`'s fields; a field next to `sets` is the default of
-    all sets.
+    """Read a suite: a file, or one of the package by its name. The YAML has `sets`, a list of
+    `Entry`'s fields; a field next to `sets` is the default of all sets.
     """
     ready = ready_suites()
     path = ready.get(str(source), Path(source))

@@ -43,9 +43,7 @@ class Key(BaseModel):
 
 
 class Keys:
-    """The keys of a file, reloaded when it changes. While the file is unreadable, no key is
-    accepted, so that a revoked key never works again.
-    """
+    """The keys of a file, reloaded when it changes; an unreadable file accepts no key."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,7 +58,7 @@ class Keys:
                 self._keys = _parse(self._path, _text(self._path))
                 LOG.info("%s has changed: %d keys", self._path, len(self._keys))
             except RAdapterError as error:
-                self._keys = {}
+                self._keys = {}  # so that a revoked key never works again
                 LOG.error("no key is accepted: %s", error)
         kind, _, secret = (authorization or "").partition(" ")
         digest = hashlib.sha256(secret.strip().encode("utf-8", "replace")).hexdigest()
@@ -161,9 +159,7 @@ class TokenBucket:
         self._updated = now()
 
     def take(self, count: int = 1) -> float:
-        """Take `count` tokens and return 0; if there are too few, take no token and return the
-        seconds until there are enough.
-        """
+        """Take `count` tokens and return 0, or take none and return the seconds to wait."""
         if self._limit is None:
             return 0.0
         now = self._now()
@@ -224,9 +220,7 @@ class ConcurrencyLimit:
 
     @contextlib.asynccontextmanager
     async def slot(self, entry: Entry) -> AsyncIterator[None]:
-        """Hold a slot for the block, or raise `Refused` if too many requests wait; sets the entry's
-        `queue_ms` and `model_ms`.
-        """
+        """Hold a slot for the block, and time it in `entry`; refuses if too many requests wait."""
         asked = time.monotonic()
         if self._free.locked() and self.waiting >= self._max_waiting:
             raise Refused(
@@ -260,9 +254,7 @@ class MemoryBudget:
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that reserves a number of bytes until the block ends, and raises
-        `Refused` if the budget is exceeded.
-        """
+        """Yield a function that reserves bytes until the block ends, or raises `Refused`."""
         leased = 0
 
         def acquire(size: int) -> None:

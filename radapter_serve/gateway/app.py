@@ -398,9 +398,7 @@ def _named(request: Request) -> tuple[str, str]:
 
 
 async def _run_until_disconnect(request: Request, work: Coroutine[Any, Any, T], end: float) -> T:
-    """Return the result of `work`; cancel it if the caller disconnects, or `GRACE` seconds after
-    the time `end`. The whole body must have been read.
-    """
+    """Return the result of `work`; cancel it if the caller leaves, or soon after the time `end`."""
     task = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(request.receive())
     try:

@@ -52,9 +52,7 @@ _SILENT = logging.Logger("connections", logging.CRITICAL + 1)
 
 
 class Connections:
-    """Accepts the connections of a listener and answers on them; raises OSError or ssl.SSLError for
-    a certificate or a key that cannot be read.
-    """
+    """Accepts the connections of a listener and answers on them."""
 
     _listener: socket.socket
 
@@ -184,9 +182,7 @@ class Connections:
         return False
 
     def _end_oldest(self, address: str | None = None) -> bool:
-        """Close the connection that has waited longest for a request, of one address or of all;
-        False if no connection waits.
-        """
+        """Close the connection that waited longest, of an address or of all; False if none."""
         for connection in self.waiting:
             if address in (None, connection.address) and connection.is_idle:
                 connection.end()

@@ -108,9 +108,7 @@ class EngineServer(ReleaseServer):
 
 
 class InProcess:
-    """An `Upstream` to an engine in this process. Requests run in up to `max_concurrent` threads,
-    each of which waits for its batch.
-    """
+    """An `Upstream` to an engine in this process; each request waits in a thread for its batch."""
 
     def __init__(self, engine: Engine, max_concurrent: int) -> None:
         self._engine = engine
@@ -162,9 +160,7 @@ def in_front_of(server: EngineServer, settings: Settings) -> GatewayServer:
 
 @contextlib.contextmanager
 def answering(config: ServerConfig, settings: Settings) -> Iterator[EngineServer]:
-    """Serve an engine over HTTP in a thread of this process; raises `RAdapterError` for a release
-    that cannot be served, or a port in use.
-    """
+    """Serve an engine over HTTP in a thread of this process, for the block."""
     server = EngineServer(config)
     with in_front_of(server, settings) as gateway, server, gateway.in_thread():
         yield server

@@ -130,9 +130,7 @@ def _count(text: bytes, characters: bytes, limit: int) -> int:
 
 
 def read(body: bytes, end: int, model: Model, version: str = "") -> Inference:
-    """Parse and check the body of an inference: JSON up to `end`, then binary tensors. Raises
-    `Refused` for the first error.
-    """
+    """Parse and check the body of an inference: JSON up to `end`, then binary tensors."""
     header = from_json(_Header, body[:end], "send tensors in binary")
 
     # Names, types and shapes, before any value is read

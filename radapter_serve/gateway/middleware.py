@@ -140,13 +140,10 @@ class Errors:
 
 @dataclass(frozen=True)
 class BrowserRule:
-    """Refuses requests from web pages of other sites, by `Host`, `Origin` and `Sec-Fetch-Site`.
-
-    `host` is the name or address that the gateway listens on; None allows any `Host`.
-    """
+    """Refuses requests from web pages of other sites, by `Host`, `Origin` and `Sec-Fetch-Site`."""
 
     app: ASGIApp
-    host: str | None
+    host: str | None  # that the gateway listens on; None allows any `Host`
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
@@ -179,9 +176,7 @@ class BrowserRule:
 
 
 class Metrics:
-    """Prometheus metrics of one gateway. Labels are tasks, codes and names of keys, never values
-    that callers send.
-    """
+    """Prometheus metrics of a gateway; no label has a value that a caller sends."""
 
     def __init__(self, concurrency: ConcurrencyLimit, memory: MemoryBudget) -> None:
         self._registry = CollectorRegistry()
@@ -227,9 +222,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Record:
-    """Records the outcome of a request when its response starts: a log line; for an inference, also
-    metrics and a span.
-    """
+    """Records a request when its response starts: a log line and, for an inference, more."""
 
     app: ASGIApp
     log: bool
@@ -293,9 +286,7 @@ class RequireKey:
 
 
 def open_spans() -> Spans | None:
-    """Return a `Spans`; None if tracing is off or, with a warning, if OpenTelemetry is not
-    installed.
-    """
+    """Return a `Spans`; None if tracing is off or OpenTelemetry is not installed."""
     variable = otlp_endpoint()
     if variable is None:
         return None

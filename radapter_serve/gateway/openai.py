@@ -59,9 +59,7 @@ class _Body(Strict):
 
 @dataclass
 class EmbeddingsRequest:
-    """A checked request for embeddings. Texts (UTF-8) and image files are keyed by their position
-    in the input, from 0.
-    """
+    """A checked request; texts (UTF-8) and image files are keyed by their position in the input."""
 
     model: str  # name of the release
     texts: dict[int, bytes] = field(default_factory=dict)
@@ -73,9 +71,7 @@ class EmbeddingsRequest:
 
 
 def read(text: bytes) -> EmbeddingsRequest:
-    """Parse and check a body; raises `Refused` for the first error, with the position of the input,
-    from 0.
-    """
+    """Parse and check a body; errors have the position of the input, from 0."""
     body = from_json(_Body, text, "send fewer inputs")
     # The whole input: a list of texts, not of tokens
     values = [body.input] if isinstance(body.input, str) else body.input
@@ -188,9 +184,7 @@ def refusal(error: Refused) -> dict[str, Any]:
 
 
 class OpenAI:
-    """Answers requests below /v1; `model(task, version, fresh=0)` returns the current configuration
-    of a task.
-    """
+    """Answers requests below /v1; `model(task, version, fresh=0)` returns the facts of a task."""
 
     def __init__(
         self,

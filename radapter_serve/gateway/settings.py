@@ -63,8 +63,8 @@ class Settings:
     log: Literal["off", "json"] = "off"
 
     def check(self) -> str:
-        """Return the address to listen on. Raises `RAdapterError` for invalid values, and for a
-        host that other machines can reach without --api-keys or --no-api-keys.
+        """Check the values; returns the address to listen on. Others than this machine get in only
+        with keys, or with `no_api_keys`.
         """
         if not 0 <= self.port <= 65535:
             raise RAdapterError(

@@ -103,9 +103,7 @@ def bad_request(message: str, param: str | None = None) -> Refused:
 
 
 def from_status(status: str, text: str) -> Refused:
-    """Translate a failure of Triton or an engine, with its gRPC status and message, into a refusal
-    with the code and the first line, without paths.
-    """
+    """Translate a failure of Triton or an engine into a refusal, whose message has no paths."""
     number = _STATUS_OF_GRPC.get(status, 500)
     failure = read_failure(text)
     if failure.code is not None:
@@ -125,9 +123,7 @@ _PATH = re.compile(r"((?:[\w-]+:)?)([/~].*|(?<=local-dir:).*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Inference:
-    """A checked request to a task. Arrays of type BYTES hold texts, as str or in UTF-8, and images
-    as bytes.
-    """
+    """A checked request to a task; arrays of type BYTES hold texts, str or UTF-8, or images."""
 
     model: str
     version: str  # empty for the newest

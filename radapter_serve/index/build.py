@@ -50,12 +50,8 @@ def build(
     ray: str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Build an index, atomically.
-
-    A stopped build is continued. If the index at `out` was made by the same release of the same
-    images, only changes are embedded; any other index at `out` is replaced when the new one is
-    complete. `exif_orientation` turns images if the release does; `ray` is the address of a cluster
-    that reads and embeds.
+    """Build an index, atomically, or continue a stopped build; of the same images by the same
+    release, only changes are embedded.
     """
     out = out.absolute()
     if not 0 <= thumbnails <= 1024:
@@ -97,11 +93,8 @@ def add(
     on_broken: OnBroken | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Embed new images and those with other bytes, and keep the rest, atomically.
-
-    `loaded` must be the release that made the index, or the same exported again. `source` None
-    takes the index's own; `prune` removes images whose files are gone; `on_broken` None takes the
-    setting of the last build or addition.
+    """Embed new images and those with other bytes, atomically, by the release that made the index;
+    `prune` removes images whose files are gone.
     """
     out = out.absolute()
     refuse_link(out)
@@ -168,11 +161,7 @@ def build_from_embeddings(
     resume: bool = True,
     progress: Progress | None = None,
 ) -> Summary:
-    """Build an index from existing embeddings, atomically; no image is read.
-
-    `vectors` is a NumPy file [N, D] of floats, which is mapped; its rows are normalised. The table
-    `rows`, .parquet or .csv, has one row for each: its id in `image_column`, and metadata.
-    """
+    """Build an index, atomically, from a NumPy file [N, D] and a table with a row for each."""
     out = out.absolute()
     vectors = vectors.absolute()
     rows = rows.absolute()
@@ -258,9 +247,7 @@ class Verification:
 
 
 def verify(out: Path, *, progress: Progress | None = None) -> Verification:
-    """Compare an index with its digests and with its images: every file is read, and none is
-    embedded. For an index of embeddings only the digests are compared.
-    """
+    """Compare an index with its digests and with its images, if it was made of images."""
     refuse_link(out)
     index = FolderIndex(out, complete=True)
     plan = index.facts.plan

@@ -59,9 +59,7 @@ class Collection:
 def open_collection(
     source: str, *, image_column: str = "image", root: Path | None = None
 ) -> Collection:
-    """Find the images of a source: a folder with its subfolders, `csv:FILE` or `parquet:FILE`. Ids
-    are paths relative to `root`, by default the source's folder.
-    """
+    """Find the images of a folder, `csv:FILE` or `parquet:FILE`; ids are relative to `root`."""
     kind, colon, place = source.partition(":")
     is_table = colon == ":" and kind in ("csv", "parquet")
     # Remove "..", but keep symbolic links.
@@ -91,9 +89,7 @@ def _id(file: Path, root: Path) -> str:
 
 
 def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
-    """Read a table of images as an Arrow table, with NaN as NULL. `kind` is "csv" or "parquet";
-    None takes it from the file's name.
-    """
+    """Read a table of images as an Arrow table, with NaN as NULL; `kind` is "csv" or "parquet"."""
     import pyarrow
     from pyarrow import compute, csv, parquet, types
 
@@ -150,9 +146,7 @@ def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Read:
-    """The result of reading a file: an error, unchanged bytes, or an image that is prepared for the
-    encoder or embedded.
-    """
+    """The result of reading a file: an error, unchanged bytes, or an image to index."""
 
     digest: str = ""
     prepared: Any = None  # pixels for the encoder, uint8 [S, S, 3]
@@ -163,9 +157,7 @@ class Read:
 
 
 def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: int) -> Read:
-    """Read a file; if the digest of its bytes is not `before`, prepare it for the encoder, with an
-    upright thumbnail of `thumbnails` pixels. Thread-safe.
-    """
+    """Read a file; unless its digest is `before`, prepare it for the encoder, with a thumbnail."""
     turned = loaded.preprocess.exif_orientation
     try:
         id.encode()
@@ -198,9 +190,7 @@ def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: in
 
 
 class Cluster:
-    """A Ray cluster at an address, such as `10.0.0.1:6379` or `auto`, whose workers embed with a
-    release.
-    """
+    """A Ray cluster, at an address or `auto`, whose workers embed with a release."""
 
     def __init__(self, address: str, loaded: LoadedRelease) -> None:
         self._loaded = loaded
@@ -222,8 +212,8 @@ class Cluster:
     def read(
         self, items: Sequence[tuple[str, Path, str]], size: int, thumbnails: int
     ) -> Iterator[list[Read]]:
-        """Read and embed files in order, in batches of `size`; the work of a dead worker is
-        repeated. An item is the id, the file, and the digest of the bytes in the index.
+        """Read and embed files in order, in batches of `size`. An item is the id, the file, and the
+        digest of the bytes in the index.
         """
         import ray
         from ray.util import ActorPool

@@ -282,9 +282,7 @@ def _evaluate(node: Any, batch: pa.RecordBatch) -> _Term:
 
 
 def _column(name: str, batch: pa.RecordBatch) -> _Term:
-    """Find a column by its name, ignoring case if the match is unique, and cast its values to the
-    type in which its kind is computed.
-    """
+    """Find a column by its name, and cast it to the type in which its kind is computed."""
     names = [other for other in batch.schema.names if other.lower() == name.lower()]
     if name not in names:
         if len(names) != 1:

@@ -41,9 +41,7 @@ def index_names(indexes: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class MadeBy:
-    """Facts of the release that made an index, as in `Release`, with the α of its embeddings, and
-    the release's digest.
-    """
+    """Facts of the release that made an index, and its digest, at the α of the embeddings."""
 
     architecture: str
     alpha: float
@@ -79,9 +77,7 @@ class MadeBy:
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of an index; if two plans differ in a field of _DECIDING, all images are embedded
-    again.
-    """
+    """Settings of an index; another value of a `_DECIDING` field embeds all images again."""
 
     source: str  # as for `radapter-index build`; for an index of embeddings the file of vectors
     root: str  # folder that ids are relative to
@@ -232,11 +228,8 @@ class Index(ABC):
         offset: int | None = None,
         min_score: float | None = None,
     ) -> list[Hit]:
-        """Find the nearest images, best first; images with equal vectors are sorted by id.
-
-        With an `offset`, the images are a page of the 1000 nearest: pages put together equal one
-        large page. Without `offset`, a search in a big index looks less deep. `where` is a
-        condition in SQL on the columns; hits with a cosine below `min_score` are left out.
+        """Find the nearest images, best first, that meet the condition `where`; with an `offset`, a
+        page of them.
         """
         if not 1 <= top_k <= MAX_TOP_K:
             raise invalid(f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")

@@ -97,9 +97,7 @@ def describe_files(folder: Path) -> dict[str, FileFacts]:
 
 
 def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> None:
-    """Make a finished folder the current generation, atomically: a reader finds this one or the
-    one before, which stays for the time `keep`.
-    """
+    """Make a finished folder the current generation, atomically; the one before stays a while."""
     generation = f"g-{secrets.token_hex(8)}"
     write_text(new / FACTS, facts.to_json())
     folder.mkdir(exist_ok=True)
@@ -126,11 +124,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 class FolderIndex(Index):
-    """An index whose files are mapped from a folder's current generation; any number of searches
-    can run at once.
-
-    `complete` verifies all files by their digests, however large they are; `codes` False ignores
-    FAISS's codes, which can be computed again from the vectors.
+    """An index whose files are mapped from a folder's current generation. `complete` verifies all
+    files by their digests; `codes` False ignores FAISS's codes.
     """
 
     def __init__(self, folder: Path, *, complete: bool = False, codes: bool = True) -> None:
@@ -237,9 +232,7 @@ class FolderIndex(Index):
             return {paths[row].as_py(): np.array(self.vectors[row]) for row in rows}
 
     def _nearest(self, embedding: NDArray[np.float32], top_k: int, met: Met | None) -> Positions:
-        """Find the positions of the nearest images; more than `top_k` if rounding could change
-        which is last.
-        """
+        """Find the nearest images; more than `top_k` if rounding could change the last."""
         effort = self.facts.nearest
         if self._neighbours is not None and effort is not None:
             if met is not None and met.count <= max(FEW, FEW_OF_ALL * len(self)):
@@ -269,9 +262,7 @@ class FolderIndex(Index):
 
 
 def write_table(folder: Path, batches: Iterable[pa.RecordBatch], shape: tuple[int, int]) -> None:
-    """Write `rows.arrow` and `vectors.npy`, which may be larger than memory. `shape` is the number
-    of images, and D.
-    """
+    """Write `rows.arrow` and `vectors.npy` of `shape` [N, D], which may be larger than memory."""
     count = 0
     waiting: list[pa.RecordBatch] = []
     writer: pa.RecordBatchFileWriter | None = None

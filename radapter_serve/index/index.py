@@ -33,17 +33,13 @@ def open_index(folder: str | Path) -> Index:
 
 
 def current(folder: Path) -> tuple[str, IndexFacts]:
-    """Read the current generation of a folder, or of the collection that it links to: its name and
-    the index's facts.
-    """
+    """Name and facts of the current generation of a folder, or of the one that it links to."""
     url = link_of(folder)
     return Qdrant(url).current() if url else read_pointer(folder)
 
 
 def releases_of(indexes: Path) -> dict[str, MadeBy]:
-    """Find the release that made each index of a folder, by the index's name; unreadable indexes
-    are left out.
-    """
+    """Find the release that made each readable index of a folder, by the index's name."""
     releases = {}
     for path in sorted(indexes.glob(f"*/{FACTS}")):
         name = as_text(path.parent.name)
@@ -64,12 +60,8 @@ class _Opened:
 
 
 class Indexes:
-    """The indexes in a release's folder. New ones are found, and replaced ones opened again.
-
-    An index belongs to the release that made it: `loaded`, or one of the `others` that are served.
-    All indexes are opened at the start, so that no caller waits. A broken one is logged, and tried
-    again when a caller asks for it. Those that are not open after `opening` seconds, such as in a
-    Qdrant that does not answer, are opened by background threads.
+    """The indexes in a release's folder, opened at the start and again when they are replaced. Each
+    was made by `loaded` or by one of the `others` that are served.
     """
 
     def __init__(
@@ -98,13 +90,11 @@ class Indexes:
         for thread in threads:
             thread.start()
         end = time.monotonic() + opening
-        for thread in threads:
+        for thread in threads:  # they go on, such as with a Qdrant that does not answer
             thread.join(max(0.0, end - time.monotonic()))
 
     def get(self, name: str) -> tuple[Index, LoadedRelease]:
-        """Return the current index of a name, and the release that made it; raises a `TaskError` if
-        the index cannot be read, or its release is not served.
-        """
+        """Return the current index of a name, and the served release that made it."""
         index = self._current(name)
         made_by = index.facts.plan.release
         if made_by.is_of(self._loaded.release):
@@ -128,9 +118,7 @@ class Indexes:
         )
 
     def _current(self, name: str) -> Index:
-        """Return the current generation of an index, which never changes. Each call reads the
-        pointer to it, `index.json`.
-        """
+        """Return the current generation of an index, by the pointer that each call reads."""
         pointer = None
         for spelling in spellings(name) if is_name(name) else ():
             folder = self._folder / as_name(spelling)

@@ -60,9 +60,7 @@ TEXTS = [f"a photo of {thing}." for thing in _THINGS.split(", ")]
 
 
 class Neighbours:
-    """The vectors of an index and their codes. A query runs in one thread; any number of queries
-    can run at once.
-    """
+    """The vectors of an index and their codes; any number of queries can run at once."""
 
     def __init__(self, folder: Path, vectors: NDArray[np.float32]) -> None:
         self._faiss = load_faiss()
@@ -101,8 +99,7 @@ class Neighbours:
         among: Met | None = None,
     ) -> tuple[Positions, NDArray[np.float32]]:
         """Find the nearest vectors and their cosines, best first; more than `top_k` if rounding
-        could change which is last. `nprobes` cells and `candidates` are the effort of a search for
-        ten among all vectors; other searches scale it.
+        could change the last. `nprobes` and `candidates` are the effort for ten among all.
         """
         faiss = self._faiss
         faiss.omp_set_num_threads(1)  # applies to the calling thread
@@ -164,9 +161,7 @@ class Neighbours:
         return positions[best][order], scores[best][order]
 
     def cosines(self, query: NDArray[np.float32], of: Positions) -> NDArray[np.float32]:
-        """Compute cosines with some vectors by FAISS, which reads the mapped vectors without a
-        copy.
-        """
+        """Compute cosines with some vectors by FAISS, which does not copy them."""
         scores = np.empty(len(of), np.float32)
         places = np.ascontiguousarray(of, np.int64)
         asked = np.ascontiguousarray(query, np.float32)
@@ -193,9 +188,7 @@ def write_neighbours(
     vectors: NDArray[np.float32],
     embed_texts: Callable[[list[str]], NDArray[np.float32]],
 ) -> NearestFacts:
-    """Write the codes of vectors, float32 [N, D], and tune the effort of a search. `embed_texts` is
-    the release's text encoder, for the queries.
-    """
+    """Write the codes of vectors, [N, D], and tune the effort of a search by the text encoder."""
     faiss = load_faiss()
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or total()))
@@ -224,11 +217,8 @@ def write_neighbours(
 
 
 def tune(neighbours: Neighbours, texts: NDArray[np.float32]) -> tuple[int, int, float]:
-    """Find the least effort with the recall@10 `RECALL`: cells, candidates, and the recall, which
-    is the lower one of that on images of the index and that on texts.
-
-    A hit counts if its cosine reaches that of the tenth nearest of all vectors, so it does not
-    matter which of equal images is found.
+    """Find the least effort with the recall@10 `RECALL` for images of the index and for texts:
+    cells, candidates, and the recall.
     """
     vectors = neighbours.vectors
     chosen = np.random.default_rng(0).choice(len(vectors), _QUERIES, replace=False)

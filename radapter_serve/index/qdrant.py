@@ -75,9 +75,7 @@ _EXACT = 2**53  # largest magnitude of exact whole numbers in floats, the type o
 
 
 class Qdrant:
-    """The address of an index in a running Qdrant: `qdrant://HOST:PORT/ALIAS`, or `qdrants://` for
-    TLS.
-    """
+    """The address of an index in a running Qdrant: `qdrant[s]://HOST:PORT/ALIAS`, s for TLS."""
 
     def __init__(self, url: str) -> None:
         match = _PLACE.fullmatch(url)
@@ -92,9 +90,7 @@ class Qdrant:
         self._http = f"http{match[1]}://{match[2]}:{match[3] or _PORT}"
 
     def client(self, timeout: int = TIMEOUT) -> Any:
-        """Connect with qdrant-client, with the key from the environment; `timeout` is in seconds
-        for each request.
-        """
+        """Connect, with the key from the environment; `timeout` is in seconds for a request."""
         check_installed("qdrant_client", "qdrant")
         key = next((value for name in KEYS if (value := os.environ.get(name))), None)
         return _connected(self._http, key, timeout)
@@ -209,9 +205,7 @@ def refuse_link(folder: Path) -> None:
 
 
 def publish(folder: Path, url: str, progress: Progress | None = None) -> bool:
-    """Publish an index to Qdrant, replacing the one there atomically. Returns False if it is
-    already published.
-    """
+    """Publish an index, replacing the one there atomically; False if it is there already."""
     from qdrant_client import models  # imported here, as other commands need no client
 
     place = Qdrant(url)
@@ -367,10 +361,8 @@ def to_filter(where: str, types: Mapping[str, str]) -> Any:
 
 
 def _filter(node: Any, types: Mapping[str, str], positive: bool) -> dict[str, Any]:
-    """Build a filter, in JSON, that holds if a condition is true, or, if not `positive`, false.
-
-    NOT is moved inwards to the comparisons. A missing value meets neither a comparison nor its
-    negation, as in SQL's three-valued logic.
+    """Build a filter that holds if a condition is true, or, if not `positive`, false. NOT moves
+    inwards to the comparisons; a missing value meets neither these nor their negations.
     """
     node = node.unnest()
     match node:

@@ -82,13 +82,8 @@ def writing(
     resume: bool = True,
     extend: bool = False,
 ) -> Iterator[Writer]:
-    """Write the next generation of an index; `columns` are the Arrow types of the metadata. Only
-    one writer at a time is allowed.
-
-    The rows of the current generation are taken over if it has the same plan, and so are those of a
-    stopped command; with `resume` False, neither are. Embedded rows stay if the work fails. A
-    damaged generation is replaced, or refused if `extend`; a build computes damaged codes again
-    from the vectors.
+    """Write the next generation of an index, alone. The rows of a current generation with the same
+    plan, and of a stopped command, are taken over unless `resume` is False.
     """
     folder = out.with_name(f".{out.name}.building")
     with disk_errors(out), lock(folder, "radapter-index"):
@@ -113,9 +108,7 @@ def _parts_in(folder: Path) -> list[Path]:
 
 
 class _KnownRow(NamedTuple):
-    """A known row: the digest of its file, a hash of its metadata, and its place, the number of a
-    part (`_BASE` for the base) and the row in it.
-    """
+    """A known row: digest of its file, hash of its metadata, and its place: part and row."""
 
     digest: str
     metadata: int
@@ -145,7 +138,8 @@ class Writer:
         # An addition has no flag to discard what a stopped command left.
         self._discard = f"remove {folder}" if extend else "discard it with --no-resume"
 
-        # Take over the current generation, if it has the same plan.
+        # Take over the current generation, if it has the same plan. A damaged one is replaced, and
+        # damaged codes are computed again from the vectors.
         base: FolderIndex | None = None
         self._has_codes = True
         if resume and not plan.rows:
@@ -241,9 +235,7 @@ class Writer:
             summary.removed += 1
 
     def publish(self, summary: Summary, rows: Iterable[pa.RecordBatch] | None = None) -> None:
-        """Make the rows the current generation, by default the known rows, and complete the
-        summary.
-        """
+        """Make the rows the current generation, by default the known ones; complete `summary`."""
         if rows is None:
             digests = {row.digest for row in self.known.values()}
             summary.count = len(self.known)
@@ -322,9 +314,7 @@ class Writer:
                 )
 
     def _append(self, images: list[tuple[Item, Read]]) -> int:
-        """Embed a batch and write its rows; files with the same bytes are embedded once. Returns
-        the number of embedded images.
-        """
+        """Embed a batch and write its rows; returns the number of embedded images."""
         embeds: dict[str, NDArray[np.float32]] = {}
         waiting: dict[str, Any] = {}
         embedded = 0

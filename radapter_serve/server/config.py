@@ -212,11 +212,7 @@ class ServerConfig:
 
 
 def free_ports() -> tuple[int, int, int]:
-    """Return three free ports of this machine.
-
-    They are below Linux's ephemeral ports, so that no program that asks for any port takes one
-    before the server listens.
-    """
+    """Return three free ports, below those that Linux gives to programs that ask for any."""
     ports: list[int] = []
     for port in random.sample(range(10_000, 32_768), 1_000):
         with contextlib.suppress(OSError):

@@ -71,9 +71,7 @@ class Control:
         return {name: sorted(versions) for name, versions in sorted(models.items())}
 
     def load(self, model: str, *, timeout: float = 120.0) -> None:
-        """Load a model from its folder, and wait until it is ready; its loaded versions are served
-        meanwhile.
-        """
+        """Load a model from its folder, and wait; its loaded versions are served meanwhile."""
         self._need(f"repository/models/{quote(model)}/load", {}, timeout=timeout)
 
     def unload(self, model: str) -> None:
@@ -94,9 +92,7 @@ class Control:
     def ask(
         self, path: str, body: Mapping[str, Any] | None = None, *, timeout: float = 10.0
     ) -> Answer:
-        """POST JSON to a path below /v2, or GET the path if `body` is None; raises `NoAnswer` if
-        nothing comes within `timeout` seconds.
-        """
+        """POST JSON to a path below /v2, or GET it; raises `NoAnswer` after `timeout` seconds."""
         method = "GET" if body is None else "POST"
         url = f"{self.url}/v2/{path}".rstrip("/")
         try:
@@ -132,9 +128,7 @@ def in_json(tensors: Tensors) -> list[dict[str, Any]]:
 
 
 def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: float) -> None:
-    """Probe each version of each task once, within `timeout` seconds each; raises `RAdapterError`
-    if one fails.
-    """
+    """Probe each version of each task once, within `timeout` seconds each."""
     for model, versions in models.items():
         for version in versions if model in PROBES else ():
             path = f"models/{model}/versions/{version}/infer"
@@ -188,18 +182,9 @@ def switch(
     say: Callable[[str], None],
     clock: Clock = SYSTEM,
 ) -> None:
-    """Replace the models of a server by those of other releases, without a gap for callers; `say`
-    is called with a line before each step.
-
-    1. Encoders: the new versions are loaded next to the old ones, which the old tasks still call;
-       `check` raises a `RAdapterError` if they do not agree with torch.
-    2. Tasks: each loads its new version, and switches to it in one step when it is ready. From
-       here on the new release answers new calls, while the old one finishes its running calls.
-       Each new task is probed once.
-    3. Once the old tasks have finished, their encoders are unloaded.
-
-    If 1 or 2 fails, the steps are undone, the last one first, and a `RAdapterError` gives the
-    reason.
+    """Replace the models of a server by those of other releases, without a gap for callers: the new
+    encoders are loaded next to the old ones, then the tasks switch, and last the old encoders go.
+    If loading fails, its steps are undone.
     """
     old = dict(server.offered)
     encoders = [name for name in new if name in ENCODERS]

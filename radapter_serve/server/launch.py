@@ -71,9 +71,7 @@ class Installation:
 
 
 def find_tritonserver() -> Installation:
-    """Find `tritonserver` on PATH, else in nvidia-pytriton; raise an error if there is none that
-    works with this Python and numpy.
-    """
+    """Find a `tritonserver` that works with this Python: on PATH, else in nvidia-pytriton."""
     if (binary := shutil.which("tritonserver")) is not None:
         return _on_path(Path(binary).resolve())
 
@@ -147,8 +145,8 @@ def _advice() -> str:
 
 @contextlib.contextmanager
 def server_folder() -> Iterator[Path]:
-    """Make a folder for a server: only its owner can read it, and it is locked until it is removed
-    at the end of the block. The folders of killed servers, whose locks are gone, are removed first.
+    """Make a folder for a server, which only its owner can read, and lock it for the block; the
+    folders of killed servers are removed first.
     """
     parent = Path(tempfile.gettempdir())
     for folder in parent.glob(f"{FOLDER_PREFIX}*"):
@@ -284,9 +282,7 @@ def server_environment(
 
 
 def reason_in(log: str) -> str:
-    """The line of a server's log that explains a failure best: a model that failed to load, else
-    the last error.
-    """
+    """The line of a server's log that explains a failure best."""
     # Without a GPU, the server complains of three libraries.
     lines = [line for line in log.splitlines() if not re.search("CudaDriver|NVML|DCGM", line)]
     errors = [line for line in lines if re.match(r"[EF]\d{4} ", line)]
@@ -301,10 +297,7 @@ def reason_in(log: str) -> str:
 
 
 def hide_argument(pid: int, secret: str) -> None:
-    """Overwrite a secret in the command line of a child, which every user can read.
-
-    The secret stays if the kernel does not let a parent write to the child's memory.
-    """
+    """Overwrite a secret in a child's command line, which all can read, if the kernel allows it."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         # Fields 48 and 49 of proc_pid_stat(5) are the bounds of the arguments; field 2, a name,
         # may hold spaces.

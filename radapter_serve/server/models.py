@@ -79,12 +79,8 @@ def configure(
     backends: Collection[str],
     progress: Callable[[str], None],
 ) -> tuple[str | None, dict[str, str]]:
-    """Choose the runtime of all encoders, and check that it agrees with torch. Returns the runtime,
-    None if each encoder has that of its export, and the text of each encoder's config.
-
-    If `releases` is empty, the configs say which releases are served; if `runtime` is None, by
-    which runtime. `backends` are the server's backends; the instances of an encoder share
-    `threads`.
+    """Choose the runtime of all encoders, by default each its own, and check that it agrees with
+    torch; returns it and each encoder's config. The instances of an encoder share `threads`.
     """
     encoders = encoders_of(repository, releases)
     if runtime is not None and not encoders:
@@ -148,9 +144,7 @@ def configure(
 def load_as_triton(
     encoder: ServedEncoder, version: int, runtime: str, threads: int
 ) -> EncoderGraph:
-    """Load an encoder into this process, on the device that Triton would choose: ONNX Runtime and
-    TensorRT on a GPU if there is one, unless the config says KIND_CPU.
-    """
+    """Load an encoder on the device that Triton would choose: a GPU, unless its config says CPU."""
     kinds = {group.kind for group in encoder.config.instance_group}
     on_cpu = runtime == encoder.runtime and model_config_pb2.ModelInstanceGroup.KIND_CPU in kinds
     return EncoderGraph(
@@ -163,9 +157,7 @@ def load_as_triton(
 
 
 def check_agreement(encoder: ServedEncoder, version: int, encode: Encode, how: str = "") -> None:
-    """Compare an encoder of a release, as a function, with torch's embeddings at its export; raises
-    `RAdapterError` if the difference exceeds the export's bounds. `how` names the runtime.
-    """
+    """Compare an encoder with torch's embeddings at its export; `how` names the runtime."""
     name = f"{encoder.name} of release {version}{how}"
     compare(name, encode, Samples.load(encoder.folder / str(version)), encoder.facts.bounds)
 
@@ -184,9 +176,6 @@ def plan_models(
 ) -> dict[str, ModelEntry]:
     """Models of some releases, in the order of loading; `encoders` has the config of each encoder
     for this machine.
-
-    Configs of tasks name the served releases, for clients to read. Configs of encoders do not: if
-    the config is unchanged, Triton keeps the loaded versions and loads new ones next to them.
     """
     models = {}
     facts = {version: Release.load(repository / MODELS[-1] / str(version)) for version in releases}
@@ -198,6 +187,8 @@ def plan_models(
             config = parsed(encoders[model])
         else:
             config = config_of(repository, model, versions[-1])
+        # Tasks name their releases, for clients to read. Encoders do not: Triton keeps the versions
+        # of an unchanged config, and loads new ones next to them.
         named = versions if model in TASKS else ()
         name_releases(config, {version: facts[version] for version in named})
         # Remove Triton's limits of a queue; `triton.backlog` says why, and replaces them.
@@ -212,9 +203,7 @@ def plan_models(
 
 
 def other_models(repository: Path, encoders: Mapping[str, str]) -> dict[str, ModelEntry]:
-    """Models that belong to no release, with their configs as written; all models of a repository
-    without releases.
-    """
+    """Models of a repository that belong to no release, with their configs as written."""
     released = MODELS if releases_of(repository) else ()
     return {
         path.parent.name: ModelEntry(
@@ -228,10 +217,8 @@ def other_models(repository: Path, encoders: Mapping[str, str]) -> dict[str, Mod
 def check_shared_memory(
     models: Mapping[str, ModelEntry], in_python: Collection[str], folder: Path = SHARED_MEMORY
 ) -> str | None:
-    """Compare /dev/shm with the needs of models whose backends, `in_python`, run in processes.
-
-    Raises `RAdapterError` if the server could not even start; returns a warning if many large
-    requests at once may need more memory.
+    """Compare /dev/shm with the needs of models whose backends run in processes: an error if they
+    could not start, a warning if many large requests may need more.
     """
     if not folder.is_dir():
         return None

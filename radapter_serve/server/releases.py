@@ -52,16 +52,11 @@ class ReleaseServer(ABC):
 
     @abstractmethod
     def _take_over(self, wanted: Served, say: Say) -> None:
-        """Check that the releases answer correctly, and serve them; if they do not, keep serving
-        the present ones.
-        """
+        """Check that the releases answer correctly, and serve them, or else go on as before."""
 
     def load(self, releases: Sequence[int], say: Say = lambda line: None) -> str:
-        """Serve these releases in place of the present ones.
-
-        The highest one answers callers that name no release. `say` is called with a short line
-        before each step; returns a line about the result. The present releases stay if a new one
-        does not exist, has changed since its export, or does not answer correctly.
+        """Serve these releases in place of the present ones, which stay if a new one does not
+        answer correctly; returns a line about the result.
         """
         wanted = require_known(self.config.model_repository, releases)
         return self._change(self.served.next(wanted), say)
@@ -170,11 +165,8 @@ def _answer(caller: socketserver.StreamRequestHandler, server: ReleaseServer, se
 
 
 def ask(folder: Path, request: dict[str, Any], say: Say = lambda line: None) -> Any:
-    """Send a request to the server of a folder, and return the answer; `say` is called with the
-    lines before it.
-
-    Raises `RAdapterError` if the server refuses or ends meanwhile, and `OSError` if no server
-    listens.
+    """Ask the server of a folder, which refuses by `RAdapterError`; an `OSError` if none listens.
+    `say` is called with the lines before the answer.
     """
     files = list(folder.glob(FILE.format(port="*", secret="*")))
     if not files:
@@ -198,9 +190,7 @@ def ask(folder: Path, request: dict[str, Any], say: Say = lambda line: None) -> 
 
 
 def find_server(repository: Path, http_port: int | None = None) -> Path | None:
-    """The folder of the running server of a model repository, None without a server; `http_port`
-    chooses one of several.
-    """
+    """The folder of a repository's running server, or None; `http_port` chooses one of several."""
     servers = {}
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
         # Skip folders of other users, and of servers that are gone.

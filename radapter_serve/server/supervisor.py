@@ -29,22 +29,16 @@ BUSY_SECONDS = 0.1  # CPU time within the timeout that shows a model busy, not f
 
 @dataclass
 class _ModelProbe:
-    """The probe of one model: time of the next request, pending answer, CPU time at the request,
-    and number of requests in a row without an answer.
-    """
+    """The probe of one model; `due` is the time of the next request."""
 
     due: float
-    answer: Future[bool] | None = None
-    used: float = 0.0
-    misses: int = 0
+    answer: Future[bool] | None = None  # pending
+    used: float = 0.0  # CPU time at the request
+    misses: int = 0  # requests in a row without an answer
 
 
 class Probe:
-    """Finds processes that live but do not answer, for example because of a deadlock.
-
-    A loaded server may leave a request in its queue for long. So a missing answer counts only if
-    neither the model nor an encoder computes meanwhile: `cpu_seconds` gives the CPU time of models.
-    """
+    """Finds processes that live but do not answer, for example because of a deadlock."""
 
     def __init__(
         self,
@@ -65,9 +59,7 @@ class Probe:
         self._probes: dict[str, _ModelProbe] = {}
 
     def step(self, models: Collection[str]) -> list[str]:
-        """Send the requests that are due, without waiting; return the models that no longer
-        answer, or `SERVER` alone if it is the server itself.
-        """
+        """Send the requests that are due; return the silent models, or `SERVER` alone."""
         silent = [name for name in GLANCES if name in models and self._is_silent(name)]
         return [SERVER] if self._is_silent(SERVER) else silent
 
@@ -85,7 +77,7 @@ class Probe:
                 probe.answer = self._threads.submit(self._answers, name)
         elif probe.answer.done():
             is_alive = probe.answer.result()
-            if not is_alive:
+            if not is_alive:  # a loaded server may answer late, but then it computes
                 is_alive = self._cpu_seconds(answering) - probe.used >= BUSY_SECONDS
             probe.misses = 0 if is_alive else probe.misses + 1
             probe.answer = None
@@ -104,11 +96,7 @@ class Probe:
 
 
 class Supervisor:
-    """Restarts models, or the server, that died or no longer answer, with growing pauses.
-
-    A program that becomes ready is restarted without limit; after `MAX_FAILURES` failed starts in a
-    row, `step` raises. `say` is called with a line for each death and each recovery.
-    """
+    """Restarts models, or the server, that died or no longer answer, with growing pauses."""
 
     def __init__(
         self,

@@ -36,12 +36,7 @@ class Failure:
 
 
 class Watch:
-    """Polls a tritonserver and its child processes, which run the models.
-
-    A death is reported once two polls in a row have seen it: a process whose model is being
-    unloaded is a zombie for a moment, too. The whole model is then started again, so later deaths
-    of its present processes are not reported.
-    """
+    """Polls a tritonserver and its child processes, which run the models."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
@@ -50,14 +45,13 @@ class Watch:
         self._reported: set[int] = set()
 
     def poll(self) -> list[Failure]:
-        """Return the deaths since the last poll; kill processes that a signal has stopped, because
-        their callers wait.
-        """
+        """Return the deaths since the last poll; kill stopped processes, whose callers wait."""
         if (code := self._process.poll()) is not None:
             why = how_it_ended(code)
             return [Failure(SERVER, _SEGMENTATION_FAULT if code == -signal.SIGSEGV else why)]
 
-        # Processes that are dead or stopped in this poll and the last one.
+        # Processes that are dead or stopped in this poll and the last one: a process whose model is
+        # being unloaded is a zombie for a moment, too.
         states = self._states()
         bad = {psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED}
         suspects = {pid for pid, state in states.items() if state in bad}
@@ -91,9 +85,7 @@ class Watch:
         return list(failures.values())
 
     def models(self) -> dict[int, str]:
-        """Models of the living processes, by process number. Call it after models are loaded, too:
-        a zombie has no command line that names its model.
-        """
+        """Models of the living processes, by process number."""
         states = self._states()
         return {
             pid: name
@@ -137,9 +129,7 @@ class Watch:
 
 
 def _exit_code(pid: int) -> int:
-    """Exit status of a zombie: the last field of proc_pid_stat(5). psutil has it for direct
-    children only.
-    """
+    """Exit status of a zombie, which psutil has for direct children only."""
     with contextlib.suppress(OSError, ValueError):
         return os.waitstatus_to_exitcode(int(Path(f"/proc/{pid}/stat").read_text().split()[-1]))
     return 0

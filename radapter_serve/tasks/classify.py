@@ -100,9 +100,7 @@ class Ranking:
 def classify(
     loaded: LoadedRelease, request: ClassifyRequest, cancelled: Cancelled | None = None
 ) -> Steps[list[Ranking]]:
-    """Rank labels for each image by the cosines of their embeddings; raises a `TaskError` for an
-    invalid request before an image is encoded.
-    """
+    """Rank labels for each image by cosine; refuses a wrong request before encoding an image."""
     # Check values and headers, before anything is encoded.
     alpha = loaded.request_alpha(request.alpha)
     rule = _score_rule(loaded, request, alpha)
@@ -147,16 +145,13 @@ class ScoreRule:
     sigmoid: tuple[float, float] = (1.0, 0.0)  # scale and bias of a label's own score
 
     def ranking(self, cosines: NDArray[np.float32], label_set: LabelSet) -> Ranking:
-        """Rank the labels of an image by its finite cosines with them, float32 [C].
-
-        The order is that of the cosines, not the scores: in float32, a sigmoid is the same for all
-        logits above 17. Labels with equal cosines keep their order.
-        """
+        """Rank the labels of an image by its cosines with them, float32 [C]."""
         if self.unknown is not None:
             best = class_probabilities(cosines.max(keepdims=True), *self.sigmoid)[0]
             if best < self.unknown:
                 return Ranking([UNKNOWN], np.array([1 - best], np.float32))
         count = len(cosines) if self.top_k is None else min(self.top_k, len(cosines))
+        # By cosines: in float32, a sigmoid is the same for all logits above 17.
         least = np.partition(cosines, -count)[-count]
         places = np.flatnonzero(cosines >= least)
         places = places[np.argsort(-cosines[places], kind="stable")][:count]
@@ -169,9 +164,7 @@ class ScoreRule:
 
 
 def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, alpha: float | None) -> ScoreRule:
-    """The rule of a request; raises a `TaskError` if the release has no such scores, or if labels
-    have examples, for which scores are not calibrated.
-    """
+    """The rule of a request; refuses scores that the release, or labels with examples, lack."""
     release = loaded.release
     is_fitted = request.multi_label or request.calibrated or request.unknown is not None
     confidence: Confidence | None = None
@@ -222,9 +215,7 @@ def mix_examples(
     alpha: float | None,
     cancelled: Cancelled | None = None,
 ) -> Steps[LabelSet]:
-    """Mix examples into labels: (1 - w) text + w mean of the label's examples, both of unit length,
-    scaled to unit length again; raises a `TaskError` if they cancel out.
-    """
+    """Mix examples into labels: (1 - w) text + w mean of the label's examples, at unit length."""
     # Embed each example once, and cache its embedding.
     cache = loaded.label_cache
     embeds: dict[bytes, NDArray[np.float32]] = {}

@@ -65,11 +65,7 @@ class SegmentOptions:
                 raise invalid(f"{name} is {share}; allowed: 0 to 1")
 
     def sizes(self, window: int) -> tuple[int, int]:
-        """`short_side` and `stride` in pixels, with their defaults for None.
-
-        Raises a `TaskError` for a working image smaller than a window of `window` pixels, or
-        windows that leave pixels out.
-        """
+        """`short_side` and `stride` in pixels, which must fit a window, with their defaults."""
         short_side = window + window // 2 if self.short_side is None else self.short_side
         stride = max(1, window // 2) if self.stride is None else self.stride
         if short_side < window:
@@ -84,18 +80,15 @@ USUAL = SegmentOptions()
 
 @dataclass
 class ScoredMask:
-    """The label of each pixel, and a score for each label: the mean probability of its pixels (for
-    background, one minus the best label's), 0 without pixels.
-    """
+    """The label of each pixel, and the mean probability of each label's pixels, 0 without any."""
 
     mask: NDArray[np.uint16]  # [H, W], of the turned image; C is the background, if any
-    scores: NDArray[np.float32]  # [C], or [C + 1] with the background
+    # [C], or [C + 1] with the background, whose probability is one minus the best label's
+    scores: NDArray[np.float32]
 
 
 class MaskTally:
-    """Collects a `ScoredMask`. If `background` is set, index `labels` is the background: pixels get
-    it if their probability is below `threshold`.
-    """
+    """Collects a `ScoredMask`, in which index `labels` is the background, if there is one."""
 
     def __init__(
         self, shape: tuple[int, ...], labels: int, background: bool, threshold: float | None
@@ -137,9 +130,7 @@ def encode_windows(windows: Windows[S], encode: Encode) -> S:
 def check_size(
     loaded: LoadedRelease, size: tuple[int, int], labels: int, options: SegmentOptions
 ) -> None:
-    """Raise a `TaskError`, before anything is decoded, for an image that takes too many windows,
-    as a long and thin one does, or for too many labels for its windows or, with `refine`, pixels.
-    """
+    """Refuse, before decoding, an image that takes too many windows, or too many labels for it."""
     window = loaded.preprocess.size[0]
     short_side, stride = options.sizes(window)
     width, height = _working(loaded, short_side).resized(*size)
@@ -169,14 +160,6 @@ def segment_densely(
     """Label each pixel of an image by the cosines of patches with labels, whose text embeddings,
     float32 [C, D], have unit length; yields batches of up to `rows` windows, and is sent their
     patches' embeddings.
-
-    The image is resized to a working image, in which windows overlap; cosines are upsampled
-    bilinearly to their window, averaged over the windows of a pixel, refined if `refine` is set,
-    and upsampled to the image's size, where softmax(40 cos) gives the probabilities; for a release
-    with a bias, the sigmoid of each label, as in `classify`.
-
-    The image, of any mode, is freed before the first batch is encoded. Raises a `TaskError` for
-    options that do not fit, too much to compute, and a caller that has left.
     """
     check = partial(check_cancelled, cancelled)
     finite(embeds)
@@ -324,9 +307,7 @@ class Axis:
     starts: tuple[int, ...]  # first working pixel of each window
 
     def weights(self, first: int, last: int) -> tuple[slice, NDArray[np.float32]]:
-        """The slice of the K patches (window after window) that count for the image's pixels
-        first..last-1, and their weights, float32 [last - first, K].
-        """
+        """The patches that count for pixels first..last-1, and their weights, [last - first, K]."""
         low, high, share = _between(np.arange(first, last), self.pixels, self.working)
         share = share[:, None]
         total = self._of_working(low) * (1 - share) + self._of_working(high) * share

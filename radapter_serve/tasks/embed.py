@@ -83,9 +83,8 @@ def embed_texts(
 def checked_headers(
     loaded: LoadedRelease, images: Sequence[bytes | ImageFile], others: Sequence[ImageFile] = ()
 ) -> list[ImageFile]:
-    """Read and check the headers of a request's images, before any image is decoded. Raises a
-    `TaskError` for the first bad image, or for too many pixels together with `others` of the
-    request.
+    """Read and check the headers of a request's images, before any image is decoded; `others` of
+    the request count towards its pixels.
     """
     files = read_headers(images, others)
     for file in files:
@@ -118,9 +117,7 @@ class Labels:
 def check_labels(
     loaded: LoadedRelease, labels: Labels, alpha: float | None, *, by_example: bool = False
 ) -> int:
-    """Return the number of labels; raises a `TaskError` for invalid labels, an unknown label set,
-    or, unless `by_example`, a label set with examples, which only `classify` takes.
-    """
+    """Check and count the labels of a request; only `classify` takes some `by_example`."""
     if labels.label_set is not None:
         name = _known_label_set(loaded, labels.label_set)
         if name in loaded.release.sets_by_example and not by_example:
@@ -165,11 +162,8 @@ def embed_labels(
     cancelled: Cancelled | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Steps[LabelSet]:
-    """Embed labels: the mean over all prompts (names x templates) at unit length, scaled to unit
-    length again. Each label is computed once per α and templates, and cached.
-
-    `progress` is called after each part with the number of labels embedded so far. Raises a
-    `TaskError` for invalid labels or templates.
+    """Embed labels, the mean over all prompts scaled to unit length; each is cached by α and
+    templates. `progress` is called with the number of labels so far.
     """
     cache = loaded.label_cache
     whole = (tuple(labels), tuple(templates), alpha)

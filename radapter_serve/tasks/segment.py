@@ -99,11 +99,7 @@ class LabelledMask:
 def segment(
     loaded: LoadedRelease, request: SegmentRequest, cancelled: Cancelled | None = None
 ) -> Steps[LabelledMask]:
-    """Label each pixel of an image, by dense patches or by the proposals of the request.
-
-    Raises a `TaskError` for an invalid request: for its labels before the image is read, and for
-    too much work before anything is encoded.
-    """
+    """Label each pixel of an image, by dense patches or by the proposals of the request."""
     # Check values and the header, before anything is encoded.
     release = loaded.release
     options = request.options
@@ -183,9 +179,8 @@ def check_proposals(
     sizes: Sequence[tuple[int, int]],
     labels: int,
 ) -> None:
-    """Raise a `TaskError` for masks or scores of a wrong shape or value, for masks that are all
-    empty, and for a crop that is too large, before anything is decoded; `sizes` are the possible
-    widths and heights of the image.
+    """Refuse masks or scores of a wrong shape or value, and too large crops, before decoding;
+    `sizes` are the possible widths and heights of the image.
     """
     width, height = sizes[0]
     expected = f"uint8 [N, {height}, {width}], N from 1, 255 inside and 0 outside"
@@ -228,24 +223,16 @@ def segment_proposals(
     *,
     cancelled: Cancelled | None = None,
 ) -> Windows[ScoredMask]:
-    """Label each pixel of an image by the classes of the masks that cover it, as OVSeg does;
-    `embeds` are the labels' text embeddings of unit length, float32 [C, D]. Yields batches of
-    crops, and is sent their embeddings.
-
-    `masks`, uint8 [N, H, W], hold the probabilities of each mask, 0 to 255: a crop shows the pixels
-    above 0.4, and a mask without such pixels is left out. Each crop is classified as in `classify`;
-    with `scores`, the proposals' class probabilities, float32 [N, C], the probabilities of mask q
-    are p_q = scores_q^(1-w) p_clip^w. A pixel gets the best label of sum_q p_q mask_q, divided by
-    sum_q mask_q where this sum is above one (which changes no label and keeps it a probability). A
-    pixel without any mask is background, with a threshold or without.
-
-    Raises a `TaskError` for masks, scores or crops that do not fit, and for a caller that has left.
+    """Label each pixel of an image by the classes of the masks, uint8 [N, H, W], that cover it, as
+    OVSeg does; yields batches of crops, and is sent their embeddings. The probabilities of a mask
+    with `scores`, float32 [N, C], are scores^(1-w) p_clip^w.
     """
     finite(embeds)
     check_proposals(loaded, masks, scores, [image.size], len(embeds))
     check = partial(check_cancelled, cancelled)
     release = loaded.release
     crop = MaskCrop.from_dict(release.crop)
+    # A crop shows the pixels above 0.4; a mask without such pixels is left out.
     used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
 
     # Classify the crop of each mask.
@@ -277,7 +264,7 @@ def segment_proposals(
         inside = part[:, starts].astype(np.float32) / 255
         sums = inside.T @ classes[present]
         total = inside.sum(0)
-        sums /= np.maximum(total, 1)[:, None]
+        sums /= np.maximum(total, 1)[:, None]  # where masks overlap, so that it is a probability
         best = sums.argmax(1)
         # Of labels with equal sums (a sigmoid ends at 1 in float32), take the one with the greater
         # cosines.
@@ -287,6 +274,6 @@ def segment_proposals(
             ranks = inside.T[unclear] @ cosines[present]
             best[unclear] = np.where(equal[unclear], ranks, -np.inf).argmax(1)
         probabilities = np.take_along_axis(sums, best[:, None], 1)[:, 0]
-        best[total == 0] = len(embeds)
+        best[total == 0] = len(embeds)  # background
         tally.put(where, np.repeat(best, lengths), np.repeat(probabilities, lengths))
     return tally.result(masks.shape[1:])

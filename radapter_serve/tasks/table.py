@@ -54,9 +54,7 @@ Run = Callable[[R, Cancelled | None], Steps[A]]
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or an output of a model: its datatype as KServe names it, its dims without the
-    batch, -1 for any number, and whether a request may leave it out.
-    """
+    """An input or output of a model: KServe's datatype, and dims without the batch, -1 for any."""
 
     name: str
     datatype: str
@@ -83,10 +81,7 @@ class Task(Generic[R, A]):
     write: Callable[[Sequence[A]], Values]
 
     def check(self, name: str, inputs: Mapping[str, Form], max_rows: int) -> None:
-        """Raise a `TaskError` for the first unknown or missing input, or input with another
-        datatype or shape than the task's (`forms` makes `inputs` of arrays), and for more than
-        `max_rows` rows.
-        """
+        """Check names, datatypes, shapes and rows of the inputs; `forms` gives those of arrays."""
         batch = [-1] if self.batched else []
         rows: set[int] = set()
         for key, (datatype, full_shape) in inputs.items():
@@ -114,9 +109,7 @@ class Task(Generic[R, A]):
             raise invalid(f"{max(rows)} rows in a request; at most {max_rows} are taken")
 
     def read(self, loaded: LoadedRelease, inputs: Tensors, wants: Wants) -> list[R]:
-        """Make typed requests of the tensors of one request that passed `check`: several if its
-        rows differ in more than their image or text.
-        """
+        """Make typed requests of checked tensors: several if rows have different options."""
         if not self.batched:
             return [self.request(_plain_values(inputs), wants)]
 

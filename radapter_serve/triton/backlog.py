@@ -38,9 +38,7 @@ class Surplus:
         self._file = Path(folder, model) if folder else None
 
     def take(self, count: int) -> int:
-        """Return how many of `count` waiting requests to reject: the first, which have waited
-        longest.
-        """
+        """Return how many of `count` waiting requests, the first ones, to reject."""
         if self._file is None:
             return 0
         try:
@@ -59,9 +57,8 @@ of_this_process = Surplus()
 
 
 class Backlog:
-    """A thread of the server. It reads Triton's metrics at `url`, and writes into a file for each
-    model in `folder` how many requests each of its processes must reject; `processes` returns the
-    number of processes of each model.
+    """A thread of the server, which reads Triton's metrics, and writes into a file of each model
+    how many requests each of its processes must reject.
     """
 
     def __init__(

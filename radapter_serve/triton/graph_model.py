@@ -33,9 +33,7 @@ Feed = dict[str, NDArray[Any]]
 
 
 class GraphModel:
-    """A graph in the runtime that its config names as its backend, with the interface of Triton's
-    `TritonPythonModel`.
-    """
+    """A graph in the runtime that is its config's backend, as Triton's `TritonPythonModel`."""
 
     runtime: str  # one of `RUNTIMES`
 

@@ -25,11 +25,7 @@ _TOO_MANY = TaskError(OVERLOADED, "too many requests wait for this model; ask ag
 
 
 def given_up(request: Any) -> Cancelled:
-    """Return a function that is true once the caller of a request has left.
-
-    Triton knows that over gRPC only. So the function also raises a `TaskError` once the request has
-    taken longer than its parameter `timeout` (microseconds) or `MAX_SECONDS`.
-    """
+    """Return a function that is true once the caller has left, and raises after the time-out."""
     seconds = min(request.timeout() / 1e6 or MAX_SECONDS, MAX_SECONDS)
     deadline = time.monotonic() + seconds
 
@@ -38,7 +34,7 @@ def given_up(request: Any) -> Cancelled:
             raise TaskError(
                 TIMED_OUT, f"this request takes more than {seconds:g} s; ask for less at once"
             )
-        return bool(request.is_cancelled())
+        return bool(request.is_cancelled())  # Triton knows it over gRPC only
 
     return ask
 
@@ -49,14 +45,12 @@ def answer(
 ) -> list[Any]:
     """Run the requests of an `execute`; return a response for each, with its output tensors or
     error.
-
-    If too many requests wait, the first ones, which have waited longest, are rejected. A batch that
-    takes `HUNG` seconds ends this process with a traceback in the server's log, and
-    `radapter-serve` starts it again: probes do not notice a hang while another instance answers.
     """
     rejected = backlog.of_this_process.take(len(requests))
     rest = requests[rejected:]
     with contextlib.ExitStack() as stack:
+        # radapter-serve starts a hung process again, which probes do not notice while another
+        # instance answers.
         faulthandler.dump_traceback_later(HUNG, exit=True, file=sys.__stderr__ or 2)
         stack.callback(faulthandler.cancel_dump_traceback_later)
         if otlp_endpoint() is not None:
@@ -68,9 +62,7 @@ def answer(
 
 
 def trace_of_request() -> dict[str, Any]:
-    """Argument of a request to another model that makes its span a child of the present request's
-    span; of a batch, the first traced request's.
-    """
+    """Argument of a request to another model, for a span below that of the present request."""
     trace = _trace.get()
     return {} if trace is None else {"trace": trace}
 

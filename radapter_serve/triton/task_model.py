@@ -36,9 +36,7 @@ from radapter_serve.triton.responses import answer, given_up, trace_of_request
 
 
 class TritonPythonModel:
-    """Runs the task of `tasks.table` that its folder is named after; all waiting requests are
-    encoded together.
-    """
+    """Runs the task that its folder is named after; all waiting requests are encoded together."""
 
     task: str
     loaded: LoadedRelease
@@ -102,9 +100,7 @@ class TritonPythonModel:
 
 
 def load_version(folder: Path) -> LoadedRelease:
-    """Load the release of a task model's version; its encoders are those of the same version in the
-    same server.
-    """
+    """Load the release of a task model's version, with the encoders of the same server."""
     release = Release.load(folder)
     # The server's folder has links to the files of the model repository.
     repository = (folder / FILE).resolve().parents[2]
