@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import io
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -228,6 +229,11 @@ def exchange(one: Path, other: Path) -> bool:
     return rename is not None and not rename(
         _HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE
     )
+
+
+def file_name(text: str) -> str:
+    """Make a file name of any text, with _ for all but letters, digits, dots, @ and hyphens."""
+    return re.sub(r"[^\w.@-]+", "_", text)
 
 
 # File names as text. Triton's model processes read file names as ASCII, and no variable changes

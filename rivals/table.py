@@ -5,7 +5,6 @@ rate, settings and α over several seeds; results become Markdown and a picture.
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.plots import plot_alpha_curve
 from radapter_serve.evaluation.rows import by_shift
 from radapter_serve.evaluation.suite import load_suite
+from radapter_serve.files import file_name
 from rivals.benchmark import Benchmark, Flags, TableName, check_seeds
 from rivals.cells import ALPHAS, Cells, Judged, score
 from rivals.full import of_members
@@ -419,7 +419,7 @@ def table(
     if judge is not None:
         suite = load_suite(judge, benchmark.suite.data_root)
         benchmark = dataclasses.replace(benchmark, judge=suite)
-        title = f"{title}-" + re.sub(r"[^\w.@-]+", "_", suite.name)
+        title = f"{title}-{file_name(suite.name)}"
     cells = Cells(benchmark, flags.out, title, flags.limit, say)
     chosen: dict[str, Choice] = {}
     for name, row in spec.rows.items():

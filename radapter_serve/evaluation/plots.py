@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from radapter_serve.evaluation.rows import (
     own_metric,
 )
 from radapter_serve.evaluation.suite import PROPOSALS
+from radapter_serve.files import file_name
 
 Points = Sequence[Mapping[str, float]]
 
@@ -79,8 +79,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     # The confusion matrix of each data set, for the last model that has it.
     confused = {row.dataset: row for row in rows if row.confusion is not None}
     for dataset, row in confused.items():
-        name = re.sub(r"[^\w.-]+", "_", dataset)
-        pictures.append(folder / f"confusion-{name}.png")
+        pictures.append(folder / f"confusion-{file_name(dataset)}.png")
         plot_confusion(row, pictures[-1])
     return pictures
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.evaluation.rows import Results, Row, table, warnings
+from radapter_serve.files import file_name
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import ADAPTER, check_base_is_named, newest_run
 
@@ -192,7 +192,7 @@ class EvaluationSettings:
             model = self.url.partition("://")[2] or self.url
         elif self.checkpoint:
             model = Path(self.checkpoint).name
-        return Path("results", *(re.sub(r"[^\w.@-]+", "_", part) for part in (model, suite)))
+        return Path("results", file_name(model), file_name(suite))
 
     def load(self, path: Path, alphas: Sequence[float]) -> list[Candidate]:
         """Load the model at each α; `path` is that of a run."""
