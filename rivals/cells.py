@@ -6,13 +6,13 @@ import copy
 import dataclasses
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -100,6 +100,7 @@ class SystemModel(Candidate):
         )
 
 
+T = TypeVar("T")
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
 
 
@@ -144,25 +145,32 @@ class Cell:
     cost: Cost
     rows: list[Judged]
 
-    def text(self) -> str:
-        """Format the cell as a line of JSON."""
-        rows = [vars(row) for row in self.rows]
-        values = {**vars(self), "cost": vars(self.cost), "rows": rows}
-        return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Cell:
+        rows = [Judged(**row) for row in values["rows"]]
+        return cls(**{**values, "cost": Cost(**values["cost"]), "rows": rows})
 
 
-def read_cells(path: Path) -> Iterator[Cell]:
-    """Read the cells in a file."""
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def read_cells(path: Path, cell: Callable[[Any], T]) -> list[T]:
+    """Read the cells in a file, each made from a line of JSON; none if the file is missing."""
+    cells = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, text in enumerate(lines, 1):
         try:
-            values = json.loads(text)
-            rows = [Judged(**row) for row in values["rows"]]
-            yield Cell(**{**values, "cost": Cost(**values["cost"]), "rows": rows})
+            cells.append(cell(json.loads(text)))
         except (ValueError, TypeError, KeyError) as error:
             raise RAdapterError(
                 f"line {number} of {path} is not a cell ({reason(error)}); remove it, to make the"
                 " cell again"
             ) from None
+    return cells
+
+
+def keep_cell(path: Path, values: Mapping[str, Any]) -> None:
+    """Append a cell to a file, as a line of JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 @dataclass
@@ -213,9 +221,7 @@ class Cells:
         rows = [Judged.of(row) for row in judge(system, run.of(method.settings), sets, alphas)]
         cell = Cell(digest, name, seed, split, repr(method), system.cost, rows)
         self._kept[digest] = cell
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{self.table}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(cell.text() + "\n")
+        keep_cell(self.folder / f"{self.table}.jsonl", dataclasses.asdict(cell))
         return cell
 
     def warnings(self) -> list[str]:
@@ -224,7 +230,8 @@ class Cells:
 
     @cached_property
     def _kept(self) -> dict[str, Cell]:
-        cells = (cell for path in sorted(self.folder.glob("*.jsonl")) for cell in read_cells(path))
+        paths = sorted(self.folder.glob("*.jsonl"))
+        cells = [cell for path in paths for cell in read_cells(path, Cell.of)]
         return {cell.digest: cell for cell in cells}
 
     def _run(self, seed: int) -> Run:

@@ -4,7 +4,6 @@ what the α of `auto`, the best, 0.5 and 1 change elsewhere.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from radapter_serve.demo.data import BASE
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import LOCAL
 from rivals.benchmark import check_seeds
+from rivals.cells import keep_cell, read_cells
 from rivals.layout import markdown, origin, publish, say
 from rivals.method import System
 from rivals.others import (
@@ -153,12 +153,9 @@ def default(
 
     # Train and evaluate, except for runs that the file has.
     path = out / "default.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [
-        Outcome(**{**cell, "rows": [Judged(*row) for row in cell["rows"]]})
-        for cell in map(json.loads, lines)
-    ]
+    kept = read_cells(
+        path, lambda cell: Outcome(**{**cell, "rows": [Judged(*row) for row in cell["rows"]]})
+    )
     done = {(run.candidate, run.split, run.seed): run for run in kept}
     candidates = [name for name in CANDIDATES if not only or name in only]
     for candidate, seed, split in product(candidates, seeds, images.splits):
@@ -167,9 +164,7 @@ def default(
         say(f"{candidate}, {split}, seed {seed}")
         run = measure(tests, candidate, split, seed, threads)
         done[candidate, split, seed] = run
-        cell = {**vars(run), "rows": [astuple(row) for row in run.rows]}
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(cell, separators=(",", ":")) + "\n")
+        keep_cell(path, {**vars(run), "rows": [astuple(row) for row in run.rows]})
 
     # Write the page.
     grouped: dict[tuple[str, str], list[Judged]] = defaultdict(list)

@@ -5,7 +5,6 @@ classification within the half, in classification among all labels, and in searc
 from __future__ import annotations
 
 import base64
-import json
 import sys
 import tempfile
 from collections import defaultdict
@@ -33,13 +32,14 @@ from radapter_serve.evaluation.rows import packed, unpacked
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import LOCAL
 from rivals.benchmark import check_seeds, table_of
+from rivals.cells import keep_cell, read_cells
 from rivals.layout import corrected, lead_of, markdown, origin, publish, say
 from rivals.method import Method, Run, System, learned
 from rivals.radapter import r_adapter
 from rivals.tables import AT_CHOSEN_RATE, METHODS, NO_STOP, PRESERVE
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
-BATCH = 64  # images a step, or all images if there are fewer
+BATCH = 64  # images a step
 OTHER_DATA = "other data"
 KINDS = {
     "trained": "trained classes",
@@ -238,12 +238,11 @@ def measure(
     every α; `folder` keeps the trained systems.
     """
     with tempfile.TemporaryDirectory() as place:
-        size = sum(len(images.train[split_label(label)[0]]) for label in images.splits[split])
         run = Run(
             {
                 "architecture": f"{LOCAL}{BASE}",
                 "seed": seed,
-                "batch_size": min(BATCH, size),
+                "batch_size": BATCH,
                 **half_of(images, split, Path(place)),
                 **fields,
             },
@@ -388,8 +387,8 @@ def others(
     known = methods()
     path = out / "others.jsonl"
     out.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [Judged(*cell["run"], *row) for cell in map(json.loads, lines) for row in cell["rows"]]
+    done = read_cells(path, lambda cell: [Judged(*cell["run"], *row) for row in cell["rows"]])
+    rows = [row for of_run in done for row in of_run]
     fields = {"steps": steps, "workers": 0, "threads": threads}
     kept = {(row.method, row.settings, row.split, row.seed) for row in rows}
     for seed in seeds:
@@ -402,9 +401,7 @@ def others(
                 learned_in = out / "learned"
                 judged = measure(images, name, method, split, seed, tests, fields, learned_in)
                 rows += judged
-                cell = {"run": key, "rows": [astuple(row)[4:] for row in judged]}
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(cell, separators=(",", ":")) + "\n")
+                keep_cell(path, {"run": key, "rows": [astuple(row)[4:] for row in judged]})
 
     # Write the page.
     wanted = only or known

@@ -1,6 +1,4 @@
-"""Each table of the paper runs on tiny data of its own task, and what can be a plain CLIP is saved
-as one.
-"""
+"""Each table of the paper runs on tiny data of its own task, and a plain CLIP is saved."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from PIL import Image
 
 from radapter_serve.cli.eval import main as radapter_eval
 from rivals.benchmark import write_benchmark
-from rivals.cells import read_cells
+from rivals.cells import Cell, read_cells
 from rivals.save import main as save
 from rivals.table import main
 from rivals.tables import TABLES
@@ -58,9 +56,7 @@ def test_table_3_of_retrieval(
 def test_table_4_takes_the_output_of_a_proposal_network(
     scenes: Path, tiny_clip_dir: str, here: list[str], tmp_path: Path
 ) -> None:
-    """The masks are right and their scores are sure, so where these alone decide every method is
-    right.
-    """
+    """Right masks with sure scores: where these alone decide, every method is right."""
     (tmp_path / "found").mkdir()
     for file in (scenes / "masks").iterdir():
         truth = np.asarray(Image.open(file))
@@ -98,9 +94,8 @@ def test_save_writes_what_the_table_has_judged(
     assert radapter_eval([*places.split(), "--out", str(tmp_path / "results")]) == 0
     results = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in results]
-    [line] = read_cells(tmp_path / "out" / "table-2.jsonl")
-    judged = line.rows
-    assert [row["metrics"] for row in found] == [pytest.approx(row.metrics) for row in judged]
+    [cell] = read_cells(tmp_path / "out" / "table-2.jsonl", Cell.of)
+    assert [row["metrics"] for row in found] == [pytest.approx(row.metrics) for row in cell.rows]
 
 
 @pytest.mark.parametrize("name", ["wise-ft", "coop", "clip"])

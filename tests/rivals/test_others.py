@@ -1,6 +1,4 @@
-"""Judgements of other classes, each by hand; the interval and Holm's correction against values from
-elsewhere, and the table of a few steps.
-"""
+"""Judgements of other classes, by hand; the interval and Holm's correction; the table."""
 
 from __future__ import annotations
 
@@ -121,7 +119,7 @@ def test_the_table_is_written_and_no_run_made_twice(
             style: {name: paths[6:] for name, paths in by_class.items()}
             for style in ("own", "other")
         },
-        fields={"crop_scale": 0.9},
+        fields={"crop_scale": 0.9, "batch_size": 12},
     )
     monkeypatch.setattr(others, "collection", lambda name, root: of)
     call = ["--set-name", "drawings", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]

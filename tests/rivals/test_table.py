@@ -1,6 +1,4 @@
-"""Tables: what is done is kept, nothing is chosen on test data, and the figures are those of the
-cells.
-"""
+"""Tables: what is done is kept, validation alone chooses, and figures are those of the cells."""
 
 from __future__ import annotations
 
@@ -59,7 +57,7 @@ def test_table_is_written_and_not_made_twice(
     assert head[4:] == ["α", *sets]
     assert [row[0] for row in rows] == ["| Zero-shot", "| FT", "| WiSE-FT"]
     assert [row[4] for row in rows] == ["-", "-", "0.5"]
-    lines = list(read_cells(out / "table-1.jsonl"))
+    lines = read_cells(out / "table-1.jsonl", Cell.of)
     names = [(name, seed) for name in ("Zero-shot", "FT", "WiSE-FT") for seed in (0, 1)]
     assert [(line.name, line.seed) for line in lines] == names
     same: dict[str, list[float]] = {}
@@ -171,9 +169,7 @@ def test_the_rate_is_chosen_and_the_grid_grows(
 
 
 def test_of_alphas_that_are_equally_good_the_smallest_is_taken(asked: Any, cells: Cells):
-    """0.5 and 0.75 have 53.8 on the mean, which the sum of floats puts an ulp higher at 0.75; the
-    first seed likes 0.25 best, and the others 1.
-    """
+    """0.5 and 0.75 have the mean 53.8, though the sum of floats puts 0.75 an ulp higher."""
     scores = {0.25: (80, 20, 20), 0.5: (43.6, 70.5, 47.3), 0.75: (50.6, 40.1, 70.7)}
     asked(lambda method, seed, alpha: scores.get(alpha, (1, 73, 73))[seed])
     method = r_adapter("imagenet")
@@ -205,9 +201,7 @@ def test_alpha_and_settings_are_chosen_together_with_the_rate(asked: Any, cells:
 def test_some_of_the_seeds_choose_and_all_are_tested(
     benchmark_file: Path, tmp_path: Path, asked: Any
 ):
-    """The first two like the paper's rate best, and the other three, and so the mean, three times
-    that.
-    """
+    """The first two like the paper's rate best; the others, and so the mean, three times that."""
     own = rate_of(METHODS["r-adapter"])
 
     def value(method: Any, seed: int, alpha: float) -> float:
@@ -444,7 +438,7 @@ def test_a_cell_that_is_damaged_is_named(tmp_path: Path):
     for damaged in (whole[:-20], json.dumps({**json.loads(whole), "rows": [{}]})):
         path.write_text(f"{whole}\n{damaged}")
         with pytest.raises(RAdapterError, match=f"line 2 of {path} is not a cell .* remove it"):
-            list(read_cells(path))
+            read_cells(path, Cell.of)
 
 
 @pytest.mark.slow
