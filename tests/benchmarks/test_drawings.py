@@ -1,6 +1,4 @@
-"""The benchmark of drawings, made of a small hand-made package: names, licences, near-duplicates,
-who sees what.
-"""
+"""The benchmark of drawings, made of a small package: names, licences, near-duplicates."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Closed and open loops against servers as slow as a test needs, and where the time of a request
-goes.
-"""
+"""Closed and open loops against servers as slow as a test needs, and the stages of a request."""
 
 from __future__ import annotations
 
@@ -42,9 +40,7 @@ def test_a_closed_loop_keeps_as_many_requests_under_way_as_it_has_callers(caller
 
 
 def test_an_open_loop_waits_for_no_answer_and_counts_from_when_a_request_was_due():
-    """Three times as many as the server can answer: the last ones wait for twice the time of the
-    run. Each took 0.01 s.
-    """
+    """Three times as many as the server can answer: the last wait for twice the time of the run."""
     server = Server(0.01, serial=True)
     measured = asyncio.run(measure(server, Open(rate=300), 0.2))
     due = np.cumsum(np.random.default_rng(0).exponential(1 / 300, 200))

@@ -1,6 +1,4 @@
-"""Masks from label maps and from COCO's annotations, against arrays made by hand and pycocotools'
-own reading.
-"""
+"""Masks from label maps and COCO's annotations, against arrays by hand and pycocotools."""
 
 from __future__ import annotations
 

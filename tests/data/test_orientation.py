@@ -1,6 +1,4 @@
-"""Photos that a camera stored lying on a side or mirrored: their pixels stand upright wherever a
-model sees them.
-"""
+"""Photos that a camera stored turned or mirrored stand upright wherever a model sees them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Rows of images: from the splits that others published, made by hand (CoOp's of labelled images,
-Karpathy's of captions); images without labels; and the source that an adapter file names.
-"""
+"""Rows of images: from the splits that others published, and without labels."""
 
 from __future__ import annotations
 

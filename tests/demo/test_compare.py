@@ -1,6 +1,4 @@
-"""The demo's comparison: its full fine-tuning is the rivals' own, and its figures are those of
-`radapter-eval`.
-"""
+"""The demo's comparison: its full fine-tuning is the rivals', its figures are `radapter-eval`'s."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The demo's data and its base: nothing is trained on and tested, all are credited, and the folders
-and scenes are what the trainer reads.
-"""
+"""The demo's data: nothing is trained on and tested, and the trainer reads the folders."""
 
 from __future__ import annotations
 

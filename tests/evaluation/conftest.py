@@ -38,9 +38,7 @@ def few_nouns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`plain` and `shifted` with 4 images a class, `captions.csv` with 1 to 3 captions for each of
-    12, `suite.yaml`.
-    """
+    """Two folders of 24 images, 12 images with 1 to 3 captions, and a suite of them."""
     root = tmp_path_factory.mktemp("world")
     generator = np.random.default_rng(0)
     for name in ("plain", "shifted"):

@@ -1,6 +1,4 @@
-"""Evaluating: each α against the folded model in open_clip, and the same numbers whichever way a
-model runs.
-"""
+"""Evaluating: each α against open_clip, and the same numbers whichever way a model runs."""
 
 from __future__ import annotations
 
@@ -55,9 +53,7 @@ def evaluated(models: Sequence[Candidate], world: Path, out: Path) -> list[Row]:
 
 
 def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, float]:
-    """First metric of each test set, and calibration errors, by open_clip's own functions and
-    loops.
-    """
+    """First metric of each test set, and calibration errors, by open_clip and loops."""
     _, _, transform = open_clip.create_model_and_transforms(name)
     tokenize = open_clip.get_tokenizer(name)
     found = {}

@@ -1,6 +1,4 @@
-"""Metrics against loops over sorted lists and sets of pixels; intervals against published values,
-exact binomials, and simulated repetitions; calibrated scores against torch's own optimizer.
-"""
+"""Metrics against loops; intervals and calibrated scores against scipy, draws and torch."""
 
 from __future__ import annotations
 
@@ -46,9 +44,7 @@ def best_first(scores: np.ndarray) -> list[int]:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 20), st.integers(0, 2**32 - 1), st.booleans())
 def test_average_precision_against_a_loop(n: int, seed: int, tied: bool) -> None:
-    """The mean over the images that have the class of the precision among those that score as
-    high; an image that counts three times is three images.
-    """
+    """The precision among those that score as high; an image that counts thrice is three images."""
     generator = np.random.default_rng(seed)
     drawn = generator.integers(0, 3, (n, 4)) if tied else generator.normal(size=(n, 4))
     scores = drawn.astype(np.float32)
@@ -185,9 +181,7 @@ def test_a_mean_over_classes_of_one_image_each_is_a_share(hits: int, n: int) -> 
 def test_a_mean_over_classes_is_covered_as_often_as_is_said(
     classes: int, images: int | None, skill: str
 ) -> None:
-    """Simulated data sets, drawn from classes whose recall is known; None has 1 to 7 images in a
-    class.
-    """
+    """Drawn from classes whose recall is known; None has 1 to 7 images in a class."""
     generator = np.random.default_rng(classes)
     covered = []
     for _ in range(400):
@@ -341,9 +335,7 @@ def test_many_pairs_are_fitted_by_some_images(
 
 
 def test_each_half_is_judged_by_the_fit_of_the_other(logits: np.ndarray) -> None:
-    """Every second image is much surer than the others, so that no half is right by the other's
-    fit.
-    """
+    """Every second image is much surer, so that no half is right by the other's fit."""
     surer = np.arange(N) % 2 == 1
     factors: np.ndarray = np.where(surer, 1.0, 0.2).astype(np.float32)
     logits = logits * factors[:, None]

@@ -1,6 +1,4 @@
-"""Rows of results, by hand: their file, what is shown of them, and their pictures, read from
-matplotlib's own objects.
-"""
+"""Rows of results, by hand: their file, their table, and their pictures, read from matplotlib."""
 
 from __future__ import annotations
 

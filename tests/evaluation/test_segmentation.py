@@ -36,9 +36,7 @@ ALL_RIGHT = {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
 
 
 def by_colour(pixels: NDArray[np.uint8], *, dense: bool) -> Floats:
-    """Knows the class of every colour: a patch's embedding is the one-hot vector of the class at
-    its centre, and a crop's has the votes of its pixels.
-    """
+    """Embed a patch as the class of the colour at its centre, a crop as the votes of its pixels."""
     at = (np.abs(pixels[..., :1].astype(int) - np.arange(len(NAMES)) * 60) < 30).astype(np.float32)
     if dense:
         return at[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
@@ -47,9 +45,7 @@ def by_colour(pixels: NDArray[np.uint8], *, dense: bool) -> Floats:
 
 
 class Fake:
-    """An encoder and a tokenizer of words: an image is seen by `see`, a text is the direction of
-    its place in `names`.
-    """
+    """An encoder and a tokenizer: `see` sees an image, a text is its place in `names`."""
 
     def __init__(self, names: Sequence[str], see: Callable[..., Floats]) -> None:
         self.names = list(names)
@@ -91,9 +87,7 @@ def oracle(see: Any = by_colour) -> Candidate:
 
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data` of 6 images whose red tells their class, with a border that is ignored, `found` masks,
-    and a suite.
-    """
+    """`data` of 6 images whose red tells their class, with an ignored border, and `found` masks."""
     root = tmp_path_factory.mktemp("masked")
     generator = np.random.default_rng(0)
     for folder in ("data/images", "data/masks", "found"):
@@ -254,9 +248,7 @@ def proposed(masked: Path, tmp_path: Path) -> Path:
 
 
 def by_ovseg(folder: Path, weight: float | None) -> list[list[int]]:
-    """Counts by true and found class: sum_q (p_proposal^(1-w) p_clip^w) mask_q of each pixel, in
-    OVSeg's own order.
-    """
+    """Counts by true and found class, by sum_q (p_proposal^(1-w) p_clip^w) mask_q of each pixel."""
     logits = SCALE * COSINES.astype(float)
     clip = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     counts = np.zeros((4, 5), int)

@@ -1,6 +1,4 @@
-"""Training once more, step by step from the paper's equations; only the recipe comes from
-`radapter_serve`.
-"""
+"""Training once more, from the paper's equations; only the recipe comes from `radapter_serve`."""
 
 from __future__ import annotations
 
@@ -105,9 +103,7 @@ class ClipWithAdapters:
 def mpm_nce_by_hand(
     f: Tensor, g: Tensor, y: Tensor, scale: float, delta: float, epsilon: float
 ) -> Tensor:
-    """The loss of N images f and M texts g; y [N, M] says which belong together. Each direction has
-    its own mean; that from texts to images is over texts that belong to an image.
-    """
+    """The loss of N images f and M texts g; y [N, M] says which belong together."""
 
     def one_way(logits: Tensor, y: Tensor) -> Tensor:
         positives = y.sum(1, keepdim=True)
@@ -284,9 +280,7 @@ def _rate(recipe: Recipe, step: int) -> float:
 def _parts(
     recipe: Recipe, pairs: Sequence[Pair], clip: ClipWithAdapters
 ) -> Iterator[tuple[Tensor, Tensor, list[str], set[int]]]:
-    """Pixels, which text belongs to which image, texts, and the images' classes of
-    batch after batch, by the draws that the seed gives to epoch and index.
-    """
+    """Pixels, which text belongs to which image, texts, and the images' classes of each batch."""
     size = recipe.batch_size // recipe.accumulate
     epoch = 0
     while True:
@@ -362,9 +356,7 @@ def accuracy_by_hand(
 def recall_by_hand(
     clip: ClipWithAdapters, alpha: float, pairs: Sequence[Pair]
 ) -> tuple[float, float]:
-    """Recall at 1 at α, per cent: of images looked for by each of their texts, and of texts by
-    their image.
-    """
+    """Recall at 1 at α, per cent: of images looked for by their texts, and of texts by images."""
     owner = torch.tensor([number for number, pair in enumerate(pairs) for _ in pair.texts])
     with clip.at(alpha):
         scores = (

@@ -1,6 +1,4 @@
-"""RepAdapter, AdaptFormer and LoRA: what they add, that what can be folded is folded exactly, and
-what they drop.
-"""
+"""RepAdapter, AdaptFormer, LoRA and CLIP-SVD: what they add, fold and drop."""
 
 from __future__ import annotations
 

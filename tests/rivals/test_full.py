@@ -1,6 +1,4 @@
-"""Fine-tuning of whole towers: the probe before, the line between the ends, the soup of many, Mask-
-Fill against torch's own attention, and CLIPood's margins and average.
-"""
+"""Fine-tuning of whole towers: probe, line, soup, Mask-Fill against torch, and CLIPood."""
 
 from __future__ import annotations
 

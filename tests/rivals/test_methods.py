@@ -1,6 +1,4 @@
-"""Every method learns, is kept, is judged like the others, and has as many parameters as the papers
-print.
-"""
+"""Every method learns, is kept and judged, and has as many parameters as the papers print."""
 
 from __future__ import annotations
 

@@ -25,9 +25,7 @@ class ByHand:
         self.tokenize = open_clip.get_tokenizer(name)
 
     def text(self, words: str, contexts: list[Tensor]) -> Tensor:
-        """A prompt of placeholders and a class; contexts[j] stands behind the start token before
-        block j.
-        """
+        """Embed placeholders and a class; contexts[j] replaces the former before block j."""
         model = self.model
         tokens = self.tokenize([words])
         x = model.token_embedding(tokens)

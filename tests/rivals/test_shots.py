@@ -1,6 +1,4 @@
-"""A few images of each class: labels by example against their formula, and the page of a small
-benchmark.
-"""
+"""A few images of each class: labels by example against their formula, and the page."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A small image folder: three classes that differ in colour; runs that are cut, runs in two
-processes.
-"""
+"""A small image folder of three classes that differ in colour, and runs in two processes."""
 
 from __future__ import annotations
 

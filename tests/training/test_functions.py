@@ -1,6 +1,4 @@
-"""`train` and `evaluate` as functions: they give what the commands give, print nothing that was not
-asked for, refuse in one line, and take the way that the page describes.
-"""
+"""`train` and `evaluate` as functions: they give what the commands give, and print nothing."""
 
 from __future__ import annotations
 

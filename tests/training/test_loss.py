@@ -1,6 +1,4 @@
-"""The parts of a step: MPM-NCE against the formula, against cross-entropy, at extremes,
-and over two processes; prompts of absent classes, attention's in-projection.
-"""
+"""The parts of a step: losses against formulas, prompts of absent classes, the in-projection."""
 
 from __future__ import annotations
 

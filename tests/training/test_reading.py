@@ -1,6 +1,4 @@
-"""Reading data sets: the same images and captions from every reader, their order, held-out shares,
-refusals.
-"""
+"""Reading data sets: the same from every reader, their order, held-out shares, refusals."""
 
 from __future__ import annotations
 

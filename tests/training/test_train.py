@@ -1,6 +1,4 @@
-"""Whole runs on a tiny model: they learn, stop and are resumed to the same result, and say what is
-wrong; with captions, with few shots, and of one tower alone.
-"""
+"""Whole runs on a tiny model: they learn, stop, go on to the same result, and say what is wrong."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The trainer's adapters against training by hand (`by_hand`): each setting of a recipe does what
-the paper says.
-"""
+"""The trainer against training by hand: each field of a recipe does what the paper says."""
 
 from __future__ import annotations
 
@@ -90,9 +88,7 @@ def labelled(folder: Path, count: int, seed: int) -> tuple[str, list[Pair]]:
 
 
 def captioned(folder: Path, count: int, seed: int) -> tuple[str, list[Pair]]:
-    """A table of images with two or three captions each, one a row, and the images with all of
-    theirs as pairs.
-    """
+    """A table of images with two or three captions each, one a row, and the same as pairs."""
     generator = np.random.default_rng(seed)
     table = []
     pairs = []
@@ -110,9 +106,7 @@ def captioned(folder: Path, count: int, seed: int) -> tuple[str, list[Pair]]:
 def masked(
     folder: Path, count: int, padding: float, fill: tuple[int, ...]
 ) -> tuple[str, list[Pair]]:
-    """Images with an ellipse of each class, and their crops as pairs: the box made square, all
-    around it filled.
-    """
+    """Images with an ellipse of each class, and their square crops on a filled ground as pairs."""
     generator = np.random.default_rng(4)
     pairs = []
     for name in ("images", "masks"):
