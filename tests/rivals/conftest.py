@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from radapter_serve.evaluation.suite import Entry, Suite
 from rivals import cells as cells_module
 from rivals.benchmark import write_benchmark
 from rivals.method import Run, learned
+from rivals.others import Collection
 from tests.training.conftest import coloured as coloured
 from tests.training.conftest import images as images
 
@@ -42,6 +43,18 @@ def sets(images: Path) -> list[EvaluationSet]:
     """The images that the run learns from, as a set to judge by."""
     entry = Entry(f"imagefolder:{images}", name="same", templates="simple")
     return [open_set(Suite("colours", (entry,)), entry)]
+
+
+def collection_of(
+    images: Path, styles: Sequence[str], start: int, fields: Mapping[str, Any]
+) -> Collection:
+    """Coloured images, `start` of each class for training; an interval needs two other classes."""
+    by_class = {place.name: sorted(place.iterdir()) for place in sorted(images.iterdir())}
+    by_class["fourth"] = by_class["red"]
+    train = {name: paths[:start] for name, paths in by_class.items()}
+    test = {name: paths[start:] for name, paths in by_class.items()}
+    tests = dict.fromkeys(styles, test)
+    return Collection(tuple(by_class), ("a {}",), train, tests, fields)
 
 
 @pytest.fixture

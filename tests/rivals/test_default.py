@@ -16,21 +16,8 @@ from radapter_serve import Evaluation, Run, evaluate, train
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
 from rivals import default
-from rivals.others import Collection, Judged
-
-
-def collection_of(images: Path, style: str, start: int) -> Collection:
-    """Coloured images, `start` of each class for training; an interval needs two other classes."""
-    by_class = {place.name: sorted(place.iterdir()) for place in sorted(images.iterdir())}
-    by_class["fourth"] = by_class["red"]
-    return Collection(
-        classes=tuple(by_class),
-        templates=("a {}",),
-        train={name: paths[:start] for name, paths in by_class.items()},
-        tests={f"{style}{number}": {name: paths[start:] for name, paths in by_class.items()}
-               for number in (1, 2)},
-        fields={"crop_scale": 0.9, "batch_size": 4, "epochs": 1},
-    )  # fmt: skip
+from rivals.others import Judged
+from tests.rivals.conftest import collection_of
 
 
 @pytest.mark.slow
@@ -41,10 +28,9 @@ def test_all_three_kinds_at_each_choice_and_no_run_twice(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    known = {
-        "pacs": collection_of(images, "own", 6),
-        "drawings": collection_of(images, "elsewhere", 4),
-    }
+    fields = {"crop_scale": 0.9, "batch_size": 4, "epochs": 1}
+    other = collection_of(images, ("elsewhere",), 4, fields)
+    known = {"pacs": collection_of(images, ("own", "other"), 6, fields), "drawings": other}
     monkeypatch.setattr(default, "collection", lambda name, root: known[name])
     monkeypatch.setattr(default, "BASE", tiny_clip_dir.removeprefix("local-dir:"))
     monkeypatch.setattr(default, "CANDIDATES", {"small": {}})
@@ -79,10 +65,9 @@ def test_all_three_kinds_at_each_choice_and_no_run_twice(
     base = load_base(tiny_clip_dir)
     model: Any = base.model
     model.load_state_dict(fold(model.state_dict(), adapters[0], 1.0))
-    other = known["drawings"]
     pairs = [
         (path, number)
-        for number, paths in enumerate(other.tests["elsewhere1"].values())
+        for number, paths in enumerate(other.tests["elsewhere"].values())
         for path in paths
     ]
     transform: Any = open_clip.image_transform(base.preprocess["size"], is_train=False)
@@ -93,7 +78,7 @@ def test_all_three_kinds_at_each_choice_and_no_run_twice(
     right = scores.argmax(dim=1).numpy() == np.array([number for _, number in pairs])
     rows = [Judged(*row) for row in cell["rows"]]
     (judged,) = [
-        row for row in rows if (row.kind, row.style, row.alpha) == ("other data", "elsewhere1", 1.0)
+        row for row in rows if (row.kind, row.style, row.alpha) == ("other data", "elsewhere", 1.0)
     ]
     assert judged.each.mean() == pytest.approx(right.mean())
 

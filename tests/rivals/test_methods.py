@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from radapter_serve.data.labelled import Labelled
-from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from rivals.adapters import CLIPSVD, AdaptFormer, LoRA, RepAdapter
@@ -164,28 +163,29 @@ def test_refuses_too_few_images_and_losses_that_are_not_finite(make_run: Callabl
         fit(system, SGD(system.learning(), lr=0.0), run)
 
 
-def test_flyp_is_the_loss_of_clip(make_run: Callable[..., Run]):
+def test_contrast_is_the_loss_of_clip(make_run: Callable[..., Run]):
     """With all classes, the prompt of the class that the batch lacks is one more for images."""
     texts = ["a photo of a red.", "a photo of a blue.", "a photo of a red."]
     pixels = torch.randn(3, 3, 32, 32)
-    for run in (make_run(), make_run(negative_classes=1000)):
-        assert isinstance(run.data, LabelledImages)
-        labels = torch.tensor([run.data.classes.index(name) for name in ("red", "blue", "red")])
-        system = Flyp(run)
-        with torch.no_grad():
-            images = system.model.encode_image(pixels, normalize=True)
-            prompts = system.model.encode_text(run.base.tokenizer(texts), normalize=True)
-            scale = system.model.logit_scale.exp()
-            expected = ClipLoss()(images, prompts, scale)
-            if run.recipe.negative_classes:
-                (absent,) = set(run.data.classes) - {"red", "blue"}
-                tokens = run.base.tokenizer([f"a photo of a {absent}."])
-                more = torch.cat([prompts, system.model.encode_text(tokens, normalize=True)])
-                pairs = torch.arange(3)
-                of_images = F.cross_entropy(scale * images @ more.T, pairs)
-                expected = (of_images + F.cross_entropy(scale * prompts @ images.T, pairs)) / 2
-            loss = system({"pixels": pixels, "texts": texts, "labels": labels})
-        torch.testing.assert_close(loss, expected)
+    batch: Any = {"pixels": pixels, "texts": texts, "labels": torch.tensor([2, 0, 2])}
+    base = make_run().base
+    model: Any = base.model
+    pairs = torch.arange(3)
+    with torch.no_grad():
+        images = model.encode_image(pixels, normalize=True)
+        tokens = base.tokenizer([*texts, "a photo of a green."])
+        prompts = model.encode_text(tokens, normalize=True)
+        scale = model.logit_scale.exp()
+        plain = ClipLoss()(images, prompts[:3], scale)
+        of_images = F.cross_entropy(scale * images @ prompts.T, pairs)
+        more = (of_images + F.cross_entropy(scale * prompts[:3] @ images.T, pairs)) / 2
+        adapters = AdaptFormer(loss="infonce", dropout=0.0)  # which start as the base
+        for system, expected in (
+            (Flyp(make_run()), plain),
+            (adapters.start(make_run()), plain),
+            (Flyp(make_run(negative_classes=1000)), more),
+        ):
+            torch.testing.assert_close(system(batch), expected)
 
 
 def test_judge_counts_what_the_system_finds(

@@ -14,6 +14,7 @@ from radapter_serve.evaluation.rows import packed
 from rivals import others
 from rivals.layout import holm, lead_of
 from rivals.others import Collection, Images, Judged, base_to_novel, judge
+from tests.rivals.conftest import collection_of
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -109,18 +110,8 @@ def test_the_table_is_written_and_no_run_made_twice(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    by_class = {place.name: sorted(place.iterdir()) for place in sorted(images.iterdir())}
-    by_class["fourth"] = by_class["red"]  # an interval needs two other classes
-    of = Collection(
-        classes=tuple(by_class),
-        templates=("{}",),
-        train={name: paths[:6] for name, paths in by_class.items()},
-        tests={
-            style: {name: paths[6:] for name, paths in by_class.items()}
-            for style in ("own", "other")
-        },
-        fields={"crop_scale": 0.9, "batch_size": 12},
-    )
+    fields = {"crop_scale": 0.9, "batch_size": 12}
+    of = collection_of(images, ("own", "other"), 6, fields)
     monkeypatch.setattr(others, "collection", lambda name, root: of)
     call = ["--set-name", "drawings", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]
     known = {"preserve", "preserve, words", "CoOp, no full stop"}
