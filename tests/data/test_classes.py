@@ -45,6 +45,11 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
+def table(folder: Path, *labels: object) -> str:
+    lines = [f'a.png,"{label}"' for label in labels]
+    return f"csv:{write(folder / 't.csv', 'image,label', *lines)}"
+
+
 @pytest.mark.parametrize(
     ("lines", "truck", "car"),
     [
@@ -81,19 +86,45 @@ def test_a_class_file_that_does_not_match_is_refused(
         load_labelled(DataSource(data, classes=write(tmp_path / "c.txt", *lines)))
 
 
-def test_a_class_file_for_a_table(tmp_path: Path) -> None:
-    rows = ["a.png,T1", "b.png,C7", "c.png,Mission: Impossible"]
-    table = f"csv:{write(tmp_path / 't.csv', 'image,label', *rows)}"
-    lines = ["T1: truck", "C7: car, auto", "Mission: Impossible"]
-    data = load_labelled(DataSource(table, classes=write(tmp_path / "c.txt", *lines)))
-    assert data.classes == ["truck", "car, auto", "Mission: Impossible"]
-    assert data.labels().tolist() == [0, 1, 2]
-    # Labels by number.
-    write(tmp_path / "t.csv", "image,label", "a.png,0", "b.png,1")
-    data = load_labelled(DataSource(table, classes=write(tmp_path / "c.txt", "0: car", "1: bus")))
-    assert data.classes == ["car", "bus"] and data.labels().tolist() == [0, 1]
-    with pytest.raises(RAdapterError, match="must number its lines from 0 on"):
-        load_labelled(DataSource(table, classes=write(tmp_path / "c.txt", "1: car", "0: bus")))
+@pytest.mark.parametrize(
+    ("lines", "labels", "classes", "numbers"),
+    [
+        (["T1: truck", "C7: car, auto"], ["C7", "T1"], ["truck", "car, auto"], [1, 0]),
+        (["Mission: Impossible", "b"], ["Mission: Impossible", "b"], None, [0, 1]),
+        (["0: car", "1: bus"], [0, 1], ["car", "bus"], [0, 1]),
+        (["red, dark", "dark, night"], ["red", "dark", "night", "red, dark"], None, [0, 1, 1, 0]),
+        (["red, dark", "dark, night"], [0.0, 1.0], None, [0, 1]),
+    ],
+)
+def test_a_class_file_for_a_table(
+    tmp_path: Path,
+    lines: list[str],
+    labels: list[object],
+    classes: list[str] | None,
+    numbers: list[int],
+) -> None:
+    """Labels by key, line, first name, synonym and number; None keeps the lines."""
+    file = write(tmp_path / "c.txt", *lines)
+    data = load_labelled(DataSource(table(tmp_path, *labels), classes=file))
+    assert data.classes == (classes or lines) and data.labels().tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("lines", "labels", "message"),
+    [
+        (["blue", "green"], ["blue", "purple"], "label 'purple' is none of the 2 classes"),
+        (["blue", "green"], [0, 0.9], "label 0.9 is none of the 2 classes"),
+        (["blue", "green"], ["blue", ""], "label None is none of the 2 classes"),
+        (["blue", "green"], ["blue"], "1 of 2 classes have no image in .*: 'green'; add"),
+        (["1: car", "0: bus"], [0, 1], "must number its lines from 0 on"),
+    ],
+)
+def test_labels_of_a_table_that_do_not_fit_a_class_file(
+    tmp_path: Path, lines: list[str], labels: list[object], message: str
+) -> None:
+    file = write(tmp_path / "c.txt", *lines)
+    with pytest.raises(RAdapterError, match=message):
+        load_labelled(DataSource(table(tmp_path, *labels), classes=file))
 
 
 def test_imagenet_names_its_folders_as_clip_does(tmp_path: Path) -> None:
@@ -103,15 +134,13 @@ def test_imagenet_names_its_folders_as_clip_does(tmp_path: Path) -> None:
     assert data.labels().tolist() == [0, 1, 2]  # the two missiles are two classes
     with pytest.raises(RAdapterError, match="WordNet ids .*--classes imagenet"):
         open_run(Recipe(data=spec), images=False)
-    lines = [f"a.png,{SUNGLASS}", f"b.png,{SUNGLASSES}", f"c.png,{SUNGLASS}"]
-    table = write(tmp_path / "t.csv", "image,label", *lines)
-    named = load_labelled(DataSource(f"csv:{table}", classes=Path("imagenet")))
+    glasses = table(tmp_path, SUNGLASS, SUNGLASSES, SUNGLASS)
+    named = load_labelled(DataSource(glasses, classes=Path("imagenet")))
     assert named.classes == ["sunglasses", "sunglasses"] and named.labels().tolist() == [0, 1, 0]
 
 
 def test_imagenet_by_numbers_and_by_the_hub_s_names(tmp_path: Path) -> None:
-    table = write(tmp_path / "t.csv", "image,label", *(f"a.png,{n}" for n in range(1000)))
-    data = load_labelled(DataSource(f"csv:{table}", classes=Path("imagenet")))
+    data = load_labelled(DataSource(table(tmp_path, *range(1000)), classes=Path("imagenet")))
     assert data.classes == list(open_clip.IMAGENET_CLASSNAMES)
     assert data.labels().tolist() == list(range(1000))
     words = ImageNetInfo("imagenet-1k").label_descriptions()  # type: ignore[no-untyped-call]

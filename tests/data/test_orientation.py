@@ -38,6 +38,9 @@ STORED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
 }
 
 
+MASKED = {"task": "segmentation", "dense": "proposals"}
+
+
 def stored(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     return np.ascontiguousarray(STORED[orientation](pixels))
 
@@ -84,6 +87,11 @@ def test_a_mask_turns_with_its_image(orientation: int, upright: bool, tmp_path: 
         check(raw, mask, stored(UPRIGHT, orientation))
 
 
+def opened(folder: Path, data: str, **fields: Any) -> Any:
+    entry = Entry(data, name="set", **fields)
+    return open_set(Suite("suite", (entry,), data_root=folder), entry)
+
+
 class Sees:
     """A model that gives back the pixels that it sees."""
 
@@ -111,9 +119,8 @@ def test_a_suite_decides_what_every_model_sees(
     save(tmp_path / "set" / "cat" / "a.png", stored(UPRIGHT, orientation), orientation)
     save(tmp_path / "set" / "dog" / "b.png", UPRIGHT, 1)
     for wanted, expected in ((True, UPRIGHT), (False, stored(UPRIGHT, orientation))):
-        entry = Entry("imagefolder:set", name="set", exif_orientation=wanted, border=border)
-        data = open_set(Suite("suite", (entry,), data_root=tmp_path), entry)
-        seen = data.prepare(Sees(model_turns), 0)  # type: ignore[arg-type]
+        data = opened(tmp_path, "imagefolder:set", exif_orientation=wanted, border=border)
+        seen = data.prepare(Sees(model_turns), 0)
         height, width = expected.shape[:2]
         np.testing.assert_array_equal(
             seen, expected[border : height - border, border : width - border]
@@ -132,11 +139,9 @@ def test_a_suite_of_masks(tmp_path: Path) -> None:
         (True, UPRIGHT, MASK),
         (False, stored(UPRIGHT, 6), stored(MASK, 6)),
     ):
-        how: Any = {"name": "set", "dense": "proposals", "exif_orientation": wanted}
-        entry = Entry("masks:set", "segmentation", **how)
-        data = open_set(Suite("suite", (entry,), data_root=tmp_path), entry)
+        data = opened(tmp_path, "masks:set", **MASKED, exif_orientation=wanted)
         for model in (Sees(True), Sees(False)):
-            item = data.prepare(model, 0)  # type: ignore[arg-type]
+            item = data.prepare(model, 0)
             np.testing.assert_array_equal(model.prepare(item.data), pixels)
             np.testing.assert_array_equal(item.truth, mask - 1)
             np.testing.assert_array_equal(item.masks > 0, [mask == label for label in (1, 2)])
@@ -149,12 +154,11 @@ def test_a_network_s_masks_are_those_of_the_image_as_it_is_seen(tmp_path: Path) 
         inside = np.stack([mask == 2, mask == 0, mask == 1])  # the second is empty
         np.savez(tmp_path / "found" / "a.npz", masks=inside)
         for turned in (True, False):
-            how: Any = {"name": "set", "dense": "proposals", "exif_orientation": turned}
-            entry = Entry("masks:set", "segmentation", proposals="found", **how)
-            data = open_set(Suite("suite", (entry,), data_root=tmp_path), entry)
+            fields = {**MASKED, "proposals": "found", "exif_orientation": turned}
+            data = opened(tmp_path, "masks:set", **fields)
             if turned != wanted:
                 with pytest.raises(RAdapterError, match="write them at the image's size"):
-                    data.prepare(Sees(True), 0)  # type: ignore[arg-type]
+                    data.prepare(Sees(True), 0)
                 continue
-            item = data.prepare(Sees(True), 0)  # type: ignore[arg-type]
+            item = data.prepare(Sees(True), 0)
             np.testing.assert_array_equal(item.masks, inside[[0, 2]] * 255)

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from PIL import Image
 from radapter_serve.clip.towers import templates_of
 from radapter_serve.data.rows import READERS
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.image_sets import ClassificationSet, RetrievalSet
 from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.evaluation.rows import Results, table
 from radapter_serve.evaluation.run import evaluate_suite, open_set
@@ -33,6 +33,10 @@ DATA = ROOT.parent / "shared" / "data"
 def suite_of(text: str, folder: Path) -> Suite:
     (folder / "s.yaml").write_text(text, encoding="utf-8")
     return load_suite(folder / "s.yaml", folder)
+
+
+def opened(suite: Suite, entry: Entry) -> Any:
+    return open_set(suite, entry)
 
 
 def folders(root: Path, names: list[str], size: tuple[int, int] = (8, 6)) -> None:
@@ -82,8 +86,7 @@ def test_base_and_novel_classes_have_a_harmonic_mean(
     ]
     suite = suite_of(f"sets: [{', '.join(sets)}]", tmp_path)
     suite = dataclasses.replace(suite, data_root=world)
-    base, novel = (open_set(suite, entry) for entry in suite.entries)
-    assert isinstance(base, ClassificationSet) and isinstance(novel, ClassificationSet)
+    base, novel = (opened(suite, entry) for entry in suite.entries)
     assert (base.classes, novel.classes) == (["cat", "dog", "guitar"], ["horse", "house", "tree"])
     assert base.labels.tolist() == novel.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     models = from_adapter(run_folder, [0.0, 1.0])
@@ -105,8 +108,8 @@ def test_karpathys_splits(world: Path, tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps({"images": images}), encoding="utf-8")
     (tmp_path / "images").symlink_to(world / "images")
     fields = "task: retrieval, data: 'karpathy:dataset.json@test', images: ., max_captions: 5"
-    data = open_set(suite := suite_of(f"sets: [{{name: a, {fields}}}]", tmp_path), suite.entries[0])
-    assert isinstance(data, RetrievalSet)
+    suite = suite_of(f"sets: [{{name: a, {fields}}}]", tmp_path)
+    data = opened(suite, suite.entries[0])
     assert data.captions == [f"0.jpg {number}" for number in range(5)] + ["2.jpg 0", "2.jpg 1"]
     assert data.image_of.tolist() == [0] * 5 + [1] * 2
     assert [read() for read in data.images] == [
@@ -120,16 +123,13 @@ def test_imagenet_and_its_shifts_with_clips_names(tmp_path: Path) -> None:
     folders(tmp_path / "imagenet-r", ["n01443537", "n01484850", "n07753592"])
     folders(tmp_path / "imagenetv2-matched-frequency-format-val", ["0", "1", "10", "2"])
     folders(tmp_path / "objectnet-1.0" / "images", ["air_freshener", "alarm_clock", "banana"])
-    rendition = open_set(suite, by_name["imagenet-r"])
-    assert isinstance(rendition, ClassificationSet)
+    rendition = opened(suite, by_name["imagenet-r"])
     assert rendition.classes == ["goldfish", "great white shark", "banana"]
     assert rendition.labels.tolist() == [0, 1, 2]
     assert rendition.templates is not None and len(rendition.templates) == 80
-    numbered = open_set(suite, by_name["imagenet-v2"])
-    assert isinstance(numbered, ClassificationSet)
+    numbered = opened(suite, by_name["imagenet-v2"])
     assert numbered.classes == ["tench", "goldfish", "brambling", "great white shark"]
-    objects = open_set(suite, by_name["objectnet"])
-    assert isinstance(objects, ClassificationSet)
+    objects = opened(suite, by_name["objectnet"])
     assert len(objects.images) == 2  # air fresheners are no class of ImageNet
     with Image.open(io.BytesIO(objects.images[0]())) as image:
         assert image.size == (4, 2)

@@ -48,17 +48,12 @@ def opened(recipe: Recipe, **changes: Any) -> Any:
     return open_run(recipe, images=False).ready(recipe, None)  # type: ignore[arg-type]
 
 
-def table(folder: Path, images: list[str], labels: list[Any]) -> str:
-    path = folder / "t.csv"
-    pd.DataFrame({"image": images, "label": labels}).to_csv(path, index=False)
-    return f"csv:{path}"
-
-
 def test_every_reader_gives_the_same_images_and_labels(images: Path, tmp_path: Path) -> None:
     files = sorted(images.rglob("*.png"))
     labels = [file.parent.name for file in files]
     expected = {np.asarray(Image.open(file)).tobytes(): file.parent.name for file in files}
-    csv = table(tmp_path, [str(file.relative_to(tmp_path)) for file in files], labels)
+    names = [file.relative_to(tmp_path) for file in files]
+    pd.DataFrame({"image": names, "label": labels}).to_csv(tmp_path / "table.csv", index=False)
     stored = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
     pd.DataFrame({"image": stored, "label": labels}).to_parquet(tmp_path / "table.parquet")
     classes = tmp_path / "classes.txt"
@@ -71,12 +66,12 @@ def test_every_reader_gives_the_same_images_and_labels(images: Path, tmp_path: P
     for spec in (
         f"imagefolder:{images}",
         f"imagefolder:{images}@train",
-        csv,
+        f"csv:{tmp_path}/table.csv",
         f"parquet:{tmp_path}/table.parquet",
     ):
         assert pixels(load_labelled(DataSource(spec))) == expected
     named = {key: {"green": "green, lime"}.get(name, name) for key, name in expected.items()}
-    assert pixels(load_labelled(DataSource(csv, classes=classes))) == named
+    assert pixels(load_labelled(DataSource(f"csv:{tmp_path}/table.csv", classes=classes))) == named
     web: dict[str, Any] = {"image_column": "png", "label_column": "cls", "classes": classes}
     assert pixels(load_labelled(DataSource(f"webdataset:{tmp_path}/shard.tar", **web))) == named
 
@@ -135,36 +130,6 @@ def test_an_image_that_breaks_after_it_was_checked(images: Path) -> None:
     assert all(len(batch["labels"]) == 4 for batch in seen)
     names = {name.split(" can't")[0][-5:] for batch in seen for name in batch["broken"]}
     assert names == {"3.png", "4.png"}
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (["blue", "purple"], "label 'purple' is none of the 2 classes"),
-        ([0, 0.9], "label 0.9 is none of the 2 classes"),
-        (["blue", None], "label None is none of the 2 classes"),
-        (["blue", "blue"], "1 of 2 classes have no image in .*: 'green'; add"),
-    ],
-)
-def test_labels_that_do_not_fit_a_class_file(
-    tmp_path: Path, labels: list[Any], message: str
-) -> None:
-    classes = tmp_path / "classes.txt"
-    classes.write_text("blue\ngreen\n")
-    csv = table(tmp_path, ["a.png", "b.png"], labels)
-    with pytest.raises(RAdapterError, match=message):
-        load_labelled(DataSource(csv, classes=classes))
-
-
-def test_labels_by_number_synonym_line_and_first_name(tmp_path: Path) -> None:
-    classes = tmp_path / "classes.txt"
-    classes.write_text("red, dark\ndark, night\n")
-    for labels, numbers in (
-        (["red", "dark", "night", "red, dark"], [0, 1, 1, 0]),
-        ([0.0, 1.0], [0, 1]),
-    ):
-        csv = table(tmp_path, ["a.png"] * len(labels), labels)
-        assert load_labelled(DataSource(csv, classes=classes)).labels().tolist() == numbers
 
 
 def test_data_that_cannot_be_read(images: Path, tmp_path: Path) -> None:
