@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,41 +70,22 @@ def test_releases_refusals_and_one_output_alone(engine: Engine) -> None:
     assert set(reply.outputs) == {"score"} and reply.version == 2
 
 
-class Held:
-    """An encoder's method that waits for `gate` once it has begun."""
-
-    def __init__(self, local: Local, name: str) -> None:
-        self._encode = getattr(local, name)
-        self.begun = threading.Event()
-        self.gate = threading.Event()
-        setattr(local, name, self)
-
-    def __call__(self, rows: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
-        self.begun.set()
-        assert self.gate.wait(20)
-        return np.asarray(self._encode(rows))
-
-
-def until_waiting(engine: Engine, count: int) -> None:
-    [served] = engine._served.values()
-    until(lambda: len(served.queues["images"]._waiting) >= count)
-
-
 def test_needs_of_callers_of_several_tasks_are_encoded_together(repository: Path) -> None:
-    """While the encoder is busy, an image to embed and one to classify wait for it."""
     local = Local(repository, 2)
+    encode = local.images
     jobs = [("embed_image", png(0)), ("classify", png(1)), ("embed_image", png(2))]
     with Engine([local.loaded]) as engine, ThreadPoolExecutor(3) as pool:
         expected = [asked(engine, *job) for job in jobs]
-        held = Held(local, "images")
+        [served] = engine._served.values()
         local.calls.clear()
-        answers = []
-        for waiting, job in enumerate(jobs):
-            answers.append(pool.submit(asked, engine, *job))
-            assert held.begun.wait(20)
-            until_waiting(engine, waiting)
-        held.gate.set()
-        found = [answer.result(20) for answer in answers]
+
+        def images(pixels: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
+            if not local.calls:  # the first caller's image takes until the two others wait
+                until(lambda: len(served.queues["images"]._waiting) == 2)
+            return encode(pixels)
+
+        local.images = images  # type: ignore[method-assign]
+        found = list(pool.map(lambda job: asked(engine, *job), jobs))
     assert [shape[0] for shape in local.calls] == [1, 2]
     for outputs, others in zip(found, expected, strict=True):
         for output, values in others.items():
@@ -197,35 +179,27 @@ def asked(engine: Engine, task: str, image: bytes, **how: Any) -> dict[str, np.n
     return dict(engine.infer(task, "", inputs, **how).outputs)
 
 
-class Waiting:
-    """A caller who is asked whether it still waits."""
-
-    def __init__(self) -> None:
-        self.asked = threading.Semaphore(0)
-        self.gone = False
-
-    def __call__(self) -> bool:
-        self.asked.release()
-        return self.gone
-
-
 def test_large_images_are_few_and_keep_no_small_ones_waiting(
     engine: Engine, large: preprocess.ImageFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # More than batches of a task may run at once.
     tasks = [*["embed_image"] * 4, *["classify"] * 4, "segment"]
     monkeypatch.setattr(preprocess.LARGE_IMAGES, "max_waiting", len(tasks))
-    callers = [Waiting() for _ in tasks]
+    looks = [0] * len(tasks)  # whether the caller of a task has left
+
+    def look(number: int) -> bool:
+        looks[number] += 1
+        return False
+
     expected = {task: asked(engine, task, LARGE) for task in set(tasks)}
     with ThreadPoolExecutor(len(tasks)) as pool:
         with preprocess.turn(large):
             answers = [
-                pool.submit(asked, engine, task, LARGE, cancelled=caller)
-                for task, caller in zip(tasks, callers, strict=True)
+                pool.submit(asked, engine, task, LARGE, cancelled=partial(look, number))
+                for number, task in enumerate(tasks)
             ]
-            for caller in callers:
-                for _ in range(3):  # before it decodes, before it waits and while it does
-                    assert caller.asked.acquire(timeout=60)
+            # Before it decodes, before it waits and while it does
+            until(lambda: min(looks) >= 3, 60)
             for task in expected:
                 assert asked(engine, task, SMALL, deadline=time.monotonic() + 60)
             with pytest.raises(TaskError, match=r"\[overloaded\] too many requests with large im"):

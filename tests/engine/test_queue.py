@@ -142,9 +142,7 @@ def test_who_gives_up_with_a_batch_in_hand_encodes_it_for_the_others(
 
 @pytest.mark.parametrize("interrupted", [0, 1])
 def test_a_caller_who_is_interrupted_leaves_nobody_hanging(interrupted: int) -> None:
-    """The first, or the one who encodes for all that wait; with it those of its batch get an
-    error.
-    """
+    """One who encodes for all that wait takes those of its batch along: they get an error."""
     held = Held()
 
     def encode(needs: Sequence[Need]) -> list[Any]:

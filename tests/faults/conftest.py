@@ -1,6 +1,4 @@
-"""Fixtures of the faults: a real server with stand-in models, and a gateway in a process of its
-own.
-"""
+"""Fixtures of the faults: a real server with stand-in models, and what strangers ask."""
 
 from __future__ import annotations
 
@@ -42,9 +40,7 @@ def ask(client: Client, image: bytes = b"x", **options: Any) -> str:
 
 
 class RunningProcess:
-    """A process that answers over HTTP, and can be frozen, killed and started again at its port:
-    what `launch` starts.
-    """
+    """A process that answers over HTTP, and can be frozen, killed and started again at its port."""
 
     def __init__(self, port: int, launch: Callable[[], Popen[bytes]]) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -85,9 +81,10 @@ def running(stand_ins: Path) -> Iterator[TritonServer]:
         yield server
 
 
-@contextlib.contextmanager
-def running_gateway(server: str) -> Iterator[RunningProcess]:
+@pytest.fixture
+def gateway(running: TritonServer) -> Iterator[RunningProcess]:
     """A gateway in front of a Triton with the stand-in models."""
+    server = running.grpc_url.removeprefix("grpc://")
     settings = Settings(port=free_ports()[0], server=server)
     process = RunningProcess(settings.port, lambda: start(settings))
     yield process
@@ -95,16 +92,8 @@ def running_gateway(server: str) -> Iterator[RunningProcess]:
 
 
 @pytest.fixture
-def gateway(running: TritonServer) -> Iterator[RunningProcess]:
-    with running_gateway(running.grpc_url.removeprefix("grpc://")) as gateway:
-        yield gateway
-
-
-@pytest.fixture
 def engine(releases: Path) -> Iterator[RunningProcess]:
-    """An engine with the gateway's app in front of it, whose `classify` obeys as the stand-in
-    models do.
-    """
+    """An engine behind the gateway's app, whose `classify` obeys as the stand-in models do."""
     port = free_ports()[0]
     arguments = [releases, releases / "indexes", "-", port, 60, "orders"]
     command = [sys.executable, "-m", "tests.helpers.engine_process", *map(str, arguments)]

@@ -25,9 +25,7 @@ SLOW = b'{"sleep": 2}'
 
 
 def test_a_frozen_and_a_killed_gateway(front: RunningProcess) -> None:
-    """A call to a frozen gateway ends with Timeout in its own time. Calls to one that is killed
-    fail with ServerUnavailable at once, and a client that tries again sees no failure.
-    """
+    """Calls to it end with an error at once or in their own time, and may be tried again."""
     with (
         Client(front.url, retries=0) as client,
         Client(front.url, retries=20, timeout=60) as patient,
@@ -49,9 +47,7 @@ def test_a_frozen_and_a_killed_gateway(front: RunningProcess) -> None:
 
 
 def test_a_frozen_and_a_killed_client(front: RunningProcess, tmp_path: Path) -> None:
-    """Other callers notice nothing. The call of a frozen client ends in the server, and it reads
-    its answer when it goes on; what a killed one had asked is given up within seconds.
-    """
+    """Other callers notice nothing, and what a killed one had asked is given up."""
     left = tmp_path / "left"
     with Client(front.url) as client:
         with caller(front, {"sleep": 1}) as asking:

@@ -1,6 +1,4 @@
-"""Disks that are full or read-only, on real ones: what is refused, what goes on, and what is left
-behind.
-"""
+"""Real disks that are full or read-only: what is refused, and what is left behind."""
 
 from __future__ import annotations
 
@@ -21,9 +19,6 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def test_an_index_on_a_disk_that_fills(repository: Path, tmp_path: Path) -> None:
-    """A build that fills the disk is refused in one line; the index of before is whole, and space
-    mends it all.
-    """
     photos = photos_in(tmp_path / "photos", 20, 120, 90)
     first, second = (load_release(f"{repository}@{number}") for number in (1, 2))
     with small_disk(tmp_path / "disk", "8m") as disk:

@@ -22,9 +22,6 @@ HOLD = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
 
 @pytest.mark.slow
 def test_sixty_four_mebibytes(stand_ins: Path, tmp_path: Path) -> None:
-    """64 MB of /dev/shm, 24 calls of 8 MiB at once: answers or [overloaded]; a small call is
-    answered afterwards.
-    """
     small = ["unshare", "--mount", "sh", "-c", HOLD, "sh"]
     if not shutil.which("unshare") or subprocess.run([*small, "true"]).returncode:
         pytest.skip("no /dev/shm of its own can be mounted here, which takes root")

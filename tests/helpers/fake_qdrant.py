@@ -26,31 +26,20 @@ class FakeQdrant:
     def __init__(self) -> None:
         self.local = QdrantClient(":memory:")
         self.key: str | None = None
-        self.answer: Callable[[str, Any], Any] | None = (
-            None  # of the path and the true result; bytes are sent as such
-        )
+        # Of the path and the true result; bytes are sent as such.
+        self.answer: Callable[[str, Any], Any] | None = None
         self.asked: list[tuple[str, str, Any]] = []
         self.url = ""
-        self._lock = threading.Lock()
 
     def result(self, method: str, path: str, body: Any) -> Any:
-        with self._lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return self._result(method, path, body)
-
-    def _result(self, method: str, path: str, body: Any) -> Any:
         local = self.local
         if path == "/aliases":
             return local.get_aliases()
         if path == "/collections":
             return local.get_collections()
         if path == "/collections/aliases":
-            return local.update_collection_aliases(
-                [
-                    TypeAdapter(models.AliasOperations).validate_python(one)
-                    for one in body["actions"]
-                ]
-            )
+            actions = TypeAdapter(list[models.AliasOperations]).validate_python(body["actions"])
+            return local.update_collection_aliases(actions)
         name, _, rest = path.removeprefix("/collections/").partition("/")
         if rest == "exists":
             return {"exists": local.collection_exists(name)}
@@ -92,6 +81,7 @@ class FakeQdrant:
 def fake_qdrant() -> Iterator[FakeQdrant]:
     """A server in this process."""
     fake = FakeQdrant()
+    lock = threading.Lock()
 
     def answer(method: str, path: str, headers: Message, data: bytes) -> Answer:
         body = json.loads(data) if data else None
@@ -99,7 +89,9 @@ def fake_qdrant() -> Iterator[FakeQdrant]:
         if fake.key is not None and headers.get("api-key") != fake.key:
             return 401, JSON, b'{"status": {"error": "who are you?"}}'
         try:
-            result = fake.result(method, path, body)
+            with lock, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = fake.result(method, path, body)
         except ValueError as error:
             return (404 if re.search("not found", str(error)) else 400), JSON, b"{}"
         plain = result.model_dump(mode="json") if hasattr(result, "model_dump") else result

@@ -13,7 +13,7 @@ from radapter_serve.gateway.in_process import answering
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.config import Endpoints, ServerConfig, free_ports
 from radapter_serve.server.releases import ReleaseServer, admin_socket
-from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.asking import tritonserver
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,17 @@ class Running:
 
 
 @contextlib.contextmanager
-def by_triton(repository: Path, indexes: Path, port: int | None = None) -> Iterator[Running]:
-    http, grpc, metrics = free_ports()
-    endpoints = Endpoints("127.0.0.1", port or http, grpc, metrics)
+def by_triton(repository: Path, indexes: Path) -> Iterator[Running]:
     with (
-        TritonServer(ServerConfig(repository, endpoints, indexes=indexes)) as server,
+        tritonserver(repository, indexes=indexes) as server,
         admin_socket(server.folder, server),
     ):
         yield Running(server.http_url, server, server.folder)
 
 
 @contextlib.contextmanager
-def in_process(
-    repository: Path, indexes: Path, port: int | None = None, **settings: Any
-) -> Iterator[Running]:
-    port = port or free_ports()[0]
+def in_process(repository: Path, indexes: Path, **settings: Any) -> Iterator[Running]:
+    port = free_ports()[0]
     config = ServerConfig(repository, Endpoints("127.0.0.1", port), indexes=indexes)
     with (
         answering(config, Settings(port=port, indexes=indexes, **settings)) as server,

@@ -1,6 +1,4 @@
-"""`radapter-index build --ray` on a local Ray of two workers: the same rows as on this machine,
-whatever dies.
-"""
+"""`radapter-index build --ray` on a local Ray: the same rows as on this machine."""
 
 from __future__ import annotations
 
@@ -46,9 +44,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A table of images with metadata, to be embedded in batches of 8; one has a hostile name, one
-    the bytes of another.
-    """
+    """A table of images, to be embedded in batches of 8; one has the bytes of another."""
     monkeypatch.setattr(writer, "BATCH", 8)
     names = [f"{number}é.png" for number in range(COUNT - 2)] + ["it's 猫.png", "copy.png"]
     (tmp_path / "photos").mkdir()
@@ -60,9 +56,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows_of(index: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
-    names = ["path", "width", "height", "digest", "thumbnail", "year", "vector"]
     opened = FolderIndex(index)
-    names = [name for name in names if name != "year" or name in opened.facts.columns]
+    names = [*opened.facts.columns, "thumbnail", "vector"]
     table = pa.Table.from_batches(opened.rows(names, 100)).sort_by("path")
     return table.drop_columns(["vector"]).to_pylist(), vectors_of(table["vector"])
 

@@ -1,6 +1,4 @@
-"""Damage to the files of an index is refused, never answered: by digests, and by what no score can
-be.
-"""
+"""Damage to the files of an index is refused, never answered."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`radapter-release` without a server, what a server loads, who may change its releases, and the
-order of a switch, whatever fails in it, on a stand-in for tritonserver.
-"""
+"""Which releases a server loads, who may change them, and the order of a switch."""
 
 from __future__ import annotations
 
@@ -321,9 +319,7 @@ def test_models_that_only_one_release_has(dense: int) -> None:
 
 
 def test_encoders_keep_their_config_so_that_triton_keeps_running_them() -> None:
-    """Triton loads a version again if more than the version policy and the instances of its config
-    change.
-    """
+    """Triton loads a version again if more than the versions and the instances change."""
     old = models(1)
     old["image_encoder"] = entry(1, facts="threads of this server")
     server = Switched(old)

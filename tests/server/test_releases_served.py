@@ -1,6 +1,4 @@
-"""Releases on a server, Triton or an engine: a switch under load, the way back, indexes, and a
-crash in the middle.
-"""
+"""Releases on a server: a switch under load, the way back, indexes, and a crash in the middle."""
 
 from __future__ import annotations
 
@@ -103,9 +101,7 @@ def expected(repository: Path, version: int) -> dict[str, Any]:
 
 
 def release_of_an_answer(client: Client, kind: str, known: Mapping[int, Mapping[str, Any]]) -> int:
-    """The release of an answer, all rows of which must be its own, though each was a request of its
-    own.
-    """
+    """The release of an answer, to which all of its rows must belong."""
     if kind in ("image", "text"):
         asked = client.embed_images(IMAGES) if kind == "image" else client.embed_texts(TEXTS)
         [version] = [

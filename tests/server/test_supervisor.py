@@ -112,9 +112,7 @@ def test_a_process_that_is_stopped_after_its_model_was_reported_is_killed_unrepo
 
 
 class Scene:
-    """A supervisor of a stand-in for a server. A look finds the next of `deaths`, a
-    probe those in `silent`; a model fails to start `fails` times.
-    """
+    """A supervisor of a stand-in for a server, in which one of `deaths` is found at each look."""
 
     def __init__(self, *deaths: str, fails: int = 0, silent: Sequence[str] = ()) -> None:
         self.deaths = list(deaths)
@@ -229,9 +227,7 @@ class AtOnce(Executor):
 
 
 def silent_models(control: Any, busy: float = 0.0) -> list[list[str]]:
-    """The result of five steps of a probe, TIMEOUT_SECONDS apart, in which `busy` seconds of
-    processor time are used: it asks in steps 2 and 4, and judges after each.
-    """
+    """What five steps of a probe find, which asks in steps 2 and 4 and judges after each."""
     clock = FakeClock()
     used = lambda _: round(clock.now / TIMEOUT_SECONDS) * busy  # noqa: E731
     asking = Probe(control, used, clock=clock, threads=AtOnce())

@@ -1,6 +1,4 @@
-"""A real tritonserver whose parts are killed, frozen, kept busy and overloaded, under the eyes of
-its clients.
-"""
+"""A real tritonserver whose parts are killed, frozen, kept busy and overloaded."""
 
 from __future__ import annotations
 

@@ -86,6 +86,9 @@ def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
     # An index that is held stays whole.
     hits = held.search(np.eye(DIM, dtype=np.float32)[0], 10, "width > 1")
     assert sorted(hit.id for hit in hits) == [f"{number}.png" for number in range(4)]
+    (tmp_path / "indexes" / "photos" / "index.json").write_text("{")
+    with pytest.raises(TaskError, match="can't be opened"):
+        count()
     shutil.rmtree(tmp_path / "indexes" / "photos")
     with pytest.raises(TaskError) as error:
         count()
