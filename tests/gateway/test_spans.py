@@ -5,15 +5,13 @@ milliseconds of the same steps in the log.
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import urllib3
@@ -31,8 +29,8 @@ from radapter_serve.gateway.upstream import Entry, Refused
 from radapter_serve.index.build import build
 from radapter_serve.process import OTLP_ENDPOINTS
 from tests.helpers.asking import needs_triton, tritonserver
-from tests.helpers.collector import Collector, check_inside, collecting, of_name
-from tests.helpers.fake_upstream import INFER, TEXT, Served, serving
+from tests.helpers.collector import check_inside, collecting, of_name
+from tests.helpers.fake_upstream import INFER, TEXT, serving
 from tests.helpers.gateway import gateway
 from tests.helpers.small_release import photos_in, png
 from tests.helpers.ways import in_process
@@ -48,31 +46,24 @@ def no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@contextlib.contextmanager
-def traced(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[tuple[Served, Collector]]:
-    """A gateway whose spans have all come after the block."""
-    with collecting() as collector:
-        monkeypatch.setenv(OTLP_ENDPOINTS[0], collector.url)
-        with serving(**options) as served:
-            yield served, collector
-
-
 def test_a_span_of_each_request_in_the_trace_of_its_caller(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     private = {"inputs": [{**TEXT["inputs"][0], "data": ["a private text"]}]}
     key = new_key(tmp_path / "keys", "the-name-of-a-key")
-    with traced(monkeypatch, api_keys=tmp_path / "keys") as (served, collector):
-        known = {"Authorization": f"Bearer {key}", **KEPT}
-        assert served.ask(INFER, private, **known, X_Request_Id="my-id")[0] == 200
-        assert served.ask("/v2/models/no/infer", private, **known)[0] == 404
-        # A caller without a key has no span.
-        assert served.ask(INFER, private, traceparent=known["traceparent"])[0] == 401
-        assert served.ask(INFER, private, **{**known, "Authorization": "Bearer other"})[0] == 401
-        served.upstream.error = Refused(503, "server_unavailable", "gone")
-        assert served.ask(INFER, private, **known)[0] == 503
-        told = served.upstream.entries[-2:]
-        served.ask("/v2", **known)
+    known = {"Authorization": f"Bearer {key}", **KEPT}
+    with collecting() as collector:
+        monkeypatch.setenv(OTLP_ENDPOINTS[0], collector.url)
+        with serving(api_keys=tmp_path / "keys") as served:
+            assert served.ask(INFER, private, **known, X_Request_Id="my-id")[0] == 200
+            assert served.ask("/v2/models/no/infer", private, **known)[0] == 404
+            # A caller without a key has no span.
+            assert served.ask(INFER, private, **KEPT)[0] == 401
+            assert served.ask(INFER, private, **KEPT, Authorization="Bearer other")[0] == 401
+            served.upstream.error = Refused(503, "server_unavailable", "gone")
+            assert served.ask(INFER, private, **known)[0] == 503
+            told = served.upstream.entries[-2:]
+            served.ask("/v2", **known)
     spans = collector.spans
     assert {(one.trace, one.parent, one.service) for one in spans} == {
         (TRACE, CALLER, "radapter-serve")
