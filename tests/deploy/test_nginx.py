@@ -84,10 +84,9 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         pytest.skip("nginx is not installed: apt-get install nginx-light")
     folder: Path = tmp_path_factory.mktemp("nginx")
     authority = trustme.CA()
-    certificate = authority.issue_cert("localhost")
-    certificate.private_key_pem.write_to_path(folder / "privkey.pem")
-    for part in certificate.cert_chain_pems:
-        part.write_to_path(folder / "fullchain.pem", append=True)
+    both = authority.issue_cert("localhost").private_key_and_cert_chain_pem
+    for name in ("privkey.pem", "fullchain.pem"):
+        both.write_to_path(folder / name)
     triton = grpc.server(ThreadPoolExecutor(2), handlers=[Triton()])
     https, grpcs, _ = free_ports()
     text = CONF.read_text(encoding="utf-8").replace("/etc/nginx/tls", str(folder))

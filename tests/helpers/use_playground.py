@@ -72,8 +72,6 @@ def use(page: Any, picture: str, scene: str, shot: str = "", *, moves: bool = Fa
     page.locator("#found-took", has_text="found").wait_for()
     page.locator("#found img").nth(2).wait_for()
     print("found", page.locator("#found-took").inner_text())
-    if shot:
-        page.screenshot(path=shot.replace(".png", "-search.png"))
     page.set_input_files("#picture input[type=file]", scene)
     page.get_by_role("tab", name="Segment").click()
     page.get_by_role("button", name="Segment").click()
@@ -81,8 +79,6 @@ def use(page: Any, picture: str, scene: str, shot: str = "", *, moves: bool = Fa
     took = page.locator("#segments-took").inner_text()
     assert re.fullmatch(r"\d+ ms · release \d+", took.strip()), took
     print("segmented", took)
-    if shot:
-        page.screenshot(path=shot.replace(".png", "-segment.png"))
 
 
 def main(url: str, picture: str, scene: str, shot: str = "") -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import io
 import re
 import sys
 from dataclasses import replace
@@ -22,15 +21,11 @@ from radapter_serve.playground import Settings, serving
 from radapter_serve.server.config import free_ports
 from tests.helpers.stand_ins import Answers
 from tests.helpers.use_playground import chromium, use
+from tests.hostile.images import saved
 
 pytestmark = [pytest.mark.slow]  # Gradio takes seconds to load
 
-
-def png(size: tuple[int, int] = (40, 30)) -> bytes:
-    """A red picture."""
-    file = io.BytesIO()
-    Image.new("RGB", size, "red").save(file, "PNG")
-    return file.getvalue()
+RED = saved(Image.new("RGB", (40, 30), "red"), "PNG")
 
 
 @pytest.fixture
@@ -65,7 +60,7 @@ def server(client: Client, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.fixture
 def picture(tmp_path: Path) -> str:
     file = tmp_path / "red.png"
-    file.write_bytes(png())
+    file.write_bytes(RED)
     return str(file)
 
 
@@ -85,7 +80,7 @@ def test_classify_gives_the_scores_at_any_alpha(
         scores, took = events["classify"](picture, "cat\n\n <dog> \n", "", alpha)
         assert scores == pytest.approx({"cat": 0.75 + alpha / 5, "<dog>": 0.25})
         assert took.endswith(" ms · release 2")
-        assert answers.inferences[-1].inputs["image"].tolist() == [[png()]]  # the file as it is
+        assert answers.inferences[-1].inputs["image"].tolist() == [[RED]]  # the file as it is
     assert list(events["classify"](picture, "cat", "letters", 0)[0]) == ["a", "b", "c"]
 
 
@@ -112,7 +107,7 @@ def test_segment_draws_the_labels_on_a_picture_that_is_no_larger_than_the_page_s
     answers: Answers, events: dict[str, Any], tmp_path: Path
 ) -> None:
     file = tmp_path / "large.png"
-    file.write_bytes(png((3000, 1500)))
+    file.write_bytes(saved(Image.new("RGB", (3000, 1500), "red"), "PNG"))
     drawn, took = events["segment"](str(file), "sky\nsea", 0, 0.5)
     assert drawn.width == 1024 and drawn.height >= 512 and "release 2" in took
     left, right = (np.array(drawn.convert("RGB").getpixel((x, 256)), int) for x in (100, 101))
