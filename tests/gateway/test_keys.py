@@ -348,10 +348,9 @@ def test_a_new_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(file.read_text().splitlines()) == 2
 
 
-def test_a_gateway_without_triton_and_without_a_free_place_lives_on_and_stops_in_order() -> None:
+def test_a_gateway_without_triton_lives_on_and_stops_in_order() -> None:
     port, nobody, _ = free_ports()
     flags = ["--port", str(port), "--server", f"127.0.0.1:{nobody}"]
-    flags += ["--max-connections", "3", "--max-connections-per-address", "3"]
 
     def status(path: str) -> int | None:
         with contextlib.suppress(urllib3.exceptions.HTTPError):
@@ -362,14 +361,7 @@ def test_a_gateway_without_triton_and_without_a_free_place_lives_on_and_stops_in
     def ask() -> None:
         until(lambda: status("/health/live") == 200, 60)
         assert status("/health/ready") == 503
-        with contextlib.ExitStack() as stack:
-            for _ in range(4):  # the last of them waits for a place
-                stranger = stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
-                stranger.sendall(HEAD + b"Content-Length: 9\r\n\r\n")  # and no body
-            stranger.settimeout(0.1)
-            with pytest.raises(TimeoutError):
-                stranger.recv(1)
-        until(lambda: status("/health/live") == 200)
+        assert status("/health/live") == 200
 
     assert until_asked(partial(gateway.main, flags), ask) == 0
 
