@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from google.protobuf import json_format
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from tests.helpers.fake_upstream import until
 from tests.helpers.stand_ins import http_server
 
 
@@ -41,38 +41,36 @@ def check_inside(span: Span, parent: Span) -> None:
     assert parent.start <= span.start <= span.end <= parent.end
 
 
+@dataclass
 class Collector:
     """Keeps the spans that come; `url` is for `OTEL_EXPORTER_OTLP_ENDPOINT`."""
 
-    def __init__(self, url: str, seen: list[Any]) -> None:
-        self.url = url
-        self._seen = seen
+    url: str
+    requests: list[Any]
 
     @property
     def bodies(self) -> list[bytes]:
         """Of all requests that bring traces, as they came."""
-        return [body for _, path, _, body, _ in list(self._seen) if path == "/v1/traces"]
+        return [body for _, path, _, body, _ in list(self.requests) if path == "/v1/traces"]
 
     @property
     def spans(self) -> list[Span]:
         """All spans until now."""
         return [span for body in self.bodies for span in _read(body)]
 
-    def wait_for(self, *names: str, trace: str, seconds: float = 90) -> list[Span]:
+    def wait_for(self, *names: str, trace: str) -> list[Span]:
         """The spans of a trace, once there is one of each of these names."""
-        end = time.monotonic() + seconds
-        while True:
-            spans = [span for span in self.spans if span.trace == trace]
-            if not set(names) - {span.name for span in spans}:
-                return spans
-            assert time.monotonic() < end, [span.name for span in spans]
-            time.sleep(0.02)
+
+        def spans() -> list[Span]:
+            return [span for span in self.spans if span.trace == trace]
+
+        until(lambda: set(names) <= {span.name for span in spans()}, 40)
+        return spans()
 
 
 @contextlib.contextmanager
 def collecting() -> Iterator[Collector]:
     """A collector on a free port, until the end of the block."""
-
     with http_server(200, b"") as (url, seen):
         yield Collector(url, seen)
 
