@@ -7,7 +7,7 @@ import shutil
 import socket
 import ssl
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.message import Message
@@ -53,15 +53,13 @@ class Proxy:
     authority: bytes
 
     def status(
-        self, method: str, path: str, headers: dict[str, str] | None = None, length: int = 0
+        self, method: str, path: str, headers: Mapping[str, str] = {}, length: int = 0
     ) -> int:
+        """The status of a request whose body, of so many bytes, does not come."""
         connection = http.client.HTTPSConnection(
             "localhost", self.https, context=self.tls, timeout=10
         )
-        connection.putrequest(method, path)
-        for name, value in {"Content-Length": str(length), **(headers or {})}.items():
-            connection.putheader(name, value)
-        connection.endheaders()
+        connection.request(method, path, headers={**headers, "Content-Length": str(length)})
         status = connection.getresponse().status
         connection.close()
         return status
