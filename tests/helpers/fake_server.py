@@ -1,4 +1,4 @@
-"""The stand-in models of fake_model.py, in two releases, for a real tritonserver."""
+"""The stand-in models of fake_model.py, for a real tritonserver."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from radapter_export.repository import TEMPLATE, config, sources
 from radapter_serve.release.release import TASKS, Release
 from tests.helpers.small_models import release as facts
 
-VERSIONS = (1, 2)
-
 
 def release(version: int) -> dict[str, Any]:
     """The release.json of one version."""
@@ -20,7 +18,7 @@ def release(version: int) -> dict[str, Any]:
     return facts(version, alpha=0.5 * version, embed_dim=4, created=created).to_dict()
 
 
-def write_repository(folder: Path, versions: Sequence[int] = VERSIONS) -> Path:
+def write_repository(folder: Path, versions: Sequence[int]) -> Path:
     """Writes the task models in these versions, with the exporter's own configurations."""
     releases = [Release.from_dict(release(version)) for version in versions]
     for name in TASKS:

@@ -1,6 +1,4 @@
-"""The tasks on a real tritonserver: callers who leave, the α of each request, and what is served.
-That all answers are those of the engine, tests/engine/test_as_served.py shows.
-"""
+"""The tasks on a real tritonserver; tests/engine/test_as_served.py compares all answers."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from radapter_client import Client
+from radapter_client import Client, InvalidRequest, ModelNotFound
 from radapter_serve.encoders.loaded import complete, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.config import Endpoints, ServerConfig, free_ports
@@ -73,6 +71,26 @@ def test_a_request_may_say_how_long_its_caller_waits(client):
     assert client.infer("embed_image", inputs, timeout=60_000_000)
     with pytest.raises(InferenceServerException, match=r"\[timed_out\] .* more than 1e-06 s"):
         client.infer("embed_image", inputs, timeout=1)
+
+
+@pytest.mark.parametrize("way", ["grpc", "http"])
+def test_the_client_finds_the_releases_that_are_served(server, way):
+    url = server.grpc_url if way == "grpc" else server.http_url
+    with Client(url) as client:
+        assert (client.release().version, client.release().embed_dim) == (2, 8)
+        assert [release.version for release in client.releases()] == [1, 2]
+        with pytest.raises(InvalidRequest, match="this server does not list its indexes") as caught:
+            client.indexes()
+        assert caught.value.code is None
+    with Client(url, release=1) as pinned:
+        assert pinned.is_ready() and pinned.release().version == 1
+        assert {one.release for one in pinned.classify([png(0, 4, 4)] * 40, CATS)} == {1}
+    with Client(url, release=7) as absent:
+        assert not absent.is_ready()
+        with pytest.raises(ModelNotFound, match="release 7; it serves 1, 2"):
+            absent.release()
+        with pytest.raises(ModelNotFound, match="version 7 is not found"):
+            absent.embed_texts(["x"])
 
 
 # α
