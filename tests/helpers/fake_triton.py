@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,24 +41,20 @@ class TritonError(str):
         return str(self)
 
 
-@dataclass
 class Response:
-    output_tensors: list[Tensor] | None = None
-    error_: TritonError | None = None
-
-    def __init__(self, output_tensors: Any = None, error: Any = None) -> None:
-        self.output_tensors = output_tensors
-        self.error_ = error
+    def __init__(self, output_tensors: Any = (), error: Any = None) -> None:
+        self._tensors = output_tensors
+        self._error = error
 
     def has_error(self) -> bool:
-        return self.error_ is not None
+        return self._error is not None
 
-    def error(self) -> TritonError | None:
-        return self.error_
+    def error(self) -> Any:
+        return self._error
 
     def outputs(self) -> dict[str, np.ndarray]:
-        assert self.error_ is None, self.error_
-        return {tensor.name(): tensor.array for tensor in self.output_tensors or ()}
+        assert self._error is None, self._error
+        return {tensor.name(): tensor.array for tensor in self._tensors}
 
 
 class Request:
@@ -67,7 +62,7 @@ class Request:
 
     def __init__(self, **arrays: Any) -> None:
         self.arrays = {
-            name: value if isinstance(value, np.ndarray) else texts(value)
+            name: value if isinstance(value, np.ndarray) else np.array(value, np.object_)
             for name, value in arrays.items()
         }
 
@@ -81,10 +76,6 @@ class Request:
         return 0
 
 
-def texts(value: Any) -> np.ndarray:
-    return np.array(value, np.object_)
-
-
 def by_name(owner: Request | Response, name: str) -> Tensor | None:
     if isinstance(owner, Response):
         return Tensor(name, owner.outputs()[name])
@@ -94,10 +85,9 @@ def by_name(owner: Request | Response, name: str) -> Tensor | None:
 def install(
     monkeypatch: pytest.MonkeyPatch,
     encode: Callable[[str, list[np.ndarray]], Response] | None = None,
-    **more: Any,
 ) -> None:
     """Put the stand-in where models import it from; `encode` answers requests to another model, by
-    its name and its inputs, and the module also has `more`.
+    its name and its inputs.
     """
 
     def request(model_name: str, inputs: list[Tensor], **_: Any) -> SimpleNamespace:
@@ -114,7 +104,6 @@ def install(
         InferenceRequest=request,
         PreferredMemory=lambda *_: None,
         TRITONSERVER_MEMORY_CPU=0,
-        **more,
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
     for name in [name for name in sys.modules if name.startswith("radapter_serve.triton.")]:

@@ -1,7 +1,4 @@
-"""Triton's models with a stand-in for Triton's module: every kind of bad request in one batch with
-good ones, each of which gets what it would get alone; and what no real server shows, such as a GPU
-that is not there.
-"""
+"""Triton's models with a stand-in for Triton: bad requests among good ones, and a missing GPU."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`embed_image`, `embed_text` and `classify` in this process: scores against formulas, and what is
-refused.
-"""
+"""`classify` in this process: scores against formulas, and what is refused."""
 
 from __future__ import annotations
 
@@ -162,36 +160,22 @@ def test_labels_below_the_threshold_are_left_out(
     assert outputs["label"].tolist() == [[b""]] * 6 and outputs["score"].tolist() == [[0]] * 6
 
 
-@pytest.mark.parametrize("options", [{}, {"multi_label": True}, {"calibrated": True}])
-@pytest.mark.parametrize("bias", [-1.0, None])
-def test_labels_are_ranked_by_their_cosines_where_scores_are_equal(
-    local: Local,
-    cosines: np.ndarray,
-    label_set: LabelSet,
-    bias: float | None,
-    options: dict[str, Any],
+@pytest.mark.parametrize("top_k", [None, 1, 3, 100])
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, None), (1000.0, None), (1000.0, 900.0)])
+def test_labels_are_ranked_by_their_cosines_and_of_equal_ones_the_first_comes_first(
+    top_k: int | None, scale: float, bias: float | None
 ) -> None:
     """In float32 a sigmoid is 1 for all logits above 17, and a softmax is 0 for all that are far
     below the best.
     """
-    fitted = {**CONFIDENCE, "scale": 1000.0, "bias": 900.0, "temperature": 1.0}
-    loaded = local.changed(logit_scale=1000.0, confidence=fitted, logit_bias=bias)
-    found = ask(loaded, **options)
-    assert any((np.diff(one.scores) == 0).any() for one in found)
-    for own, ranking in zip(cosines, found, strict=True):
-        best = np.argsort(-own)[: len(ranking.labels)]
-        assert list(ranking.labels) == [label_set.labels[place] for place in best]
-
-
-@pytest.mark.parametrize("top_k", [None, 1, 3, 100])
-def test_of_equal_labels_the_first_comes_first(top_k: int | None) -> None:
     values = np.random.default_rng(0).integers(0, 4, 50).astype(np.float32) / 4
     names = tuple(map(str, range(50)))
-    found = ScoreRule(top_k, 10.0, None).ranking(values, LabelSet(names, values, names, ()))
+    found = ScoreRule(top_k, scale, bias).ranking(values, LabelSet(names, values, names, ()))
     expected = sorted(range(50), key=lambda place: -values[place])[:top_k]
     assert [int(name) for name in found.labels] == expected
-    scores = softmax(10.0 * values[None].astype(np.float64))[0, expected]
-    np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
+    logits = scale * (values[None].astype(np.float64) - 1)
+    scores = softmax(logits) if bias is None else sigmoid(logits + scale + bias)
+    np.testing.assert_allclose(found.scores, scores[0, expected], rtol=1e-5, atol=1e-9)
 
 
 def test_an_image_that_no_label_fits_is_unknown(local: Local, cosines: np.ndarray) -> None:
@@ -232,8 +216,6 @@ def test_calibrated_scores_are_for_the_alpha_of_the_release_alone(
 
 
 WHY = "export one with radapter-export --validation DATA"
-
-
 UNFITTED: dict[str, Any] = {"confidence": None}
 COLD: dict[str, Any] = {"confidence": {**CONFIDENCE, "temperature": None}}
 
@@ -298,23 +280,20 @@ def test_rows_of_a_request_may_differ_in_their_options(local: Local) -> None:
 
 
 def test_prompts_are_counted_over_all_rows_of_a_request(local: Local) -> None:
-    def read(lists: list[list[str]]) -> list[Any]:
-        rows = [[name.encode() for name in names] for names in lists]
-        inputs = {"image": column(*[[png(0)]] * len(lists)), "labels": column(*rows)}
-        return TASKS["classify"].read(local.loaded, inputs, lambda name: True)
+    def rows(lists: list[list[str]]) -> dict[str, np.ndarray]:
+        names = [[name.encode() for name in one] for one in lists]
+        return {"image": column(*[[png(0)]] * len(lists)), "labels": column(*names)}
 
     lists = [[f"{row} {index}" for index in range(7_000)] for row in range(3)]
     with pytest.raises(TaskError, match=r"\[invalid_argument\] 21000 prompts"):
-        read(lists)
+        read(local, **rows(lists))
     # A list that some rows have counts once.
-    assert len(read([lists[0], lists[1], lists[0], lists[0], lists[1]])) == 4
+    assert len(read(local, **rows([lists[0], lists[1], lists[0], lists[0], lists[1]]))) == 4
 
 
 # Labels by example
 
 SHOWN = tuple(png(seed, kind="JPEG") for seed in range(10, 13))
-
-
 SOME = ("cat", "dog", "bird")
 FOUR = IMAGES[:4]
 

@@ -1,6 +1,4 @@
-"""The task `retrieve` without a server: indexes that come, change and go; and queries of several
-parts, pages and a least score, against numpy.
-"""
+"""The task `retrieve` against numpy, and indexes that come, change and go."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Segmentation in this process: against torch's interpolate, plain loops over windows, and masks
-known beforehand; and the task `segment`: what a request may hold, and whose labels it gets.
-"""
+"""Segmentation and its task: against torch, plain loops, and masks that are known beforehand."""
 
 from __future__ import annotations
 
@@ -107,9 +105,7 @@ def embeds(count: int, seed: int = 1) -> np.ndarray:
 def reference(
     picture: Image.Image, labels: np.ndarray, short_side: int, stride: int
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """The working image's cosines [C, h, w], window by window with torch, as precise as `labels`,
-    and its pixels.
-    """
+    """The working image's cosines [C, h, w], window by window with torch, and its pixels."""
     ratio = max(picture.size) / min(picture.size)
     sides = [
         short_side if side == min(picture.size) else int(short_side * ratio)
@@ -257,23 +253,24 @@ def colour_labels() -> np.ndarray:
 # OVSeg
 
 
-def test_proposals_are_fused_as_computed_by_hand():
-    """Two masks that overlap in the middle pixel of three, one of them half sure of itself."""
-    masks = np.array([[[255, 255, 0]], [[0, 153, 204]]], np.uint8)
+@pytest.mark.parametrize(("threshold", "last"), [(0.1, 1), (0.4, 2)])
+def test_proposals_are_fused_as_computed_by_hand(threshold, last):
+    """Two masks that overlap in two pixels of five, one of them half sure of itself."""
+    masks = np.array([[[255, 255, 255, 0, 0]], [[0, 153, 153, 204, 204]]], np.uint8)
     scores = np.array([[0.8, 0.1], [0.2, 0.6]], np.float32)
     clip = iter([np.array([[0.6, 0.8], [1.0, 0.0]], np.float32)])
     labels = np.eye(2, dtype=np.float32)
     made = Segmenter(images=lambda pixels: next(clip), scale=2.0)
-    found = made.from_proposals(
-        image(3, 1), labels, masks, scores, SegmentOptions(proposal_weight=0.25, threshold=0.1)
-    )
+    options = SegmentOptions(proposal_weight=0.25, threshold=threshold)
+    found = made.from_proposals(image(5, 1), labels, masks, scores, options)
     first = np.exp([1.2, 1.6]) / np.exp([1.2, 1.6]).sum()
     second = np.exp([2.0, 0.0]) / np.exp([2.0, 0.0]).sum()
     p = scores.astype(float) ** 0.75 * np.array([first, second]) ** 0.25
-    pixels = np.array([p[0], (p[0] + 0.6 * p[1]) / 1.6, 0.8 * p[1]])
-    np.testing.assert_array_equal(found.mask, [pixels.argmax(1)])
-    assert found.mask.tolist() == [[0, 0, 1]]
-    np.testing.assert_allclose(found.scores, [pixels[:2, 0].mean(), pixels[2, 1], 0], rtol=1e-5)
+    overlap = (p[0] + 0.6 * p[1]) / 1.6
+    assert found.mask.tolist() == [[0, 0, 0, last, last]]
+    expected = np.array([(p[0, 0] + 2 * overlap[0]) / 3, 0, 0])
+    expected[last] = 0.8 * p[1, 1] if last == 1 else 1 - 0.8 * p[1, 1]
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
 
 
 def test_proposals_that_a_sigmoid_can_not_tell_apart_get_the_label_of_the_greater_cosine():
@@ -283,26 +280,6 @@ def test_proposals_that_a_sigmoid_can_not_tell_apart_get_the_label_of_the_greate
     made = Segmenter(images=lambda pixels: cosines, scale=100.0, bias=-10.0)
     found = made.from_proposals(image(3, 1), np.eye(3, dtype=np.float32), masks)
     assert found.mask.tolist() == [[0, 1, 1]]
-
-
-def test_proposals_without_scores_are_classified_by_the_image_encoder_alone():
-    pixels = np.zeros((20, 20, 3), np.uint8)
-    pixels[:10] = (255, 0, 0)
-    pixels[10:, :10] = (0, 0, 255)
-    pixels[10:, 10:] = (255, 255, 255)
-    masks = np.zeros((4, 20, 20), np.uint8)
-    # the third is empty
-    masks[0, 10:, 10:] = 255
-    masks[1, 10:, :10] = 200
-    masks[3, :10] = 103
-    found = Segmenter(scale=100).from_proposals(
-        Image.fromarray(pixels), colour_labels(), masks, options=SegmentOptions(threshold=0.5)
-    )
-    expected = np.full((20, 20), 4)
-    expected[10:, 10:] = 3
-    expected[10:, :10] = 2
-    np.testing.assert_array_equal(found.mask, expected)  # a mask of 0.4 is below the threshold
-    assert found.scores[4] == pytest.approx(1 - 103 / 255, abs=1e-3)
 
 
 # what is refused
@@ -361,11 +338,6 @@ def ask(loaded: LoadedRelease, image: bytes, labels: Labels = CATS, **options: A
     return complete(segment(loaded, SegmentRequest(image, labels, **options)))
 
 
-def of(local: Local) -> Segmenter:
-    """Of the same encoders, without the task."""
-    return Segmenter(local.patches, local.images, 16, crop=MaskCrop(), batch=64)
-
-
 TEMPLATES = ["one {}", "two {}"]
 MASKS = np.zeros((2, 20, 30), np.uint8)
 MASKS[0, :12] = 255
@@ -395,7 +367,9 @@ def test_a_request_is_segmented_by_its_labels_and_options(
     label_set = complete(embed_labels(local.loaded, names, templates))
     arrays = [options[name] for name in ("proposals", "proposal_scores") if name in options]
     numbers = {name: one for name, one in options.items() if not isinstance(one, np.ndarray)}
-    run = of(local).from_proposals if arrays else of(local).dense
+    # The same encoders, without the task.
+    made = Segmenter(local.patches, local.images, 16, crop=MaskCrop(), batch=64)
+    run = made.from_proposals if arrays else made.dense
     picture = Image.open(io.BytesIO(png(3)))
     expected = run(picture, label_set.embeds, *arrays, SegmentOptions(**numbers))
     answer = ask(local.loaded, png(3), labels, **options)
