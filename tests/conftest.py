@@ -114,9 +114,7 @@ def vocabularies_are_read_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_clip_dir(common: Path) -> str:
-    """`local-dir:` name of a tiny CLIP with random weights, none of them zero or equal, QuickGELU
-    included.
-    """
+    """`local-dir:` name of a tiny CLIP with QuickGELU and random weights, none zero or equal."""
     return f"local-dir:{shared(common, 'tiny-clip', _write_tiny_clip)}"
 
 
@@ -145,25 +143,13 @@ def _write_tiny_clip(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def random_adapter(tiny_clip_dir: str) -> Callable[..., Adapter]:
-    """Makes an adapter of random values for the tiny CLIP: their standard deviation, and fields of
-    its metadata.
-    """
-
-    def make(scale: float = 0.2, **metadata: Any) -> Adapter:
-        return make_adapter(tiny_clip_dir, scale, **metadata)
-
-    return make
-
-
-EXPORTED_ALPHAS = (0.3, 0.8)
-EXPORTED_LABELS = ("cat, kitty", "a dog in the SNOW", "don't know", "猫")
+    """Makes an adapter of random values for the tiny CLIP, as `make_adapter` does."""
+    return functools.partial(make_adapter, tiny_clip_dir, scale=0.2)
 
 
 @pytest.fixture
 def quick(common: Path) -> Iterator[None]:
-    """Spare `export_release` the seconds that torch's exporter takes for a model whose graphs are
-    known.
-    """
+    """Spare `export_release` the seconds of torch's exporter for a model with known graphs."""
     from tests.helpers.graphs import quick_exports
 
     with quick_exports(common):
@@ -172,47 +158,31 @@ def quick(common: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def exported_tiny_clip(random_adapter: Callable[..., Adapter], common: Path) -> Path:
-    """A folder with `model_repository` and `merged`: an adapter of the tiny CLIP, exported, with a
-    label set `four`.
-    """
+    """`model_repository` and `merged` of an adapter of the tiny CLIP, with a label set `four`."""
 
     def make(folder: Path) -> None:
         from radapter_serve.adapter import save_adapter
 
         save_adapter(random_adapter(scale=0.05), folder / "adapter.safetensors")
-        (folder / "labels.txt").write_text("\n".join(EXPORTED_LABELS), encoding="utf-8")
-        _export(common, folder, EXPORTED_ALPHAS, folder)
+        labels = "cat, kitty\na dog in the SNOW\ndon't know\n猫"
+        (folder / "labels.txt").write_text(labels, encoding="utf-8")
+        _export(common, folder, (0.3, 0.8), folder)
 
     return shared(common, "exported", make)
 
 
 @pytest.fixture(scope="session")
 def dynamic_tiny_clip(exported_tiny_clip: Path, common: Path) -> Path:
-    """A model repository with one release: the adapter of `exported_tiny_clip`, α an input, its own
-    0.5.
-    """
+    """A model repository: the adapter of `exported_tiny_clip`, α an input, by default 0.5."""
     folder = shared(
         common, "dynamic", lambda folder: _export(common, exported_tiny_clip, "dynamic", folder)
     )
     return folder / "model_repository"
 
 
-@pytest.fixture(scope="session")
-def dense_tiny_clip(exported_tiny_clip: Path, common: Path) -> Path:
-    """A folder with `model_repository` and `merged`: the adapter of `exported_tiny_clip` at 0.5,
-    for segmentation.
-    """
-
-    def make(folder: Path) -> None:
-        _export(common, exported_tiny_clip, [0.5], folder, dense="naclip")
-
-    return shared(common, "dense", make)
-
-
-def _export(common: Path, source: Path, alphas: Any, folder: Path, **settings: Any) -> None:
+def _export(common: Path, source: Path, alphas: Any, folder: Path) -> None:
     labels = {"four": source / "labels.txt"}
-    adapter = source / "adapter.safetensors"
-    export_into(folder, common, adapter, alphas, label_sets=labels, **settings)
+    export_into(folder, common, source / "adapter.safetensors", alphas, label_sets=labels)
 
 
 def export_into(

@@ -20,6 +20,7 @@ from radapter_serve import Model, RAdapterError
 from radapter_serve.adapter import load_adapter
 from radapter_serve.cli.query import main as query
 from radapter_serve.clip.base import split_name
+from tests.conftest import export_into
 from tests.helpers.small_release import png
 
 LABELS = ["cat", "a dog in the SNOW", "猫"]
@@ -94,15 +95,15 @@ def test_a_base_alone_and_its_patches(tiny_clip_dir: str, exported_tiny_clip: Pa
         model.segment(png(1), ["a", "b"])
 
 
-def test_segmentation_in_torch_is_that_of_the_export(dense_tiny_clip: Path) -> None:
-    folder = dense_tiny_clip
-    image = png(3, 60, 45)
-    labels = ["a cat", "a dog", "snow"]
+def test_segmentation_in_torch_is_that_of_the_export(
+    exported_tiny_clip: Path, common: Path, tmp_path: Path
+) -> None:
+    export_into(tmp_path, common, exported_tiny_clip, [0.5], dense="naclip")
     with (
-        Model(folder / "model_repository") as release,
-        Model(folder / "merged") as checkpoint,
+        Model(tmp_path / "model_repository") as release,
+        Model(tmp_path / "merged") as checkpoint,
     ):
-        served, live = (one.segment(image, labels) for one in (release, checkpoint))
+        served, live = (one.segment(png(3, 60, 45), LABELS) for one in (release, checkpoint))
     assert served.labels == live.labels
     assert (served.mask == live.mask).mean() > 0.999
     np.testing.assert_allclose(served.scores, live.scores, atol=1e-3)
@@ -159,7 +160,7 @@ def test_radapter_query_asks_a_model_without_a_server(
         ("{run}/model_repository", {"alpha": 0.5}, "alpha is 0.5, but .* is a model repository"),
         ("{run}/model_repository", {"device": "tpu"}, "device is 'tpu'; allowed: cpu, cuda"),
         ("{run}", {"alpha": 1.5}, "alpha"),
-        ("{run}", {"base": "local-dir:{tmp}/none"}, "none"),
+        ("{run}", {"base": "local-dir:/none"}, "none"),
         ("{base}", {"alpha": 0.5}, "alpha is 0.5, but .* has no adapter"),
         ("{base}", {"base": "ViT-B-32"}, "base is 'ViT-B-32', but .* is not a run"),
         ("{base}", {"dense": "best"}, "best"),
@@ -181,12 +182,8 @@ def test_what_is_no_model_is_refused_in_one_line(
         "run": exported_tiny_clip,
         "base": tiny_clip_dir.removeprefix("local-dir:"),
     }
-    given: dict[str, Any] = {
-        name: value.format(**places) if isinstance(value, str) else value
-        for name, value in options.items()
-    }
     with pytest.raises(RAdapterError, match=message) as error:
-        Model(source.format(**places), **given)
+        Model(source.format(**places), **options)
     assert "\n" not in str(error.value)
 
 

@@ -12,15 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
-import torch
-from PIL import Image
 
 from radapter_serve.cli import release as release_command
 from radapter_serve.cli.index import main
 from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.index.index import current, open_index
+from radapter_serve.index.index import current
 from radapter_serve.release.release import Release
 from tests.helpers.indexes import generation
 from tests.helpers.small_release import photos_in
@@ -35,9 +32,7 @@ def place(exported_tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return tmp_path
 
 
-def test_build_add_info_verify(
-    place: Path, exported_tiny_clip: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_build_add_info_verify(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", "photos", "--out", "indexes/photos"]) == 0
     said = capsys.readouterr().out
     assert "5 images (5 embedded)" in said and "radapter-query search" in said
@@ -59,14 +54,6 @@ def test_build_add_info_verify(
     for command in commands:
         assert main(shlex.split(command)) == 0
     assert main(["verify", "indexes/photos"]) == 0
-
-    # open_clip's own embedding of the merged checkpoint finds the very image
-    merged = sorted(exported_tiny_clip.glob("merged/**/open_clip_config.json"))[-1].parent
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
-    with torch.no_grad(), Image.open("photos/3.png") as image:
-        embed = model.eval().encode_image(transform(image)[None], normalize=True)[0].numpy()
-    (hit,) = open_index("indexes/photos").search(embed, 1)
-    assert hit.id == "3.png" and hit.score == pytest.approx(1, abs=1e-4)
 
 
 def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,4 @@
-"""The commands of each page in their order: all are read as they stand; those of two pages run on a
-small model. And every command that a command prints as the next one works as it is printed,
-whatever the folders are called.
-"""
+"""The commands of the pages are read as they stand; those that commands print run as printed."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,13 +35,6 @@ def commands(page: Path) -> list[list[str]]:
     return [[word for word in words if word != "&"] for words in found]
 
 
-def idle(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that takes the same arguments, and does nothing; a class as it is."""
-    return (
-        function if isinstance(function, type) else functools.wraps(function)(lambda *_, **__: None)
-    )
-
-
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem
 )
@@ -55,7 +44,9 @@ def test_the_commands_of_a_page_are_read(
     real = tyro.cli
 
     def read(function: Any, **options: Any) -> Any:
-        return real(idle(function), **options)
+        if not isinstance(function, type):  # with its arguments, but idle
+            function = functools.wraps(function)(lambda *_, **__: None)
+        return real(function, **options)
 
     def read_one_of(functions: Any, args: list[str], **options: Any) -> Any:
         return read(functions[args[0]], args=args[1:], **options)
@@ -81,9 +72,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 @pytest.fixture
 def place(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with `photos` of three classes, other folders that hold the same, and a
-    photo that is called as in the printed command.
-    """
+    """A working folder with `photos` of three classes, under other names too, and `PHOTO.jpg`."""
     for name, colour in COLOURS.items():
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(10):
@@ -114,9 +103,7 @@ def small(command: list[str], architecture: str) -> list[str]:
 def test_the_pages_from_photos_to_a_release_run_in_their_order(
     place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """README's quick start, and then what the page on α has: none is refused for what another one
-    wrote.
-    """
+    """README's quick start, and then the page on α: none is refused for what another one wrote."""
     pages = [*commands(ROOT / "README.md"), *commands(ROOT / "docs" / "choose-alpha.md")]
     ran = [small(command, tiny_clip_dir) for command in pages if command[0] in RUN_HERE]
     assert [command[0] for command in ran].count("radapter-eval") >= 2

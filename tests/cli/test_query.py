@@ -239,12 +239,3 @@ def test_bad_input_is_one_line(
     )
     assert re.search(why, error)
     assert set(tmp_path.iterdir()) == before
-
-
-def test_failed_query_leaves_the_old_file(server: Answers, tmp_path: Path) -> None:
-    out = tmp_path / "embeds.npy"
-    out.write_bytes(b"old")
-    broken = tmp_path / "broken.png"
-    broken.write_text("broken")
-    assert main(["embed-image", str(broken), "--out", str(out)]) == 2
-    assert out.read_bytes() == b"old" and set(tmp_path.iterdir()) == {out, broken}
