@@ -305,9 +305,7 @@ def test_a_value_that_is_no_image(image, message: str):
 
 @pytest.mark.parametrize("value", [1, 5, 6])
 def test_orientation_travels_with_the_pixels(value: int, tmp_path: Path):
-    """A file, its bytes and Pillow's image of it are one image to the server, whatever its release
-    does with EXIF.
-    """
+    """A file, its bytes and Pillow's image of it are one image to the server."""
     path = tmp_path / "image.png"
     plain = Image.fromarray(pixels(31, 45, 3))
     plain.save(path, exif=exif(value))
@@ -377,9 +375,7 @@ def test_options_are_sent_with_each_row_and_examples_with_the_first_image_alone(
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.sampled_from([0, 1, 10, 20, 33]), max_size=8), st.integers(1, 5))
 def test_batches(sizes: list[int], rows: int):
-    """Runs of at most `rows` images and 32 KiB, or of one image, and none shorter than it must
-    be.
-    """
+    """Of at most `rows` images and 32 KiB, or of one image, and none shorter than it must be."""
     recorder = Recorder()
     images = [bytes([index + 1]) + bytes(size * 2**10) for index, size in enumerate(sizes)]
     most = 32 * 2**10

@@ -1,6 +1,4 @@
-"""The client's requests and answers on the wire, with servers that a test makes up: errors,
-silence, HTTP's bodies, tries and keys.
-"""
+"""The client on the wire, with servers that a test makes up: errors, time-outs, tries and keys."""
 
 from __future__ import annotations
 
@@ -35,11 +33,6 @@ from tests.helpers.stand_ins import grpc_server, http_server
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the wait between two tries."""
     monkeypatch.setattr(_sending, "FIRST_WAIT", 0.01)
-
-
-@pytest.fixture(params=["grpc", "http"])
-def protocol(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def attempt(url: str, ask: Callable[[Client], Any], **options: Any) -> Any:
@@ -204,9 +197,7 @@ def test_answer_that_is_none(body: bytes, headers: dict[str, str]):
 
 
 def test_every_request_with_a_body_says_what_it_is():
-    """curl's default type, with a body of 4 MiB and more, ends some servers. Connections are
-    kept.
-    """
+    """curl's default type, with 4 MiB and more, ends some servers. Connections are kept."""
     asked: list[Callable[[Client], Any]] = [
         lambda client: client.is_ready(),
         lambda client: client.release(),
@@ -315,12 +306,14 @@ def test_a_slow_handshake_takes_from_the_time_of_the_answer(monkeypatch: pytest.
         assert type(attempt(url, embed, timeout=0.35, retries=0)) is Timeout
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_hanging_up_is_no_timeout(protocol: str):
     with serving(socket.socket.close, protocol) as url:
         raised = attempt(url, embed, timeout=5)
     assert type(raised) is radapter_client.ServerUnavailable
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
 @pytest.mark.parametrize(("kind", "count"), [(Client, 1), (Client, 5), (AsyncClient, 5)])
 def test_close_ends_calls_that_wait(silent: socket.socket, protocol: str, kind: type, count: int):
     """They end at once, and not when the time-out of their requests is over."""

@@ -1,6 +1,4 @@
-"""Served pixels against open_clip's own transform, the crop of a segment against a canvas that is
-filled pixel by pixel, and how images of several callers are decoded side by side.
-"""
+"""Pixels against open_clip's transform, crops by masks, and images that are decoded in parallel."""
 
 from __future__ import annotations
 
