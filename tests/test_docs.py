@@ -1,6 +1,4 @@
-"""Pages are right about the code: error codes, exceptions, commands and their flags, recipes and
-suites.
-"""
+"""Pages are right about the code: codes, exceptions, commands and flags, recipes and suites."""
 
 from __future__ import annotations
 
@@ -215,27 +213,17 @@ def test_the_loop_on_the_page_of_adapters_trains(
     assert any(not name.startswith("visual.") for name in changed)
 
 
-def test_recipes_and_suites_exist() -> None:
+def test_files_recipes_and_suites_that_are_named_exist() -> None:
+    """Benchmarks that any page names, and links of the pages that are not on the site, too."""
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    named = {
-        f"recipes/{name}.yaml"
-        for name in re.findall(r"(?:--recipe |load_recipe\(\")([a-z-]+)(?![\w./-])", text)
-    }
-    assert "recipes/retrieval.yaml" in named
-    named |= set(re.findall(r"\brecipes/[\w./-]+\.yaml", text))
-    suites = set(re.findall(r"--suite ([a-z0-9-]+)(?![\w./-])", text))
-    assert "pacs" in suites
-    named |= {f"recipes/suites/{name}.yaml" for name in suites}
-    assert not [path for path in named if not (ROOT / path).is_file()]
-
-
-def test_files_that_are_named_exist() -> None:
-    """Benchmarks that any page names, and links of the pages that are not on the site."""
-    names = [name for page in PAGES for name in re.findall(FILE, page.read_text("utf-8"))]
+    names = re.findall(FILE, text) + re.findall(r"\brecipes/[\w./-]+\.yaml", text)
+    recipes = re.findall(r"(?:--recipe |load_recipe\(\")([a-z-]+)(?![\w./-])", text)
+    suites = re.findall(r"--suite ([a-z0-9-]+)(?![\w./-])", text)
+    assert len(names) > 10 and "retrieval" in recipes and "pacs" in suites
+    names += [f"recipes/{name}.yaml" for name in recipes]
+    names += [f"recipes/suites/{name}.yaml" for name in suites]
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        names += re.findall(r"\]\((?!https?://)([^)#]+)", text)
-    assert len(names) > 20
+        names += re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / page).read_text("utf-8"))
     assert not [name for name in names if not (ROOT / name).exists()]
 
 

@@ -68,9 +68,7 @@ def nodes(path: Path) -> list[ast.AST]:
 
 @functools.cache
 def graph() -> dict[str, set[str]]:
-    """The modules of the house and of the rivals that each of them imports: also inside functions,
-    for type checkers alone, from its own package, and by `importlib`.
-    """
+    """The modules of ours that each one imports: also inside functions, and by `importlib`."""
     known: dict[str, Path] = {}
     for folder in (*PACKAGES, "rivals"):
         known |= sources(folder)

@@ -1,9 +1,7 @@
 """Mutations of the rooms that compute: each of a sample is seen by a test, or listed with a reason.
 
-mutmut makes and runs them. It leaves decorated functions alone, such as those under
-`torch.no_grad`, and tries no code that the tests named here never reach. Those are the ones without
-processes and exports; all others would take hours. Code that only runs inside one of Triton's
-processes is left out, and so is the bar that shows progress.
+mutmut makes and runs them. It leaves decorated functions alone, and tries no code that the tests
+named here never reach: those without processes and exports, as all others would take hours.
 """
 
 from __future__ import annotations
@@ -59,20 +57,12 @@ def no_handler() -> None:
 
 @dataclass(frozen=True)
 class Room:
-    """Code that is changed, and the tests that must see it.
+    """Code that is changed, and the tests that must see it."""
 
-    Attributes:
-        tests: files or folders of tests.
-        mutated: folders of code.
-        left_out: files of these folders.
-        sample: names of mutations, as mutmut numbers those of each function from 1.
-        package: that the folders belong to.
-    """
-
-    tests: tuple[str, ...]
-    mutated: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
-    sample: tuple[str, ...] = ("*__mutmut_13",)
+    tests: tuple[str, ...]  # files or folders
+    mutated: tuple[str, ...]  # folders of the package
+    left_out: tuple[str, ...] = ()  # files of these folders
+    sample: tuple[str, ...] = ("*__mutmut_13",)  # of the mutations of each function, from 1
     package: str = "radapter_serve"
 
     @property

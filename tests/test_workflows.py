@@ -1,6 +1,4 @@
-"""The workflows on GitHub: valid by its schema, with the commands of this house, and as few rights
-as they need. `actionlint`, where there is one, reads them too.
-"""
+"""The workflows on GitHub: valid by its schema and `actionlint`, with as few rights as needed."""
 
 from __future__ import annotations
 
