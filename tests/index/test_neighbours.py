@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,7 +183,7 @@ def other_codes(dim: int, kind: str) -> Any:
     """FAISS's index of other vectors, or of another kind."""
     import faiss
 
-    vectors, _ = clustered(400, dim, 5)
+    vectors, _ = clustered(COUNT, dim, 5)
     index = faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
     index.add(vectors)
@@ -195,21 +196,20 @@ NOISE = np.random.default_rng(0).bytes(5000)
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        (CODES, lambda vectors: other_codes(16, "Flat")),
-        (CODES, lambda vectors: other_codes(8, "IVF4,PQ4x4fs")),
-        (CODES, lambda vectors: NOISE),
-        (VECTORS, lambda vectors: np.array([{}] * 400, object)),
-        (VECTORS, lambda vectors: vectors[:399]),
-        (ROWS, lambda vectors: NOISE),
+        (CODES, lambda: other_codes(DIM, "Flat")),
+        (CODES, lambda: other_codes(8, "IVF4,PQ4x4fs")),
+        (CODES, lambda: NOISE),
+        (VECTORS, lambda: np.array([{}] * COUNT, object)),
+        (VECTORS, lambda: np.ones((COUNT - 1, DIM), np.float32)),
+        (ROWS, lambda: NOISE),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_whatever_the_digests_say(
-    name: str, content: Any, tmp_path: Path
+    name: str, content: Any, built: Built, tmp_path: Path
 ) -> None:
-    vectors, texts = clustered(400, 16, 5)
-    out = make(tmp_path, vectors, texts)
+    out = shutil.copytree(built.out, tmp_path / "index")
     path = generation(out) / name
-    harm = content(vectors)
+    harm = content()
     if isinstance(harm, bytes):
         path.write_bytes(harm)
     else:
@@ -222,20 +222,18 @@ def test_a_file_that_does_not_fit_is_refused_whatever_the_digests_say(
     assert "\n" not in str(error.value)
 
 
-def test_codes_that_can_not_be_written_leave_the_old_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_codes_that_can_not_be_written_leave_nothing(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import faiss
 
     def fail(*_: object) -> None:
         raise RuntimeError("No space left on device")
 
-    vectors, texts = clustered(400, 16, 5)
-    out = make(tmp_path, vectors, texts)
     monkeypatch.setattr(faiss, "write_index", fail)
     with pytest.raises(RAdapterError, match="cannot write .*: No space left on device"):
-        make(tmp_path, vectors[:300], texts)
-    assert len(open_index(out)) == 400 and not (tmp_path / ".index.building").exists()
+        make(tmp_path, built.vectors[:300], built.texts)
+    assert not list(tmp_path.glob("*index*"))
 
 
 def test_more_hits_than_the_cells_hold_are_found_in_others(built: Built) -> None:
