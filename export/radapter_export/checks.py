@@ -159,13 +159,8 @@ def measure(
         device=str(next(base.model.parameters()).device),
     )
     percents = []
-    for name, model in (("torch", attached), ("release", release)):
-        say(f"{entry.data}: embedding its texts by {name}")
-
-        def done(count: int, total: int, name: str = name) -> None:
-            say(f"{entry.data}: {count} of {total} images by {name}")
-
-        [(row, answers)] = evaluate_set([model], data, keep=["scores"], progress=done)
+    for model in (attached, release):
+        [(row, answers)] = evaluate_set([model], data, say=say, keep=["scores"])
         percents.append(round(100 * row.metrics[row.metric], 3))
     by_torch, by_release = percents
     drop = round(by_torch - by_release, 3)

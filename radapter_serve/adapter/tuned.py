@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from radapter_serve.adapter.file import Adapter, tensors_digest
 from radapter_serve.clip.base import Base, load_base, split_name
@@ -210,7 +210,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _check_same(checkpoint: str, tuned: Base, base: Base) -> None:
     """Refuse models that compute differently, even if their weights have the same shapes."""
-    for ours, theirs in zip(_structure(tuned.model), _structure(base.model), strict=False):
+    # Compare the modules one by one, for activations and heads that no weight's shape shows.
+    parts: list[list[str]] = []
+    for model in (tuned.model, base.model):
+        parts.append([])
+        for name, module in model.named_modules():
+            heads = getattr(module, "num_heads", None)
+            of = f" of {heads} heads" if isinstance(heads, int) else ""
+            parts[-1].append(f"{name} {type(module).__name__}{of}")
+    for ours, theirs in zip(*parts, strict=False):
         if ours != theirs:
             raise RAdapterError(
                 f"{checkpoint} is of another architecture than its base: it has {ours}, and the"
@@ -223,16 +231,6 @@ def _check_same(checkpoint: str, tuned: Base, base: Base) -> None:
                 f"{checkpoint} prepares images in another way than its base: {name} is {values[0]},"
                 f" and {values[1]} in the base"
             )
-
-
-def _structure(model: nn.Module) -> list[str]:
-    """Describe each module of a model, for activations and heads that no weight's shape shows."""
-    parts = []
-    for name, module in model.named_modules():
-        heads = getattr(module, "num_heads", None)
-        of = f" of {heads} heads" if isinstance(heads, int) else ""
-        parts.append(f"{name} {type(module).__name__}{of}")
-    return parts
 
 
 def load_lora(folder: str | Path, base: str | None = None) -> tuple[Base, Line]:

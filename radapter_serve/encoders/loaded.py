@@ -87,8 +87,6 @@ class Need:
 
 Steps: TypeAlias = Generator[Need, Any, A]
 Result: TypeAlias = "Rows | TaskError"
-# Returns a result for each need; all needs are of one part of one release.
-EncodeTogether: TypeAlias = Callable[[Sequence[Need]], Sequence[Result]]
 
 
 def encode_together(needs: Sequence[Need]) -> list[Result]:
@@ -173,7 +171,8 @@ def complete(steps: Steps[A]) -> A:
 
 
 def run_together(
-    tasks: Sequence[Steps[A]], together: EncodeTogether = encode_together
+    tasks: Sequence[Steps[A]],
+    together: Callable[[Sequence[Need]], Sequence[Result]] = encode_together,
 ) -> list[A | TaskError]:
     """Run tasks side by side, with needs encoded by `together`; each has an answer or error."""
     answers: list[Any] = [None] * len(tasks)

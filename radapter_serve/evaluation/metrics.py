@@ -22,14 +22,9 @@ from radapter_serve.release.release import MIN_SCORE_SHARE, Confidence
 Floats = NDArray[np.float32]
 Ranks = NDArray[np.int64]
 Interval = tuple[float, float]
-RECALLS = (1, 5, 10)
 # Equally wide bins of confidence for the calibration error, as in Guo et al. (ICML 2017).
 BINS = 15
 _BLOCK = 1024  # rows of similarities in memory at once
-NOT_FINITE = (
-    "the embeddings hold values that are not finite (NaN or infinite); the weights or the adapter"
-    " are broken"
-)
 _Z = 1.959964  # 95 % of a normal distribution lies within this many standard deviations
 _DRAWS = 1000  # of a bootstrap
 _DRAWN = 100  # draws in memory at once
@@ -44,7 +39,10 @@ TEMPERATURES = (0.01, 100.0)  # ends of the range of the fit
 def check_finite(values: Floats) -> Floats:
     """Return `values`; an error if some are not finite and can't be ranked."""
     if not np.isfinite(values).all():
-        raise RAdapterError(NOT_FINITE)
+        raise RAdapterError(
+            "the embeddings hold values that are not finite (NaN or infinite); the weights or the"
+            " adapter are broken"
+        )
     return values
 
 
@@ -113,7 +111,7 @@ def caption_groups(captions: Sequence[str]) -> NDArray[np.int64]:
     return np.array([numbers[text] for text in plain], np.int64)
 
 
-def recalls_of(ranks: Mapping[str, Ranks], recalls: Sequence[int] = RECALLS) -> dict[str, float]:
+def recalls_of(ranks: Mapping[str, Ranks], recalls: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Recall at k both ways from `retrieval_ranks`: the share with a true match among the best."""
     return {
         f"{way}_retrieval_recall@{k}": float((values < k).mean())

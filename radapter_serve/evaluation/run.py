@@ -55,7 +55,7 @@ def evaluate_set(
     data: EvaluationSet,
     *,
     batch_size: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    say: Say = lambda line: None,
     keep: Sequence[str] = (),
 ) -> list[tuple[Row, Answers]]:
     """Evaluate models that prepare images alike on one data set. `keep` may have "nouns", to
@@ -76,14 +76,15 @@ def evaluate_set(
         seconds[number] += time.perf_counter() - start
 
     # Each batch of images goes to every model.
+    by = models[0].name if len(models) == 1 else f"{len(models)} models"
+    say(f"{data.entry.name}: embedding its texts by {by}")
     done = 0
     for items in _batches(models[0], data, min(batch_size, data.most or batch_size)):
         for number, model in enumerate(models):
             with turn(number):
                 parts[number].append(data.answer(model, done, items, keep))
         done += len(items)
-        if progress:
-            progress(done, len(data))
+        say(f"{data.entry.name}: {done} of {len(data)} images by {by}")
 
     # A row for each model.
     answers = [
@@ -165,17 +166,7 @@ def evaluate_suite(
             wanted = missing
             if keep and base and base not in missing:  # again, to compare with its answers
                 wanted = [base, *missing]
-            by = f"{len(wanted)} model{'s' if len(wanted) > 1 else ''}"
-            say(f"{entry.name}: embedding its texts by {by}")
-            new = evaluate_set(
-                wanted,
-                data,
-                batch_size=batch_size,
-                keep=keep,
-                progress=lambda done, n, name=entry.name, by=by: say(  # type: ignore[misc]
-                    f"{name}: {done} of {n} images by {by}"
-                ),
-            )
+            new = evaluate_set(wanted, data, batch_size=batch_size, say=say, keep=keep)
             pairs = zip(wanted, new, strict=True)
             results.add(replace(row, **stamp) for model, (row, _) in pairs if model in models)
         rows += [row for case in cases if (row := results.find(case)) is not None]

@@ -149,7 +149,6 @@ class Model:
 
     name: str
     max_batch_size: int  # rows of a request; 0 where tensors have no batch dimension
-    inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     releases: Mapping[str, dict[str, Any]]
 
@@ -177,7 +176,7 @@ class Model:
         newest = public.get("release", {})
         rows = int(newest.get("max_batch_size", 64)) if TASKS[task].batched else 0
         outputs = outputs_of(task, int(newest.get("embed_dim", -1)))
-        return cls(task, rows, TASKS[task].inputs, outputs, public)
+        return cls(task, rows, outputs, public)
 
     def facts(self) -> dict[int, dict[str, Any]]:
         """Facts of the releases by version."""
@@ -195,7 +194,7 @@ class Model:
             "max_batch_size": self.max_batch_size,
             "input": [
                 {**described(tensor), "optional": tensor.optional}
-                for tensor in self.inputs.values()
+                for tensor in TASKS[self.name].inputs.values()
             ],
             "output": [described(tensor) for tensor in self.outputs.values()],
             "parameters": {
@@ -215,7 +214,7 @@ class Model:
             "name": self.name,
             "versions": list(map(str, sorted(self.facts()))),
             "platform": "python",
-            "inputs": list(map(described, self.inputs.values())),
+            "inputs": list(map(described, TASKS[self.name].inputs.values())),
             "outputs": list(map(described, self.outputs.values())),
         }
 

@@ -65,11 +65,6 @@ class Query:
         """The weight of each part; 1 if the query has no weights."""
         return [1.0] * len(self) if self.weights is None else [float(w) for w in self.weights]
 
-    @property
-    def is_one_text(self) -> bool:
-        """True for a single text with weight 1: scores are calibrated for such queries only."""
-        return len(self) == len(self.texts) == 1 and self.factors == [1.0]
-
 
 @dataclass(frozen=True)
 class RetrieveRequest:
@@ -88,7 +83,9 @@ class RetrieveRequest:
     def __post_init__(self) -> None:
         if self.calibrated and self.min_score is not None:
             raise invalid("give min_score or calibrated, not both")
-        if self.calibrated and not self.query.is_one_text:
+        query = self.query
+        is_one_text = len(query) == len(query.texts) == 1 and query.factors == [1.0]
+        if self.calibrated and not is_one_text:
             raise invalid("calibrated is for a search by one text; give a number as min_score")
 
 
