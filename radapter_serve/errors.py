@@ -26,15 +26,13 @@ class RAdapterError(Exception):
 
 
 def install_command(extra: str) -> str:
-    """Command that installs an extra, or several with commas, into this installation.
-
-    Names a folder only. An installation from another source gets advice in words: the package's
-    name at an index could have been published there by anybody.
+    """Command that installs an extra, or several with commas, from the folder of this installation;
+    else advice in words.
     """
     origin: dict[str, Any] = {}
     with suppress(PackageNotFoundError):
         origin = json.loads(distribution(_NAME).read_text("direct_url.json") or "{}")
-    if "dir_info" not in origin:
+    if "dir_info" not in origin:  # anybody could have published the name at an index
         return f"install {_NAME} again as you did before, with its extra: {_NAME}[{extra}]"
     target = shlex.quote(f"{unquote(urlsplit(origin['url']).path)}[{extra}]")
     return f"run: pip install {'-e ' if origin['dir_info'].get('editable') else ''}{target}"
@@ -67,9 +65,7 @@ def listed(lines: Sequence[str]) -> str:
 
 @contextmanager
 def one_line(extra: str | None = None) -> Iterator[None]:
-    """Raise an `RAdapterError` for a missing library or a disk error within the block; `extra`
-    brings all libraries that the block needs.
-    """
+    """Raise an `RAdapterError` for a missing library, of an `extra`, or a disk error."""
     try:
         yield
     except BrokenPipeError:  # handled where commands print

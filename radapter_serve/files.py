@@ -120,9 +120,7 @@ def shipped(folder: str) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def lock(folder: Path, writer: str) -> Iterator[None]:
-    """Keep other writers out of a folder, which is created if missing; `writer` names the commands
-    that write such a folder, for the error.
-    """
+    """Keep other writers out of a folder, which is created; `writer` names them in the error."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
@@ -162,12 +160,8 @@ def hold(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staged_folder(folder: Path, writer: str) -> Iterator[Path]:
-    """Atomic folder: yields a temporary folder that takes the place of `folder` on success.
-
-    On failure the earlier folder stays, and the next call removes the files of a killed one.
-    Readers see the earlier folder or the new one; only on a disk that cannot exchange folders there
-    is a moment without any. Raises an `RAdapterError`, in which `writer` names the command, if
-    `folder` is a file or another process writes it.
+    """Atomic folder: yields a temporary folder that takes the place of `folder` on success; the
+    next call removes what a killed one left.
     """
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():

@@ -154,10 +154,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def how_to_bring(repository: str, kind: str = "model", folder: str | None = None) -> str:
-    """Advice for a machine without a connection, for the end of a message.
-
-    `kind` is model or dataset; with `folder`, only that folder of the repository is downloaded.
-    """
+    """Advice for a machine without a connection; `kind` is model or dataset."""
     from huggingface_hub import constants
 
     flag = "" if kind == "model" else " --repo-type dataset"

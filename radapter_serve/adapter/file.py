@@ -215,8 +215,8 @@ def _refusal(error: ValidationError, *place: str) -> RAdapterError:
 
 
 def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Refuse tensors whose names, types, shapes or values break the specification. The width of a
-    layer is that in a base's `state_dict`, or by default that of its tensors.
+    """Refuse tensors whose names, types, shapes or values break the specification; the width of a
+    layer is that of its base, if given.
     """
     tensors = adapter.tensors
     rank = adapter.metadata.rank

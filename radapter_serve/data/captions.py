@@ -30,8 +30,8 @@ class CaptionedImage:
 
 @dataclass
 class Captioned(ImageColumn):
-    """Images with captions. Rows with the same path or the same bytes are one image, and the label
-    of a pair is the number of its image.
+    """Images with captions; rows with the same path or bytes are one image, its
+    number the label.
     """
 
     table: Any  # a Hugging Face data set with a caption or a list of captions in each row
@@ -55,9 +55,7 @@ class Captioned(ImageColumn):
         return self.table.select([image.row for image in self.images])
 
     def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int, str | list[str]]:
-        """The image, its number, and randomly drawn captions, which are repeated if there are too
-        few.
-        """
+        """The image, its number, and randomly drawn captions, repeated if there are too few."""
         count = self.captions_per_image
         label, captions = row
         image = self.image(self.table[self.images[label].row])
@@ -67,9 +65,7 @@ class Captioned(ImageColumn):
         return image, label, [texts[index % len(texts)] for index in range(count)]
 
     def held_out(self, fraction: float, seed: int) -> tuple[Captioned, Captioned]:
-        """Split off a share of the images, drawn by the seed; returns the kept data and the
-        held-out data, which has one caption a pair. Captions stay with their image.
-        """
+        """Split off a share of the images, drawn by the seed, with their captions."""
         images = random.Random(seed).sample(list(self.images), len(self.images))
         count = check_share(len(images), fraction)
         kept = dataclasses.replace(self, images=images[count:])
@@ -79,9 +75,7 @@ class Captioned(ImageColumn):
 def load_captioned(
     source: DataSource, *, captions_per_image: int = 1, broken: list[str] | None = None
 ) -> Captioned:
-    """Open images with captions; rows of the same image are joined. `broken` collects a line about
-    each row without a caption; if it is None, such a row is an error.
-    """
+    """Open images with captions; `broken` collects rows without one, which else are errors."""
     spec = source.data
     image_column = source.image_column
     caption_column = source.caption_column

@@ -110,9 +110,7 @@ class Labelled(ImageColumn, LabelledImages):
         return np.fromiter(rarest, np.int64, len(sets))
 
     def held_out(self, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
-        """Split off a share of each class; returns the kept data and the held-out data. A class of
-        two or more images gives at least one, and keeps at least one.
-        """
+        """Split off a share of each class of two or more images, at least one and not all."""
         order = np.random.default_rng(seed).permutation(len(self.rows))
         labels = self.labels()[order]
         held = np.zeros(len(self.rows), bool)
@@ -131,9 +129,7 @@ class Labelled(ImageColumn, LabelledImages):
         return dataclasses.replace(self, rows=kept), dataclasses.replace(self, rows=taken)
 
     def among(self, classes: Sequence[str], *, alone: bool = False) -> Labelled:
-        """The same images with `classes` first, in their order, then the data's other classes;
-        `alone` leaves out the other classes and their images.
-        """
+        """The same images with `classes` first, in their order; `alone` leaves out the others."""
         numbers: dict[str, list[int]] = {}
         for index, line in enumerate(self.classes):
             numbers.setdefault(line, []).append(index)
@@ -144,9 +140,7 @@ class Labelled(ImageColumn, LabelledImages):
         )
 
     def of_classes(self, order: Sequence[int | None], classes: Sequence[str]) -> Labelled:
-        """The images of some classes. `order` has the number of each class in this data, or None
-        for a class without images; `classes` has the names.
-        """
+        """The images of some classes: their numbers in this data, None if new, and their names."""
         rows = self.rows
         if missing := set(range(len(self.classes))).difference(order):
             rows = rows.select(np.flatnonzero(~np.isin(self.labels(), list(missing))))
@@ -168,9 +162,7 @@ class Labelled(ImageColumn, LabelledImages):
 
 
 def split_labels(value: Any, separator: str | None) -> list[Any]:
-    """The labels in a value of the label column: a label, a list, None, or a text of labels with a
-    separator.
-    """
+    """The labels in a value of the label column: a label, a list, None, or a text of labels."""
     if value is None:
         return []
     if isinstance(value, list | tuple | np.ndarray):
@@ -181,9 +173,7 @@ def split_labels(value: Any, separator: str | None) -> list[Any]:
 
 
 def class_split(data: Labelled, split: str) -> Labelled:
-    """The base or the novel classes and their images, split as in CoOp: the first half is rounded
-    up.
-    """
+    """The base or the novel half of the classes and their images, as in CoOp."""
     if split == "all":
         return data
     if data.several:
@@ -199,11 +189,8 @@ def class_split(data: Labelled, split: str) -> Labelled:
 
 
 def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
-    """Draw a few images of each class by the seed; a class with fewer images gives all of them, as
-    in CoOp.
-
-    With the same seed, more shots include the images of fewer. An image of several classes counts
-    for the class with the fewest images. A class without an image after one shot gets one more.
+    """Draw a few images of each class by the seed, as in CoOp; more shots
+    include those of fewer.
     """
     order = np.random.default_rng(seed).permutation(len(data.rows))
     labels = data.labels()[order]
@@ -231,9 +218,7 @@ def _bringing(
 
 
 def load_labelled(source: DataSource, *, every_class: bool = True) -> Labelled:
-    """Open images with labels. `every_class` refuses classes without images, for training;
-    otherwise the empty folders of an image folder are the last classes.
-    """
+    """Open images with labels; `every_class` refuses classes without images, for training."""
     # Open the rows, and find the names of their classes.
     spec = source.data
     label_column = source.label_column
@@ -300,9 +285,7 @@ def load_labelled(source: DataSource, *, every_class: bool = True) -> Labelled:
 
 
 def imagenet_classes() -> dict[str, str]:
-    """CLIP's name of each class of ImageNet, by WordNet id, and by number as text; two names occur
-    twice.
-    """
+    """CLIP's name of each class of ImageNet, by WordNet id, and by number as text."""
     import open_clip
     from timm.data.imagenet_info import ImageNetInfo
 
@@ -333,14 +316,9 @@ def prompt_names(
     every_class: bool = True,
     whole: bool = False,
 ) -> tuple[list[str], list[str]]:
-    """The key of each class in the data, in the order of the labels, and the name of each class for
-    prompts, with synonyms after commas.
-
-    `classes` is a class file, `imagenet`, or None for the data's `keys`, in which underscores
-    become spaces. A line of the file is `key: name for prompts`, or a name alone. If labels are
-    names (`by_name`) rather than numbers of `keys`, the file sets the classes and their order. With
-    `whole`, keys are names of folders, in which a comma does not separate synonyms. `every_class`
-    refuses lines of the file without a class in the data; otherwise these are the last classes.
+    """The key of each class in the data, in the order of the labels, and its name for prompts.
+    These are names in the class file `classes`, CLIP's for `imagenet`, or by default the keys; with
+    `whole`, a comma in a key separates no synonyms.
     """
     if classes is None:
         if keys is None:
@@ -400,9 +378,7 @@ def _of_imagenet(keys: Sequence[str] | None, spec: str) -> tuple[Sequence[str], 
 
 
 def _read(path: Path, keys: Sequence[str]) -> list[tuple[str | None, str]]:
-    """Read the lines of a class file as pairs of key and name. The key is the text before a colon;
-    None if there is no colon, or if it is part of a name.
-    """
+    """Read a class file as pairs of key, which is before a colon or None, and name."""
     lines: list[tuple[str | None, str]] = []
     for line in read_label_file(path):
         key, colon, name = line.partition(": ")
@@ -421,9 +397,7 @@ def _matched(
     spec: str,
     every_class: bool,
 ) -> tuple[list[str], list[str]]:
-    """Match keys with the lines of a class file, in any order; returns keys and names, with the
-    unused lines last.
-    """
+    """Match keys with the lines of a class file; returns keys and names, unused lines last."""
 
     def plain(name: str) -> str:
         return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())

@@ -67,18 +67,15 @@ class MaskedImage(ABC):
 
     @abstractmethod
     def segments(self) -> list[ClassMask]:
-        """Class and mask, bool [H, W], of each segment; instances of a class are separate segments
-        if the data has instances.
-        """
+        """Class and mask, bool [H, W], of each segment: of a class, or of each of its instances."""
 
     @abstractmethod
     def areas(self) -> Sequence[tuple[int, float]]:
         """Class and area in pixels of each of `segments`, in their order."""
 
     def mask(self) -> NDArray[np.int32]:
-        """The class of each pixel, int32 [H, W]: an index into `Masked.classes`, or IGNORE.
-
-        Where segments overlap, the smaller is on top.
+        """The class of each pixel, int32 [H, W], or IGNORE; of segments that
+        overlap, the smallest.
         """
         segments = self.segments()
         mask = np.full(segments[0][1].shape, IGNORE, np.int32)
@@ -133,9 +130,7 @@ class Masked:
     classes: list[str]  # with synonyms after commas
 
     def held_out(self, fraction: float, seed: int) -> tuple[Masked, Masked]:
-        """Split off a share of the images, drawn by the seed; returns the kept data and the
-        held-out data.
-        """
+        """Split off a share of the images, drawn by the seed; returns kept and held-out data."""
         order = np.random.default_rng(seed).permutation(len(self.images))
         count = check_share(len(order), fraction)
         kept, held = (
@@ -230,20 +225,7 @@ class Instances(MaskedImage):
 
 
 def load_masked(source: DataSource) -> Masked:
-    """Open a data set of images with masks.
-
-    The data is `masks:DIR` for the images DIR/images/* with the label maps DIR/masks/STEM.png
-    (gray, palette or 16 bit; the value is the class id), or `coco:FILE.json` for COCO's panoptic
-    annotations (their PNGs in the folder FILE) or instance annotations (polygons or run lengths).
-
-    The class file names the class ids: a text with one class a line, the first of which is id 0,
-    or JSON or YAML that maps id to name; None takes classes.txt, .json or .yaml in DIR or next to
-    DIR, or COCO's categories. Ids without a name (usually 255) and the names unlabeled, void and
-    ignore are ignored; ids with the same name are one class.
-
-    By default the images are in DIR/images, or in `images` next to FILE.json. A mask is turned like
-    its image, by EXIF, unless it has the size of the turned image already.
-    """
+    """Open images with masks, `masks:DIR` or `coco:FILE.json`, as docs/train.md describes them."""
     reader, _, place = source.data.partition(":")
     readers = {"masks": _load_label_maps, "coco": _load_coco}
     if reader not in readers or not place:

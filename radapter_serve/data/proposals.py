@@ -16,10 +16,8 @@ _KINDS = "bool, uint8 (255 inside) or float (probabilities from 0 to 1)"
 
 
 class Proposals:
-    """Masks of all images of a data set, by the names of the images, from a folder of `STEM.npz`.
-
-    Each file has `masks` [N, H, W]. Either all files have `scores` [N, C], in the order of the
-    class file without the background, or no file has.
+    """Masks [N, H, W] of all images of a data set, from a folder of `STEM.npz`; all files or none
+    have `scores` [N, C].
     """
 
     def __init__(self, folder: Path, names: Sequence[str], classes: int) -> None:

@@ -63,9 +63,8 @@ class LabelledImages(ABC):
         return self.labels_of(row)[0]
 
     def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int | tuple[int, ...], str]:
-        """The image, the number of its class, and a prompt with the class's first name.
-
-        For a row of several classes, one is drawn for the prompt, and its number comes first.
+        """The image, the numbers of its classes, and a prompt of one of them,
+        which is the first.
         """
         labels = self.labels_of(row)
         image = self.image(row)
@@ -136,9 +135,7 @@ class Rows:
 
 
 def open_rows(spec: str, columns: Mapping[str, str]) -> Rows:
-    """Open rows of any source, without decoding images. `columns` maps needed columns to the flags
-    that name them.
-    """
+    """Open rows of any source, without decoding images; `columns` has the flags of its columns."""
     # Find the reader, the place and the split; the name of a file or folder may contain @.
     place = spec
     at = ""
@@ -245,9 +242,7 @@ def _open_splits(kind: str, path: Path, names: str | None) -> Any:
 
 
 def _coop(content: Any) -> tuple[_Splits, datasets.Features]:
-    """Read `{"train": [[path, number, name], ...], "val": ..., "test": ...}`; a class has the same
-    number in all splits.
-    """
+    """Read `{"train": [[path, number, name], ...], "val": ..., "test": ...}`."""
     splits: _Splits = {}
     classes: dict[int, str] = {}
     for split, rows in content.items():
@@ -285,9 +280,7 @@ def _karpathy(content: Any) -> tuple[_Splits, datasets.Features]:
 
 
 def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str]) -> Rows:
-    """Rows of the images in class folders, with the columns `image`, a path, and `label`, the
-    number of the folder.
-    """
+    """Rows of the images in class folders, with the columns `image`, a path, and `label`."""
     for column, flag in columns.items():
         if column not in ("image", "label"):
             raise RAdapterError(
@@ -351,9 +344,7 @@ def check_share(count: int, fraction: float) -> int:
 
 
 def tracked(items: Iterable[T], count: int, what: str, progress: bool) -> Iterable[T]:
-    """The items, which belong to so many images, with a bar in a terminal; elsewhere many are
-    announced by a line.
-    """
+    """The items, with a bar in a terminal; elsewhere a line announces many."""
     console = Console(stderr=True, quiet=not progress)
     in_terminal = progress and console.is_terminal
     if not in_terminal and count >= MANY:

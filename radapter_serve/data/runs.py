@@ -50,9 +50,7 @@ def open_source(
 
 
 def run_data(source: RunSource, broken: list[str] | None = None) -> tuple[Images, Images | None]:
-    """Open the training data of a run, and the share of it that is held out, or None. `broken`
-    collects a line about each skipped row, if the source skips broken rows.
-    """
+    """Open the training data of a run, and the share that is held out, or None."""
     data = open_source(
         source,
         captions_per_image=source.captions_per_image,
@@ -71,12 +69,8 @@ def run_data(source: RunSource, broken: list[str] | None = None) -> tuple[Images
 def validation_data(
     source: RunSource, classes: Sequence[str] | None = None, broken: list[str] | None = None
 ) -> Images | None:
-    """Open the validation data of a run: `val_data`, or the share of the data that training held
-    out; None if the source has neither.
-
-    Images are classified among all `classes` of the run, whether or not the data has images of
-    each; None takes the classes of the data. Labelled images may have further classes, which
-    follow; images with masks must have the same classes.
+    """Open the validation data of a run, if it has any: `val_data`, or the share that training held
+    out. Images are classified among all `classes` of the run, else of the data.
     """
     if source.val_data:
         skipped = broken if source.on_broken == "skip" else None
@@ -104,10 +98,7 @@ def validation_data(
 
 
 def broken_images(data: Images, *, progress: bool = True) -> list[str]:
-    """Find images that are missing or can't be decoded; returns a line for each.
-
-    All files that the data names must exist; at most `_MAX_DECODED` of them are decoded.
-    """
+    """Find images that are missing or, among `_MAX_DECODED`, can't be decoded; a line for each."""
     rows: Any
     if isinstance(data, Masked):
         rows = data.images
@@ -173,9 +164,7 @@ class OtherImages(RAdapterError):
 
 
 def held_out_digest(data: Images | SegmentCrops) -> str:
-    """The `sha256:` digest of the names of images: paths below their common folder, so that the
-    folder may move.
-    """
+    """The `sha256:` digest of the paths of images below their common folder, which may move."""
     values: Iterable[Any]
     if isinstance(data, Labelled | Captioned):
         column = data.image_column

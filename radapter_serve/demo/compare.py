@@ -58,9 +58,7 @@ def right(
     alphas: Mapping[str, Sequence[float]],
     limit: int | None = None,
 ) -> dict[str, Line]:
-    """Evaluate whether each test image is right, by method and α. All methods start at the demo's
-    base; at most `limit` images of a style are drawn by a fixed seed.
-    """
+    """Evaluate whether each test image is right, by method and α; all start at the demo's base."""
     base = load_base(f"local-dir:{BASE}")
     model: Any = base.model
     classes = read_label_file(data.classes)
@@ -116,9 +114,8 @@ def accuracies(line: Line) -> list[tuple[str, int, dict[float, list[float]]]]:
 
 
 def compared(hits: Mapping[str, Line], alpha: float) -> list[dict[str, Any]]:
-    """Accuracy of five systems in per cent, in distribution and as the mean of the shifts, and the
-    lead over each by R-Adapter at an α (the second system), with the half-width of its 95 %
-    interval over images.
+    """Accuracy of five systems in per cent, and the lead over each by R-Adapter at an α, with the
+    half-width of its 95 % interval.
     """
     line = hits[OURS]
     rival = hits[RIVAL]
@@ -171,9 +168,7 @@ def lead_in_words(lead: float, interval: float) -> str:
 
 
 def gains(before: Hits, after: Hits) -> list[dict[str, Any]]:
-    """Accuracy before and after, and the gain, of each style; the last row is the mean of the
-    shifts.
-    """
+    """Accuracy before and after, and the gain, of each style, and of the mean of the shifts."""
     shifts = [style for style in before if style != FINE_TUNED]
     groups = {style: [style] for style in before}
     groups[f"mean of the other {len(shifts)}"] = shifts
@@ -181,9 +176,7 @@ def gains(before: Hits, after: Hits) -> list[dict[str, Any]]:
 
 
 def _compared(before: Hits, after: Hits, styles: Sequence[str]) -> dict[str, Any]:
-    """Mean accuracy over styles in per cent before and after, and the gain with the half-width of
-    its 95 % interval over images.
-    """
+    """Mean accuracy over styles before and after, and the gain with its 95 % half-width."""
     gain, half = paired_difference([after[s] for s in styles], [before[s] for s in styles])
     return {
         "n": sum(len(before[s]) for s in styles),

@@ -78,9 +78,7 @@ class DemoData:
 
 @functools.cache
 def drawings(shipped: Path = DRAWINGS) -> dict[str, str]:
-    """All drawings as SVG by path: `train/CLASS/SET--NAME.svg`, and likewise in `val`, `test` and
-    `shifts/STYLE`.
-    """
+    """All drawings as SVG by path, such as `train/CLASS/SET--NAME.svg` or `shifts/STYLE/...`."""
     with lzma.open(shipped / "drawings.json.xz", "rt", encoding="utf-8") as file:
         documents: dict[str, str] = json.load(file)
     return documents
@@ -118,9 +116,7 @@ def render(svg: str, side: int) -> Image.Image:
 
 
 def on_paper(drawn: NDArray[np.uint8], *, black: bool = False) -> Image.Image:
-    """Put premultiplied RGBA pixels [S, S, 4] on white paper, as RGB; `black` inverts the result to
-    white on black.
-    """
+    """Put premultiplied RGBA pixels [S, S, 4] on white paper; `black` inverts the result."""
     on_white = drawn[..., :3] + (255 - drawn[..., 3:])
     return Image.fromarray(255 - on_white if black else on_white)
 
@@ -128,9 +124,7 @@ def on_paper(drawn: NDArray[np.uint8], *, black: bool = False) -> Image.Image:
 def prepare(
     folder: str | Path, *, styles: Sequence[str] = tuple(STYLES), shipped: Path = DRAWINGS
 ) -> DemoData:
-    """Draw the demo's image folders, each atomically; existing folders are kept as they are.
-    `styles` selects the test drawings.
-    """
+    """Draw the demo's missing image folders, each atomically; `styles` are those to test."""
     folder = Path(folder)
     test = {style: folder / place_of(style) for style in styles}
     places = ["train", "val", *map(place_of, styles)]
@@ -153,9 +147,7 @@ def prepare(
 
 
 def style_of(name: str) -> str:
-    """The style that a set is named after, in words: `line, dense` is `line drawings, dense`, and
-    `colour` is `in colour (in distribution)`.
-    """
+    """The style that a set is named after, in words: `line, dense` is `line drawings, dense`."""
     style, _, rest = name.partition(", ")
     label = STYLES.get(style, style) + (f", {rest}" if rest else "")
     return label + (" (in distribution)" if name == FINE_TUNED else "")
@@ -172,9 +164,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneData:
-    """Folders with `images/`, `masks/` and `captions.csv`; a mask holds each pixel's class as its
-    line in the class file, from 0.
-    """
+    """Folders with `images/`, `masks/` of the classes' lines, from 0, and `captions.csv`."""
 
     train: Path
     test: dict[str, Path]  # by style, with the same classes at the same places
@@ -183,9 +173,7 @@ class SceneData:
 
 
 def prepare_scenes(folder: str | Path, *, train: int = TRAIN, test: int = TEST) -> SceneData:
-    """Compose the demo's scenes: `train` scenes to train on, and `test` of each style to test on.
-    Each folder is made atomically; existing folders are kept as they are.
-    """
+    """Compose the demo's missing scenes: `train` to train on, and `test` of each style."""
     folder = Path(folder)
     tests = {style: folder / f"test-{style}" for style in (FINE_TUNED, *SCENE_SHIFTS)}
     wanted: list[tuple[Path, Split, str, int]] = [(folder / "train", "train", FINE_TUNED, train)]
@@ -213,9 +201,7 @@ def prepare_scenes(folder: str | Path, *, train: int = TRAIN, test: int = TEST) 
 
 @functools.cache
 def scene_classes() -> tuple[str, ...]:
-    """The classes of scenes, as lines with synonyms after commas: classes that have drawings in
-    every style of scenes, and the most drawings to train on.
-    """
+    """The classes of scenes, as lines: those with the most drawings, and some in every style."""
     train, *tests = (
         drawings_of(place) for place in ("train", *map(place_of, (FINE_TUNED, *SCENE_SHIFTS)))
     )
@@ -231,10 +217,8 @@ def rendered(svg: str) -> Image.Image:
 
 
 def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:
-    """Compose scenes of two to four drawings of different classes.
-
-    The same seed gives the same classes at the same places in every style. `val` differs, as it
-    lacks drawings of some classes.
+    """Compose scenes of two to four drawings of different classes, which are the same, and at the
+    same places, in every style.
     """
     classes = scene_classes()
     draw = random.Random(seed)
@@ -262,9 +246,7 @@ def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:
 
 
 def captions(shown: Sequence[str], draw: random.Random) -> list[str]:
-    """Two captions of a scene, each with all of its drawings in random order: with the names of the
-    classes, and with random synonyms.
-    """
+    """Two captions of a scene, in random order: by the names of the classes, and by synonyms."""
 
     def sentence(words: list[str]) -> str:
         draw.shuffle(words)

@@ -71,9 +71,7 @@ class Lesson:
 
 
 def run_full(settings: DemoSettings) -> dict[str, Any]:
-    """Run the full demo in five to ten minutes on two CPU cores; returns the content of
-    `results.json`.
-    """
+    """Run the full demo in five to ten minutes on two CPU cores; returns its results."""
     out = settings.out
     seed = settings.seed
     check_alpha(0.0 if settings.alpha is None else settings.alpha)
@@ -181,11 +179,8 @@ def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
 
 
 def fine_tune(recipe: Recipe) -> Ends:
-    """Fine-tune the whole image tower and a linear head by cross-entropy, on the batches that
-    R-Adapter gets with the same seed; WiSE-FT lies between the two ends.
-
-    Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022: the head starts as the
-    zero-shot classifier. `rivals/full.py` of the project does the same for any data.
+    """Fine-tune the whole image tower and a linear head, as WiSE-FT does (Wortsman et al., CVPR
+    2022), on the batches that R-Adapter gets with the same seed.
     """
     base = load_base(recipe.architecture, recipe.pretrained)
     data, _ = open_run(recipe, images=False).ready(recipe, base)

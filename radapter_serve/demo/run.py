@@ -201,10 +201,8 @@ def served(repository: Path, indexes: Path) -> Iterator[str]:
 
 
 def ask_labels(client: Client, merged: Path, data: DemoData, path: Path, seed: int) -> str:
-    """Classify drawings of all styles with the release's label set, and draw some of them.
-
-    Returns a line with the number of right labels. Raises RAdapterError if open_clip's pipeline
-    answers otherwise with the merged checkpoint.
+    """Classify drawings of all styles, compare the answers with open_clip's own, and draw some;
+    returns a line with the number of right labels.
     """
     files = sorted(file for folder in data.test.values() for file in folder.rglob("*.png"))
     files = random.Random(seed).sample(files, QUESTIONS)
@@ -253,9 +251,7 @@ def ask_labels(client: Client, merged: Path, data: DemoData, path: Path, seed: i
 
 
 def ask_search(client: Client, names: Sequence[str], path: Path) -> str:
-    """Search the index of drawings for some classes, and draw the best hits; returns a line with
-    the number of right searches.
-    """
+    """Search for some classes, and draw the best hits; returns a line with the right searches."""
     figure = Figure(figsize=(9, 1.85 * len(names) + 0.3), dpi=80, layout="constrained")
     rows = figure.subfigures(len(names), 1, squeeze=False)[:, 0]
     count = 0
@@ -276,9 +272,7 @@ def ask_search(client: Client, names: Sequence[str], path: Path) -> str:
 
 
 def ask_masks(client: Client, data: SceneData, path: Path, seed: int) -> str:
-    """Segment scenes by their true masks as proposals, and by dense patches, and draw them with the
-    label of most pixels of each drawing. Returns a line with the numbers of right drawings.
-    """
+    """Segment scenes by their masks as proposals, and densely, and draw them; returns a line."""
     masked = load_masked(DataSource(f"masks:{data.test[FINE_TUNED]}", classes=data.classes))
     images = random.Random(seed).sample(list(masked.images), min(SCENES, len(masked.images)))
     figure = Figure(figsize=(9, 5.9), dpi=100, layout="constrained")
@@ -328,9 +322,8 @@ def _save(figure: Figure, path: Path, what: str) -> None:
 
 
 def play(out: Path) -> None:
-    """Serve the playground on the results of a demo, open it in a browser, and stay until Ctrl-C.
-
-    The files for the page are in the folder `playground` of the demo's folder.
+    """Serve the playground on the results of a demo, open it in a browser, and
+    stay until Ctrl-C.
     """
     folder = out / "playground"
     repository = folder / "model_repository"

@@ -30,9 +30,7 @@ class Tolerance:
     min_cosine: float = LEAST_COSINE
 
     def widened(self, max_error: float | None) -> Tolerance:
-        """Bounds for another `max_error`, if given. 1 − `min_cosine` grows with the square of
-        `max_error`, up to 1 − LEAST_COSINE.
-        """
+        """Bounds for another `max_error`, if given; 1 − `min_cosine` grows with its square."""
         if max_error is None:
             return self
         angle = (1 - self.min_cosine) * max(1.0, max_error / self.max_error) ** 2
@@ -66,10 +64,8 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs of an encoder and torch's embeddings of them, in batches.
-
-    Inputs are uint8 [B, S, S, 3] or int32 [B, L]; references float32 [B, D] of unit length, [B, g,
-    g, D] for `patch_encoder`; alphas float32 [B, 1] if α is an input, else empty.
+    """Batches of inputs of an encoder, uint8 [B, S, S, 3] or int32 [B, L], and torch's embeddings
+    of them, float32 [B, D] or [B, g, g, D]; `alphas` are float32 [B, 1] if α is an input.
     """
 
     inputs: Sequence[NDArray[np.generic]]
@@ -110,10 +106,8 @@ class Samples:
 def compare(
     name: str, encoder: Encode, samples: Samples, bounds: Tolerance, *, is_fixed: bool = False
 ) -> Agreement:
-    """Run a graph on every batch and compare the results with the references.
-
-    Raises an error if the graph fails on a batch, returns NaN or another shape, or exceeds the
-    bounds. `name` is for the message; `is_fixed` is for bounds that no --tolerance changes.
+    """Run a graph on every batch and compare the results with the references, within bounds;
+    `is_fixed` is for bounds that no --tolerance changes.
     """
     max_error = 0.0
     least = 1.0

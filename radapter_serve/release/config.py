@@ -114,9 +114,7 @@ def named_releases(config: Any) -> dict[int, Release]:
 
 
 def name_releases(config: Any, releases: Mapping[int, Release]) -> None:
-    """Replace the releases in a config's parameters, which clients read. The newest release is also
-    stored without a number.
-    """
+    """Replace the releases in a config's parameters, which clients read."""
     for name in [name for name in config.parameters if name.split(".")[0] == "release"]:
         del config.parameters[name]
     for name, text in release_parameters(releases.values()).items():
@@ -124,9 +122,7 @@ def name_releases(config: Any, releases: Mapping[int, Release]) -> None:
 
 
 def config_of(repository: Path, model: str, version: int) -> Any:
-    """Read the config of a model for a release: the one that Triton reads if it names the release,
-    else the one in the release's folder.
-    """
+    """Read the config of a model for a release: Triton's if it names the release, else its own."""
     upper = repository / model / CONFIG
     lower = repository / model / str(version) / CONFIG
     if not lower.exists() or (upper.exists() and version in named_releases(read_config(upper))):
@@ -135,9 +131,7 @@ def config_of(repository: Path, model: str, version: int) -> Any:
 
 
 def encoders_of(repository: Path, releases: Sequence[int] = ()) -> list[ServedEncoder]:
-    """List the encoders that radapter-export wrote into a model repository, for these releases;
-    without `releases`, for those that the configs name.
-    """
+    """List the exported encoders of a model repository, of these releases or those in use."""
     encoders = []
     if not releases:
         for path in sorted(repository.glob(f"*/{CONFIG}")):
@@ -215,11 +209,8 @@ def check(
 
 
 def check_configs(repository: Path, version: int) -> None:
-    """Check that the models' configs match each other and a release.
-
-    Each version of a model has the config of its export. The owner may change instances, kinds and
-    engines in the config above it, which Triton reads, but not names and tensors; that config may
-    also belong to another release, if all models' configs do.
+    """Check that the models' configs match each other and a release; their owner may change
+    instances, kinds and engines, but not names and tensors.
     """
     release = Release.load(repository / MODELS[-1] / str(version))
     exported: dict[str, Any] = {}

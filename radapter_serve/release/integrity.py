@@ -76,9 +76,7 @@ def differences(
     sums: Mapping[str, str],
     progress: Callable[[int], None] = lambda percent: None,
 ) -> dict[str, str]:
-    """Compare files with their digests; returns the problem of each wrong file by name. `progress`
-    is called with the per cent of the bytes that are read.
-    """
+    """Compare files with their digests; returns the problem of each wrong file by name."""
     problems = dict.fromkeys(sums.keys() - files.keys(), "is missing")
     problems |= dict.fromkeys(files.keys() - sums.keys(), "does not belong to it")
     sizes = {name: file.stat().st_size for name, file in files.items()}

@@ -173,9 +173,7 @@ class Release:
 
 
 def release_parameters(releases: Iterable[Release]) -> dict[str, str]:
-    """Parameters of a model's config that hold its releases as JSON: each under its number, and the
-    newest also without a number.
-    """
+    """Parameters of a model's config that hold its releases as JSON, the newest also unnumbered."""
     parameters: dict[str, str] = {}
     for release in sorted(releases, key=lambda release: release.version):
         text = json.dumps(release.to_dict())
@@ -185,11 +183,7 @@ def release_parameters(releases: Iterable[Release]) -> dict[str, str]:
 
 
 def fitted_at(release: Release, exported: float, alpha: float | None) -> Confidence:
-    """Read the calibration of a release, which was fitted at the α of its export.
-
-    Raises an error if the release has none, or if `alpha`, the α of the embeddings, differs from
-    `exported`. `alpha` is None if it is folded.
-    """
+    """Read the calibration of a release; refuses another α of the embeddings than `exported`."""
     if release.confidence is None:
         raise TaskError(NOT_CALIBRATED, f"this release has no calibrated scores; {HOW}")
     if alpha is not None and np.float32(alpha) != np.float32(exported):

@@ -95,18 +95,14 @@ def check_repository(repository: Path) -> None:
 
 
 def split_repository(repository: str | Path) -> tuple[str, str]:
-    """Split `DIR@N` into the folder and the number; the number is empty if it is missing, or if a
-    folder has this whole name.
-    """
+    """Split `DIR@N` into the folder and the number, which is empty if it is missing."""
     path, at, number = str(repository).rpartition("@")
     named = at and number.isdecimal() and not Path(repository).is_dir()
     return (path, number) if named else (str(repository), "")
 
 
 def find_release(repository: str | Path) -> Path:
-    """Find the folder of a release in a model repository, which is that of its task `classify`;
-    `DIR@N` names release N, `DIR` the newest.
-    """
+    """Find the folder, in the task `classify`, of release N of `DIR@N`, or of the newest."""
     path, number = split_repository(repository)
     folder = Path(path)
     [version] = require_known(folder, [int(number)] if number else releases_of(folder)[-1:])
@@ -134,9 +130,7 @@ def format_list(versions: Sequence[int]) -> str:
 
 
 def releases_with_digest(repository: Path, digest: str, alpha: float) -> list[int]:
-    """List the releases of a model repository that embed like one with this digest, the newest
-    last; releases that take any α are compared at `alpha`.
-    """
+    """List the releases of a repository that embed like the one with a digest, at an α."""
     versions = []
     for version in releases_of(repository):
         with contextlib.suppress(RAdapterError):
@@ -150,9 +144,7 @@ def releases_with_digest(repository: Path, digest: str, alpha: float) -> list[in
 
 @dataclass(frozen=True)
 class Served:
-    """The served releases, and those that `rollback` returns to. The highest served release answers
-    requests without a version.
-    """
+    """The served releases, of which the highest is the default, and those before them."""
 
     releases: tuple[int, ...]
     before: tuple[int, ...] = ()

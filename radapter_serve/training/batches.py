@@ -26,9 +26,8 @@ NO_LABEL = -1  # pads the labels of an image that has fewer than others
 
 @dataclass
 class Examples(Dataset[dict[str, Any]]):
-    """Items of a training batch: pixels, labels and texts; each depends only on (seed, epoch,
-    index). `transform` augments to float [3, S, S]; `refuse` makes a broken image an error, rather
-    than take the next image.
+    """Items of a training batch; each depends only on (seed, epoch, index). `refuse` makes a broken
+    image an error, rather than take the next image.
     """
 
     data: LabelledImages | Captioned
@@ -80,9 +79,7 @@ def endless(
     world: int = 1,
     workers: int,
 ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-    """Yield the batches of process `rank` of `world` over all epochs, from a position on, each with
-    the (epoch, batch) that comes after it. A last, smaller batch of an epoch is left out.
-    """
+    """Yield a process's batches over all epochs, each with the (epoch, batch) that comes next."""
     epoch, start = position
     while True:
         # Shuffle the epoch. Equal shares keep the processes in step.
@@ -132,8 +129,6 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ignore_interruptions(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM in a process that reads images: the terminal sends Ctrl-C to it
-    too, but the run still needs it.
-    """
+    """Ignore Ctrl-C and SIGTERM in a process that reads images, which the run still needs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

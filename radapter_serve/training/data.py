@@ -36,9 +36,7 @@ class RunData:
     notes: tuple[str, ...] = ()  # notes for the user, one line each
 
     def ready(self, recipe: Recipe, base: Base) -> tuple[Data, Data | None]:
-        """The data with the templates of its recipe; images with masks are cropped to their
-        segments, and filled outside with the mean that the base subtracts.
-        """
+        """The data with the templates of its recipe, and masks cropped for the base."""
         from radapter_serve.clip.towers import templates_of
 
         def prepared(data: Data) -> Data:
@@ -54,9 +52,7 @@ class RunData:
 
 
 def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> RunData:
-    """Open the data of a recipe by its task, and report all problems in one error; `images` checks
-    the image files too.
-    """
+    """Open the data of a recipe by its task, and report all problems in one error."""
     problems: list[str] = []
     notes: list[str] = []
     broken: list[str] = []

@@ -56,9 +56,7 @@ def fit(
     show: bool = True,
     measure: Callable[[Learner], dict[str, float]] = validate,
 ) -> Run:
-    """Train by a recipe on its opened data, and write the average of the adapters. What
-    can be refused at the start is refused before anything is written.
-    """
+    """Train by a recipe on its opened data, and write the average of the adapters."""
     learner = build(recipe, opened, out)
     accelerator = learner.accelerator
     adapters = learner.adapters
@@ -278,11 +276,9 @@ def _summary(learner: Learner, out: Path, step: int) -> str:
 def other_prompts(
     data: LabelledImages, present: Collection[int], count: int, draw: random.Random
 ) -> dict[int, str]:
-    """Draw prompts of at most `count` classes that no image of a batch has, by class number.
-
-    A class with the same first name as a class in the batch is left out: its prompt would be right.
-    """
+    """Draw prompts of at most `count` classes that no image of a batch has, by class number."""
     names = [split_label(line)[0] for line in data.classes]
+    # The prompt of a class with the same first name as one in the batch would be right.
     taken = {names[label] for label in present if 0 <= label < len(names)}
     absent = [label for label, name in enumerate(names) if name not in taken]
     drawn = draw.sample(absent, min(count, len(absent)))

@@ -104,11 +104,7 @@ def positives_of(of_images: Tensor, of_texts: Tensor) -> Tensor:
 
 
 def distance_to_base(image_embeds: Tensor, base_embeds: Tensor) -> Tensor:
-    """Mean distance of images from their embeddings by the base: `1 − f·f₀` of unit-length
-    embeddings, float [B, D]; in [0, 2].
-
-    A cosine has no scale, so one weight fits bases whose features differ in length.
-    """
+    """Mean distance `1 − f·f₀` of images from their embeddings by the base, float [B, D]."""
     return (1 - (image_embeds.float() * base_embeds.float()).sum(dim=1)).mean()
 
 

@@ -23,9 +23,8 @@ from radapter_serve.sources import METRICS
 
 
 class Progress:
-    """Reports from the main process: to the console unless `show` is False, to accelerate's
-    trackers, and to `metrics.jsonl` in the folder `out`. Lines of a resumed run after its `done`
-    steps are removed. `broken` collects the images that could not be read.
+    """Reports from the main process to the console, to accelerate's trackers, and to
+    `metrics.jsonl`, whose lines after the `done` steps of a resumed run are removed.
     """
 
     def __init__(
@@ -105,9 +104,7 @@ class Progress:
         )
 
     def end(self) -> list[str]:
-        """Write the names of images that any process could not read to broken.txt; returns a note
-        about them. Every process calls it.
-        """
+        """Write the names of images that any process could not read; returns a note about them."""
         names = sorted(set(gather_object(sorted(self.broken))))
         if not names or not self.accelerator.is_main_process:
             return []

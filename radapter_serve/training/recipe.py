@@ -353,10 +353,8 @@ def recipe_from(
     resume: str | PathLike[str] | bool = False,
     **fields: Any,
 ) -> Recipe:
-    """A recipe with some fields changed.
-
-    Without a source it is the recipe of the run to resume, a folder; else `small`, or for another
-    task the recipe of that name. `resume=True` continues the run in the recipe's `out`.
+    """A recipe with some fields changed: by default that of the run to resume, else `small` or that
+    of the task.
     """
     if resume:
         fields["resume"] = True
@@ -384,9 +382,7 @@ def recipe_from(
 
 
 def by_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the names of `Recipe`'s fields, from these names, their aliases, and `base`, a
-    model and its weights as NAME:TAG.
-    """
+    """Values by the names of `Recipe`'s fields, from these, their aliases, and `base`, NAME:TAG."""
     named: dict[str, Any] = {}
     for name, value in values.items():
         pairs = {ALIASES.get(name, name): value}
@@ -402,9 +398,7 @@ def by_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_of(values: Any, what: str) -> Recipe:
-    """Make a recipe from a mapping of its fields, as read from YAML, or None; missing fields have
-    their defaults. `what` names the recipe in messages.
-    """
+    """Make a recipe from a mapping of its fields, or None; `what` names it in messages."""
     if not isinstance(values, dict | None):
         raise RAdapterError(f"{what} must be a mapping of field: value")
     values = by_names(values or {})

@@ -167,9 +167,7 @@ def augmentation(base: Base, recipe: Recipe) -> Transform:
 
 
 def start_accelerator(recipe: Recipe, out: Path) -> Accelerator:
-    """The processes, devices and precision of a run; refuses a precision or a tracker that is
-    unavailable.
-    """
+    """The processes, devices and precision of a run; refuses what is unavailable."""
     precision = recipe.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise RAdapterError("precision fp16 needs a GPU; allowed on this machine: no, bf16")
@@ -189,9 +187,7 @@ def start_accelerator(recipe: Recipe, out: Path) -> Accelerator:
 
 
 def start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Start the tracker, which draws the curves of the run; refuses one that does not start, so it
-    comes before anything is written.
-    """
+    """Start the tracker, or refuse it before anything is written."""
     if recipe.tracker == "none":
         return
     if not accelerator.log_with:  # accelerate only warns
@@ -292,9 +288,7 @@ def flatten_projections(model: nn.Module) -> None:
 
 
 def save_checkpoint(out: Path, learner: Learner, step: int, position: tuple[int, int]) -> None:
-    """Save the state after a step atomically, from the main process. Every process calls it, with
-    the (epoch, batch) that comes next for this process.
-    """
+    """Save the state after a step atomically; every process calls it with its next position."""
     accelerator = learner.accelerator
     positions = gather_object([position])
     if not accelerator.is_main_process:
@@ -321,9 +315,7 @@ def save_checkpoint(out: Path, learner: Learner, step: int, position: tuple[int,
 
 
 def load_checkpoint(out: Path, learner: Learner) -> tuple[int, tuple[int, int]]:
-    """Restore a checkpoint; returns the step, and the (epoch, batch) that comes next for this
-    process. Refuses the checkpoint of another recipe, or of other held-out images.
-    """
+    """Restore a checkpoint of the same recipe and data; returns the step and next position."""
     path = out / CHECKPOINT
     if not path.is_file():
         raise RAdapterError(f"no checkpoint at {path}; leave --resume out to start a run")

@@ -100,9 +100,8 @@ def train(
 
 @dataclass(frozen=True)
 class Tried:
-    """A short run: its peak rate, whether it classifies each held-out image rightly at the recipe's
-    α (bool [N]), and the share of these images for which it names the same of the common nouns that
-    are no classes as the base does.
+    """A short run: its peak rate, whether each held-out image is right at the recipe's α, bool [N],
+    and the share of the base's answers among common nouns that it keeps.
     """
 
     learning_rate: float
@@ -116,9 +115,7 @@ class Tried:
 
     @property
     def worth(self) -> tuple[float, int, float]:
-        """Orders runs by accuracy, then by the rate's distance from the paper's in the grid, then
-        to the lower rate; the best has the highest.
-        """
+        """Orders runs by accuracy, then by nearness to the paper's rate, then to the lower rate."""
         away = abs(GRID.index(self.learning_rate) - GRID.index(PAPER))
         return round(self.accuracy, 9), -away, -self.learning_rate
 
@@ -126,8 +123,8 @@ class Tried:
 def search_rate(
     recipe: Recipe, opened: RunData, out: Path, say: Callable[[str], None]
 ) -> tuple[Recipe, list[str]]:
-    """Choose the learning rate of a run with `learning_rate: auto`, and write `rates.json` into its
-    folder; returns the recipe with the rate, and notes for the user.
+    """Choose the learning rate, and write `rates.json` into the run's folder; returns the recipe
+    with the rate, and notes for the user.
     """
     from radapter_serve.evaluation.image_sets import common_nouns
     from radapter_serve.training.loop import fit
@@ -223,9 +220,7 @@ def search_rate(
 
 
 def wider(tried: Sequence[Tried]) -> float | None:
-    """The next rate of the grid if the best of the tried rates that keep enough is at their edge;
-    None if it is inside, or at the end of the grid.
-    """
+    """The next rate of the grid if the best of the tried rates is at their edge, else None."""
     best = _best(tried).learning_rate
     place = GRID.index(best)
     rates = [run.learning_rate for run in tried]
@@ -255,8 +250,6 @@ def gentlest(tried: Sequence[Tried]) -> Tried:
 
 
 def _best(tried: Sequence[Tried]) -> Tried:
-    """The run with the most worth, of those that keep at least `KEPT` of what the run at the
-    paper's rate keeps.
-    """
+    """The run with the most worth that keeps `KEPT` of what the paper's rate keeps."""
     of_paper = max((run.kept for run in tried if run.learning_rate == PAPER), default=0.0)
     return max((run for run in tried if run.kept >= KEPT * of_paper), key=lambda run: run.worth)

@@ -29,9 +29,8 @@ _BATCH = 64
 
 
 def validate(learner: Learner) -> dict[str, float]:
-    """Measure the adapters at the recipe's α and at 1, and leave them at 1. Returns fractions by
-    metric and α: zero-shot accuracy or, for captions, recall at 1 both ways. Every process calls
-    it.
+    """Measure the adapters at the recipe's α and at 1, and leave them at 1;
+    every process calls it.
     """
     alphas = sorted({learner.plan.recipe.alpha, 1.0})
     if isinstance(learner.val, Captioned):
@@ -50,10 +49,8 @@ def validate(learner: Learner) -> dict[str, float]:
 def answers(
     learner: Learner, alphas: Sequence[float], nouns: Sequence[str] = ()
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Classify images with the adapters at A values of α in one pass; every process calls it.
-
-    Returns whether the image has the class of the best score, bool [A, N], and the best of `nouns`,
-    integer [A, N], 0 without nouns. The order of images is the same at each call.
+    """Classify images at A values of α in one pass: whether the best class is right, bool [A, N],
+    and the best of `nouns`, integer [A, N]; every process calls it.
     """
     val = learner.val
     assert isinstance(val, LabelledImages)
@@ -86,9 +83,7 @@ def answers(
 
 @torch.no_grad()
 def _recalls(learner: Learner, val: Captioned, alphas: Sequence[float]) -> list[dict[str, float]]:
-    """Recall at 1 for each α, over all images and captions; a broken image is left out with its
-    captions.
-    """
+    """Recall at 1 for each α, over all images that can be read and their captions."""
     parts = [
         ([number for number, _ in rows], torch.stack(embeds, dim=1).cpu().numpy())
         for rows, embeds in _embedded(learner, val, alphas)
@@ -117,8 +112,7 @@ def _recalls(learner: Learner, val: Captioned, alphas: Sequence[float]) -> list[
 def _embedded(
     learner: Learner, val: LabelledImages | Captioned, alphas: Sequence[float]
 ) -> Iterator[tuple[list[tuple[int, Any]], list[Tensor]]]:
-    """Yield batches of this process's share of the images: their numbers and rows, and their
-    embeddings at each α, [B, D]. Images that can't be read are left out if the recipe skips them. α
+    """Yield batches of this process's images: numbers and rows, and embeddings at each α, [B, D]; α
     is 1 at the end.
     """
     model = learner.base.model
