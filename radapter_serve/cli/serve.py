@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -33,6 +33,15 @@ FIRST = (
     *("engine", "model_repository", "host", "http_port", "grpc_port", "indexes", "runtime"),
     *("instances", "trust_network", "gateway_port", "api_keys"),
 )
+
+
+DEFAULTS = ServerConfig(instances=("2",))
+
+
+def _changed(values: Any, defaults: Any, *names: str) -> list[str]:
+    """The flags of fields that differ from their defaults."""
+    changed = [name for name in names if getattr(values, name) != getattr(defaults, name)]
+    return [f"--{name.replace('_', '-')}" for name in changed]
 
 
 @dataclass(frozen=True)
@@ -68,11 +77,8 @@ class GatewayFlags:
     def server(self, config: ServerConfig) -> GatewayServer | None:
         """Open a gateway in front of Triton, listening at once; None without --gateway-port."""
         if self.gateway_port is None:
-            for field in fields(self):
-                if getattr(self, field.name) != field.default:
-                    raise RAdapterError(
-                        f"--{field.name.replace('_', '-')} needs a gateway: --gateway-port PORT"
-                    )
+            if flags := _changed(self, GatewayFlags(), *vars(self)):
+                raise RAdapterError(f"{flags[0]} needs a gateway: --gateway-port PORT")
             return None
         from radapter_serve.gateway.run import GatewayServer
 
@@ -86,7 +92,7 @@ class GatewayFlags:
 def serve(
     config: Annotated[
         tyro.conf.OmitArgPrefixes[ServerConfig], tyro.conf.arg(name="server")
-    ] = ServerConfig(instances=("2",)),  # noqa: B008
+    ] = DEFAULTS,
     engine: Literal["auto", "triton", "process"] = "auto",
     gateway: tyro.conf.OmitArgPrefixes[GatewayFlags] = GatewayFlags(),
 ) -> None:
@@ -133,20 +139,15 @@ def serve(
         with gateway.server(server.config) or contextlib.nullcontext() as front:
             keep_serving(server, front)
         return
-    changed = {
-        "--grpc-port": config.endpoints.grpc_port != 8001,
-        "--metrics-port": config.endpoints.metrics_port != 8002,
-        "--instances": config.instances != ("2",),
-        "--timeout": config.timeout != 120.0,
-        "--drain-seconds": config.drain_seconds != 10,
-        "--verbose": config.verbose,
-        "--gateway-port": gateway.gateway_port is not None,
-        "--gateway-host": gateway.gateway_host != GatewayFlags.gateway_host,
-    }
-    if wrong := ", ".join(flag for flag, is_changed in changed.items() if is_changed):
+    wrong = [
+        *_changed(config.endpoints, DEFAULTS.endpoints, "grpc_port", "metrics_port"),
+        *_changed(config, DEFAULTS, "instances", "timeout", "drain_seconds", "verbose"),
+        *_changed(gateway, GatewayFlags(), "gateway_port", "gateway_host"),
+    ]
+    if wrong:
         raise RAdapterError(
-            f"{wrong} has no effect with --engine process, which answers at --http-port alone;"
-            " leave it out"
+            f"{', '.join(wrong)} has no effect with --engine process, which answers at --http-port"
+            " alone; leave it out"
         )
     answer_in_process(config, gateway)
 
