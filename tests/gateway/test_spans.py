@@ -10,13 +10,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import urllib3
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from radapter_serve.gateway import middleware
 from radapter_serve.gateway.access import new_key
@@ -83,13 +81,8 @@ def test_a_span_of_each_request_in_the_trace_of_its_caller(
 
 
 def test_a_traceparent_that_is_none_is_ignored_and_a_trace_that_is_not_kept_is_not_sent() -> None:
-    class Kept(SpanExporter):
-        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-            kept.extend(spans)
-            return SpanExportResult.SUCCESS
-
-    kept: list[ReadableSpan] = []
-    spans = Spans(Kept())
+    exporter = InMemorySpanExporter()
+    spans = Spans(exporter)
     wrong = [
         *("nonsense", f"00-{TRACE}-{CALLER}", f"ff-{TRACE}-{CALLER}-01", "0" * 30_000),
         *(f"00-{'0' * 32}-{CALLER}-01", f"00-{TRACE.upper()}-{CALLER}-01"),
@@ -102,6 +95,7 @@ def test_a_traceparent_that_is_none_is_ignored_and_a_trace_that_is_not_kept_is_n
     assert entry.traceparent is None
     spans.end(not_kept, entry)
     spans.close(20)
+    kept = exporter.get_finished_spans()
     assert len(kept) == len(wrong)
     assert all(one.parent is None and one.context.trace_id != int(TRACE, 16) for one in kept)
 
