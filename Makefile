@@ -50,18 +50,17 @@ test-triton: $(VENV)/installed-$(call with,integrations)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "triton and not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TRITON)
 
 # Whole programs: every rival and a table of them, the demo's comparison, the playground and the engine,
-# a small /dev/shm, what each room may import, an export that is killed, other libraries that open a release
-# or ask the gateway, an index by a local Ray, and what a search loads.
+# a small /dev/shm, what each room may import, other libraries that open a release or ask the gateway,
+# an index by a local Ray, and what a search loads.
 SLOW := tests/cli tests/demo tests/engine tests/playground \
-  tests/rivals tests/export/test_checkpoint.py \
-  tests/export/test_dynamic_alpha.py tests/export/test_forms.py tests/export/test_graph.py tests/export/test_validation.py \
-  tests/export/test_hub.py tests/export/test_release.py tests/faults/test_shared_memory.py tests/gateway/test_openai.py \
+  tests/rivals tests/export/test_forms.py tests/export/test_graph.py tests/export/test_validation.py \
+  tests/export/test_hub.py tests/faults/test_shared_memory.py tests/gateway/test_openai.py \
   tests/index/test_cluster.py tests/index/test_from_embeddings.py \
   tests/test_house.py
-# Of these there is time for some: SigLIP in every precision through TensorRT's parser and builder and from its training to
-# a release, the same adapter from one process and from two, what is imported of each extra, attacks on the gateway's
-# connections, and hostile requests to an engine.
-SLOW_IN_PART := tests/benchmarks/test_gpu.py tests/deploy tests/export/test_validation.py tests/export/test_families.py \
+# Of these there is time for some: SigLIP in every precision through TensorRT's parser and builder and as a release, the
+# same adapter from one process and from two, what is imported of each extra, attacks on the gateway's connections, and
+# hostile requests to an engine.
+SLOW_IN_PART := tests/benchmarks/test_gpu.py tests/deploy tests/export/test_families.py \
   tests/export/test_tensorrt.py tests/hostile/test_connections.py tests/hostile/test_hostile.py tests/training/test_loss.py \
   tests/training/test_rate.py tests/training/test_recipe.py tests/training/test_train.py \
   tests/test_packaging.py::test_an_extra_has_what_its_commands_import

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -38,23 +38,16 @@ HEADER: dict[str, Any] = {
     "rank": None,
     "format_version": 1,
 }
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=6,
-)
+# What may be where a field should be; the last two are more than Python's json reads.
+TEXTS = [
+    *("", "x", "{", "null", "true", "-1", "0.5", "NaN", "1e999", '""', '"\\ud800"', "[]", "[[1]]"),
+    *("{}", '{"data": 1, "classes": [null], "": {"": []}}', "9" * 5000, "[" * 100_000),
+]
 EYE = torch.eye(2)
 DTYPES = [
     *("F32", "F64", "F16", "BF16", "I64", "U8", "BOOL"),
     *("F8_E4M3", "F8_E8M0", "F4", "C64", "F33"),
 ]
-ENTRY = JSON | st.fixed_dictionaries(
-    {
-        "dtype": st.sampled_from(DTYPES),
-        "shape": st.lists(st.integers(-1, 9), max_size=3),
-        "data_offsets": st.tuples(st.integers(-1, 70), st.integers(-1, 70)),
-    }
-)
 WIDTHS = {"a.out_proj": 6, "b.c_proj": 8}
 BASE = {
     name: torch.randn(shape, generator=torch.Generator().manual_seed(number))
@@ -125,8 +118,9 @@ def test_a_missing_field_is_refused_and_an_unknown_one_ignored(tmp_path: Path) -
     path = tmp_path / "adapter.safetensors"
     tensors = {"layer": torch.eye(4)}
     header = {name: json.dumps(value) for name, value in HEADER.items()}
-    save_file(tensors, path, metadata={key: header[key] for key in header if key != "architecture"})
-    assert "architecture" in refused(path)
+    for fields in (None, {key: header[key] for key in header if key != "architecture"}):
+        save_file(tensors, path, metadata=fields)
+        assert "architecture" in refused(path)
     write(path, format="pt", recipe={"classes": None, "x": [1]})
     assert load_adapter(path).metadata.recipe == {"classes": None, "x": [1]}
     save_file(tensors, path, metadata={**header, "alpha": "half"})
@@ -141,6 +135,7 @@ def test_a_missing_field_is_refused_and_an_unknown_one_ignored(tmp_path: Path) -
         ({"a": torch.ones(2, 3)}, None, "(2, 3), should be torch.float32 (2, 2)"),
         ({"a": EYE, "a.up": torch.ones(2, 1)}, None, "tensor 'a.up' is torch.float32 (2, 1), shou"),
         ({"a.up": torch.ones(2, 1)}, 1, "tensor 'a.down' is missing, should be torch.float32"),
+        ({"a": torch.ones(())}, None, "tensor 'a' is torch.float32 (), should be"),
         ({}, None, "it has no tensors"),
     ],
 )
@@ -178,38 +173,18 @@ def loads_or_is_refused_in_one_line(path: Path) -> None:
         assert str(path) in str(error) and len(str(error).splitlines()) == 1
 
 
-def write_header(path: Path, header: Any, size: int) -> None:
-    """Write a file by hand: a header of any JSON, and so many bytes of zeros."""
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
-
-
 @given(content=st.binary(max_size=300))
 def test_any_bytes(place: Path, content: bytes) -> None:
     place.write_bytes(content)
     loads_or_is_refused_in_one_line(place)
 
 
-@given(
-    header=st.dictionaries(st.sampled_from([*FIELDS, "other"]), JSON.map(json.dumps) | st.text()),
-    deep=st.sampled_from(FIELDS),
-)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None)
-def test_any_json_and_text_in_the_metadata(place: Path, header: dict[str, str], deep: str) -> None:
-    texts = {name: json.dumps(value) for name, value in HEADER.items()} | header
-    for more in ({}, {deep: "[" * 100_000}):
-        save_file({"layer": torch.eye(4)}, place, metadata={**texts, **more})
+@pytest.mark.parametrize("name", [*FIELDS, "other"])
+def test_any_json_and_text_in_the_metadata(place: Path, name: str) -> None:
+    header = {field: json.dumps(value) for field, value in HEADER.items()}
+    for text in TEXTS:
+        save_file({"layer": torch.eye(4)}, place, metadata={**header, name: text})
         loads_or_is_refused_in_one_line(place)
-
-
-@given(
-    header=JSON | st.dictionaries(st.text(max_size=5) | st.just("__metadata__"), ENTRY, max_size=4),
-    size=st.integers(0, 64),
-)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
-def test_any_json_as_the_header(place: Path, header: Any, size: int) -> None:
-    write_header(place, header, size)
-    loads_or_is_refused_in_one_line(place)
 
 
 def test_any_type_of_tensor(place: Path) -> None:
@@ -217,7 +192,8 @@ def test_any_type_of_tensor(place: Path) -> None:
     for dtype in DTYPES:
         for size in (2, 4, 8, 16, 32, 64):
             entry = {"dtype": dtype, "shape": [2, 2], "data_offsets": [0, size]}
-            write_header(place, {"__metadata__": metadata, "layer": entry}, size)
+            header = json.dumps({"__metadata__": metadata, "layer": entry}).encode()
+            place.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
             loads_or_is_refused_in_one_line(place)
 
 

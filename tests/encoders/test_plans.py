@@ -14,7 +14,6 @@ import pytest
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli.build_engine import main
-from radapter_serve.encoders import plans
 from radapter_serve.encoders.plans import PLAN, SIDECAR, Sidecar, build_engines, check_plan
 from radapter_serve.encoders.tensorrt import find_gpu
 from radapter_serve.errors import RAdapterError
@@ -109,27 +108,6 @@ def test_an_engine_that_differs_from_torch_is_not_served(trt: None, mine: Path) 
     assert not (folder / PLAN).exists()
     np.savez(folder / "samples.npz", **samples)
     assert how(mine) == ["kept"] * 4 + ["built"]
-
-
-def test_a_build_that_stops_leaves_the_repository_served_as_it_was(
-    trt: None, mine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = configs(mine)
-    real = vars(plans)["build"]
-    calls = []
-
-    def third_fails(*arguments: Any, **keywords: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments, **keywords)
-
-    monkeypatch.setattr(plans, "build", third_fails)
-    with pytest.raises(KeyboardInterrupt):
-        build_engines(mine)
-    assert configs(mine) == before  # ONNX Runtime serves
-    assert not list(mine.rglob("*.new"))
-    assert how(mine) == ["kept", "kept", "built", "built", "built"]
 
 
 def damage(**fields: Any) -> Callable[[Path], None]:

@@ -95,13 +95,6 @@ def dynamic(common: Path, adapter_path: Path) -> Exported:
     return exported_once(common, "any", adapter_path, "dynamic", dense="naclip", transformers=form)
 
 
-@pytest.fixture(scope="session")
-def fitted(common: Path, adapter_path: Path, many_photos: Path) -> Exported:
-    """The adapter at 0.7, with scores that are calibrated on `many_photos`."""
-    data = f"imagefolder:{many_photos}"
-    return exported_once(common, "fitted", adapter_path, [0.7], validation=data, max_drop=100)
-
-
 @pytest.fixture
 def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
     """Exports the tiny adapter into `repository` and `merged` of `tmp_path`; the settings are

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import radapter_serve
-from radapter_serve.adapter import Adapter, load_adapter, save_adapter
+from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.export import main
 from radapter_serve.encoders.plans import check_plan
 from radapter_serve.errors import RAdapterError
@@ -20,17 +20,16 @@ from tests.helpers.fake_tensorrt import install
 
 @pytest.fixture
 def checkout(
-    quick: None, adapter_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick: None,
+    random_adapter: Callable[..., Adapter],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     """A working folder with two runs, of which `new` is the newest."""
-    for name, age in (("old", 100), ("new", 0)):
+    for name, age, classes in (("old", 100, ["Crane", "dog", "crane"]), ("new", 0, None)):
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
-        adapter = load_adapter(adapter_path)
-        if name == "old":
-            metadata = dataclasses.replace(adapter.metadata, classes=["Crane", "dog", "crane"])
-            adapter = Adapter(adapter.tensors, metadata)
-        save_adapter(adapter, run / "adapter.safetensors")
+        save_adapter(random_adapter(0.05, classes=classes), run / "adapter.safetensors")
         stamp = (run / "adapter.safetensors").stat().st_mtime - age
         os.utime(run / "adapter.safetensors", (stamp, stamp))
     (tmp_path / "animals.txt").write_text("cat, kitty\ndog\n", encoding="utf-8")
@@ -113,6 +112,7 @@ CHECKPOINT = "--checkpoint animals.txt --base ViT-B-32:openai"
         ("--alpha auto", "no alpha was chosen"),
         ("--label-set animals.txt", "write NAME=FILE"),
         ("--adapter runs/none", "no adapter file at runs/none"),
+        ("--lora runs", "runs is not a folder of peft"),
         ("--precision bf16", "cannot compute in bf16 on a CPU; add --runtime openvino"),
         ("--precision int8 --calibration none", "none is not a folder"),
         ("--max-drop -1", "max_drop is -1.0: "),

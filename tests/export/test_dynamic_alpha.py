@@ -29,7 +29,7 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Samples, Tolerance, compare
-from radapter_serve.release.config import encoders_of
+from radapter_serve.release.config import encoders_of, read_config
 from radapter_serve.server.models import load_as_triton
 from tests.export.conftest import GRAPHS, Export, Exported
 
@@ -61,8 +61,7 @@ def test_the_release_says_that_alpha_is_an_input(dynamic: Exported, exported: Ex
     assert (release.alpha, release.facts["dynamic_alpha"]) == (0.5, True)
     assert exported[1][0].facts["dynamic_alpha"] is False
     for model in GRAPHS:
-        text = (folder / "repository" / model / "config.pbtxt").read_text(encoding="utf-8")
-        _, alpha = text_format.Parse(text, model_config_pb2.ModelConfig()).input
+        _, alpha = read_config(folder / "repository" / model / "config.pbtxt").input
         kind = (alpha.name, alpha.data_type, list(alpha.dims), alpha.optional)
         assert kind == ("alpha", model_config_pb2.TYPE_FP32, [1], False)
 

@@ -14,19 +14,16 @@ from tritonclient.grpc import model_config_pb2
 from radapter_export import repository as module
 from radapter_export.repository import Repository, config
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.config import read_config
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER
 from tests.export.conftest import Exported
 from tests.helpers.small_models import release
 
 
-def parse(text: str) -> model_config_pb2.ModelConfig:
-    return text_format.Parse(text, model_config_pb2.ModelConfig())
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_a_config_parses_and_holds_the_releases(exported: Exported, model: str) -> None:
     folder, (first, second) = exported
-    parsed = parse((folder / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
+    parsed = read_config(folder / "repository" / model / "config.pbtxt")
     assert parsed.name == model
     assert parsed.backend == ("onnxruntime" if model.endswith("encoder") else "python")
     assert parsed.max_batch_size == (0 if model in ("retrieve", "segment") else 64)
@@ -44,8 +41,7 @@ def test_encoder_configs_have_the_shapes_of_the_graphs(exported: Exported) -> No
         "embed_image": ("image", [1], "image_embeds", [32]),
         "embed_text": ("text", [1], "text_embeds", [32]),
     }.items():
-        path = exported[0] / "repository" / model / "config.pbtxt"
-        parsed = parse(path.read_text(encoding="utf-8"))
+        parsed = read_config(exported[0] / "repository" / model / "config.pbtxt")
         source, *optional = parsed.input
         (result,) = parsed.output
         assert (source.name, list(source.dims), result.name, list(result.dims)) == expected
@@ -57,7 +53,8 @@ def test_a_template_is_filled_in(tmp_path: Path) -> None:
     template = tmp_path / "config.template.pbtxt"
     batching = "dynamic_batching { preferred_batch_size: [4, 8, 64] }"
     template.write_text(f'name: "x" max_batch_size: 64 {batching}', encoding="utf-8")
-    parsed = parse(config(template, "embed_text", [replace(release(3), max_batch_size=8)]))
+    text = config(template, "embed_text", [replace(release(3), max_batch_size=8)])
+    parsed = text_format.Parse(text, model_config_pb2.ModelConfig())
     assert list(parsed.dynamic_batching.preferred_batch_size) == [4, 8]
     assert (parsed.name, parsed.max_batch_size) == ("embed_text", 8)
 
@@ -135,8 +132,8 @@ def put(folder: Path, models: Sequence[str], moves: int | None = None) -> int:
 
 def served(folder: Path) -> dict[str, str]:
     """The release that each model's config names."""
-    configs = {path.parent.name: path.read_text() for path in folder.glob("*/config.pbtxt")}
-    return {name: parse(text).parameters["release"].string_value for name, text in configs.items()}
+    configs = {path.parent.name: read_config(path) for path in folder.glob("*/config.pbtxt")}
+    return {name: one.parameters["release"].string_value for name, one in configs.items()}
 
 
 def test_a_model_that_the_new_release_lacks_is_served_no_more_and_its_old_versions_stay(

@@ -19,26 +19,22 @@ from radapter_client import InvalidRequest
 from radapter_export import ExportSettings
 from radapter_export.source import read_label_set, read_source
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
-from radapter_serve.contract.labels import split_label
 from radapter_serve.encoders.labels import LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, save_choice
 from radapter_serve.files import digest_of
 from radapter_serve.model import Model
-from tests.export.conftest import Export, Exported
+from tests.export.conftest import Export
 from tests.helpers.small_release import png
 
 
 @pytest.fixture
-def run(adapter_path: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Makes the folder of a run whose adapter has other metadata."""
+def run(random_adapter: Callable[..., Adapter], tmp_path: Path) -> Callable[..., Path]:
+    """Makes the folder of a run whose adapter has some metadata."""
 
-    def make(**changes: Any) -> Path:
-        adapter = load_adapter(adapter_path)
+    def make(**metadata: Any) -> Path:
         (tmp_path / "run").mkdir(exist_ok=True)
-        metadata = dataclasses.replace(adapter.metadata, **changes)
-        save_adapter(Adapter(adapter.tensors, metadata), tmp_path / "run" / "adapter.safetensors")
+        save_adapter(random_adapter(**metadata), tmp_path / "run" / "adapter.safetensors")
         return tmp_path / "run"
 
     return make
@@ -109,91 +105,70 @@ def test_an_export_says_which_alpha_it_takes(
             export(alpha, [folder, folder])
 
 
-NAMES = ["cat", "dog", "guinea pig", "horse", "old wall"]
-FILES = ("cat.png", "dog.png", "walls/1.png", "walls/2.png")
+LABELS = ["cat\\, tabby,kitty", "dog", "guinea pig", "horse", "old wall"]
+CAT, DOG, *_, WALL = LABELS
+SHOWN = {CAT: ["cat.png"], DOG: ["dog.png"], WALL: ["walls/1.png", "walls/2.png", "dog.png"]}
 
 
 @pytest.fixture
 def label_file(tmp_path: Path) -> Path:
-    """Three labels by text and images, one by images alone, one by its text."""
+    """Three labels by text and images, of which the last is by images alone, and two by text."""
     folder = tmp_path / "shown"
     (folder / "walls").mkdir(parents=True)
-    for seed, name in enumerate(FILES):
+    for seed, name in enumerate(sorted({*SHOWN[CAT], *SHOWN[WALL]})):
         (folder / name).write_bytes(png(seed, 50, 40))
     entries = [
-        {"label": "cat, kitty", "images": "cat.png"},
-        {"label": "dog", "images": ["dog.png"], "weight": 0.25},
+        {"label": CAT, "images": "cat.png"},
+        {"label": DOG, "images": ["dog.png"], "weight": 0.25},
         "guinea pig",
         {"label": "horse"},
-        {"label": "old wall", "images": ["walls", "dog.png"], "weight": 1},
+        {"label": WALL, "images": ["walls", "dog.png"], "weight": 1},
     ]
     path = folder / "animals.yaml"
     path.write_text(json.dumps(entries), encoding="utf-8")  # which is YAML
     return path
 
 
-def by_hand(local: LoadedRelease, folder: Path) -> np.ndarray:
-    """The embeddings of the labels of `label_file`."""
-
-    def unit(vector: np.ndarray) -> np.ndarray:
-        return vector / np.linalg.norm(vector)
-
-    texts = []
-    for names in (["cat", "kitty"], *([name] for name in NAMES[1:])):
-        templates = local.release.templates
-        prompts = [template.replace("{}", name) for name in names for template in templates]
-        texts.append(unit(local.embed_texts(prompts).mean(0)))
-    pixels = [local.pixels((folder / file).read_bytes()) for file in FILES]
-    cat, dog, *walls = local.embed_pixels(pixels)
-    rows = [
-        unit((texts[0] + cat) / 2),
-        unit(0.75 * texts[1] + 0.25 * dog),
-        *texts[2:4],
-        unit(walls[0] + walls[1] + dog),
-    ]
-    return np.stack(rows)
-
-
 @pytest.mark.parametrize("alphas", [[0.7], "dynamic"])
 def test_a_release_has_labels_by_example(
     export: Export, label_file: Path, tmp_path: Path, alphas: Any
 ) -> None:
+    """They are scored as in a request, which tests/tasks/test_classify.py computes by hand."""
     (exported,) = export(alphas, label_sets={"animals": label_file})
     facts = exported.release.label_sets["animals"]
     assert (facts["labels"], facts["examples"]) == (5, 5)
     repository = tmp_path / "repository"
     path = repository / "classify" / "1" / "label_sets" / "animals.npz"
     assert facts["digest"] == digest_of(path)
-    label_set = LabelSet.load(path)
-    assert (label_set.examples is not None) == (alphas == "dynamic")
-    local = load_release(repository)
-    expected = by_hand(local, label_file.parent)
-    np.testing.assert_allclose(label_set.embeds, expected, atol=1e-5)
-    alpha = None
-    if alphas == "dynamic":
-        alpha = 0.2
-        local = local.at(alpha)
-        expected = by_hand(local, label_file.parent)
+    is_dynamic = alphas == "dynamic"
+    assert (LabelSet.load(path).examples is not None) == is_dynamic
+    images: dict[str, Any] = {
+        label: [label_file.parent / name for name in names] for label, names in SHOWN.items()
+    }
+    asked: dict[str, Any] = {"examples": images, "example_weight": {CAT: 0.5, DOG: 0.25, WALL: 1}}
     with Model(repository) as model:
-        answer = model.classify(png(9), label_set="animals", alpha=alpha)
-    [embed] = local.embed_pixels([local.pixels(png(9))])
-    scores = np.exp(exported.release.logit_scale * (expected @ embed))
-    scores /= scores.sum()
-    assert answer.labels == [NAMES[place] for place in np.argsort(-scores)]
-    np.testing.assert_allclose(answer.scores, -np.sort(-scores), rtol=1e-3)
+        for alpha in (None, 0.2) if is_dynamic else (None,):
+            answer = model.classify(png(9), label_set="animals", alpha=alpha)
+            expected = model.classify(png(9), LABELS, alpha=alpha, **asked)
+            assert answer.labels == expected.labels
+            np.testing.assert_allclose(answer.scores, expected.scores, rtol=1e-4)
 
 
 def test_validation_fits_scores_to_labels_by_text_alone(
-    export: Export, fitted: Exported, many_photos: Path, label_file: Path, tmp_path: Path
+    export: Export, many_photos: Path, label_file: Path, tmp_path: Path
 ) -> None:
-    data = f"imagefolder:{many_photos}"
-    (exported,) = export([0.7], label_sets={"animals": label_file}, validation=data, max_drop=100)
-    assert exported.release.confidence == fitted[1][0].release.confidence
+    how: dict[str, Any] = {"validation": f"imagefolder:{many_photos}", "max_drop": 100}
+    (plain,) = export([0.7], **how)
+    (exported,) = export([0.7], label_sets={"animals": label_file}, **how)
+    confidence = exported.release.confidence
+    assert confidence is not None and confidence == plain.release.confidence
+    found = (confidence["dataset"], confidence["n"], confidence["classes"])
+    assert found == (how["validation"], 100, 5)
     image = sorted(many_photos.rglob("*.png"))[0]
     with Model(tmp_path / "repository") as model:
         with pytest.raises(InvalidRequest, match="not calibrated for labels by example"):
             model.classify(image, label_set="animals", calibrated=True)
-        assert model.classify(image, NAMES, calibrated=True).labels
+        assert model.classify(image, LABELS, calibrated=True).labels
 
 
 @pytest.mark.parametrize(
@@ -234,10 +209,3 @@ def test_as_many_images_as_are_allowed(
     path.write_text(json.dumps([{"label": "cat", "images": ["a.png"] * 4}]))
     with pytest.raises(RAdapterError, match="has 4 images; at most 3 are allowed"):
         read_label_set(path, dynamic_alpha=dynamic)
-
-
-def test_a_comma_in_a_name_stays_one_name(tmp_path: Path) -> None:
-    entries = [{"label": "salt\\, pepper,spices"}, "cat"]
-    (tmp_path / "labels.yaml").write_text(json.dumps(entries), encoding="utf-8")
-    labels = read_label_set(tmp_path / "labels.yaml", dynamic_alpha=False).labels
-    assert [split_label(label) for label in labels] == [["salt, pepper", "spices"], ["cat"]]
