@@ -1,6 +1,4 @@
-"""The commands of the quick start, and the Python and the commands of the README, run as they stand
-there.
-"""
+"""The commands of the quick start and of the README, and its Python, run as they stand there."""
 
 from __future__ import annotations
 
@@ -40,33 +38,6 @@ kill -INT $! && wait $! || [ $? = 130 ]
 """
 
 
-def walk_through() -> str:
-    """The script of the demo's steps, and then the requests of the HTTP API with its picture."""
-    requests = script(HTTP_API, "by-http").replace("cat.jpg", "picture.png")
-    return "\n".join(
-        [
-            script(WALK_THROUGH, "walk-through"),
-            requests.replace('["photos"]', '["drawings"]'),
-            "kill %1  # the server",
-        ]
-    )
-
-
-def quick_start() -> str:
-    """The README's lines, in a folder of their own, on some of the demo's drawings and its small
-    base for a few steps.
-    """
-    base = f"local-dir:{ROOT}/radapter_serve/demo/base --pretrained None"
-    ready = (
-        "mkdir -p quick/photos; cp -r demo-output/data/train/[ab]* quick/photos;"
-        " cp picture.png quick/cat.jpg; cd quick\n"
-    )
-    text = script(README, "quick-start").replace(
-        "--data photos", f"--data photos --architecture {base} --steps 3 --batch-size 8 --workers 0"
-    )
-    return ready + text
-
-
 def script(page: Path, name: str) -> str:
     """The blocks of code between two marks of a page."""
     section = (
@@ -86,10 +57,24 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 pytest.skip(f"port {port}, which the page uses, is taken on this machine")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    demo = OPENED  # a whole demo takes minutes and shows no other way
-    small = "sed -i 's/^batch_size: .*/batch_size: 8/' demo-output/runs/classification/recipe.yaml"
-    stopped = "wait  # until the server of the walk-through is gone"
-    lines = [*PRELUDE, demo, small, walk_through(), stopped, quick_start()]
+    # The demo's steps, and then the requests of the HTTP API with its picture.
+    requests = script(HTTP_API, "by-http").replace("cat.jpg", "picture.png")
+    lines = [
+        *PRELUDE,
+        OPENED,  # a whole demo takes minutes and shows no other way
+        "sed -i 's/^batch_size: .*/batch_size: 8/' demo-output/runs/classification/recipe.yaml",
+        script(WALK_THROUGH, "walk-through"),
+        requests.replace('["photos"]', '["drawings"]'),
+        "kill %1; wait  # until the server is gone",
+    ]
+    # The README's lines, on some of the demo's drawings and its small base for a few steps.
+    base = f"local-dir:{ROOT}/radapter_serve/demo/base --pretrained None"
+    few = f"--data photos --architecture {base} --steps 3 --batch-size 8 --workers 0"
+    lines += [
+        "mkdir -p quick/photos; cp -r demo-output/data/train/[ab]* quick/photos",
+        "cp picture.png quick/cat.jpg; cd quick",
+        script(README, "quick-start").replace("--data photos", few),
+    ]
     process = subprocess.Popen(
         ["bash", "-c", "\n".join(lines)],
         cwd=tmp_path,
