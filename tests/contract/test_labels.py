@@ -16,7 +16,6 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.labels import (
     MAX_NAME_BYTES,
     best_class,
-    class_probabilities,
     indistinguishable,
     is_name,
     read_label_file,
@@ -108,20 +107,6 @@ def test_names() -> None:
     for kind in ("NFC", "NFD"):
         assert set(spellings(unicodedata.normalize(kind, "é"))) == {"\u00e9", "e\u0301"}
     assert spellings("a") == ["a"]
-
-
-@given(st.integers(0, 2**32 - 1), st.floats(0.1, 200), st.none() | st.floats(-20, 20))
-def test_a_softmax_or_with_a_bias_a_sigmoid_as_torch_has_them(
-    seed: int, scale: float, bias: float | None
-) -> None:
-    cosines = np.random.default_rng(seed).uniform(-1, 1, (2, 3, 5)).astype(np.float32)
-    before = cosines.copy()
-    logits = scale * torch.from_numpy(before).double()
-    expected = logits.softmax(-1) if bias is None else (logits + bias).sigmoid()
-    np.testing.assert_allclose(
-        class_probabilities(cosines, scale, bias), expected, rtol=1e-4, atol=1e-6
-    )
-    np.testing.assert_array_equal(cosines, before)
 
 
 @given(
