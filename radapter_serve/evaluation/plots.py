@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from radapter_serve.evaluation.alpha_choice import Choice
 from radapter_serve.evaluation.rows import (
@@ -135,7 +137,18 @@ def plot_alpha_curve(
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.suptitle(_shown(title))
-    figure.savefig(path)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    """Save a figure: a `$` in a name begins no formula, and a letter that the font lacks becomes a
+    box.
+    """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(path)
 
 
 def _shown(name: str) -> str:
@@ -227,4 +240,4 @@ def plot_confusion(row: Row, path: str | Path) -> None:
     axes.set_xlabel("answered")
     axes.set_ylabel("true")
     figure.suptitle(f"{row.dataset}: {display_name(row.source, row.alpha, ', α = ')}")
-    figure.savefig(path)
+    _save(figure, path)

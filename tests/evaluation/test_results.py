@@ -204,3 +204,14 @@ def test_a_confusion_is_shown_in_per_cent_of_the_true_class(
     assert answered == ["cat", "dog", "none"][: len(shares[0])]
     true = [label.get_text() for label in axes.get_yticklabels()]
     assert true == [f"cat, n 4, {kind} 75.0 %", "dog, n 4"]
+
+
+def test_names_with_dollars_and_letters_that_the_font_lacks_are_drawn(tmp_path: Path) -> None:
+    classes = [ClassFigures("a$_{$b", 4, 0.75, 0.75), ClassFigures("象", 4)]
+    rows = [
+        a_row("$_{$象", alpha=alpha, confusion=[[3, 1, 0], [4, 0, 0]], per_class=classes)
+        for alpha in (0.0, 0.5)
+    ]
+    pictures = draw(rows, tmp_path, "$^{$")
+    assert [path.name for path in pictures] == ["alpha.png", "confusion-___象.png"]
+    assert all(path.stat().st_size for path in pictures)
