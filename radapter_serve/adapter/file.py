@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +26,7 @@ from radapter_serve.contract.errors import check_alpha
 from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import checker, staged
-from radapter_serve.sources import ADAPTER
+from radapter_serve.sources import ADAPTER, CHECKPOINT
 
 FORMAT_VERSION = 1
 Text = Annotated[str, Field(min_length=1)]
@@ -166,10 +167,13 @@ def load_adapter(path: str | PathLike[str]) -> Adapter:
             unknown.
     """
     path = Path(path)
+    run = path.parent if path.suffix == ".safetensors" else path
     path = path / ADAPTER if path.is_dir() else path
     if not path.is_file():
+        done = "finish the run by" if (run / CHECKPOINT).is_file() else "make one with"
+        flag = "--resume" if (run / CHECKPOINT).is_file() else "--out"
         raise RAdapterError(
-            f"no adapter file at {path}; make one with radapter-train --out {path.parent}"
+            f"no adapter file at {path}; {done} radapter-train {flag} {shlex.quote(str(run))}"
         )
     try:
         with safe_open(path, framework="pt") as file:

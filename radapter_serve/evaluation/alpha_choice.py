@@ -228,6 +228,7 @@ def chosen(adapter: str | Path) -> Choice:
     try:
         choice = checker(Choice).validate_json(path.read_bytes())
     except FileNotFoundError:
+        load_adapter(adapter)  # refuses an adapter that is missing, too
         raise RAdapterError(f"no alpha was chosen for {path.parent}; {again}") from None
     except ValidationError as error:
         raise RAdapterError(f"could not read {path}: {first_problem(error)}; {again}") from error

@@ -268,3 +268,16 @@ def test_adapters_that_have_no_average() -> None:
         with pytest.raises(RAdapterError, match=message):
             average_adapters(adapters, weights)
     average_adapters(two, [0.3333333, 0.6666666])  # rounded, as people write them
+
+
+def test_a_missing_adapter_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    def ends(path: Path, command: str) -> None:
+        with pytest.raises(RAdapterError, match=re.escape(command) + "$"):
+            load_adapter(path)
+
+    run = tmp_path / "my run"
+    ends(run, f"make one with radapter-train --out '{run}'")
+    run.mkdir()
+    ends(run / "adapter.safetensors", f"make one with radapter-train --out '{run}'")
+    (run / "checkpoint.pt").touch()
+    ends(run, f"finish the run by radapter-train --resume '{run}'")

@@ -111,6 +111,7 @@ CHECKPOINT = "--checkpoint animals.txt --base ViT-B-32:openai"
         ("--alpha half", "alpha is 'half'; allowed: a number from 0 to 1"),
         ("--alpha auto", "no alpha was chosen"),
         ("--label-set animals.txt", "write NAME=FILE"),
+        ("--alpha auto --adapter runs/none", "no adapter file at runs/none; make one with"),
         ("--adapter runs/none", "no adapter file at runs/none"),
         ("--lora runs", "runs is not a folder of peft"),
         ("--precision bf16", "cannot compute in bf16 on a CPU; add --runtime openvino"),
