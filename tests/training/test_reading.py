@@ -171,6 +171,11 @@ def test_a_share_of_each_class_is_held_out_for_validation(images: Path) -> None:
     assert np.bincount(whole.labels()).tolist() == [6, 6, 1]
     draws = [names(opened(recipe, val_fraction=0.0, seed=seed)[0]) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
+    for folder in images.iterdir():
+        for image in sorted(folder.iterdir())[1:]:
+            image.unlink()
+    with pytest.raises(RAdapterError, match="no class has two images; .* --val-fraction 0$"):
+        opened(recipe)
 
 
 def test_held_out_captions_and_segments_keep_an_image_together(tmp_path: Path) -> None:
