@@ -116,7 +116,7 @@ def read_templates(source: str | Path | Sequence[str]) -> list[str]:
             return list(BUILT_IN_TEMPLATES[text])
         if "{}" in text:
             return [text]
-        names = ", ".join(BUILT_IN_TEMPLATES)
+        names = ", ".join(["openai", *BUILT_IN_TEMPLATES])  # open_clip has those of openai
         templates = [line for _, line in _lines(source, f"or one of the built-in sets: {names}")]
     else:
         templates = list(source)

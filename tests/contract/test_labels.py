@@ -67,7 +67,7 @@ def test_templates(tmp_path):
     path.write_text("a photo\n")
     for source, message in (
         (path, r"no \{\}"),
-        ("openia", "built-in sets: simple, vild, ovseg"),
+        ("openia", "built-in sets: openai, simple, vild, ovseg"),
         ([], "no template"),
     ):
         with pytest.raises(RAdapterError, match=message):
