@@ -93,7 +93,9 @@ class Model(Client):
                 raise RAdapterError(f"{name} is not a model; allowed: {_FORMS}")
             if is_folder and not is_run and not any(path.glob("*config.json")):
                 raise RAdapterError(f"there is no model in {name}; allowed: {_FORMS}")
-            if not path.exists() and os.sep in name and ":" not in name:
+            # Most names of open_clip have a hyphen, and all need weights.
+            is_file_name = os.sep in name or not (pretrained or "-" in name)
+            if not path.exists() and is_file_name and ":" not in name:
                 raise RAdapterError(f"there is no {name}; allowed: {_FORMS}")
             if base is not None and not is_run:
                 raise RAdapterError(f"base is {base!r}, but {name} is not a run; leave it out")

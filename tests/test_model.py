@@ -152,6 +152,7 @@ def test_radapter_query_asks_a_model_without_a_server(
     ("source", "options", "message"),
     [
         ("{tmp}/none", {}, "there is no .*none; allowed: a model repository, a run"),
+        ("model_repositry", {}, "there is no model_repositry; allowed: a model repository, a run"),
         ("{tmp}/notes.txt", {}, "notes.txt is not a model; allowed"),
         ("{tmp}/broken", {}, "broken"),
         ("ViT-Q", {}, "unknown model 'ViT-Q'"),
