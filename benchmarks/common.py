@@ -205,17 +205,17 @@ def export(
     _, adapter, _ = random_clip(architecture, folder)
     names = folder / "names.txt"
     names.write_text("\n".join(labels), encoding="utf-8")
-    settings = ExportSettings(
-        merged=folder / "merged",
-        model_repository=folder / "repository",
-        label_sets={LABEL_SET: names},
-        precision=precision,
-        dense=dense,
-        calibration=None if calibration is None else str(calibration),
-        runtime=runtime,
-        validation="none",  # random weights know no image
-    )
-    export_release(adapter, [0.5], settings)
+    fields: dict[str, Any] = {
+        "merged": folder / "merged",
+        "model_repository": folder / "repository",
+        "label_sets": {LABEL_SET: names},
+        "precision": precision,
+        "dense": dense,
+        "calibration": calibration,
+        "runtime": runtime,
+        "validation": "none",  # random weights know no image
+    }
+    export_release(adapter, [0.5], ExportSettings(**fields))
 
 
 def picture(width: int = 640, height: int = 480, seed: int = 0) -> bytes:

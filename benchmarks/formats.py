@@ -181,20 +181,17 @@ def _accuracies(
             continue
         say(f"{run}: {form}")
         with tempfile.TemporaryDirectory() as name:
-            (release,) = export_release(
-                run,
-                None,
-                ExportSettings(
-                    model_repository=Path(name, "repository"),
-                    merged=Path(name, "merged"),
-                    precision=form.partition(" ")[0],
-                    runtime=runtime,
-                    calibration=calibration if form == "int8 static" else None,
-                    validation=validation or load_adapter(run).metadata.source.val_data,
-                    max_drop=100,
-                ),
-            )
-        found = release.accuracy
+            fields: dict[str, Any] = {
+                "model_repository": Path(name, "repository"),
+                "merged": Path(name, "merged"),
+                "precision": form.partition(" ")[0],
+                "runtime": runtime,
+                "calibration": calibration if form == "int8 static" else None,
+                "validation": validation or load_adapter(run).metadata.source.val_data,
+                "max_drop": 100,
+            }
+            (release,) = export_release(run, None, ExportSettings(**fields))
+        found: Any = release.accuracy
         if found is None:
             raise RAdapterError(
                 f"the run {run} has no validation data; give some with --validation"

@@ -5,6 +5,7 @@ installed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import re
 import statistics
@@ -303,10 +304,10 @@ def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[T
     try:
         trt = import_tensorrt()
     except RAdapterError:
-        import tensorrt_rtx as trt
+        trt = importlib.import_module("tensorrt_rtx")
     start = time.perf_counter()
     usual = statistics.median_high(batches)
-    limits = {"max_batch_size": max(batches), "max_length": 77, "opt_length": 77}
+    limits: dict[str, Any] = {"max_batch_size": max(batches), "max_length": 77, "opt_length": 77}
     plan = build(trt, towers.graph(case), opt_batch_size=usual, **limits)
     engine = Engine(trt, plan)
     took = f"{time.perf_counter() - start:.0f} s, {len(plan) / 1e6:.0f} MB"

@@ -135,13 +135,13 @@ class Flood:
     async def _http(self, url: str) -> None:
         place = urlsplit(url)
         asked = ask(self.model, dict(self.inputs), binary=True)
-        asked.headers["Host"] = place.netloc  # without keys the gateway takes no other name
-        message = memoryview(asked.raw())
+        # Without keys the gateway takes no other name.
+        message = memoryview(asked.raw(headers={"Host": place.netloc}))
         go = asyncio.Event()
 
         async def one() -> None:
             try:
-                async with asyncio.timeout(WAIT):
+                async with asyncio.timeout(WAIT):  # type: ignore[attr-defined]  # Python 3.11
                     await exchange()
             except asyncio.IncompleteReadError:
                 self.results["closed"] += 1
@@ -168,7 +168,7 @@ class Flood:
             self.results[head[9:12].decode()] += 1
             writer.close()
 
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.TaskGroup() as group:  # type: ignore[attr-defined]
             for _ in range(self.count):
                 group.create_task(one())
                 await asyncio.sleep(0)

@@ -60,10 +60,10 @@ def draw(text: str, picture: Path) -> None:
         axes.errorbar(
             own, others, others_spread, own_spread, style, color=colour, label=label, capsize=2
         )
-    for alpha, (own, others, *_) in adapter.items():
+    for alpha, (x, y, *_) in adapter.items():
         if alpha:
             place = (5, -15) if alpha == 0.5 else (7, 7)  # beside the line of fine-tuning
-            axes.annotate(f"α = {alpha:g}", (own, others), place, textcoords="offset points")
+            axes.annotate(f"α = {alpha:g}", (x, y), place, textcoords="offset points")
     axes.annotate("before", base[:2], (-8, -16), textcoords="offset points", ha="right")
     for label, alpha, offset in (("full fine-tuning", 1.0, (8, -16)), ("WiSE-FT", 0.5, (40, -4))):
         axes.annotate(label, full[alpha][:2], offset, textcoords="offset points", color="#c0392b")

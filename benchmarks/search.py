@@ -237,7 +237,7 @@ def floor_of(index: Index, folder: Path, vectors: Array) -> Callable[[int], Call
         return compared
     import faiss
 
-    codes = faiss.read_index(str(folder / index.generation / CODES))
+    codes: Any = faiss.read_index(str(folder / index.generation / CODES))
     refined = faiss.IndexRefineFlat(codes, faiss.swig_ptr(vectors))
 
     def named(top_k: int) -> Callable[[Array], Any]:
@@ -314,7 +314,7 @@ def conditions(
     rows = []
     for where, (meets, compare) in WHERE.items():
         marks = meets(np.arange(len(index)))
-        floor, _ = times_ms(lambda _, compare=compare: compare(table), asked[:10])
+        floor, _ = times_ms(lambda _, compare=compare: compare(table), asked[:10])  # type: ignore[misc]
         truth = exact(vectors, asked, 10, marks)
         fresh = []
         for number, query in enumerate(asked[:30]):
