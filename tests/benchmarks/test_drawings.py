@@ -215,8 +215,7 @@ def test_the_folders_are_disjoint_whole_and_always_the_same(
     assert count == Counter(row["split"] for row in listed)
     assert {"train", "val", "test"} <= set(count)
 
-    # The colourings of a drawing are in one place, and there is one of them where nothing is
-    # trained.
+    # The colourings of a drawing are in one place, one of them alone where nothing is trained.
     drawn: dict[str, list[str]] = {}
     for row in listed:
         if row["style"] == "colour":

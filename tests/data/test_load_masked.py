@@ -224,19 +224,14 @@ def instances(folder: Path) -> Path:
     small = np.zeros((6, 8), np.uint8)
     small[2:4, 3:7] = 1
     compressed = runs.encode(np.asfortranarray(small))
-    crowd = np.zeros((6, 8), np.uint8)
-    crowd[4:, :3] = 1
-    changes = np.flatnonzero(np.diff(np.concatenate([[0], crowd.ravel(order="F"), [2]])))
-    counts = np.diff(np.concatenate([[0], changes])).tolist()
     objects = [
         (1, 0, POLYGONS),
         (17, 0, {"size": [6, 8], "counts": compressed["counts"].decode()}),
-        (1, 1, {"size": [6, 8], "counts": counts}),
+        (1, 1, {"size": [6, 8], "counts": [4, 2, 4, 2, 4, 2, 30]}),
     ]
-    names = ("category_id", "iscrowd", "segmentation")
     annotations = [
-        {"id": number, "image_id": 9, **dict(zip(names, of, strict=True))}
-        for number, of in enumerate(objects, 1)
+        {"id": number, "image_id": 9, "category_id": of, "iscrowd": crowd, "segmentation": inside}
+        for number, (of, crowd, inside) in enumerate(objects, 1)
     ]
     content = {"images": IMAGES, "categories": CATEGORIES, "annotations": annotations}
     (folder / "instances.json").write_text(json.dumps(content))

@@ -24,8 +24,7 @@ from radapter_serve.evaluation.suite import Entry, Suite
 
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 MASK = np.random.default_rng(1).integers(0, 2, (6, 9), dtype=np.uint8) + 1
-# The way a camera stores an upright picture, for each value of EXIF's orientation (CIPA DC-008,
-# tag 274).
+# The way a camera stores an upright picture, by EXIF's orientation (CIPA DC-008, tag 274).
 STORED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -36,9 +35,6 @@ STORED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
     8: lambda a: np.rot90(a, -1),
 }
-
-
-MASKED = {"task": "segmentation", "dense": "proposals"}
 
 
 def stored(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
@@ -133,32 +129,28 @@ def test_what_png_cannot_hold_is_seen_in_rgb() -> None:
     np.testing.assert_array_equal(np.asarray(seen), np.asarray(inks.convert("RGB")))
 
 
-def test_a_suite_of_masks(tmp_path: Path) -> None:
+def test_a_suite_of_masks_and_of_those_of_a_network(tmp_path: Path) -> None:
     masked(tmp_path / "set", stored(MASK, 6), 6)
+    (tmp_path / "found").mkdir()
+    fields = {"task": "segmentation", "dense": "proposals"}
     for wanted, pixels, mask in (
         (True, UPRIGHT, MASK),
         (False, stored(UPRIGHT, 6), stored(MASK, 6)),
     ):
-        data = opened(tmp_path, "masks:set", **MASKED, exif_orientation=wanted)
+        data = opened(tmp_path, "masks:set", exif_orientation=wanted, **fields)
         for model in (Sees(True), Sees(False)):
             item = data.prepare(model, 0)
             np.testing.assert_array_equal(model.prepare(item.data), pixels)
             np.testing.assert_array_equal(item.truth, mask - 1)
             np.testing.assert_array_equal(item.masks > 0, [mask == label for label in (1, 2)])
 
-
-def test_a_network_s_masks_are_those_of_the_image_as_it_is_seen(tmp_path: Path) -> None:
-    masked(tmp_path / "set", stored(MASK, 6), 6)
-    (tmp_path / "found").mkdir()
-    for wanted, mask in ((True, MASK), (False, stored(MASK, 6))):
-        inside = np.stack([mask == 2, mask == 0, mask == 1])  # the second is empty
+        # A network's masks are those of the image as it is seen; the second is empty.
+        inside = np.stack([mask == 2, mask == 0, mask == 1])
         np.savez(tmp_path / "found" / "a.npz", masks=inside)
-        for turned in (True, False):
-            fields = {**MASKED, "proposals": "found", "exif_orientation": turned}
-            data = opened(tmp_path, "masks:set", **fields)
-            if turned != wanted:
-                with pytest.raises(RAdapterError, match="write them at the image's size"):
-                    data.prepare(Sees(True), 0)
-                continue
-            item = data.prepare(Sees(True), 0)
-            np.testing.assert_array_equal(item.masks, inside[[0, 2]] * 255)
+        found, lying = (
+            opened(tmp_path, "masks:set", exif_orientation=turned, proposals="found", **fields)
+            for turned in (wanted, not wanted)
+        )
+        np.testing.assert_array_equal(found.prepare(Sees(True), 0).masks, inside[[0, 2]] * 255)
+        with pytest.raises(RAdapterError, match="write them at the image's size"):
+            lying.prepare(Sees(True), 0)

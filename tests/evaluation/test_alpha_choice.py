@@ -63,13 +63,7 @@ def test_sets_are_independent_and_a_shift_counts_as_much_as_all_others() -> None
         # Of ten images 0.2 has the best one's but one, 0.3 three less.
         ("0:0000000011 .2:0111111111 .3:1111111000 .5:1111111111", 0.5, 0.2, 0.5, UNSHIFTED),
         # At most the run's own.
-        (
-            "0:0000000011 .4:0000001111 .8:0111111111 1:1111111111",
-            0.4,
-            0.4,
-            1.0,
-            "alpha 1 is better",
-        ),
+        ("0:0000000011 .4:0000001111 .8:0111111111 1:1111111111", 0.4, 0.4, 1.0, "alpha 1 is"),
         # Of equal scores the smallest is the best.
         ("0:0000000011 .4:1111111110 .5:0111111111 1:0111111110", 0.5, 0.4, 0.4, UNSHIFTED),
         # Training did not help, as far as ten images tell.
@@ -95,8 +89,7 @@ def test_auto_is_the_smallest_alpha_that_can_not_be_told_from_the_best(
 
 
 def test_without_results_of_each_image_the_interval_of_the_best_decides() -> None:
-    # Of 100 images 0.5 has six more right than 0.3, and the same others, which pairs tell apart:
-    # Wilson's intervals of 50 and 56 overlap.
+    # Of 100 images 0.5 has six more right; pairs tell that apart, Wilson's intervals overlap.
     paired = [
         replace(images(np.arange(100) < count, alpha), intervals={"acc1": (count / 100 - 0.1, 1.0)})
         for alpha, count in {0.0: 30, 0.3: 50, 0.5: 56}.items()

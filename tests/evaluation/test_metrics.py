@@ -139,11 +139,9 @@ def test_equal_captions_match_each_others_images_by_hand() -> None:
     )
     groups = caption_groups(captions)
     found = recalls_of(retrieval_ranks(images, texts, image_of, groups), (1, 2))
-    # by text: a dog finds image 1, image 2 (a dog each: hits), a cat finds 2 (a miss), a dog 3 (a
-    # miss), a tree 3
+    # By text: dogs find the images 1 and 2, a dog each; cat and last dog miss; a tree finds 3.
     assert found["image_retrieval_recall@1"] == pytest.approx(3 / 5)
-    # by image: 0 sees nothing, of equal texts the first, a dog; 1 the first; 2 the second; 3 a dog
-    # before the tree
+    # By image: 0 finds the first of equal texts, a dog; 1 and 2 their own; 3 a dog before the tree.
     assert found["text_retrieval_recall@1"] == pytest.approx(3 / 4)
     assert found["text_retrieval_recall@2"] == 1
     alone = recalls_of(retrieval_ranks(images, texts, image_of), (1,))

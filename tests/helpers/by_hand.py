@@ -51,35 +51,26 @@ class ClipWithAdapters:
         self.keys: list[str] = []
         self.gates: dict[str, float] = {}
         start: Weights = {}
-        for tower, blocks in (
-            ("visual.transformer", model.visual.transformer.resblocks),
-            ("transformer", model.transformer.resblocks),
-        ):
-            for number, block in enumerate(blocks):
-                for layer, module in (
-                    ("attn.out_proj", block.attn),
-                    ("mlp.c_proj", block.mlp.c_proj),
-                ):
-                    key = f"{tower}.resblocks.{number}.{layer}"
-                    self.keys.append(key)
-                    width = block.mlp.c_proj.out_features
-                    start[key] = torch.zeros(width, width)
-                    module.register_forward_hook(self._hook(key))
+        for key, layer in self.model.named_modules():
+            if key.endswith((".attn.out_proj", ".mlp.c_proj")):
+                self.keys.append(key)
+                start[key] = torch.zeros(layer.out_features, layer.out_features)
+                adapted = self.model.get_submodule(key.removesuffix(".out_proj"))
+                adapted.register_forward_hook(self._hook(key))
         self.weights = {
             k: v.clone().requires_grad_()
             for k, v in (start if weights is None else weights).items()
         }
 
     def _hook(self, key: str) -> Callable[..., Any]:
-        def change(x: Tensor) -> Tensor:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            x, *rest = output if isinstance(output, tuple) else (output,)
             if key in self.weights:
                 added = x @ self.weights[key].T
             else:
                 added = x @ self.weights[f"{key}.down"].T @ self.weights[f"{key}.up"].T
-            return x + self.alpha * self.gates.get(key, 1.0) * added
-
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+            changed = x + self.alpha * self.gates.get(key, 1.0) * added
+            return (changed, *rest) if rest else changed
 
         return hook
 
@@ -193,16 +184,10 @@ def train_by_hand(
                 loss = loss + recipe.preserve_words * divergence
             (loss / recipe.accumulate).backward()
         if recipe.grad_clip is not None:
-            norm = math.sqrt(
-                sum(
-                    w.grad.square().sum().item()
-                    for w in clip.weights.values()
-                    if w.grad is not None
-                )
-            )
-            for weight in clip.weights.values():
-                assert weight.grad is not None
-                weight.grad *= min(1.0, recipe.grad_clip / norm)
+            gradients = [weight.grad for weight in clip.weights.values() if weight.grad is not None]
+            norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+            for gradient in gradients:
+                gradient *= min(1.0, recipe.grad_clip / norm)
         optimizer.step()
         m = recipe.momentum
         raw = {
@@ -272,9 +257,8 @@ def _rate(recipe: Recipe, step: int) -> float:
     warm = recipe.warmup_steps
     if step < warm:
         return high * (step + 1) / warm
-    return low + (high - low) * 0.5 * (
-        1 + math.cos(math.pi * (step - warm) / (recipe.steps - warm))
-    )
+    gone = (step - warm) / (recipe.steps - warm)
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * gone))
 
 
 def _parts(

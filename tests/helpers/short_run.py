@@ -8,20 +8,21 @@ from typing import Any
 
 from radapter_serve.training import Recipe
 
+COMMON: dict[str, Any] = {
+    "batch_size": 8,
+    "steps": 8,
+    "warmup_steps": 2,
+    "learning_rate": 3e-3,
+    "momentum": 0.5,
+    "save_every": 4,
+    "workers": 0,
+    "tracker": "none",
+}
+
 
 def short_run(architecture: str, folder: Path, **fields: Any) -> Recipe:
     """Eight steps that learn fast, into `run` in a folder; the fields say what from."""
-    common: dict[str, Any] = {
-        "batch_size": 8,
-        "steps": 8,
-        "warmup_steps": 2,
-        "learning_rate": 3e-3,
-        "momentum": 0.5,
-        "save_every": 4,
-        "workers": 0,
-        "tracker": "none",
-    }
-    return Recipe(architecture=architecture, out=folder / "run", **common | fields)
+    return Recipe(architecture=architecture, out=folder / "run", **COMMON | fields)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

@@ -116,20 +116,16 @@ def test_singular_values_by_their_equation(make_run: Callable[..., Run], plain: 
     weights = system.clip()
     base = plain.weights
     assert weights is not None
-    name = "visual.transformer.resblocks.1."
+    block = "visual.transformer.resblocks.1."
+    attention = f"{block}attn.in_proj_weight"  # three matrices
+    mlp = f"{block}mlp.c_fc.weight"
     state = system.state_dict()
-    spectra = state[f"model.{name}attn.parametrizations.in_proj_weight.0.values"]
-    for part, values in zip(range(3), spectra, strict=True):
-        left, _, right = torch.linalg.svd(base[f"{name}attn.in_proj_weight"].chunk(3)[part])
-        expected = left @ values.diag() @ right
-        torch.testing.assert_close(
-            weights[f"{name}attn.in_proj_weight"].chunk(3)[part], expected, rtol=0, atol=1e-5
-        )
-    [values] = state[f"model.{name}mlp.c_fc.parametrizations.weight.0.values"]
-    left, _, right = torch.linalg.svd(base[f"{name}mlp.c_fc.weight"], full_matrices=False)
-    torch.testing.assert_close(
-        weights[f"{name}mlp.c_fc.weight"], left @ values.diag() @ right, rtol=0, atol=1e-5
-    )
+    spectra = state[f"model.{block}attn.parametrizations.in_proj_weight.0.values"]
+    layers = [*zip(base[attention].chunk(3), weights[attention].chunk(3), spectra, strict=True)]
+    [values] = state[f"model.{block}mlp.c_fc.parametrizations.weight.0.values"]
+    for before, after, spectrum in [*layers, (base[mlp], weights[mlp], values)]:
+        left, _, right = torch.linalg.svd(before, full_matrices=False)
+        torch.testing.assert_close(after, left @ spectrum.diag() @ right, rtol=0, atol=1e-5)
 
 
 def test_grouped_bottleneck_by_its_equation():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,23 +20,12 @@ from tests.rivals.conftest import collection_of
 CLASSES = ("a", "b", "c", "d")
 
 
-class Told:
-    """A system whose embeddings are told."""
-
-    def __init__(self, classes: list[list[float]]) -> None:
-        self._classes = torch.tensor(classes)
-
-    def embed_classes(self, classes: Any, templates: Any) -> torch.Tensor:
-        return self._classes
-
-    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels
-
-
 def test_each_kind_is_judged_among_its_own_labels() -> None:
     of = Collection(CLASSES, ("{}",), {}, {}, {})
     assert of.splits == {"first half": ("a", "b"), "last half": ("c", "d")}
-    system: Any = Told(torch.eye(4).tolist())
+    # Embeddings of classes and images are told.
+    embeds = {"embed_classes": lambda *_: torch.eye(4), "embed_images": lambda pixels: pixels}
+    system: Any = SimpleNamespace(**embeds)
     scores = [
         [0.9, 0.1, 0.0, 0.0],  # an image of a, right among all
         [0.5, 0.4, 0.6, 0.0],  # of a, right among a and b; c is better
@@ -87,8 +77,7 @@ def test_the_interval_holds_seeds_too() -> None:
     lead, half, _ = lead_of([seeds])
     low, high = scipy.stats.t.interval(0.95, 3, np.mean(means), scipy.stats.sem(means))
     assert (lead - half, lead + half) == pytest.approx((100 * low, 100 * high))
-    # Images that differ, alike for all seeds, add their own part; each of two sets has half of the
-    # weight.
+    # Images that differ add their own part; each of two sets has half of the weight.
     images = np.random.default_rng(0).normal(size=50) / 10
     of_images = 1.96 * 100 * scipy.stats.sem(images)
     for sets in (1, 2):

@@ -12,20 +12,10 @@ import pytest
 
 from radapter_serve import RAdapterError, evaluate, load_adapter, train
 from radapter_serve.cli.train import main as train_command
-from tests.helpers.short_run import short_run
+from tests.helpers.short_run import COMMON, short_run
 from tests.helpers.walks import check_walk
 
-FIELDS: dict[str, Any] = {
-    "batch_size": 8,
-    "steps": 4,
-    "warmup_steps": 1,
-    "learning_rate": 3e-3,
-    "momentum": 0.5,
-    "preserve_words": 0.0,
-    "workers": 0,
-    "seed": 3,
-    "tracker": "none",
-}
+FIELDS = COMMON | {"steps": 4, "preserve_words": 0.0, "seed": 3}
 
 
 def test_training_gives_what_the_command_gives_and_prints_where_it_is_asked(

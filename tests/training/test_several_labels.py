@@ -26,8 +26,8 @@ from tests.training.test_wiring import (
     FIELDS,
     TEMPLATES,
     assert_trains_as_by_hand,
-    picture,
     prompts,
+    tabled,
 )
 
 # Of each image, in its own order.
@@ -36,22 +36,18 @@ SETS = [*[(0, 2), (1,), (2, 1), (0,), (2,), (0, 1, 2)], *[(1, 0), (2,), (1,), (0
 
 def several(folder: Path, kind: str, seed: int = 0) -> tuple[str, list[Pair]]:
     """Images with one to three labels in one of the forms that are read, and the same as pairs."""
-    generator = np.random.default_rng(seed)
-    (folder / "images").mkdir(parents=True)
+    names = [[CLASSES[label] for label in labels] for labels in SETS]
+    texts = [[" ; ".join(of) + ";"] for of in names]
+    data, images = tabled(folder, "label", texts, seed)
     pairs = []
-    for number, labels in enumerate(SETS):
-        image = picture(generator)
-        image.save(folder / "images" / f"{number}.png")
+    for image, labels in zip(images, SETS, strict=True):
         own = {label: prompts(CLASSES[label]) for label in labels}
         pairs.append(Pair(image, labels[0], own[labels[0]], own))
-    names = [f"images/{number}.png" for number in range(len(SETS))]
-    lists = [[CLASSES[label] for label in labels] for labels in SETS]
     if kind == "lists":
-        pd.DataFrame({"image": names, "label": lists}).to_parquet(folder / "rows.parquet")
-        return f"parquet:{folder}/rows.parquet", pairs
-    texts = [" ; ".join(of) + ";" for of in lists]
-    pd.DataFrame({"image": names, "label": texts}).to_csv(folder / "rows.csv", index=False)
-    return f"csv:{folder}/rows.csv", pairs
+        files = [f"{number}.png" for number in range(len(SETS))]
+        pd.DataFrame({"image": files, "label": names}).to_parquet(folder / "rows.parquet")
+        data = f"parquet:{folder}/rows.parquet"
+    return data, pairs
 
 
 def test_training_is_as_by_hand(tiny_clip_dir: str, tmp_path: Path) -> None:
@@ -132,7 +128,7 @@ def test_few_shots_leave_every_class_an_image(tmp_path: Path) -> None:
 
 
 def test_what_is_refused_or_noted(tmp_path: Path) -> None:
-    data, _ = several(tmp_path, "text")
+    data, _ = several(tmp_path / "data", "text")
     # A semicolon is a part of a name unless it separates.
     whole = Recipe(data=data)
     assert len(load_labelled(whole).classes) == len({";".join(map(str, of)) for of in SETS})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from radapter_serve.adapter import load_adapter
+from radapter_serve.adapter import Adapter, load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
@@ -32,6 +33,13 @@ from tests.helpers.short_run import rows, short_run
 from tests.helpers.small_models import make_base
 from tests.training.test_several_labels import several
 from tests.training.test_wiring import FIELDS, captioned
+
+# A process in a group of its own, whose words come together.
+GROUP: dict[str, Any] = {
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.STDOUT,
+    "start_new_session": True,
+}
 
 
 @pytest.fixture
@@ -75,6 +83,7 @@ def test_a_run_learns_and_leaves_what_it_says(
     torch.testing.assert_close(bases[0].model.state_dict(), expected, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_run_that_is_stopped_is_resumed_to_the_same_result(
     recipe: Recipe,
     tmp_path: Path,
@@ -110,17 +119,12 @@ def test_a_run_that_is_stopped_is_resumed_to_the_same_result(
     torch.testing.assert_close(resumed.tensors, whole, rtol=0, atol=1e-7)
 
     # A run that gets a signal saves a checkpoint, from which its folder alone goes on.
-    # A process that a shell starts in the background ignores Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            cut = tmp_path / number.name
-            error = stopped(cut, None, functools.partial(os.kill, os.getpid(), number))
-            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            if number == signal.SIGTERM:
-                assert isinstance(error, SystemExit) and error.code == 143
-    finally:
-        signal.signal(signal.SIGINT, before)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        cut = tmp_path / number.name
+        error = stopped(cut, None, functools.partial(os.kill, os.getpid(), number))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if number == signal.SIGTERM:
+            assert isinstance(error, SystemExit) and error.code == 143
     assert isinstance(error, KeyboardInterrupt)
     files = {path.name for path in cut.iterdir()}
     assert files == {"checkpoint.pt", "metrics.jsonl", "recipe.yaml"}
@@ -146,17 +150,41 @@ def test_bf16_trains_to_nearly_the_same_adapter(recipe: Recipe, tmp_path: Path) 
         assert F.cosine_similarity(value.flatten(), plain[name].flatten(), dim=0) > 0.9
 
 
+def train_in_two_processes(recipe: Recipe, folder: Path) -> Adapter:
+    """Train by the command, in two processes."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *("-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(folder / "two")),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, text=True, env=environment, **GROUP)
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-3000:]
+    assert "in 2 processes" in output
+    return load_adapter(folder / "two")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "retrieval"])
 def test_two_processes_train_to_the_same_adapter_as_one(
-    tiny_clip_dir: str, tmp_path: Path, train_in_two_processes: Any
+    task: str, tiny_clip_dir: str, tmp_path: Path, with_captions: Recipe
 ) -> None:
     """11 images, no multiple of the batch nor of the processes, some with more labels."""
-    data, _ = several(tmp_path / "data", "text")
-    fields = {**FIELDS, "label_separator": ";", "negative_classes": 2}
-    recipe = short_run(tiny_clip_dir, tmp_path, data=data, **fields)
+    recipe = dataclasses.replace(with_captions, captions_per_image=2)
+    if task == "classification":
+        data, _ = several(tmp_path / "several", "text")
+        fields = {**FIELDS, "label_separator": ";", "negative_classes": 2}
+        recipe = short_run(tiny_clip_dir, tmp_path, data=data, **fields)
     alone = load_adapter(train(recipe))
-    train_in_two_processes(recipe, tmp_path / "two")
-    assert_same(load_adapter(tmp_path / "two").tensors, alone.tensors)
+    together = train_in_two_processes(recipe, tmp_path)
+    assert together.metadata.metrics == alone.metadata.metrics
+    assert_same(together.tensors, alone.tensors)
 
 
 def test_the_form_follows_the_batch(tiny_clip_dir: str) -> None:
@@ -205,10 +233,9 @@ def test_a_broken_image_is_one_line_with_workers_too(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (images / "red" / "0.png").write_bytes(b"no image")
-    flags = ["--val-data", "none", "--workers", "2"]
-    assert "red/0.png can't be read" in refused(*flags, "--out", str(tmp_path / "skipped"))
-    skip = ["--recipe", str(tmp_path / "recipe.yaml"), *flags, "--on-broken", "skip"]
-    assert main([*skip, "--out", str(tmp_path / "skipped")]) == 0
+    flags = ["--val-data", "none", "--workers", "2", "--out", str(tmp_path / "skipped")]
+    assert "red/0.png can't be read" in refused(*flags)
+    assert main(["--recipe", str(tmp_path / "recipe.yaml"), *flags, "--on-broken", "skip"]) == 0
     assert "left out 1 broken image" in capsys.readouterr().out
     assert "red/0.png" in (tmp_path / "skipped" / "broken.txt").read_text()
 
@@ -268,22 +295,16 @@ def test_a_signal_to_the_whole_group_with_workers(recipe: Recipe, tmp_path: Path
     fields: dict[str, Any] = {"workers": 2, "steps": 100_000, "save_every": None}
     path.write_text(yaml.safe_dump(recipe.to_dict() | fields))
     arguments = ["-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = subprocess.Popen([sys.executable, *arguments], text=True, **GROUP)
     try:
         deadline = time.monotonic() + 300
         while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=200)
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert process.returncode == 130 and "Traceback" not in output, output
     assert (out / "checkpoint.pt").is_file()
 
 
@@ -292,18 +313,6 @@ def with_captions(tiny_clip_dir: str, tmp_path: Path) -> Recipe:
     """16 images with 40 captions, as rows."""
     data, _ = captioned(tmp_path / "data", 16, seed=1)
     return short_run(tiny_clip_dir, tmp_path, task="retrieval", data=data, val_data=data)
-
-
-@pytest.mark.slow
-def test_two_processes_take_captions_as_one_does(
-    with_captions: Recipe, tmp_path: Path, train_in_two_processes: Any
-) -> None:
-    with_captions = dataclasses.replace(with_captions, captions_per_image=2)
-    one = load_adapter(train(with_captions))
-    train_in_two_processes(with_captions, tmp_path / "two")
-    two = load_adapter(tmp_path / "two")
-    assert two.metadata.metrics == one.metadata.metrics
-    assert_same(two.tensors, one.tensors)
 
 
 def test_broken_images_and_rows_without_captions(with_captions: Recipe, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,36 +71,36 @@ def prompts(name: str) -> list[str]:
     return [template.replace("{}", name) for template in TEMPLATES]
 
 
+def tabled(
+    folder: Path, column: str, texts: Sequence[Sequence[str]], seed: int
+) -> tuple[str, list[Image.Image]]:
+    """Images and a table of them, with a row for each text of an image."""
+    generator = np.random.default_rng(seed)
+    images = [picture(generator) for _ in texts]
+    folder.mkdir()
+    for number, image in enumerate(images):
+        image.save(folder / f"{number}.png")
+    rows = [(f"{number}.png", text) for number, of in enumerate(texts) for text in of]
+    pd.DataFrame(rows, columns=["image", column]).to_csv(folder / "rows.csv", index=False)
+    return f"csv:{folder}/rows.csv", images
+
+
 def labelled(folder: Path, count: int, seed: int) -> tuple[str, list[Pair]]:
     """A table of images with labels, and the same as pairs."""
-    generator = np.random.default_rng(seed)
-    table = []
-    pairs = []
-    folder.mkdir()
-    for number in range(count):
-        image = picture(generator)
-        label = number * 2 % 3
-        image.save(folder / f"{number}.png")
-        table.append((f"{number}.png", CLASSES[label]))
-        pairs.append(Pair(image, label, prompts(CLASSES[label])))
-    pd.DataFrame(table, columns=["image", "label"]).to_csv(folder / "rows.csv", index=False)
-    return f"csv:{folder}/rows.csv", pairs
+    labels = [number * 2 % 3 for number in range(count)]
+    data, images = tabled(folder, "label", [[CLASSES[label]] for label in labels], seed)
+    pairs = zip(images, labels, strict=True)
+    return data, [Pair(image, label, prompts(CLASSES[label])) for image, label in pairs]
 
 
 def captioned(folder: Path, count: int, seed: int) -> tuple[str, list[Pair]]:
     """A table of images with two or three captions each, one a row, and the same as pairs."""
-    generator = np.random.default_rng(seed)
-    table = []
-    pairs = []
-    folder.mkdir()
-    for number in range(count):
-        image = picture(generator)
-        captions = [f"picture {number} in way {way}" for way in range(2 + number % 2)]
-        image.save(folder / f"{number}.png")
-        table += [(f"{number}.png", caption) for caption in captions]
-        pairs.append(Pair(image, number, captions))
-    pd.DataFrame(table, columns=["image", "caption"]).to_csv(folder / "rows.csv", index=False)
-    return f"csv:{folder}/rows.csv", pairs
+    captions = [
+        [f"picture {number} in way {way}" for way in range(2 + number % 2)]
+        for number in range(count)
+    ]
+    data, images = tabled(folder, "caption", captions, seed)
+    return data, [Pair(image, number, captions[number]) for number, image in enumerate(images)]
 
 
 def masked(
