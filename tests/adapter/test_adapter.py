@@ -195,9 +195,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
 def test_training_moves_adapters_alone_and_they_fold_exactly(
     family: str, load: Callable[[str], Base]
 ) -> None:
-    """Two steps of the paper's loss; then attached in either form and folded into the plain model
-    are the same, at low rank, too.
-    """
+    """After two steps of the loss, adapters in either form and the fold compute the same."""
     rank = 3 if family == "vit-quickgelu" else None
     base = load(family)
     model = base.model

@@ -57,9 +57,7 @@ BASE = {
 
 
 def test_digests_are_those_of_the_specification() -> None:
-    """Each name in sorted order, the shape as Python prints it, and the values as little-endian
-    float32. Files in the field hold them, so they may never change.
-    """
+    """Files in the field hold them, so they may never change."""
     weight = [[1.0, -2.5, 0.0], [3.25, 1e-8, -1.0]]
     bias = [0.5, -0.125]
     expected = hashlib.sha256()

@@ -1,6 +1,4 @@
-"""Loading a base, with the activation that it was trained with; nothing in a hostile folder is run:
-each would write a file.
-"""
+"""Loading a base, with the activation that it was trained with, and without running its code."""
 
 from __future__ import annotations
 

@@ -42,9 +42,7 @@ def pixels() -> Tensor:
 
 @torch.no_grad()
 def reference(model: Any, pixels: Tensor, way: str, quick_gelu: bool) -> Tensor:
-    """[B, 3, 3, D]: the last block and what follows by the formulas, in double precision, from what
-    open_clip gives to that block.
-    """
+    """[B, 3, 3, D]: the last block and what follows, by the formulas, in double precision."""
     inputs: list[Tensor] = []
     last = model.visual.transformer.resblocks[-1]
     hook = last.register_forward_pre_hook(lambda _, values: inputs.append(values[0].double()))

@@ -1,6 +1,4 @@
-"""A loaded release, of a repository or of a live server; and tasks side by side:
-what they need is encoded together, and an error is its own task's alone.
-"""
+"""A loaded release, of a repository or of a live server; and tasks side by side."""
 
 from __future__ import annotations
 

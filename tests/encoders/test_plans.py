@@ -33,9 +33,7 @@ ENCODERS = sorted({model for model, _ in ENGINES})
 
 @pytest.fixture
 def mine(repository: Path, tmp_path: Path) -> Path:
-    """The encoders of two releases, and the task that has the releases; patches in the second
-    only.
-    """
+    """The encoders and `classify` of two releases, of which the second alone has patches."""
     folder = tmp_path / "repository"
     for model in (*ENCODERS, "classify"):
         shutil.copytree(repository / model, folder / model)

@@ -67,9 +67,7 @@ def _write_photos(folder: Path, count: int) -> None:
 
 
 def exported_once(common: Path, name: str, adapter: Any, alphas: Any, **settings: Any) -> Exported:
-    """A folder with `repository` and `merged`, and the releases that were exported into it by one
-    worker for all of them. Not to be changed.
-    """
+    """A folder with `repository` and `merged`, and its releases, exported once for all workers."""
 
     def make(folder: Path) -> None:
         place = folder / "repository"
@@ -97,9 +95,7 @@ def dynamic(common: Path, adapter_path: Path) -> Exported:
 
 @pytest.fixture
 def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
-    """Exports the tiny adapter into `repository` and `merged` of `tmp_path`; the settings are
-    keywords.
-    """
+    """Exports the tiny adapter into `tmp_path`; the settings are keywords."""
 
     def call(
         alphas: Any = (0.5,), *, adapter: Any = adapter_path, progress: Any = None, **settings: Any

@@ -1,6 +1,4 @@
-"""Every family from its adapter to a release, and what the release holds against open_clip
-itself.
-"""
+"""Every family from its adapter to a release, against open_clip itself."""
 
 from __future__ import annotations
 

@@ -73,9 +73,7 @@ def images() -> list[Image.Image]:
 
 @torch.no_grad()
 def by_open_clip(merged: Path) -> tuple[np.ndarray, np.ndarray, float]:
-    """open_clip's own embeddings of `images()` and TEXTS with a merged checkpoint, and its scale of
-    the cosines.
-    """
+    """open_clip's own embeddings of `images()` and TEXTS, and its scale of the cosines."""
     loaded: Any = open_clip.create_model_and_transforms(f"local-dir:{merged}")
     model, _, transform = loaded
     tokens = open_clip.get_tokenizer(f"local-dir:{merged}")(TEXTS)
@@ -236,9 +234,7 @@ def test_what_the_library_lacks_is_named(
 def test_a_text_tower_by_itself_and_another_epsilon_have_the_form(
     no_processor: None, tmp_path: Path
 ) -> None:
-    """open_clip keeps the text tower apart where `custom_text` says so; only the names of its
-    weights differ.
-    """
+    """By `custom_text` only the names of the weights differ."""
     whole = load_base(make_base("vit", tmp_path / "whole"))
     apart = load_base(make_base("vit", tmp_path / "apart", custom_text=True))
     state = {name.removeprefix("text."): value for name, value in apart.model.state_dict().items()}

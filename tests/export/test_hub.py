@@ -1,6 +1,4 @@
-"""Releases on the hub: the card, what is sent, what comes back, and what is refused; by a stand-in
-for the hub's HTTP, in the test's process, which keeps every commit.
-"""
+"""Releases on the hub, by a stand-in for its HTTP that keeps every commit."""
 
 from __future__ import annotations
 

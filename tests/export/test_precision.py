@@ -1,6 +1,4 @@
-"""Precision: which operators compute in which type, numbers where 16 bits overflow, int8, and what
-the task loses.
-"""
+"""Precision: types of operators, numbers where 16 bits overflow, int8, and what the task loses."""
 
 from __future__ import annotations
 
@@ -215,9 +213,7 @@ def test_int8_products_are_right_on_every_cpu(tmp_path: Path, static: bool, larg
 
 
 def accuracy_of_torch(base: Base, adapter: Adapter, photos: Path) -> float:
-    """Per cent right by open_clip's own code, the adapter folded in at 0.7, and the adapter's
-    templates.
-    """
+    """Per cent right by open_clip's own code, with the adapter folded in at 0.7."""
     model: Any = load_base(base.name).model
     model.load_state_dict(fold(base.model.state_dict(), adapter, 0.7))
     transform: Any = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
@@ -335,9 +331,7 @@ def test_a_release_that_loses_points_is_refused(
     photos: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The newest release, of 0.8, is compared with torch at 1, which stays on the CPU, where its
-    adapters are.
-    """
+    """The newest release, of 0.8, is compared with torch at 1, which stays on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     base = load_base(tiny_clip_dir)
     adapter = load_adapter(adapter_path)

@@ -98,9 +98,7 @@ WITHOUT_PATCHES = [model for model in MODELS if model != PATCH_ENCODER]
 
 
 def put(folder: Path, models: Sequence[str], moves: int | None = None) -> int:
-    """Commit a release of these models, each a version with nothing in it, or be killed after so
-    many moves.
-    """
+    """Commit a release of these models, empty ones, or be killed after so many moves."""
     repository = Repository(folder, models).__enter__()
     version = repository.next_version()
     for model in models:

@@ -1,6 +1,4 @@
-"""Classes, label sets with examples and the chosen α go with an adapter into its releases; and
-warnings.
-"""
+"""Classes, label sets with examples and the chosen α go with an adapter into its releases."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Every graph through TensorRT's own parser and builder, in its RTX edition, which needs no GPU for
-that.
-"""
+"""Every graph through the parser and builder of TensorRT's RTX edition, which need no GPU."""
 
 from __future__ import annotations
 

@@ -52,9 +52,7 @@ RUN = (
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder: `photos` of three classes, and in `masked` the same 12 images with
-    masks.
-    """
+    """A working folder: 12 `photos` of three classes, and in `masked` the same with masks."""
     for folder in ("masked/images", "masked/masks", *(f"photos/{name}" for name in COLOURS)):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "masked" / "classes.txt").write_text("\n".join(COLOURS))
