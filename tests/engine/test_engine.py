@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -109,12 +110,8 @@ def test_releases_are_replaced_from_one_request_to_the_next(repository: Path) ->
         assert release.version == 2 and len(one.calls) == calls
         with pytest.raises(ModelNotFound, match="no release 1"):
             Client(transport=engine, release=1).embed_texts(["a"])
-
-        def fails(*_: Any) -> Any:
-            raise TaskError("encoder_failed", "no")
-
-        broken = Local(repository, 1)
-        broken.tokens = fails  # type: ignore[method-assign,assignment]
+        broken: Any = Local(repository, 1)
+        broken.tokens = Mock(side_effect=TaskError("encoder_failed", "no"))
         with pytest.raises(TaskError, match="encoder_failed"):
             engine.prepare([broken.loaded])
         assert engine.versions() == [2]

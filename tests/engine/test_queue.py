@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -102,10 +103,7 @@ def test_who_gives_up_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held()
     callers = Callers(Queue(held, max_rows=8))
     callers.first(0, held.begun)
-
-    def too_late() -> bool:
-        raise TaskError(TIMED_OUT, "no answer within the time-out")
-
+    too_late = Mock(side_effect=TaskError(TIMED_OUT, "no answer within the time-out"))
     for cancelled, code in ((lambda: True, "cancelled"), (too_late, TIMED_OUT)):
         with pytest.raises(TaskError) as error:
             callers.asked([need(1, cancelled=cancelled)])

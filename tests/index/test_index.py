@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -277,13 +278,9 @@ def test_a_stopped_build_goes_on_unasked(
 ) -> None:
     error = stop_a_build(photos, out, release)
     assert "'deep/er/z.png' can't be indexed" in error
-
-    def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
     again = projecting()
     with pytest.raises(KeyboardInterrupt, match="so far are kept: give the same command again"):
-        build(str(photos), out, again, progress=interrupt)
+        build(str(photos), out, again, progress=Mock(side_effect=KeyboardInterrupt))
     summary = build(str(photos), out, again)
     assert (summary.count, summary.kept, embedded(again)) == (12, 12, 0)
     assert names(tmp_path) == {"photos", "index"}

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -227,10 +228,8 @@ def test_codes_that_can_not_be_written_leave_nothing(
 ) -> None:
     import faiss
 
-    def fail(*_: object) -> None:
-        raise RuntimeError("No space left on device")
-
-    monkeypatch.setattr(faiss, "write_index", fail)
+    full = Mock(side_effect=RuntimeError("No space left on device"))
+    monkeypatch.setattr(faiss, "write_index", full)
     with pytest.raises(RAdapterError, match="cannot write .*: No space left on device"):
         make(tmp_path, built.vectors[:300], built.texts)
     assert not list(tmp_path.glob("*index*"))

@@ -60,12 +60,10 @@ class Watched:
 
     def __init__(self, server: TritonServer, probe: Probe | None = None) -> None:
         self.lines: list[str] = []
-        self._supervisor = Supervisor(
-            server, self.lines.append, probe=probe or Probe(server.control, server.cpu_seconds)
-        )
+        self._supervisor = Supervisor(server, self.lines.append, probe=probe)
 
-    def until(self, done: Callable[[], bool], seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
+    def until(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
         while not done():
             assert time.monotonic() < deadline, self.lines
             self._supervisor.step()
