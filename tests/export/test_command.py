@@ -29,7 +29,7 @@ def checkout(
     for name, age, classes in (("old", 100, ["Crane", "dog", "crane"]), ("new", 0, None)):
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
-        save_adapter(random_adapter(0.05, classes=classes), run / "adapter.safetensors")
+        save_adapter(random_adapter(scale=0.05, classes=classes), run / "adapter.safetensors")
         stamp = (run / "adapter.safetensors").stat().st_mtime - age
         os.utime(run / "adapter.safetensors", (stamp, stamp))
     (tmp_path / "animals.txt").write_text("cat, kitty\ndog\n", encoding="utf-8")
