@@ -404,7 +404,7 @@ class Client:
             index_version=index_version,
         )
         if not images and not {"text", "id"} & options.keys():
-            raise bad_argument('give a text to search for, image="FILE" or id="ID", one or more')
+            raise bad_argument("give a text, an image or an id to search for, or several of them")
 
         # Ask for the outputs that the call needs.
         outputs = ["id", "score", "metadata"]

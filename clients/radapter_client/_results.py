@@ -158,11 +158,13 @@ class Hit(_OneLine):
 
     @property
     def about(self) -> dict[str, Any]:
-        """The metadata worth showing: without the path, which equals the id, and the file's
-        digest.
+        """The metadata worth showing: without empty values, the path, which equals the id, and the
+        file's digest.
         """
         return {
-            name: value for name, value in self.metadata.items() if name not in ("path", "digest")
+            name: value
+            for name, value in self.metadata.items()
+            if name not in ("path", "digest") and value is not None
         }
 
 

@@ -141,7 +141,7 @@ def fit(
                 if stop:
                     progress.say(
                         f"saved a checkpoint after step {step}; continue with radapter-train"
-                        f" --resume {out}"
+                        f" --resume {shlex.quote(str(out))}"
                     )
                     interruption.end()
                 every = recipe.validate_every

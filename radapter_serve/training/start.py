@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -79,7 +80,8 @@ def train(
     out = chosen.out or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not chosen.resume and any((out / name).exists() for name in (CHECKPOINT, ADAPTER)):
         raise RAdapterError(
-            f"{out} holds a run; resume it by --resume {out}, or name another folder by --out"
+            f"{out} holds a run; resume it by --resume {shlex.quote(str(out))}, or name another"
+            " folder by --out"
         )
     if chosen.learning_rate == "auto" and chosen.resume:  # the stopped run has found the rate
         earlier = recipe_from(resume=out)

@@ -448,7 +448,7 @@ PIXELS = np.zeros((4, 5, 3), np.uint8)
         ("segment", {"proposals": MASK * 1}, "proposals of int64; allowed: bool, uint8 from 0"),
         ("segment", {"proposals": MASK * np.nan}, "proposals of float64"),
         ("segment", {"proposals": [[[1], [1, 2]]]}, "not an array of numbers"),
-        ("search", {"text": None}, "give a text to search for"),
+        ("search", {"text": None}, "give a text, an image or an id"),
         *(("search", {"min_score": score}, "min_score is") for score in (True, "high")),
         ("search", {"image": "no.jpg"}, "cannot read the image no.jpg"),
         ("embed_images", {"images": 3}, "takes a list, not one int"),

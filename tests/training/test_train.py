@@ -120,7 +120,7 @@ def test_a_run_that_is_stopped_is_resumed_to_the_same_result(
 
     # A run that gets a signal saves a checkpoint, from which its folder alone goes on.
     for number in (signal.SIGTERM, signal.SIGINT):
-        cut = tmp_path / number.name
+        cut = tmp_path / f"the {number.name}"
         error = stopped(cut, None, functools.partial(os.kill, os.getpid(), number))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if number == signal.SIGTERM:
@@ -129,7 +129,7 @@ def test_a_run_that_is_stopped_is_resumed_to_the_same_result(
     files = {path.name for path in cut.iterdir()}
     assert files == {"checkpoint.pt", "metrics.jsonl", "recipe.yaml"}
     printed = capsys.readouterr().out.replace("\n", " ")
-    assert "saved a checkpoint after step 7; continue with radapter-train --resume" in printed
+    assert f"after step 7; continue with radapter-train --resume '{cut}'" in printed
     assert main(["--resume", str(cut)]) == 0
     assert len(losses(cut)) == 8
     torch.testing.assert_close(load_adapter(cut).tensors, whole, rtol=0, atol=1e-7)
