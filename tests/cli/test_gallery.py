@@ -57,7 +57,7 @@ def decoded(source: str | None) -> Image.Image:
 
 
 def test_page():
-    named = {"author": "Zoë", "tags": ["a", "b"], "width": None}
+    named = {"author": "Zoë", "tags": ["a", "b"], "camera": None}
     about = {"path": "deep/a.jpg", "digest": "sha256:00", **named}
     web = Hit("https://example.org/b.jpg", -0.5, {"url": "https://example.org"}, None)
     hits = [Hit("deep/a.jpg", 0.28125, about, png(3, 8, 6, "JPEG")), web]
@@ -65,7 +65,7 @@ def test_page():
     found = Page(content)
     for piece in ("a red bicycle", "index: photos · release: 3", "1. deep/a.jpg", "author", "Zoë"):
         assert piece in found.text
-    assert not any(piece in found.text for piece in ("path", "sha256", "width"))
+    assert not any(piece in found.text for piece in ("path", "sha256", "camera"))
     assert '["a", "b"]' in found.text and "no thumbnail" in found.text
     [picture] = found.all("img")
     assert (decoded(picture["src"]).size, picture["alt"]) == ((8, 6), "deep/a.jpg")
