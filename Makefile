@@ -50,11 +50,11 @@ test-triton: $(VENV)/installed-$(call with,integrations)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "triton and not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TRITON)
 
 # Whole programs: every rival and a table of them, the demo's comparison, the playground and the engine,
-# a small /dev/shm, what each room may import, other libraries that open a release or ask the gateway,
-# an index by a local Ray, and what a search loads.
+# a small /dev/shm, what each room may import, an export that is killed, other libraries that open a release
+# or ask the gateway, an index by a local Ray, and what a search loads.
 SLOW := tests/cli tests/demo tests/engine tests/playground \
-  tests/rivals tests/export/test_forms.py tests/export/test_graph.py tests/export/test_validation.py \
-  tests/export/test_hub.py tests/faults/test_shared_memory.py tests/gateway/test_openai.py \
+  tests/rivals tests/export/test_checkpoint.py tests/export/test_forms.py tests/export/test_graph.py tests/export/test_validation.py \
+  tests/export/test_hub.py tests/export/test_release.py tests/faults/test_shared_memory.py tests/gateway/test_openai.py \
   tests/index/test_cluster.py tests/index/test_from_embeddings.py \
   tests/test_house.py
 # Of these there is time for some: SigLIP in every precision through TensorRT's parser and builder and as a release, the

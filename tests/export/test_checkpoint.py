@@ -1,16 +1,19 @@
-"""Releases of checkpoints that were tuned elsewhere."""
+"""Releases of checkpoints and LoRAs that were tuned elsewhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+from radapter_export import export as export_function
 from radapter_serve.clip.base import Base
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release
-from tests.export.conftest import GRAPHS, Export
+from tests.export.conftest import GRAPHS, Export, Exported
 
 
 def test_a_checkpoint_becomes_releases_on_its_line(
@@ -39,3 +42,36 @@ def test_a_checkpoint_becomes_releases_on_its_line(
     assert facts.base_digest != facts.adapter_digest
     assert releases[0].release.digest != releases[1].release.digest
     assert sorted(graph.name for graph in releases[0].graphs) == sorted(GRAPHS)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_lora_becomes_a_release_on_the_base_that_it_names(
+    dynamic: Exported, common: Path, tmp_path: Path, quick: None
+) -> None:
+    import peft  # here: it takes seconds to load
+
+    base = common / "any-form"
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        transformers.CLIPModel.from_pretrained(base),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "fc1"]),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(str(tmp_path / "lora"))
+    done = export_function(
+        lora=tmp_path / "lora",
+        model_repository=tmp_path / "repository",
+        merged=tmp_path / "merged",
+        transformers=tmp_path / "transformers",
+    )
+    made_of = done.releases[0].release.made_of
+    assert done.alpha == 1 and made_of is not None
+    assert (made_of["kind"], made_of["base"]) == ("lora", f"local-dir:{base}")
+    weights = load_file(tmp_path / "transformers" / "model.safetensors")
+    torch.testing.assert_close(
+        weights, dict(model.merge_and_unload().state_dict()), rtol=0, atol=1e-6
+    )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +87,22 @@ def test_release_json(exported: Exported, adapter_path: Path, tiny_base: Base) -
             assert agreement[name]["min_cosine"] > 0.999999
 
 
+def test_versions_count_up_and_other_models_stay(
+    export: Export, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    foreign = tmp_path / "repository" / "mine" / "77"
+    foreign.mkdir(parents=True)
+    (first,) = export(None)
+    assert (first.version, first.alpha, first.merged) == (1, 0.5, tmp_path / "merged")
+    before = tree(tmp_path / "repository" / "classify" / "1")
+    for model in ("image_encoder", "classify"):
+        (tmp_path / "repository" / model / "9").mkdir()
+    assert [release.version for release in export((0, 1))] == [10, 11]
+    assert tree(tmp_path / "repository" / "classify" / "1") == before
+    assert names(tmp_path) == {"merged", "repository"} and foreign.is_dir()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_recipe_says_how_patches_are_embedded_segments_cropped_and_photos_turned(
     export: Export, random_adapter: Callable[..., Adapter], tmp_path: Path
 ) -> None:
@@ -123,3 +142,38 @@ def test_a_failure_leaves_everything_as_it_was(
     with pytest.raises(RAdapterError, match="No space left on device.*run radapter-export again"):
         export()
     assert tree(tmp_path) == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tests.helpers.graphs import quick_exports
+from radapter_export import ExportSettings, export_release
+def progress(line):
+    if "text_encoder at alpha 0.3" in line:
+        os.kill(os.getpid(), signal.SIGKILL)
+settings = ExportSettings(model_repository=Path("repository"), merged=Path("merged"))
+with quick_exports(Path(sys.argv[3])):
+    export_release(sys.argv[1], [0.2, 0.3], settings, progress=progress)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_export_leaves_what_is_served_and_the_next_one_tidies(
+    export: Export, adapter_path: Path, common: Path, tmp_path: Path
+) -> None:
+    export()
+    before = tree(tmp_path)
+    arguments = [str(path) for path in (adapter_path, Path(__file__).parents[2], common)]
+    command = [sys.executable, "-c", KILLED, *arguments]
+    killed = subprocess.run(command, cwd=tmp_path, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    after = tree(tmp_path)
+    rest = after.keys() - before.keys()
+    assert rest
+    assert all("/.export-" in f"/{path}" or path.startswith(".merged.new") for path in rest)
+    assert {path: after[path] for path in before} == before
+    (release,) = export()
+    assert release.version == 2
+    assert not [path for path in tree(tmp_path) if ".export-" in path or ".new" in path]
