@@ -48,8 +48,8 @@ NO_STOP: dict[str, Method] = {
     "CoOp, no full stop": CoOp(words="{}"),
     "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
 }
-# Methods at the rates that validation chose for the main table of the drawings, or on photos of PACS
-# if a name has the rate.
+# Methods at the rates that validation chose for the main table of the drawings, or, if a name has a
+# rate, on photos of PACS.
 AT_CHOSEN_RATE = {
     "WiSE-FLYP": with_rate(METHODS["wise-flyp"], 1e-3),
     "LoRA": with_rate(METHODS["lora"], 6e-4),
