@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -214,9 +215,9 @@ def shots(
     picture = flags.out / "shots.png"
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
     for panel, head in zip(figure.subplots(1, 2), heads, strict=True):
+        panel.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
         for name in known:
             middles = [middle(head, name, number) for number in numbers]
-            # There are more methods than colours: those of R-Adapter have whole lines.
             style = {"marker": "o", "linestyle": ":"}
             if name == ZERO_SHOT:
                 style = {"color": "black", "linestyle": "--"}
