@@ -141,7 +141,7 @@ def proposal_values(proposals: Any, scores: Any) -> dict[str, Any]:
 
 
 def one_each(name: str, value: Any, images: int | None) -> list[Any]:
-    """Split an argument with one entry for each of so many images, None for one without a list."""
+    """Split an argument with an entry for each image of a list; `images` None is a lone image."""
     if images is None:
         return [value]
     if value is None:

@@ -170,11 +170,10 @@ def load_adapter(path: str | PathLike[str]) -> Adapter:
     run = path.parent if path.suffix == ".safetensors" else path
     path = path / ADAPTER if path.is_dir() else path
     if not path.is_file():
-        done = "finish the run by" if (run / CHECKPOINT).is_file() else "make one with"
-        flag = "--resume" if (run / CHECKPOINT).is_file() else "--out"
-        raise RAdapterError(
-            f"no adapter file at {path}; {done} radapter-train {flag} {shlex.quote(str(run))}"
-        )
+        command = "make one with radapter-train --out"
+        if (run / CHECKPOINT).is_file():
+            command = "finish the run by radapter-train --resume"
+        raise RAdapterError(f"no adapter file at {path}; {command} {shlex.quote(str(run))}")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

@@ -223,16 +223,16 @@ def chosen(adapter: str | Path) -> Choice:
     """Read the choice for an adapter file or a run; refuses one made for another adapter."""
     from radapter_serve.adapter import load_adapter  # torch takes seconds to load
 
+    digest = load_adapter(adapter).digest
     path = _path(adapter)
     again = f"choose by radapter-eval --adapter {path.parent} --alpha auto"
     try:
         choice = checker(Choice).validate_json(path.read_bytes())
     except FileNotFoundError:
-        load_adapter(adapter)  # refuses an adapter that is missing, too
         raise RAdapterError(f"no alpha was chosen for {path.parent}; {again}") from None
     except ValidationError as error:
         raise RAdapterError(f"could not read {path}: {first_problem(error)}; {again}") from error
-    if choice.adapter_digest != load_adapter(adapter).digest:
+    if choice.adapter_digest != digest:
         raise RAdapterError(f"{path} was chosen for another adapter; {again}")
     return choice
 

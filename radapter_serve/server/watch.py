@@ -62,14 +62,15 @@ class Watch:
         # again may have been stopped later than the one that was reported.
         failures: dict[tuple[str, int | None], Failure] = {}
         for pid in certain:
-            if states[pid] == psutil.STATUS_STOPPED:
+            is_stopped = states[pid] == psutil.STATUS_STOPPED
+            if is_stopped:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                why = "a signal had stopped it, so it was killed"
-            else:
-                why = how_it_ended(_exit_code(pid))
             if pid in self._reported:
                 continue
+            why = "a signal had stopped it, so it was killed"
+            if not is_stopped:
+                why = how_it_ended(_exit_code(pid))
             if pid == self._process.pid:
                 failure = Failure(SERVER, why)
             elif pid in self._models:
