@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from radapter_serve.errors import RAdapterError, reason, short
 
@@ -19,6 +20,10 @@ CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 RATES = "rates.json"
 RUNS = Path("runs")
+
+# Where the adapters of a run are: after attention and feed-forward of each block of both towers or
+# of the image tower, or after the last linear layer of a tower or of both.
+Adapt = Literal["towers", "image-tower", "text-projection", "image-projection", "projections"]
 
 # Prefixes of model names.
 LOCAL = "local-dir:"

@@ -151,7 +151,7 @@ def hyper_parameters() -> dict[str, Method]:
             f"m = {momentum:g}": {"momentum": momentum}
             for momentum in (0.0, 0.9, 0.99, 0.999, 0.9999)
         },
-        "image tower alone": {"adapt_text": False},
+        "image tower alone": {"adapt": "image-tower"},
     }
     return {name: r_adapter("imagenet", **changes) for name, changes in rows.items()}
 

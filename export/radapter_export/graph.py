@@ -22,6 +22,7 @@ from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, nn
 
 from radapter_serve.adapter import Adapter
+from radapter_serve.adapter.attach import PROJECTIONS
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import (
     causal_text_features,
@@ -184,11 +185,18 @@ class DynamicAlphaTower(nn.Module):
     def __init__(self, tower: nn.Module, adapter: Adapter) -> None:
         super().__init__()
         self.tower = tower
+        # The adapter of the tower's projection, and its key
+        self.projection: DynamicAlpha | None = None
+        self.key = ""
         self._alpha = _Alpha()
         modules = dict(tower.named_modules())
+        of_tower = PROJECTIONS["image" if isinstance(tower, ImageTower) else "text"]
         for key in adapter.keys:
             name = f"model.{key}"
-            if isinstance(layer := modules.get(name), nn.Linear):
+            if key in of_tower:
+                self.projection = DynamicAlpha(adapter.layer(key), self._alpha)
+                self.key = key
+            elif isinstance(layer := modules.get(name), nn.Linear):
                 tower.set_submodule(
                     name, DynamicAlphaLinear(layer, adapter.layer(key), self._alpha)
                 )
@@ -197,36 +205,60 @@ class DynamicAlphaTower(nn.Module):
         """Embed rows, each at its α."""
         self._alpha.rows = alpha
         embeds: Tensor = self.tower(values)
-        return embeds
+        if self.projection is None:
+            return embeds
+        # Only the normalisation follows the projection, so its adapter maps the embeddings: the
+        # length of an embedding cancels.
+        return unit(self.projection(embeds))
 
 
-class DynamicAlphaLinear(nn.Module):
-    """Computes `y + α·F·y` with `y = W·x + b`, the same as the fold at α: (W + α·F·W)·x + (b +
-    α·F·b).
-    """
+class DynamicAlpha(nn.Module):
+    """Computes `y + α·F·y`."""
 
     full: Tensor
     up: Tensor
     down: Tensor
 
-    def __init__(self, layer: nn.Linear, adapter: dict[str, Tensor], alpha: _Alpha) -> None:
+    def __init__(self, adapter: dict[str, Tensor], alpha: _Alpha) -> None:
         super().__init__()
-        self.weight = layer.weight
-        self.bias = layer.bias
         for name, tensor in adapter.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self._full_rank = "full" in adapter
         self._alpha = alpha
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, ..., k] to [B, ..., d]."""
-        y = F.linear(x, self.weight, self.bias)
+    def forward(self, y: Tensor) -> Tensor:
+        """Map [B, ..., d] to [B, ..., d]."""
         if self._full_rank:
             change = F.linear(y, self.full)
         else:
             change = F.linear(F.linear(y, self.down), self.up)
         alpha = self._alpha.rows.to(y.dtype).reshape(-1, *[1] * (y.ndim - 1))
         return y + alpha * change
+
+
+class DynamicAlphaLinear(DynamicAlpha):
+    """Computes `y + α·F·y` with `y = W·x + b`, the same as the fold at α: (W + α·F·W)·x + (b +
+    α·F·b).
+    """
+
+    def __init__(self, layer: nn.Linear, adapter: dict[str, Tensor], alpha: _Alpha) -> None:
+        super().__init__(adapter, alpha)
+        self.weight = layer.weight
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, ..., k] to [B, ..., d]."""
+        return super().forward(F.linear(x, self.weight, self.bias))
+
+
+def graph_weights(weights: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """The weights of graphs that take α: the base's, and the adapter's as `KEY.full`, or `KEY.up`
+    and `KEY.down`.
+    """
+    named = dict(weights)
+    for key in adapter.keys:
+        named |= {f"{key}.{name}": tensor for name, tensor in adapter.layer(key).items()}
+    return named
 
 
 class _Alpha:
@@ -368,10 +400,15 @@ def _export(
         onnxscript.optimizer.optimize_ir(model)
     del graph.inputs[count:]
 
-    # Name the weights as in the base or the adapter file. torch names values after operators, so
-    # another value may have the same name.
+    # Name the weights as `graph_weights` does. torch names values after operators, so another
+    # value may have the same name.
+    of_projection = tower.key if isinstance(tower, DynamicAlphaTower) else ""
+
     def key_of(name: str) -> str:
-        return name.removeprefix("tower.").removeprefix("model.").removesuffix(".full")
+        holder, _, inner = name.partition(".")
+        if holder == "projection":
+            return f"{of_projection}.{inner}"
+        return name.removeprefix("tower.").removeprefix("model.")
 
     for value in weights:
         value.name = key_of(str(value.name))

@@ -28,7 +28,7 @@ from radapter_export.forms import (
     save_form,
     save_open_clip,
 )
-from radapter_export.graph import image_graph, patch_graph, text_graph
+from radapter_export.graph import graph_weights, image_graph, patch_graph, text_graph
 from radapter_export.hub import card_of, prepare_push, push
 from radapter_export.in_torch import base_facts
 from radapter_export.precision import TYPES, Batches, calibrate, lower, quantize
@@ -245,7 +245,7 @@ def export_release(
             weights = folded
             if adapter is not None:
                 assert isinstance(change, Fold)
-                weights = {**change.weights, **adapter.tensors}
+                weights = graph_weights(change.weights, adapter)
             encoders = {}
             written = []
             for graph in graphs:

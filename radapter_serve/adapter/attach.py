@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from radapter_serve.adapter.file import Adapter, Metadata, check_base
 from radapter_serve.contract.errors import check_alpha
 from radapter_serve.errors import RAdapterError
+from radapter_serve.sources import Adapt
 
 Form = Literal["weight", "activation"]
 
@@ -22,15 +23,31 @@ class Site:
     """One adapted layer.
 
     Attributes:
-        key: the layer's name in the state dict; the fold changes `key.weight` and `key.bias`.
-        layer: the linear layer.
+        key: the layer's name in the state dict; the fold changes `key.weight` and `key.bias`, or
+            `key` itself.
+        layer: the linear layer, or the module that has the projection as a parameter.
         output: the module whose output the adapter takes: the layer, or the whole attention, as
             `nn.MultiheadAttention` never calls its `out_proj` as a module.
+        parameter: name of a projection [in, out] in `layer`; empty for a linear layer.
     """
 
     key: str
-    layer: nn.Linear
+    layer: nn.Module
     output: nn.Module
+    parameter: str = ""
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the tensors in `layer` that the fold changes."""
+        if self.parameter:
+            return [self.parameter]
+        return ["weight"] if self.layer.bias is None else ["weight", "bias"]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out, in]."""
+        tensor: Tensor = getattr(self.layer, self.parameter or "weight")
+        return tensor.T if self.parameter else tensor
 
 
 @dataclass(frozen=True)
@@ -70,29 +87,85 @@ PLACES: dict[str, tuple[_Place, ...]] = {
 }
 #: Attributes that hold each tower's blocks; open_clip's plain CLIP has no text module.
 TOWERS = {"image": ("visual",), "text": ("text", "transformer")}
+#: Names in the state dict of each tower's last layer, which only the normalisation follows: a
+#: parameter [in, out] that is used as `x @ P`, or a linear layer.
+PROJECTIONS = {
+    "image": ("visual.proj", "visual.head.proj"),
+    "text": ("text_projection", "text.text_projection", "text.proj"),
+}
+#: The towers and the projections that each place of adapters has.
+OF_PLACES: dict[Adapt, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "towers": (("image", "text"), ()),
+    "image-tower": (("image",), ()),
+    "text-projection": ((), ("text",)),
+    "image-projection": ((), ("image",)),
+    "projections": ((), ("image", "text")),
+}
 
 
-def find_sites(model: nn.Module, *, text: bool = True, partial: bool = False) -> list[Site]:
+def find_sites(model: nn.Module, *, adapt: Adapt = "towers", partial: bool = False) -> list[Site]:
     """Find the adapted layers of a CLIP, image tower first; each can be folded exactly.
 
     Args:
         model: an open_clip model.
-        text: look in the text tower too.
+        adapt: the place of the adapters: after attention and feed-forward of each block
+            (`towers`, `image-tower`), or after the last linear layer of a tower
+            (`text-projection`, `image-projection`, `projections`).
         partial: leave out layers that cannot be adapted, rather than refuse the model.
 
     Raises:
-        RAdapterError: a tower has no known sites, or a norm is between a site and its residual;
-            if `partial`, no site is left.
+        RAdapterError: a tower has no known sites, a norm is between a site and its residual, or the
+            last layer of a tower is not linear; if `partial`, no site is left.
     """
-    sites, _ = _search(model, text, partial)
+    sites, _ = _search(model, adapt, partial)
     return sites
 
 
-def _search(model: nn.Module, text: bool, partial: bool) -> tuple[list[Site], list[str]]:
+def _search(model: nn.Module, adapt: Adapt, partial: bool) -> tuple[list[Site], list[str]]:
     """The adapted layers, and a reason for each that is left out; an error unless `partial`."""
+    if adapt not in OF_PLACES:
+        raise RAdapterError(f"adapt is {adapt!r}; allowed: {', '.join(OF_PLACES)}")
+    towers, projections = OF_PLACES[adapt]
+    sites, reasons = _in_towers(model, towers)
+    last, others = _projections(model, projections)
+    sites += last
+    reasons += others
+    if reasons and not (partial and sites):
+        several = sites and adapt in ("towers", "image-tower", "projections")
+        advice = "; --partial (partial=True) adapts all but that" if several and not partial else ""
+        raise RAdapterError(f"{reasons[0]}; nothing was changed{advice}")
+    return sites, reasons
+
+
+def _projections(model: nn.Module, towers: Sequence[str]) -> tuple[list[Site], list[str]]:
+    """The last linear layers of some towers, and the reason for each that a tower lacks."""
     sites: list[Site] = []
     reasons: list[str] = []
-    for tower, holders in list(TOWERS.items())[: 1 + text]:
+    modules = dict(model.named_modules())
+    for tower in towers:
+        count = len(sites)
+        for key in PROJECTIONS[tower]:
+            holder, _, name = key.rpartition(".")
+            owner = modules.get(holder)
+            if isinstance(layer := modules.get(key), nn.Linear):
+                sites.append(Site(key, layer, layer))
+            elif isinstance(getattr(owner, name, None), Tensor) and owner is not None:
+                sites.append(Site(key, owner, owner, parameter=name))
+        if len(sites) == count:
+            module = getattr(model, TOWERS[tower][0], model)
+            reasons.append(
+                f"the {tower} tower of {type(model).__name__} ({type(module).__name__}) has no"
+                f" linear last layer for an adapter: no {' or '.join(PROJECTIONS[tower])}"
+            )
+    return sites, reasons
+
+
+def _in_towers(model: nn.Module, towers: Sequence[str]) -> tuple[list[Site], list[str]]:
+    """The adapted layers in the blocks of some towers, and a reason for each that is left out."""
+    sites: list[Site] = []
+    reasons: list[str] = []
+    for tower in towers:
+        holders = TOWERS[tower]
         count = len(sites) + len(reasons)
         for name, block in model.named_modules():
             if name.split(".")[0] not in holders:
@@ -119,9 +192,6 @@ def _search(model: nn.Module, text: bool, partial: bool) -> tuple[list[Site], li
                 " blocks of a kind that adapters fit: those of open_clip's and timm's vision"
                 " transformers, BERT, RoBERTa, mT5 and M2M"
             )
-    if reasons and not (partial and sites):
-        advice = "" if partial or not sites else "; --partial (partial=True) adapts all but that"
-        raise RAdapterError(f"{reasons[0]}; nothing was changed{advice}")
     return sites, reasons
 
 
@@ -130,9 +200,10 @@ class LinearAdapter(nn.Module):
     [r, d]; at first 0.
     """
 
-    def __init__(self, width: int, rank: int | None) -> None:
+    def __init__(self, width: int, rank: int | None, of_projection: bool = False) -> None:
         super().__init__()
         self.rank = rank
+        self.of_projection = of_projection  # a parameter [in, out], unlike a layer's weight
         if rank is None:
             self.full = nn.Parameter(torch.zeros(width, width))
         else:
@@ -149,10 +220,17 @@ class LinearAdapter(nn.Module):
         return linear(linear(x, self.down), self.up)
 
     def forward(self, value: Tensor) -> Tensor:
-        """Weight form, a parametrization: `W + α·F·W` for a weight, `b + α·F·b` for a bias."""
+        """Weight form, a parametrization: `W + α·F·W` for a weight, `b + α·F·b` for a bias, `P +
+        α·P·Fᵀ` for a projection.
+        """
         if self.alpha == 0:
             return value
-        change = self.full @ value if self.rank is None else self.up @ (self.down @ value)
+        if self.of_projection:
+            change = self.change(value)
+        elif self.rank is None:
+            change = self.full @ value
+        else:
+            change = self.up @ (self.down @ value)
         return value + self.alpha * self.gate * change
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -180,15 +258,19 @@ class Adapters(nn.Module):
         self.left_out = left_out
         self.form = form
         self.drop = drop
-        self.adapters = [LinearAdapter(site.layer.out_features, rank) for site in self.sites]
+        self.adapters = [
+            LinearAdapter(len(site.weight), rank, of_projection=bool(site.parameter))
+            for site in self.sites
+        ]
         self.layers = nn.ModuleList(self.adapters)  # registers their parameters
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         for site, layer in zip(self.sites, self.adapters, strict=True):
-            layer.to(site.layer.weight.device)
-            if form == "activation":
+            layer.to(site.weight.device)
+            # No module returns the output of a parameter, so a projection has the weight form.
+            if form == "activation" and not site.parameter:
                 self.hooks.append(site.output.register_forward_hook(layer.hook))
             else:
-                for name in _tensors_of(site.layer):
+                for name in site.tensors:
                     # unsafe: the check at registration would call forward on the whole weight
                     parametrize.register_parametrization(site.layer, name, layer, unsafe=True)
 
@@ -245,9 +327,9 @@ class Adapters(nn.Module):
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
-        if self.form == "weight":
-            for site in self.sites:
-                for name in _tensors_of(site.layer):
+        for site in self.sites:
+            for name in site.tensors:
+                if parametrize.is_parametrized(site.layer, name):
                     parametrize.remove_parametrizations(site.layer, name, leave_parametrized=False)
 
     def summary(self, model: nn.Module) -> str:
@@ -267,25 +349,27 @@ def attach(
     model: nn.Module,
     rank: int | None = None,
     *,
+    adapt: Adapt = "towers",
     form: Form = "activation",
     drop: float = 0.0,
-    text: bool = True,
     partial: bool = False,
 ) -> Adapters:
     """Freeze a CLIP and put an adapter after attention and feed-forward of every block of both
-    towers.
+    towers, or after the layers of another place.
 
     Args:
         model: an open_clip model; changed in place. `Adapters.remove` takes the adapters off again.
         rank: None for full rank, else 1 or more: `F = up·down` (few-shot).
+        adapt: the place of the adapters, as in `find_sites`.
         form: apply the adapters to activations or to weights. Both give the same outputs and
             gradients: `activation` costs time for each token, `weight` for each step
-            (`training.choose_form` chooses the faster form).
+            (`training.choose_form` chooses the faster form). A projection that is a parameter
+            rather than a layer always has the weight form.
         drop: probability p in [0, 1) of adapter dropping (Eq. 7); takes effect with
             `Adapters.sample_drop`.
-        text: False leaves the text tower as it is.
-        partial: leave out a tower without known blocks (such as a convolutional tower) and layers
-            with a norm between them and their residual, rather than refuse the model.
+        partial: leave out a tower without known blocks (such as a convolutional tower), layers
+            with a norm between them and their residual, and a last layer that is not linear,
+            rather than refuse the model.
 
     Raises:
         RAdapterError: the model cannot be adapted, has adapters already, or an argument is out of
@@ -295,7 +379,7 @@ def attach(
         raise RAdapterError(f"rank is {rank}; allowed: 1 or more, or null for full rank")
     if not 0 <= drop < 1:
         raise RAdapterError(f"drop is {drop}; allowed: 0 <= drop < 1")
-    sites, left_out = _search(model, text, partial)
+    sites, left_out = _search(model, adapt, partial)
     return _attach(model, sites, rank, form, drop, left_out)
 
 
@@ -307,16 +391,15 @@ def _attach(
     drop: float = 0.0,
     left_out: Sequence[str] = (),
 ) -> Adapters:
-    width = min(site.layer.out_features for site in sites)
+    width = min(len(site.weight) for site in sites)
     if rank is not None and rank >= width:
         raise RAdapterError(
             f"rank is {rank}; allowed: less than the width {width}, or null for full rank"
         )
     for site in sites:
         owners = [getattr(hook, "__self__", None) for hook in site.output._forward_hooks.values()]
-        if any(isinstance(owner, LinearAdapter) for owner in owners) or parametrize.is_parametrized(
-            site.layer
-        ):
+        hooked = any(isinstance(owner, LinearAdapter) for owner in owners)
+        if hooked or any(parametrize.is_parametrized(site.layer, name) for name in site.tensors):
             raise RAdapterError(
                 f"{site.key} has an adapter already; call remove() on the first adapters"
             )
@@ -343,14 +426,14 @@ def attach_adapter(
     check_alpha(alpha)
     check_base(model.state_dict(), adapter)
     keys = set(adapter.keys)
-    sites = [site for site in find_sites(model, partial=True) if site.key in keys]
+    sites = [
+        site
+        for site in _in_towers(model, tuple(TOWERS))[0] + _projections(model, tuple(TOWERS))[0]
+        if site.key in keys
+    ]
     if unknown := sorted(keys - {site.key for site in sites}):
         raise RAdapterError(f"the adapter file is damaged: adapters do not fit {unknown[0]}")
     adapters = _attach(model, sites, adapter.metadata.rank, form)
     adapters.load_tensors(adapter.tensors)
     adapters.alpha = alpha
     return adapters
-
-
-def _tensors_of(layer: nn.Linear) -> list[str]:
-    return ["weight"] if layer.bias is None else ["weight", "bias"]

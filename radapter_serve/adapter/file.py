@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -78,7 +78,7 @@ class Metadata:
 @dataclass(frozen=True)
 class Adapter:
     """Learned tensors by state-dict key: `KEY` [d, d] for full rank, else `KEY.up` [d, r] and
-    `KEY.down` [r, d].
+    `KEY.down` [r, d]. KEY names a layer, or a projection [in, d] that is a tensor itself.
     """
 
     tensors: dict[str, Tensor]
@@ -114,13 +114,35 @@ def base_digest(state_dict: Mapping[str, Tensor], keys: Iterable[str]) -> str:
         state_dict: state dict of the base, without adapters.
         keys: state-dict keys of the adapted layers.
     """
-    names = [f"{key}.{kind}" for key in keys for kind in ("weight", "bias")]
-    return tensors_digest({name: state_dict[name] for name in names if name in state_dict})
+    names = [name for key in keys for name in tensors_of(state_dict, key)]
+    return tensors_digest({name: state_dict[name] for name in names})
+
+
+def tensors_of(state_dict: Mapping[str, Tensor], key: str) -> list[str]:
+    """Names of an adapted layer's tensors: `KEY.weight` [d, in] and `KEY.bias` [d], or `KEY`, a
+    projection [in, d] that is used as `x @ P`; empty if the state dict has no such layer.
+    """
+    if key in state_dict:
+        return [key] if state_dict[key].ndim == 2 else []
+    if f"{key}.weight" not in state_dict:
+        return []
+    return [name for name in (f"{key}.weight", f"{key}.bias") if name in state_dict]
+
+
+def changes(state_dict: Mapping[str, Tensor], adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the change of each tensor that a fold at α 1 changes, in fp32: `F·W` and
+    `F·b` of a layer, `P·Fᵀ` of a projection.
+    """
+    for key in adapter.keys:
+        for name in tensors_of(state_dict, key):
+            tensor = state_dict[name].float()
+            matrix = adapter.matrix(key).to(tensor.device)
+            yield name, tensor @ matrix.T if name == key else matrix @ tensor
 
 
 def check_base(state_dict: Mapping[str, Tensor], adapter: Adapter) -> None:
     """Refuse an adapter that was trained on another base; the error names both digests."""
-    missing = [key for key in adapter.keys if f"{key}.weight" not in state_dict]
+    missing = [key for key in adapter.keys if not tensors_of(state_dict, key)]
     digest = f"no layer {missing[0]}" if missing else base_digest(state_dict, adapter.keys)
     if digest != adapter.metadata.base_digest:
         meta = adapter.metadata
@@ -225,9 +247,12 @@ def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = N
     rank = adapter.metadata.rank
     shapes: dict[str, tuple[int, int]] = {}
     for key in adapter.keys:
-        first = key if rank is None else f"{key}.up"
-        wide = tensors.get(first) if state_dict is None else state_dict[f"{key}.weight"]
-        width = 0 if wide is None or not wide.ndim else len(wide)
+        if state_dict is None:
+            first = tensors.get(key if rank is None else f"{key}.up")
+            width = 0 if first is None or not first.ndim else len(first)
+        else:
+            name = tensors_of(state_dict, key)[0]
+            width = state_dict[name].shape[1 if name == key else 0]
         if rank is None:
             shapes[key] = (width, width)
         else:
@@ -263,7 +288,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 @torch.no_grad()
 def fold(state_dict: Mapping[str, Tensor], adapter: Adapter, alpha: float) -> dict[str, Tensor]:
     """Fold an adapter into the weights of its base: `W + α·F·W`, `b + α·F·b` (Eq. 9, F = W_adp
-    transposed).
+    transposed); a projection P, used as `x @ P`, becomes `P + α·P·Fᵀ`.
 
     The fold is linear in α: fold(α) = (1−α)·base + α·fold(1) on the adapted layers.
 
@@ -283,18 +308,14 @@ def fold(state_dict: Mapping[str, Tensor], adapter: Adapter, alpha: float) -> di
     check_alpha(alpha)
     check_base(state_dict, adapter)
     folded = dict(state_dict)
-    for key in adapter.keys:
-        matrix = adapter.matrix(key).to(state_dict[f"{key}.weight"].device)
-        for name in (f"{key}.weight", f"{key}.bias"):
-            if name not in state_dict:
-                continue
-            base = state_dict[name].float()
-            value = torch.add(base, matrix @ base, alpha=alpha).to(state_dict[name].dtype)
-            if not torch.isfinite(value).all():
-                raise RAdapterError(
-                    f"folding gave values that are not finite in {name} at alpha {alpha}"
-                )
-            folded[name] = value
+    for name, change in changes(state_dict, adapter):
+        base = state_dict[name]
+        value = torch.add(base.float(), change, alpha=alpha).to(base.dtype)
+        if not torch.isfinite(value).all():
+            raise RAdapterError(
+                f"folding gave values that are not finite in {name} at alpha {alpha}"
+            )
+        folded[name] = value
     return folded
 
 
@@ -339,7 +360,7 @@ def average_adapters(
             raise RAdapterError(
                 f"adapter {has} adapts {differing[0]} and adapter {lacks} does not; only adapters"
                 " of the same layers can be averaged (were both trained with the same"
-                " --adapt-text?)"
+                " --adapt?)"
             )
         if meta.base_digest != theirs.base_digest:
             raise RAdapterError(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radapter_serve.adapter import load_adapter
-from radapter_serve.adapter.file import check_base
+from radapter_serve.adapter.file import changes, check_base
 from radapter_serve.adapter.tuned import Line, load_base_of
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import TorchEncoder, check_dense, logit_scale_and_bias, to_device
@@ -298,11 +298,7 @@ def from_adapter(
         check_alpha(alpha)
     weights = clip.model.state_dict()
     check_base(weights, adapter)
-    deltas = {}
-    for key in adapter.keys:
-        for name in (f"{key}.weight", f"{key}.bias"):
-            if name in weights:
-                deltas[name] = adapter.matrix(key) @ weights[name].float().cpu()
+    deltas = dict(changes(weights, adapter))
     facts = {"base_digest": metadata.base_digest, "adapter_digest": adapter.digest}
     source = metadata.source
     return in_torch(

@@ -27,7 +27,7 @@ from radapter_serve.data.source import (
 )
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import checker, read_yaml, shipped
-from radapter_serve.sources import ADAPTER, HUB, LOCAL, RECIPE
+from radapter_serve.sources import ADAPTER, HUB, LOCAL, RECIPE, Adapt
 
 # The paper's values, which are the limits where warm-up and momentum follow the run's length.
 LONGEST_WARMUP = 500
@@ -44,7 +44,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     ),
     "adapter": (
         "The adapters (Eq. 7 to 9).",
-        "rank adapt_text partial form drop momentum bias_correction alpha",
+        "adapt rank partial form drop momentum bias_correction alpha",
     ),
     "loss": (
         "The loss, MPM-NCE or its pairwise sigmoid, and what keeps the base's embeddings.",
@@ -81,7 +81,10 @@ class Recipe(RunSource):
         pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir:
             and hf-hub:.
         rank: rank of the adapters; none is full rank.
-        adapt_text: adapt the text tower too.
+        adapt: place of the adapters. towers, or image-tower alone: after attention and feed-forward
+            of each block, trained with the images. text-projection, image-projection, or
+            projections for both: after the last linear layer, trained with embeddings, which takes
+            seconds.
         partial: adapt only the layers that fold exactly, instead of refusing the model; for a CLIP
             with a convolutional image tower, these are in the text tower.
         form: apply adapters to activations or to weights; auto picks the faster. The result is the
@@ -136,8 +139,8 @@ class Recipe(RunSource):
 
     architecture: str = "ViT-B-32"
     pretrained: str | None = None
+    adapt: Adapt = "towers"
     rank: Count | None = None
-    adapt_text: bool = True
     partial: bool = False
     form: Literal["auto", "activation", "weight"] = "auto"
     drop: PartShare = 0.2

@@ -27,7 +27,7 @@ from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_an
 from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
-from radapter_serve.sources import CHECKPOINT
+from radapter_serve.sources import CHECKPOINT, Adapt
 from radapter_serve.training.batches import Examples, Transform
 from radapter_serve.training.data import Data, RunData
 from radapter_serve.training.loss import mpm_nce, pairwise_sigmoid
@@ -88,7 +88,7 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
     refuse = recipe.on_broken == "refuse"
 
     # Attach the adapters; the digest is of the weights without them.
-    where: dict[str, Any] = {"text": recipe.adapt_text, "partial": recipe.partial}
+    where: dict[str, Any] = {"adapt": recipe.adapt, "partial": recipe.partial}
     sites = find_sites(base.model, **where)
     digest = base_digest(base.model.state_dict(), [site.key for site in sites])
     form = recipe.form
@@ -122,7 +122,12 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
 
 
 def choose_form(
-    model: nn.Module, rank: int | None, batch_size: int, *, text: bool = True, partial: bool = False
+    model: nn.Module,
+    rank: int | None,
+    batch_size: int,
+    *,
+    adapt: Adapt = "towers",
+    partial: bool = False,
 ) -> Form:
     """The form of the adapters with fewer multiplications for a batch.
 
@@ -133,16 +138,15 @@ def choose_form(
         model: an open_clip model.
         rank: rank of the adapters; None for full rank.
         batch_size: images of a step in each process.
-        text: adapt the text tower too.
+        adapt: the place of the adapters.
         partial: leave out layers that cannot be adapted.
     """
     grid = getattr(model.visual, "grid_size", (14, 14))
     tokens = {True: batch_size * (grid[0] * grid[1] + 1), False: batch_size * 16}
     weight = activation = 0
-    for site in find_sites(model, text=text, partial=partial):
+    for site in find_sites(model, adapt=adapt, partial=partial):
         count = tokens[site.key.startswith("visual.")]
-        width = site.layer.out_features
-        inner = site.layer.in_features
+        width, inner = site.weight.shape
         weight += (
             4 * width * (width if rank is None else 2 * rank) * inner + 2 * count * width * inner
         )

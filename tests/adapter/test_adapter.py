@@ -250,7 +250,7 @@ def test_convolutional_towers_are_refused_or_left_out(
     assert re.search(f"left out: the {no_blocks}", adapters.summary(model))
     adapters.remove()
     with pytest.raises(RAdapterError, match=r"image tower .*nothing was changed$"):
-        find_sites(model, text=False, partial=True)
+        find_sites(model, adapt="image-tower", partial=True)
 
 
 def test_norms_between_are_refused_or_left_out(load: Callable[[str], Base]) -> None:

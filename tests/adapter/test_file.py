@@ -260,7 +260,7 @@ def test_adapters_that_have_no_average() -> None:
             None,
             f"{first.metadata.base_digest}.*adapter 3 on sha256:0123 .ViT-B-16",
         ),
-        ([first, fewer], None, "adapter 1 adapts b.c_proj and adapter 2 does not.*--adapt-text"),
+        ([first, fewer], None, "adapter 1 adapts b.c_proj and adapter 2 does not.*--adapt"),
     ]
     for adapters, weights, message in cases:
         with pytest.raises(RAdapterError, match=message):

@@ -26,7 +26,10 @@ from radapter_serve.adapter import (
     save_adapter,
 )
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.towers import TorchEncoder
+from radapter_serve.contract.embeddings import map_embeddings
 from radapter_serve.encoders.encoder import EncoderGraph
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Samples, Tolerance, compare
 from radapter_serve.release.config import encoders_of, read_config
@@ -118,3 +121,39 @@ def test_a_soup_is_exported_as_the_average(
     expected = fold(tiny_base.model.state_dict(), average_adapters(adapters, [0.75, 0.25]), 0.5)
     merged = load_base(f"local-dir:{release.merged}").model.state_dict()
     torch.testing.assert_close(dict(merged), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_adapters_on_the_projections_are_exported_folded_and_at_any_alpha(
+    rank: int | None,
+    export: Export,
+    random_adapter: Callable[..., Adapter],
+    tiny_clip_dir: str,
+    tmp_path: Path,
+) -> None:
+    """Images, patches and texts, against the map of the base's unit vectors."""
+    path = tmp_path / "adapter.safetensors"
+    adapter = random_adapter(adapt="projections", scale=0.1, rank=rank)
+    save_adapter(adapter, path)
+    base = load_base(tiny_clip_dir)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    torch_encoder = TorchEncoder(base.model, base.preprocess, "naclip")
+    tokens = np.asarray(base.tokenizer(["a cat", "two dogs", ""]).numpy(), np.int32)
+    alphas = np.array([[0.0], [0.4], [1.0]], np.float32)
+    for choice in ([0.4], "dynamic"):
+        export(choice, adapter=path, dense="naclip")
+        loaded = load_release(tmp_path / "repository")
+        for key, calls in (
+            ("visual.proj", [("images", pixels), ("patches", pixels)]),
+            ("text_projection", [("tokens", tokens)]),
+        ):
+            matrix = adapter.matrix(key).numpy()
+            for name, rows in calls:
+                plain = getattr(torch_encoder, name)(rows)
+                more = (alphas,) if choice == "dynamic" else ()
+                served = getattr(loaded.encoder, name)(rows, *more)
+                for row, (alpha,) in enumerate(alphas if more else [(0.4,)] * 3):
+                    vectors = plain[row].reshape(-1, plain.shape[-1])
+                    expected = map_embeddings(vectors, matrix, float(alpha))
+                    ours = served[row].reshape(expected.shape)
+                    np.testing.assert_allclose(ours, expected, atol=1e-5)

@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from radapter_export import tokenizer
-from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
+from radapter_export.graph import Graph, graph_weights, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
 from tests.helpers.shared import shared
@@ -79,8 +79,10 @@ def graph_of(common: Path, make: Callable[..., Graph], base: Base, *rest: Any) -
             for key, value in graph.model.graph.initializers.items()
             if value.const_value is None
         ]
-        state = {key: value for adapter in adapters for key, value in adapter.tensors.items()}
-        graph.save({**base.model.state_dict(), **state}, folder / "model.onnx")
+        state = base.model.state_dict()
+        for adapter in adapters:
+            state = graph_weights(state, adapter)
+        graph.save(state, folder / "model.onnx")
         torch.save((graph.name, weights, graph.constants), folder / "rest.pt")
 
     folder = shared(_kept(common), name, write)

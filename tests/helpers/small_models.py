@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from radapter_serve.adapter import Adapter
     from radapter_serve.release.release import Release
+    from radapter_serve.sources import Adapt
 
 IMAGE = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -223,10 +224,15 @@ def make_base(family: str, folder: Path, **model_cfg: Any) -> str:
 
 
 def random_adapter(
-    name: str, scale: float = 0.1, *, partial: bool = False, **metadata: Any
+    name: str,
+    scale: float = 0.1,
+    *,
+    adapt: Adapt = "towers",
+    partial: bool = False,
+    **metadata: Any,
 ) -> Adapter:
-    """An adapter of random values for a model: their standard deviation, and fields of its
-    metadata.
+    """An adapter of random values for a model: their standard deviation, their place, and fields of
+    its metadata.
     """
     import torch
 
@@ -234,12 +240,13 @@ def random_adapter(
     from radapter_serve.clip.base import load_base
 
     base = load_base(name)
-    adapters = attach(base.model, metadata.get("rank"), partial=partial)
+    weights = base.model.state_dict()
+    adapters = attach(base.model, metadata.get("rank"), adapt=adapt, partial=partial)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in adapters.parameters():
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
-    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
+    digest = base_digest(weights, [site.key for site in adapters.sites])
     return adapters.adapter(Metadata(architecture=name, base_digest=digest, **metadata))
 
 

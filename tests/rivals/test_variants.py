@@ -41,7 +41,7 @@ def test_outputs_of_an_adapter_are_dropped_in_training_only(
     field: str, shape: tuple[int, int], dims: tuple[int, ...], model: nn.Module
 ) -> None:
     """A number each, or a token position of the whole batch."""
-    x = torch.randn(*shape, find_sites(model)[1].layer.in_features)
+    x = torch.randn(*shape, find_sites(model)[1].weight.shape[1])
 
     def output(adapters: Adapters) -> Tensor:
         found: Tensor = adapters.sites[1].output(x)
@@ -61,7 +61,7 @@ def test_outputs_of_an_adapter_are_dropped_in_training_only(
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["activation", "weight"])
 def test_drop_path_leaves_out_whole_branches_of_single_images(model: nn.Module, form: str) -> None:
-    x = torch.randn(2000, 3, find_sites(model)[1].layer.in_features)
+    x = torch.randn(2000, 3, find_sites(model)[1].weight.shape[1])
     adapters = ablated(model, form, drop_path=P)
     attention, linear = (site.output for site in adapters.sites[:2])
     trained = linear(x)

@@ -330,7 +330,7 @@ def test_broken_images_and_rows_without_captions(with_captions: Recipe, tmp_path
 def test_adapters_of_one_tower_alone(tiny_clip_dir: str, images: Path, tmp_path: Path) -> None:
     data = f"imagefolder:{images}"
     fields: dict[str, Any] = {"data": data, "steps": 1, "warmup_steps": 0}
-    run = train(short_run(tiny_clip_dir, tmp_path, adapt_text=False, **fields))
+    run = train(short_run(tiny_clip_dir, tmp_path, adapt="image-tower", **fields))
     assert all(key.startswith("visual.") for key in load_adapter(run).keys)
     # The convolutional image tower can't be adapted.
     name = make_base("resnet", tmp_path / "base")

@@ -1,0 +1,37 @@
+"""The map of finished embeddings that an adapter on a projection is, in numpy, for servers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.contract.errors import check_alpha
+
+Floats = NDArray[np.float32]
+
+
+def map_embeddings(
+    embeds: NDArray[np.floating[Any]], change: Floats | tuple[Floats, Floats], alpha: float
+) -> Floats:
+    """Map embeddings of a base to those of its fold at α: `v + α·F·v` of each row, at unit length.
+
+    Only the normalisation follows a projection, and it removes the length of v, so this is what
+    the base computes with the adapter folded into its projection.
+
+    Args:
+        embeds: the base's embeddings [N, D], of any length but zero; not changed.
+        change: F of the adapter file [D, D], or its factors `up` [D, r] and `down` [r, D].
+        alpha: re-scaling in [0, 1].
+    """
+    check_alpha(alpha)
+    rows = np.asarray(embeds, np.float32)
+    if isinstance(change, tuple):
+        up, down = change
+        changed = (rows @ down.T) @ up.T
+    else:
+        changed = rows @ change.T
+    mapped = rows + np.float32(alpha) * changed
+    lengths = np.linalg.norm(mapped, axis=1, keepdims=True)
+    return np.asarray(mapped / np.maximum(lengths, 1e-12), np.float32)
