@@ -30,7 +30,7 @@ from radapter_serve.contract.errors import (
     TIMED_OUT,
     UNKNOWN_MODEL,
 )
-from radapter_serve.gateway import kserve, openai
+from radapter_serve.gateway import kserve, openai, openapi
 from radapter_serve.gateway.access import ConcurrencyLimit, Keys, MemoryBudget, Quota
 from radapter_serve.gateway.middleware import (
     BrowserRule,
@@ -132,6 +132,7 @@ class Gateway:
             ("GET", facts, self.metadata, [model, version]),
             ("GET", facts, self.prometheus, ["/metrics"]),
             ("GET", facts, self.server, ["/v2"]),
+            ("GET", facts, self.openapi, ["/openapi.json"]),
             ("GET", facts, self.releases, ["/v1/models", "/v1/models/{model}"]),
         ]
         routes = [
@@ -181,6 +182,9 @@ class Gateway:
                 "extensions": ["binary_tensor_data"],
             }
         )
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi.document())
 
     async def metadata(self, request: Request) -> Response:
         name, version = _named(request)

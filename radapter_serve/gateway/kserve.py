@@ -66,7 +66,7 @@ class _RequestParameters(Strict):
     timeout: Annotated[int, Field(gt=0, lt=2**60)] | None = None  # microseconds
 
 
-class _Header(Strict):
+class Header(Strict):
     id: Annotated[str, Field(max_length=128)] = ""
     parameters: _RequestParameters = _RequestParameters()
     inputs: Annotated[list[_Input], Field(max_length=64)]
@@ -131,7 +131,7 @@ def _count(text: bytes, characters: bytes, limit: int) -> int:
 
 def read(body: bytes, end: int, model: Model, version: str = "") -> Inference:
     """Parse and check the body of an inference: JSON up to `end`, then binary tensors."""
-    header = from_json(_Header, body[:end], "send tensors in binary")
+    header = from_json(Header, body[:end], "send tensors in binary")
 
     # Names, types and shapes, before any value is read
     declared = {tensor.name: (tensor.datatype, tensor.shape) for tensor in header.inputs}
@@ -255,7 +255,7 @@ def _check_finite(name: str, values: NDArray[Any]) -> None:
         raise bad_request(f"the input {name} holds a value that is not a finite number")
 
 
-def _outputs(header: _Header, model: Model) -> tuple[tuple[str, ...], frozenset[str]]:
+def _outputs(header: Header, model: Model) -> tuple[tuple[str, ...], frozenset[str]]:
     """Names of the requested outputs, and of the ones in binary; refuses files in JSON."""
     default = header.parameters.binary_data_output
     names: list[str] = []

@@ -47,7 +47,7 @@ _MAX_URL_HEAD = 256  # characters of a data URL up to its comma
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 
 
-class _Body(Strict):
+class Body(Strict):
     model: Annotated[str, Field(max_length=200)]
     input: Any
     encoding_format: Literal["float", "base64"] = "float"
@@ -72,7 +72,7 @@ class EmbeddingsRequest:
 
 def read(text: bytes) -> EmbeddingsRequest:
     """Parse and check a body; errors have the position of the input, from 0."""
-    body = from_json(_Body, text, "send fewer inputs")
+    body = from_json(Body, text, "send fewer inputs")
     # The whole input: a list of texts, not of tokens
     values = [body.input] if isinstance(body.input, str) else body.input
     if not isinstance(values, list) or not values:

@@ -47,16 +47,16 @@ def text_of(size: int) -> dict[str, Any]:
 def test_json_of_too_many_lists_and_objects_is_refused_unread(
     one: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kserve, "_Header", None)
+    monkeypatch.setattr(kserve, "Header", None)
     body = b'{"inputs": [' + one * (MAX_JSON_LISTS + 1) + b"1]}"
     with pytest.raises(Refused, match="65536 brackets and colons; send tensors in binary"):
-        kserve.from_json(kserve._Header, body, "send tensors in binary")
+        kserve.from_json(kserve.Header, body, "send tensors in binary")
 
 
 def test_json_of_as_many_lists_as_are_allowed_is_read() -> None:
     body = b'{"inputs": [' + b"[]," * (MAX_JSON_LISTS - 9) + b" " * MIB + b"1]}"
     with pytest.raises(Refused, match=r"\] inputs: List should have at most 64 items"):
-        kserve.from_json(kserve._Header, body, "send tensors in binary")
+        kserve.from_json(kserve.Header, body, "send tensors in binary")
 
 
 def test_arrays_do_not_keep_the_body() -> None:

@@ -1,0 +1,361 @@
+"""The OpenAPI document of the HTTP API, made from the tables that the server itself reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from radapter_serve import __version__
+from radapter_serve.gateway import kserve, openai
+from radapter_serve.gateway.upstream import CODES
+from radapter_serve.tasks.table import TASKS, Task, Tensor
+
+Schema = dict[str, Any]
+_JSON = "application/json"
+_BINARY = "application/octet-stream"
+_TEXT: Schema = {"type": "string"}
+# The error responses of a path, by status.
+_ERRORS = {
+    400: "The request is wrong.",
+    401: "There is no valid key in the header `Authorization: Bearer KEY`.",
+    403: "A page of another site asked, or another host was named, where no keys are asked.",
+    404: "There is no such model, release or path.",
+    405: "The path has no such method.",
+    408: "The body came too slowly.",
+    413: "The body is too large.",
+    415: "The content type is another one, or the body is compressed.",
+    429: "Too many requests are under way, or a limit of the key is reached.",
+    500: "The server failed on the request.",
+    503: "A part of the server starts, stops or does not answer.",
+    504: "The request took longer than it may.",
+}
+_OF_ANY_PATH = (401, 403, 404, 405, 500, 503)
+_SUMMARIES = {
+    "embed_image": "Embed images.",
+    "embed_text": "Embed texts.",
+    "retrieve": "Search an index with texts, images and ids.",
+    "segment": "Label each pixel of an image.",
+    "classify": "Rank labels for each image.",
+}
+
+
+def document() -> Schema:
+    """The document, OpenAPI 3.1, of all paths of the gateway and of `--engine process`."""
+    schemas: dict[str, Schema] = {}
+    paths: dict[str, Schema] = {}
+
+    # Tasks
+    for name, task in TASKS.items():
+        title = name.title().replace("_", "")
+        schemas[f"{title}Request"] = _asked(name, task, schemas)
+        schemas[f"{title}Answer"] = _answer(name, task)
+        asked = {"$ref": f"#/components/schemas/{title}Request"}
+        answer = {"$ref": f"#/components/schemas/{title}Answer"}
+        for place, parameters in (("", ()), ("/versions/{version}", (_VERSION,))):
+            paths[f"/v2/models/{name}{place}/infer"] = {
+                "post": {
+                    "operationId": f"{name}{'_by_release' if place else ''}",
+                    "summary": _SUMMARIES[name],
+                    "parameters": [*parameters, _HEADER_LENGTH],
+                    "requestBody": {
+                        "required": True,
+                        "content": {
+                            _JSON: {"schema": asked},
+                            _BINARY: {"schema": {"type": "string", "format": "binary"}},
+                        },
+                    },
+                    "responses": _responses(
+                        {_JSON: answer, _BINARY: {"type": "string", "format": "binary"}},
+                        list(_ERRORS),
+                    ),
+                }
+            }
+
+    # Facts about the tasks
+    facts: Sequence[tuple[str, str, str, Schema]] = (
+        ("", "metadata", "Inputs, outputs and releases of a task.", _metadata()),
+        ("/config", "config", "Inputs, outputs and facts of the releases.", {"type": "object"}),
+        ("/ready", "model_ready", "Whether a task is ready.", _flag("ready")),
+    )
+    for end, operation, summary, schema in facts:
+        for place, parameters in (("", ()), ("/versions/{version}", (_VERSION,))):
+            paths[f"/v2/models/{{model}}{place}{end}"] = _get(
+                f"{operation}{'_by_release' if place else ''}",
+                summary,
+                schema,
+                [_MODEL, *parameters],
+                # A task that is not ready answers 400, as Triton does.
+                [400] if end == "/ready" else [],
+            )
+    paths["/v2/models/retrieve/indexes"] = _get(
+        "indexes",
+        "Names of the indexes.",
+        _object({"indexes": {"type": "array", "items": _TEXT}}),
+    )
+    paths["/v2"] = _get(
+        "server",
+        "Name, version and extensions of the server.",
+        _object({"name": _TEXT, "version": _TEXT, "extensions": {"type": "array", "items": _TEXT}}),
+    )
+
+    # OpenAI's API
+    described = _object({"id": _TEXT, "object": {"const": "model"}, "created": _WHOLE}, open=True)
+    paths["/v1/embeddings"] = {
+        "post": {
+            "operationId": "embeddings",
+            "summary": "Embed texts and images, as OpenAI's API does.",
+            "requestBody": {
+                "required": True,
+                "content": {_JSON: {"schema": _of(openai.Body, schemas)}},
+            },
+            "responses": _responses({_JSON: _embeddings()}, list(_ERRORS), "OpenAIError"),
+        }
+    }
+    paths["/v1/models"] = _get(
+        "models",
+        "The releases, as OpenAI's list of models.",
+        _object({"object": {"const": "list"}, "data": {"type": "array", "items": described}}),
+        error="OpenAIError",
+    )
+    paths["/v1/models/{model}"] = _get(
+        "model",
+        "One release by its model name.",
+        described,
+        [{"name": "model", "in": "path", "required": True, "schema": _TEXT}],
+        error="OpenAIError",
+    )
+
+    # Health, metrics, and this document
+    for prefix in ("", "/v2"):
+        for what, summary in (
+            ("live", "Whether the server runs."),
+            ("ready", "Whether every task answers."),
+        ):
+            paths[f"{prefix}/health/{what}"] = {
+                "get": {
+                    **_get(f"{what}{prefix[1:]}", summary, _flag(what))["get"],
+                    "security": [],
+                }
+            }
+    metrics = _get("metrics", "What Prometheus reads.", _TEXT)
+    metrics["get"]["responses"]["200"]["content"] = {"text/plain": {"schema": _TEXT}}
+    paths["/metrics"] = metrics
+    paths["/openapi.json"] = _get("openapi", "This document.", {"type": "object"})
+
+    code = {"enum": sorted(CODES)}
+    schemas["Error"] = _object(
+        {"error": {"type": "string", "description": f"[code] message; codes: {code['enum']}"}}
+    )
+    error = {"message": _TEXT, "type": _TEXT, "param": _or_null(_TEXT), "code": code}
+    schemas["OpenAIError"] = _object({"error": _object(error)})
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "radapter-serve",
+            "version": __version__,
+            "description": "KServe v2 inference and OpenAI's embeddings on releases of CLIP.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": dict(sorted(paths.items())),
+        "security": [{"key": []}, {}],
+        "components": {
+            "schemas": dict(sorted(schemas.items())),
+            "responses": {
+                f"{kind}{status}": {
+                    "description": description,
+                    "content": {_JSON: {"schema": {"$ref": f"#/components/schemas/{kind}"}}},
+                }
+                for kind in ("Error", "OpenAIError")
+                for status, description in _ERRORS.items()
+            },
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+# The type of a tensor's values in JSON
+_KINDS = {
+    "BOOL": "boolean",
+    "BYTES": "string",
+    "FP32": "number",
+    "INT32": "integer",
+    "UINT8": "integer",
+    "UINT16": "integer",
+}
+_WHOLE: Schema = {"type": "integer"}
+_MODEL: Schema = {
+    "name": "model",
+    "in": "path",
+    "required": True,
+    "schema": {"enum": list(TASKS)},
+}
+_VERSION: Schema = {
+    "name": "version",
+    "in": "path",
+    "required": True,
+    "description": "Number of the release.",
+    "schema": {"type": "string", "pattern": "^[1-9][0-9]{0,17}$"},
+}
+_HEADER_LENGTH: Schema = {
+    "name": kserve.HEADER_LENGTH,
+    "in": "header",
+    "description": "Bytes of JSON at the start of a body with binary tensors.",
+    "schema": {"type": "integer", "minimum": 1},
+}
+
+
+def _object(properties: Mapping[str, Schema], *, open: bool = False) -> Schema:
+    """The schema of an object that has all these properties, and others if it is `open`."""
+    schema: Schema = {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(properties),
+    }
+    return schema if open else {**schema, "additionalProperties": False}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _flag(name: str) -> Schema:
+    return _object({name: {"const": True}})
+
+
+def _get(
+    operation: str,
+    summary: str,
+    schema: Schema,
+    parameters: Sequence[Schema] = (),
+    errors: Sequence[int] = (),
+    error: str = "Error",
+) -> Schema:
+    """The path of an operation without a body."""
+    return {
+        "get": {
+            "operationId": operation,
+            "summary": summary,
+            "parameters": list(parameters),
+            "responses": _responses({_JSON: schema}, [*errors, *_OF_ANY_PATH], error),
+        }
+    }
+
+
+def _responses(
+    contents: Mapping[str, Schema], errors: Sequence[int], error: str = "Error"
+) -> Schema:
+    """The responses of an operation: its answer in one or two content types, and errors."""
+    answer = {"description": "The answer."}
+    responses: Schema = {
+        "200": {**answer, "content": {kind: {"schema": one} for kind, one in contents.items()}}
+    }
+    for status in sorted(errors):
+        responses[str(status)] = {"$ref": f"#/components/responses/{error}{status}"}
+    return responses
+
+
+def _of(model: type[BaseModel], schemas: dict[str, Schema]) -> Schema:
+    """The schema of a body that pydantic checks; the models inside it are added to `schemas`."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    for name, inner in schema.pop("$defs", {}).items():
+        schemas[name.lstrip("_")] = _renamed(inner)
+    renamed: Schema = _renamed(schema)
+    return renamed
+
+
+def _renamed(value: Any) -> Any:
+    """Drop the underscores of private models in references and titles."""
+    if isinstance(value, dict):
+        return {key: _renamed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item) for item in value]
+    return value.replace("/schemas/_", "/schemas/") if isinstance(value, str) else value
+
+
+def _asked(name: str, task: Task[Any, Any], schemas: dict[str, Schema]) -> Schema:
+    """The body of a request to a task: KServe's, with the tensors of the task."""
+    schema = _of(kserve.Header, schemas)
+    schemas.pop("Input", None)
+    batch = 1 if task.batched else 0
+    tensors = [_tensor(tensor, batch) for tensor in task.inputs.values()]
+    schema["title"] = f"A request to {name}"
+    schema["properties"]["inputs"]["items"] = {"oneOf": tensors}
+    return schema
+
+
+def _tensor(tensor: Tensor, batch: int) -> Schema:
+    """The schema of an input tensor with its values, flat or nested according to its shape."""
+    kind = _KINDS[tensor.datatype]
+    size = len(tensor.dims) + batch
+    dims: Schema = {"type": "integer", "minimum": 1}
+    fields: dict[str, Schema] = {
+        "name": {"const": tensor.name},
+        "datatype": {"const": tensor.datatype},
+        "shape": {"type": "array", "items": dims, "minItems": size, "maxItems": size},
+        "data": {"type": "array", "items": {"type": [kind, "array"]}},
+    }
+    schema = _object(fields)
+    sizes = {"binary_data_size": {"type": "integer", "minimum": 0}}
+    schema["properties"]["parameters"] = {"type": "object", "properties": sizes}
+    schema["required"] = ["name", "datatype", "shape"]
+    return schema
+
+
+def _answer(name: str, task: Task[Any, Any]) -> Schema:
+    """The JSON of a task's answer."""
+    outputs = [
+        _object(
+            {
+                "name": {"const": tensor.name},
+                "datatype": {"const": tensor.datatype},
+                "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                "data": {"type": "array"},
+            }
+        )
+        for tensor in task.outputs.values()
+    ]
+    return _object(
+        {
+            "model_name": {"const": name},
+            "model_version": _TEXT,
+            "outputs": {"type": "array", "items": {"oneOf": outputs}},
+        },
+        open=True,
+    )
+
+
+def _metadata() -> Schema:
+    tensor = _object(
+        {"name": _TEXT, "datatype": _TEXT, "shape": {"type": "array", "items": _WHOLE}}
+    )
+    tensors: Schema = {"type": "array", "items": tensor}
+    return _object(
+        {
+            "name": _TEXT,
+            "versions": {"type": "array", "items": _TEXT},
+            "platform": _TEXT,
+            "inputs": tensors,
+            "outputs": tensors,
+        }
+    )
+
+
+def _embeddings() -> Schema:
+    vector: Schema = {"anyOf": [_TEXT, {"type": "array", "items": {"type": "number"}}]}
+    row = _object({"object": {"const": "embedding"}, "index": _WHOLE, "embedding": vector})
+    return _object(
+        {
+            "object": {"const": "list"},
+            "model": _TEXT,
+            "usage": _object({"prompt_tokens": _WHOLE, "total_tokens": _WHOLE}),
+            "data": {"type": "array", "items": row},
+        },
+        open=True,
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(document(), indent=1))
