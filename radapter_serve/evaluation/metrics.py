@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from math import sqrt
+from math import ceil, sqrt
 from typing import Any
 
 import numpy as np
@@ -334,7 +334,7 @@ def fit_confidence(
     known = not np.isnan(after).any()
     # The highest cosine that `MIN_SCORE_SHARE` of the images reach with their own label.
     own_scores = np.sort(cosines[np.arange(n), truth])
-    min_score = float(own_scores[int((1 - MIN_SCORE_SHARE) * n + 1e-9)])
+    min_score = float(own_scores[n - ceil(MIN_SCORE_SHARE * n)])
     others = np.where(right, -np.inf, cosines)
     return Confidence(
         scale=scale,

@@ -153,6 +153,7 @@ def test_what_is_no_checkpoint_or_has_no_architecture_is_refused(
         (["model_cfg", "quick_gelu"], False, "it has .*GELU, and the base .*QuickGELU"),
         (["model_cfg", "vision_cfg", "head_width"], 16, "of 4 heads, and the base"),
         (["preprocess_cfg", "mean"], [0.5] * 3, "another way than its base: mean is"),
+        (["preprocess_cfg", "std"], [0.5] * 3, "another way than its base: std is"),
     ],
 )
 def test_models_that_compute_differently_are_refused(

@@ -144,6 +144,18 @@ def test_a_plan_that_does_not_fit_is_one_line_that_says_what_to_run(trt: None, m
     check_plan(mine / "image_encoder" / "2")
 
 
+def test_a_plan_is_built_again_when_only_the_weights_beside_the_graph_changed(
+    trt: None, mine: Path
+) -> None:
+    weights = mine / "image_encoder" / "1" / "model.onnx.data"
+    weights.write_bytes(b"weights")
+    build_engines(mine)
+    check_plan(weights.parent)
+    weights.write_bytes(b"others!")
+    with pytest.raises(RAdapterError, match=r"from another model\.onnx"):
+        check_plan(weights.parent)
+
+
 def test_without_a_gpu_or_tensorrt_nothing_is_touched(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

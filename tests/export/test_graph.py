@@ -35,6 +35,23 @@ def photos(batch: int) -> np.ndarray:
     return np.random.default_rng(batch).integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)
 
 
+@pytest.mark.parametrize("key_width", [None, 24])
+@torch.no_grad()
+def test_attention_to_other_keys_gives_what_torch_gives(key_width: int | None) -> None:
+    """Each of query, key and value has weights and biases of its own."""
+    torch.manual_seed(0)
+    attention = torch.nn.MultiheadAttention(
+        32, 4, kdim=key_width, vdim=key_width, batch_first=True
+    )
+    for parameter in attention.parameters():
+        parameter.normal_()
+    query = torch.randn(2, 5, 32)
+    key = torch.randn(2, 7, key_width or 32)
+    expected, _ = attention(query, key, key, need_weights=False)
+    actual, _ = Attention(attention)(query, key, key)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_patch_graph_of_maskclip_gives_what_torch_gives(
