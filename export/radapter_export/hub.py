@@ -1,5 +1,5 @@
-"""Releases on the Hugging Face hub: model cards, pushing, and taking a release from there. Only
-data is taken: the models' configs and code are those of this installation.
+"""Releases on the Hugging Face hub: pushing, and taking a release from there. Only data is taken:
+the models' configs and code are those of this installation.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from radapter_export.card import TRANSFORMERS
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_serve.errors import RAdapterError, check_installed, quiet, reason
 from radapter_serve.files import digest_of, disk_errors
@@ -32,11 +33,9 @@ from radapter_serve.sources import (
 
 if TYPE_CHECKING:
     from radapter_export.settings import ExportSettings
-    from radapter_serve.adapter import Metadata
 
 # Folders of a repository on the hub
 RELEASE = "release"
-TRANSFORMERS = "transformers"
 BUILT = "radapter"  # in the cache, next to `snapshots`, where no file of the hub is written
 TOKENIZER = "tokenizer.json"
 LABEL_SETS = "label_sets"
@@ -46,179 +45,6 @@ _ALLOWED = re.compile(
     rf"|{FILE}|{TOKENIZER}|{LABEL_SETS}/[^/]+\.npz"
 )
 _MAX = 2**31 - 1  # largest number that Triton takes
-# Licences of open_clip's weights, by the beginning of their tags
-_LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit", "webli": "apache-2.0"}
-_OF_RULE = ("alpha", "score", "behind", "plus_minus")  # columns of a curve that the choice uses
-_TASK = "zero-shot-image-classification"
-_LOAD = {
-    "open_clip": """\
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
-tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")""",
-    "transformers": """\
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("FOLDER")
-processor = AutoProcessor.from_pretrained("FOLDER")""",
-}
-_ASK = """\
-from radapter_serve import Model
-
-model = Model("FOLDER")
-print(model.classify("photo.jpg", ["a cat", "a dog"]).top)"""
-_RECIPE = (
-    *("task", "rank", "drop", "momentum", "delta", "epsilon", "positives"),
-    *("batch_size", "epochs", "steps", "learning_rate", "precision"),
-)
-
-
-def card_of(
-    release: Release,
-    metadata: Metadata,
-    curve: Sequence[Mapping[str, float]],
-    library: str,
-    hub: str | None = None,
-    *,
-    transformers: bool = False,
-) -> str:
-    """Write the text of a release's model card, for a folder or for a repository on the `hub`. The
-    card has no path of this machine.
-    """
-    # Imported here: a server takes releases without these dependencies of an export.
-    from huggingface_hub import EvalResult, ModelCardData
-
-    from radapter_serve.evaluation.rows import KEPT
-
-    base = _named(release.architecture)
-    title = f"{base}, fine-tuned, α = {release.alpha:g}"
-    tag = metadata.pretrained or ""
-    licence = next((name for start, name in _LICENCES.items() if tag.startswith(start)), None)
-
-    # Head in YAML, which the hub reads
-    results = None
-    if release.accuracy is not None:
-        dataset = _named(release.accuracy["dataset"])
-        result = EvalResult(
-            task_type=_TASK,
-            dataset_type=re.sub(r"\W+", "-", dataset).strip("-").lower() or "data",
-            dataset_name=dataset,
-            metric_type=release.accuracy["metric"],
-            metric_value=round(float(release.accuracy["release"]), 2),
-        )
-        results = [result]
-    is_on_hub = release.architecture.startswith(HUB)
-    head = ModelCardData(
-        license=licence,
-        library_name=library,
-        pipeline_tag=_TASK,
-        tags=["clip", "r-adapter", "zero-shot"],
-        base_model=release.architecture.removeprefix(HUB) if is_on_hub else None,
-        model_name=title if results else None,
-        eval_results=results,
-    )
-
-    # Introduction
-    weights = f" with the weights {_named(tag)}" if tag else ""
-    terms = "The licence of the base holds for these weights too; its publisher says which it is."
-    if licence:
-        terms = f"The base's licence is {licence}."
-    kind = (
-        "It was fine-tuned by R-Adapter (Kim et al., ECCV 2024): linear adapters that are folded"
-        f" into the weights with re-scaling α = {release.alpha:g}."
-    )
-    if release.made_of is not None:
-        tuned = {"lora": "a LoRA"}.get(release.made_of["kind"], f"a {release.made_of['kind']}")
-        kind = f"It is the base and {tuned} of it, mixed at α = {release.alpha:g}."
-    side = release.preprocess["size"]
-    prompts = ", ".join(f"`{template}`" for template in release.templates[:3])
-    more = " and more" if len(release.templates) > 3 else ""
-    parts = [
-        f"---\n{head.to_yaml()}\n---\n",
-        f"# {title}\n",
-        f"A CLIP whose base is {base}{weights} (`{release.base_digest}`). {kind} {terms}\n\n"
-        f"Embeddings have {release.embed_dim} numbers, and images {side} x {side} pixels. Prompts"
-        f" were made by: {prompts}{more}.\n",
-    ]
-
-    # Code that loads the model
-    blocks = [_LOAD[library], _ASK]
-    folder = "FOLDER is the folder of this card.\n\n"
-    served = ""
-    if hub is not None:
-        if transformers:
-            form = f'"{hub}", subfolder="{TRANSFORMERS}"'
-            blocks.append(_LOAD[TRANSFORMERS].replace('"FOLDER"', form))
-        where = f"{HUB}{hub}"
-        blocks = [
-            block.replace("local-dir:FOLDER", where).replace("FOLDER", where) for block in blocks
-        ]
-        folder = ""
-        served = f"\nServed over HTTP: `radapter-serve {where}`.\n"
-    code = "\n".join(f"```python\n{block}\n```\n" for block in blocks)
-    parts.append(f"## Load it\n\n{folder}{code}{served}")
-
-    # Training
-    recipe = metadata.recipe
-    if recipe:
-        settings: list[tuple[str, object]] = [
-            ("data", _named(str(recipe.get("data") or "unknown"))),
-            *((name, recipe[name]) for name in _RECIPE if recipe.get(name) is not None),
-        ]
-        if metadata.held_out:
-            settings.append(("held-out images", metadata.held_out))
-        if metadata.classes:
-            settings.append(("classes", len(metadata.classes)))
-        parts.append("## How it was trained\n\n" + _table(("setting", "value"), settings))
-
-    # Figures at each α
-    if curve:
-        names = [name for name in curve[0] if name not in _OF_RULE]
-        columns = ["kept of the base" if name == KEPT else _named(name) for name in names]
-        rows = []
-        for point in curve:
-            alpha = f"{point['alpha']:g}"
-            if point["alpha"] == release.alpha:
-                alpha = f"**{alpha}**"
-            rows.append((alpha, *(f"{point[name]:.1f}" for name in names)))
-        parts.append(
-            "## How much of the fine-tuning to keep\n\nOn validation data, in per cent, for each α"
-            f" from 0 (the base) to 1 (all of it):\n\n{_table(('α', *columns), rows)}"
-        )
-
-    # Figures of the release
-    figures: list[tuple[str, object]] = []
-    if (accuracy := release.accuracy) is not None:
-        where = f"{accuracy['n']} images of {_named(accuracy['dataset'])}"
-        figures.append((f"{accuracy['metric']}, {where}", f"{accuracy['release']:.2f} %"))
-    if (confidence := release.confidence) is not None:
-        before = f"{confidence['ece_before']:.3f}"
-        figures.append(("calibration error as the model scores", before))
-        if confidence.get("ece_after") is not None:
-            figures.append(("the same, calibrated", f"{confidence['ece_after']:.3f}"))
-    for encoder, agreement in release.agreement.items():
-        if isinstance(agreement, Mapping) and "max_error" in agreement:
-            what = f"largest difference of `{encoder}` from torch"
-            figures.append((what, f"{agreement['max_error']:.1e}"))
-    figures.append(("precision of the served encoders", release.precision))
-    figures += [(f"made with {name}", version) for name, version in release.tools.items()]
-    parts.append("## Figures\n\n" + _table(("figure", "value"), figures))
-    return "\n".join(parts)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines
-    )
-
-
-def _named(source: str) -> str:
-    """Name of a model or data set without the folders of its path."""
-    kind, colon, place = source.partition(":")
-    if source.startswith(HUB) or not ("/" in source or "\\" in source or colon):
-        return source
-    return PurePath((place if colon else source).replace("\\", "/")).name or kind
 
 
 def prepare_push(name: str, alphas: int, runtime: str) -> str:

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import onnxruntime
 from safetensors import SafetensorError
+from torch import Tensor
 
+from radapter_export.card import card_of
 from radapter_export.checks import BATCHES, Accuracy, Inputs, measure, open_validation, samples_at
 from radapter_export.forms import (
     DISK_ADVICE,
@@ -28,15 +30,18 @@ from radapter_export.forms import (
     save_form,
     save_open_clip,
 )
-from radapter_export.graph import graph_weights, image_graph, patch_graph, text_graph
-from radapter_export.hub import card_of, prepare_push, push
+from radapter_export.graph import Graph, graph_weights, image_graph, patch_graph, text_graph
+from radapter_export.hub import prepare_push, push
 from radapter_export.in_torch import base_facts
 from radapter_export.precision import TYPES, Batches, calibrate, lower, quantize
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_export.settings import ExportSettings, checked
 from radapter_export.source import Fold, Source, put_reference, read_source
 from radapter_export.tokenizer import write_tokenizer
+from radapter_serve.adapter.tuned import Line
+from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import is_causal
+from radapter_serve.clip.transformers import Form
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import require_images
 from radapter_serve.contract.labels import SAME, indistinguishable
@@ -47,8 +52,11 @@ from radapter_serve.encoders.loaded import LoadedRelease, complete
 from radapter_serve.encoders.plans import PLAN, write_plan
 from radapter_serve.encoders.tensorrt import find_gpu, import_tensorrt
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.alpha_choice import kept_at
+from radapter_serve.evaluation.image_sets import EvaluationSet
+from radapter_serve.evaluation.rows import what_is_kept
 from radapter_serve.files import digest_of, disk_errors, staged_folder
-from radapter_serve.release.agreement import TOLERANCES, Agreement, compare
+from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, compare
 from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
 from radapter_serve.sources import CARD
@@ -148,14 +156,74 @@ def export_release(
         RAdapterError: bad input, graphs that differ from torch, a full disk; then nothing was
             written.
     """
-    say = progress or (lambda line: None)
     settings = checked(vars(settings))
-
-    # Source: read the adapters and label sets, and refuse wrong input before the work.
     paths = [adapter_path] if isinstance(adapter_path, (str, Path)) else list(adapter_path)
     source = read_source(paths, alphas, settings)
+    return export_source(source, settings, progress or (lambda line: None))
+
+
+def export_source(source: Source, settings: ExportSettings, say: Say) -> list[ExportedRelease]:
+    """Export the releases of a source that was read with these checked settings."""
+    prepared = prepare(source, settings, say)
+
+    # Work in temporary folders, which are moved into place once all releases are complete.
+    releases = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(disk_errors(settings.model_repository, DISK_ADVICE, (SafetensorError,)))
+        checkpoints = {"open_clip": stack.enter_context(staged_folder(settings.merged, WRITER))}
+        if settings.transformers is not None:
+            checkpoints["transformers"] = stack.enter_context(
+                staged_folder(settings.transformers, WRITER)
+            )
+        repository = stack.enter_context(prepared.repository)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        work = Work(prepared, checkpoints, scratch / "tokenizer.json")
+        for version, alpha in enumerate(source.alphas, repository.next_version()):
+            written = write(work, version, alpha, say)
+            releases.append(verify(work, written, say))
+        repository.add_configs([each.release for each in releases])
+        say("writing the digests of all files")
+        for each in releases:
+            repository.add_sums(each.version)
+        say("putting everything in place")
+        repository.commit([each.version for each in releases])
+    if prepared.hub is None:
+        return releases
+
+    # Push the one release, now that it is complete on this machine.
+    say(f"pushing to {prepared.hub}")
+    [exported] = releases
+    card = card_of(
+        exported.release,
+        source.metadata,
+        source.curve,
+        "open_clip",
+        prepared.hub,
+        transformers=prepared.form is not None,
+    )
+    return [replace(exported, pushed=push(prepared.hub, exported.release, settings, card))]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that an export needs before it writes the first file."""
+
+    source: Source
+    settings: ExportSettings
+    validation: EvaluationSet | None
+    images: Sequence[Path] | None  # for the ranges of int8
+    hub: str | None  # repository to push to
+    base: Base
+    change: Fold | Line
+    form: Form | None  # of transformers
+    models: Sequence[str]
+    graphs: Sequence[Graph]  # without weights, so that one graph serves every α
+    repository: Repository
+
+
+def prepare(source: Source, settings: ExportSettings, say: Say) -> Prepared:
+    """Refuse what can't be exported, load the base, and export its graphs; nothing is written."""
     precision = settings.precision
-    dynamic = source.dynamic_alpha
     if precision == "bf16" and settings.runtime == "onnxruntime":
         raise RAdapterError(
             "ONNX Runtime cannot compute in bf16 on a CPU; add --runtime openvino, or use fp16"
@@ -178,7 +246,7 @@ def export_release(
         find_gpu()
         import_tensorrt()
 
-    # Fold: load the base, and the change that α scales.
+    # Load the base, and the change that α scales.
     say("loading the base")
     base, change = source.load(settings)
     check_replaceable(settings.merged.absolute(), "--merged", OPEN_CLIP_FILES)
@@ -187,10 +255,10 @@ def export_release(
         check_replaceable(settings.transformers.absolute(), "--transformers", FORM_FILES)
         form = base_form(base)
     models = [model for model in MODELS if model != PATCH_ENCODER or source.dense is not None]
-    unfinished = Repository(settings.model_repository, models)
+    repository = Repository(settings.model_repository, models)
 
-    # Graphs: export them without weights, so that one graph serves every α.
-    adapter = source.adapter if dynamic else None
+    # Export the graphs.
+    adapter = source.adapter if source.dynamic_alpha else None
     say("exporting image_encoder")
     graphs = [image_graph(base, adapter)]
     if source.dense is not None:
@@ -200,187 +268,237 @@ def export_release(
     graphs.append(text_graph(base, adapter))
     if precision in TYPES:
         graphs = [lower(graph, precision) for graph in graphs]
-
-    # Work in temporary folders, which are moved into place once all releases are complete.
-    releases = []
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(disk_errors(settings.model_repository, DISK_ADVICE, (SafetensorError,)))
-        checkpoints = {"open_clip": stack.enter_context(staged_folder(settings.merged, WRITER))}
-        if settings.transformers is not None:
-            checkpoints["transformers"] = stack.enter_context(
-                staged_folder(settings.transformers, WRITER)
-            )
-        repository = stack.enter_context(unfinished)
-        scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        tokens = Path(scratch, "tokenizer.json")
-        spec = write_tokenizer(base.tokenizer, tokens, dynamic_length=is_causal(base.model))
-        tokenizer = Tokenizer.load(tokens, spec)
-        quantization: dict[str, Any] | None = None
-        calibration: Mapping[str, Batches] = {}
-        if precision == "int8":
-            quantization = {"kind": "dynamic"}
-        if images is not None:
-            calibration, inputs_facts = calibrate(images, base, source, tokenizer)
-            quantization = {"kind": "static", **inputs_facts}
-        inputs = Inputs(base, tokenizer, base.image_size)
-        set_alpha = put_reference(base, change)
-
-        for version, alpha in enumerate(source.alphas, repository.next_version()):
-            # Fold: write the merged checkpoint.
-            say(f"folding at alpha {alpha:g}")
-            folded = change.at(alpha)
-            name = f"alpha-{alpha:g}" if len(source.alphas) > 1 else ""
-            folders = {library: folder / name for library, folder in checkpoints.items()}
-            for folder in folders.values():
-                folder.mkdir(exist_ok=True)
-            save_open_clip(folders["open_clip"], base, folded)
-
-            # References: torch's embeddings of seeded inputs, with nothing folded.
-            say(f"torch's embeddings at alpha {alpha:g}{' and others' * dynamic}, nothing folded")
-            samples = samples_at(base, set_alpha, inputs, alpha, source.dense, mixed=dynamic)
-
-            # Graphs: add the weights, run them as the server does, and compare with the references.
-            for model in models:
-                repository.staged(model, version).mkdir()
-            weights = folded
-            if adapter is not None:
-                assert isinstance(change, Fold)
-                weights = graph_weights(change.weights, adapter)
-            encoders = {}
-            written = []
-            for graph in graphs:
-                say(f"writing and checking {graph.name} at alpha {alpha:g}")
-                start = time.perf_counter()
-                folder = repository.staged(graph.name, version)
-                samples[graph.name].save(folder)
-                size = graph.save(weights, folder / "model.onnx")
-                if precision == "int8":
-                    size = quantize(folder / "model.onnx", calibration.get(graph.name, ()))
-                if settings.runtime == TENSORRT:
-                    write_plan(
-                        graph.name,
-                        folder,
-                        max_batch_size=settings.max_batch_size,
-                        max_length=int(spec["context_length"]),
-                        bounds=settings.bounds,
-                        progress=say,
-                    )
-                    size = (folder / PLAN).stat().st_size
-                file = folder / RUNTIMES[settings.runtime].file
-                encoder = EncoderGraph(file, settings.runtime, precision=precision)
-                label = f"{graph.name} in {precision}"
-                agreement = compare(label, encoder, samples[graph.name], settings.bounds)
-                seconds = time.perf_counter() - start
-                written.append(Exported(graph.name, size, agreement, seconds))
-                encoders[graph.name] = encoder
-
-            # Form of transformers, always in fp32
-            forms = []
-            if form is not None:
-                say(f"writing and checking the form of transformers at alpha {alpha:g}")
-                start = time.perf_counter()
-                folder = folders["transformers"]
-                size = save_form(folder, base, form, folded)
-                if dynamic:  # the samples above mix several α
-                    samples = samples_at(base, set_alpha, inputs, alpha)
-                bounds = settings.bounds if precision == "fp32" else TOLERANCES["fp32"]
-                agreement = check_form(folder, base, samples, bounds, form)
-                seconds = time.perf_counter() - start
-                forms.append(Exported("transformers", size, agreement, seconds))
-
-            # Facts of the release
-            tools = [*_TOOLS, *(["openvino"] if settings.runtime == "openvino" else [])]
-            release = Release(
-                version=version,
-                alpha=alpha,
-                dynamic_alpha=dynamic,
-                base_digest=change.base_digest,
-                adapter_digest=change.digest,
-                adapters=source.adapters,
-                made_of=change.made_of,
-                precision=precision,
-                quantization=quantization,
-                runtime=settings.runtime,
-                tokenizer=spec,
-                crop=source.metadata.source.mask_crop(base.preprocess["mean"]).to_dict(),
-                templates=source.templates,
-                max_batch_size=settings.max_batch_size,
-                tools={
-                    **{
-                        tool.removesuffix("_torch"): importlib.metadata.version(tool)
-                        for tool in tools
-                    },
-                    "onnxruntime": onnxruntime.__version__,  # same for onnxruntime-gpu
-                },
-                agreement={
-                    **{graph.name: asdict(graph.agreement) for graph in written},
-                    "batches": list(BATCHES),
-                    "tolerance": settings.bounds.max_error,
-                    "min_cosine": settings.bounds.min_cosine,
-                },
-                **base_facts(
-                    base,
-                    folded,
-                    source.dense,
-                    exif_orientation=source.metadata.source.exif_orientation,
-                ),
-            )
-
-            # Embed label sets by these encoders, and measure the accuracy on validation data.
-            loaded = LoadedRelease(release, GraphEncoder(encoders), tokenizer)
-            places = [repository.staged(model, version) / "label_sets" for model in LABELLED]
-            label_sets, facts, warnings = _write_label_sets(loaded, source, places, say)
-            release = replace(release, label_sets=facts)
-            accuracy = None
-            if validation is not None:
-                set_alpha(alpha)
-                by_text = [
-                    label_set
-                    for name, label_set in label_sets.items()
-                    if name not in release.sets_by_example
-                ]
-                accuracy, confidence = measure(
-                    validation, settings.max_drop, base, loaded, by_text, say
-                )
-                release = replace(release, accuracy=asdict(accuracy))
-                if isinstance(confidence, str):
-                    warnings.append(confidence)
-                elif confidence is not None:
-                    release = replace(release, confidence=asdict(confidence))
-            loaded.close()
-            if release.logit_bias is not None and release.confidence is None:
-                warnings.append(UNFITTED)
-
-            # Add release.json, tokenizer and code to each task, and a card to each checkpoint.
-            repository.add_code(version)
-            for model in TASKS:
-                release.save(repository.staged(model, version))
-            for model in TOKENIZED:
-                target = repository.staged(model, version) / "tokenizer.json"
-                shutil.copyfile(tokens, target)
-            for library, folder in folders.items():
-                release.save(folder)
-                card = card_of(release, source.metadata, source.curve, library)
-                (folder / CARD).write_text(card, encoding="utf-8")
-            place = settings.merged.absolute() / name
-            releases.append(ExportedRelease(release, written, place, accuracy, warnings, forms))
-
-        repository.add_configs([each.release for each in releases])
-        say("writing the digests of all files")
-        for each in releases:
-            repository.add_sums(each.version)
-        say("putting everything in place")
-        repository.commit([each.version for each in releases])
-    if hub is None:
-        return releases
-
-    # Push the one release, now that it is complete on this machine.
-    say(f"pushing to {hub}")
-    [exported] = releases
-    card = card_of(
-        exported.release, source.metadata, source.curve, "open_clip", hub, transformers=bool(form)
+    return Prepared(
+        source,
+        settings,
+        validation,
+        images,
+        hub,
+        base,
+        change,
+        form,
+        models,
+        graphs,
+        repository,
     )
-    return [replace(exported, pushed=push(hub, exported.release, settings, card))]
+
+
+class Work:
+    """What all releases of an export share while they are written: their folders, the tokenizer,
+    the ranges of int8 and the model with the change attached.
+    """
+
+    def __init__(self, prepared: Prepared, checkpoints: Mapping[str, Path], tokens: Path) -> None:
+        base = prepared.base
+        self.prepared = prepared
+        self.checkpoints = checkpoints  # folders by library
+        self.tokens = tokens
+        self.spec = write_tokenizer(base.tokenizer, tokens, dynamic_length=is_causal(base.model))
+        self.tokenizer = Tokenizer.load(tokens, self.spec)
+        self.quantization: dict[str, Any] | None = None
+        self.calibration: Mapping[str, Batches] = {}
+        if prepared.settings.precision == "int8":
+            self.quantization = {"kind": "dynamic"}
+        if prepared.images is not None:
+            self.calibration, inputs_facts = calibrate(
+                prepared.images, base, prepared.source, self.tokenizer
+            )
+            self.quantization = {"kind": "static", **inputs_facts}
+        self.inputs = Inputs(base, self.tokenizer, base.image_size)
+        self.set_alpha = put_reference(base, prepared.change)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A release whose weights are written, and not checked yet."""
+
+    version: int
+    alpha: float
+    folders: Mapping[str, Path]  # of the checkpoints, by library
+    samples: Mapping[str, Samples]  # torch's embeddings, by graph
+    weights: Mapping[str, Tensor]  # folded
+    sizes: Mapping[str, int]  # of each graph and form, in bytes
+    seconds: Mapping[str, float]  # that each took
+
+
+def write(work: Work, version: int, alpha: float, say: Say) -> Written:
+    """Write the checkpoint, the graphs and the forms of one release."""
+    prepared = work.prepared
+    source = prepared.source
+    settings = prepared.settings
+    base = prepared.base
+    repository = prepared.repository
+
+    # Fold, and write the merged checkpoint.
+    say(f"folding at alpha {alpha:g}")
+    folded = prepared.change.at(alpha)
+    name = f"alpha-{alpha:g}" if len(source.alphas) > 1 else ""
+    folders = {library: folder / name for library, folder in work.checkpoints.items()}
+    for folder in folders.values():
+        folder.mkdir(exist_ok=True)
+    save_open_clip(folders["open_clip"], base, folded)
+
+    # Embed seeded inputs in torch, with nothing folded.
+    dynamic = source.dynamic_alpha
+    say(f"torch's embeddings at alpha {alpha:g}{' and others' * dynamic}, nothing folded")
+    samples = samples_at(base, work.set_alpha, work.inputs, alpha, source.dense, mixed=dynamic)
+
+    # Add the weights to the graphs.
+    for model in prepared.models:
+        repository.staged(model, version).mkdir()
+    weights = folded
+    if dynamic:
+        assert isinstance(prepared.change, Fold)
+        weights = graph_weights(prepared.change.weights, prepared.change.adapter)
+    sizes = {}
+    seconds = {}
+    for graph in prepared.graphs:
+        say(f"writing {graph.name} at alpha {alpha:g}")
+        start = time.perf_counter()
+        folder = repository.staged(graph.name, version)
+        samples[graph.name].save(folder)
+        sizes[graph.name] = graph.save(weights, folder / "model.onnx")
+        if settings.precision == "int8":
+            ranges = work.calibration.get(graph.name, ())
+            sizes[graph.name] = quantize(folder / "model.onnx", ranges)
+        if settings.runtime == TENSORRT:
+            write_plan(
+                graph.name,
+                folder,
+                max_batch_size=settings.max_batch_size,
+                max_length=int(work.spec["context_length"]),
+                bounds=settings.bounds,
+                progress=say,
+            )
+            sizes[graph.name] = (folder / PLAN).stat().st_size
+        seconds[graph.name] = time.perf_counter() - start
+
+    # Write the form of transformers, which is always in fp32.
+    if prepared.form is not None:
+        say(f"writing the form of transformers at alpha {alpha:g}")
+        start = time.perf_counter()
+        sizes["transformers"] = save_form(folders["transformers"], base, prepared.form, folded)
+        seconds["transformers"] = time.perf_counter() - start
+    return Written(version, alpha, folders, samples, folded, sizes, seconds)
+
+
+def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
+    """Compare a written release with torch, and add its label sets, its facts and its cards."""
+    prepared = work.prepared
+    source = prepared.source
+    settings = prepared.settings
+    base = prepared.base
+    repository = prepared.repository
+    change = prepared.change
+    version = written.version
+    alpha = written.alpha
+
+    def exported(name: str, start: float, agreement: Agreement) -> Exported:
+        seconds = written.seconds[name] + time.perf_counter() - start
+        return Exported(name, written.sizes[name], agreement, seconds)
+
+    # Run the encoders as the server does.
+    encoders = {}
+    graphs = []
+    for graph in prepared.graphs:
+        say(f"checking {graph.name} at alpha {alpha:g}")
+        start = time.perf_counter()
+        file = repository.staged(graph.name, version) / RUNTIMES[settings.runtime].file
+        encoder = EncoderGraph(file, settings.runtime, precision=settings.precision)
+        label = f"{graph.name} in {settings.precision}"
+        agreement = compare(label, encoder, written.samples[graph.name], settings.bounds)
+        encoders[graph.name] = encoder
+        graphs.append(exported(graph.name, start, agreement))
+
+    # Open the form of transformers as a user does.
+    forms = []
+    if prepared.form is not None:
+        say(f"checking the form of transformers at alpha {alpha:g}")
+        start = time.perf_counter()
+        samples = written.samples
+        if source.dynamic_alpha:  # these mix several α
+            samples = samples_at(base, work.set_alpha, work.inputs, alpha)
+        bounds = settings.bounds if settings.precision == "fp32" else TOLERANCES["fp32"]
+        folder = written.folders["transformers"]
+        agreement = check_form(folder, base, samples, bounds, prepared.form)
+        forms.append(exported("transformers", start, agreement))
+
+    # Facts of the release
+    tools = [*_TOOLS, *(["openvino"] if settings.runtime == "openvino" else [])]
+    release = Release(
+        version=version,
+        alpha=alpha,
+        dynamic_alpha=source.dynamic_alpha,
+        base_digest=change.base_digest,
+        adapter_digest=change.digest,
+        adapters=source.adapters,
+        made_of=change.made_of,
+        precision=settings.precision,
+        quantization=work.quantization,
+        runtime=settings.runtime,
+        tokenizer=work.spec,
+        crop=source.metadata.source.mask_crop(base.preprocess["mean"]).to_dict(),
+        templates=source.templates,
+        max_batch_size=settings.max_batch_size,
+        tools={
+            **{tool.removesuffix("_torch"): importlib.metadata.version(tool) for tool in tools},
+            "onnxruntime": onnxruntime.__version__,  # same for onnxruntime-gpu
+        },
+        agreement={
+            **{graph.name: asdict(graph.agreement) for graph in graphs},
+            "batches": list(BATCHES),
+            "tolerance": settings.bounds.max_error,
+            "min_cosine": settings.bounds.min_cosine,
+        },
+        **base_facts(
+            base,
+            written.weights,
+            source.dense,
+            exif_orientation=source.metadata.source.exif_orientation,
+        ),
+    )
+
+    # Embed label sets by these encoders, and measure the accuracy on validation data.
+    loaded = LoadedRelease(release, GraphEncoder(encoders), work.tokenizer)
+    places = [repository.staged(model, version) / "label_sets" for model in LABELLED]
+    label_sets, facts, warnings = _write_label_sets(loaded, source, places, say)
+    release = replace(release, label_sets=facts)
+    accuracy = None
+    if prepared.validation is not None:
+        work.set_alpha(alpha)
+        by_text = [
+            label_set
+            for name, label_set in label_sets.items()
+            if name not in release.sets_by_example
+        ]
+        accuracy, confidence = measure(
+            prepared.validation, settings.max_drop, base, loaded, by_text, say
+        )
+        release = replace(release, accuracy=asdict(accuracy))
+        if isinstance(confidence, str):
+            warnings.append(confidence)
+        elif confidence is not None:
+            release = replace(release, confidence=asdict(confidence))
+    loaded.close()
+    if release.logit_bias is not None and release.confidence is None:
+        warnings.append(UNFITTED)
+    if (share := kept_at(source.curve, alpha)) is not None:
+        warnings.append(what_is_kept(alpha, share))
+
+    # Add release.json, tokenizer and code to each task, and a card to each checkpoint.
+    repository.add_code(version)
+    for model in TASKS:
+        release.save(repository.staged(model, version))
+    for model in TOKENIZED:
+        shutil.copyfile(work.tokens, repository.staged(model, version) / "tokenizer.json")
+    for library, folder in written.folders.items():
+        release.save(folder)
+        card = card_of(release, source.metadata, source.curve, library)
+        (folder / CARD).write_text(card, encoding="utf-8")
+    merged = settings.merged.absolute() / written.folders["open_clip"].relative_to(
+        work.checkpoints["open_clip"]
+    )
+    return ExportedRelease(release, graphs, merged, accuracy, warnings, forms)
 
 
 def _write_label_sets(

@@ -26,6 +26,10 @@ except ModuleNotFoundError:  # when the command runs, `checker` reports this in 
 
 CLASSES = "classes"  # the label set of the run's own classes
 OWN = "own"  # name of the run's validation data
+# Names in place of an α
+AUTO = "auto"
+BEST = "best"
+DYNAMIC = "dynamic"
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class ExportSettings:
     transformers: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     label_sets: tyro.conf.Suppress[Mapping[str, Path]] = field(default_factory=dict)
     templates: str | Path | None = None
-    dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None
+    dense: Annotated[str | None, tyro.conf.arg(metavar="METHOD")] = None
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     calibration: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     validation: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
@@ -106,8 +110,7 @@ class ExportSettings:
                 )
         if self.calibration is not None and self.precision != "int8":
             raise RAdapterError(
-                "--calibration is for --precision int8 alone, and the precision is"
-                f" {self.precision}"
+                f"--calibration needs --precision int8, and the precision is {self.precision}"
             )
 
     @property

@@ -4,7 +4,6 @@ the templates and label sets, some with images, for every release of one call.
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
-from radapter_export.settings import CLASSES, OWN, ExportSettings
+from radapter_export.settings import AUTO, BEST, CLASSES, OWN, ExportSettings
 from radapter_serve.adapter import (
     Adapter,
     Metadata,
@@ -43,7 +42,7 @@ from radapter_serve.contract.labels import (
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.encoders.labels import DEFAULT_WEIGHT, MAX_EXAMPLES, Examples
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.alpha_choice import chosen
+from radapter_serve.evaluation.alpha_choice import Choice, Point, read_choice
 from radapter_serve.files import read_yaml
 
 MAX_SHOWN = 2000  # example images of a label set
@@ -152,11 +151,17 @@ class Source:
     adapter: Adapter | None  # None for a checkpoint or a LoRA
     adapters: list[dict[str, Any]]  # digest and weight of each adapter in the average
     alphas: list[float]  # one for each release
-    curve: list[dict[str, float]]  # figures at each α, if `auto` chose one
+    choice: Choice | None  # of `auto`, if it was made for this adapter
+    no_choice: str  # why there is none
     dynamic_alpha: bool
     dense: str | None  # method of patch embeddings; None without patch_encoder
     templates: list[str]
     label_sets: dict[str, LabelFile]
+
+    @property
+    def curve(self) -> Sequence[Point]:
+        """The figures at each α, if `auto` chose one."""
+        return self.choice.curve if self.choice else ()
 
     def load(self, settings: ExportSettings) -> tuple[Base, Fold | Line]:
         """Load the base and the change that α scales; raises an error if they do not fit."""
@@ -176,10 +181,12 @@ class Source:
 
 def read_source(
     paths: Sequence[str | Path],
-    alphas: Sequence[float] | Literal["dynamic"] | None,
+    alphas: Sequence[float | str] | Literal["dynamic"] | None,
     settings: ExportSettings,
 ) -> Source:
-    """Read the one thing to export, templates and label files, and choose the α."""
+    """Read the one thing to export, templates and label files, and choose the α; `alphas` may have
+    the names `auto` and `best`.
+    """
     # Check that there is one thing to export.
     dynamic_alpha = alphas == "dynamic"
     flags = {"--adapter": paths, "--checkpoint": settings.checkpoint, "--lora": settings.lora}
@@ -219,14 +226,20 @@ def read_source(
         ]
 
     # Choose the α: by default the one that `auto` chose on validation data, else the adapter's own.
-    default = metadata.alpha
-    curve: list[dict[str, float]] = []
-    if len(paths) == 1:
-        with contextlib.suppress(RAdapterError):  # no choice, or one for another adapter
-            choice = chosen(paths[0])
-            default = choice.alpha
-            curve = choice.curve
-    numbers = [default] if alphas is None or isinstance(alphas, str) else list(alphas)
+    values = [] if alphas is None or isinstance(alphas, str) else list(alphas)
+    choice = None
+    no_choice = ""
+    if adapter is not None and len(paths) == 1:
+        try:
+            choice = read_choice(paths[0], adapter.digest)
+        except RAdapterError as error:  # no choice, or one for another adapter
+            if AUTO in values or BEST in values:
+                raise
+            no_choice = str(error)
+    if alphas is None or isinstance(alphas, str):
+        values = [AUTO if choice else metadata.alpha]
+    by_name = {AUTO: choice.alpha, BEST: choice.best} if choice else {}
+    numbers = [by_name[value] if isinstance(value, str) else value for value in values]
     for alpha in numbers:
         check_alpha(alpha)
     shown = [f"{alpha:g}" for alpha in numbers]
@@ -243,7 +256,8 @@ def read_source(
         adapter=adapter,
         adapters=shares,
         alphas=numbers,
-        curve=curve,
+        choice=choice,
+        no_choice=no_choice,
         dynamic_alpha=dynamic_alpha,
         dense=None if dense == "none" else dense,
         templates=templates_of(templates),

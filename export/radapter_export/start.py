@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from radapter_export.settings import checked
+from radapter_export.settings import AUTO, BEST, DYNAMIC, checked
 from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.evaluation.start import status
 from radapter_serve.process import limit_threads
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from radapter_export.release import ExportedRelease
     from radapter_serve.evaluation.alpha_choice import Choice
 
-
-AUTO = "auto"
-BEST = "best"
-DYNAMIC = "dynamic"
 Place = str | PathLike[str]
 
 
@@ -152,41 +148,29 @@ def export(
 
     with status(Console(stderr=True), show=progress) as say:
         # Imported here: torch and onnx take seconds, which --help should not wait for.
-        from radapter_export.release import export_release
-        from radapter_serve.evaluation import alpha_choice
+        from radapter_export.release import export_source
+        from radapter_export.source import read_source
 
-        # Read the choice of `auto` if it is asked for, or if no α is given.
-        choice = None
-        missing = ""
-        is_default = not values or DYNAMIC in values
-        if by_choice or (is_default and len(paths) == 1):
-            try:
-                choice = alpha_choice.chosen(paths[0])
-            except RAdapterError as error:
-                if by_choice:
-                    raise
-                missing = str(error)
-        if choice is not None:
-            of_choice = {AUTO: choice.alpha, BEST: choice.best}
-            values = [of_choice.get(str(value), value) for value in values]
-        wanted = DYNAMIC if DYNAMIC in values else values or None
-        releases = export_release(paths, wanted, chosen, progress=say)  # type: ignore[arg-type]
+        source = read_source(paths, DYNAMIC if DYNAMIC in values else values or None, chosen)
+        releases = export_source(source, chosen, say)
 
     # Write notes on the α and on the releases.
     notes = []
+    is_default = not values or DYNAMIC in values
+    choice = source.choice if by_choice or is_default else None
     if choice is not None:
         by_auto = f"radapter-eval --alpha auto chose alpha {choice.alpha:g}"
         if choice.best == choice.alpha:
             notes.append(f"{by_auto}, which is also the best on the validation data")
-        elif choice.alpha in [release.alpha for release in releases]:
+        elif choice.alpha in source.alphas:
             best = f"the best on the validation data is {choice.best:g} (--alpha best)"
             notes.append(f"{by_auto}; {best}")
         else:
             notes.append(f"alpha {choice.best:g} is the best on the validation data; {by_auto}")
     elif is_default and paths:
-        kind = "run" if missing else "average"
-        reason = f": {missing}" if missing else ""
-        notes.append(f"alpha {releases[0].alpha:g} is the {kind}'s own{reason}")
+        kind = "run" if source.no_choice else "average"
+        reason = f": {source.no_choice}" if source.no_choice else ""
+        notes.append(f"alpha {source.alphas[0]:g} is the {kind}'s own{reason}")
     warnings = [warning for release in releases for warning in release.warnings]
     return Export(
         releases=tuple(releases),

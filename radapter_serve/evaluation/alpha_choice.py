@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
@@ -13,7 +13,14 @@ from rich.table import Table
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import paired_difference
-from radapter_serve.evaluation.rows import KEPT, Row, by_shift
+from radapter_serve.evaluation.rows import (
+    KEPT_METRIC,
+    KEPT_WELL,
+    LOST_MUCH,
+    Row,
+    by_shift,
+    what_is_kept,
+)
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.files import checker, first_problem, staged
 
@@ -21,12 +28,14 @@ FILE = "alpha.json"
 RULE = (
     "auto is the smallest alpha above 0 that can't be told from the best one by the same images"
     " (their paired difference is within its 95 % interval; like the one-standard-error rule of"
-    " Breiman et al., 1984), and at most the run's own; where alpha 0 can't be told from the best"
-    " either, the run's own. best has the highest score; of equal ones it is the smallest. The"
-    " score is the mean over validation sets, and where some are shifted, the mean of the two means"
+    " Breiman et al., 1984), and at most the run's own. Where alpha 0 can't be told from the best"
+    f" either, it is the largest of these alphas that keeps {KEPT_WELL:.0%} of the base's answers"
+    " among common nouns, or the smallest if that was not measured; 0 if there is none. It never"
+    f" keeps less than {LOST_MUCH:.0%} of them. best has the highest score; of equal ones it is the"
+    " smallest. The score is the mean over validation sets, and where some are shifted, the mean of"
+    " the two means"
 )
 _DIGITS = 8  # decimals to which scores are compared
-MUCH_KEPT = 0.9  # share of the base's answers; a choice that keeps less gets a note
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,32 @@ class ValidationSet:
 
 
 @dataclass(frozen=True)
+class Point:
+    """The figures of one α on the validation sets, all in [0, 1].
+
+    Attributes:
+        alpha: the α.
+        score: by the rule of the choice.
+        behind: distance from the best score.
+        plus_minus: half-width of the 95 % interval of `behind`.
+        kept: mean of the rows' `kept`; None if it was not measured.
+        metrics: each validation set's metric by the set's name.
+    """
+
+    alpha: float
+    score: float
+    behind: float
+    plus_minus: float
+    kept: float | None
+    metrics: dict[str, float]
+
+    @property
+    def as_good(self) -> bool:
+        """True if the score can't be told from the best."""
+        return round(self.behind - self.plus_minus, _DIGITS) <= 0
+
+
+@dataclass(frozen=True)
 class Choice:
     """The α that `auto` takes, the best one, and how they were found.
 
@@ -48,9 +83,7 @@ class Choice:
         best: the α with the highest score.
         own_alpha: the α of the adapter's recipe, which `auto` does not exceed.
         rule: the rule of the choice, in words.
-        curve: for each α, all in [0, 1]: `alpha`; `score` by the rule; `behind`, the distance from
-            the best score, and `plus_minus`, the half-width of its interval; `kept`, the mean of
-            the rows' `kept`, where measured; and each validation set's metric by its name.
+        curve: the figures of each α; see `Point`.
         sets: the validation sets, by name.
         adapter_digest: digest of the adapter that α was chosen for.
     """
@@ -59,55 +92,56 @@ class Choice:
     best: float
     own_alpha: float
     rule: str
-    curve: list[dict[str, float]]
+    curve: list[Point]
     sets: dict[str, ValidationSet]
     adapter_digest: str
 
     @property
     def smallest(self) -> float:
         """The smallest α above 0 whose score can't be told from the best."""
-        equal = [point["alpha"] for point in self.curve if point["alpha"] and _as_good(point)]
+        equal = [point.alpha for point in self.curve if point.alpha and point.as_good]
         return min(equal, default=self.best)
 
     @property
     def kept(self) -> float | None:
         """The share of the base's answers that the chosen α keeps, in [0, 1]; None if unknown."""
-        return next((point.get(KEPT) for point in self.curve if point["alpha"] == self.alpha), None)
+        return kept_at(self.curve, self.alpha)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes about the choice for the user, one line each."""
-        equal = [point["alpha"] for point in self.curve if _as_good(point)]
+        by_score = min(self.smallest, self.own_alpha)
+        base_is_as_good = any(point.alpha == 0.0 and point.as_good for point in self.curve)
         lines = []
-        if 0.0 in equal and self.alpha == self.own_alpha:
+        if base_is_as_good and self.alpha:
+            why = "the smallest that is as good"
+            if self.kept is not None:
+                why = f"the largest as good that keeps {KEPT_WELL:.0%} of the base's answers"
             lines.append(
                 "alpha 0, the base as it was, can't be told from the best: these images are too few"
-                f" to tell that training helped, so auto takes the run's own alpha {self.alpha:g}."
+                f" to tell that training helped, or it did not. So auto takes alpha {self.alpha:g},"
+                f" {why}; the run's own is {self.own_alpha:g}."
             )
-        elif 0.0 in equal:
+        elif base_is_as_good:
             lines.append(
-                "alpha 0, the base as it was, can't be told from the best, and the run's own alpha"
-                f" {self.own_alpha:g} is worse: training did not help on these images. auto takes"
-                f" {self.alpha:g}, the largest up to the run's own that can't be told from the"
-                " best; try a lower learning rate."
+                "alpha 0, the base as it was, can't be told from the best, and no alpha up to the"
+                f" run's own {self.own_alpha:g} is as good and keeps {KEPT_WELL:.0%} of the base's"
+                " answers: auto takes 0, which is the base. Try a lower learning rate."
             )
-        elif self.alpha not in equal:
+        elif self.alpha < by_score:
+            lines.append(
+                f"alpha {by_score:g} is better on these images, but keeps less than"
+                f" {LOST_MUCH:.0%} of the base's answers, so auto takes alpha {self.alpha:g};"
+                f" radapter-export --alpha best takes {self.best:g}."
+            )
+        elif self.smallest > self.own_alpha:
             lines.append(
                 f"alpha {self.best:g} is better on these images than the run's own alpha"
                 f" {self.own_alpha:g}, which auto does not exceed; radapter-export --alpha best"
                 " takes it."
             )
-        kept = self.kept
-        if kept is not None and kept < MUCH_KEPT:
-            enough = [point["alpha"] for point in self.curve if point.get(KEPT, 0.0) >= MUCH_KEPT]
-            smaller = max((alpha for alpha in enough if alpha < self.alpha), default=0.0)
-            instead = f"alpha {smaller:g} keeps more" if smaller else "a smaller alpha keeps more"
-            lines.append(
-                f"alpha {self.alpha:g} keeps {100 * kept:.1f} % of what the base answers among"
-                " common nouns on these images: the answers to labels and searches that you did not"
-                f" train change, too. If you need them, {instead}, and so does training with more"
-                " --preserve and --preserve-words."
-            )
+        if self.kept is not None:
+            lines.append(what_is_kept(self.alpha, self.kept))
         if not by_shift(self.sets)[1]:
             lines.append(
                 "No validation set is shifted, so this choice says nothing about images in other"
@@ -118,21 +152,26 @@ class Choice:
     def table(self) -> Table:
         """One row for each α: score, distance from the best, and share kept, in per cent."""
         out = Table(title="Validation: per cent")
-        has_kept = any(KEPT in point for point in self.curve)
-        for column in ("α", "score", "behind the best", *([KEPT] if has_kept else []), *self.sets):
+        has_kept = any(point.kept is not None for point in self.curve)
+        kept_column = [KEPT_METRIC] if has_kept else []
+        for column in ("α", "score", "behind the best", *kept_column, *self.sets):
             out.add_column(column, justify="right")
         out.add_column("")
         marks = {"auto": self.alpha, "best": self.best, "the run's own": self.own_alpha}
         for point in self.curve:
-            alpha = point["alpha"]
-            behind = f"{100 * point['behind']:.2f} ± {100 * point['plus_minus']:.2f}"
-            cells = [f"{alpha:g}", f"{100 * point['score']:.2f}", behind]
+            behind = f"{100 * point.behind:.2f} ± {100 * point.plus_minus:.2f}"
+            cells = [f"{point.alpha:g}", f"{100 * point.score:.2f}", behind]
             if has_kept:
-                cells.append(f"{100 * point[KEPT]:.1f}" if KEPT in point else "")
-            cells += [f"{100 * point[name]:.2f}" for name in self.sets]
-            cells.append(", ".join(name for name, mark in marks.items() if mark == alpha))
-            out.add_row(*cells, style="bold" if alpha == self.alpha else None)
+                cells.append("" if point.kept is None else f"{100 * point.kept:.1f}")
+            cells += [f"{100 * point.metrics[name]:.2f}" for name in self.sets]
+            cells.append(", ".join(name for name, mark in marks.items() if mark == point.alpha))
+            out.add_row(*cells, style="bold" if point.alpha == self.alpha else None)
         return out
+
+
+def kept_at(curve: Sequence[Point], alpha: float) -> float | None:
+    """The share of the base's answers that an α keeps, in [0, 1]; None if unknown."""
+    return next((point.kept for point in curve if point.alpha == alpha), None)
 
 
 def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
@@ -154,7 +193,9 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
         raise RAdapterError(
             "alpha can't be chosen without an in-distribution validation set (split: validation)"
         )
-    # The in-distribution and the shifted group weigh the same, and so do the sets of a group.
+
+    # Score each α. The in-distribution and the shifted group weigh the same, and so do the sets of
+    # a group.
     weights = {name: 1 / len(names) / len(groups) for names in groups for name in names}
     models: dict[float, dict[str, Row]] = {}
     for row in rows:
@@ -166,31 +207,36 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
     }
     # Rounding ties scores that differ by floating-point error alone; the smaller α wins a tie.
     best = max(scores, key=lambda alpha: (round(scores[alpha], _DIGITS), -alpha))
+
+    # Compare each α with the best.
     curve = []
     for alpha, score in scores.items():
-        distances = {name: _behind(models[best][name], row) for name, row in models[alpha].items()}
+        of_set = models[alpha]
+        distances = {name: _behind(models[best][name], row) for name, row in of_set.items()}
         behind = sum(weights[name] * distance for name, (distance, _) in distances.items())
         # The data sets are independent, so their variances add up.
         variance = sum((weights[name] * half) ** 2 for name, (_, half) in distances.items())
-        point = {"alpha": alpha, "score": score, "behind": behind, "plus_minus": sqrt(variance)}
-        kept = [row.metrics[KEPT] for row in models[alpha].values() if KEPT in row.metrics]
-        if kept:
-            point[KEPT] = sum(kept) / len(kept)
-        metrics = {name: row.metrics[row.metric] for name, row in models[alpha].items()}
-        curve.append({**point, **metrics})
-    as_good = [point["alpha"] for point in curve if _as_good(point)]
-    if 0.0 not in as_good:
-        chosen = min(as_good[0], own_alpha)
-    elif own_alpha in as_good:
-        chosen = own_alpha
+        shares = [row.metrics[KEPT_METRIC] for row in of_set.values() if KEPT_METRIC in row.metrics]
+        kept = sum(shares) / len(shares) if shares else None
+        metrics = {name: row.metrics[row.metric] for name, row in of_set.items()}
+        curve.append(Point(alpha, score, behind, sqrt(variance), kept, metrics))
+
+    # Choose by the rule. An α whose share is unknown is not limited by it.
+    limited = [point for point in curve if point.alpha <= own_alpha]
+    equal = [point for point in limited if point.alpha and point.as_good]
+    if curve[0].alpha == 0.0 and curve[0].as_good:
+        gentle = [point.alpha for point in equal if point.kept and point.kept >= KEPT_WELL]
+        unknown = [point.alpha for point in equal if point.kept is None]
+        chosen = max(gentle, default=min(unknown, default=0.0))
     else:
-        chosen = max(alpha for alpha in as_good if alpha <= own_alpha)
+        chosen = min((point.alpha for point in equal), default=own_alpha)
+        lasting = [
+            point.alpha
+            for point in limited
+            if point.alpha <= chosen and (point.kept is None or point.kept >= LOST_MUCH)
+        ]
+        chosen = max(lasting, default=chosen)
     return Choice(chosen, best, own_alpha, RULE, curve, sets, adapter_digest)
-
-
-def _as_good(point: Mapping[str, float]) -> bool:
-    """True if the score of this α can't be told from the best."""
-    return round(point["behind"] - point["plus_minus"], _DIGITS) <= 0
 
 
 def _behind(best: Row, row: Row) -> tuple[float, float]:
@@ -219,11 +265,8 @@ def save_choice(choice: Choice, adapter: str | Path) -> Path:
     return path
 
 
-def chosen(adapter: str | Path) -> Choice:
-    """Read the choice for an adapter file or a run; refuses one made for another adapter."""
-    from radapter_serve.adapter import load_adapter  # torch takes seconds to load
-
-    digest = load_adapter(adapter).digest
+def read_choice(adapter: str | Path, digest: str) -> Choice:
+    """Read the choice for a run or an adapter file with this digest; refuses that of another."""
     path = _path(adapter)
     again = f"choose by radapter-eval --adapter {path.parent} --alpha auto"
     try:

@@ -13,7 +13,6 @@ from matplotlib.text import Text
 
 from radapter_serve.evaluation.alpha_choice import Choice
 from radapter_serve.evaluation.rows import (
-    KEPT,
     Row,
     by_shift,
     display_name,
@@ -31,16 +30,17 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
     """Draw the curve that α was chosen from as `validation.png`; returns its path."""
     path = folder / "validation.png"
     points = [
-        {name: value if name == "alpha" else 100 * value for name, value in point.items()}
+        {"alpha": point.alpha, **{name: 100 * value for name, value in point.metrics.items()}}
         for point in choice.curve
     ]
+    kept = {point.alpha: 100 * point.kept for point in choice.curve if point.kept is not None}
     plot_alpha_curve(
         points,
         *by_shift(choice.sets),
         path,
         title=f"validation\nauto: α = {choice.alpha:g}, best: {choice.best:g}",
         unit=_unit(data.metric for data in choice.sets.values()),
-        kept={point["alpha"]: point[KEPT] for point in points if KEPT in point},
+        kept=kept,
         choice=choice,
     )
     return path
@@ -157,9 +157,9 @@ def _shown(name: str) -> str:
 
 
 def _mark(axes: Axes, choice: Choice) -> None:
-    alphas = [point["alpha"] for point in choice.curve]
-    scores = np.array([100 * point["score"] for point in choice.curve])
-    halves = np.array([100 * point["plus_minus"] for point in choice.curve])
+    alphas = [point.alpha for point in choice.curve]
+    scores = np.array([100 * point.score for point in choice.curve])
+    halves = np.array([100 * point.plus_minus for point in choice.curve])
     axes.plot(alphas, scores, "-", color="gray", linewidth=1, label="score")
     axes.fill_between(
         alphas,

@@ -21,7 +21,11 @@ from radapter_serve.evaluation.metrics import Interval
 from radapter_serve.files import checker, first_problem, staged
 
 FILE = "results.jsonl"
-KEPT = "kept"  # name of a metric; see `Row`
+KEPT_METRIC = "kept"  # name of a metric; see `Row`
+# What a share of the base's answers means for labels and searches that were not trained; the
+# figures behind these bounds are in docs/choose-alpha.md.
+KEPT_WELL = 0.8  # from here on no loss was measured
+LOST_MUCH = 0.5  # below this much of it was lost
 _STRICT = {"extra": "forbid"}
 _MEASURED = (
     "metrics",
@@ -245,9 +249,40 @@ def own_metric(row: Any) -> float:
     return float(100 * row.metrics[row.metric])
 
 
+def what_is_kept(alpha: float, share: float) -> str:
+    """A sentence about the share of the base's answers that an α keeps, in [0, 1]."""
+    if share >= KEPT_WELL:
+        grade = "no loss of labels and searches that you did not train is to be expected"
+    elif share >= LOST_MUCH:
+        grade = "some loss of labels and searches that you did not train is to be expected"
+    else:
+        grade = "much is lost of labels and searches that you did not train"
+    advice = ""
+    if share < KEPT_WELL:
+        advice = "; a smaller alpha keeps more, and so do a lower learning rate and more --preserve"
+    return (
+        f"alpha {alpha:g} keeps {100 * share:.1f} % of what the base answers among common nouns:"
+        f" {grade}{advice}."
+    )
+
+
+def kept_notes(rows: Iterable[Row]) -> list[str]:
+    """A sentence for each α of these rows that keeps less than `KEPT_WELL`."""
+    of_alpha: dict[float, list[Row]] = {}
+    for row in rows:
+        if row.alpha is not None:
+            of_alpha.setdefault(row.alpha, []).append(row)
+    shares = {alpha: mean_kept(at_alpha) for alpha, at_alpha in sorted(of_alpha.items())}
+    return [
+        what_is_kept(alpha, share / 100)
+        for alpha, share in shares.items()
+        if share is not None and share < 100 * KEPT_WELL
+    ]
+
+
 def mean_kept(rows: Iterable[Row]) -> float | None:
     """The mean of `kept` over the data sets that have it, in per cent; None without such sets."""
-    shares = [100 * row.metrics[KEPT] for row in rows if KEPT in row.metrics]
+    shares = [100 * row.metrics[KEPT_METRIC] for row in rows if KEPT_METRIC in row.metrics]
     return fmean(shares) if shares else None
 
 
@@ -291,7 +326,7 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
     for name, row in sets.items():
         head = f"{name}\n{metric_name(row.metric)}, {row.shift}\nn {row.n}"
         out.add_column(head, justify="right", overflow="fold")
-    has_kept = any(KEPT in row.metrics for row in rows)
+    has_kept = any(KEPT_METRIC in row.metrics for row in rows)
     for names in means:
         first = sets[names[0]]
         out.add_column(f"mean of\n{len(names)} {first.shift}\n{first.dense or ''}", justify="right")

@@ -42,7 +42,7 @@ from radapter_serve.evaluation.image_sets import (
 )
 from radapter_serve.evaluation.metrics import wilson
 from radapter_serve.evaluation.models import Candidate
-from radapter_serve.evaluation.rows import KEPT, Results, Row
+from radapter_serve.evaluation.rows import KEPT_METRIC, Results, Row
 from radapter_serve.evaluation.suite import PROPOSALS, SEVERAL_METRIC, Entry, Suite
 from radapter_serve.files import read_yaml
 
@@ -102,8 +102,8 @@ def evaluate_set(
             share = float(same.mean())
             row = replace(
                 row,
-                metrics={**row.metrics, KEPT: share},
-                intervals={**(row.intervals or {}), KEPT: wilson(share, len(same))},
+                metrics={**row.metrics, KEPT_METRIC: share},
+                intervals={**(row.intervals or {}), KEPT_METRIC: wilson(share, len(same))},
             )
         rows.append(row)
     return list(zip(rows, answers, strict=True))
@@ -160,7 +160,7 @@ def evaluate_suite(
         missing = []
         for model, case in zip(models, cases, strict=True):
             row = results.find(case)
-            if row is None or (keep and KEPT not in row.metrics):
+            if row is None or (keep and KEPT_METRIC not in row.metrics):
                 missing.append(model)
         if missing:
             wanted = missing

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.errors import RAdapterError, one_line
-from radapter_serve.evaluation.rows import Results, Row, table, warnings
+from radapter_serve.evaluation.rows import Results, Row, kept_notes, table, warnings
 from radapter_serve.files import file_name
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import ADAPTER, check_base_is_named, newest_run
@@ -348,7 +348,7 @@ def evaluate(
             files += draw(rows, folder, tests.name, curve_too=not auto)
         if choice:
             files.append(draw_choice(choice, folder))
-    notes = choice.notes if choice else ()
+    notes = choice.notes if choice else kept_notes(rows)
     return Evaluation(
         rows=tuple(rows),
         choice=choice,

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from radapter_serve.adapter import Adapter, save_adapter
+from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.cli.eval import main
-from radapter_serve.evaluation.alpha_choice import chosen
+from radapter_serve.evaluation.alpha_choice import read_choice
 from tests.evaluation.conftest import picture
 from tests.helpers.ways import in_process
 
@@ -77,7 +77,9 @@ def test_a_sweep_writes_rows_a_table_and_pictures(
 ) -> None:
     assert main([*COMMON, "--alpha", "0", "0.5", "1"]) == 0
     out, err = capfd.readouterr()
-    assert err == ""
+    # This adapter is of random values.
+    assert [line.partition(" keeps ")[0] for line in err.splitlines()] == ["alpha 0.5", "alpha 1"]
+    assert err.count("much is lost of labels and searches that you did not train") == 2
     assert {path.name for path in (here / "results").iterdir()} == {
         "results.jsonl", "alpha.png", "confusion-plain.png", "confusion-shifted.png",
     }  # fmt: skip
@@ -169,7 +171,7 @@ def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_auto_chooses_on_validation_data(
     here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("radapter_serve.evaluation.start.GRID", (0.0, 0.2, 0.7, 1.0))
+    monkeypatch.setattr("radapter_serve.evaluation.start.GRID", (0.0, 0.01, 0.7, 1.0))
     (here / "results").mkdir()
     (here / "results" / "alpha.png").write_bytes(b"the curve of an earlier call")
     assert main([*COMMON, "--alpha", "auto"]) == 0
@@ -177,13 +179,13 @@ def test_auto_chooses_on_validation_data(
     assert (here / "results" / "alpha.png").read_bytes() == b"the curve of an earlier call"
     assert (here / "results" / "validation.png").exists()
     assert "rule: auto is the smallest alpha above 0 that can't be told from the best" in out
-    choice = chosen("runs/tiny")
+    choice = read_choice("runs/tiny", load_adapter("runs/tiny").digest)
     # Lines of progress come before the notes on a slow machine.
     assert choice.notes and err.splitlines()[-len(choice.notes) :] == list(choice.notes)
     command = "radapter-export --adapter runs/tiny --alpha"
     assert choice.best != choice.alpha and "behind the best" in out and "kept" in out
     assert out.endswith(f"Next:   {command} auto\nor:     {command} best\n")
-    assert [point["alpha"] for point in choice.curve] == [0.0, 0.2, 0.5, 0.7, 1.0]
+    assert [point.alpha for point in choice.curve] == [0.0, 0.01, 0.5, 0.7, 1.0]
     tested = {point for point in points(here / "results") if point[0] != "held-out"}
     alphas = (0, choice.alpha, choice.best)
     assert tested == {(name, alpha) for name in ("plain", "shifted") for alpha in alphas}

@@ -14,8 +14,8 @@ import scipy.stats
 
 from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.alpha_choice import Choice, choose, chosen, save_choice
-from radapter_serve.evaluation.rows import Row, packed
+from radapter_serve.evaluation.alpha_choice import Choice, choose, read_choice, save_choice
+from radapter_serve.evaluation.rows import Row, packed, what_is_kept
 from radapter_serve.evaluation.run import as_trained, own_validation
 from tests.helpers.a_row import a_row
 
@@ -51,9 +51,9 @@ def test_sets_are_independent_and_a_shift_counts_as_much_as_all_others() -> None
         errors[name] = difference.var(ddof=1) / n
     choice = choose(rows, 1.0)
     point = choice.curve[0]
-    assert point["behind"] == pytest.approx(((means["a"] + means["b"]) / 2 + means["c"]) / 2)
+    assert point.behind == pytest.approx(((means["a"] + means["b"]) / 2 + means["c"]) / 2)
     variance = (errors["a"] + errors["b"]) / 16 + errors["c"] / 4
-    assert point["plus_minus"] == pytest.approx(scipy.stats.norm.ppf(0.975) * variance**0.5)
+    assert point.plus_minus == pytest.approx(scipy.stats.norm.ppf(0.975) * variance**0.5)
     assert not [line for line in choice.notes if "No validation set is shifted" in line]
 
 
@@ -66,17 +66,12 @@ def test_sets_are_independent_and_a_shift_counts_as_much_as_all_others() -> None
         ("0:0000000011 .4:0000001111 .8:0111111111 1:1111111111", 0.4, 0.4, 1.0, "alpha 1 is"),
         # Of equal scores the smallest is the best.
         ("0:0000000011 .4:1111111110 .5:0111111111 1:0111111110", 0.5, 0.4, 0.4, UNSHIFTED),
-        # Training did not help, as far as ten images tell.
-        (
-            "0:0011111111 .3:0111111111 .5:0111111110 1:1111111110",
-            0.5,
-            0.5,
-            0.3,
-            f"{AS_GOOD}: these",
-        ),
+        # Ten images can't tell that training helped: the smallest.
+        ("0:0011111111 .1:0111111110 .3:0111111111 .5:0111111110", 0.5, 0.1, 0.3, AS_GOOD),
+        ("0:1111111111 .2:0111111111 .5:0000000111 1:0000000000", 0.5, 0.2, 0.0, AS_GOOD),
         # Training did harm.
-        ("0:1111111111 .2:0111111111 .5:0000000111 1:0000000000", 0.5, 0.2, 0.0, f"{AS_GOOD},"),
-        ("0:1111111111 .2:0000000111 .5:0000000111", 0.5, 0.0, 0.0, AS_GOOD),
+        ("0:1111111111 .2:0000000111 .5:0000000111", 0.5, 0.0, 0.0, f"{AS_GOOD}, and no alpha"),
+        ("0:1111111111 .2:0000000111 .5:0000000111 .8:1111111111", 0.5, 0.0, 0.0, AS_GOOD),
     ],
 )
 def test_auto_is_the_smallest_alpha_that_can_not_be_told_from_the_best(
@@ -112,18 +107,68 @@ def test_without_results_of_each_image_the_interval_of_the_best_decides() -> Non
     assert choose(unknown, 1.0).alpha == 1.0
 
 
-def test_what_is_kept_is_noted_and_chooses_nothing() -> None:
+def choice_with(right: Mapping[float, str], *shares: float) -> Choice:
+    """The choice by images for each α, and the share of the base's answers that each keeps."""
+    kept = zip(right.items(), shares, strict=True)
+    return choose([images(of, alpha, kept=share) for (alpha, of), share in kept], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("shares", "alpha"),
+    [
+        ((1.0, 0.95, 0.85, 0.8), 0.5),  # what a good run keeps at the run's own
+        ((1.0, 0.95, 0.85, 0.79), 0.3),
+        ((1.0, 0.95, 0.7, 0.18), 0.1),  # as a learning rate of 5e-3 did
+        ((1.0, 0.7, 0.5, 0.18), 0.0),
+    ],
+)
+def test_where_images_can_not_tell_that_training_helped_auto_keeps_what_the_base_knows(
+    shares: tuple[float, ...], alpha: float
+) -> None:
+    right = {0.0: "0011111111", 0.1: "0011111111", 0.3: "0011111111", 0.5: "0111111111"}
+    choice = choice_with(right, *shares)
+    assert choice.alpha == alpha
+    assert choice.notes[0].startswith(AS_GOOD) and f" {alpha:g}," in choice.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("shares", "alpha"),
+    [
+        ((1.0, 0.9, 0.8, 0.5), 0.5),
+        ((1.0, 0.9, 0.6, 0.49), 0.3),
+        ((1.0, 0.4, 0.3, 0.2), 0.0),
+    ],
+)
+def test_auto_never_loses_much_of_what_the_base_answers(
+    shares: tuple[float, ...], alpha: float
+) -> None:
+    right = {0.0: "0000000000", 0.1: "0000000001", 0.3: "0000000111", 0.5: "1111111111"}
+    choice = choice_with(right, *shares)
+    assert choice_of(right).alpha == choice.best == 0.5
+    assert choice.alpha == alpha
+    told = "alpha 0.5 is better on these images, but keeps less than 50%" in choice.notes[0]
+    assert told == (alpha < 0.5)
+
+
+@pytest.mark.parametrize(
+    ("share", "grade"),
+    [(0.8, "no loss"), (0.79, "some loss"), (0.5, "some loss"), (0.49, "much is lost")],
+)
+def test_what_is_kept_has_three_grades(share: float, grade: str) -> None:
+    sentence = what_is_kept(0.5, share)
+    assert f"alpha 0.5 keeps {100 * share:.1f} %" in sentence
+    grades = [word for word in ("no loss", "some loss", "much is lost") if word in sentence]
+    assert grades == [grade]
+    assert ("smaller alpha" in sentence) == (share < 0.8)
+
+
+def test_the_table_and_the_notes_say_what_is_kept() -> None:
     right = {0.0: "0000000011", 0.1: "0000001111", 0.2: "1111111111", 0.5: "0000000000"}
-
-    def choice_with(*shares: float) -> Choice:
-        kept = zip(right.items(), shares, strict=True)
-        return choose([images(of, alpha, kept=share) for (alpha, of), share in kept], 0.5)
-
-    choice = choice_with(1.0, 0.92, 0.85, 0.3)
+    choice = choice_with(right, 1.0, 0.92, 0.85, 0.3)
     assert choice.alpha == choice_of(right).alpha == 0.2
     assert (choice.kept, choice_of(right).kept) == (0.85, None)
-    assert "alpha 0.2 keeps 85.0 %" in choice.notes[0] and "alpha 0.1 keeps more" in choice.notes[0]
-    assert "keeps" not in choice_with(*[0.9] * 4).notes[0]
+    assert what_is_kept(0.2, 0.85) in choice.notes
+    assert not any("keeps" in line for line in choice_of(right).notes)
     cells = {str(column.header): list(column.cells) for column in choice.table().columns}
     assert cells["kept"] == ["100.0", "92.0", "85.0", "30.0"]
     assert cells["score"] == cells["a"] == ["20.00", "40.00", "100.00", "0.00"]
@@ -146,15 +191,14 @@ def test_sets_that_choose_nothing(rows: list[dict[str, Any]], message: str) -> N
 
 def test_the_choice_is_kept_beside_the_adapter(run_folder: Path, tmp_path: Path) -> None:
     run = shutil.copytree(run_folder, tmp_path / "run")
-    choice = replace(
-        choice_of({0.0: "01", 0.5: "11"}), adapter_digest=load_adapter(run_folder).digest
-    )
+    digest = load_adapter(run_folder).digest
+    choice = replace(choice_of({0.0: "01", 0.5: "11"}), adapter_digest=digest)
     assert save_choice(choice, run / "adapter.safetensors") == run / "alpha.json"
-    assert chosen(run) == choice
+    assert read_choice(run, digest) == choice
     for text, problem in (("{", "Invalid JSON"), ("{}", "alpha: Field required")):
         (run / "alpha.json").write_text(text, encoding="utf-8")
         with pytest.raises(RAdapterError, match=f"could not read .*: {problem}"):
-            chosen(run)
+            read_choice(run, digest)
 
 
 @pytest.mark.parametrize(

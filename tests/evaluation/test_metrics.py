@@ -196,8 +196,8 @@ def test_a_mean_over_classes_is_covered_as_often_as_is_said(
 
 
 def test_the_interval_of_a_mean_over_classes_by_hand() -> None:
-    """One of two images and two of three are right. Unbiased variances are 1/2 and 1/3, so those of
-    the recalls are 1/4 and 1/9; the pooled variance, 7/12 x 5/12, has one degree of freedom of four.
+    """One of two images and two of three are right. Unbiased variances are 1/2 and 1/3, those of
+    the recalls 1/4 and 1/9; the pooled variance, 7/12 x 5/12, has one of four degrees of freedom.
     """
     mean = 7 / 12
     pooled = mean * (1 - mean)

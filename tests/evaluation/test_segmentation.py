@@ -394,7 +394,7 @@ def test_alpha_is_chosen_on_the_runs_own_validation_data(
     results = Results(tmp_path / "out")
     choice = found.choice
     assert choice is not None and tmp_path / "alpha.json" in found.files
-    assert [point["alpha"] for point in choice.curve] == [0.0, 0.5, 1.0]
+    assert [point.alpha for point in choice.curve] == [0.0, 0.5, 1.0]
     assert (choice.sets["validation"].metric, choice.sets["validation"].n) == (metric, n)
     scores = {row.alpha: row.metrics[metric] for row in results.rows}
     assert scores[choice.best] == max(scores.values())

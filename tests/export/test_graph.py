@@ -40,9 +40,7 @@ def photos(batch: int) -> np.ndarray:
 def test_attention_to_other_keys_gives_what_torch_gives(key_width: int | None) -> None:
     """Each of query, key and value has weights and biases of its own."""
     torch.manual_seed(0)
-    attention = torch.nn.MultiheadAttention(
-        32, 4, kdim=key_width, vdim=key_width, batch_first=True
-    )
+    attention = torch.nn.MultiheadAttention(32, 4, kdim=key_width, vdim=key_width, batch_first=True)
     for parameter in attention.parameters():
         parameter.normal_()
     query = torch.randn(2, 5, 32)

@@ -18,11 +18,14 @@ import pytest
 from huggingface_hub import ModelCard, constants, snapshot_download
 
 from radapter_export import ExportSettings
-from radapter_export.hub import BUILT, card_of, prepare_push, push, take
+from radapter_export.card import card_of
+from radapter_export.hub import BUILT, prepare_push, push, take
 from radapter_serve import Model, RAdapterError
 from radapter_serve.adapter import Metadata
 from radapter_serve.cli.export import main as export_command
 from radapter_serve.cli.serve import main as serve
+from radapter_serve.evaluation.alpha_choice import Point
+from radapter_serve.evaluation.rows import what_is_kept
 from radapter_serve.release.config import check, read_config
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import CONFIG as MODEL_CONFIG
@@ -157,8 +160,8 @@ METADATA = Metadata(
     held_out="sha256:ef",
 )
 CURVE = [
-    {"alpha": 0.0, "score": 60, "behind": 11.5, "plus_minus": 4, "kept": 100, "photos": 60},
-    {"alpha": 0.5, "score": 71.5, "behind": 0, "plus_minus": 0, "kept": 96.25, "photos": 71.5},
+    Point(0.0, 0.6, 0.115, 0.04, 1.0, {"photos": 0.6}),
+    Point(0.5, 0.715, 0.0, 0.0, 0.9625, {"photos": 0.715}),
 ]
 
 
@@ -170,7 +173,13 @@ def test_a_card_is_read_by_the_hub_and_says_what_the_release_is(library: str) ->
     [result] = head.eval_results
     assert (result.dataset_name, result.metric_type) == ("photos", "acc1")
     assert result.metric_value == 71.25
-    for words in ("| **0.5** | 96.2 | 71.5 |", "| data | train.csv |"):
+    for words in (
+        "| α | kept of the base | photos |",
+        "| 0 | 100.0 | 60.0 |",
+        "| **0.5** | 96.2 | 71.5 |",
+        what_is_kept(0.5, 0.9625)[1:],
+        "| data | train.csv |",
+    ):
         assert words in card.text
     assert f"import {library}" in card.text.replace("from transformers", "import transformers")
     assert "secret" not in card.content

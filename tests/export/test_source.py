@@ -15,7 +15,7 @@ import pytest
 import radapter_serve
 from radapter_client import InvalidRequest
 from radapter_export import ExportSettings
-from radapter_export.source import read_label_set, read_source
+from radapter_export.source import Source, read_label_set, read_source
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.errors import RAdapterError
@@ -59,11 +59,10 @@ def test_an_export_says_which_alpha_it_takes(
 ) -> None:
     folder = run()
 
-    def resolved(paths: Any, alphas: Any, settings: Any, progress: Any) -> list[Any]:
-        found = read_source(paths, alphas, settings).alphas
-        return [SimpleNamespace(alpha=alpha, warnings=[]) for alpha in found]
+    def export_source(source: Source, settings: Any, say: Any) -> list[Any]:
+        return [SimpleNamespace(alpha=alpha, warnings=[]) for alpha in source.alphas]
 
-    monkeypatch.setattr("radapter_export.release.export_release", resolved)
+    monkeypatch.setattr("radapter_export.release.export_source", export_source)
 
     def export(alpha: Any = None, adapter: Any = folder) -> Any:
         done = radapter_serve.export(adapter, alpha)

@@ -259,7 +259,7 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
     validation = evaluate_suite(models, suite, Results(tmp_path / "results"), split="validation")
     choice = choose(validation, 0.6)
     models[0].close()
-    assert {point["alpha"]: 100 * point["score"] for point in choice.curve} == pytest.approx(
+    assert {point.alpha: 100 * point.score for point in choice.curve} == pytest.approx(
         scores, abs=0.01
     )
     assert choice.best == min(
