@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from ._client import Client, Each
-from ._images import ImageLike
 from ._sending import CANCELLED
 
 P = ParamSpec("P")
 T = TypeVar("T")
 THREADS = 1024  # most calls under way; threads are started on demand
-
-
-class _AsyncEach(Protocol[P, T]):
-    @overload
-    async def __call__(  # type: ignore[overload-overlap]  # a path is also a sequence of texts
-        self, images: ImageLike, *args: P.args, **kwargs: P.kwargs
-    ) -> T: ...
-    @overload
-    async def __call__(
-        self, images: Iterable[ImageLike], *args: P.args, **kwargs: P.kwargs
-    ) -> list[T]: ...
 
 
 def _constructor(
@@ -58,7 +46,9 @@ def _awaited(
     return call
 
 
-def _each_awaited(method: Each[P, T]) -> _AsyncEach[P, T]:
+def _each_awaited(
+    method: Each[P, T, list[T]],
+) -> Each[P, Coroutine[Any, Any, T], Coroutine[Any, Any, list[T]]]:
     return cast(Any, _awaited(cast(Any, method)))  # type: ignore[no-any-return]
 
 

@@ -36,14 +36,16 @@ from ._wire import DEFAULT_URLS, Reply, Request, Rows, Transport, Values, find_s
 from .failures import (
     InvalidRequest,
     ModelNotFound,
-    ServerError,
     ServerUnavailable,
     Timeout,
     bad_argument,
+    reading,
 )
 
 P = ParamSpec("P")
 T = TypeVar("T")
+One = TypeVar("One", covariant=True)
+Many = TypeVar("Many", covariant=True)
 Embeddings = npt.NDArray[np.float32]
 
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
@@ -52,21 +54,20 @@ MAX_BYTES = 32 * 2**20
 # Labels and templates are repeated for each row of a request; this limit keeps their size small
 # compared with that of the images.
 MAX_STRINGS = 8192
+MAX_STARTS = 4  # of a list, when one release after another takes over
 MIN_SIDE = 64  # least value of `shrink_to`, in pixels
 
 
-class Each(Protocol[P, T]):
+class Each(Protocol[P, One, Many]):
     """A method that returns one answer for one image, and a list for several images."""
 
     @overload
-    def __call__(self, images: ImageLike, *args: P.args, **kwargs: P.kwargs) -> T: ...  # type: ignore[overload-overlap]  # a path is also a sequence of texts
+    def __call__(self, images: ImageLike, *args: P.args, **kwargs: P.kwargs) -> One: ...  # type: ignore[overload-overlap]  # a path is also a sequence of texts
     @overload
-    def __call__(
-        self, images: Iterable[ImageLike], *args: P.args, **kwargs: P.kwargs
-    ) -> list[T]: ...
+    def __call__(self, images: Iterable[ImageLike], *args: P.args, **kwargs: P.kwargs) -> Many: ...
 
 
-def for_each(method: Callable[Concatenate[Any, Any, P], list[T]]) -> Each[P, T]:
+def for_each(method: Callable[Concatenate[Any, Any, P], list[T]]) -> Each[P, T, list[T]]:
     """Let a method that returns a list also take one image, and return one answer for it."""
 
     @wraps(method)
@@ -243,12 +244,16 @@ class Client:
         rows = max(1, min(self._batch_size, MAX_STRINGS // max(1, strings)))
 
         # Ask in batches, and read the rows.
+        replies = self._in_batches("classify", "image", items, options, rows, timeout)
         answers = []
-        for reply in self._in_batches("classify", "image", items, options, rows, timeout):
-            for row, scores in zip(_texts(reply, "label"), _output(reply, "score"), strict=True):
-                best = [label for label in row if label]  # shorter rows are padded with ""
-                answer = Classification(best, scores[: len(best)].tolist(), reply.version)
-                answers.append(answer)
+        with reading():
+            for reply in replies:
+                table = _output(reply, "score", np.float32, 2).tolist()
+                for row, scores in zip(_texts(reply, "label", 2), table, strict=True):
+                    best = [label for label in row if label]  # shorter rows are padded with ""
+                    answer = Classification(best, scores[: len(best)], reply.version)
+                    answers.append(answer)
+            _check_count(answers, items)
         return answers
 
     @for_each
@@ -329,19 +334,18 @@ class Client:
             served = self._served(timeout)
             turned = {release.version: release.exif_orientation for release in served}
         answers = []
-        for image, reply in zip(items, replies, strict=True):
-            mask = _output(reply, "mask")
-            names = _texts(reply, "label")
-            if mask.ndim != 2 or not mask.size or mask.max() >= len(names):
-                raise ServerError(
-                    f"the server's mask {list(mask.shape)} does not fit its {len(names)} labels"
+        with reading():
+            for image, reply in zip(items, replies, strict=True):
+                mask = _output(reply, "mask", np.uint16, 2)
+                names = _texts(reply, "label", 1)
+                if not mask.size or mask.max() >= len(names):
+                    raise ValueError(f"mask {list(mask.shape)} with {len(names)} labels")
+                background = None if threshold is None and proposals is None else len(names) - 1
+                means = _output(reply, "score", np.float32, 1).tolist()
+                upright = turned.get(reply.version, True)
+                answers.append(
+                    Segmentation(mask, names, means, reply.version, background, image, upright)
                 )
-            background = None if threshold is None and proposals is None else len(names) - 1
-            means = _output(reply, "score").tolist()
-            upright = turned.get(reply.version, True)
-            answers.append(
-                Segmentation(mask, names, means, reply.version, background, image, upright)
-            )
         return answers
 
     def search(
@@ -423,18 +427,18 @@ class Client:
         [reply] = self._infer("retrieve", [request], timeout)
 
         # Read the hits.
-        ids = _texts(reply, "id")
-        scores = _output(reply, "score").tolist()
-        metadata = _texts(reply, "metadata")
-        pictures = list(_output(reply, "thumbnail")) if thumbnails else [b""] * len(ids)
         hits = Hits()
-        try:
+        with reading():
+            ids = _texts(reply, "id", 1)
+            scores = _output(reply, "score", np.float32, 1).tolist()
+            metadata = _texts(reply, "metadata", 1)
+            pictures = [b""] * len(ids)
+            if thumbnails:
+                pictures = _output(reply, "thumbnail", np.object_, 1).tolist()
             for name, score, facts, file in zip(ids, scores, metadata, pictures, strict=True):
-                hits.append(Hit(name, score, json.loads(facts), bytes(file) or None))
-        except ValueError as error:
-            raise ServerError(f"the server's hits cannot be read: {error}") from error
-        if paged:
-            [hits.index_version] = _texts(reply, "index_version")
+                hits.append(Hit(name, score, dict(json.loads(facts)), bytes(file) or None))
+            if paged:
+                [hits.index_version] = _texts(reply, "index_version", 1)
         return hits
 
     def embed_images(
@@ -524,10 +528,8 @@ class Client:
                 "this server does not list its indexes, for Triton has no call for it; ask"
                 " radapter-gateway --indexes DIR, or radapter-serve --engine process"
             ) from error
-        try:
+        with reading():
             return [str(name) for name in reply["indexes"]]
-        except (KeyError, TypeError) as error:
-            raise ServerError("the server's list of indexes cannot be read") from error
 
     def is_ready(self, *, timeout: float | None = None) -> bool:
         """True if the server can answer every method in the client's release; False also if no
@@ -552,11 +554,16 @@ class Client:
     ) -> Embeddings:
         options = checked(alpha=alpha)
         if not items:
-            return np.zeros((0, self.release(timeout=timeout).embed_dim), np.float32)
+            width = self.release(timeout=timeout).embed_dim
+            with reading():
+                return np.zeros((0, width), np.float32)
         size = self._batch_size
         replies = self._in_batches(f"embed_{kind}", kind, items, options, size, timeout)
-        embeds: list[Embeddings] = [_output(reply, f"{kind}_embeds") for reply in replies]
-        return np.concatenate(embeds).astype(np.float32, copy=False)
+        with reading():
+            parts = [_output(reply, f"{kind}_embeds", np.float32, 2) for reply in replies]
+            embeds: Embeddings = np.concatenate(parts)
+            _check_count(embeds, items)
+        return embeds
 
     def _in_batches(
         self,
@@ -590,13 +597,15 @@ class Client:
         free = version is None and len(parts) > 1
         if free:
             version = self._served(timeout, task)[-1].version
+        starts = MAX_STARTS if free else 1
         while True:
+            starts -= 1
             number = "" if version is None else str(version)
             try:
                 return self._sender.ask([partial(part, number) for part in parts], timeout)
             except (ModelNotFound, ServerUnavailable):
                 before = version
-                if free:
+                if starts:
                     version = self._served(timeout, task)[-1].version
                 if version == before:
                     raise
@@ -604,16 +613,23 @@ class Client:
     def _served(self, timeout: float | None, task: str = TASKS[-1]) -> list[Release]:
         # The configuration of the newest version names every release.
         [config] = self._sender.ask([partial(Request, "config", task)], timeout)
-        return read_releases(config)
+        with reading():
+            return read_releases(config)
 
 
-def _output(reply: Reply, name: str) -> Any:
-    if name not in reply.outputs:
-        raise ServerError(f"the server's answer has no {name!r}, but {sorted(reply.outputs)}")
-    return reply.outputs[name]
+def _check_count(answers: Any, items: list[Any]) -> None:
+    if len(answers) != len(items):
+        raise ValueError(f"{len(answers)} answers for {len(items)} rows")
 
 
-def _texts(reply: Reply, name: str) -> list[Any]:
+def _output(reply: Reply, name: str, kind: type[np.generic], axes: int) -> npt.NDArray[Any]:
+    array = reply.outputs[name]
+    if array.dtype != kind or array.ndim != axes:
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")
+    return array
+
+
+def _texts(reply: Reply, name: str, axes: int) -> list[Any]:
     """Decode an output of texts: a list, or a list of lists if the task has a batch."""
 
     def decoded(value: Any) -> Any:
@@ -625,5 +641,5 @@ def _texts(reply: Reply, name: str) -> list[Any]:
     if isinstance(outputs, Values) and isinstance(outputs.plain.get(name), list):
         texts: list[Any] = decoded(outputs.plain[name])  # an in-process reply needs no array
     else:
-        texts = decoded(_output(reply, name).tolist())
+        texts = decoded(_output(reply, name, np.object_, axes).tolist())
     return texts

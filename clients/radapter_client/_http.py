@@ -21,11 +21,13 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from ._wire import Reply, Request, ServerURL
-from .failures import ServerError, ServerUnavailable, Timeout, from_server
-from .tensors import DATATYPES, NUMPY, Array, pack, unpack
+from .failures import ServerError, ServerUnavailable, Timeout, from_server, reading
+from .tensors import DATATYPES, MAX_ANSWER, NUMPY, Array, pack, unpack
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 CONNECTIONS = 64  # kept open for later requests; more threads open further ones
+MAX_JSON = 32 * 2**20  # bytes of an answer's JSON, whose objects take many times the memory
+PART = 2**18  # bytes that are read at once, whatever length the server names
 
 
 class HttpTransport:
@@ -50,7 +52,11 @@ class HttpTransport:
                 timeout=urllib3.Timeout(total=timeout),
                 retries=False,
                 redirect=False,
+                preload_content=False,
+                decode_content=False,  # no coding is asked for, and a small body could grow
             )
+            answer = b"".join(response.stream(PART))
+            response.release_conn()
         except urllib3.exceptions.HTTPError as error:
             # urllib3 wraps a time-out while the body is sent, and counts a refused connection
             # as a time-out, which it is not.
@@ -67,26 +73,22 @@ class HttpTransport:
         if request.action == "ready" and status in (200, 400, 404):
             return status == 200
         if status != 200:
-            text = response.data.decode("utf-8", "replace")
-            try:
-                message = str(json.loads(text)["error"])
-            except (ValueError, KeyError, TypeError):
-                message = text[:200]
+            message = answer[:200].decode("utf-8", "replace")
+            with contextlib.suppress(ServerError), reading():
+                message = str(_json(answer)["error"])
             failed = from_server(str(status), message)
             failed.request_id = response.headers.get("X-Request-Id")
             wait = response.headers.get("Retry-After")
             if isinstance(failed, ServerUnavailable) and wait:
-                with contextlib.suppress(urllib3.exceptions.InvalidHeader):
-                    failed.retry_after = max(0.0, urllib3.Retry().parse_retry_after(wait))
+                with contextlib.suppress(ServerError), reading():
+                    failed.retry_after = float(max(0, urllib3.Retry().parse_retry_after(wait)))
             raise failed
 
         # Reply
-        try:
+        with reading(self._url):
             if request.action != "infer":
-                return json.loads(response.data)
-            return decode(response.data, response.headers.get(HEADER_LENGTH))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ServerError(f"{self._url} answers, but not as Triton does: {error!r}") from error
+                return _json(answer)
+            return decode(answer, response.headers.get(HEADER_LENGTH))
 
     def close(self) -> None:
         """Close all connections, also those in use."""
@@ -127,7 +129,7 @@ def encode(request: Request) -> tuple[bytes, dict[str, str]]:
 def decode(body: bytes, length: str | None) -> Reply:
     """Decode the body of a reply: `length` bytes of JSON, None for all, then the tensors."""
     end = len(body) if length is None else int(length)
-    head = json.loads(body[:end])
+    head = _json(body[:end])
     outputs: dict[str, Array] = {}
     for output in head["outputs"]:
         datatype = output["datatype"]
@@ -144,6 +146,12 @@ def decode(body: bytes, length: str | None) -> Reply:
     return Reply(int(head["model_version"]), outputs)
 
 
+def _json(text: bytes) -> Any:
+    if len(text) > MAX_JSON:
+        raise ValueError(f"{len(text):,} bytes of JSON; at most {MAX_JSON:,} are read")
+    return json.loads(text)
+
+
 def _reason(error: urllib3.exceptions.HTTPError) -> str:
     """Message of the underlying error, without urllib3's description of the connection."""
     inner = [argument for argument in error.args if isinstance(argument, Exception)]
@@ -155,24 +163,31 @@ def _reason(error: urllib3.exceptions.HTTPError) -> str:
     return str(cause)
 
 
-class _UntilDeadline(io.RawIOBase):
-    """The bytes that a connection receives until the request's deadline. A socket's own time-out
-    starts again with every byte.
+class _Answer(io.RawIOBase):
+    """The bytes of an answer, at most `MAX_ANSWER`, until the request's deadline. A socket's own
+    time-out starts again with every byte, and does not count while bytes keep coming.
     """
 
     def __init__(
-        self, received: io.RawIOBase, sock: socket.socket, connection: HTTPConnection
+        self, received: io.RawIOBase, sock: socket.socket, connection: _EndsInTime
     ) -> None:
         self._received = received
         self._sock = sock
         self._connection = connection
+        self._room = MAX_ANSWER
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
+        if self._connection.is_late:
+            raise TimeoutError
         self._sock.settimeout(self._connection.timeout)
-        return self._received.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+        count: int | None = self._received.readinto(buffer)  # type: ignore[attr-defined]
+        self._room -= count or 0
+        if self._room < 0:
+            raise ServerError(f"the server's answer has more than {MAX_ANSWER:,} bytes")
+        return count
 
     def close(self) -> None:
         self._received.close()
@@ -188,6 +203,10 @@ class _EndsInTime(HTTPConnection):
         self._deadline = math.inf
         super().__init__(*args, **options)
         self._open_connections = open_connections
+
+    @property
+    def is_late(self) -> bool:
+        return time.monotonic() >= self._deadline
 
     @property
     def timeout(self) -> float:
@@ -219,7 +238,7 @@ class _EndsInTime(HTTPConnection):
     ) -> http.client.HTTPResponse:
         response = http.client.HTTPResponse(sock, *args, **options)
         received = response.fp.detach()
-        response.fp = io.BufferedReader(_UntilDeadline(received, sock, self))
+        response.fp = io.BufferedReader(_Answer(received, sock, self))
         return response
 
     def close(self) -> None:

@@ -216,7 +216,8 @@ class Release(_OneLine):
     @property
     def exif_orientation(self) -> bool:
         """True if the release turns images by their EXIF orientation before it embeds them."""
-        return bool(self.facts.get("preprocess", {}).get("exif_orientation", True))
+        preprocess = self.facts.get("preprocess")
+        return not isinstance(preprocess, dict) or bool(preprocess.get("exif_orientation", True))
 
 
 def read_releases(config: Mapping[str, Any]) -> list[Release]:
@@ -231,24 +232,19 @@ def read_releases(config: Mapping[str, Any]) -> list[Release]:
         )
     releases = []
     for key in keys:
-        try:
-            facts = json.loads(texts[key])
-            release = Release(
-                version=int(facts["version"]),
-                alpha=float(facts["alpha"]),
-                dynamic_alpha=bool(facts.get("dynamic_alpha", False)),
-                architecture=facts["architecture"],
-                precision=facts["precision"],
-                embed_dim=int(facts["embed_dim"]),
-                logit_scale=float(facts["logit_scale"]),
-                templates=list(facts["templates"]),
-                label_sets=dict(facts["label_sets"]),
-                facts=facts,
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ServerError(
-                f"the server describes its release in a way unknown to this client: {error!r}"
-            ) from error
+        facts = json.loads(texts[key])
+        release = Release(
+            version=int(facts["version"]),
+            alpha=float(facts["alpha"]),
+            dynamic_alpha=bool(facts.get("dynamic_alpha", False)),
+            architecture=str(facts["architecture"]),
+            precision=str(facts["precision"]),
+            embed_dim=int(facts["embed_dim"]),
+            logit_scale=float(facts["logit_scale"]),
+            templates=[str(template) for template in facts["templates"]],
+            label_sets=dict(facts["label_sets"]),
+            facts=facts,
+        )
         releases.append(release)
     return sorted(releases, key=lambda release: release.version)
 

@@ -58,8 +58,8 @@ class Sender:
         cancelled = CANCELLED.get()
         send = partial(self._send, seconds=seconds, cancelled=cancelled)
         try:
-            # A single request is sent in the caller's thread.
-            if len(parts) == 1 and cancelled is None:
+            # A single request is sent in the caller's thread, so that `concurrency` is for lists.
+            if len(parts) == 1:
                 return [send(parts[0])]
             replies = self._threads.map(send, parts)
             if not self._progress:

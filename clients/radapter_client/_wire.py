@@ -98,11 +98,6 @@ class Request:
     inputs: Mapping[str, Array] = field(default_factory=dict)
     outputs: Sequence[str] = ()
 
-    @property
-    def values(self) -> Mapping[str, Any] | None:
-        """The inputs as plain values (texts as `str`) if a client made the request, else None."""
-        return self.inputs.plain if isinstance(self.inputs, Values) else None
-
 
 @dataclass(frozen=True)
 class Reply:

@@ -15,6 +15,8 @@ RAdapterClientError
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Number
 
@@ -109,6 +111,18 @@ def bad_argument(why: str) -> InvalidRequest:
 
 def bad_image(why: str) -> InvalidImage:
     return InvalidImage(why, code="invalid_image")
+
+
+@contextmanager
+def reading(server: object = "the server") -> Iterator[None]:
+    """Raise a `ServerError` for an answer that cannot be read, whatever is wrong with it."""
+    try:
+        yield
+    except RAdapterClientError:
+        raise
+    except Exception as error:  # recursion, numbers without end, other types than expected, ...
+        why = f"{server} answers, but not as Triton does: {error!r:.200}"
+        raise ServerError(why) from error
 
 
 # The exceptions by the code at the start of a server's message.

@@ -17,12 +17,13 @@ from .failures import (
     ServerUnavailable,
     Timeout,
     from_server,
+    reading,
 )
-from .tensors import DATATYPES, Array, pack, unpack
+from .tensors import DATATYPES, MAX_ANSWER, Array, pack, unpack
 
 CHANNEL = [
     ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_receive_message_length", MAX_ANSWER),  # decompressed, too
     # By default gRPC waits up to two minutes before it connects again to a restarted server.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
@@ -30,6 +31,7 @@ CHANNEL = [
     # As over HTTP, the model server is never reached through the environment's http_proxy.
     ("grpc.enable_http_proxy", 0),
 ]
+TOO_LARGE = re.compile("(CLIENT: Received|Decompressed) message larger than max")  # an answer
 # gRPC reports UNAVAILABLE when a server accepts a connection and then is silent for a second.
 # All clients of the process share connections, so all of them see it.
 SILENT = re.compile("timed out|timeout|handshaker shutdown", re.IGNORECASE)
@@ -72,7 +74,9 @@ class GrpcTransport:
         try:
             if request.action == "infer":
                 message = encode(request.model, request.version, request.inputs, request.outputs)
-                return decode(self._stub.ModelInfer(message, **options))
+                answer = self._stub.ModelInfer(message, **options)
+                with reading(self._url):
+                    return decode(answer)
             if request.action == "config":
                 asked = service_pb2.ModelConfigRequest(**model)
                 parameters = self._stub.ModelConfig(asked, **options).config.parameters
@@ -86,13 +90,13 @@ class GrpcTransport:
                 ).ready
         except grpc.RpcError as error:
             raise self._error(error.code().name, error.details() or "", timeout) from error
-        except (KeyError, ValueError) as error:
-            raise ServerError(f"{self._url} answers, but not as Triton does: {error!r}") from error
         raise InvalidRequest(f"gRPC has no call for {request.action}")
 
     def _error(self, status: str, text: str, timeout: float) -> RAdapterClientError:
         if status == "DEADLINE_EXCEEDED":
             return Timeout(f"no answer from {self._url} within {timeout:g} s")
+        if TOO_LARGE.search(text):
+            return ServerError(f"the server's answer has more than {MAX_ANSWER:,} bytes")
         reported = from_server(status, text)
         # A server that stops cancels its open requests. A status with a code comes from a task or
         # from Triton, not from gRPC itself.

@@ -18,6 +18,8 @@ NUMPY: dict[str, type[np.generic]] = {
     "FP32": np.float32,
     "BYTES": np.object_,
 }
+MAX_ANSWER = 256 * 2**20  # bytes of an answer; the mask of the largest image takes half
+MAX_TEXTS = 2**22  # of a tensor; each is an object, even an empty one
 DATATYPES = {np.dtype(kind): name for name, kind in NUMPY.items()}
 
 
@@ -37,6 +39,8 @@ def unpack(data: bytes | memoryview, datatype: str, shape: Sequence[int]) -> Arr
     if datatype != "BYTES":
         return np.frombuffer(data, NUMPY[datatype]).reshape(shape)
     count = math.prod(shape)
+    if count > MAX_TEXTS:
+        raise ValueError(f"{count:,} texts; at most {MAX_TEXTS:,} are read")
     items = []
     end = 0
     for number in range(1, count + 1):  # reads no more values than the shape has

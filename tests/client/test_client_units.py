@@ -7,6 +7,7 @@ import inspect
 import io
 import itertools
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from radapter_client import (
     Client,
     Hit,
     Hits,
+    ModelNotFound,
     Reply,
     Request,
     Segmentation,
@@ -103,9 +105,42 @@ def test_waits_between_tries_grow_and_end(monkeypatch: pytest.MonkeyPatch) -> No
     for wait, most in zip(waits, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5, 5], strict=True):
         assert most / 2 <= wait <= most
     assert transport.timeouts[0] == 1000 and len(transport.timeouts) == 11
+    for wait, left in zip(waits, transport.timeouts[1:], strict=True):
+        assert left <= 1000 - wait  # a retry has what is left of the time-out
     with pytest.raises(ServerUnavailable):  # a wait beyond the time-out is not begun
         sender.ask([part], 0.01)
     assert len(waits) == 10
+
+
+def test_the_concurrency_of_an_asynchronous_client_is_for_lists() -> None:
+    class Together(Recorder):
+        def send(self, request: Request, timeout: float) -> Any:
+            meeting.wait(20)
+            return super().send(request, timeout)
+
+    meeting = threading.Barrier(16)
+
+    async def main() -> None:
+        async with AsyncClient(transport=Together(), release=1, concurrency=2) as client:
+            await asyncio.gather(*(client.embed_texts(["a"]) for _ in range(16)))
+
+    asyncio.run(main())
+
+
+def test_a_list_is_begun_again_a_few_times_only() -> None:
+    """A server may name another release each time that it is asked."""
+
+    class Changing(Recorder):
+        def send(self, request: Request, timeout: float) -> Any:
+            super().send(request, timeout)
+            if request.action == "config":
+                return described(len(self.requests))
+            raise ModelNotFound("another release took over")
+
+    transport = Changing()
+    with pytest.raises(ModelNotFound):
+        Client(transport=transport, batch_size=1, concurrency=1).embed_texts(["a"] * 2)
+    assert [request.action for request in transport.requests].count("config") == 4
 
 
 def test_releases_are_in_the_order_of_their_numbers():

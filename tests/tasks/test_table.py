@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radapter_client import Client, ServerError
+from radapter_client import Client, ServerError, Values
 from radapter_client.tensors import NUMPY
 from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.small_release import Local, png
@@ -88,9 +88,9 @@ def test_a_client_in_the_process_asks_what_its_tensors_would_ask(local: Local) -
     requests = []
     for request in recorder.inferences:
         task = TASKS[request.model]
-        assert request.values is not None
+        assert isinstance(request.inputs, Values)
         task.check(request.model, forms(request.inputs), 64)
-        typed = task.request(dict(request.values), request.outputs.__contains__)
+        typed = task.request(dict(request.inputs.plain), request.outputs.__contains__)
         [read] = task.read(local.loaded, dict(request.inputs), request.outputs.__contains__)
         assert type(typed) is type(read) and facts(typed) == facts(read)
         requests.append(read)
