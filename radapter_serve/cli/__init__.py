@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import operator
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, get_type_hints
@@ -22,6 +23,7 @@ from radapter_serve.errors import RAdapterError, one_line
 
 HELP = ("-h", "--help")
 HELP_ALL = "--help-all"
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # The extra that each command usually needs.
 EXTRAS = {
     "radapter-demo": "demo",
@@ -65,6 +67,11 @@ def run(
         )
 
     return guard(call, arguments, prog=prog)
+
+
+def printable(text: object) -> str:
+    """Spell out control characters, which a terminal would obey, but for line ends and tabs."""
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
@@ -121,7 +128,7 @@ def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: s
             sys.stdout.flush()
             return status
     except (RAdapterError, RAdapterClientError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(printable(f"{prog}: error: {error}"), file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as head, ended; let the flush at exit succeed
         with contextlib.suppress(OSError):  # stdout may have no file

@@ -28,7 +28,7 @@ from rich.text import Text
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from radapter_client import Classification, Client, InvalidImage, Segmentation
-from radapter_serve.cli import run
+from radapter_serve.cli import printable, run
 from radapter_serve.contract.images import count_kinds, list_images
 from radapter_serve.contract.labels import read_label_file
 from radapter_serve.errors import RAdapterError
@@ -71,7 +71,15 @@ class Server:
         if self.model is not None:
             from radapter_serve.model import Model  # imported here, as asking a server needs less
 
-            name = self.model if self.release is None else f"{self.model}@{self.release}"
+            name = self.model
+            if self.release is not None:
+                if not Path(name).is_dir():
+                    raise RAdapterError(
+                        f"--release {self.release} is for a server or a model repository, and"
+                        f" --model {name} is no folder; a revision of the hub is part of its name,"
+                        " as in hf-hub:ORGANISATION/NAME@REVISION"
+                    )
+                name = f"{name}@{self.release}"
             return Model(name, indexes=self.indexes, timeout=self.timeout)
         key = os.environ.get("RADAPTER_API_KEY") or None  # not a flag, which other users could read
         with warnings.catch_warnings(record=True) as caught:
@@ -523,7 +531,8 @@ def report(
                 value = row[column]
                 if column in numbers:
                     value = f"{value * 100:.1f} %" if column == "share" else f"{value:.4f}"
-                cells.append(Text("" if column == "image" and place else value, overflow="fold"))
+                cell = "" if column == "image" and place else printable(value)
+                cells.append(Text(cell, overflow="fold"))
             table.add_row(*cells, end_section=columns[0] == "image" and place + 1 == len(rows))
     if table.rows:
         Console().print(table)
@@ -532,11 +541,11 @@ def report(
 
 
 def to_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return printable(json.dumps(value, ensure_ascii=False))  # JSON spells only some of them
 
 
 def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(printable(f"note: {text}"), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -133,7 +133,7 @@ def plot_alpha_curve(
         labels.append("kept of the base (right)")
         right.set_ylim(min(90.0, *shares) - 2, 102)
         right.set_ylabel("kept of the base's answers, %")
-    figure.legend(handles, labels, fontsize=8, loc="outside right upper")
+    figure.legend(handles, labels, fontsize=8, loc="outside right center")
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.suptitle(_shown(title))

@@ -198,6 +198,15 @@ def test_names_that_are_not_utf8(server: Answers, image: str, tmp_path: Path, ca
     assert name in (tmp_path / "found.csv").read_bytes()
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_escape_codes_of_a_server_do_not_reach_the_terminal(
+    run: Run, image: str, form: list[str]
+) -> None:
+    said = run("classify", image, "--labels", "a\x1b[2J\x9b0m", *form)
+    assert "a\\u001b[2J\\u009b0m" in said and not {"\x1b", "\x9b"} & set(said)
+    assert not form or json.loads(said)["labels"] == ["a\x1b[2J\x9b0m"]
+
+
 A = ["no.png", "--labels", "a"]
 
 
@@ -219,6 +228,8 @@ A = ["no.png", "--labels", "a"]
         (["search", "--index", "photos"], "give a text, an image or an id"),
         (["search", "a", "--index", "i", "--save", "x.txt"], "--save x.txt does not end in .html"),
         (["embed-text"], "give texts"),
+        (["embed-text", "a", "--model", "hf-hub:a/b", "--release", "2"], "name, as in hf-hub:.*@R"),
+        (["embed-text", "a", "--model", "a\x1b[2J\x9b"], r"no a\\u001b\[2J\\u009b"),
         (["embed-text", "a", "--url", "localhost:8001"], "allowed are http://"),
         (["embed-text", "a", "--url", "http://127.0.0.1:9"], "no answer from .*radapter-serve"),
     ],

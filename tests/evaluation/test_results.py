@@ -158,6 +158,11 @@ def test_the_curve_has_another_method_and_what_is_kept(drawn: list[Any]) -> None
     plot_alpha_curve(named, [folder], ["b"], "named.png", title=folder)
     [shown, _] = drawn[2].axes[1].get_legend_handles_labels()[1]
     assert shown == f"…{folder[-39:]}" == drawn[2].get_suptitle()
+    for figure in drawn:
+        figure.suptitle("a title that is as wide as the picture of this curve of alpha, by far")
+        figure.draw_without_rendering()
+        [legend] = figure.legends
+        assert not legend.get_window_extent().overlaps(figure._suptitle.get_window_extent())
     curve, of_alpha, right = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in curve.get_lines()}
     assert lines == {

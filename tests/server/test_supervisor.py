@@ -106,9 +106,29 @@ def test_a_process_that_is_stopped_after_its_model_was_reported_is_killed_unrepo
         os.kill(first, signal.SIGSTOP)
         assert [failure.name for failure in first_of(watch)] == ["classify"]
         os.kill(second, signal.SIGSTOP)
-        until(lambda: watch.poll() or not watch.models())
-        assert watch.poll() == []
+        reports: list[Failure] = []
+
+        def is_gone() -> bool:
+            reports.extend(watch.poll())
+            return not watch.models()
+
+        until(is_gone)
+        reports += watch.poll()
         os.killpg(process.pid, signal.SIGKILL)
+        assert reports == []
+
+
+def test_a_process_that_is_a_zombie_for_one_poll_has_not_died(monkeypatch: pytest.MonkeyPatch):
+    """As one whose model is being unloaded."""
+    process = Mock(pid=1, poll=Mock(return_value=None))
+    watch = Watch(process)
+    running = {1: psutil.STATUS_SLEEPING, 2: psutil.STATUS_SLEEPING}
+    zombie = {**running, 2: psutil.STATUS_ZOMBIE}
+    states = iter([running, zombie, {1: psutil.STATUS_SLEEPING}, zombie, zombie])
+    monkeypatch.setattr(watch, "_states", lambda: next(states))
+    assert [watch.poll() for _ in range(4)] == [[]] * 4
+    [failure] = watch.poll()
+    assert failure.name == SERVER
 
 
 class Scene:
