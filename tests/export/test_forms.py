@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import torch
 import transformers
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -285,6 +286,27 @@ def test_another_way_to_resize_or_to_read_is_seen(
     monkeypatch.setattr("radapter_serve.clip.transformers._TEXTS", ["“Quoted”"])
     with pytest.raises(RAdapterError, match="its tokenizer .* reads .* in another way"):
         check_processor(right, tokenizer, *ours)
+
+
+def test_the_crop_is_one_pixel_off_for_the_sizes_that_the_page_names(
+    tiny_base: Base, tmp_path: Path
+) -> None:
+    """torchvision rounds half a pixel to an even place, transformers cuts it off."""
+    write_processor(tmp_path, tiny_base)
+    processor, _ = open_processor(tmp_path)
+    transform: Any = image_transform_v2(PreprocessCfg(**tiny_base.preprocess), is_train=False)
+    side = tiny_base.image_size
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    for more in range(12):
+        image = Image.fromarray(noise).resize((side + more, side), Image.Resampling.BICUBIC)
+        ours = transform(image).numpy()
+        theirs = np.asarray(processor(images=[image], return_tensors="pt")["pixel_values"][0])
+        apart = np.abs(ours - theirs).max(axis=(0, 1))
+        if more % 4 == 3:
+            assert apart.max() > 0.05
+            np.testing.assert_allclose(theirs[..., 1:], ours[..., :-1], atol=0.02)
+        else:
+            assert apart.max() < 0.02
 
 
 @pytest.mark.parametrize(
