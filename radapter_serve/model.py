@@ -100,8 +100,8 @@ class Model(Client):
             if base is not None and not is_run:
                 raise RAdapterError(f"base is {base!r}, but {name} is not a run; leave it out")
             check_installed("torch", "export")
-            from radapter_export.in_torch import load_in_torch
             from radapter_serve.adapter import load_adapter
+            from radapter_serve.adapter.in_torch import load_in_torch
             from radapter_serve.adapter.tuned import load_base_of
             from radapter_serve.clip.base import load_base, split_name
 

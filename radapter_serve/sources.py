@@ -14,6 +14,7 @@ from typing import Literal
 from radapter_serve.errors import RAdapterError, reason, short
 
 # The files of a run's folder.
+CLASSES = "classes"  # the label set of a run's own classes
 ADAPTER = "adapter.safetensors"
 RECIPE = "recipe.yaml"
 CHECKPOINT = "checkpoint.pt"

@@ -23,7 +23,7 @@ from radapter_serve.clip.towers import normalised
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.evaluation.models import Candidate, in_torch
+from radapter_serve.evaluation.models import Candidate, candidates_in_torch
 from radapter_serve.evaluation.rows import Row, by_shift, own_metric, unpacked
 from radapter_serve.evaluation.run import evaluate_set, warn_of_overlap
 from radapter_serve.process import limit_threads
@@ -46,14 +46,15 @@ def judge(
         changes = {key: value.float().cpu() - start[key].float() for key, value in weights.items()}
         changes = {key: change for key, change in changes.items() if change.any()}
         crop = run.recipe.mask_crop(run.base.preprocess["mean"])
-        models = in_torch(type(learned.system).__name__, run.base, changes, alphas, crop=crop)
+        name = type(learned.system).__name__
+        models = candidates_in_torch(name, run.base, changes, alphas, crop=crop)
     return [row for data in sets for row, _ in evaluate_set(models, data)]
 
 
 def systems_of(learned: Learned, base: Base, alphas: Sequence[float]) -> list[SystemModel]:
     """Make models of a system at points of its line, with the preprocessing of a base."""
     models = []
-    for model in in_torch(type(learned.system).__name__, base, {}, alphas):
+    for model in candidates_in_torch(type(learned.system).__name__, base, {}, alphas):
         assert model.alpha is not None
         scale = learned.at(model.alpha).factor
         loaded = copy.copy(model.loaded)
@@ -67,6 +68,8 @@ class SystemModel(Candidate):
     """A system at a point of its line."""
 
     learned: Learned = field(kw_only=True)
+    # Cache of class embeddings, float32 [C, D], by templates and classes.
+    known: dict[tuple[tuple[str, ...], str], Floats] = field(default_factory=dict)
 
     @property
     def system(self) -> System:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,11 @@ from radapter_serve.clip.towers import encode_image, encode_patches, normalised
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.data.runs import OtherImages
-from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet, EvaluationSet
-from radapter_serve.evaluation.metrics import check_finite, fit_confidence
-from radapter_serve.evaluation.models import from_release, in_torch
+from radapter_serve.evaluation.metrics import fit_confidence
+from radapter_serve.evaluation.models import candidates_in_torch, from_release
 from radapter_serve.evaluation.run import evaluate_set, open_set, own_validation
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.release.agreement import Samples
@@ -134,7 +133,6 @@ def measure(
     max_drop: float,
     base: Base,
     loaded: LoadedRelease,
-    known: Iterable[LabelSet],
     say: Callable[[str], None],
 ) -> tuple[Accuracy, Confidence | str | None]:
     """Evaluate a release, and its base with adapters attached; refuse a loss above `max_drop`
@@ -143,13 +141,8 @@ def measure(
     entry = data.entry
     facts = loaded.release
     [release] = from_release(loaded)
-    # Embedding 80 templates of 1,000 labels takes minutes, so reuse the label sets.
-    for label_set in known:
-        embeds = check_finite(label_set.embeds)
-        for line, embed in zip(label_set.lines, embeds, strict=True):
-            release.known[label_set.templates, line] = embed
     # Keep the base on its device: adapters in the activation form would not move with it.
-    [attached] = in_torch(
+    [attached] = candidates_in_torch(
         "adapter",
         base,
         {},

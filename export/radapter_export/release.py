@@ -32,14 +32,14 @@ from radapter_export.forms import (
 )
 from radapter_export.graph import Graph, graph_weights, image_graph, patch_graph, text_graph
 from radapter_export.hub import prepare_push, push
-from radapter_export.in_torch import base_facts
 from radapter_export.precision import TYPES, Batches, calibrate, lower, quantize
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_export.settings import ExportSettings, checked
 from radapter_export.source import Fold, Source, put_reference, read_source
-from radapter_export.tokenizer import write_tokenizer
+from radapter_serve.adapter.in_torch import base_facts
 from radapter_serve.adapter.tuned import Line
 from radapter_serve.clip.base import Base
+from radapter_serve.clip.tokenizer import write_tokenizer
 from radapter_serve.clip.towers import is_causal
 from radapter_serve.clip.transformers import Form
 from radapter_serve.contract.errors import TaskError
@@ -47,7 +47,6 @@ from radapter_serve.contract.images import require_images
 from radapter_serve.contract.labels import SAME, indistinguishable
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
-from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, complete
 from radapter_serve.encoders.plans import PLAN, write_plan
 from radapter_serve.encoders.tensorrt import find_gpu, import_tensorrt
@@ -461,19 +460,13 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
     # Embed label sets by these encoders, and measure the accuracy on validation data.
     loaded = LoadedRelease(release, GraphEncoder(encoders), work.tokenizer)
     places = [repository.staged(model, version) / "label_sets" for model in LABELLED]
-    label_sets, facts, warnings = _write_label_sets(loaded, source, places, say)
+    facts, warnings = _write_label_sets(loaded, source, places, say)
     release = replace(release, label_sets=facts)
     accuracy = None
     if prepared.validation is not None:
         work.set_alpha(alpha)
-        by_text = [
-            label_set
-            for name, label_set in label_sets.items()
-            if name not in release.sets_by_example
-        ]
-        accuracy, confidence = measure(
-            prepared.validation, settings.max_drop, base, loaded, by_text, say
-        )
+        # Embedding 80 templates of 1,000 labels takes minutes; this release has them in its cache.
+        accuracy, confidence = measure(prepared.validation, settings.max_drop, base, loaded, say)
         release = replace(release, accuracy=asdict(accuracy))
         if isinstance(confidence, str):
             warnings.append(confidence)
@@ -503,15 +496,14 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
 
 def _write_label_sets(
     loaded: LoadedRelease, source: Source, folders: Sequence[Path], say: Say
-) -> tuple[dict[str, LabelSet], dict[str, dict[str, Any]], list[str]]:
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Embed the label sets by a release's encoders, and write them into each folder. Returns the
-    label sets, the facts of each, and warnings about labels that the model cannot tell apart.
+    facts of each, and warnings about labels that the model cannot tell apart.
     """
     templates = source.templates
     alpha = loaded.request_alpha(None)
     first, *others = folders
     first.mkdir()
-    label_sets = {}
     facts: dict[str, dict[str, Any]] = {}
     warnings = []
     for name, file in source.label_sets.items():
@@ -532,7 +524,6 @@ def _write_label_sets(
             # If α is an input, servers need the examples for other α.
             kept = examples if loaded.release.dynamic_alpha else None
             label_set = replace(label_set, examples=kept)
-        label_sets[name] = label_set
         path = first / f"{name}.npz"
         label_set.save(path)
         facts[name] = {
@@ -552,4 +543,4 @@ def _write_label_sets(
             )
     for folder in others:
         shutil.copytree(first, folder)
-    return label_sets, facts, warnings
+    return facts, warnings

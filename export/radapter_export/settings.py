@@ -24,7 +24,6 @@ except ModuleNotFoundError:  # when the command runs, `checker` reports this in 
 
     ValidationError = ValueError  # type: ignore[assignment,misc]
 
-CLASSES = "classes"  # the label set of the run's own classes
 OWN = "own"  # name of the run's validation data
 # Names in place of an α
 AUTO = "auto"

@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
-from radapter_export.settings import AUTO, BEST, CLASSES, OWN, ExportSettings
+from radapter_export.settings import AUTO, BEST, OWN, ExportSettings
 from radapter_serve.adapter import (
     Adapter,
     Metadata,
@@ -44,6 +44,7 @@ from radapter_serve.encoders.labels import DEFAULT_WEIGHT, MAX_EXAMPLES, Example
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, Point, read_choice
 from radapter_serve.files import read_yaml
+from radapter_serve.sources import CLASSES
 
 MAX_SHOWN = 2000  # example images of a label set
 _FORM = (

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from radapter_export import start
-from radapter_export.settings import CLASSES, ExportSettings
+from radapter_export.settings import ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.rows import metric_name
 from radapter_serve.release.release import MIN_SCORE_SHARE, NO_TEMPERATURE, Release
 from radapter_serve.release.repository import SERVED
+from radapter_serve.sources import CLASSES
 
 FIRST = (
     *("alpha", "adapter", "checkpoint", "lora", "base", "label_set", "templates", "dense"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer, tex
 from torch import Tensor, nn
 
 from radapter_serve.contract.errors import Alpha
-from radapter_serve.contract.labels import mean_embeddings, read_templates
+from radapter_serve.contract.labels import means_of, prompts_of, read_templates, split_label
 from radapter_serve.errors import RAdapterError, reason
 
 # maskclip: Zhou, Loy, Dai: Extract Free Dense Labels from CLIP, ECCV 2022. Each token attends to
@@ -65,22 +66,28 @@ def encode_texts(model: Any, tokens: Tensor) -> Tensor:
 
 
 class TorchEncoder:
-    """`Encoder` of a model in torch, on the model's device; `way` is its dense method."""
+    """`Encoder` of a model in torch, on the model's device, with its dense method."""
 
     def __init__(
-        self, model: nn.Module, preprocess: Mapping[str, Any], way: str | None = None
+        self, model: nn.Module, preprocess: Mapping[str, Any], dense: str | None = None
     ) -> None:
         self.model = model
         self._preprocess = preprocess
         self._device = next(model.parameters()).device
-        self._way = way
+        self._dense = dense
 
     def images(self, pixels: Pixels, alpha: Alpha | None = None) -> Embeds:
         return self.embed(encode_image, alpha, normalised(pixels, self._preprocess, self._device))
 
-    def patches(self, pixels: Pixels, alpha: Alpha | None = None, way: str | None = None) -> Embeds:
+    def patches(self, pixels: Pixels, alpha: Alpha | None = None) -> Embeds:
         pixels_in = normalised(pixels, self._preprocess, self._device)
-        return self.embed(encode_patches, alpha, pixels_in, way or self._way)
+        return self.embed(encode_patches, alpha, pixels_in, self._dense)
+
+    def by_method(self, dense: str) -> TorchEncoder:
+        """This encoder with another dense method, on the same model."""
+        other = copy.copy(self)
+        other._dense = dense
+        return other
 
     def tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> Embeds:
         rows = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._device)
@@ -178,12 +185,11 @@ def zero_shot_classifier(
     templates: Sequence[str],
 ) -> Tensor:
     """Embed classes, float32 [C, D]: the mean over a class's names and all templates."""
-
-    def embed(texts: list[str]) -> NDArray[np.float32]:
-        return np.asarray(encode_texts(model, tokenizer(texts)).cpu())
-
-    embeds = mean_embeddings(embed, classes, templates)
-    return torch.from_numpy(embeds).to(next(model.parameters()).device)
+    prompts = [prompts_of(split_label(line), templates) for line in classes]
+    texts = list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
+    embeds = np.asarray(encode_texts(model, tokenizer(texts)).cpu())
+    means = torch.from_numpy(means_of(prompts, texts, embeds))
+    return means.to(next(model.parameters()).device)
 
 
 @torch.no_grad()

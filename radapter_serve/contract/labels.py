@@ -4,10 +4,9 @@ a label; and probabilities of labels from cosines.
 
 from __future__ import annotations
 
-import itertools
 import re
 import unicodedata
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,17 +139,6 @@ def split_label(label: str) -> list[str]:
 def join_label(names: Iterable[str]) -> str:
     """Join names to one label; the inverse of `split_label`."""
     return ", ".join(name.replace(",", r"\,") for name in names)
-
-
-def mean_embeddings(
-    embed_texts: Callable[[list[str]], NDArray[np.float32]],
-    labels: Sequence[str],
-    templates: Sequence[str],
-) -> NDArray[np.float32]:
-    """Embed C labels, float32 [C, D]: the mean over all prompts of a label, at unit length."""
-    prompts = [prompts_of(split_label(label), templates) for label in labels]
-    texts = list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
-    return means_of(prompts, texts, embed_texts(texts))
 
 
 def prompts_of(names: Iterable[str], templates: Sequence[str]) -> list[str]:

@@ -26,13 +26,9 @@ from rich.console import Console
 
 from radapter_client import Client
 from radapter_export import ExportSettings, export_release
+from radapter_serve.clip.towers import zero_shot_classifier
 from radapter_serve.contract.errors import check_alpha
-from radapter_serve.contract.labels import (
-    mean_embeddings,
-    read_label_file,
-    read_templates,
-    split_label,
-)
+from radapter_serve.contract.labels import read_label_file, read_templates, split_label
 from radapter_serve.data.masks import load_masked
 from radapter_serve.data.source import DataSource
 from radapter_serve.demo import DemoSettings
@@ -214,14 +210,10 @@ def ask_labels(client: Client, merged: Path, data: DemoData, path: Path, seed: i
     model.eval()
     lines = read_label_file(data.classes)
     with torch.no_grad():
-        classes = mean_embeddings(
-            lambda texts: model.encode_text(tokenizer(list(texts)), normalize=True).numpy(),
-            lines,
-            read_templates(data.templates),
-        )
+        classes = zero_shot_classifier(model, tokenizer, lines, read_templates(data.templates))
         pixels = torch.stack([preprocess(Image.open(file)) for file in files])  # type: ignore[operator]
         images = model.encode_image(pixels, normalize=True)
-        scores = (model.logit_scale.exp() * images @ torch.from_numpy(classes).T).softmax(dim=1)
+        scores = (model.logit_scale.exp() * images @ classes.T).softmax(dim=1)
     names = [split_label(line)[0] for line in lines]
     error = 0.0
     same = 0

@@ -24,7 +24,6 @@ from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.masks import IGNORE, MaskedImage
 from radapter_serve.data.proposals import Proposals
 from radapter_serve.data.rows import ImageColumn
-from radapter_serve.encoders.loaded import ServerEncoder
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import (
     Floats,
@@ -119,7 +118,7 @@ class EvaluationSet(ABC):
 
     def prepare(self, model: Candidate, number: int) -> Any:
         """Read and decode an image; thread-safe."""
-        return model.prepare(self.as_seen(model, self.images[number]()))
+        return model.loaded.pixels(self.as_seen(model, self.images[number]()))
 
     def as_seen(self, model: Candidate, data: bytes) -> bytes:
         """Encode the image again where the suite and the model differ in turning it by EXIF."""
@@ -481,11 +480,9 @@ class SegmentationSet(EvaluationSet):
     def measure(self, model: Candidate, answers: Answers) -> dict[str, Any]:
         total = answers["total"].sum(axis=0)
         right, true, answered = pixel_sums(total)
-        alike: list[tuple[str, str]] = []
-        if not isinstance(model.loaded.encoder, ServerEncoder):  # a server embeds labels itself
-            query = self.query(model)
-            embeds = model.embed_classes(query.labels, query.templates)
-            alike = indistinguishable(first_names(query.labels), embeds)
+        query = self.query(model)
+        embeds = model.embed_classes(query.labels, query.templates)
+        alike = indistinguishable(first_names(query.labels), embeds)
         return {
             "metrics": segmentation_metrics(total),
             "intervals": segmentation_intervals(answers["sums"].swapaxes(0, 1)),

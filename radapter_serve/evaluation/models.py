@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from radapter_serve.adapter import load_adapter
 from radapter_serve.adapter.file import changes, check_base
+from radapter_serve.adapter.in_torch import in_torch
 from radapter_serve.adapter.tuned import Line, load_base_of
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import TorchEncoder, check_dense, logit_scale_and_bias, to_device
 from radapter_serve.contract.errors import Alpha, check_alpha
 from radapter_serve.contract.images import decode
-from radapter_serve.contract.labels import mean_embeddings
 from radapter_serve.contract.preprocess import MaskCrop
-from radapter_serve.encoders.loaded import LoadedRelease, ServerEncoder
+from radapter_serve.encoders.loaded import LoadedRelease, ServerEncoder, complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.rows import display_name
@@ -31,6 +31,7 @@ from radapter_serve.files import digest_of
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.sources import LOCAL
 from radapter_serve.tasks.dense import SegmentOptions, encode_windows, segment_densely
+from radapter_serve.tasks.embed import embed_labels
 from radapter_serve.tasks.segment import segment_proposals
 
 TEMPLATES = ["a photo of a {}."]  # of models that name no templates
@@ -55,28 +56,15 @@ class Candidate:
     alpha: float | None  # None if unknown
     facts: Mapping[str, Any]  # fields of `Row` about the model
     loaded: LoadedRelease  # at this α
-    # Cache of class embeddings, float32 [D], by templates and class.
-    known: dict[tuple[tuple[str, ...], str], Floats] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The model's name in messages."""
         return display_name(self.source, self.alpha)
 
-    def prepare(self, data: bytes) -> Any:
-        """Decode an image for `embed_images`, the same for every α; a server decodes it itself."""
-        if isinstance(self.loaded.encoder, ServerEncoder):
-            return data
-        return self.loaded.pixels(data)
-
-    def embed_images(self, items: Sequence[Any]) -> Floats:
+    def embed_images(self, pixels: Sequence[NDArray[np.uint8]]) -> Floats:
         """Embed prepared images, float32 [N, D] of unit length."""
-        encoder = self.loaded.encoder
-        if isinstance(encoder, ServerEncoder):
-            return np.asarray(self._ask(encoder.client.embed_images, list(items)), np.float32)
-        if isinstance(encoder, TorchEncoder):  # the whole batch at once
-            return encoder.images(np.stack(items), self._alpha)
-        return self.loaded.embed_pixels(items)
+        return self.loaded.embed_pixels(pixels)
 
     def embed_texts(self, texts: Sequence[str]) -> Floats:
         """Embed texts, float32 [N, D] of unit length."""
@@ -86,31 +74,17 @@ class Candidate:
         """Embed classes, float32 [C, D]: the mean over a class's names and all templates."""
         if not templates:
             raise RAdapterError("no prompt template; give one or more, such as 'a photo of a {}.'")
-        key = tuple(templates)
-        new = [line for line in dict.fromkeys(classes) if (key, line) not in self.known]
-        if new:
-            embeds = check_finite(mean_embeddings(self.embed_texts, new, templates))
-            self.known.update({(key, line): embed for line, embed in zip(new, embeds, strict=True)})
-        return np.stack([self.known[key, line] for line in classes])
+        alpha = self.loaded.request_alpha(None)
+        labels = complete(embed_labels(self.loaded, classes, templates, alpha=alpha))
+        return check_finite(labels.embeds)
 
     def dense_method(self, dense: str | None) -> str:
         """The dense method, by default the model's; an error if the model lacks it."""
         release = self.loaded.release
-        default = (release.dense or {}).get("way")
-        encoder = self.loaded.encoder
-        if isinstance(encoder, TorchEncoder):
-            way = dense or default
-            if way is None:
-                raise RAdapterError(
-                    "this model has no dense method (dense: none); name one for the set, such as"
-                    " dense: naclip"
-                )
-            if way != PROPOSALS:
-                check_dense(encoder.model, way)
-            return str(way)
-        if dense == PROPOSALS or (default and dense in (None, default)):
-            return dense or str(default)
-        has = f"has dense {default}" if default else "has no patch_encoder"
+        own = (release.dense or {}).get("way")
+        if dense == PROPOSALS or (own and dense in (None, own)):
+            return dense or str(own)
+        has = f"has dense {own}" if own else "has no patch_encoder"
         raise RAdapterError(
             f"release {release.version} {has}; export one with radapter-export --dense"
             f" {dense or 'naclip'}"
@@ -126,109 +100,132 @@ class Candidate:
         """Label each pixel of an image file, uint16 [H, W]; C is the background. `masks` are
         proposals, uint8 [N, H, W], with the probabilities of their labels in `scores`, [N, C].
         """
-        encoder = self.loaded.encoder
-        options = query.options
-        if isinstance(encoder, ServerEncoder):
-            windows = {}
-            if query.dense != PROPOSALS:
-                windows = {name: getattr(options, name) for name in ("short_side", "stride")}
-                windows["refine"] = options.refine
-            answer = self._ask(
-                encoder.client.segment,
-                data,
-                list(query.labels),
-                templates=list(query.templates),
-                threshold=options.threshold,
-                proposals=masks,
-                proposal_scores=scores,
-                proposal_weight=None if scores is None else options.proposal_weight,
-                **windows,
-            )
-            return np.asarray(answer.mask, np.uint16)
-        release = self.loaded.release
+        loaded = self.by_method(query.dense)
         embeds = self.embed_classes(query.labels, query.templates)
-        image = decode(data, exif_orientation=self.loaded.preprocess.exif_orientation)
+        image = decode(data, exif_orientation=loaded.preprocess.exif_orientation)
         if query.dense == PROPOSALS:
             assert masks is not None
-            crops = segment_proposals(self.loaded, image, embeds, masks, scores, options)
-            return encode_windows(crops, self.loaded.embed_pixels).mask
-        patches: Callable[..., Floats] = self.loaded.embed_patches
-        if isinstance(encoder, TorchEncoder):
-            patches = partial(encoder.patches, alpha=self._alpha, way=query.dense)
-        rows = min(16, release.max_batch_size)
-        views = segment_densely(self.loaded, image, embeds, options, rows=rows)
-        return encode_windows(views, patches).mask
+            crops = segment_proposals(loaded, image, embeds, masks, scores, query.options)
+            return encode_windows(crops, loaded.embed_pixels).mask
+        rows = min(16, loaded.release.max_batch_size)
+        views = segment_densely(loaded, image, embeds, query.options, rows=rows)
+        return encode_windows(views, loaded.embed_patches).mask
+
+    def by_method(self, dense: str) -> LoadedRelease:
+        """The release with this dense method."""
+        return self.loaded
 
     def close(self) -> None:
         """Close the encoder, which this model shares with the others that were loaded with it."""
         self.loaded.close()
 
+
+class TorchCandidate(Candidate):
+    """A model in torch, which has every dense method."""
+
+    def dense_method(self, dense: str | None) -> str:
+        method = dense or (self.loaded.release.dense or {}).get("way")
+        if method is None:
+            raise RAdapterError(
+                "this model has no dense method (dense: none); name one for the set, such as"
+                " dense: naclip"
+            )
+        if method != PROPOSALS:
+            check_dense(self._encoder.model, method)
+        return str(method)
+
+    def by_method(self, dense: str) -> LoadedRelease:
+        loaded = copy.copy(self.loaded)
+        loaded.encoder = self._encoder.by_method(dense)
+        return loaded
+
     @property
-    def _alpha(self) -> Alpha | None:
-        alpha = self.loaded.request_alpha(None)
-        return None if alpha is None else np.full((1, 1), alpha, np.float32)
-
-    def _ask(self, task: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        assert isinstance(self.loaded.encoder, ServerEncoder)
-        alpha = self.loaded.request_alpha(None)
-        return self.loaded.encoder.ask(task, *arguments, alpha=alpha, **options)
+    def _encoder(self) -> TorchEncoder:
+        assert isinstance(self.loaded.encoder, TorchEncoder)
+        return self.loaded.encoder
 
 
-class LineEncoder(TorchEncoder):
-    """Sets the weights in place to `W + α·delta` for each batch; an α of None leaves them as is.
-    The deltas are tuned minus base weights, of an adapter at α = 1 or of a model tuned as a whole.
+class ServerCandidate(Candidate):
+    """A release of a live server, which segments by itself."""
+
+    def segment(
+        self,
+        data: bytes,
+        query: SegmentQuery,
+        masks: NDArray[np.uint8] | None = None,
+        scores: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.uint16]:
+        encoder = self.loaded.encoder
+        assert isinstance(encoder, ServerEncoder)
+        options = query.options
+        windows = {}
+        if query.dense != PROPOSALS:
+            windows = {name: getattr(options, name) for name in ("short_side", "stride", "refine")}
+        answer = encoder.ask(
+            encoder.client.segment,
+            data,
+            list(query.labels),
+            templates=list(query.templates),
+            threshold=options.threshold,
+            proposals=masks,
+            proposal_scores=scores,
+            proposal_weight=None if scores is None else options.proposal_weight,
+            alpha=self.loaded.request_alpha(None),
+            **windows,
+        )
+        return np.asarray(answer.mask, np.uint16)
+
+
+class WeightLine:
+    """The weights of a model at `W + α·delta`, set in place. The deltas are tuned minus base
+    weights, of an adapter at α = 1 or of a model tuned as a whole.
     """
 
-    def __init__(self, base: Base, deltas: Mapping[str, Tensor]) -> None:
-        super().__init__(base.model, base.preprocess)
+    def __init__(self, model: torch.nn.Module, deltas: Mapping[str, Tensor]) -> None:
         self._deltas = deltas
-        self._tensors = base.model.state_dict()
+        self._tensors = model.state_dict()
         self._base = {key: self._tensors[key].clone() for key in deltas}
         self._alpha = 0.0
 
-    def logits(self, alpha: float) -> tuple[float, float | None]:
-        """Logit scale and bias at an α."""
-        keys = [key for key in ("logit_scale", "logit_bias") if key in self._tensors]
-        return logit_scale_and_bias({key: self._at(key, alpha) for key in keys})
-
-    def embed(self, encode: Callable[..., Tensor], alpha: Alpha | None, *inputs: Any) -> Floats:
-        if alpha is not None:
-            self._set(float(alpha[0, 0]))
-        return super().embed(encode, alpha, *inputs)
-
-    def close(self) -> None:
-        """Set the weights back to the base."""
-        self._set(0.0)
-
     @torch.no_grad()
-    def _set(self, alpha: float) -> None:
+    def move(self, alpha: float) -> None:
+        """Set all weights to an α."""
         if alpha != self._alpha:
             self._alpha = float("nan")  # unknown until all tensors are copied
             for key in self._base:
-                self._tensors[key].copy_(self._at(key, alpha))
+                self._tensors[key].copy_(self.at(key, alpha))
             self._alpha = alpha
 
-    def _at(self, key: str, alpha: float) -> Tensor:
+    def at(self, key: str, alpha: float) -> Tensor:
+        """A weight at an α."""
         base: Tensor = self._base.get(key, self._tensors[key])
         delta = self._deltas.get(key)
         return base if delta is None else torch.add(base.float(), delta, alpha=alpha)
 
-
-class _Tokens:
-    """Adapts a base's tokenizer, whose rows have one length, to `Tokenize`."""
-
-    def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        rows: list[list[int]] = self._tokenizer(list(texts)).tolist()
-        return rows
-
-    def batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
-        return np.array(rows, np.int32)
+    def logits(self, alpha: float) -> tuple[float, float | None]:
+        """Logit scale and bias at an α."""
+        keys = [key for key in ("logit_scale", "logit_bias") if key in self._tensors]
+        return logit_scale_and_bias({key: self.at(key, alpha) for key in keys})
 
 
-def in_torch(
+class LineEncoder(TorchEncoder):
+    """Moves the weights along a line for each batch; an α of None leaves them as they are."""
+
+    def __init__(self, base: Base, line: WeightLine, dense: str | None) -> None:
+        super().__init__(base.model, base.preprocess, dense)
+        self._line = line
+
+    def embed(self, encode: Callable[..., Tensor], alpha: Alpha | None, *inputs: Any) -> Floats:
+        if alpha is not None:
+            self._line.move(float(alpha[0, 0]))
+        return super().embed(encode, alpha, *inputs)
+
+    def close(self) -> None:
+        """Set the weights back to the base."""
+        self._line.move(0.0)
+
+
+def candidates_in_torch(
     source: str,
     base: Base,
     deltas: Mapping[str, Tensor],
@@ -240,45 +237,34 @@ def in_torch(
     crop: MaskCrop | None = None,
     device: str | None = None,
 ) -> list[Candidate]:
-    """Candidates at each α from a base and the deltas of `LineEncoder`; the base's weights change
-    in place until `close`.
+    """Candidates at each α from a base and the deltas of `WeightLine`; the base's weights change in
+    place until `close`.
     """
     where = to_device(base.model, device)
-    encoder = LineEncoder(base, {key: delta.to(where) for key, delta in deltas.items()})
+    line = WeightLine(base.model, {key: delta.to(where) for key, delta in deltas.items()})
     facts = {**(facts or {}), "precision": "fp32"}
     if "release" not in facts:  # the facts of a release name its model
         facts |= {"model": base.name, "pretrained": base.pretrained}
-    release = Release(
-        version=0,
+    loaded = in_torch(
+        base,
+        LineEncoder(base, line, dense),
+        dense,
         alpha=0.0,
-        architecture=base.name,
+        dynamic_alpha=bool(deltas),
         base_digest="",
         adapter_digest="",
-        preprocess=dict(base.preprocess),
-        tokenizer={},
-        embed_dim=0,
-        logit_scale=1.0,
         templates=list(templates),
-        agreement={},
-        precision="fp32",
-        runtime="torch",
-        dense={"way": dense, "grid": None} if dense else None,
         crop=(crop or MaskCrop.filled_with(base.preprocess["mean"])).to_dict(),
         max_batch_size=_MAX_TEXTS,
     )
-    tokens = _Tokens(base.tokenizer)
-    candidates = []
+    candidates: list[Candidate] = []
     for alpha in alphas:
-        scale, bias = encoder.logits(alpha or 0.0)
-        point = replace(
-            release,
-            alpha=alpha or 0.0,
-            dynamic_alpha=bool(deltas),
-            logit_scale=scale,
-            logit_bias=bias,
+        scale, bias = line.logits(alpha or 0.0)
+        point = copy.copy(loaded)
+        point.release = replace(
+            loaded.release, alpha=alpha or 0.0, logit_scale=scale, logit_bias=bias
         )
-        loaded = LoadedRelease(point, encoder, tokens)
-        candidates.append(Candidate(source, alpha, facts, loaded))
+        candidates.append(TorchCandidate(source, alpha, facts, point))
     return candidates
 
 
@@ -301,7 +287,7 @@ def from_adapter(
     deltas = dict(changes(weights, adapter))
     facts = {"base_digest": metadata.base_digest, "adapter_digest": adapter.digest}
     source = metadata.source
-    return in_torch(
+    return candidates_in_torch(
         "adapter",
         clip,
         deltas,
@@ -331,7 +317,8 @@ def from_line(
                 if delta.any():
                     deltas[name] = delta
     facts = {"base_digest": line.base_digest, "weights_digest": line.digest}
-    return in_torch(line.made_of["kind"], base, deltas, alphas, facts=facts, device=device)
+    kind = line.made_of["kind"]
+    return candidates_in_torch(kind, base, deltas, alphas, facts=facts, device=device)
 
 
 def from_merged(folder: str | Path, *, device: str | None = None) -> list[Candidate]:
@@ -343,7 +330,7 @@ def from_merged(folder: str | Path, *, device: str | None = None) -> list[Candid
     weights = next((file for file in files if file.suffix in (".safetensors", ".bin", ".pt")), None)
     facts = release_facts(release) if release else {}
     facts["weights_digest"] = digest_of(weights) if weights else None
-    return in_torch(
+    return candidates_in_torch(
         "merged",
         base,
         {},
@@ -363,8 +350,9 @@ def from_release(
     facts = release_facts(loaded.release)
     if loaded.release.quantization:  # of int8: kind and source of the ranges
         facts["quantization"] = loaded.release.quantization
-    points = [loaded.at(alpha) for alpha in alphas or (loaded.release.alpha,)]
-    return [Candidate(source, point.release.alpha, facts, point) for point in points]
+    kind = ServerCandidate if source == "server" else Candidate
+    points = [loaded.at(alpha) for alpha in alphas] or [loaded]
+    return [kind(source, point.release.alpha, facts, point) for point in points]
 
 
 def release_facts(release: Release) -> dict[str, Any]:

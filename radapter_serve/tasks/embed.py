@@ -26,10 +26,10 @@ from radapter_serve.contract.labels import (
     check_length,
     check_names,
     check_prompts,
-    check_templates,
     known_as,
     means_of,
     prompts_of,
+    split_label,
 )
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, Steps
@@ -162,16 +162,15 @@ def embed_labels(
     cancelled: Cancelled | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Steps[LabelSet]:
-    """Embed labels, the mean over all prompts scaled to unit length; each is cached by α and
-    templates. `progress` is called with the number of labels so far.
+    """Embed checked labels, the mean over all prompts scaled to unit length; each is cached by α
+    and templates. `progress` is called with the number of labels so far.
     """
     cache = loaded.label_cache
     whole = (tuple(labels), tuple(templates), alpha)
     label_set: LabelSet | None = cache.get(whole)
     if label_set is not None:
         return label_set
-    names = check_names(labels)
-    check_templates(templates)
+    names = {label: split_label(label) for label in labels}
 
     # Embed labels that are not cached in parts of about `_PROMPTS` prompts, and cache them part by
     # part.

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-from radapter_export.tokenizer import write_tokenizer
+from radapter_serve.clip.tokenizer import write_tokenizer
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.errors import RAdapterError
 

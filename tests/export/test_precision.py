@@ -22,9 +22,9 @@ from radapter_export.checks import measure, open_validation
 from radapter_export.graph import Graph
 from radapter_export.precision import calibrate, lower, quantize
 from radapter_export.source import read_source
-from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.tokenizer import write_tokenizer
 from radapter_serve.contract.images import list_images
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.encoder import EncoderGraph
@@ -342,7 +342,7 @@ def test_a_release_that_loses_points_is_refused(
     lines: list[str] = []
 
     def drop(max_drop: float) -> float:
-        return measure(data, max_drop, base, loaded, (), lines.append)[0].drop
+        return measure(data, max_drop, base, loaded, lines.append)[0].drop
 
     points = drop(100)
     assert any("30 of 30 images by release" in line for line in lines)

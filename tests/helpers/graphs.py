@@ -20,9 +20,9 @@ import torch
 from filelock import FileLock
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from radapter_export import tokenizer
 from radapter_export.graph import Graph, graph_weights, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter
+from radapter_serve.clip import tokenizer
 from radapter_serve.clip.base import Base
 from tests.helpers.shared import shared
 
@@ -49,7 +49,7 @@ def quick_exports(common: Path) -> Iterator[None]:
     if there are any, and writes CLIP's vocabulary but once.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("radapter_export.tokenizer._clip", _clip)
+        patch.setattr("radapter_serve.clip.tokenizer._clip", _clip)
         for make in (image_graph, patch_graph, text_graph):
             patch.setattr(
                 f"radapter_export.release.{make.__name__}",

@@ -102,7 +102,7 @@ def clip_tokenizer() -> tuple[bytes, dict[str, Any]]:
     """CLIP's `tokenizer.json`, and the `tokenizer` entry of a release."""
     import open_clip  # here: it loads slowly
 
-    from radapter_export.tokenizer import write_tokenizer
+    from radapter_serve.clip.tokenizer import write_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tokenizer.json")

@@ -1,20 +1,19 @@
-"""Loads a model in torch for the tasks; its answers equal those of its export in fp32."""
+"""Models in torch as loaded releases; their answers equal those of their export in fp32."""
 
 from __future__ import annotations
 
 import datetime
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from radapter_export.settings import CLASSES
-from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.adapter import Adapter, Metadata, fold
 from radapter_serve.clip.base import Base
+from radapter_serve.clip.tokenizer import write_tokenizer
 from radapter_serve.clip.towers import (
     TorchEncoder,
     check_dense,
@@ -22,11 +21,13 @@ from radapter_serve.clip.towers import (
     logit_scale_and_bias,
     to_device,
 )
+from radapter_serve.contract.labels import check_names
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, complete
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
+from radapter_serve.sources import CLASSES
 from radapter_serve.tasks.embed import embed_labels
 
 
@@ -52,6 +53,40 @@ def base_facts(
         "dense": None if dense is None else {"way": dense, "grid": grid},
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def in_torch(
+    base: Base,
+    encoder: TorchEncoder,
+    dense: str | None,
+    *,
+    exif_orientation: bool = True,
+    label_sets: Callable[[LoadedRelease], Mapping[str, LabelSet]] = lambda loaded: {},
+    indexes: Path = Path("indexes"),
+    **facts: Any,
+) -> LoadedRelease:
+    """A base in torch as a loaded release; `facts` are fields of its `Release`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        spec = write_tokenizer(base.tokenizer, path, dynamic_length=is_causal(base.model))
+        tokenizer = Tokenizer.load(path, spec)
+    release = Release(
+        version=1,
+        tokenizer=spec,
+        agreement={},
+        runtime="torch",
+        tools={"torch": torch.__version__},
+        **facts,
+        **base_facts(base, base.model.state_dict(), dense, exif_orientation=exif_orientation),
+    )
+    return LoadedRelease(
+        release,
+        encoder,
+        tokenizer,
+        read_label_sets=label_sets,
+        indexes=indexes,
+        origin={"model_repository": base.name},
+    )
 
 
 def load_in_torch(
@@ -92,35 +127,21 @@ def load_in_torch(
         dense = dense or (exported.dense or {}).get("way")
     elif dense is None and source.dense != "none":
         dense = source.dense
-
-    # Build the encoder, the tokenizer and the facts.
     to_device(base.model, device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.json"
-        spec = write_tokenizer(base.tokenizer, path, dynamic_length=is_causal(base.model))
-        tokenizer = Tokenizer.load(path, spec)
-    weights = base.model.state_dict()
-    release = Release(
-        version=1,
-        tokenizer=spec,
-        agreement={},
-        runtime="torch",
-        tools={"torch": torch.__version__},
-        **facts,
-        **base_facts(base, weights, dense, exif_orientation=exif_orientation),
-    )
 
     def label_sets(loaded: LoadedRelease) -> dict[str, LabelSet]:
         # The label set of the run's classes
         if not classes:
             return {}
-        return {CLASSES: complete(embed_labels(loaded, classes, release.templates))}
+        check_names(classes)
+        return {CLASSES: complete(embed_labels(loaded, classes, loaded.release.templates))}
 
-    return LoadedRelease(
-        release,
-        TorchEncoder(base.model, release.preprocess, way=(release.dense or {}).get("way")),
-        tokenizer,
-        read_label_sets=label_sets,
+    return in_torch(
+        base,
+        TorchEncoder(base.model, base.preprocess, dense),
+        dense,
+        exif_orientation=exif_orientation,
+        label_sets=label_sets,
         indexes=indexes,
-        origin={"model_repository": base.name},
+        **facts,
     )
