@@ -26,21 +26,21 @@ NO_LABEL = -1  # pads the labels of an image that has fewer than others
 
 @dataclass
 class Examples(Dataset[dict[str, Any]]):
-    """Items of a training batch; each depends only on (seed, epoch, index). `refuse` makes a broken
-    image an error, rather than take the next image.
+    """Items of a training batch by (epoch, index); each depends only on these and the seed.
+    `refuse` makes a broken image an error, rather than take the next image.
     """
 
     data: LabelledImages | Captioned
     transform: Transform
     seed: int
-    epoch: int = 0
     refuse: bool = True
 
     def __len__(self) -> int:
         return len(self.data.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        draw = random.Random(f"{self.seed}-{self.epoch}-{index}")
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = item
+        draw = random.Random(f"{self.seed}-{epoch}-{index}")
         augmentation = draw.getrandbits(63)
         broken: list[str] = []
         for offset in range(len(self)):
@@ -80,37 +80,40 @@ def endless(
     workers: int,
 ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
     """Yield a process's batches over all epochs, each with the (epoch, batch) that comes next."""
-    epoch, start = position
-    while True:
-        # Shuffle the epoch. Equal shares keep the processes in step.
-        examples.epoch = epoch
-        generator = torch.Generator().manual_seed(examples.seed * 1_000_003 + epoch)
-        shuffled = torch.randperm(len(examples), generator=generator)
-        even = len(shuffled) // world * world
-        order = shuffled[:even][rank::world].tolist()
-        chunks = [
-            order[first : first + batch_size]
-            for first in range(0, len(order) - batch_size + 1, batch_size)
-        ]
-        if not chunks:
-            raise RAdapterError(
-                f"the data set has fewer images that can be read than a batch of {batch_size}"
-            )
-        loader: DataLoader[dict[str, Any]] = DataLoader(
-            examples,
-            batch_sampler=chunks[start:],  # type: ignore[arg-type]
-            collate_fn=_collate,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_interruptions,
-            generator=torch.Generator(),  # the default generator is for the draws of a step
+    share = len(examples) // world  # equal shares keep the processes in step
+    if share < batch_size:
+        raise RAdapterError(
+            f"the data set has fewer images that can be read than a batch of {batch_size}"
         )
-        for number, batch in enumerate(loader, start + 1):
-            if "error" in batch:
-                raise RAdapterError(batch["error"])
-            yield (epoch, number), batch
-        epoch += 1
-        start = 0
+
+    def order() -> Iterator[tuple[tuple[int, int], list[tuple[int, int]]]]:
+        """Positions, and the items of their batches."""
+        epoch, start = position
+        while True:
+            generator = torch.Generator().manual_seed(examples.seed * 1_000_003 + epoch)
+            shuffled = torch.randperm(len(examples), generator=generator).tolist()
+            items = [(epoch, index) for index in shuffled[: share * world][rank::world]]
+            for number in range(start, share // batch_size):
+                first = number * batch_size
+                yield (epoch, number + 1), items[first : first + batch_size]
+            epoch += 1
+            start = 0
+
+    # One loader for all epochs: a worker is forked once, and each fork of a process that trains
+    # makes its next step copy the memory that it writes.
+    loader: DataLoader[dict[str, Any]] = DataLoader(
+        examples,
+        batch_sampler=(items for _, items in order()),  # type: ignore[arg-type]
+        collate_fn=_collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_interruptions,
+        generator=torch.Generator(),  # the default generator is for the draws of a step
+    )
+    for (place, _), batch in zip(order(), loader, strict=False):
+        if "error" in batch:
+            raise RAdapterError(batch["error"])
+        yield place, batch
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:

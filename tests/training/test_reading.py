@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import tarfile
 from itertools import islice
@@ -97,6 +98,13 @@ def test_order_depends_on_seed_and_epoch_alone(images: Path) -> None:
     assert items(data, 6, position=(1, 0)) == items(data, 6, position=(0, 6)) == first[6:]
     for other in (first[6:], items(data, 6, seed=1)):  # not only augmented otherwise
         assert [labels for labels, *_ in other] != [labels for labels, *_ in first[:6]]
+
+
+def test_the_workers_of_a_run_are_started_once(images: Path) -> None:
+    data = load_labelled(DataSource(f"imagefolder:{images}"))
+    examples = Examples(data, lambda _: torch.tensor([float(os.getpid())]), 0)
+    batches = [batch for _, batch in islice(endless(examples, 4, workers=2), 18)]  # three epochs
+    assert len({process for batch in batches for process in batch["pixels"].ravel().tolist()}) == 2
 
 
 @pytest.mark.parametrize("world", [1, 3])
