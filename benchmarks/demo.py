@@ -17,10 +17,11 @@ import tyro
 from common import RESULTS, Report, say, with_spread
 
 from radapter_serve.demo import DemoSettings
-from radapter_serve.demo.compare import ALPHAS, RIVAL, lead_in_words, line_of, right
+from radapter_serve.demo.compare import ALPHAS, RIVAL, lead_in_words, right, wise_ft
 from radapter_serve.demo.data import FINE_TUNED, prepare, style_of
 from radapter_serve.demo.full import fine_tune, run_full
 from radapter_serve.demo.run import fields_of, recipe_of
+from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.training import train
 
 
@@ -58,8 +59,11 @@ def try_rates(name: str, rates: Sequence[float], seeds: Sequence[int], folder: P
                 learning_rate=rate,
                 tracker="none",
             )
-            ends = fine_tune(recipe) if name == "full" else line_of(train(recipe).folder)
-            for alpha, hits in right({name: ends}, validation, {name: ALPHAS})[name].items():
+            if name == "full":
+                models = wise_ft(fine_tune(recipe), ALPHAS)
+            else:
+                models = from_adapter(train(recipe).folder, ALPHAS)
+            for alpha, hits in right(models, validation).items():
                 found.setdefault(alpha, []).append(100 * float(hits[FINE_TUNED].mean()))
         print(
             f"{name}, rate {rate:g}:",

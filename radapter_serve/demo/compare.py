@@ -4,104 +4,79 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from radapter_serve.adapter import fold, load_adapter
-from radapter_serve.clip.base import Base, load_base
-from radapter_serve.clip.towers import encode_image, zero_shot_classifier
-from radapter_serve.contract.labels import read_label_file, read_templates, split_label
-from radapter_serve.data.labelled import load_labelled
-from radapter_serve.data.source import DataSource
+from radapter_serve.clip.base import load_base
 from radapter_serve.demo.data import BASE, FINE_TUNED, DemoData, style_of
-from radapter_serve.evaluation.image_sets import drawn
-from radapter_serve.evaluation.metrics import paired_difference
+from radapter_serve.evaluation.metrics import Floats, paired_difference
+from radapter_serve.evaluation.models import Candidate, candidates_in_torch
+from radapter_serve.evaluation.run import evaluate_set, open_set
+from radapter_serve.evaluation.suite import Entry, Suite
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 OURS = "R-Adapter"
 RIVAL = "WiSE-FT"
 Hits = dict[str, NDArray[np.bool_]]  # by style, whether each of its images is right
 Line = dict[float, Hits]  # by α
-Weights = dict[str, Tensor]
-_BATCH = 32  # a larger batch leaves a CPU's cache and is slower
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Weights of a CLIP and its classifier before and after training."""
+    """Weights of a CLIP, and of a linear head, [C, D + 1] with the bias last, before and after
+    training.
+    """
 
-    start: Weights
-    end: Weights
-    # Weights [C, D] and bias [C] before, and after; None if the text tower makes the classifier
-    # from the names of the classes.
-    classifiers: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-
-
-def line_of(run: Path) -> Ends:
-    """Weights of the demo's base, and of a run on it at α = 1."""
-    state = load_base(f"local-dir:{BASE}").model.state_dict()
-    start = {name: value.clone() for name, value in state.items()}
-    return Ends(start, fold(start, load_adapter(run), 1.0))
+    start: dict[str, Tensor]
+    end: dict[str, Tensor]
+    first: Floats
+    last: Floats
+    classes: Sequence[str]  # of the head's rows
 
 
-def right(
-    lines: Mapping[str, Ends],
-    data: DemoData,
-    alphas: Mapping[str, Sequence[float]],
-    limit: int | None = None,
-) -> dict[str, Line]:
-    """Evaluate whether each test image is right, by method and α; all start at the demo's base."""
-    base = load_base(f"local-dir:{BASE}")
-    model: Any = base.model
-    classes = read_label_file(data.classes)
-    templates = read_templates(data.templates)
-    images = {style: _read(base, place, classes, limit) for style, place in data.test.items()}
-    hits: dict[str, Line] = {method: {} for method in lines}
-    points = [(method, alpha) for method in lines for alpha in alphas[method]]
-    for method, alpha in track(points, "Evaluating"):
-        line = lines[method]
-        zero_shot = [other[0.0] for other in hits.values() if 0.0 in other]
-        if alpha == 0.0 and zero_shot:  # all lines start at the base
-            hits[method][alpha] = zero_shot[0]
-            continue
-        with torch.inference_mode():
-            # Set the model to (1−α)·start + α·end, and make its classifier.
-            for name, value in model.state_dict().items():
-                value.copy_(torch.lerp(line.start[name].float(), line.end[name].float(), alpha))
-            if line.classifiers is None:
-                weights = zero_shot_classifier(model, base.tokenizer, classes, templates)
-                bias = torch.zeros(len(weights))
-            else:
-                first, last = line.classifiers
-                weights = torch.lerp(first[0], last[0], alpha)
-                bias = torch.lerp(first[1], last[1], alpha)
+@dataclass(frozen=True, eq=False)
+class HeadCandidate(Candidate):
+    """A CLIP with a linear head in place of the text tower."""
 
-            hits[method][alpha] = {}
-            for style, (pixels, labels) in images.items():
-                parts = torch.split(pixels, _BATCH)
-                scores = torch.cat([encode_image(model, part) @ weights.T + bias for part in parts])
-                hits[method][alpha][style] = np.asarray(scores.argmax(dim=1) == labels)
-    return hits
+    head: Mapping[str, Floats]  # row of each class, [D + 1], with the bias last
+
+    def embed_images(self, pixels: Sequence[NDArray[np.uint8]]) -> Floats:
+        embeds = super().embed_images(pixels)
+        return np.column_stack([embeds, np.ones(len(embeds), np.float32)])
+
+    def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Floats:
+        return np.stack([self.head[line] for line in classes])
 
 
-def _read(
-    base: Base, folder: Path, classes: Sequence[str], limit: int | None
-) -> tuple[Tensor, Tensor]:
-    """Read pixels [N, 3, S, S] and labels [N] of the images of a folder."""
-    data = load_labelled(DataSource(f"imagefolder:{folder}"), every_class=False)
-    rows = data.rows.select(drawn(len(data.rows), limit, 0))
-    transform: Any = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
-    names = [split_label(line)[0] for line in classes]
-    labels = [names.index(data.keys[data.label(row)]) for row in rows]
-    return torch.stack([transform(data.image(row)) for row in rows]), torch.tensor(labels)
+def wise_ft(ends: Ends, alphas: Sequence[float]) -> list[Candidate]:
+    """Models on the line of WiSE-FT (Wortsman et al., CVPR 2022), of the demo's base."""
+    deltas = {name: ends.end[name].float() - start.float() for name, start in ends.start.items()}
+    deltas = {name: delta for name, delta in deltas.items() if delta.any()}
+    models: list[Candidate] = []
+    for model in candidates_in_torch(RIVAL, load_base(f"local-dir:{BASE}"), deltas, alphas):
+        rows = ends.first + np.float32(model.alpha) * (ends.last - ends.first)
+        head = dict(zip(ends.classes, rows, strict=True))
+        models.append(HeadCandidate(model.source, model.alpha, model.facts, model.loaded, head))
+    return models
+
+
+def right(models: Sequence[Candidate], data: DemoData, limit: int | None = None) -> Line:
+    """Evaluate whether each test image is right, by α."""
+    settings: dict[str, Any] = {"classes": data.classes, "templates": str(data.templates)}
+    line: Line = {}
+    for style, folder in track(data.test.items(), "Evaluating"):
+        entry = Entry(f"imagefolder:{folder}", name=style, **settings)
+        images = open_set(Suite(style, (entry,)), entry, limit=limit)
+        for row, _ in evaluate_set(models, images):
+            assert row.alpha is not None and row.per_image is not None
+            line.setdefault(row.alpha, {})[style] = row.per_image.astype(bool)
+    models[0].close()
+    return line
 
 
 def accuracies(line: Line) -> list[tuple[str, int, dict[float, list[float]]]]:

@@ -29,8 +29,8 @@ from radapter_serve.demo.compare import (
     accuracies,
     compared,
     comparison_table,
-    line_of,
     right,
+    wise_ft,
 )
 from radapter_serve.demo.data import (
     FINE_TUNED,
@@ -98,9 +98,9 @@ def run_full(settings: DemoSettings) -> dict[str, Any]:
         if task == "classification":
             whole = recipe_of("full", out, seed, settings.steps)
             rival = fine_tune(dataclasses.replace(whole, **lesson.fields))
-            points = {OURS: sorted({*ALPHAS, at}), RIVAL: [0.0, 0.5, 1.0]}
-            lines = {OURS: line_of(run), RIVAL: rival}
-            hits = right(lines, data, points, settings.limit)
+            ours = right(from_adapter(run, sorted({*ALPHAS, at})), data, settings.limit)
+            theirs = right(wise_ft(rival, (0.5, 1.0)), data, settings.limit)
+            hits = {OURS: ours, RIVAL: {0.0: ours[0.0], **theirs}}  # both start at the base
             systems = compared(hits, at)
             log.console.print(comparison_table(systems, at))
             sets = accuracies(hits[OURS])
@@ -191,7 +191,7 @@ def fine_tune(recipe: Recipe) -> Ends:
     learning = [*model.visual.parameters(), *head.parameters()]
     optimizer = AdamW(learning, weight_decay=recipe.weight_decay)
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    first = head.weight.detach().clone(), head.bias.detach().clone()
+    first = torch.column_stack([head.weight, head.bias]).detach().numpy()
     examples = Examples(data, augmentation(base, recipe), recipe.seed)
     source = endless(examples, recipe.batch_size, workers=recipe.workers)
     plan = recipe.resolved(None)
@@ -207,8 +207,8 @@ def fine_tune(recipe: Recipe) -> Ends:
             torch.nn.utils.clip_grad_norm_(learning, recipe.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-    last = head.weight.detach(), head.bias.detach()
-    return Ends(start, model.state_dict(), (first, last))
+    last = torch.column_stack([head.weight, head.bias]).detach().numpy()
+    return Ends(start, model.state_dict(), first, last, data.classes)  # type: ignore[union-attr]
 
 
 def evaluate(lesson: Lesson, run: Path, alpha: float, limit: int | None) -> Sets:

@@ -32,7 +32,7 @@ from radapter_serve.contract.labels import read_label_file, read_templates, spli
 from radapter_serve.data.masks import load_masked
 from radapter_serve.data.source import DataSource
 from radapter_serve.demo import DemoSettings
-from radapter_serve.demo.compare import OURS, gain_table, gains, line_of, right
+from radapter_serve.demo.compare import gain_table, gains, right
 from radapter_serve.demo.data import (
     BASE,
     FINE_TUNED,
@@ -46,6 +46,7 @@ from radapter_serve.demo.data import (
 )
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.gateway.in_process import answering
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.index.build import build
@@ -88,7 +89,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     shutil.rmtree(recipe.out or "", ignore_errors=True)  # left by an earlier demo
     run = train(dataclasses.replace(recipe, **fields), progress=True).folder
     alpha = recipe.alpha if settings.alpha is None else settings.alpha
-    hits = right({OURS: line_of(run)}, data, {OURS: (0.0, alpha)}, settings.limit)[OURS]
+    hits = right(from_adapter(run, sorted({0.0, alpha})), data, settings.limit)
     rows = gains(hits[0.0], hits[alpha])
     log.console.print(gain_table(rows, alpha))
 

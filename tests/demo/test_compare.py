@@ -19,8 +19,8 @@ from radapter_serve.demo.compare import (
     accuracies,
     compared,
     gains,
-    line_of,
     right,
+    wise_ft,
 )
 from radapter_serve.demo.full import fine_tune
 from radapter_serve.evaluation.models import from_adapter
@@ -83,9 +83,9 @@ def test_full_fine_tuning_is_that_of_the_rivals(
     given: dict[str, Any], rival: Ends, tmp_path: Path
 ) -> None:
     theirs = learned(FullFineTuning({"weight_decay": 0.0}), Run(given, tmp_path)).end
-    assert rival.classifiers is not None
     ours = {f"model.{name}": value for name, value in rival.end.items()}
-    ours |= dict(zip(("head.weight", "head.bias"), rival.classifiers[1], strict=True))
+    head = torch.from_numpy(rival.last)
+    ours |= {"head.weight": head[:, :-1], "head.bias": head[:, -1]}
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4, msg=name)
     changed = {
@@ -99,19 +99,19 @@ def test_both_are_right_as_often_as_other_judges_say(
     given: dict[str, Any], run: Path, rival: Ends, some: data.DemoData, tmp_path: Path
 ) -> None:
     test = {style: some.test[style] for style in (data.FINE_TUNED, "filled")}
-    alphas = {OURS: (0.0, 0.3, 1.0), RIVAL: (0.0, 0.5, 1.0)}
     two_styles = dataclasses.replace(some, test=test)
-    hits = right({OURS: line_of(run), RIVAL: rival}, two_styles, alphas)
+    ours = right(from_adapter(run, (0.0, 0.3, 1.0)), two_styles)
+    theirs = right(wise_ft(rival, (0.0, 0.5, 1.0)), two_styles)
     # The same test sets as `radapter-eval` takes them.
     more: dict[str, Any] = {"classes": str(some.classes), "templates": str(some.templates)}
     entries = [Entry(f"imagefolder:{of}", name=style, **more) for style, of in test.items()]
     suite = Suite("styles", tuple(entries))
     rows = evaluate_suite(from_adapter(run, (0.0, 0.3, 1.0)), suite, Results(tmp_path))
-    assert_equal(hits[OURS], rows)
+    assert_equal(ours, rows)
     method = FullFineTuning({"weight_decay": 0.0})
     source = Run(given, tmp_path).of(method.settings)
     sets = [open_set(suite, entry) for entry in suite.entries]
-    assert_equal(hits[RIVAL], judge(learned(method, source), source, sets, (0.0, 0.5, 1.0)))
+    assert_equal(theirs, judge(learned(method, source), source, sets, (0.0, 0.5, 1.0)))
 
 
 def test_leads_are_paired_and_have_intervals() -> None:
