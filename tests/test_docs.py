@@ -138,7 +138,7 @@ def test_the_site_has_every_field_of_a_recipe(reference: ModuleType) -> None:
     assert {name for name, *_ in rows} == {field.name for field in dataclasses.fields(Recipe)}
     assert all(len(text) > 10 for *_, text in rows)
     assert ("epsilon", "0.02") in {(name, default) for name, default, _ in rows}
-    assert "| `preserve` | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 10.0 |" in recipes
+    assert "| `preserve` | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 10.0 |" in recipes
 
 
 def test_the_page_of_the_gateway_lists_every_path(monkeypatch: pytest.MonkeyPatch) -> None:

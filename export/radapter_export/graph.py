@@ -22,7 +22,7 @@ from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, nn
 
 from radapter_serve.adapter import Adapter
-from radapter_serve.adapter.attach import PROJECTIONS
+from radapter_serve.adapter.file import PROJECTIONS
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import (
     causal_text_features,

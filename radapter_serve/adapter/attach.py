@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from radapter_serve.adapter.file import Adapter, Metadata, check_base
+from radapter_serve.adapter.file import PROJECTIONS, Adapter, Metadata, check_base
 from radapter_serve.contract.errors import check_alpha
 from radapter_serve.errors import RAdapterError
 from radapter_serve.sources import Adapt
@@ -87,12 +87,6 @@ PLACES: dict[str, tuple[_Place, ...]] = {
 }
 #: Attributes that hold each tower's blocks; open_clip's plain CLIP has no text module.
 TOWERS = {"image": ("visual",), "text": ("text", "transformer")}
-#: Names in the state dict of each tower's last layer, which only the normalisation follows: a
-#: parameter [in, out] that is used as `x @ P`, or a linear layer.
-PROJECTIONS = {
-    "image": ("visual.proj", "visual.head.proj"),
-    "text": ("text_projection", "text.text_projection", "text.proj"),
-}
 #: The towers and the projections that each place of adapters has.
 OF_PLACES: dict[Adapt, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "towers": (("image", "text"), ()),

@@ -31,6 +31,12 @@ from radapter_serve.sources import ADAPTER, CHECKPOINT
 FORMAT_VERSION = 1
 Text = Annotated[str, Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"\{\}")]
+#: Names in the state dict of each tower's last layer, which only the normalisation follows: a
+#: parameter [in, out] that is used as `x @ P`, or a linear layer.
+PROJECTIONS = {
+    "image": ("visual.proj", "visual.head.proj"),
+    "text": ("text_projection", "text.text_projection", "text.proj"),
+}
 
 
 @dataclass(frozen=True)
@@ -108,14 +114,25 @@ class Adapter:
 
 
 def base_digest(state_dict: Mapping[str, Tensor], keys: Iterable[str]) -> str:
-    """Digest of the tensors that a fold changes, over fp32 values.
+    """Digest of what an adapter was trained on, over fp32 values: the tensors that its fold
+    changes, or, for a projection, whose input the whole tower makes, all tensors of its tower.
 
     Args:
         state_dict: state dict of the base, without adapters.
         keys: state-dict keys of the adapted layers.
     """
-    names = [name for key in keys for name in tensors_of(state_dict, key)]
+    names = {name for key in keys for name in tensors_of(state_dict, key)}
+    for tower, projections in PROJECTIONS.items():
+        if set(projections) & set(keys):
+            names |= {name for name in state_dict if tower_of(name) == tower}
     return tensors_digest({name: state_dict[name] for name in names})
+
+
+def tower_of(name: str) -> str:
+    """The tower of a tensor of a state dict, `image` or `text`; empty for the logits' scale."""
+    if name.startswith("visual."):
+        return "image"
+    return "" if name.startswith("logit_") else "text"
 
 
 def tensors_of(state_dict: Mapping[str, Tensor], key: str) -> list[str]:

@@ -21,12 +21,13 @@ from rich.progress import track
 
 from radapter_serve.contract.images import SUFFIXES, decode, is_image_file, list_images
 from radapter_serve.contract.labels import split_label
+from radapter_serve.data.source import INDEX
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.sources import from_hub_or_cache, how_to_bring, unreachable
 
 SPLIT_FILES = ("coop", "karpathy")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-READERS = ("imagefolder", "csv", "json", "parquet", "webdataset", *SPLIT_FILES)
+READERS = ("imagefolder", "csv", "json", "parquet", "webdataset", *SPLIT_FILES, INDEX)
 _KINDS = f"{', '.join(f'{name}:PATH' for name in READERS)}, or a hub name"
 MANY = 1000  # images that are announced where there is no bar
 
@@ -159,6 +160,8 @@ def open_rows(spec: str, columns: Mapping[str, str]) -> Rows:
             raise RAdapterError(f"no folder {missing} for {spec}: one sub-folder a class")
         folder = part if divided else folder
         return _rows_of_classes(folder, spec, columns)
+    if reader == INDEX:
+        return _rows_of_index(Path(path), spec, columns)
 
     # Read the table. datasets, pyarrow and the hub raise many kinds of errors, which all mean that
     # the data can't be read.
@@ -322,6 +325,28 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str]) -> Row
     for files in listed.values():
         left_out.update(files.left_out)
     return Rows(table, folder, True, left_out)
+
+
+def _rows_of_index(folder: Path, spec: str, columns: Mapping[str, str]) -> Rows:
+    """Rows of the images in an index, with its columns, and their ids in the column of images."""
+    from radapter_serve.index.folder import FolderIndex
+
+    index = FolderIndex(folder, codes=False)
+    image_column, *others = columns
+    has = [name for name in index.facts.columns if name != "path"]
+    for column in others:
+        if column not in has:
+            raise RAdapterError(
+                f"{spec} has no column {column!r}; its columns: {', '.join(has) or 'none'}; see"
+                f" {columns[column]}; an index has the columns of the table that it was built from"
+            )
+    batches = list(index.rows(["path", *others], MANY))
+    names = [image_column, *others]
+    values: dict[str, list[Any]] = {name: [] for name in names}
+    for batch in batches:
+        for name, column in zip(names, batch.columns, strict=True):
+            values[name] += column.to_pylist()
+    return Rows(datasets.Dataset.from_dict(values), Path(index.facts.plan.root))
 
 
 def image_source(value: Any) -> bytes | str:

@@ -26,6 +26,8 @@ def _no_truth(value: Any) -> Any:
     return value
 
 
+INDEX = "index"  # the reader of an index, whose images are embedded already
+
 # YAML reads 5e-4 as text, which is a number here, and `true` as a bool, which is not, although
 # Python counts it as 1.
 Real = Annotated[float, BeforeValidator(_no_truth), Field(allow_inf_nan=False)]
@@ -71,7 +73,8 @@ class DataSource:
         data: training data: imagefolder:DIR, csv:FILE, parquet:FILE, webdataset:FILE, json:FILE or
             the name of a data set on the Hugging Face hub; @SPLIT at the end names a split, train
             by default. coop:FILE and karpathy:FILE are published splits and need one, or several as
-            in @train+restval. For segmentation masks:DIR (DIR/images/* and the label maps
+            in @train+restval. index:DIR has the embeddings of an index, for adapters on a
+            projection. For segmentation masks:DIR (DIR/images/* and the label maps
             DIR/masks/*.png) or coco:FILE.json (panoptic or instance annotations).
         task: task to train for: classification (images with labels), retrieval (images with
             captions) or segmentation (images with masks).

@@ -221,7 +221,13 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
         metrics = {name: row.metrics[row.metric] for name, row in of_set.items()}
         curve.append(Point(alpha, score, behind, sqrt(variance), kept, metrics))
 
-    # Choose by the rule. An α whose share is unknown is not limited by it.
+    return Choice(pick(curve, own_alpha), best, own_alpha, RULE, curve, sets, adapter_digest)
+
+
+def pick(curve: Sequence[Point], own_alpha: float) -> float:
+    """The α that `RULE` takes from figures by rising α, the first of them 0 if it is measured. An α
+    whose share of kept answers is unknown is not limited by it.
+    """
     limited = [point for point in curve if point.alpha <= own_alpha]
     equal = [point for point in limited if point.alpha and point.as_good]
     if curve[0].alpha == 0.0 and curve[0].as_good:
@@ -236,7 +242,7 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
             if point.alpha <= chosen and (point.kept is None or point.kept >= LOST_MUCH)
         ]
         chosen = max(lasting, default=chosen)
-    return Choice(chosen, best, own_alpha, RULE, curve, sets, adapter_digest)
+    return chosen
 
 
 def _behind(best: Row, row: Row) -> tuple[float, float]:

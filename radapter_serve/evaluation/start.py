@@ -290,7 +290,7 @@ def evaluate(
     results = Results(folder, resume=settings.resume)
 
     from radapter_serve.adapter import load_adapter
-    from radapter_serve.evaluation.alpha_choice import choose, save_choice
+    from radapter_serve.evaluation.alpha_choice import choose, read_choice, save_choice
     from radapter_serve.evaluation.plots import draw, draw_choice
     from radapter_serve.evaluation.run import (
         evaluate_suite,
@@ -309,8 +309,16 @@ def evaluate(
         how: dict[str, Any] = {**draws, "batch_size": settings.batch_size, "say": say}
         say("loading the model")
         if auto:  # the run's own α need not be on the grid
-            metadata = load_adapter(path).metadata
+            adapter_file = load_adapter(path)
+            metadata = adapter_file.metadata
             alphas = sorted({*alphas, metadata.alpha})
+            # A run without validation data may have chosen α by cross-validation.
+            own = metadata.source
+            validation = tests is not None and tests.of_split("validation")
+            if not (validation or own.val_data or own.val_fraction):
+                with contextlib.suppress(RAdapterError):
+                    choice = read_choice(path, adapter_file.digest)
+                    alphas = sorted({0.0, choice.alpha, choice.best})
         # The base is evaluated too, to measure what is kept of its answers.
         base = None
         if settings.knows_base and alphas and 0.0 not in alphas:
@@ -320,7 +328,7 @@ def evaluate(
         try:
             # Choose α on validation data.
             tested = models
-            if auto:
+            if auto and choice is None:
                 chosen_by = tests
                 if chosen_by is None or not chosen_by.of_split("validation"):
                     chosen_by = own_validation(metadata)
@@ -329,9 +337,9 @@ def evaluate(
                 )
                 choice = choose(validated, metadata.alpha)
                 files.append(save_choice(choice, path))
-                chosen = (0.0, choice.alpha, choice.best)
-                tested = [candidate for candidate in models if candidate.alpha in chosen]
-            elif tests:  # α may have been chosen earlier on these validation sets
+                few = (0.0, choice.alpha, choice.best)
+                tested = [candidate for candidate in models if candidate.alpha in few]
+            elif tests and not auto:  # α may have been chosen earlier on these validation sets
                 for entry in tests.of_split("validation"):
                     with contextlib.suppress(RAdapterError):  # their files may be missing
                         choosing.append(open_set(tests, entry, **draws))

@@ -221,7 +221,7 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
         if base_words is not None:
             scale, _ = logit_scale_and_bias(base.model.state_dict())
             divergence = divergence_from_base(images, own_words, base_images, base_words, scale)
-            loss = loss + recipe.preserve_words * divergence
+            loss = loss + recipe.words_weight * divergence
     return loss
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from radapter_serve.data.source import (
+    INDEX,
     Count,
     For,
     Number,
@@ -40,7 +41,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "model": ("What is trained.", "architecture pretrained"),
     "data": (
         "What it trains with, and what it is validated on.",
-        " ".join(field.name for field in dataclasses.fields(RunSource)),
+        " ".join(field.name for field in dataclasses.fields(RunSource)) + " embeddings rows",
     ),
     "adapter": (
         "The adapters (Eq. 7 to 9).",
@@ -55,7 +56,7 @@ GROUPS: dict[str, tuple[str, str]] = {
         "batch_size accumulate epochs steps learning_rate min_learning_rate weight_decay"
         " warmup_steps grad_clip",
     ),
-    "augmentation": ("What the towers see of an image.", "crop_scale flip"),
+    "augmentation": ("What the towers see of an image.", "crop_scale flip views"),
     "run": (
         "How the command runs.",
         "precision workers threads validate_every save_every tracker out resume",
@@ -107,7 +108,8 @@ class Recipe(RunSource):
             turns it off, as in the paper. With it each step also embeds its images by the base.
         preserve_words: weight of the Kullback-Leibler divergence of an image's probabilities of 64
             of ImageNet's class names, drawn for each step, from the base's probabilities; 0 turns
-            it off, as in the paper.
+            it off, as in the paper. For an adapter on a projection auto chooses it by
+            cross-validation.
         batch_size: images of a step over all processes and accumulated parts; all images, if there
             are fewer.
         accumulate: parts of a step's batch, computed one after another; the loss contrasts images
@@ -115,13 +117,20 @@ class Recipe(RunSource):
         epochs: passes over the data; steps, if given, sets the length instead.
         steps: optimizer steps; none follows epochs.
         learning_rate: peak learning rate of AdamW; auto finds a rate by held-out images and short
-            runs, which together have at most the steps of the run itself.
+            runs, which together have at most the steps of the run itself; for an adapter on a
+            projection by cross-validation over all images.
         min_learning_rate: learning rate at the end of the cosine schedule.
         weight_decay: weight decay of AdamW.
         warmup_steps: steps of linear warm-up; none takes a fifth of the run, and 500 at most.
         grad_clip: largest gradient norm; none does not clip.
         crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
+        views: embeddings of each image that an adapter on a projection is trained with: the image
+            as a server sees it and, above 1, random crops of it.
+        embeddings: NumPy file with an embedding of each image, float [N, D], for an adapter on a
+            projection; no image is read.
+        rows: table (.parquet, .csv, .json) with a row for each of the embeddings, instead of data:
+            the column of images has their names.
         precision: no, fp16 or bf16 mixed precision; auto takes bf16 if a GPU, AMX or AVX512_BF16
             computes with it, else no. On a CPU with AMX, bf16 takes about 0.6 of the time; no GPU
             was measured.
@@ -152,7 +161,7 @@ class Recipe(RunSource):
     positives: Literal["several", "single"] = "several"
     negative_classes: Annotated[Number, For("classification", "segmentation")] = 0
     preserve: Annotated[Real, Field(ge=0)] = 0.0
-    preserve_words: Annotated[Real, Field(ge=0)] = 0.0
+    preserve_words: Annotated[Real, Field(ge=0)] | Literal["auto"] = 0.0
     batch_size: Annotated[Count, Field(ge=2)] = 512
     accumulate: Count = 1
     epochs: Count = 10
@@ -164,6 +173,9 @@ class Recipe(RunSource):
     grad_clip: Positive | None = 1.0
     crop_scale: Annotated[Share, Field(gt=0)] = 0.9
     flip: bool = False
+    views: Count = 1
+    embeddings: Path | None = None
+    rows: Path | None = None
     precision: Literal["auto", "no", "fp16", "bf16"] = "no"
     workers: Number = 2
     threads: Count | None = None
@@ -178,6 +190,20 @@ class Recipe(RunSource):
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, with_reader(value))
+        if isinstance(self.rows, str | Path) and not self.data:
+            suffix = Path(self.rows).suffix.removeprefix(".")
+            reader = suffix if suffix in ("csv", "json") else "parquet"
+            object.__setattr__(self, "data", f"{reader}:{self.rows}")
+
+    @property
+    def of_projections(self) -> bool:
+        """True if the adapters are on projections, which are trained with embeddings."""
+        return self.adapt not in ("towers", "image-tower")
+
+    @property
+    def has_embeddings(self) -> bool:
+        """True if the images are embedded already."""
+        return self.embeddings is not None or self.data.startswith(f"{INDEX}:")
 
     def check(self) -> None:
         """Refuse values of the wrong type or out of range, and values that do not go together."""
@@ -192,8 +218,13 @@ class Recipe(RunSource):
                 f"min_learning_rate is {self.min_learning_rate}; allowed: 0 to learning_rate"
                 f" {self.learning_rate}"
             )
-        held_out = self.val_data or self.val_fraction
-        if self.learning_rate == "auto" and (self.task == "retrieval" or not held_out):
+        self._check_place()
+        held_out = self.val_data or self.val_fraction or self.of_projections
+        if (
+            self.learning_rate == "auto"
+            and not self.of_projections
+            and (self.task == "retrieval" or not held_out)
+        ):
             add = "" if self.task == "retrieval" else "add --val-fraction 0.2, or "
             raise RAdapterError(
                 f"learning_rate auto chooses by held-out images with labels; {add}give a number"
@@ -216,6 +247,44 @@ class Recipe(RunSource):
                     f"{field.name} is {value}, which task {self.task} does not use; leave it out "
                     f"(it is for {' and '.join(tasks)})"
                 )
+
+    def _check_place(self) -> None:
+        """Refuse fields that adapters on projections have not, or that they alone have."""
+        if (self.embeddings is None) != (self.rows is None):
+            raise RAdapterError(
+                "embeddings and rows belong together: --embeddings vectors.npy --rows table.parquet"
+            )
+        refused: dict[str, Any] = {}
+        if self.of_projections:
+            for name, value in (
+                ("accumulate", 1),
+                ("negative_classes", 0),
+                ("positives", "several"),
+            ):
+                if getattr(self, name) != value:
+                    refused[name] = f"adapt {self.adapt} has in each step all classes at once"
+            if self.task == "segmentation":
+                refused["task"] = f"adapt {self.adapt} is trained with whole images"
+            held_out = [name for name in ("val_data", "val_fraction") if getattr(self, name)]
+            for name in held_out if self.has_embeddings else ():
+                refused[name] = "embeddings are judged by cross-validation"
+            if self.has_embeddings and self.views > 1:
+                refused["views"] = "there are no images to crop"
+        else:
+            for name in ("embeddings", "views"):
+                if getattr(self, name) not in (None, 1):
+                    refused[name] = "it is for adapters on a projection: --adapt text-projection"
+            if self.preserve_words == "auto":
+                refused["preserve_words"] = "auto is for adapters on a projection; give a number"
+            if self.has_embeddings and self.embeddings is None:
+                refused["data"] = "it is for adapters on a projection: --adapt text-projection"
+        for name, why in refused.items():
+            raise RAdapterError(f"{name} is {getattr(self, name)}; {why}")
+
+    @property
+    def words_weight(self) -> float:
+        """`preserve_words` as a number; `auto` is replaced before a run starts."""
+        return float(self.preserve_words)
 
     @property
     def peak_rate(self) -> float:

@@ -71,12 +71,7 @@ class Learner:
 
 def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
     """Resolve the recipe and build all parts of the run; nothing is written."""
-    if recipe.precision == "auto":
-        if torch.cuda.is_available():
-            fast = torch.cuda.is_bf16_supported()
-        else:
-            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        recipe = dataclasses.replace(recipe, precision="bf16" if fast else "no")
+    recipe = with_precision(recipe)
     # The plan depends on the number of processes, and an invalid plan is refused before a model is
     # fetched.
     accelerator = start_accelerator(recipe, out)
@@ -101,10 +96,6 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
     # Move the weights to their device, before the average copies them.
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
 
-    # Choose the loss: by softmax, or by sigmoids if the base is scored by sigmoids.
-    scale, bias = logit_scale_and_bias(base.model.state_dict())
-    loss = partial(mpm_nce) if bias is None else partial(pairwise_sigmoid, logit_bias=bias)
-    loss_fn = partial(loss, logit_scale=scale, delta=recipe.delta, epsilon=recipe.epsilon)
     return Learner(
         plan=plan,
         accelerator=accelerator,
@@ -114,11 +105,29 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
         towers=towers,
         optimizer=optimizer,
         average=Average(adapters, plan.momentum, bias_correction=recipe.bias_correction),
-        loss_fn=loss_fn,
+        loss_fn=loss_of(base, recipe),
         examples=Examples(data, augmentation(base, recipe), recipe.seed, refuse=refuse),
         val=val,
         held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,
     )
+
+
+def with_precision(recipe: Recipe) -> Recipe:
+    """The recipe with the precision that `auto` takes on this machine."""
+    if recipe.precision != "auto":
+        return recipe
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return dataclasses.replace(recipe, precision="bf16" if fast else "no")
+
+
+def loss_of(base: Base, recipe: Recipe) -> partial[Tensor]:
+    """The loss of a recipe: by softmax, or by sigmoids if the base is scored by sigmoids."""
+    scale, bias = logit_scale_and_bias(base.model.state_dict())
+    loss = partial(mpm_nce) if bias is None else partial(pairwise_sigmoid, logit_bias=bias)
+    return partial(loss, logit_scale=scale, delta=recipe.delta, epsilon=recipe.epsilon)
 
 
 def choose_form(

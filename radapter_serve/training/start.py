@@ -90,7 +90,11 @@ def train(
             learning_rate=earlier.learning_rate,
             min_learning_rate=earlier.min_learning_rate,
         )
-    opened = open_run(chosen, progress=progress)
+    opened = open_run(chosen, images=not chosen.has_embeddings, progress=progress)
+    if chosen.of_projections:
+        from radapter_serve.training.projection import fit_projection
+
+        return fit_projection(chosen, opened, out, show=progress)
     from radapter_serve.training.loop import fit
 
     if chosen.learning_rate == "auto":

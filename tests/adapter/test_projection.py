@@ -244,10 +244,14 @@ def test_files_and_averages_of_projections(load: Callable[[str], Base], tmp_path
     towers = random_adapter(base.name)
     with pytest.raises(RAdapterError, match=r"adapter 1 adapts .* and adapter 2 .*--adapt"):
         average_adapters([first, towers])
+    for name in ("visual.proj", "visual.conv1.weight", "ln_final.bias"):  # all of both towers
+        other = copy.deepcopy(state)
+        other[name][0] += 1
+        with pytest.raises(RAdapterError, match="belongs to another base"):
+            fold(other, first, 0.5)
     other = copy.deepcopy(state)
-    other["visual.proj"][0, 0] += 1
-    with pytest.raises(RAdapterError, match="belongs to another base"):
-        fold(other, first, 0.5)
+    other["logit_scale"] += 1
+    assert len(fold(other, first, 0.5)) == len(state)
     metadata = Metadata("x", base_digest(state, ["visual.proj"]))
     narrow = Adapter({"visual.proj": torch.zeros(8, 8)}, metadata)
     with pytest.raises(

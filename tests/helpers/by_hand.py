@@ -181,7 +181,7 @@ def train_by_hand(
                     of_base = torch.softmax(scale * base @ clip.texts(some).T, dim=1)
                 q = torch.softmax(scale * f @ clip.texts(some).T, dim=1)
                 divergence = (of_base * (of_base.log() - q.log())).sum(dim=1).mean()
-                loss = loss + recipe.preserve_words * divergence
+                loss = loss + recipe.words_weight * divergence
             (loss / recipe.accumulate).backward()
         if recipe.grad_clip is not None:
             gradients = [weight.grad for weight in clip.weights.values() if weight.grad is not None]

@@ -1,0 +1,295 @@
+"""Embeddings to train a projection with: made once by the base, and kept in the run's folder; or
+those of an index, or of a NumPy file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import random
+import secrets
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import hflip, normalize, resized_crop, to_tensor
+
+from radapter_serve.adapter.file import tensors_digest, tower_of
+from radapter_serve.clip.base import Base
+from radapter_serve.clip.towers import encode_image, encode_texts
+from radapter_serve.data.captions import Captioned
+from radapter_serve.data.labelled import Labelled
+from radapter_serve.data.rows import BrokenImage, image_source, open_rows, tracked
+from radapter_serve.encoders.loaded import release_at
+from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import staged
+from radapter_serve.index.folder import FolderIndex
+from radapter_serve.process import decoders
+from radapter_serve.training.recipe import Recipe
+
+FOLDER = "embeddings"  # in a run's folder
+SECONDS = 10.0  # between two parts of embeddings that are written
+_IMAGES = 32  # of a batch
+_TEXTS = 1024  # that are written together
+# Texts by which a release is compared with a base, and the least cosine of the two
+_PROBES = ["a photo of a cat", "two red bicycles near a wall", "!?"]
+_SAME = 0.999
+
+Floats = NDArray[np.float32]
+# Embeds some of the items, and yields their numbers with their vectors, batch by batch.
+Embed = Callable[[Sequence[int]], Iterator[tuple[list[int], Floats]]]
+
+
+def kept(ids: Sequence[str], width: int, embed: Embed, out: Path, facts: Any) -> Floats:
+    """Embed items by their ids, [N, D]: each once for the same facts, by this run or by another one
+    beside it; NaN for items that `embed` leaves out. What is embedded is written every
+    `SECONDS`, so that after an interruption the next run goes on where this one stopped.
+    """
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    folder = out / FOLDER
+    number_of: dict[str, list[int]] = {}
+    for number, id in enumerate(ids):
+        number_of.setdefault(id, []).append(number)
+    rows = np.full((len(ids), width), np.nan, np.float32)
+    for path in sorted(out.absolute().parent.glob(f"*/{FOLDER}/{key}-*.npz")):
+        # A part that a full disk or a foreign hand has damaged is embedded again.
+        with (
+            contextlib.suppress(
+                OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile
+            ),
+            path.open("rb") as file,
+            np.load(file, allow_pickle=False) as part,
+        ):
+            vectors = part["vectors"]
+            for id, vector in zip(part["ids"].tolist(), vectors, strict=True):
+                if id in number_of and vector.shape == (width,):
+                    rows[number_of[id]] = vector
+    known = np.isfinite(rows).all(axis=1)
+    missing = [places[0] for places in number_of.values() if not known[places[0]]]
+
+    waiting: dict[str, Floats] = {}
+    written = time.monotonic()
+
+    def write() -> None:
+        if not waiting:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{key}-{secrets.token_hex(4)}.npz"
+        try:
+            with staged(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, ids=np.array(list(waiting)), vectors=np.stack([*waiting.values()]))
+        except OSError as error:
+            raise RAdapterError(f"could not write {path}: {error.strerror or error}") from error
+        waiting.clear()
+
+    try:
+        for numbers, vectors in embed(missing) if missing else ():
+            for number, vector in zip(numbers, vectors, strict=True):
+                rows[number_of[ids[number]]] = vector
+                waiting[ids[number]] = vector
+            if time.monotonic() - written > SECONDS:
+                write()
+                written = time.monotonic()
+    finally:  # Ctrl-C, too
+        write()
+    return rows
+
+
+def embed_images(
+    data: Labelled | Captioned, base: Base, recipe: Recipe, out: Path, *, show: bool
+) -> tuple[Floats, list[str]]:
+    """Embed the images of a run at unit length, [N, V, D]: each as a server sees it, and `views`
+    - 1 random crops of it. Returns one line for each image that can't be read, whose row is NaN.
+    """
+    rows = data.image_rows
+    broken: dict[int, str] = {}
+    device = next(base.model.parameters()).device
+    plain = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+    weights = base.model.state_dict()
+    facts = {
+        "tower": tensors_digest({n: t for n, t in weights.items() if tower_of(n) == "image"}),
+        "preprocess": base.preprocess,
+        "exif_orientation": recipe.exif_orientation,
+        "precision": recipe.precision,
+    }
+
+    def digest(number: int) -> str:
+        try:
+            return hashlib.sha256(data.data(rows[number])).hexdigest()
+        except BrokenImage as error:
+            broken[number] = str(error)
+            return f"broken {number}"
+
+    def pixels(number: int, view: int, id: str) -> Tensor | None:
+        try:
+            image = data.image(rows[number])
+        except BrokenImage as error:
+            broken[number] = str(error)
+            return None
+        if view == 0:
+            seen: Tensor = plain(image)
+            return seen
+        draw = random.Random(f"{recipe.seed}-{view}-{id}")
+        return _crop(image.convert("RGB"), base, recipe, draw)
+
+    views = []
+    with ThreadPoolExecutor(decoders(8)) as pool:
+        digests = list(pool.map(digest, range(len(rows))))
+        for view in range(recipe.views):
+            ids = digests
+            cropped: dict[str, Any] = {}
+            if view:
+                ids = [f"{id}/{view}" for id in digests]
+                cropped = {"crop": [recipe.crop_scale, recipe.flip, recipe.seed]}
+
+            def embed(
+                numbers: Sequence[int], view: int = view
+            ) -> Iterator[tuple[list[int], Floats]]:
+                # Decode each batch while the one before it is embedded.
+                batches = [numbers[at : at + _IMAGES] for at in range(0, len(numbers), _IMAGES)]
+                ahead: list[tuple[int, Future[Tensor | None]]] = []
+                for coming in tracked([*batches, []], len(batches) + 1, "embedding", show):
+                    batch = ahead
+                    ahead = [
+                        (number, pool.submit(pixels, number, view, digests[number]))
+                        for number in coming
+                    ]
+                    decoded = [(number, future.result()) for number, future in batch]
+                    whole = {number: image for number, image in decoded if image is not None}
+                    if whole:
+                        with torch.inference_mode(), bf16:
+                            images = torch.stack(list(whole.values())).to(device)
+                            embeds = encode_image(base.model, images)
+                        yield list(whole), embeds.cpu().numpy()
+
+            width = int(base.config["embed_dim"])
+            views.append(kept(ids, width, embed, out, {**facts, **cropped}))
+    return np.stack(views, axis=1), [broken[number] for number in sorted(broken)]
+
+
+def _crop(image: Image.Image, base: Base, recipe: Recipe, draw: random.Random) -> Tensor:
+    """A random resized crop, as in the training of the towers, but by the draw of one image:
+    torchvision draws by the seed of the whole process, which threads share.
+    """
+    for _ in range(10):
+        area = image.width * image.height * draw.uniform(recipe.crop_scale, 1)
+        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        width = round(math.sqrt(area * ratio))
+        height = round(math.sqrt(area / ratio))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            break
+    else:
+        width, height = image.size
+    top = draw.randint(0, image.height - height)
+    left = draw.randint(0, image.width - width)
+    side = base.image_size
+    bicubic = InterpolationMode.BICUBIC
+    cropped = resized_crop(image, top, left, height, width, [side, side], bicubic)  # type: ignore[arg-type]
+    if recipe.flip and draw.random() < 0.5:
+        cropped = hflip(cropped)
+    pixels: Tensor = normalize(to_tensor(cropped), base.preprocess["mean"], base.preprocess["std"])
+    return pixels
+
+
+def embed_texts(base: Base, texts: Sequence[str], out: Path) -> Floats:
+    """Embed texts at unit length, [T, D], in fp32."""
+    weights = base.model.state_dict()
+    facts = {"tower": tensors_digest({n: t for n, t in weights.items() if tower_of(n) == "text"})}
+
+    @torch.inference_mode()
+    def embed(numbers: Sequence[int]) -> Iterator[tuple[list[int], Floats]]:
+        for at in range(0, len(numbers), _TEXTS):
+            some = list(numbers[at : at + _TEXTS])
+            tokens = base.tokenizer([texts[number] for number in some])
+            yield some, encode_texts(base.model, tokens).cpu().numpy()
+
+    ids = [hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() for text in texts]
+    return kept(ids, int(base.config["embed_dim"]), embed, out, facts)
+
+
+def open_vectors(
+    data: Labelled | Captioned, base: Base, recipe: Recipe
+) -> tuple[Floats, list[str]]:
+    """The embeddings of a run's images from an index or a NumPy file, at unit length, [N, 1, D],
+    checked against the base as far as possible; and notes for the user.
+    """
+    width = int(base.config["embed_dim"])
+    notes: list[str] = []
+    if recipe.embeddings is None:
+        index = FolderIndex(Path(recipe.data.partition(":")[2]), codes=False)
+        source = f"the index {index.folder}"
+        array = index.vectors
+        ids = [id for batch in index.rows(["path"], 1000) for id in batch["path"].to_pylist()]
+    else:
+        source = str(recipe.embeddings)
+        try:
+            array = np.load(recipe.embeddings, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise RAdapterError(
+                f"{source} is not an array of NumPy's: {reason(error):.200}"
+            ) from None
+        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+            raise RAdapterError(
+                f"{source} does not hold vectors; allowed: floats [N, {width}] (.npy)"
+            )
+        table = open_rows(recipe.data, {recipe.image_column: "--image-column"}).table
+        ids = [str(image_source(value)) for value in table[recipe.image_column]]
+    if array.shape[1] != width:
+        raise RAdapterError(
+            f"the vectors of {source} have the width {array.shape[1]}, and the embeddings of"
+            f" {base.name} have {width}; name the model that made them with --base NAME:TAG"
+        )
+    if len(ids) != len(array):
+        raise RAdapterError(f"{recipe.rows} has {len(ids):,} rows, and {source} {len(array):,}")
+    number_of: dict[str, int] = {}
+    for number, id in enumerate(ids):
+        if number_of.setdefault(id, number) != number and isinstance(data, Labelled):
+            raise RAdapterError(f"{recipe.rows} names {id!r:.200} twice; an id is of one row")
+
+    # The release of an index must have the base's text tower.
+    if recipe.embeddings is None:
+        plan = index.facts.plan
+        made_by = plan.release
+        try:
+            loaded = release_at(plan.origin, made_by.version)
+            if loaded.release.dynamic_alpha:
+                loaded = loaded.at(made_by.alpha)
+        except RAdapterError as error:
+            notes.append(
+                f"note: the release that made {source} can't be loaded ({error}), so nothing says"
+                f" that its embeddings are of {base.name}"
+            )
+        else:
+            with torch.inference_mode():
+                ours = encode_texts(base.model, base.tokenizer(_PROBES)).cpu().numpy()
+            cosine = float((loaded.embed_texts(_PROBES) * ours).sum(axis=1).min())
+            if not made_by.is_of(loaded.release) or cosine < _SAME:
+                raise RAdapterError(
+                    f"{source} was made by another model: release {made_by.version} of"
+                    f" {made_by.architecture} at alpha {made_by.alpha:g}, whose texts are not those"
+                    f" of {base.name}; name the model that was exported, such as --base"
+                    " local-dir:merged, or build the index again"
+                )
+
+    places = [number_of[str(image_source(v))] for v in data.image_rows[data.image_column]]
+    vectors = np.asarray(array[places], np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)))
+    if len(bad):
+        raise RAdapterError(
+            f"{source}, row {places[bad[0]]}: the vector has no direction (zero, or not finite)"
+        )
+    return (vectors / lengths)[:, None], notes

@@ -1,0 +1,542 @@
+"""Training of an adapter on a projection, with embeddings that were made once. As a run takes a
+second, cross-validation chooses what the recipe leaves open, and the run itself has all images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from radapter_serve.adapter import Adapter, Metadata, base_digest, find_sites, save_adapter
+from radapter_serve.adapter.attach import LinearAdapter
+from radapter_serve.clip.base import load_base
+from radapter_serve.clip.towers import logit_scale_and_bias, templates_of, to_device
+from radapter_serve.contract.labels import prompts_of, split_label
+from radapter_serve.data.captions import Captioned
+from radapter_serve.data.labelled import Labelled
+from radapter_serve.data.runs import held_out_digest
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.alpha_choice import (
+    RULE as RULE_OF_ALPHA,
+)
+from radapter_serve.evaluation.alpha_choice import (
+    Choice,
+    Point,
+    ValidationSet,
+    pick,
+    save_choice,
+)
+from radapter_serve.evaluation.image_sets import NOUN_TEMPLATES, common_nouns
+from radapter_serve.files import staged
+from radapter_serve.sources import ADAPTER, RATES, RECIPE
+from radapter_serve.training.batches import NO_LABEL
+from radapter_serve.training.data import RunData
+from radapter_serve.training.embedding import Floats, embed_images, embed_texts, open_vectors
+from radapter_serve.training.loop import WORDS, vocabulary
+from radapter_serve.training.loss import distance_to_base, divergence_from_base, positives_of
+from radapter_serve.training.recipe import Recipe, Run
+from radapter_serve.training.setup import flatten_projections, loss_of, with_precision
+
+RATES_TRIED = (1e-4, 3e-4, 1e-3, 3e-3)  # by learning_rate auto
+WEIGHTS_TRIED = (1.0, 3.0, 10.0)  # by preserve_words auto
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+FOLDS = 3
+WITHOUT_FOLDS = 0.5  # the α of a run whose images form no folds
+LEAST_IN_FOLDS = 0.5  # share of the images that must have a fold
+ACCURACY = "acc1"
+SET = "cross-validation"  # the name of its validation set
+_CLASSES = 1000  # of a step; of more, those that no image of the batch has are drawn
+_KEPT_IMAGES = 2000  # on which the base's answers are compared
+_SEARCHED = 1000  # images among which a caption of a fold is to find its own
+RULE = (
+    "cross-validation over all training images in folds of equal classes. A setting is a learning"
+    " rate with preserve_words. Of the settings and alphas within one standard error of the best"
+    " (of the paired difference over images; Breiman et al., 1984), the setting is that which keeps"
+    " most of the base's answers among common nouns; of equal ones, that with the smallest alpha."
+    " Its alpha is by the rule of radapter-eval --alpha auto, with one standard error in place of"
+    " the 95 % interval: "
+)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Embeddings by the base, of unit length, and what belongs together.
+
+    An owner is a class with its prompts, or an image with its captions.
+    """
+
+    images: Tensor  # [N, V, D]; the first view is the image as a server sees it
+    owners: Tensor  # of each image, integer [N, K], padded with NO_LABEL
+    texts: Tensor  # of all prompts or captions [T, D]
+    texts_of: list[list[int]]  # the texts of each owner that a step draws from
+    names: list[list[int]]  # the texts of each owner by which it is found: of all names of a class
+    words: Tensor  # of the vocabulary [W, D], for which the base's answers are kept
+    nouns: Tensor  # by which it is measured how many answers are kept [M, D]
+    of_classes: bool
+
+    @property
+    def metric(self) -> str:
+        """The metric of `judge`."""
+        return ACCURACY if self.of_classes else "image_retrieval_recall@1"
+
+
+Maps = Mapping[str, LinearAdapter]  # by tower
+
+
+def moved(maps: Maps, tower: str, vectors: Tensor, alpha: float = 1.0) -> Tensor:
+    """Unit vectors of a tower [..., D] as its adapter, if any, moves them: `v + α·v·A`."""
+    if tower not in maps or alpha == 0:
+        return vectors
+    adapter = maps[tower]
+    return F.normalize(vectors + alpha * adapter.gate * adapter.change(vectors), dim=-1)
+
+
+def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = True) -> Run:
+    """Train adapters on projections by a recipe on its opened data, and write them, the choice of α
+    and the table of what was tried.
+    """
+    say = partial(Console(quiet=not show).print, highlight=False, soft_wrap=True, markup=False)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RAdapterError(
+            f"adapt {recipe.adapt} trains in one process; start radapter-train by itself"
+        )
+    recipe = with_precision(recipe)
+    base = load_base(recipe.architecture, recipe.pretrained)
+    sites = find_sites(base.model, adapt=recipe.adapt, partial=recipe.partial)
+    keys = {"image" if site.key.startswith("visual.") else "text": site.key for site in sites}
+    digest = base_digest(base.model.state_dict(), keys.values())
+    data, val = opened.ready(recipe, base)
+    assert isinstance(data, Labelled | Captioned)  # Recipe.check refuses masks
+    to_device(base.model)
+    if recipe.precision == "bf16":
+        flatten_projections(base.model)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+
+    # Embed all that the run needs, once.
+    began = time.monotonic()
+    notes = list(opened.notes)
+    if recipe.has_embeddings:
+        images, more = open_vectors(data, base, recipe)
+        notes += more
+    else:
+        count = len(data.image_rows)
+        say(f"embedding {count:,} images and their texts once, kept in {out / 'embeddings'}")
+        images, broken = embed_images(data, base, recipe, out, show=show)
+        if broken and recipe.on_broken == "refuse":
+            raise RAdapterError(
+                f"{broken[0]}; mend it, or leave such images out with --on-broken skip"
+            )
+        if broken:
+            notes.append(f"left out {len(broken)} broken images, such as: {broken[0]}")
+    vectors = _vectors(data, images, base, recipe, out)
+    held = None
+    if val is not None:
+        assert isinstance(val, Labelled | Captioned)
+        held = _vectors(val, embed_images(val, base, recipe, out, show=show)[0], base, recipe, out)
+    say(f"embeddings are ready after {time.monotonic() - began:.1f} s")
+    for line in notes:
+        say(line)
+
+    # Choose by cross-validation.
+    rates = RATES_TRIED if recipe.learning_rate == "auto" else (recipe.peak_rate,)
+    weights = WEIGHTS_TRIED if recipe.preserve_words == "auto" else (recipe.words_weight,)
+    settings = [
+        dataclasses.replace(
+            recipe,
+            learning_rate=rate,
+            min_learning_rate=min(recipe.min_learning_rate, rate),
+            preserve_words=weight,
+        )
+        for rate, weight in itertools.product(rates, weights)
+    ]
+    scale, _ = logit_scale_and_bias(base.model.state_dict())
+    train = partial(learn, sides=tuple(keys), scale=scale, loss=loss_of(base, recipe))
+    began = time.monotonic()
+    folds = folds_of(vectors, recipe.seed)
+    in_folds = float(np.mean(folds >= 0))
+    validated: Validated | None = None
+    if in_folds < LEAST_IN_FOLDS:
+        chosen = dataclasses.replace(settings[len(settings) // 2], alpha=WITHOUT_FOLDS)
+        notes.append(
+            f"note: only {100 * in_folds:.0f} % of the images share their class with another one,"
+            f" so too few can be held out: learning rate {chosen.peak_rate:g}, preserve_words"
+            f" {chosen.words_weight:g} and alpha {chosen.alpha:g} were not chosen by these images"
+        )
+        say(notes[-1])
+    else:
+        say(
+            f"cross-validation: {FOLDS * len(settings)} short runs, each without a third of the"
+            " images, which judge it"
+        )
+        validated = cross_validate(vectors, settings, folds, train)
+        chosen = validated.recipe
+        say(f"{validated.summary} ({time.monotonic() - began:.1f} s)")
+        _write(out / RATES, json.dumps(validated.table, indent=2))
+
+    # Train with all images, and write.
+    plan = chosen.resolved(len(vectors.images))
+    maps = train(vectors, np.arange(len(vectors.images)), chosen)
+    notes += plan.notes
+    metrics = {} if validated is None else validated.metrics
+    if held is not None:
+        right_at = {
+            alpha: judge(held, np.arange(len(held.images)), maps, alpha)[0]
+            for alpha in sorted({chosen.alpha, 1.0})
+        }
+        metrics = {
+            f"{held.metric}@alpha={alpha:g}": round(float(right.mean()), 4)
+            for alpha, right in right_at.items()
+        }
+    tensors = {
+        keys[tower] if name == "full" else f"{keys[tower]}.{name}": tensor.detach()
+        for tower, adapter in maps.items()
+        for name, tensor in adapter.named_parameters()
+    }
+    metadata = Metadata(
+        architecture=base.name,
+        pretrained=base.pretrained,
+        base_digest=digest,
+        rank=recipe.rank,
+        task=recipe.task,
+        alpha=chosen.alpha,
+        templates=templates_of(recipe.templates),
+        recipe=chosen.to_dict(),
+        metrics=metrics,
+        classes=list(data.classes) if isinstance(data, Labelled) else None,
+        held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,
+    )
+    adapter = Adapter(tensors, metadata)
+    save_adapter(adapter, out / ADAPTER)
+    _write(out / RECIPE, yaml.safe_dump(chosen.to_dict(), sort_keys=False))
+    if validated is not None:
+        choice = validated.choice(recipe.alpha, adapter.digest, held_out_digest(data))
+        save_choice(choice, out)
+        for line in choice.notes:
+            say(line)
+    following = f"radapter-export --adapter {shlex.quote(str(out))} --alpha {chosen.alpha:g}"
+    say(f"wrote {out / ADAPTER}; next: {following}")
+    return Run(out, plan.recipe, metrics, tuple(notes))
+
+
+def folds_of(vectors: Vectors, seed: int) -> NDArray[np.int64]:
+    """The fold of each image, [N]: of each class about the same share in each fold; -1 for the only
+    image of a class, with which every run is trained.
+    """
+    draw = np.random.default_rng(seed)
+    count = len(vectors.images)
+    if not vectors.of_classes:
+        return draw.permutation(count) % FOLDS
+    # An image of several classes counts for the rarest.
+    owners = vectors.owners.numpy()
+    images_of = np.bincount(owners[owners != NO_LABEL], minlength=len(vectors.names))
+    sizes = np.where(owners == NO_LABEL, count + 1, images_of[owners])
+    rarest = owners[np.arange(count), sizes.argmin(axis=1)]
+    folds = np.full(count, -1)
+    for owner in np.unique(rarest):
+        images = draw.permutation(np.flatnonzero(rarest == owner))
+        if len(images) > 1:
+            folds[images] = (np.arange(len(images)) + draw.integers(FOLDS)) % FOLDS
+    return folds
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What cross-validation chose of S settings at `ALPHAS`, and by which figures."""
+
+    recipe: Recipe  # the chosen setting, at the chosen α
+    metric: str
+    right: list[list[NDArray[np.bool_]]]  # [S, A] of each held-out image or caption
+    kept: list[list[float]]  # [S, A], the share of the base's answers
+    settings: list[Recipe]
+    setting: int
+    curve: list[Point]  # of the chosen setting
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The score at each α of the chosen setting."""
+        return {
+            f"{self.metric}@alpha={alpha:g}": round(float(right.mean()), 4)
+            for alpha, right in zip(ALPHAS, self.right[self.setting], strict=True)
+        }
+
+    @property
+    def summary(self) -> str:
+        """One line about the choice."""
+        place = ALPHAS.index(self.recipe.alpha)
+        right = self.right[self.setting]
+        items = "images" if self.metric == ACCURACY else "captions"
+        return (
+            f"chose learning rate {self.recipe.peak_rate:g}, preserve_words"
+            f" {self.recipe.words_weight:g} and alpha {self.recipe.alpha:g}:"
+            f" {100 * right[place].mean():.1f} % of {len(right[place]):,} held-out {items} right,"
+            f" {100 * right[0].mean():.1f} % by the base;"
+            f" {100 * self.kept[self.setting][place]:.1f} % of the base's answers among other nouns"
+            " kept"
+        )
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """All that was tried, for the file."""
+        rows = [
+            {
+                "learning_rate": setting.peak_rate,
+                "preserve_words": setting.words_weight,
+                "alpha": alpha,
+                self.metric: round(100 * float(right.mean()), 2),
+                "base_answers_kept": round(100 * share, 2),
+            }
+            for setting, of_setting, shares in zip(
+                self.settings, self.right, self.kept, strict=True
+            )
+            for alpha, right, share in zip(ALPHAS, of_setting, shares, strict=True)
+        ]
+        names = ("learning_rate", "preserve_words", "alpha")
+        chosen = {name: getattr(self.recipe, name) for name in names}
+        return {"rule": RULE + RULE_OF_ALPHA, "chosen": chosen, "tried": rows}
+
+    def choice(self, own_alpha: float, adapter_digest: str, images_digest: str) -> Choice:
+        """The choice of α, as `radapter-eval --alpha auto` writes it."""
+        best = max(self.curve, key=lambda point: (point.score, -point.alpha)).alpha
+        count = len(self.right[self.setting][0])
+        sets = {SET: ValidationSet("id", self.metric, count, images_digest)}
+        rule = RULE + RULE_OF_ALPHA
+        return Choice(self.recipe.alpha, best, own_alpha, rule, self.curve, sets, adapter_digest)
+
+
+def cross_validate(
+    vectors: Vectors,
+    settings: list[Recipe],
+    folds: NDArray[np.int64],
+    train: Callable[..., dict[str, LinearAdapter]],
+) -> Validated:
+    """Train each setting without each fold, judge it there at `ALPHAS`, and choose by `RULE`."""
+    right: list[list[NDArray[np.bool_]]] = []
+    kept: list[list[float]] = []
+    for setting in settings:
+        parts = []
+        for fold in range(FOLDS):
+            held_out = np.flatnonzero(folds == fold)
+            if len(held_out):
+                maps = train(vectors, np.flatnonzero(folds != fold), setting)
+                parts.append([judge(vectors, held_out, maps, alpha) for alpha in ALPHAS])
+        joined = [
+            [np.concatenate(each) for each in zip(*at, strict=True)]
+            for at in zip(*parts, strict=True)
+        ]
+        right.append([hits for hits, _ in joined])
+        kept.append([float(same.mean()) for _, same in joined])
+
+    places = [(n, a) for n in range(len(settings)) for a in range(len(ALPHAS))]
+
+    def score(place: tuple[int, int]) -> tuple[float, float]:
+        n, a = place
+        return round(float(right[n][a].mean()), 9), kept[n][a]
+
+    best_setting, best_alpha = max(places, key=score)
+    best = right[best_setting][best_alpha]
+    as_good = []
+    for n, a in places:
+        behind, error = _behind(best, right[n][a])
+        if ALPHAS[a] and round(behind - error, 9) <= 0:
+            as_good.append((n, a))
+    number, _ = max(
+        as_good or [(best_setting, best_alpha)],
+        key=lambda place: (kept[place[0]][place[1]], -place[1], score(place)),
+    )
+    curve = []
+    for alpha, hits, share in zip(ALPHAS, right[number], kept[number], strict=True):
+        behind, error = _behind(best, hits)
+        measured = float(hits.mean())
+        curve.append(Point(alpha, measured, behind, error, share, {SET: measured}))
+    recipe = settings[number]
+    recipe = dataclasses.replace(recipe, alpha=pick(curve, recipe.alpha))
+    return Validated(recipe, vectors.metric, right, kept, settings, number, curve)
+
+
+def _behind(best: NDArray[np.bool_], other: NDArray[np.bool_]) -> tuple[float, float]:
+    """Mean of the paired difference from the best, and its standard error."""
+    differences = best.astype(np.float64) - other
+    return float(differences.mean()), float(differences.std() / len(differences) ** 0.5)
+
+
+def learn(
+    vectors: Vectors,
+    rows: NDArray[np.int64],
+    recipe: Recipe,
+    *,
+    sides: Sequence[str],
+    scale: float,
+    loss: partial[Tensor],
+) -> dict[str, LinearAdapter]:
+    """Train an adapter for each tower in `sides` with some of the images; returns the averages."""
+    plan = recipe.resolved(len(rows))
+    recipe = plan.recipe
+    torch.manual_seed(recipe.seed)  # for the first values at low rank
+    generator = torch.Generator().manual_seed(recipe.seed)
+    width = vectors.texts.shape[1]
+    if recipe.rank is not None and recipe.rank >= width:
+        raise RAdapterError(
+            f"rank is {recipe.rank}; allowed: less than the width {width}, or null for full rank"
+        )
+    maps = {side: LinearAdapter(width, recipe.rank) for side in sides}
+    parameters = [p for adapter in maps.values() for p in adapter.parameters()]
+    average = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=recipe.weight_decay)
+
+    count_of = torch.tensor([len(each) for each in vectors.texts_of])
+    texts_of = pad_sequence([torch.tensor(each) for each in vectors.texts_of], batch_first=True)
+    images = torch.from_numpy(rows)
+    order = images[:0]
+    for step in range(plan.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate(step)
+        for adapter in maps.values():  # adapter dropping
+            switched_on = torch.rand((), generator=generator).item() >= recipe.drop
+            adapter.gate = switched_on / (1 - recipe.drop)
+
+        # Draw images, a view of each, the owners to tell apart, and a text of each owner.
+        if len(order) < plan.part:
+            order = images[torch.randperm(len(images), generator=generator)]
+        batch = order[: plan.part]
+        order = order[plan.part :]
+        view = torch.randint(vectors.images.shape[1], (len(batch),), generator=generator)
+        of_images = vectors.owners[batch]
+        drawn = torch.unique(of_images[of_images != NO_LABEL])
+        if vectors.of_classes:
+            absent = torch.randperm(len(count_of), generator=generator)
+            absent = absent[~torch.isin(absent, drawn)]
+            drawn = torch.cat([drawn, absent[: max(0, _CLASSES - len(drawn))]])
+        drawn = drawn.repeat_interleave(recipe.captions_per_image)
+        pick = (torch.rand(len(drawn), generator=generator) * count_of[drawn]).long()
+        base_images = vectors.images[batch, view]
+        base_texts = vectors.texts[texts_of[drawn, pick]]
+
+        embeds = moved(maps, "image", base_images)
+        value = loss(embeds, moved(maps, "text", base_texts), positives_of(of_images, drawn))
+        if recipe.words_weight or recipe.preserve:
+            some = torch.randperm(len(vectors.words), generator=generator)[:WORDS]
+            base_words = vectors.words[some]
+            words = moved(maps, "text", base_words)
+            divergence = divergence_from_base(embeds, words, base_images, base_words, scale)
+            value = value + recipe.words_weight * divergence
+            if "image" in maps:
+                value = value + recipe.preserve * distance_to_base(embeds, base_images)
+            if "text" in maps:
+                value = value + recipe.preserve * distance_to_base(words, base_words)
+        optimizer.zero_grad()
+        value.backward()  # type: ignore[no-untyped-call]
+        if recipe.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, recipe.grad_clip)
+        optimizer.step()
+        m = plan.momentum
+        if recipe.bias_correction:
+            m = m * (1 - m**step) / (1 - m ** (step + 1))
+        with torch.no_grad():
+            for mean, parameter in zip(average, parameters, strict=True):
+                mean.lerp_(parameter, 1 - m)
+    if not math.isfinite(value.item()):
+        raise RAdapterError(f"the loss is {value.item()}; lower --learning-rate")
+    with torch.no_grad():
+        for parameter, mean in zip(parameters, average, strict=True):
+            parameter.copy_(mean)
+    for adapter in maps.values():
+        adapter.gate = 1.0
+    return maps
+
+
+@torch.no_grad()
+def judge(
+    vectors: Vectors, rows: NDArray[np.int64], maps: Maps, alpha: float
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Whether each of some images, as a server sees it, is of the owner that it is nearest to, or,
+    for captions, whether each caption of these images is nearest to its own image; and whether
+    images have the same nearest noun as by the base.
+    """
+    places = torch.from_numpy(rows if vectors.of_classes else rows[:_SEARCHED])
+    base_images = vectors.images[places, 0]
+    images = moved(maps, "image", base_images, alpha)
+    owners = vectors.owners[places]
+    if vectors.of_classes:
+        texts = moved(maps, "text", vectors.texts, alpha)
+        means = torch.stack([texts[each].mean(dim=0) for each in vectors.names])
+        best = (images @ F.normalize(means, dim=-1).T).argmax(dim=1)
+        right = (owners == best[:, None]).any(dim=1)
+    else:
+        captions = [vectors.names[owner] for owner in owners[:, 0].tolist()]
+        image_of = torch.repeat_interleave(torch.tensor([len(each) for each in captions]))
+        flat = torch.tensor(list(itertools.chain.from_iterable(captions)))
+        texts = moved(maps, "text", vectors.texts[flat], alpha)
+        right = (texts @ images.T).argmax(dim=1) == image_of
+    some = slice(0, None, max(1, len(places) // _KEPT_IMAGES))
+    nouns = moved(maps, "text", vectors.nouns, alpha)
+    answers = (images[some] @ nouns.T).argmax(dim=1)
+    same = answers == (base_images[some] @ vectors.nouns.T).argmax(dim=1)
+    return right.numpy(), same.numpy()
+
+
+def _vectors(
+    data: Labelled | Captioned, images: Floats, base: Any, recipe: Recipe, out: Path
+) -> Vectors:
+    """Join the embeddings of images with those of their texts; images without one are left out."""
+    names: list[str] = []
+    if isinstance(data, Labelled):
+        lines = [split_label(line) for line in data.classes]
+        names = [name for line in lines for name in line]
+        trained = [prompts_of(line[:1], data.templates) for line in lines]
+        found = [prompts_of(line, data.templates) for line in lines]
+        owners = data.label_sets()
+    else:
+        trained = found = [list(image.captions) for image in data.images]
+        owners = [(number,) for number in range(len(data.images))]
+    words = list(vocabulary(tuple(data.classes) if isinstance(data, Labelled) else ()))
+    nouns = [
+        prompt for noun in common_nouns(names) for prompt in prompts_of([noun], NOUN_TEMPLATES)
+    ]
+    texts = list(dict.fromkeys([*itertools.chain(*trained, *found), *words, *nouns]))
+    number_of = {text: number for number, text in enumerate(texts)}
+    embeds = torch.from_numpy(embed_texts(base, texts, out))
+
+    def numbers(texts: Sequence[str]) -> list[int]:
+        return [number_of[text] for text in texts]
+
+    readable = ~np.isnan(images[:, 0, 0])
+    padded = pad_sequence(
+        [torch.tensor(owners[row]) for row in np.flatnonzero(readable)],
+        batch_first=True,
+        padding_value=NO_LABEL,
+    )
+    return Vectors(
+        images=torch.from_numpy(np.ascontiguousarray(images[readable])),
+        owners=padded,
+        texts=embeds,
+        texts_of=[numbers(each) for each in trained],
+        names=[numbers(each) for each in found],
+        words=embeds[numbers(words)],
+        nouns=embeds[numbers(nouns)],
+        of_classes=isinstance(data, Labelled),
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    with staged(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
