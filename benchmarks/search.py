@@ -37,6 +37,7 @@ from radapter_serve.index.folder import (
     write_table,
 )
 from radapter_serve.index.neighbours import CODES, write_neighbours
+from radapter_serve.release.release import Tower
 
 Array = NDArray[np.float32]
 QUERIES = 100
@@ -183,12 +184,14 @@ def make(vectors: Array, texts: Array, out: Path) -> None:
     if len(vectors) > EXACT:
         mapped = np.asarray(np.load(place / VECTORS, mmap_mode="r"))
         nearest = write_neighbours(place, mapped, lambda _: texts)
-    release = MadeBy("made", 0.5, False, 1, "fp32", vectors.shape[1], "sha256:0")
+    digest = "sha256:0"
+    width = vectors.shape[1]
+    release = MadeBy("made", 0.5, False, 1, "fp32", width, Tower(digest), {}, digest)
     plan = Plan("", "/", "image", {}, 128, True, "refuse", release, {})
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     columns = ["path", "width", "height", "digest", "year", "kind"]
     facts = IndexFacts(
-        plan, len(vectors), columns, describe_files(place), nearest, created=now, changed=now
+        plan, len(vectors), columns, describe_files(place), nearest, None, created=now, changed=now
     )
     install(place, out, facts, datetime.timedelta(0))
 

@@ -37,7 +37,7 @@ from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_export.settings import ExportSettings, checked
 from radapter_export.source import Fold, Source, put_reference, read_source
 from radapter_serve.adapter.in_torch import base_facts
-from radapter_serve.adapter.tuned import Line
+from radapter_serve.adapter.tuned import Line, towers_of
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.tokenizer import write_tokenizer
 from radapter_serve.clip.towers import is_causal
@@ -214,6 +214,7 @@ class Prepared:
     hub: str | None  # repository to push to
     base: Base
     change: Fold | Line
+    digests: Mapping[str, Any]  # of base, change and towers, as in a release
     form: Form | None  # of transformers
     models: Sequence[str]
     graphs: Sequence[Graph]  # without weights, so that one graph serves every α
@@ -248,6 +249,11 @@ def prepare(source: Source, settings: ExportSettings, say: Say) -> Prepared:
     # Load the base, and the change that α scales.
     say("loading the base")
     base, change = source.load(settings)
+    digests = {
+        "base_digest": change.base_digest,
+        "adapter_digest": change.digest,
+        **towers_of(base.model, change.changes),
+    }
     check_replaceable(settings.merged.absolute(), "--merged", OPEN_CLIP_FILES)
     form = None
     if settings.transformers is not None:
@@ -275,6 +281,7 @@ def prepare(source: Source, settings: ExportSettings, say: Say) -> Prepared:
         hub,
         base,
         change,
+        digests,
         form,
         models,
         graphs,
@@ -428,8 +435,7 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
         version=version,
         alpha=alpha,
         dynamic_alpha=source.dynamic_alpha,
-        base_digest=change.base_digest,
-        adapter_digest=change.digest,
+        **prepared.digests,
         adapters=source.adapters,
         made_of=change.made_of,
         precision=settings.precision,

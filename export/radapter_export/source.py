@@ -308,6 +308,11 @@ class Fold:
         """Digest of the base's adapted tensors."""
         return self.adapter.metadata.base_digest
 
+    @property
+    def changes(self) -> Mapping[str, Tensor]:
+        """The adapter's tensors."""
+        return self.adapter.tensors
+
     def at(self, alpha: float) -> dict[str, Tensor]:
         """The folded weights at an α."""
         return fold(self.weights, self.adapter, alpha)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from radapter_serve.adapter import Adapter, Metadata, fold
+from radapter_serve.adapter.tuned import towers_of
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.tokenizer import write_tokenizer
 from radapter_serve.clip.towers import (
@@ -106,6 +107,7 @@ def load_in_torch(
         raise RAdapterError(f"alpha is {alpha:g}, but {base.name} has no adapter; leave it out")
     # Fold the adapter, and take its metadata; without an adapter, take empty metadata.
     metadata = Metadata(architecture=base.name, base_digest="", alpha=0.0)
+    towers = {} if exported else towers_of(base.model, adapter.tensors if adapter else {})
     if adapter is not None:
         metadata = adapter.metadata
         alpha = metadata.alpha if alpha is None else alpha
@@ -116,12 +118,13 @@ def load_in_torch(
         "alpha": alpha or 0.0,
         "base_digest": metadata.base_digest,
         "adapter_digest": "" if adapter is None else adapter.digest,
+        **towers,
         "templates": metadata.templates,
         "crop": source.mask_crop(base.preprocess["mean"]).to_dict(),
     }
     exif_orientation = source.exif_orientation
     if exported is not None:
-        names = (*facts, "adapters", "confidence")
+        names = (*facts, "image_tower", "text_tower", "adapters", "confidence")
         facts = {name: getattr(exported, name) for name in names}
         exif_orientation = exported.preprocess.get("exif_orientation", True)
         dense = dense or (exported.dense or {}).get("way")

@@ -21,14 +21,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from radapter_serve.adapter.file import Adapter, tensors_digest
 from radapter_serve.clip.base import Base, load_base, split_name
+from radapter_serve.clip.towers import pool_type
 from radapter_serve.clip.transformers import form_of, to_open_clip, to_transformers
 from radapter_serve.contract.errors import check_alpha
 from radapter_serve.errors import RAdapterError, reason, short
 from radapter_serve.files import digest_of
+from radapter_serve.release.release import Tower
 from radapter_serve.sources import HUB, LOCAL, check_base_is_named, model_name, needs_base
 
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, and of torch.compile
@@ -43,6 +45,7 @@ _KNOWN = (
     "init_lora_weights",
 )
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # which keep the base
+_SCALES = ("logit_scale", "logit_bias")  # tensors of no tower
 _LAYER = re.compile(r"(?:base_model\.model\.)?([\w.]+)\.lora_([AB])\.weight")
 _PATTERN = re.compile(r"\^?[\w.]+")
 
@@ -66,6 +69,17 @@ class Line:
     def base_digest(self) -> str:
         """Digest of the weights at the start of the line."""
         return tensors_digest(self.tuned if self.base is None else self.base)
+
+    @property
+    def changes(self) -> dict[str, Tensor]:
+        """The tuned weights that differ from the base's."""
+        if self.base is None:
+            return {}
+        return {
+            name: tensor
+            for name, tensor in self.tuned.items()
+            if not torch.equal(tensor, self.base[name])
+        }
 
     def check(self, alpha: float) -> None:
         """Refuse an α outside of [0, 1], and an α below 1 without a base."""
@@ -211,14 +225,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _check_same(checkpoint: str, tuned: Base, base: Base) -> None:
     """Refuse models that compute differently, even if their weights have the same shapes."""
     # Compare the modules one by one, for activations and heads that no weight's shape shows.
-    parts: list[list[str]] = []
-    for model in (tuned.model, base.model):
-        parts.append([])
-        for name, module in model.named_modules():
-            heads = getattr(module, "num_heads", None)
-            of = f" of {heads} heads" if isinstance(heads, int) else ""
-            parts[-1].append(f"{name} {type(module).__name__}{of}")
-    for ours, theirs in zip(*parts, strict=False):
+    for ours, theirs in zip(_modules_of(tuned.model), _modules_of(base.model), strict=False):
         if ours != theirs:
             raise RAdapterError(
                 f"{checkpoint} is of another architecture than its base: it has {ours}, and the"
@@ -231,6 +238,44 @@ def _check_same(checkpoint: str, tuned: Base, base: Base) -> None:
                 f"{checkpoint} prepares images in another way than its base: {name} is {values[0]},"
                 f" and {values[1]} in the base"
             )
+
+
+def _modules_of(model: nn.Module) -> list[str]:
+    """List a model's modules, such as `visual.transformer.resblocks.0.attn MultiheadAttention of 12
+    heads`.
+    """
+    modules = []
+    for name, module in model.named_modules():
+        heads = getattr(module, "num_heads", None)
+        of = f" of {heads} heads" if isinstance(heads, int) else ""
+        pool = pool_type(module)
+        pooled = f" pooled by {pool}" if pool != "none" else ""
+        modules.append(f"{name} {type(module).__name__}{of}{pooled}")
+    return modules
+
+
+def towers_of(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tower]:
+    """The facts `image_tower` and `text_tower` of a release, by the base and what α scales in it:
+    the tensors of an adapter, or `Line.changes`.
+    """
+    weights = model.state_dict()
+    modules = _modules_of(model)
+
+    def tower(is_image: bool) -> Tower:
+        def of_tower(names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name: tensor
+                for name, tensor in names.items()
+                if name not in _SCALES and name.startswith("visual.") == is_image
+            }
+
+        # Activations and heads show in no tensor.
+        parts = [line for line in modules if line.startswith("visual") == is_image]
+        base = digest_of("\n".join([*parts, tensors_digest(of_tower(weights))]).encode())
+        changed = of_tower(changes)
+        return Tower(base, tensors_digest(changed) if changed else None)
+
+    return {"image_tower": tower(True), "text_tower": tower(False)}
 
 
 def load_lora(folder: str | Path, base: str | None = None) -> tuple[Base, Line]:

@@ -163,7 +163,7 @@ def add(
     from radapter_serve.encoders.loaded import release_at
     from radapter_serve.index.build import add
     from radapter_serve.index.index import current
-    from radapter_serve.release.repository import releases_with_digest, split_repository
+    from radapter_serve.release.repository import releases_with_images, split_repository
 
     plan = current(out)[1].plan
     origin = plan.origin
@@ -174,7 +174,8 @@ def add(
     elif model_repository:
         origin = {"model_repository": model_repository}
     elif repository:
-        versions = releases_with_digest(Path(repository), plan.release.digest, plan.release.alpha)
+        made_by = plan.release
+        versions = releases_with_images(Path(repository), made_by.image_digest, made_by.alpha)
         if versions:
             origin = {"model_repository": repository}
             version = max(versions)
@@ -205,7 +206,7 @@ def info(out: tyro.conf.Positional[Path]) -> None:
         "release": (
             f"{plan.release.architecture} at alpha {plan.release.alpha:g}, {plan.release.precision}"
         ),
-        "digest": plan.release.digest,
+        "image tower": plan.release.image_digest,
         "made by": " ".join(plan.origin.values()),
         "source": f"{plan.source}, {plan.rows}" if plan.rows else plan.source,
         "ids start from": plan.root,

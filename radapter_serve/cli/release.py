@@ -196,7 +196,7 @@ def lacking(
         if lost:
             notes.append(f"release {new} lacks what release {old} has: {'; '.join(lost)}")
 
-    # Only the release that made an index can search it.
+    # Only releases that embed images like an index can search it.
     if index_names(indexes):
         from radapter_serve.index.index import releases_of as makers  # here: it loads libraries
 

@@ -28,7 +28,7 @@ from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.rows import display_name
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.files import digest_of
-from radapter_serve.release.release import FILE, Release
+from radapter_serve.release.release import FILE, Release, Tower
 from radapter_serve.sources import LOCAL
 from radapter_serve.tasks.dense import SegmentOptions, encode_windows, segment_densely
 from radapter_serve.tasks.embed import embed_labels
@@ -253,6 +253,8 @@ def candidates_in_torch(
         dynamic_alpha=bool(deltas),
         base_digest="",
         adapter_digest="",
+        image_tower=Tower(""),
+        text_tower=Tower(""),
         templates=list(templates),
         crop=(crop or MaskCrop.filled_with(base.preprocess["mean"])).to_dict(),
         max_batch_size=_MAX_TEXTS,

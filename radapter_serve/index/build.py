@@ -98,17 +98,19 @@ def add(
     """
     out = out.absolute()
     refuse_link(out)
-    plan = read_pointer(out)[1].plan
+    facts = read_pointer(out)[1]
+    plan = facts.plan
     if plan.rows:
         raise RAdapterError(
             f"the index {out} was made of embeddings; build it again: {plan.command(out)}"
         )
     if loaded.release.dynamic_alpha:
         loaded = loaded.at(plan.release.alpha)
-    if plan.release.digest != loaded.release.digest:
+    if not plan.release.is_of(loaded.release):
         raise RAdapterError(
-            f"the index {out} {plan.release.differs_from(loaded.release)}; add to it by the release"
-            f" that made it, or build it again: {plan.command(out, loaded)}"
+            f"the index {out} {plan.release.differs_from(loaded.release)}; add to it by a release"
+            f" that embeds images as it did, or build it again ({facts.cost}):"
+            f" {plan.command(out, loaded)}"
         )
     loaded = loaded.turned(plan.exif_orientation)
     plan = dataclasses.replace(

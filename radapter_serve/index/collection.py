@@ -230,7 +230,7 @@ class Cluster:
         origin = dict(self._loaded.origin)
         turned = self._loaded.preprocess.exif_orientation
         workers = [
-            make.remote(origin, alpha, release.digest, thumbnails, turned)
+            make.remote(origin, alpha, release.image_digest, thumbnails, turned)
             for _ in range(min(self._workers, len(batches)))
         ]
         try:
@@ -254,7 +254,7 @@ class _Worker:
         self,
         origin: Mapping[str, str],
         alpha: float | None,
-        digest: str,
+        image_digest: str,
         thumbnails: int,
         exif_orientation: bool,
     ) -> None:
@@ -262,7 +262,7 @@ class _Worker:
         loaded = release_at(origin)
         if alpha is not None:
             loaded = loaded.at(alpha)
-        if loaded.release.digest != digest:
+        if loaded.release.image_digest != image_digest:
             raise RAdapterError(
                 f"a worker found another release at {' '.join(origin.values())} than this"
                 " machine has"

@@ -21,12 +21,12 @@ from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, invalid
 from radapter_serve.contract.labels import check_length
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_text, checker, first_problem
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import Release, Tower
 
 if TYPE_CHECKING:
     from radapter_serve.encoders.loaded import LoadedRelease
 
-FORMAT = 6
+FORMAT = 7
 FACTS = "index.json"
 OnBroken = Literal["refuse", "skip"]
 MAX_TOP_K = 1000
@@ -41,7 +41,9 @@ def index_names(indexes: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class MadeBy:
-    """Facts of the release that made an index, and its digest, at the α of the embeddings."""
+    """Facts of the release that made an index, at the α of the embeddings. Any other release and α
+    of the same `image_digest` searches the index.
+    """
 
     architecture: str
     alpha: float
@@ -49,7 +51,9 @@ class MadeBy:
     version: int
     precision: str
     embed_dim: int
-    digest: str
+    image_tower: Tower
+    preprocess: dict[str, Any]
+    image_digest: str
 
     @classmethod
     def of(cls, release: Release) -> MadeBy:
@@ -57,21 +61,33 @@ class MadeBy:
         return cls(**{name: getattr(release, name) for name in cls.__dataclass_fields__})
 
     def is_of(self, release: Release) -> bool:
-        """True if a release, at this α if it takes any, made the embeddings."""
+        """True if a release, at this α if it takes any, embeds images like those of the index."""
         with contextlib.suppress(RAdapterError):  # the release may refuse the α
             used = release.at(self.alpha) if release.dynamic_alpha else release
-            return self.digest == used.digest
+            return self.image_digest == used.image_digest
         return False
 
     def differs_from(self, release: Release) -> str:
         """Explain why another release cannot search the index, as the end of a sentence."""
+        other = MadeBy.of(release)
 
         def named(facts: MadeBy) -> str:
             return f"{facts.architecture} at alpha {facts.alpha:g}, release {facts.version}"
 
+        differences = [
+            name
+            for name, ours, theirs in (
+                ("base", self.image_tower.base, other.image_tower.base),
+                ("fine-tune", self.image_tower.change, other.image_tower.change),
+                ("alpha", self.alpha, other.alpha),
+                ("preprocessing", self.preprocess, other.preprocess),
+                ("precision", self.precision, other.precision),
+            )
+            if ours != theirs
+        ]
         return (
-            f"is of another release ({named(self)} then; this is {named(MadeBy.of(release))}), so"
-            " their embeddings can't be compared"
+            f"has images embedded with another {' and '.join(differences) or 'rounding'}"
+            f" ({named(self)} then; this is {named(other)}), so they can't be compared"
         )
 
 
@@ -95,7 +111,8 @@ class Plan:
         words = [
             word for name, word in _DECIDING.items() if getattr(self, name) != getattr(other, name)
         ]
-        return words if self.release.digest == other.release.digest else ["release", *words]
+        is_same = self.release.image_digest == other.release.image_digest
+        return words if is_same else ["image tower", *words]
 
     def command(self, out: Path, loaded: LoadedRelease | None = None) -> str:
         """Command that builds the index again, by the release that made it or by `loaded`."""
@@ -156,6 +173,7 @@ class IndexFacts:
     columns: list[str]  # of the metadata
     files: dict[str, FileFacts]  # files that a search reads
     nearest: NearestFacts | None  # None if every vector is compared
+    rate: float | None  # images embedded a second by the last build; None if it embedded none
     created: str  # time of the first build, in UTC, ISO 8601
     changed: str
     format: int = FORMAT
@@ -163,6 +181,18 @@ class IndexFacts:
     def to_json(self) -> str:
         """Format as the text that `from_json` reads."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+    @property
+    def cost(self) -> str:
+        """The work of embedding all images again, such as "12,000 images, about 5 minutes"."""
+        images = f"{self.count:,} images"
+        if not self.rate:
+            return images
+        seconds = self.count / self.rate
+        for size, unit in ((3600, "hours"), (60, "minutes"), (1, "seconds")):
+            if seconds >= 2 * size:
+                return f"{images}, about {seconds / size:.0f} {unit}"
+        return f"{images}, a second or two"
 
     @classmethod
     def from_json(cls, data: bytes | str) -> IndexFacts:

@@ -59,20 +59,24 @@ def read_pointer(folder: Path) -> tuple[str, IndexFacts]:
     """Read the pointer of a folder: the name of its current generation, and the facts."""
     path = folder / FACTS
     command = f"--out {shlex.quote(str(folder))}"
+    source = "SOURCE"
     try:
         generation = json.loads(path.read_bytes())[GENERATION]
         if not is_generation(generation):
             raise ValueError(f"it names the generation {generation!r:.40}")
         path = folder / generation / FACTS
-        return generation, IndexFacts.from_json(path.read_bytes())
+        facts = path.read_bytes()
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            source = shlex.quote(str(json.loads(facts)["plan"]["source"]))
+        return generation, IndexFacts.from_json(facts)
     except (FileNotFoundError, NotADirectoryError):
         raise RAdapterError(
             f"no index at {folder}; make one: radapter-index build PHOTOS {command}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RAdapterError(
-            f"{path} can't be read ({reason(error)}); build it again: radapter-index build SOURCE"
-            f" {command}"
+            f"{path} can't be read ({reason(error)}); build it again: radapter-index build"
+            f" {source} {command}"
         ) from None
 
 

@@ -102,7 +102,7 @@ class Indexes:
         for loaded in self._others():
             if made_by.is_of(loaded.release):
                 return index, loaded
-        why = made_by.differs_from(self._loaded.release)
+        why = f"{made_by.differs_from(self._loaded.release)}; to embed again: {index.facts.cost}"
         if index.generation not in self._logged:
             self._logged.add(index.generation)
             if isinstance(index, QdrantIndex):

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import json
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ class Summary:
     broken: dict[str, str] = field(default_factory=dict)  # reason, by id
     repeated: int = 0  # rows of the table that name an image of an earlier row
     left_out: Mapping[str, int] = field(default_factory=dict)  # files of other kinds, by suffix
+    rate: float | None = None  # images embedded a second; None if none were
     recall: float | None = None  # recall@10; None if every vector is compared
 
 
@@ -205,6 +207,7 @@ class Writer:
     ) -> Summary:
         """Embed and append the images that are new or changed."""
         summary = Summary(repeated=collection.repeated, left_out=collection.left_out)
+        start = time.monotonic()
         done = 0
         for images in self._read_images(collection.items, cluster):
             items = collection.items[done : done + len(images)]
@@ -226,6 +229,8 @@ class Writer:
             done += len(images)
             if progress is not None:
                 progress(done, len(collection.items))
+        if summary.embedded:
+            summary.rate = summary.embedded / max(time.monotonic() - start, 1e-3)
         return summary
 
     def remove(self, ids: Iterable[str], summary: Summary) -> None:
@@ -265,6 +270,7 @@ class Writer:
                 columns=[name for name in self.schema.names if name not in (VECTOR, THUMBNAIL)],
                 files=describe_files(place),
                 nearest=nearest,
+                rate=summary.rate or (base.facts.rate if base else None),
                 created=base.facts.created if base else now,
                 changed=now,
             )

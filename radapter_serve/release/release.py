@@ -22,10 +22,7 @@ FORMAT = 1
 FILE = "release.json"
 # Fields that are left out of the file if they are None.
 _OPTIONAL = ("made_of", "quantization", "accuracy", "confidence")
-_DECIDING = (
-    *("base_digest", "adapter_digest", "alpha", "architecture"),
-    *("preprocess", "tokenizer", "precision", "embed_dim"),
-)
+_TOWERS = ("image_tower", "text_tower")
 
 # Advice for a release without calibrated scores.
 HOW = "export one with radapter-export --validation DATA"
@@ -63,6 +60,29 @@ class Confidence:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """The weights of one tower, as digests: wherever its base lies, a tower has the same facts."""
+
+    base: str  # of its modules and of all its tensors, before the change
+    change: str | None = None  # of what α scales in it; None if it is the base's at any α
+
+    @classmethod
+    def from_dict(cls, facts: Any, release: Mapping[str, Any]) -> Tower:
+        """Read the facts of a tower. A release of version 1.0.0 has none: there the adapter counts
+        as a change of both towers.
+        """
+        if facts is None:
+            return cls(str(release["base_digest"]), str(release["adapter_digest"]) or None)
+        try:
+            return cls(facts["base"], facts["change"])
+        except (KeyError, TypeError):
+            raise RAdapterError(
+                f"the release says of a tower {facts!r:.80}, which is not base and change; export"
+                " it again with radapter-export"
+            ) from None
+
+
+@dataclass(frozen=True)
 class Release:
     """The facts of one release."""
 
@@ -71,6 +91,8 @@ class Release:
     architecture: str  # of the base: an open_clip name, `local-dir:PATH` or `hf-hub:NAME`
     base_digest: str  # of the base's adapted tensors
     adapter_digest: str  # of the adapter, or of the tuned weights if `made_of` is set
+    image_tower: Tower
+    text_tower: Tower
     # size in pixels, mode, interpolation, resize_mode, fill_color, mean, std, exif_orientation
     preprocess: dict[str, Any]
     # kind, digest, context_length, dynamic_length, start, end, pad, clean
@@ -100,19 +122,30 @@ class Release:
     format: int = FORMAT
 
     @property
-    def digest(self) -> str:
-        """`sha256:` of the facts that decide the embeddings, so that the same fold, exported again,
-        has the same digest.
+    def image_digest(self) -> str:
+        """`sha256:` of the facts that decide an image's embedding at this α."""
+        return self._embedding_digest(self.image_tower, preprocess=self.preprocess)
 
-        A release whose α is an input has the digest of the fold at its α, except in int8, where the
-        base and the adapter are rounded separately.
-        """
-        deciding = {name: getattr(self, name) for name in _DECIDING}
-        if self.quantization:
-            deciding["quantization"] = self.quantization
-            if self.dynamic_alpha:
-                deciding["dynamic_alpha"] = True
-        return digest_of(json.dumps(deciding, sort_keys=True).encode())
+    @property
+    def text_digest(self) -> str:
+        """`sha256:` of the facts that decide a text's embedding at this α."""
+        return self._embedding_digest(self.text_tower, tokenizer=self.tokenizer)
+
+    def _embedding_digest(self, tower: Tower, **inputs: Mapping[str, Any]) -> str:
+        facts: dict[str, Any] = {
+            "base": tower.base,
+            "embed_dim": self.embed_dim,
+            "precision": self.precision,
+            "quantization": self.quantization,
+            **inputs,
+        }
+        # At α 0 a tower is the base's.
+        if tower.change is not None and self.alpha:
+            facts |= {"change": tower.change, "alpha": float(self.alpha)}
+            # In int8, a graph with α as an input rounds the base and the change separately.
+            if self.quantization and self.dynamic_alpha:
+                facts["dynamic_alpha"] = True
+        return digest_of(json.dumps(facts, sort_keys=True).encode())
 
     @property
     def bounds(self) -> Tolerance:
@@ -134,6 +167,8 @@ class Release:
         for name in _OPTIONAL:
             if values[name] is None:
                 del values[name]
+        for name in _TOWERS:
+            values[name] = dataclasses.asdict(values[name])
         return values
 
     @property
@@ -147,12 +182,13 @@ class Release:
         software can read newer releases.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        if missing := sorted({*names} - {*_OPTIONAL, *facts}):
+        if missing := sorted({*names} - {*_OPTIONAL, *_TOWERS, *facts}):
             raise RAdapterError(
                 f"the release does not say its {', '.join(missing)}; export it again with"
                 " radapter-export"
             )
-        return cls(**{name: facts[name] for name in names if name in facts})
+        towers = {name: Tower.from_dict(facts.get(name), facts) for name in _TOWERS}
+        return cls(**{name: facts[name] for name in names if name in facts} | towers)
 
     def save(self, folder: Path) -> None:
         """Write `release.json` into a folder atomically."""

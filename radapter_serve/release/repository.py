@@ -129,15 +129,15 @@ def format_list(versions: Sequence[int]) -> str:
     return ", ".join(map(str, versions)) or "none"
 
 
-def releases_with_digest(repository: Path, digest: str, alpha: float) -> list[int]:
-    """List the releases of a repository that embed like the one with a digest, at an α."""
+def releases_with_images(repository: Path, image_digest: str, alpha: float) -> list[int]:
+    """List the releases of a repository that embed images as a digest says, at an α."""
     versions = []
     for version in releases_of(repository):
         with contextlib.suppress(RAdapterError):
             release = Release.load(repository / MODELS[-1] / str(version))
             if release.dynamic_alpha:
                 release = release.at(alpha)
-            if release.digest == digest:
+            if release.image_digest == image_digest:
                 versions.append(version)
     return versions
 

@@ -109,7 +109,10 @@ def retrieve(
             f"the index {index.name!r} has another version than the page before;"
             " search again from offset 0",
         )
-    alpha = index.facts.plan.release.alpha
+    # Texts are embedded at the α of the images, unless α changes no image.
+    alpha = None
+    if loaded.release.image_tower.change is not None:
+        alpha = index.facts.plan.release.alpha
     min_score = request.min_score
     if request.calibrated:
         min_score = fitted_at(loaded.release, loaded.exported_alpha, alpha).min_score

@@ -40,7 +40,7 @@ def test_a_checkpoint_becomes_releases_on_its_line(
         "digest": "sha256:",
     }
     assert facts.base_digest != facts.adapter_digest
-    assert releases[0].release.digest != releases[1].release.digest
+    assert releases[0].release.image_digest != releases[1].release.image_digest
     assert sorted(graph.name for graph in releases[0].graphs) == sorted(GRAPHS)
 
 

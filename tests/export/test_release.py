@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import onnx_ir
@@ -17,6 +18,7 @@ import pytest
 from radapter_export import ExportSettings
 from radapter_export.source import read_source
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
+from radapter_serve.adapter.tuned import towers_of
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import check
@@ -61,6 +63,7 @@ def test_a_repository_holds_exactly_the_contract(exported: Exported) -> None:
 def test_release_json(exported: Exported, adapter_path: Path, tiny_base: Base) -> None:
     folder, releases = exported
     adapter = load_adapter(adapter_path)
+    towers = towers_of(tiny_base.model, adapter.tensors)
     assert [(release.version, release.alpha) for release in releases] == [(1, 0.3), (2, 0.8)]
     for release in releases:
         facts = release.facts
@@ -70,6 +73,7 @@ def test_release_json(exported: Exported, adapter_path: Path, tiny_base: Base) -
         expected = {
             "base_digest": adapter.metadata.base_digest,
             "adapter_digest": adapter.digest,
+            **{name: asdict(tower) for name, tower in towers.items()},
             "dense": {"way": "naclip", "grid": 2},
             "logit_scale": pytest.approx(tiny_base.model.get_parameter("logit_scale").exp().item()),
             "templates": ["a photo of a {}.", "a drawing of a {}."],

@@ -34,7 +34,7 @@ def test_an_index_on_a_disk_that_fills(repository: Path, tmp_path: Path) -> None
             disk.empty()
         build(photos, index, first, thumbnails=256, resume=False)
         assert {path.name for path in disk.folder.iterdir()} == {"index"}
-        assert open_index(index).facts.plan.release.digest == first.release.digest
+        assert open_index(index).facts.plan.release.image_digest == first.release.image_digest
 
 
 def test_an_export_to_a_disk_that_fills_or_that_nobody_can_write(

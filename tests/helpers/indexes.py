@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, Plan
+from radapter_serve.release.release import Tower
 
 
 def generation(out: Path) -> Path:
@@ -29,9 +30,9 @@ def write_facts(out: Path, digest: str) -> None:
     """Make an index of nothing but its facts, as a release of this digest would make it at alpha
     0.5.
     """
-    made = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", 16, digest)
+    made = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", 16, Tower("sha256:1"), {}, digest)
     plan = Plan("photos", "/photos", "image", {}, 128, True, "refuse", made, {})
-    facts = IndexFacts(plan, 0, ["path"], {}, None, "", "")
+    facts = IndexFacts(plan, 0, ["path"], {}, None, None, "", "")
     (out / "g-0123456789abcdef").mkdir(parents=True)
     (out / "g-0123456789abcdef" / FACTS).write_text(facts.to_json())
     (out / FACTS).write_text(json.dumps({"generation": "g-0123456789abcdef"}))

@@ -253,13 +253,15 @@ def random_adapter(
 def release(version: int = 1, **changes: Any) -> Release:
     """Facts of a release that nothing stands behind."""
     from radapter_serve.contract.preprocess import MaskCrop
-    from radapter_serve.release.release import Release
+    from radapter_serve.release.release import Release, Tower
 
     facts: dict[str, Any] = {
         "architecture": "ViT-B-32",
         "alpha": 0.5,
         "base_digest": "sha256:1",
         "adapter_digest": "sha256:2",
+        "image_tower": Tower("sha256:1", "sha256:2"),
+        "text_tower": Tower("sha256:4", "sha256:5"),
         "preprocess": {"size": 32},
         "tokenizer": {"digest": "sha256:3", "context_length": 77, "dynamic_length": True},
         "embed_dim": 32,

@@ -30,7 +30,7 @@ from radapter_serve.encoders.loaded import LoadedRelease, complete, run_together
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.config import named_releases, read_config
 from radapter_serve.release.integrity import write_sums
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import Release, Tower
 from radapter_serve.release.repository import CONFIG, MODELS
 from radapter_serve.tasks.embed import embed_labels
 from tests.helpers.small_models import release as facts
@@ -115,7 +115,10 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
     tokenizer, spec = clip_tokenizer()
     release = facts(
         version,
+        architecture="local-dir:/bases/of mine/tiny",
         adapter_digest=f"sha256:{seed}",
+        image_tower=Tower("sha256:1", f"sha256:{seed}"),
+        text_tower=Tower("sha256:4", f"sha256:{seed}"),
         tokenizer=spec,
         preprocess={"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest"},
         embed_dim=WIDTH,

@@ -288,7 +288,7 @@ def test_a_stopped_build_goes_on_unasked(
     assert names(generation(out)) == {FACTS, "rows.arrow", "vectors.npy"}
 
 
-@pytest.mark.parametrize("what", ["release", "columns", "size of thumbnails", "folder"])
+@pytest.mark.parametrize("what", ["image tower", "columns", "size of thumbnails", "folder"])
 def test_a_stopped_build_with_other_arguments_is_not_discarded_unasked(
     what: str, photos: Path, tmp_path: Path, out: Path, release: LoadedRelease
 ) -> None:
@@ -296,7 +296,7 @@ def test_a_stopped_build_with_other_arguments_is_not_discarded_unasked(
     (photos / "t.csv").write_text("image,year\na.jpg,1\n")
     sources = {"columns": f"csv:{photos / 't.csv'}", "folder": str(photos / "deep")}
     source = sources.get(what, str(photos))
-    other = projecting(alpha=0.1 if what == "release" else 0.5)
+    other = projecting(alpha=0.1 if what == "image tower" else 0.5)
     options: dict[str, Any] = {"thumbnails": 64} if what == "size of thumbnails" else {}
     message = f"that had another {what}; finish it: radapter-index build.*--no-resume"
     with pytest.raises(RAdapterError, match=message):
@@ -329,7 +329,7 @@ def test_an_index_that_is_damaged_or_of_another_format_is_built_again(
     (generation(out) / "vectors.npy").unlink()
     assert build(str(photos), out, projecting()).embedded == 12
     say(out, said(out) | {"format": 3})
-    with pytest.raises(RAdapterError, match="the format 3 .* reads 6.*: radapter-index build"):
+    with pytest.raises(RAdapterError, match="the format 3 .* reads 7.*: radapter-index build"):
         open_index(out)
     assert build(str(photos), out, projecting()).embedded == 12 and verify(out).ok
     assert names(tmp_path) == {"photos", "index"}

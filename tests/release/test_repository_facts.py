@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -100,24 +98,6 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     # A fact that does not apply is left out of the file, but a bias that a model lacks is null.
     assert {"quantization", "accuracy"} & set(release().to_dict()) == set()
     assert release().to_dict()["logit_bias"] is None
-
-
-def test_the_digest_is_of_what_decides_the_embeddings() -> None:
-    facts = release(1)
-    others: dict[str, Any] = {"version": 9, "created": "now", "tools": {}, "max_batch_size": 1}
-    assert replace(facts, **others, label_sets={}).digest == facts.digest
-    dynamic: dict[str, Any] = {"quantization": {"kind": "dynamic"}}
-    decisive: list[dict[str, Any]] = [
-        {"alpha": 0.1},
-        {"adapter_digest": "x"},
-        {"precision": "fp16"},
-        {"tokenizer": {}},
-        dynamic,
-        {**dynamic, "dynamic_alpha": True},
-        {"quantization": {"kind": "static", "digest": "a"}},
-    ]
-    digests = {replace(facts, **changes).digest for changes in decisive}
-    assert len(digests) == len(decisive) and facts.digest not in digests
 
 
 def test_newer_releases_are_read_and_broken_ones_refused(tmp_path: Path) -> None:

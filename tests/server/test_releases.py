@@ -89,7 +89,7 @@ def test_tasks_name_the_releases_that_are_served_and_encoders_none(repository: P
 def test_a_switch_names_the_indexes_that_lose_their_release(
     repository: Path, tmp_path: Path
 ) -> None:
-    digests = {number: encoders_of(repository, [number])[0].facts.digest for number in (1, 2)}
+    digests = {number: encoders_of(repository, [number])[0].facts.image_digest for number in (1, 2)}
     indexes = tmp_path / "indexes"
     assert lacking(repository, [1], [2], indexes) == []
     write_facts(indexes / "fötos", digests[1])

@@ -184,7 +184,7 @@ def test_an_index_is_searched_while_its_release_is_served(served: Running, folde
         served.server.load([2])
         assert client.search("a cat", index=INDEX) == after
         served.server.load([1])
-        with pytest.raises(InvalidRequest, match="of another release"):
+        with pytest.raises(InvalidRequest, match="another fine-tune"):
             client.search("a cat", index=INDEX)
     shutil.rmtree(index)
 

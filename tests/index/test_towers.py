@@ -1,0 +1,192 @@
+"""An index belongs to an image tower: what leaves the tower alone searches it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from radapter_client import Client
+from radapter_serve.adapter import Adapter
+from radapter_serve.adapter.tuned import towers_of
+from radapter_serve.clip.base import load_base
+from radapter_serve.contract.errors import INDEX_MISMATCH, TaskError
+from radapter_serve.encoders.loaded import load_release, served_release
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index.build import add, build
+from radapter_serve.index.index import current
+from radapter_serve.release.release import Release, Tower
+from radapter_serve.tasks.retrieve import Query, RetrieveRequest
+from tests.helpers.projection import Searching, projecting
+from tests.helpers.small_models import release
+from tests.helpers.small_release import photos_in, png
+from tests.helpers.ways import in_process
+
+TEXT_ONLY = Tower("sha256:1")  # the image tower of a release that changes only the text's
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> str:
+    return photos_in(tmp_path / "photos")
+
+
+@pytest.mark.parametrize("way", ["url", "repository"])
+def test_an_index_is_searched_however_its_release_was_reached(
+    releases: Path, photos: str, tmp_path: Path, way: str
+) -> None:
+    out = tmp_path / "indexes" / "photos"
+    with in_process(releases, tmp_path / "indexes") as server:
+        by_url = served_release(server.url)
+        by_folder = load_release(f"{releases}@2")
+        assert by_url.release.architecture != by_folder.release.architecture
+        build(photos, out, by_url if way == "url" else by_folder)
+        with Client(server.url) as client:
+            assert client.search(image=png(2), index="photos")[0].id == "2.png"
+        Path(photos, "late.png").write_bytes(png(9))
+        for loaded in (by_url, by_folder):
+            assert add(out, loaded).count == 5
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"version": 7, "architecture": "local-dir:/elsewhere"},
+        {"text_tower": Tower("sha256:other"), "alpha": 0.9},
+        {"alpha": 0.9, "dynamic_alpha": True},
+    ],
+)
+def test_what_leaves_the_image_tower_alone_searches_the_index(
+    photos: str, tmp_path: Path, facts: dict[str, Any]
+) -> None:
+    build(photos, tmp_path / "indexes" / "photos", projecting(image_tower=TEXT_ONLY))
+    searching = Searching.of(projecting(tmp_path / "indexes", image_tower=TEXT_ONLY, **facts))
+    hits = searching(RetrieveRequest("photos", Query(["1"]))).hits
+    assert {hit.id for hit in hits} == {"0.png", "1.png", "2.png", "3.png"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "difference"),
+    [
+        ({"image_tower": Tower("sha256:9", "sha256:2")}, "another base"),
+        ({"image_tower": Tower("sha256:1", "sha256:9")}, "another fine-tune"),
+        ({"alpha": 0.9}, "another alpha"),
+        ({"precision": "fp16"}, "another precision"),
+        ({"preprocess": {"size": 4, "resize_mode": "shortest"}}, "another preprocessing"),
+    ],
+)
+def test_another_image_tower_is_told_what_to_embed_again(
+    photos: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    facts: dict[str, Any],
+    difference: str,
+) -> None:
+    out = tmp_path / "indexes" / "photos"
+    build(photos, out, projecting())
+    assert (current(out)[1].rate or 0) > 0
+    other = projecting(tmp_path / "indexes", **facts)
+    with pytest.raises(TaskError, match=f"{difference} .*4 images, a second or two") as error:
+        Searching.of(other)(RetrieveRequest("photos", Query(["1"])))
+    assert error.value.code == INDEX_MISMATCH
+    assert f"radapter-index build {photos} --out {out}" in capsys.readouterr().err
+    with pytest.raises(RAdapterError, match=f"{difference} .*4 images.*radapter-index build"):
+        add(out, other)
+
+
+def test_the_cost_is_the_builds_own(photos: str, tmp_path: Path) -> None:
+    build(photos, tmp_path / "index", projecting())
+    facts = current(tmp_path / "index")[1]
+    costs = [
+        replace(facts, count=count, rate=rate).cost
+        for count, rate in ((1_000_000, 50.0), (12_000, 40.0), (500, 10.0), (5, None))
+    ]
+    assert costs == [
+        "1,000,000 images, about 6 hours",
+        "12,000 images, about 5 minutes",
+        "500 images, about 50 seconds",
+        "5 images",
+    ]
+
+
+def test_an_index_of_an_older_version_says_what_to_run(photos: str, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    build(photos, out, projecting())
+    path = out / current(out)[0] / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 6}))
+    with pytest.raises(RAdapterError, match=f"format 6 .*radapter-index build {photos} --out"):
+        current(out)
+
+
+def test_the_digests_are_of_what_decides_the_embeddings() -> None:
+    facts = release()
+    both = ("image", "text")
+    int8: dict[str, Any] = {"quantization": {"kind": "dynamic"}}
+    changes: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"version": 9, "created": "now", "architecture": "x", "base_digest": "x"}, ()),
+        ({"dense": {"way": "naclip", "grid": 2}, "label_sets": {}, "dynamic_alpha": True}, ()),
+        ({"alpha": 0.1}, both),
+        ({"image_tower": Tower("x", "sha256:2")}, ("image",)),
+        ({"image_tower": TEXT_ONLY}, ("image",)),
+        ({"image_tower": TEXT_ONLY, "alpha": 0.1}, both),
+        ({"text_tower": Tower("sha256:4", "x")}, ("text",)),
+        ({"preprocess": {"size": 33}}, ("image",)),
+        ({"tokenizer": {}}, ("text",)),
+        ({"precision": "fp16"}, both),
+        ({"embed_dim": 33}, both),
+        (int8, both),
+        ({**int8, "dynamic_alpha": True}, both),
+        ({"quantization": {"kind": "static", "digest": "a"}}, both),
+    ]
+    digests = {"image": {facts.image_digest}, "text": {facts.text_digest}}
+    for change, towers in changes:
+        other = replace(facts, **change)
+        assert Release.from_dict(json.loads(json.dumps(other.to_dict()))) == other
+        assert (other.image_digest != facts.image_digest) == ("image" in towers)
+        assert (other.text_digest != facts.text_digest) == ("text" in towers)
+        digests["image"].add(other.image_digest)
+        digests["text"].add(other.text_digest)
+    # The α of a tower that does not change is of no matter.
+    assert (len(digests["image"]), len(digests["text"])) == (10, 9)
+
+
+def test_a_release_of_version_1_0_0_counts_as_changed_in_both_towers() -> None:
+    facts = release().to_dict()
+    del facts["image_tower"], facts["text_tower"]
+    old = Release.from_dict(facts)
+    assert old.image_tower == old.text_tower == Tower("sha256:1", "sha256:2")
+    for broken in ("text", [1], {"base": "x"}):
+        with pytest.raises(RAdapterError, match="says of a tower .*; export it again"):
+            Release.from_dict({**facts, "image_tower": broken})
+
+
+def test_towers_have_no_place_and_an_adapter_changes_its_own(
+    tiny_clip_dir: str, random_adapter: Callable[..., Adapter], tmp_path: Path
+) -> None:
+    folder = Path(tiny_clip_dir.removeprefix("local-dir:"))
+    model = load_base(tiny_clip_dir).model
+    base = towers_of(model, {})
+    assert base["image_tower"].change is None and base["image_tower"] != base["text_tower"]
+
+    # The same base in another folder, and with another activation
+    shutil.copytree(folder, tmp_path / "copy")
+    assert towers_of(load_base(f"local-dir:{tmp_path / 'copy'}").model, {}) == base
+    config = tmp_path / "copy" / "open_clip_config.json"
+    config.write_text(config.read_text().replace('"quick_gelu": true', '"quick_gelu": false'))
+    gelu = towers_of(load_base(f"local-dir:{tmp_path / 'copy'}").model, {})
+    assert {gelu[name].base == base[name].base for name in base} == {False}
+
+    # An adapter of one tower leaves the other as it is.
+    adapter = random_adapter()
+    image_only = {name: tensor for name, tensor in adapter.tensors.items() if "visual." in name}
+    towers = towers_of(model, image_only)
+    assert towers["text_tower"] == base["text_tower"]
+    assert towers["image_tower"].base == base["image_tower"].base
+    assert towers["image_tower"].change is not None
+    with_more = towers_of(model, adapter.tensors)
+    assert with_more["image_tower"] == towers["image_tower"]
+    assert with_more["text_tower"].change is not None
