@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from radapter_serve import evaluate, train
 from radapter_serve.adapter import fold, load_adapter
@@ -29,14 +30,17 @@ from rivals.cells import keep_cell, read_cells
 from rivals.layout import markdown, origin, publish, say
 from rivals.method import System
 from rivals.others import (
+    INTERVALS,
     OTHER_DATA,
     Collection,
     Images,
     Judged,
+    averaged,
     collection,
     half_of,
     judge,
     judged_rows,
+    names_of,
     read_tests,
     table,
 )
@@ -86,6 +90,15 @@ class Tests:
             halves = [elsewhere[f"{half}, all labels", style] for half in ("trained", "others")]
             values[OTHER_DATA, style] = np.concatenate(halves)
         return judged_rows(values, name, "", split, seed, alpha)
+
+    def names(self) -> dict[tuple[str, str, str], NDArray[Any]]:
+        """Name each of the values, as `names_of` does."""
+        names = names_of(self.images, self.sets)
+        elsewhere = names_of(self.other, self.other_sets)
+        for split, style in product(self.images.splits, self.other_sets):
+            halves = [elsewhere[split, half, style] for half in ("trained", "others")]
+            names[split, OTHER_DATA, style] = np.concatenate(halves)
+        return names
 
 
 def measure(tests: Tests, candidate: str, split: str, seed: int, threads: int | None) -> Outcome:
@@ -192,10 +205,8 @@ def default(
         f" judged too, then the other way round; seeds {', '.join(map(str, seeds))}. The other data"
         f" are {ELSEWHERE[set_name]}, in {len(other.tests)} styles. The base has accuracies in %,"
         " the others what they lead it by, in points. Splits and styles count alike.",
-        "± is the half of a 95 % interval over images and seeds. **Bold** survives Holm's"
-        " correction over the whole table. The held-out images chose the rate of auto, and the α of"
-        " auto and of best.",
-        table(grouped, before, own),
+        f"{INTERVALS} The held-out images chose the rate of auto, and the α of auto and of best.",
+        *table(grouped, before, own, tests.names(), averaged(images, before, own)),
         "The choices, by half and seed:",
         markdown(head, choices),
     ]

@@ -9,94 +9,19 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from math import hypot
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import TypeVar
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from scipy.stats import norm, sem, t
 
-from radapter_serve.evaluation.metrics import paired_difference
 from rivals.method import Cost
-
-K = TypeVar("K")
-Images = list[NDArray[np.float64]]  # each image's part of a figure, by set
 
 
 def spread(values: Sequence[float]) -> str:
     """Format the mean over seeds, ± the standard deviation if there are several."""
     middle = f"{mean(values):.1f}"
     return f"{middle} ± {stdev(values):.1f}" if len(values) > 1 else middle
-
-
-def with_interval(values: Sequence[float], sign: str = "") -> str:
-    """Format a mean, ± half of its 95 % interval if there are several values."""
-    middle = f"{mean(values):{sign}.1f}"
-    if len(values) < 2:
-        return middle
-    return f"{middle} ± {t.isf(0.025, len(values) - 1) * sem(values):.1f}"
-
-
-def paired_leads(row: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> list[str]:
-    """Format the leads of a row over a base, paired by seed; both hold figures by seed."""
-    pairs = [zip(figures, others, strict=True) for figures, others in zip(row, base, strict=True)]
-    differences = [[a - b for a, b in pair] for pair in pairs]
-    return [with_interval(column, "+") for column in zip(*differences, strict=True)]
-
-
-def lead_of(differences: Sequence[NDArray[np.float64]]) -> tuple[float, float, float]:
-    """Compute a mean lead in points, half of its 95 % interval, and p, over images and seeds.
-
-    The variance over images is that of each image's mean over the seeds. The variance over seeds is
-    that of the means over the same images, so that the two add up; few seeds get Student's t.
-    `differences` are float [seeds, images] of independent sets, which have equal weight.
-    """
-    by_image = [values.mean(axis=0) for values in differences]
-    lead, half = paired_difference(by_image, [np.zeros(len(values)) for values in by_image])
-    by_seed = np.mean([values.mean(axis=1) for values in differences], axis=0)
-    if len(by_seed) > 1:
-        half = hypot(half, float(t.isf(0.025, len(by_seed) - 1) * sem(by_seed)))
-    if not half:
-        return 100 * lead, 0.0, float(lead == 0)
-    return 100 * lead, 100 * half, float(2 * norm.sf(norm.isf(0.025) * abs(lead) / half))
-
-
-def lead_over(
-    images: Sequence[Mapping[str, Images]], base: Sequence[Mapping[str, Images]], head: str
-) -> tuple[float, float, float]:
-    """Compute the lead in a column over a base, both by seed; returns the values of `lead_of`."""
-    pairs = list(zip(images, base, strict=True))
-    return lead_of(
-        [
-            np.stack([of_seed[head][number] - of_base[head][number] for of_seed, of_base in pairs])
-            for number in range(len(pairs[0][0][head]))
-        ]
-    )
-
-
-def holm(values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Mark the p-values that survive Holm's correction (Scand. Journal of Statistics, 1979)."""
-    order = sorted(range(len(values)), key=lambda place: values[place])
-    survives = [False] * len(values)
-    for rank, place in enumerate(order):
-        if values[place] > level / (len(values) - rank):
-            break
-        survives[place] = True
-    return survives
-
-
-def corrected(leads: Mapping[K, tuple[float, float, float]]) -> dict[K, str]:
-    """Format leads of `lead_of`, bold if they survive Holm's correction over all of them."""
-    survivors = holm([p for _, _, p in leads.values()])
-    shown = {}
-    for (place, (lead, half, _)), survives in zip(leads.items(), survivors, strict=True):
-        text = f"{lead:+.1f} ± {half:.1f}"
-        shown[place] = f"**{text}**" if survives else text
-    return shown
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -27,9 +27,10 @@ from radapter_serve.data.labelled import Labelled
 from radapter_serve.errors import RAdapterError
 from rivals.benchmark import Flags, check_seeds, table_of
 from rivals.cells import Cells, Judged
-from rivals.layout import corrected, lead_over, markdown, origin, publish, say
+from rivals.layout import markdown, origin, publish, say
 from rivals.method import Cost, Learned, Method, Run, System
 from rivals.radapter import r_adapter
+from rivals.statistics import corrected, lead_over
 from rivals.tables import AT_CHOSEN_RATE, METHODS, NO_STOP, figures, images_of
 
 ZERO_SHOT = "zero-shot"
@@ -238,6 +239,7 @@ def shots(
     say(f"wrote {picture}")
 
     shown = {key: value for key, value in benchmark.fields.items() if key in SHARED}
+    over = "images and seeds" if len(seeds) > 1 else "images alone"
     publish(
         [
             "# A few images" if images else "# A few images of each class",
@@ -245,7 +247,7 @@ def shots(
             f"Benchmark {benchmark.name}, seeds {', '.join(map(str, seeds))}; all methods learn"
             f" with {', '.join(f'{key} {value}' for key, value in shown.items())}. Accuracies in"
             " %, the mean of the seeds, and in brackets the lead over zero-shot with its 95 %"
-            " interval over images and seeds. **Bold** survives Holm's correction over the page."
+            f" interval over {over}. **Bold** survives Holm's correction over the page."
             " Nothing was chosen here: the rates and α were fixed before.",
             *tables,
         ],

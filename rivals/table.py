@@ -25,19 +25,16 @@ from rivals.cells import ALPHAS, Cells, Judged, score
 from rivals.full import of_members
 from rivals.layout import (
     COST,
-    Images,
-    corrected,
     cost_of,
     dots,
-    lead_over,
     markdown,
     origin,
     publish,
     say,
     spread,
-    with_interval,
 )
 from rivals.method import Method, at_rate, with_rate
+from rivals.statistics import Images, Lead, corrected, lead_over, with_interval
 from rivals.tables import TABLES, Table, figures, images_of
 
 CHOICES = (0.25, 0.5, 0.75, 1.0)  # few α suffice, as curves are smooth, and each is an evaluation
@@ -175,7 +172,13 @@ def _worse(trial: Tried, best: Tried) -> bool:
 
 
 # Rows over which the table shows the leads of the others.
-BASES = ("zero-shot", "r-adapter", "r-adapter, preserve", "r-adapter, preserve, all classes")
+BASES = (
+    "zero-shot",
+    "r-adapter",
+    "r-adapter, preserve",
+    "r-adapter, preserve, all classes",
+    "r-adapter, small",
+)
 
 Methods = Mapping[str, Method]  # by their names in the table
 
@@ -218,7 +221,7 @@ def leads(
         head for head in heads if all(head in row for rows in images.values() for row in rows)
     ]
     shown: dict[tuple[str, str, str], str] = {}
-    over_images: dict[tuple[str, str, str], tuple[float, float, float]] = {}
+    over_images: dict[tuple[str, str, str], Lead] = {}
     for base in bases:
         for name in values:
             for head in heads if name != base else ():
@@ -243,7 +246,8 @@ def leads(
         rest = "" if len(paired) == len(heads) else ", and over seeds alone of the others'"
         parts.append(
             f"± is over images and seeds, of {', '.join(paired)}{rest}. **Bold** survives Holm's"
-            " correction over these tables."
+            " correction over these tables, where a copied row or a lead seen from the other system"
+            " counts once."
         )
     return "".join(f"\n\n{part}" for part in parts)
 

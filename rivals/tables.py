@@ -12,10 +12,10 @@ from rivals.adapters import CLIPSVD, AdaptFormer, LoRA, RepAdapter
 from rivals.cells import Judged
 from rivals.flyp import MASK_ADAPTED, CLIPood, FineTuneLikePretrain
 from rivals.full import FullFineTuning, LinearProbe, MaskFill, ProbeThenFineTuning, UniformSoup
-from rivals.layout import Images
 from rivals.method import Method, with_rate
 from rivals.prompts import CoOp, MaPLe
 from rivals.radapter import Variant, ZeroShot, r_adapter
+from rivals.statistics import Images
 
 METHODS: dict[str, Method] = {
     "zero-shot": ZeroShot(),

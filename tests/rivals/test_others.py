@@ -1,4 +1,4 @@
-"""Judgements of other classes, by hand; the interval and Holm's correction; the table."""
+"""Judgements of other classes, by hand; which images and halves are one; the table."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 from radapter_serve.evaluation.rows import packed
 from rivals import others
-from rivals.layout import holm, lead_of
-from rivals.others import Collection, Images, Judged, base_to_novel, judge
+from rivals.others import (
+    Collection,
+    Images,
+    Judged,
+    averaged,
+    base_to_novel,
+    judge,
+    names_of,
+    table,
+)
 from tests.rivals.conftest import collection_of
 
 CLASSES = ("a", "b", "c", "d")
@@ -56,40 +63,50 @@ def test_the_harmonic_mean_of_trained_and_other_classes_by_hand(tmp_path: Path) 
         judged("others", [1, 1], "another style"),
     ]
     rows += [judged(row.kind, [1, 0], method="base") for row in rows[:4]]
-    line = base_to_novel(rows, "own", tmp_path / "picture.png").splitlines()[-2]
+    groups = [("first half",)]
+    line = base_to_novel(rows, "own", tmp_path / "picture.png", groups).splitlines()[-2]
     # 2 * 75 * 25 / 100 and 2 * 50 * 50 / 100
     assert line == "| m | 0.5 | 75.0 | 25.0 | 37.5 | 50.0 | 50.0 | 50.0 |"
 
 
-def test_the_interval_of_one_seed_is_that_of_a_mean_over_images() -> None:
-    draw = np.random.default_rng(1)
-    differences = draw.choice([-1.0, 0.0, 1.0], size=(1, 400), p=[0.1, 0.7, 0.2])
-    lead, half, p = lead_of([differences])
-    error = scipy.stats.sem(differences[0])
-    low, high = scipy.stats.norm.interval(0.95, differences.mean(), error)
-    assert (lead - half, lead + half) == pytest.approx((100 * low, 100 * high))
-    assert p == pytest.approx(2 * scipy.stats.norm.sf(differences.mean() / error))
+def test_an_image_that_is_judged_in_both_splits_has_one_name() -> None:
+    # b is trained in both; of d there is no image to search for.
+    of = Collection(("a", "b", "d"), ("{}",), {}, {}, {})
+    images = Images(torch.zeros(4, 3), np.array([0, 1, 0, 1]))
+    names = names_of(of, {"x": images, "y": images})
+    assert of.splits == {"first half": ("a", "b"), "last half": ("b", "d")}
+    assert names["first half", "trained", "x"].tolist() == ["x 0", "x 1", "x 2", "x 3"]
+    assert names["last half", "trained", "x"].tolist() == ["x 1", "x 3"]
+    assert names["last half", "others, all labels", "y"].tolist() == ["y 0", "y 2"]
+    assert names["last half", "searches", "x"].tolist() == ["0"]
+    assert names["first half", "searches", "x"].tolist() == []
 
 
-def test_the_interval_holds_seeds_too() -> None:
-    means = [0.0, 0.1, 0.2, 0.3]
-    seeds = np.repeat(np.array(means)[:, None], 50, axis=1)  # images are all alike
-    lead, half, _ = lead_of([seeds])
-    low, high = scipy.stats.t.interval(0.95, 3, np.mean(means), scipy.stats.sem(means))
-    assert (lead - half, lead + half) == pytest.approx((100 * low, 100 * high))
-    # Images that differ add their own part; each of two sets has half of the weight.
-    images = np.random.default_rng(0).normal(size=50) / 10
-    of_images = 1.96 * 100 * scipy.stats.sem(images)
-    for sets in (1, 2):
-        _, both, _ = lead_of([seeds + images] * sets)
-        assert both == pytest.approx((half**2 + of_images**2 / sets) ** 0.5, rel=1e-3)
-    assert lead_of([np.zeros((2, 5))]) == (0.0, 0.0, 1.0)
+def test_no_mean_is_taken_with_a_half_that_has_nothing_to_lose(tmp_path: Path) -> None:
+    of = Collection(CLASSES, ("{}",), {}, {}, {})
 
+    def rows(method: str, last: list[int]) -> list[Judged]:
+        halves = {"first half": [1, 1, 1, 0], "last half": last}
+        return [
+            Judged(method, "", split, 0, 0.5, "own", kind, 4, packed(np.array(right, bool)))
+            for split, right in halves.items()
+            for kind in ("trained", "others", "trained, all labels", "others, all labels")
+        ]
 
-def test_holm_by_hand() -> None:
-    # 0.005 <= 0.05/4 and 0.01 <= 0.05/3, but 0.03 > 0.05/2, which ends it.
-    assert holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
-    assert holm([0.04]) == [True]
+    known = rows("base", [1, 1, 0, 0])  # twice chance among four
+    unknown = rows("base", [1, 0, 0, 0])
+    assert averaged(of, known, "own") == [("first half", "last half")]
+    groups = averaged(of, unknown, "own")
+    assert groups == [("first half",), ("last half",)]
+    images = Images(torch.zeros(8, 3), np.repeat([0, 1, 2, 3], 2))
+    after = rows("m", [1, 1, 1, 1])
+    first, last = table(
+        {("m", "0.5"): after}, unknown, "own", names_of(of, {"own": images}), groups
+    )
+    assert "Trained: the first half" in first and "| +0.0 ± 0.0 |" in first
+    assert "| +75.0 ± " in last
+    lines = base_to_novel([*unknown, *after], "own", tmp_path / "picture.png", groups).splitlines()
+    assert lines[-1].startswith("| m | 0.5 | last half | 100.0 | 100.0 | 100.0 |")
 
 
 @pytest.mark.slow
