@@ -507,7 +507,7 @@ def _write_label_sets(
     facts of each, and warnings about labels that the model cannot tell apart.
     """
     templates = source.templates
-    alpha = loaded.request_alpha(None)
+    place = loaded.place()
     first, *others = folders
     first.mkdir()
     facts: dict[str, dict[str, Any]] = {}
@@ -518,13 +518,13 @@ def _write_label_sets(
             say(f"embedding label set {name}: {count} of {total} labels")
 
         done(0)
-        steps = embed_labels(loaded, file.labels, templates, alpha=alpha, progress=done)
+        steps = embed_labels(loaded, file.labels, templates, place=place, progress=done)
         label_set = complete(steps)
         if file.images:
             say(f"embedding the {len(file.images)} examples of label set {name}")
             examples = file.examples(loaded.preprocess)
             try:
-                label_set = complete(mix_examples(loaded, label_set, examples, alpha))
+                label_set = complete(mix_examples(loaded, label_set, examples, place))
             except TaskError as error:
                 raise RAdapterError(error.message) from None
             # If α is an input, servers need the examples for other α.

@@ -1,7 +1,10 @@
-"""The map of finished embeddings that an adapter on a projection is, in numpy, for servers."""
+"""Where embeddings stand between a base and its fine-tunes: `Point`; and the map of finished
+embeddings that an adapter on a projection is, in numpy, for servers.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,19 @@ from numpy.typing import NDArray
 from radapter_serve.contract.errors import check_alpha
 
 Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point between a base and a fine-tune, as a request names it: an adapter beside the release,
+    none if empty, and α in [0, 1], the default if None.
+    """
+
+    adapter: str = ""
+    alpha: float | None = None
+
+
+DEFAULT_POINT = Point()  # no adapter, at the release's α
 
 
 def map_embeddings(

@@ -16,6 +16,8 @@ from radapter_serve.errors import RAdapterError
 INVALID_IMAGE = "invalid_image"
 IMAGE_TOO_LARGE = "image_too_large"
 UNKNOWN_LABEL_SET = "unknown_label_set"
+UNKNOWN_ADAPTER = "unknown_adapter"
+ADAPTER_FAILED = "adapter_failed"
 NO_LABELS = "no_labels"
 INVALID_ARGUMENT = "invalid_argument"
 NO_PATCH_ENCODER = "no_patch_encoder"
@@ -50,6 +52,7 @@ _PRIVATE = re.compile(r"['\"]?(?<![\w.])/\S+|\S*radapter_serve_\w+\S*")
 
 # gRPC status by code; all other codes have INVALID_ARGUMENT.
 _STATUS = {
+    ADAPTER_FAILED: "INTERNAL",
     ENCODER_FAILED: "INTERNAL",
     INTERNAL_ERROR: "INTERNAL",
     CANCELLED: "CANCELLED",

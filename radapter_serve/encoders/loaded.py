@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,12 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_client import Client, RAdapterClientError
+from radapter_serve.contract.embeddings import DEFAULT_POINT, Point
 from radapter_serve.contract.errors import (
     ENCODER_FAILED,
     IMAGE_TOO_LARGE,
     OVERLOADED,
     RESTARTING,
     SERVER_STOPPING,
+    UNKNOWN_ADAPTER,
     Alpha,
     Cancelled,
     TaskError,
@@ -43,7 +45,9 @@ from radapter_serve.encoders.encoder import Encoder, EncoderGraph, GraphEncoder
 from radapter_serve.encoders.labels import LabelCache, LabelSet, load_label_sets
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import decoders, total
-from radapter_serve.release.release import Release
+from radapter_serve.release.adapters import Adapters, TextAdapter, unknown_name
+from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.release import Confidence, Release, fitted_at
 from radapter_serve.release.repository import (
     RUNTIMES,
     SPINNING,
@@ -83,6 +87,35 @@ class Need:
     rows: Any  # headers of images, pixels, or the token ids of each text
     alpha: float | None  # None if it is folded into the weights
     cancelled: Cancelled | None  # whether the caller has given up
+
+
+@dataclass(frozen=True)
+class Place:
+    """A `Point` of a release, checked: the adapter itself, and the α of the adapter, if there is
+    one, and of the encoders.
+    """
+
+    alpha: float  # of the adapter, if there is one, else of the encoders
+    encoder_alpha: float | None  # None if it is folded into the weights
+    adapter: TextAdapter | None = None
+
+    @property
+    def base(self) -> Place:
+        """The place of embeddings that the adapter has not mapped."""
+        if self.adapter is None:
+            return self
+        return Place(self.encoder_alpha or 0.0, self.encoder_alpha)
+
+    @property
+    def key(self) -> Hashable:
+        """A key of caches: text embeddings of one release differ if their keys do."""
+        if self.adapter is None:
+            return self.encoder_alpha
+        return self.adapter.digest, self.alpha, self.encoder_alpha
+
+    def map(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Map text embeddings of the encoder, float32 [N, D], to this place."""
+        return embeds if self.adapter is None else self.adapter.map(embeds, self.alpha)
 
 
 Steps: TypeAlias = Generator[Need, Any, A]
@@ -232,6 +265,7 @@ class LoadedRelease:
         read_label_sets: Callable[[LoadedRelease], Mapping[str, LabelSet]] = lambda loaded: {},
         indexes: Path = Path("indexes"),
         origin: Mapping[str, str] | None = None,
+        adapters: Path | None = None,
     ) -> None:
         self.release = release
         self.exported_alpha = float(np.float32(release.alpha))  # `at` does not change it
@@ -241,6 +275,15 @@ class LoadedRelease:
         self.indexes = indexes
         self.origin = dict(origin or {})
         self._read_label_sets = read_label_sets
+        self._adapters = adapters
+
+    @cached_property
+    def adapters(self) -> Adapters | None:
+        """The adapters beside the release, in its model repository; None if it is in none."""
+        if self._adapters is None:
+            return None
+        text_tower = self.release.text_tower.digest(self.release.alpha)
+        return Adapters(self._adapters, text_tower, self._check)
 
     @cached_property
     def label_sets(self) -> Mapping[str, LabelSet]:
@@ -257,9 +300,68 @@ class LoadedRelease:
         """Cached embeddings of requests' labels."""
         return LabelCache()
 
-    def request_alpha(self, alpha: float | None) -> float | None:
-        """The encoder's α for a request, the release's if `alpha` is None; None if α is folded."""
-        return request_alpha(alpha, self.release.alpha, dynamic=self.release.dynamic_alpha)
+    @cached_property
+    def prompt_cache(self) -> LabelCache:
+        """Cached embeddings of prompts, which adapters map."""
+        return LabelCache()
+
+    def confidence(self, place: Place) -> Confidence:
+        """The calibration of the release or the adapter; refuses another α than that of its fit."""
+        if place.adapter is None:
+            what = "this release"
+            return fitted_at(what, self.release.confidence, self.exported_alpha, place.alpha)
+        facts = place.adapter.facts
+        what = f"the adapter {place.adapter.name}"
+        return fitted_at(what, facts.confidence, facts.alpha, place.alpha)
+
+    def place(self, point: Point | Place = DEFAULT_POINT) -> Place:
+        """Check a point of a request, and look its adapter up; a `Place` is as it is."""
+        if isinstance(point, Place):
+            return point
+        release = self.release
+        alpha = None if point.adapter else point.alpha
+        encoder_alpha = request_alpha(alpha, release.alpha, dynamic=release.dynamic_alpha)
+        if not point.adapter:
+            used = release.alpha if encoder_alpha is None else encoder_alpha
+            return Place(float(used), encoder_alpha)
+        if self.adapters is None:
+            raise TaskError(UNKNOWN_ADAPTER, unknown_name(point.adapter, {}))
+        adapter = self.adapters.get(point.adapter)
+        alpha = adapter.facts.alpha if point.alpha is None else point.alpha
+        return Place(request_alpha(alpha, alpha, dynamic=True) or 0.0, encoder_alpha, adapter)
+
+    @cached_property
+    def _samples(self) -> tuple[Samples, list[NDArray[np.float32]]]:
+        """The texts that the export has embedded by torch, and their embeddings by this encoder."""
+        assert self.adapters is not None
+        folder = self.adapters.repository / "text_encoder" / str(self.release.version)
+        samples = Samples.load(folder)
+        return samples, [self.encoder.tokens(*inputs) for inputs, _ in samples.batches()]
+
+    def _check(self, adapter: TextAdapter) -> None:
+        """Compare an adapter's embeddings with those of torch, mapped in double precision."""
+        release = self.release
+        if adapter.facts.width != release.embed_dim:
+            raise RAdapterError(
+                f"the adapter {adapter.name!r} maps embeddings of width {adapter.facts.width}, and"
+                f" those of release {release.version} have {release.embed_dim}"
+            )
+        samples, embeds = self._samples
+        alpha = adapter.facts.alpha
+        change = adapter.factors[0].astype(np.float64)
+        for factor in adapter.factors[1:]:
+            change = change @ factor
+        references = []
+        for reference in samples.references:
+            rows = reference + alpha * reference @ change.T
+            references.append(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+        mapped = iter([adapter.map(rows, alpha) for rows in embeds])
+        compare(
+            f"the text encoder of release {release.version} with the adapter {adapter.name!r}",
+            lambda *inputs: next(mapped),
+            Samples(samples.inputs, references, samples.alphas),
+            release.bounds,
+        )
 
     def at(self, alpha: float) -> LoadedRelease:
         """The release at another α, which it must support."""
@@ -273,7 +375,14 @@ class LoadedRelease:
     def _changed(self, **fields: Any) -> LoadedRelease:
         # Drop the cached properties, which depend on the fields.
         changed = copy.copy(self)
-        for name in ("decoder", "label_cache", "label_sets"):
+        for name in (
+            "adapters",
+            "decoder",
+            "label_cache",
+            "prompt_cache",
+            "label_sets",
+            "_samples",
+        ):
             changed.__dict__.pop(name, None)
         changed.__dict__.update(fields)
         return changed
@@ -297,21 +406,22 @@ class LoadedRelease:
         return self._encode("tokens", self.tokenizer.encode(texts))
 
     def _encode(self, part: Part, rows: Sequence[Any] | NDArray[np.uint8]) -> NDArray[np.float32]:
-        return encode(self, [Need(self, part, rows, self.request_alpha(None), None)])
+        return encode(self, [Need(self, part, rows, self.place().encoder_alpha, None)])
 
     def encoded(
         self,
         part: Part,
         rows: Sequence[Any] | NDArray[np.uint8],
-        alpha: float | None = None,
+        place: Place | None = None,
         cancelled: Cancelled | None = None,
     ) -> Steps[NDArray[Any]]:
-        """Step of a task: encode rows at a checked α, or the release's."""
+        """Step of a task: encode rows at a place, by default the release's own. Here alone an
+        adapter maps texts, so it needs no graph of its own, and rows of several share a batch.
+        """
         check_cancelled(cancelled)
-        if alpha is None:
-            alpha = self.request_alpha(None)
-        embeds: NDArray[Any] = yield Need(self, part, rows, alpha, cancelled)
-        return embeds
+        place = place or self.place()
+        embeds: NDArray[Any] = yield Need(self, part, rows, place.encoder_alpha, cancelled)
+        return place.map(embeds) if part == "tokens" else embeds
 
     def decoded(
         self, files: Sequence[ImageFile], cancelled: Cancelled | None = None
@@ -365,6 +475,7 @@ def load_release(
         read_label_sets=lambda loaded: load_label_sets(folder / "label_sets"),
         indexes=indexes,
         origin={"model_repository": str(Path(repository).absolute())},
+        adapters=folder.parents[1],
     )
 
 

@@ -351,11 +351,14 @@ class Engine:
             answers = run_together([run(request, given_up) for request in requests], encode)
 
         # Convert the answers to outputs, which become tensors only in a server.
+        answered = []
         for answer in answers:
             if isinstance(answer, TaskError):
                 raise answer
-        outputs = {name: value for name, value in task.write(answers).plain.items() if wants(name)}
-        return Reply(served.loaded.release.version, Values(outputs))
+            answered.append(answer)
+        version = served.loaded.release.version
+        values = task.values(version, answered).plain
+        return Reply(version, Values({name: values[name] for name in values if wants(name)}))
 
     def _encode(self, asked: ServedRelease, needs: Sequence[Need]) -> Sequence[Result]:
         """Encode needs of one release in its queue; images are decoded without a queue."""

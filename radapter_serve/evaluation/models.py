@@ -74,8 +74,7 @@ class Candidate:
         """Embed classes, float32 [C, D]: the mean over a class's names and all templates."""
         if not templates:
             raise RAdapterError("no prompt template; give one or more, such as 'a photo of a {}.'")
-        alpha = self.loaded.request_alpha(None)
-        labels = complete(embed_labels(self.loaded, classes, templates, alpha=alpha))
+        labels = complete(embed_labels(self.loaded, classes, templates))
         return check_finite(labels.embeds)
 
     def dense_method(self, dense: str | None) -> str:
@@ -170,7 +169,7 @@ class ServerCandidate(Candidate):
             proposals=masks,
             proposal_scores=scores,
             proposal_weight=None if scores is None else options.proposal_weight,
-            alpha=self.loaded.request_alpha(None),
+            alpha=self.loaded.place().encoder_alpha,
             **windows,
         )
         return np.asarray(answer.mask, np.uint16)

@@ -66,6 +66,12 @@ class Tower:
     base: str  # of its modules and of all its tensors, before the change
     change: str | None = None  # of what α scales in it; None if it is the base's at any α
 
+    def digest(self, alpha: float) -> str:
+        """`sha256:` of the tower's weights at an α; that of the base if they are the base's."""
+        if self.change is None or not alpha:
+            return self.base
+        return digest_of(json.dumps([self.base, self.change, float(alpha)]).encode())
+
     @classmethod
     def from_dict(cls, facts: Any, release: Mapping[str, Any]) -> Tower:
         """Read the facts of a tower. A release of version 1.0.0 has none: there the adapter counts
@@ -218,16 +224,18 @@ def release_parameters(releases: Iterable[Release]) -> dict[str, str]:
     return parameters
 
 
-def fitted_at(release: Release, exported: float, alpha: float | None) -> Confidence:
-    """Read the calibration of a release; refuses another α of the embeddings than `exported`."""
-    if release.confidence is None:
-        raise TaskError(NOT_CALIBRATED, f"this release has no calibrated scores; {HOW}")
-    if alpha is not None and np.float32(alpha) != np.float32(exported):
+def fitted_at(
+    what: str, confidence: Mapping[str, Any] | None, fitted: float, alpha: float
+) -> Confidence:
+    """Read the calibration of a release or an adapter, which `what` names; refuses another α of the
+    embeddings than `fitted`.
+    """
+    if confidence is None:
+        raise TaskError(NOT_CALIBRATED, f"{what} has no calibrated scores; {HOW}")
+    if np.float32(alpha) != np.float32(fitted):
         raise TaskError(
             NOT_CALIBRATED,
-            f"the scores of this release are calibrated at alpha {exported:g}, not at {alpha:g}",
+            f"the scores of {what} are calibrated at alpha {fitted:g}, not at {alpha:g}",
         )
     fields = Confidence.__dataclass_fields__
-    return Confidence(
-        **{name: value for name, value in release.confidence.items() if name in fields}
-    )
+    return Confidence(**{name: value for name, value in confidence.items() if name in fields})

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.embeddings import DEFAULT_POINT, Point
 from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_IMAGE,
@@ -20,8 +21,8 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.images import ImageFile, read_header
 from radapter_serve.contract.labels import class_probabilities, known_as
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease, Steps
-from radapter_serve.release.release import HOW, NO_TEMPERATURE, Confidence, fitted_at
+from radapter_serve.encoders.loaded import LoadedRelease, Place, Steps
+from radapter_serve.release.release import HOW, NO_TEMPERATURE, Confidence
 from radapter_serve.tasks.embed import (
     Labels,
     check_labels,
@@ -46,7 +47,7 @@ class ClassifyRequest:
     images: Sequence[bytes | ImageFile]
     labels: Labels
     top_k: int | None = None  # None: 5, and all with `multi_label`
-    alpha: float | None = None  # None: the release's own
+    point: Point | Place = DEFAULT_POINT
     multi_label: bool = False  # score each label by itself: any number may be right
     threshold: float | None = None  # with multi_label, the least score to return; None: 0.5
     calibrated: bool = False  # scores calibrated on the release's validation data
@@ -102,15 +103,15 @@ def classify(
 ) -> Steps[list[Ranking]]:
     """Rank labels for each image by cosine; refuses a wrong request before encoding an image."""
     # Check values and headers, before anything is encoded.
-    alpha = loaded.request_alpha(request.alpha)
-    rule = _score_rule(loaded, request, alpha)
-    count = check_labels(loaded, request.labels, alpha, by_example=True)
+    place = loaded.place(request.point)
+    rule = _score_rule(loaded, request, place)
+    count = check_labels(loaded, request.labels, place, by_example=True)
     examples = request.examples
     shown: list[ImageFile] = []
     if examples is not None:
-        for place in examples.labels:
-            if not 0 <= place < count:
-                raise invalid(f"example_labels has {place}; there are labels 0 to {count - 1}")
+        for number in examples.labels:
+            if not 0 <= number < count:
+                raise invalid(f"example_labels has {number}; there are labels 0 to {count - 1}")
         if len(examples.weights) not in (1, count):
             raise invalid(
                 f"example_weight has {len(examples.weights)} numbers for {count} labels; give one"
@@ -122,14 +123,14 @@ def classify(
     files = checked_headers(loaded, request.images, shown)
 
     # Embed the labels, with examples mixed in.
-    label_set = yield from embed_label_set(loaded, request.labels, alpha, cancelled)
+    label_set = yield from embed_label_set(loaded, request.labels, place, cancelled)
     for mixed in (label_set.examples, examples):
         if mixed is not None:
-            label_set = yield from mix_examples(loaded, label_set, mixed, alpha, cancelled)
+            label_set = yield from mix_examples(loaded, label_set, mixed, place, cancelled)
 
     # Embed the images, and rank the labels of each.
     pixels = yield from loaded.decoded(files, cancelled)
-    embeds = yield from loaded.encoded("images", pixels, alpha, cancelled)
+    embeds = yield from loaded.encoded("images", pixels, place, cancelled)
     return [rule.ranking(cosines, label_set) for cosines in finite(embeds) @ label_set.embeds.T]
 
 
@@ -163,7 +164,7 @@ class ScoreRule:
         return Ranking([label_set.labels[place] for place in places], scores)
 
 
-def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, alpha: float | None) -> ScoreRule:
+def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, place: Place) -> ScoreRule:
     """The rule of a request; refuses scores that the release, or labels with examples, lack."""
     release = loaded.release
     is_fitted = request.multi_label or request.calibrated or request.unknown is not None
@@ -174,7 +175,7 @@ def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, alpha: float | 
         by_example = name is not None and known_as(name, release.sets_by_example) is not None
         if request.examples is not None or by_example:
             raise TaskError(NOT_CALIBRATED, _BY_EXAMPLE)
-        confidence = fitted_at(release, loaded.exported_alpha, alpha)
+        confidence = loaded.confidence(place)
         sigmoid = confidence.scale, confidence.bias
     if request.multi_label:
         # Use the fitted scale and bias even for a model that was pretrained with a sigmoid:
@@ -212,7 +213,7 @@ def mix_examples(
     loaded: LoadedRelease,
     label_set: LabelSet,
     examples: Examples,
-    alpha: float | None,
+    place: Place,
     cancelled: Cancelled | None = None,
 ) -> Steps[LabelSet]:
     """Mix examples into labels: (1 - w) text + w mean of the label's examples, at unit length."""
@@ -220,13 +221,13 @@ def mix_examples(
     cache = loaded.label_cache
     embeds: dict[bytes, NDArray[np.float32]] = {}
     for image, digest in zip(examples.images, examples.digests, strict=True):
-        kept = embeds.get(image, cache.get((digest, alpha)))
+        kept = embeds.get(image, cache.get((digest, place.encoder_alpha)))
         if kept is None:
             with _example(examples, image):
                 pixels = yield from loaded.decoded([read_header(image)], cancelled)
-            encoded = yield from loaded.encoded("images", pixels, alpha, cancelled)
+            encoded = yield from loaded.encoded("images", pixels, place, cancelled)
             kept = encoded[0].copy()
-            cache.put((digest, alpha), kept)
+            cache.put((digest, place.encoder_alpha), kept)
         embeds[image] = kept
 
     # Mix them into the embeddings of their labels.
@@ -234,11 +235,11 @@ def mix_examples(
     shown = np.stack([embeds[image] for image in examples.images])
     places = np.array(examples.labels)
     mixed = label_set.embeds.copy()
-    for place in np.unique(places):
-        label = label_set.labels[place]
-        example = _unit(shown[places == place].mean(0), label)
-        both = (1 - weights[place]) * label_set.embeds[place] + weights[place] * example
-        mixed[place] = _unit(both, label)
+    for number in np.unique(places):
+        label = label_set.labels[number]
+        example = _unit(shown[places == number].mean(0), label)
+        both = (1 - weights[number]) * label_set.embeds[number] + weights[number] * example
+        mixed[number] = _unit(both, label)
     return replace(label_set, embeds=mixed)
 
 

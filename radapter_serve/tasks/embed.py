@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.embeddings import DEFAULT_POINT, Point
 from radapter_serve.contract.errors import (
     ENCODER_FAILED,
     NO_LABELS,
@@ -32,25 +33,25 @@ from radapter_serve.contract.labels import (
     split_label,
 )
 from radapter_serve.encoders.labels import LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease, Steps
+from radapter_serve.encoders.loaded import LoadedRelease, Place, Steps
 
 _PROMPTS = 256  # prompts of a part: then its labels are cached, and other callers have a turn
 
 
 @dataclass(frozen=True)
 class EmbedImagesRequest:
-    """Image files to embed, at `alpha` or, if None, at the release's α."""
+    """Image files to embed."""
 
     images: Sequence[bytes | ImageFile]
-    alpha: float | None = None
+    point: Point | Place = DEFAULT_POINT
 
 
 @dataclass(frozen=True)
 class EmbedTextsRequest:
-    """Non-empty texts of allowed length to embed, at `alpha` or, if None, the release's α."""
+    """Non-empty texts of allowed length to embed."""
 
     texts: Sequence[str]
-    alpha: float | None = None
+    point: Point | Place = DEFAULT_POINT
 
     def __post_init__(self) -> None:
         for number, text in enumerate(self.texts, 1):
@@ -65,19 +66,19 @@ def embed_images(
     loaded: LoadedRelease, request: EmbedImagesRequest, cancelled: Cancelled | None = None
 ) -> Steps[NDArray[np.float32]]:
     """Embed images to float32 [N, D]; a `TaskError` names the first bad image."""
-    alpha = loaded.request_alpha(request.alpha)
+    place = loaded.place(request.point)
     files = checked_headers(loaded, request.images)
     pixels = yield from loaded.decoded(files, cancelled)
-    return (yield from loaded.encoded("images", pixels, alpha, cancelled))
+    return (yield from loaded.encoded("images", pixels, place, cancelled))
 
 
 def embed_texts(
     loaded: LoadedRelease, request: EmbedTextsRequest, cancelled: Cancelled | None = None
 ) -> Steps[NDArray[np.float32]]:
     """Embed texts to float32 [N, D]; texts with too many tokens are cut as in open_clip."""
-    alpha = loaded.request_alpha(request.alpha)
+    place = loaded.place(request.point)
     rows = loaded.tokenizer.encode(request.texts)
-    return (yield from loaded.encoded("tokens", rows, alpha, cancelled))
+    return (yield from loaded.encoded("tokens", rows, place, cancelled))
 
 
 def checked_headers(
@@ -115,42 +116,95 @@ class Labels:
 
 
 def check_labels(
-    loaded: LoadedRelease, labels: Labels, alpha: float | None, *, by_example: bool = False
+    loaded: LoadedRelease, labels: Labels, place: Place, *, by_example: bool = False
 ) -> int:
     """Check and count the labels of a request; only `classify` takes some `by_example`."""
     if labels.label_set is not None:
-        name = _known_label_set(loaded, labels.label_set)
-        if name in loaded.release.sets_by_example and not by_example:
+        lines, _, exported = _label_set(loaded, labels.label_set, place)
+        if exported is not None and exported.examples is not None and not by_example:
             raise invalid(
-                f"the label set {name!r:.80} has labels by example, which are for classify; give"
-                " labels, or another label set"
+                f"the label set {labels.label_set!r:.80} has labels by example, which are for"
+                " classify; give labels, or another label set"
             )
-        return len(loaded.label_sets[name].labels)
+        return len(lines)
     if labels.names is None:
-        sets = _names_of_label_sets(loaded)
+        sets = _names_of_label_sets(loaded, place)
         raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {sets}")
-    templates = loaded.release.templates if labels.templates is None else labels.templates
+    templates = _templates(loaded, place) if labels.templates is None else labels.templates
     check_prompts([(labels.names, templates)])
-    if loaded.label_cache.get((tuple(labels.names), tuple(templates), alpha)) is None:
+    if loaded.label_cache.get((tuple(labels.names), tuple(templates), place.key)) is None:
         check_names(labels.names)
     return len(labels.names)
 
 
 def embed_label_set(
-    loaded: LoadedRelease, labels: Labels, alpha: float | None, cancelled: Cancelled | None
+    loaded: LoadedRelease, labels: Labels, place: Place, cancelled: Cancelled | None
 ) -> Steps[LabelSet]:
     """Return the label set of a checked request, with its examples not mixed in yet."""
     if labels.label_set is None:
         names = labels.names or ()
-        templates = loaded.release.templates if labels.templates is None else labels.templates
-        return (yield from embed_labels(loaded, names, templates, alpha=alpha, cancelled=cancelled))
-    exported = loaded.label_sets[_known_label_set(loaded, labels.label_set)]
-    if alpha in (None, loaded.exported_alpha):
+        templates = _templates(loaded, place) if labels.templates is None else labels.templates
+        return (yield from embed_labels(loaded, names, templates, place=place, cancelled=cancelled))
+    lines, templates, exported = _label_set(loaded, labels.label_set, place)
+    if exported is not None and place.key in (None, loaded.exported_alpha):
         return replace(exported, examples=None)  # the export has mixed them in
-    embedded = yield from embed_labels(
-        loaded, exported.lines, exported.templates, alpha=alpha, cancelled=cancelled
-    )
-    return replace(embedded, examples=exported.examples)
+    embedded = yield from embed_labels(loaded, lines, templates, place=place, cancelled=cancelled)
+    return embedded if exported is None else replace(embedded, examples=exported.examples)
+
+
+def _label_set(
+    loaded: LoadedRelease, name: str, place: Place
+) -> tuple[Sequence[str], Sequence[str], LabelSet | None]:
+    """The labels and templates of a label set, of the adapter or else of the release; and the
+    label set as it was exported, None for an adapter's.
+    """
+    if place.adapter is not None:
+        facts = place.adapter.facts
+        known = known_as(name, facts.label_sets)
+        if known is not None:
+            return facts.label_sets[known], facts.templates, None
+    known = known_as(name, loaded.label_sets)
+    if known is None:
+        sets = _names_of_label_sets(loaded, place)
+        raise TaskError(
+            UNKNOWN_LABEL_SET, f"no label set {name!r:.80} in this release; there are: {sets}"
+        )
+    exported = loaded.label_sets[known]
+    return exported.lines, exported.templates, exported
+
+
+def _names_of_label_sets(loaded: LoadedRelease, place: Place) -> str:
+    sets = {} if place.adapter is None else place.adapter.facts.label_sets
+    names = ", ".join(sorted({*loaded.label_sets, *sets}))
+    return names or "none (radapter-export --label-set NAME=FILE makes one)"
+
+
+def _templates(loaded: LoadedRelease, place: Place) -> Sequence[str]:
+    """The templates of labels that come without any: the adapter's, or the release's."""
+    return (loaded.release if place.adapter is None else place.adapter.facts).templates
+
+
+def embed_prompts(
+    loaded: LoadedRelease, texts: Sequence[str], place: Place, cancelled: Cancelled | None = None
+) -> Steps[NDArray[np.float32]]:
+    """Embed prompts; for an adapter those of the base are cached, as the next one only maps."""
+    if place.adapter is None:
+        rows = loaded.tokenizer.encode(texts)
+        return (yield from loaded.encoded("tokens", rows, place, cancelled))
+    cache = loaded.prompt_cache
+    base: dict[str, NDArray[np.float32]] = {}
+    for text in texts:
+        kept = cache.get((text, place.encoder_alpha))
+        if kept is not None:
+            base[text] = kept
+    new = [text for text in texts if text not in base]
+    if new:
+        rows = loaded.tokenizer.encode(new)
+        encoded = yield from loaded.encoded("tokens", rows, place.base, cancelled)
+        for text, row in zip(new, encoded, strict=True):
+            base[text] = row.copy()
+            cache.put((text, place.encoder_alpha), base[text])
+    return place.map(np.stack([base[text] for text in texts]))
 
 
 def embed_labels(
@@ -158,15 +212,16 @@ def embed_labels(
     labels: Sequence[str],
     templates: Sequence[str],
     *,
-    alpha: float | None = None,
+    place: Place | None = None,
     cancelled: Cancelled | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Steps[LabelSet]:
-    """Embed checked labels, the mean over all prompts scaled to unit length; each is cached by α
-    and templates. `progress` is called with the number of labels so far.
+    """Embed checked labels, the mean over all prompts scaled to unit length; each is cached by
+    place and templates. `progress` is called with the number of labels so far.
     """
+    place = place or loaded.place()
     cache = loaded.label_cache
-    whole = (tuple(labels), tuple(templates), alpha)
+    whole = (tuple(labels), tuple(templates), place.key)
     label_set: LabelSet | None = cache.get(whole)
     if label_set is not None:
         return label_set
@@ -182,7 +237,7 @@ def embed_labels(
         part: list[str] = []
         while waiting and (not part or count < _PROMPTS):
             label = waiting.popleft()
-            kept = cache.get((digest, alpha, label))
+            kept = cache.get((digest, place.key, label))
             if kept is not None:
                 embeds[label] = kept
                 continue
@@ -191,11 +246,10 @@ def embed_labels(
         if part:
             prompts = [prompts_of(names[label], templates) for label in part]
             texts = list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
-            rows = loaded.tokenizer.encode(texts)
-            encoded = yield from loaded.encoded("tokens", rows, alpha, cancelled)
+            encoded = yield from embed_prompts(loaded, texts, place, cancelled)
             for label, mean in zip(part, means_of(prompts, texts, encoded), strict=True):
                 embeds[label] = mean.copy()
-                cache.put((digest, alpha, label), embeds[label])
+                cache.put((digest, place.key, label), embeds[label])
         if progress is not None:
             progress(len(embeds))
     shown = tuple(names[label][0] for label in labels)
@@ -203,18 +257,3 @@ def embed_labels(
     label_set = LabelSet(shown, rows_of_all, tuple(labels), tuple(templates))
     cache.put(whole, label_set, len(labels) + len(templates))
     return label_set
-
-
-def _known_label_set(loaded: LoadedRelease, name: str) -> str:
-    known = known_as(name, loaded.label_sets)
-    if known is None:
-        sets = _names_of_label_sets(loaded)
-        raise TaskError(
-            UNKNOWN_LABEL_SET, f"no label set {name!r:.80} in this release; there are: {sets}"
-        )
-    return known
-
-
-def _names_of_label_sets(loaded: LoadedRelease) -> str:
-    names = ", ".join(sorted(loaded.label_sets))
-    return names or "none (radapter-export --label-set NAME=FILE makes one)"

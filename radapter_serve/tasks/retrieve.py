@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.embeddings import DEFAULT_POINT, Point
 from radapter_serve.contract.errors import (
     INDEX_REPLACED,
     NOT_CALIBRATED,
@@ -16,10 +17,10 @@ from radapter_serve.contract.errors import (
     invalid,
 )
 from radapter_serve.contract.images import ImageFile
-from radapter_serve.encoders.loaded import Steps
+from radapter_serve.encoders.loaded import Place, Steps
 from radapter_serve.index.facts import Hit
 from radapter_serve.index.index import Indexes
-from radapter_serve.release.release import HOW, fitted_at
+from radapter_serve.release.release import HOW
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
     EmbedTextsRequest,
@@ -79,6 +80,7 @@ class RetrieveRequest:
     index_version: str | None = None  # from an earlier answer; None: any version
     min_score: float | None = None  # least cosine, in [-1, 1], of an image to return
     calibrated: bool = False  # use the release's calibrated min_score; for one text
+    point: Point = DEFAULT_POINT  # of the texts
 
     def __post_init__(self) -> None:
         if self.calibrated and self.min_score is not None:
@@ -96,6 +98,7 @@ class Retrieved:
     hits: Sequence[Hit]
     index_version: str
     thumbnails: bool
+    place: Place  # of the texts
 
 
 def retrieve(
@@ -109,13 +112,20 @@ def retrieve(
             f"the index {index.name!r} has another version than the page before;"
             " search again from offset 0",
         )
-    # Texts are embedded at the α of the images, unless α changes no image.
-    alpha = None
-    if loaded.release.image_tower.change is not None:
-        alpha = index.facts.plan.release.alpha
+    # Images are embedded at the α of the index, and so are texts, unless the request moves them.
+    changes_images = loaded.release.image_tower.change is not None
+    images_at = loaded.place()
+    if changes_images:
+        images_at = loaded.place(Point(alpha=index.facts.plan.release.alpha))
+    place = images_at if request.point == DEFAULT_POINT else loaded.place(request.point)
+    if changes_images and place.encoder_alpha != images_at.encoder_alpha:
+        raise invalid(
+            f"alpha is {place.encoder_alpha:g}, and the images of the index {index.name!r} are at"
+            f" alpha {images_at.alpha:g}; leave alpha out"
+        )
     min_score = request.min_score
     if request.calibrated:
-        min_score = fitted_at(loaded.release, loaded.exported_alpha, alpha).min_score
+        min_score = loaded.confidence(place).min_score
         if min_score is None:
             raise TaskError(NOT_CALIBRATED, f"this release has no calibrated least score; {HOW}")
 
@@ -123,10 +133,10 @@ def retrieve(
     query = request.query
     vectors: list[NDArray[np.float32]] = []
     if query.texts:
-        texts = EmbedTextsRequest(query.texts, alpha)
+        texts = EmbedTextsRequest(query.texts, place)
         vectors += list((yield from embed_texts(loaded, texts, cancelled)))
     if query.images:
-        images = EmbedImagesRequest(query.images, alpha)
+        images = EmbedImagesRequest(query.images, images_at)
         vectors += list((yield from embed_images(loaded, images, cancelled)))
     if query.ids:
         vectors += list(index.embeddings(list(query.ids)))
@@ -155,4 +165,4 @@ def retrieve(
         offset=request.offset,
         min_score=min_score,
     )
-    return Retrieved(hits, index.generation, request.thumbnails)
+    return Retrieved(hits, index.generation, request.thumbnails, place)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from radapter_serve.contract.embeddings import DEFAULT_POINT, Point
 from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_IMAGE,
@@ -25,7 +26,7 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.images import MAX_PIXELS, ImageFile, decode, read_header, turn
 from radapter_serve.contract.labels import class_probabilities
 from radapter_serve.contract.preprocess import MaskCrop
-from radapter_serve.encoders.loaded import LoadedRelease, Part, Steps
+from radapter_serve.encoders.loaded import LoadedRelease, Part, Place, Steps
 from radapter_serve.tasks.dense import (
     BLOCK,
     MAX_LABELS,
@@ -54,7 +55,7 @@ class SegmentRequest:
 
     image: bytes | ImageFile
     labels: Labels
-    alpha: float | None = None  # None: the release's own
+    point: Point | Place = DEFAULT_POINT
     # As in `SegmentOptions`; None: its default.
     threshold: float | None = None
     short_side: int | None = None
@@ -103,7 +104,7 @@ def segment(
     # Check values and the header, before anything is encoded.
     release = loaded.release
     options = request.options
-    alpha = loaded.request_alpha(request.alpha)
+    place = loaded.place(request.point)
     window = loaded.preprocess.size[0]
     turned = loaded.preprocess.exif_orientation
     masks = request.proposals
@@ -115,7 +116,7 @@ def segment(
                 " send proposals",
             )
         options.sizes(window)  # raises if they do not fit
-    count = check_labels(loaded, request.labels, alpha)
+    count = check_labels(loaded, request.labels, place)
     if count > MAX_LABELS:
         raise invalid(f"{count} labels; 1 to {MAX_LABELS} are allowed")
     try:
@@ -137,7 +138,7 @@ def segment(
             sizes = [size, size[::-1]] if turned else [size]
             check_proposals(loaded, masks, request.proposal_scores, sizes, count)
 
-        label_set = yield from embed_label_set(loaded, request.labels, alpha, cancelled)
+        label_set = yield from embed_label_set(loaded, request.labels, place, cancelled)
         embeds = label_set.embeds
 
         # Each batch of windows or crops is encoded with the rows of other callers.
@@ -158,7 +159,7 @@ def segment(
             batch = next(windows)
         try:
             while True:
-                encoded = yield from loaded.encoded(part, batch, alpha, cancelled)
+                encoded = yield from loaded.encoded(part, batch, place, cancelled)
                 batch = windows.send(encoded)
         except StopIteration as done:
             scored: ScoredMask = done.value

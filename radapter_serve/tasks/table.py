@@ -21,11 +21,12 @@ from PIL import Image
 
 from radapter_client import Values
 from radapter_client.tensors import DATATYPES
+from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import Cancelled, invalid
 from radapter_serve.contract.images import read_headers
 from radapter_serve.contract.labels import check_prompts, known_as
 from radapter_serve.encoders.labels import DEFAULT_WEIGHT, Examples
-from radapter_serve.encoders.loaded import LoadedRelease, Steps
+from radapter_serve.encoders.loaded import LoadedRelease, Place, Steps
 from radapter_serve.release.release import TASKS as NAMES
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
 from radapter_serve.tasks.embed import (
@@ -48,8 +49,18 @@ Wants = Callable[[str], bool]  # whether a caller asks for an output
 
 # examples to encode for one request; consecutive rows with the same options count once
 MAX_ENCODED = 256
+
+
+@dataclass(frozen=True)
+class Answered(Generic[A]):
+    """An answer, and the place where it was computed."""
+
+    answer: A
+    place: Place
+
+
 # A task of one release: runs a request, with the steps to its answer.
-Run = Callable[[R, Cancelled | None], Steps[A]]
+Run = Callable[[R, Cancelled | None], Steps[Answered[A]]]
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,19 @@ class Task(Generic[R, A]):
     # Makes the outputs from the answers to the requests of `read`: plain values, which become
     # tensors at a server's edge.
     write: Callable[[Sequence[A]], Values]
+
+    def values(self, version: int, answered: Sequence[Answered[A]]) -> Values:
+        """The outputs of a release's answers, with a receipt of each row: release, adapter, α."""
+        outputs = dict(self.write([each.answer for each in answered]).plain)
+        receipts = []
+        for each in answered:
+            adapter = each.place.adapter
+            named = None if adapter is None else adapter.name
+            receipt = {"release": version, "adapter": named, "alpha": round(each.place.alpha, 6)}
+            rows: Any = each.answer if self.batched else [each.answer]
+            receipts += [json.dumps(receipt, ensure_ascii=False)] * len(rows)
+        outputs[RECEIPT] = [[receipt] for receipt in receipts] if self.batched else receipts
+        return Values(outputs)
 
     def check(self, name: str, inputs: Mapping[str, Form], max_rows: int) -> None:
         """Check names, datatypes, shapes and rows of the inputs; `forms` gives those of arrays."""
@@ -203,6 +227,11 @@ def _take_labels(values: dict[str, Any]) -> Labels:
     )
 
 
+def _take_point(values: dict[str, Any]) -> Point:
+    """The point of a request, taken from its values."""
+    return Point(values.pop("adapter", None) or "", values.pop("alpha", None))
+
+
 # classify
 
 
@@ -218,7 +247,8 @@ def _classify_request(values: dict[str, Any], wants: Wants) -> ClassifyRequest:
         encoded = tuple(one.encode() if isinstance(one, str) else bytes(one) for one in images)
         shares = (DEFAULT_WEIGHT,) if weights is None else tuple(weights)
         examples = Examples(encoded, tuple(places), shares)
-    return ClassifyRequest(values.pop("image"), labels, examples=examples, **values)
+    point = _take_point(values)
+    return ClassifyRequest(values.pop("image"), labels, point=point, examples=examples, **values)
 
 
 def _check_together(loaded: LoadedRelease, requests: Sequence[ClassifyRequest]) -> None:
@@ -228,10 +258,10 @@ def _check_together(loaded: LoadedRelease, requests: Sequence[ClassifyRequest]) 
     check_prompts([(labels.names or (), labels.templates or templates) for labels in lists])
     shown = [request.examples for request in requests if request.examples is not None]
     encoded = sum(len(set(examples.images)) for examples in shown)
-    for name, alpha in {(request.labels.label_set, request.alpha) for request in requests}:
+    for name, point in {(request.labels.label_set, request.point) for request in requests}:
         known = None if name is None else known_as(name, loaded.label_sets)
         examples = None if known is None else loaded.label_sets[known].examples
-        if examples is not None and alpha not in (None, loaded.exported_alpha):
+        if examples is not None and point not in (Point(), Point("", loaded.exported_alpha)):
             encoded += len(examples.images)
     if encoded > MAX_ENCODED:
         raise invalid(
@@ -258,7 +288,7 @@ def _write_rankings(answers: Sequence[list[Ranking]]) -> Values:
 def _segment_request(values: dict[str, Any], wants: Wants) -> SegmentRequest:
     image = values.pop("image")
     image = image[0] if isinstance(image, list) else image
-    return SegmentRequest(image, _take_labels(values), **values)
+    return SegmentRequest(image, _take_labels(values), _take_point(values), **values)
 
 
 def _write_mask(answers: Sequence[LabelledMask]) -> Values:
@@ -279,7 +309,8 @@ def _retrieve_request(values: dict[str, Any], wants: Wants) -> RetrieveRequest:
         tuple(values.pop("id", ())),
         values.pop("weight", None),
     )
-    return RetrieveRequest(query=query, thumbnails=wants("thumbnail"), **values)
+    point = _take_point(values)
+    return RetrieveRequest(query=query, thumbnails=wants("thumbnail"), point=point, **values)
 
 
 def _make_retrieve(
@@ -289,7 +320,12 @@ def _make_retrieve(
     from radapter_serve.tasks.retrieve import retrieve
 
     indexes = Indexes(loaded, others)
-    return lambda request, cancelled: retrieve(indexes, request, cancelled)
+
+    def run(request: RetrieveRequest, cancelled: Cancelled | None) -> Steps[Answered[Retrieved]]:
+        answer = yield from retrieve(indexes, request, cancelled)
+        return Answered(answer, answer.place)
+
+    return run
 
 
 def _write_hits(answers: Sequence[Retrieved]) -> Values:
@@ -309,13 +345,21 @@ def _plain(task: Callable[..., Steps[A]]) -> Callable[..., Run[Any, A]]:
     """The `make` of a task that needs only its release."""
 
     def make(loaded: LoadedRelease, others: Any) -> Run[Any, A]:
-        return lambda request, cancelled: task(loaded, request, cancelled)
+        def run(request: Any, cancelled: Cancelled | None) -> Steps[Answered[A]]:
+            place = loaded.place(request.point)
+            answer = yield from task(loaded, replace(request, point=place), cancelled)
+            return Answered(answer, place)
+
+        return run
 
     return make
 
 
 _IMAGE = Tensor("image", "BYTES")
-_ALPHA = _option("alpha", "FP32")
+# The point of a request; α is the adapter's, if one is named.
+_POINT = (_option("adapter", "BYTES"), _option("alpha", "FP32"))
+RECEIPT = "receipt"
+_RECEIPT = Tensor(RECEIPT, "BYTES")
 _LABELS = (
     _option("labels", "BYTES", -1),
     _option("label_set", "BYTES"),
@@ -324,18 +368,18 @@ _LABELS = (
 
 TASKS: Mapping[str, Task[Any, Any]] = {
     "embed_image": Task(
-        _tensors(_IMAGE, _ALPHA),
-        _tensors(Tensor("image_embeds", "FP32", (-1,))),
+        _tensors(_IMAGE, *_POINT),
+        _tensors(Tensor("image_embeds", "FP32", (-1,)), _RECEIPT),
         True,
-        lambda values, wants: EmbedImagesRequest(values["image"], values.get("alpha")),
+        lambda values, wants: EmbedImagesRequest(values.pop("image"), _take_point(values)),
         _plain(embed_images),
         lambda answers: Values({"image_embeds": np.concatenate(answers)}),
     ),
     "embed_text": Task(
-        _tensors(Tensor("text", "BYTES"), _ALPHA),
-        _tensors(Tensor("text_embeds", "FP32", (-1,))),
+        _tensors(Tensor("text", "BYTES"), *_POINT),
+        _tensors(Tensor("text_embeds", "FP32", (-1,)), _RECEIPT),
         True,
-        lambda values, wants: EmbedTextsRequest(tuple(values["text"]), values.get("alpha")),
+        lambda values, wants: EmbedTextsRequest(tuple(values.pop("text")), _take_point(values)),
         _plain(embed_texts),
         lambda answers: Values({"text_embeds": np.concatenate(answers)}),
     ),
@@ -352,6 +396,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             _option("index_version", "BYTES"),
             _option("min_score", "FP32"),
             _option("calibrated", "BOOL"),
+            *_POINT,
         ),
         _tensors(
             Tensor("id", "BYTES", (-1,)),
@@ -359,6 +404,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             Tensor("metadata", "BYTES", (-1,)),
             Tensor("thumbnail", "BYTES", (-1,)),
             Tensor("index_version", "BYTES"),
+            _RECEIPT,
         ),
         False,
         _retrieve_request,
@@ -376,12 +422,13 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             _option("proposals", "UINT8", -1, -1, -1),
             _option("proposal_scores", "FP32", -1, -1),
             _option("proposal_weight", "FP32"),
-            _ALPHA,
+            *_POINT,
         ),
         _tensors(
             Tensor("mask", "UINT16", (-1, -1)),
             Tensor("label", "BYTES", (-1,)),
             Tensor("score", "FP32", (-1,)),
+            _RECEIPT,
         ),
         False,
         _segment_request,
@@ -393,7 +440,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             _IMAGE,
             *_LABELS,
             _option("top_k", "INT32"),
-            _ALPHA,
+            *_POINT,
             _option("multi_label", "BOOL"),
             _option("threshold", "FP32"),
             _option("calibrated", "BOOL"),
@@ -402,7 +449,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             _option("example_labels", "INT32", -1),
             _option("example_weight", "FP32", -1),
         ),
-        _tensors(Tensor("label", "BYTES", (-1,)), Tensor("score", "FP32", (-1,))),
+        _tensors(Tensor("label", "BYTES", (-1,)), Tensor("score", "FP32", (-1,)), _RECEIPT),
         True,
         _classify_request,
         _plain(classify),

@@ -93,7 +93,7 @@ class TritonPythonModel:
         for own in parts:
             failed = next((part for part in own if isinstance(part, TaskError)), None)
             try:
-                results.append(failed or task.write(own))
+                results.append(failed or task.values(self.loaded.release.version, own))
             except Exception as error:
                 results.append(task_error(error))
         return results
@@ -115,6 +115,7 @@ def load_version(folder: Path) -> LoadedRelease:
         read_label_sets=lambda loaded: load_label_sets(folder / "label_sets"),
         indexes=Path(os.environ.get(INDEXES, "indexes")),
         origin={"model_repository": f"{repository}@{release.version}"},
+        adapters=repository,
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from radapter_client import RAdapterClientError
+from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import OVERLOADED, TaskError
 from radapter_serve.encoders.loaded import (
     LoadedRelease,
@@ -49,7 +50,7 @@ def test_a_copy_at_another_alpha(local: Local) -> None:
     loaded = local.changed(dynamic_alpha=True)
     other = loaded.at(0.25)
     assert (loaded.release.alpha, other.release.alpha) == (0.5, 0.25)
-    assert (loaded.request_alpha(None), other.request_alpha(None)) == (0.5, 0.25)
+    assert (loaded.place().alpha, other.place().alpha) == (0.5, 0.25)
     assert other.label_cache is not loaded.label_cache  # which keeps what was embedded at its own
     with pytest.raises(RAdapterError, match=r"alpha is 2; allowed"):
         loaded.at(2)
@@ -107,7 +108,7 @@ def images(loaded: LoadedRelease, *data: bytes) -> Steps[Any]:
 
 
 def texts(loaded: LoadedRelease, *values: str, alpha: float | None = None) -> Steps[Any]:
-    return embed_texts(loaded, EmbedTextsRequest(values, alpha))
+    return embed_texts(loaded, EmbedTextsRequest(values, Point(alpha=alpha)))
 
 
 def codes(answers: list[Any]) -> list[str | None]:

@@ -53,7 +53,7 @@ def test_releases_refusals_and_one_output_alone(engine: Engine) -> None:
         pinned = Client(transport=engine, release=number)
         assert pinned.is_ready() and pinned.classify(png(0), ["a"]).release == number
     for inputs, message in (
-        ({"texts": texts(b"a")}, "no input 'texts'; it has text, alpha"),
+        ({"texts": texts(b"a")}, "no input 'texts'; it has text, adapter, alpha"),
         ({"text": texts(b"\xff")}, "UTF-8"),
     ):
         with pytest.raises(InvalidRequest, match=message):

@@ -97,14 +97,17 @@ def test_metadata(served: Served) -> None:
     assert served.ask("/v2")[1]["extensions"] == ["binary_tensor_data"]
     text = {"name": "text", "datatype": "BYTES", "shape": [-1]}
     assert served.ask("/v2/models/retrieve")[1]["inputs"][0] == text
-    kinds = (("text", "BYTES", 1), ("alpha", "FP32", 1), ("text_embeds", "FP32", 4))
+    kinds = (
+        *(("text", "BYTES", 1), ("adapter", "BYTES", 1), ("alpha", "FP32", 1)),
+        *(("text_embeds", "FP32", 4), ("receipt", "BYTES", 1)),
+    )
     tensors = [
         {"name": name, "datatype": datatype, "shape": [-1, width]}
         for name, datatype, width in kinds
     ]
     assert served.ask("/v2/models/embed_text")[1] == {
         **{"name": "embed_text", "versions": ["1"], "platform": "python"},
-        **{"inputs": tensors[:2], "outputs": tensors[2:]},
+        **{"inputs": tensors[:3], "outputs": tensors[3:]},
     }
     found = served.ask("/v2/models/classify/versions/1/config")[1]
     top_k = {"name": "top_k", "data_type": "TYPE_INT32", "dims": [1], "optional": True}

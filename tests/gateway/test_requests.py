@@ -109,13 +109,14 @@ def test_a_request_of_the_client_passes_as_it_is() -> None:
 
 
 def test_outputs_in_json_and_in_binary() -> None:
-    assert ask("classify", CLASSIFY, **BINARY).binary == {"label", "score"}
+    assert ask("classify", CLASSIFY, **BINARY).binary == {"label", "score", "receipt"}
     outputs: list[dict[str, Any]] = [{"name": "score"}, {"name": "label"}]
     for wish, more, binary in ((True, {}, {"score"}), (False, BINARY, {"label"})):
         outputs[0]["parameters"] = {"binary_data": wish}
         assert ask("classify", CLASSIFY, outputs=outputs, **more).binary == binary
     # Files are for binary answers alone.
-    assert ask("retrieve", SEARCH).outputs == ("id", "score", "metadata", "index_version")
+    in_json = ("id", "score", "metadata", "index_version", "receipt")
+    assert ask("retrieve", SEARCH).outputs == in_json
     with pytest.raises(Refused, match="thumbnail is not a text; ask for it in binary, or name"):
         ask("retrieve", SEARCH, outputs=[{"name": "id"}, {"name": "thumbnail"}])
     outputs = [{"name": "thumbnail", "parameters": {"binary_data": True}}]
@@ -151,7 +152,7 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
     # The table of the wire
     "the input text is missing": [text() | {"inputs": []}],
     r"the input '\ntext' comes twice": [text() | {"inputs": [{**TEXT, "name": "\ntext"}] * 2}],
-    r"embed_text has no input 'tok\nens'; it has text, alpha": [text(name="tok\nens")],
+    r"embed_text has no input 'tok\nens'; it has text, adapter, alpha": [text(name="tok\nens")],
     r"text is 'INT\n32'; BYTES is taken": [text(datatype="INT\n32")],
     "text has shape [1, 2]; [-1, 1] is taken, where -1 is any number": [text(shape=[1, 2])],
     "at most 64 are taken": [text(shape=[65, 1], data=["a"] * 65)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import INVALID_ARGUMENT, NOT_CALIBRATED, TaskError
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, complete
@@ -38,9 +40,11 @@ def ask(
     loaded: LoadedRelease,
     images: Sequence[bytes] = IMAGES,
     labels: Labels = Labels(NAMES),  # noqa: B008
+    alpha: float | None = None,
     **options: Any,
 ) -> list[Ranking]:
-    return complete(classify(loaded, ClassifyRequest(images, labels, **options)))
+    request = ClassifyRequest(images, labels, point=Point(alpha=alpha), **options)
+    return complete(classify(loaded, request))
 
 
 @pytest.fixture
@@ -268,7 +272,7 @@ def test_rows_of_a_request_may_differ_in_their_options(local: Local) -> None:
     requests = task.read(local.loaded, inputs, lambda name: True)
     assert [len(one.images) for one in requests] == [2, 1, 1]
     run = task.make(local.loaded, lambda: [])
-    outputs = task.write(together([run(one, None) for one in requests]))
+    outputs = task.values(7, together([run(one, None) for one in requests]))
     assert outputs["label"].shape == outputs["score"].shape == (4, 3)
     for row, count in enumerate((2, 2, 3, 1)):
         names = [one.decode() for one in inputs["labels"][row]]
@@ -277,6 +281,8 @@ def test_rows_of_a_request_may_differ_in_their_options(local: Local) -> None:
         assert [one.decode() for one in outputs["label"][row]] == wide
         np.testing.assert_allclose(outputs["score"][row, :count], alone.scores, rtol=1e-5)
         assert not outputs["score"][row, count:].any()
+        receipt = json.loads(outputs["receipt"][row, 0])
+        assert receipt == {"release": 7, "adapter": None, "alpha": local.loaded.release.alpha}
 
 
 def test_prompts_are_counted_over_all_rows_of_a_request(local: Local) -> None:
@@ -361,7 +367,7 @@ def test_what_cancels_out_is_refused(local: Local, monkeypatch: pytest.MonkeyPat
     text = texts_of(local)[0].astype(np.float32)
     label_set = LabelSet(("cat",), text[None], ("cat",), ("a {}",))
     monkeypatch.setattr(local, "images", lambda *_: -text[None])
-    mixing = mix_examples(local.loaded, label_set, Examples((png(99),), (0,)), None)
+    mixing = mix_examples(local.loaded, label_set, Examples((png(99),), (0,)), local.loaded.place())
     with pytest.raises(
         TaskError, match=r"^\[invalid_argument\] the examples of 'cat', or .* cancel"
     ):
@@ -409,7 +415,7 @@ def by_example(local: Local) -> LoadedRelease:
     loaded = local.changed(label_sets=facts)
     of_texts = complete(embed_labels(loaded, SOME, TEMPLATES))
     examples = Examples(SHOWN[:2], (0, 2))
-    mixed = complete(mix_examples(loaded, of_texts, examples, None))
+    mixed = complete(mix_examples(loaded, of_texts, examples, loaded.place()))
     loaded.label_sets = {"texts": of_texts, "shown": replace(mixed, examples=examples)}
     local.calls.clear()
     return loaded

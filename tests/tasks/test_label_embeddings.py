@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelCache, LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, complete
@@ -133,7 +134,8 @@ def test_threads_use_the_cache_one_after_the_other() -> None:
 def test_embeddings_of_another_template_alpha_or_release_are_others(local):
     loaded = local.changed(dynamic_alpha=True)
     for one in (loaded, loaded.at(0.25)):
-        for how in ({}, {"templates": ["a drawing of a {}."]}, {"alpha": 0.75}):
+        elsewhere = {"place": loaded.place(Point(alpha=0.75))}
+        for how in ({}, {"templates": ["a drawing of a {}."]}, elsewhere):
             local.calls.clear()
             embed(one, ["cat"], **how)
             assert len(local.calls) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.labels import Examples
 from radapter_serve.encoders.loaded import complete
@@ -35,8 +37,7 @@ class Turned:
         for name in ("images", "patches", "tokens"):
             setattr(local, name, self._turned(getattr(local, name)))
         self.loaded = local.changed(alpha=0.3, dynamic_alpha=True)
-        own = self.loaded.request_alpha(None)
-        colours = complete(embed_labels(self.loaded, NAMES, ["a {}"], alpha=own))
+        colours = complete(embed_labels(self.loaded, NAMES, ["a {}"]))
         shown = replace(colours, examples=Examples(SHOWN, (0,) * len(SHOWN)))
         self.loaded.label_sets = {"colours": colours, "shown": shown}
         self.calls.clear()
@@ -74,8 +75,10 @@ def test_rows_of_several_alphas_share_a_batch(turned: Turned) -> None:
         if alphas:
             inputs["alpha"] = column(*alphas, kind=np.float32)
         requests = task.read(turned.loaded, inputs, lambda name: True)
-        [embeds] = task.write(together([run(one, None) for one in requests])).values()
-        return embeds
+        outputs = task.values(1, together([run(one, None) for one in requests]))
+        asked = [round(alpha, 6) for alpha in alphas] or [0.3] * len(rows)
+        assert [json.loads(one)["alpha"] for one in outputs["receipt"].ravel()] == asked
+        return outputs["image_embeds"]
 
     low, own, high = (answer(one, two, alphas=[a, a]) for a in (0, 0.3, 1))
     assert np.abs(low - high).max() > 0.01
@@ -99,7 +102,7 @@ def test_examples_are_encoded_once_for_each_alpha(turned: Turned, way: str) -> N
     labels, examples = BY_EXAMPLE[way]
     alone = []
     for count, alpha in enumerate((0.5, 0.75, 0.5, 0.75), 1):
-        request = ClassifyRequest([png(0)], labels, alpha=alpha, examples=examples)
+        request = ClassifyRequest([png(0)], labels, point=Point(alpha=alpha), examples=examples)
         [ranking] = complete(classify(turned.loaded, request))
         alone.append(ranking.scores)
         # At each α three texts and the examples; then the image.
@@ -137,9 +140,10 @@ def test_segment_takes_every_encoder_at_one_alpha(turned: Turned) -> None:
     found = []
     for alpha in (0.0, 0.5):
         turned.calls.clear()
-        labelled = SegmentRequest(png(3), Labels(label_set="colours"), alpha=alpha)
+        labelled = SegmentRequest(png(3), Labels(label_set="colours"), Point(alpha=alpha))
         found.append(complete(segment(turned.loaded, labelled)))
-        proposed = SegmentRequest(png(3), Labels(["a", "b"]), alpha=alpha, proposals=masks)
+        two = Labels(["a", "b"])
+        proposed = SegmentRequest(png(3), two, Point(alpha=alpha), proposals=masks)
         complete(segment(turned.loaded, proposed))
         assert {one for call in turned.calls for one in call} == {alpha}
         assert len(turned.calls) >= 3

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate, pad
 
+from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import Encode, TaskError
 from radapter_serve.contract.images import decode
 from radapter_serve.contract.preprocess import MaskCrop
@@ -399,7 +400,7 @@ PROPOSALS: dict[str, Any] = {"proposals": np.full((1, 20, 30), 255, np.uint8)}
 
 
 OUT_OF_RANGE = [
-    *(("short_side", 0), ("short_side", 15), ("stride", 0), ("stride", 17), ("alpha", 0.9)),
+    *(("short_side", 0), ("short_side", 15), ("stride", 0), ("stride", 17)),
     *(("refine", -1), ("refine", 1000), ("threshold", 1.5), ("threshold", np.nan)),
 ]
 
@@ -409,6 +410,7 @@ OUT_OF_RANGE = [
     [
         ({"labels": Labels(label_set="colors")}, r"\[unknown_label_set\] .*there are: colours"),
         *(({name: one}, rf"\[invalid_argument\] {name} is {one}") for name, one in OUT_OF_RANGE),
+        ({"point": Point(alpha=0.9)}, r"\[invalid_argument\] alpha is 0.9"),
         ({**PROPOSALS, "proposal_scores": ONES, "proposal_weight": -1}, "is -1"),
         ({"proposal_scores": ONES}, "no effect here; send proposals with it"),
         ({**PROPOSALS, "stride": 8}, "no effect here; leave it out"),

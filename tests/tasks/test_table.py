@@ -34,9 +34,11 @@ def test_the_page_of_the_http_api_has_every_tensor() -> None:
             if name.startswith("embed_"):  # one row of the page has both
                 named = {key: value for key, value in named.items() if key in tensors}
             expected = {key: (one.datatype, list(one.dims)) for key, one in tensors.items()}
-            expected.pop("alpha", None)  # a sentence after the table has it, for all tasks
+            for common in ("adapter", "alpha", "receipt"):  # a paragraph has these
+                expected.pop(common, None)
             assert named == expected, name
-    assert "`alpha` FP32 [1]" in page
+    for tensor in ("`adapter` BYTES [1]", "`alpha` FP32 [1]", "`receipt` BYTES [1]"):
+        assert tensor in page
 
 
 def test_a_client_in_the_process_asks_what_its_tensors_would_ask(local: Local) -> None:

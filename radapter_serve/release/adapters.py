@@ -1,0 +1,319 @@
+"""Adapters beside a release: maps of its finished text embeddings, which requests name.
+
+They lie in `adapters/` of a model repository, apart from the files of the releases. One file,
+`served.json`, says which are served; it is replaced as a whole, so a running server takes what is
+added or removed with its next request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from radapter_serve.contract.embeddings import map_embeddings
+from radapter_serve.contract.errors import ADAPTER_FAILED, UNKNOWN_ADAPTER, TaskError, redact
+from radapter_serve.contract.labels import is_name, known_as
+from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import (
+    checker,
+    digest_of,
+    disk_errors,
+    first_problem,
+    lock,
+    remove,
+    staged,
+)
+
+FOLDER = "adapters"
+LIST = "served.json"
+FACTS = "adapter.json"
+FORMAT = 1
+MAX_BYTES = 64 << 20  # of the list, and of the facts of an adapter
+_RESERVED = "radapter"  # OpenAI's API names releases so
+_NEAREST = 3  # names in the error about an unknown one
+
+# F of the adapter file [D, D], or its factors `up` [D, r] and `down` [r, D].
+Factors = tuple[NDArray[np.float32]] | tuple[NDArray[np.float32], NDArray[np.float32]]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An adapter in the list: its folder, the digests of its files, and the text tower that it
+    belongs to.
+    """
+
+    folder: Annotated[str, Field(pattern=r"^[^/\\]+$")]
+    text_tower: Digest
+    sums: dict[str, Digest]
+
+    @property
+    def digest(self) -> str:
+        """Digest of the adapter: of the digests of its files."""
+        return digest_of(json.dumps(self.sums, sort_keys=True).encode())
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """The facts of an adapter, as stored in its `adapter.json`."""
+
+    text_tower: Digest  # of the tower whose embeddings it maps
+    width: Annotated[int, Field(ge=1)]
+    alpha: Annotated[float, Field(ge=0, le=1)]  # of a request that gives none
+    rank: Annotated[int, Field(ge=1)] | None = None  # None for full rank
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    # Labels of each label set, with synonyms after commas.
+    label_sets: dict[str, list[str]] = field(default_factory=dict)
+    confidence: dict[str, Any] | None = None  # the fields of `Confidence`, at `alpha`
+    created: str = ""  # in UTC, ISO 8601
+    format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
+
+
+@dataclass(frozen=True, eq=False)
+class TextAdapter:
+    """A served adapter: its facts, and its matrix or thin matrices, mapped from the disk."""
+
+    name: str
+    digest: str
+    facts: AdapterFacts
+    factors: Factors
+
+    def map(self, embeds: NDArray[np.float32], alpha: float) -> NDArray[np.float32]:
+        """Map text embeddings of the base, float32 [N, D], to those of the adapter at an α."""
+        change = self.factors[0] if len(self.factors) == 1 else self.factors
+        return map_embeddings(embeds, change, alpha)
+
+
+def read_list(repository: Path) -> dict[str, Entry]:
+    """Read which adapters are served, by name; empty if there is no list."""
+    path = repository / FOLDER / LIST
+    try:
+        text = _read(path)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise RAdapterError(f"could not read {path}: {error.strerror or error}") from None
+    try:
+        entries = checker(dict[str, Entry]).validate_json(text)
+    except ValidationError as error:
+        raise RAdapterError(f"could not read {path}: {first_problem(error)}") from None
+    for name, entry in entries.items():
+        if not is_name(name) or not is_name(entry.folder):
+            raise RAdapterError(f"{path} has a name that is not allowed: {name!a:.80}")
+    return entries
+
+
+def add(
+    repository: Path,
+    name: str,
+    facts: AdapterFacts,
+    factors: Factors,
+    *,
+    replace: bool = False,
+) -> Entry:
+    """Write an adapter beside the releases of a repository, and serve it under a name; raises an
+    error for a name that is taken, unless `replace`.
+    """
+    check_name(name)
+    check_factors(name, facts, factors)
+    folder = repository / FOLDER
+    with lock(folder, "radapter-release"):
+        entries = read_list(repository)
+        before = entries.get(name)
+        if before is not None and not replace:
+            raise RAdapterError(
+                f"there is an adapter {name!r} already; replace it with --replace, or take another"
+                " name"
+            )
+
+        # Write the files into a new folder, whose name has their digest.
+        temporary = folder / ".new"
+        remove(temporary)
+        temporary.mkdir()
+        (temporary / FACTS).write_text(json.dumps(asdict(facts), indent=2), encoding="utf-8")
+        for file, array in zip(_files(facts), factors, strict=True):
+            np.save(temporary / file, np.ascontiguousarray(array, np.float32))
+        sums = {file: digest_of(temporary / file) for file in (FACTS, *_files(facts))}
+        entry = Entry("", facts.text_tower, sums)
+        entry = Entry(f"{name}@{entry.digest[7:19]}", facts.text_tower, sums)
+        remove(folder / entry.folder)
+        temporary.rename(folder / entry.folder)
+
+        _write_list(folder, {**entries, name: entry})
+        if before is not None and before.folder != entry.folder:
+            remove(folder / before.folder)
+    return entry
+
+
+def remove_adapter(repository: Path, name: str) -> None:
+    """Serve an adapter no longer, and remove its files; running requests end with it."""
+    folder = repository / FOLDER
+    if name not in read_list(repository):
+        raise RAdapterError(unknown_name(name, read_list(repository)))
+    with lock(folder, "radapter-release"):
+        entries = read_list(repository)
+        entry = entries.pop(name)
+        _write_list(folder, entries)
+        remove(folder / entry.folder)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that can't be that of an adapter."""
+    if not is_name(name) or ":" in name or "@" in name or name.partition("-")[0] == _RESERVED:
+        raise RAdapterError(
+            f"{name!a:.80} can't be the name of an adapter; allowed are up to 200 bytes of letters,"
+            " digits and other signs without /, : and @, no . or - or blank at the start, and"
+            f" not {_RESERVED} or {_RESERVED}-N, which name releases"
+        )
+
+
+def check_factors(name: str, facts: AdapterFacts, factors: Factors) -> None:
+    """Refuse matrices whose shapes, types or values do not fit the facts."""
+    width = facts.width
+    shapes = [(width, width)] if facts.rank is None else [(width, facts.rank), (facts.rank, width)]
+    kinds = [(array.shape, array.dtype) for array in factors]
+    if kinds != [(shape, np.dtype(np.float32)) for shape in shapes]:
+        raise RAdapterError(f"the matrices of the adapter {name!r} are {kinds}, not {shapes}")
+    if not all(np.isfinite(array).all() for array in factors):
+        raise RAdapterError(f"the adapter {name!r} has values that are not finite")
+
+
+def load(repository: Path, name: str, entry: Entry) -> TextAdapter:
+    """Map an adapter from the disk, and compare its files with their digests."""
+    folder = repository / FOLDER / entry.folder
+    try:
+        text = _read(folder / FACTS)
+        facts = checker(AdapterFacts).validate_json(text)
+        if entry.sums.keys() != {FACTS, *_files(facts)} or facts.text_tower != entry.text_tower:
+            raise RAdapterError("its files are not those of the list")
+        for file, digest in entry.sums.items():
+            if digest_of(folder / file) != digest:
+                raise RAdapterError(f"{file} differs from its digest")
+        factors = tuple(
+            np.load(folder / file, mmap_mode="r", allow_pickle=False) for file in _files(facts)
+        )
+        check_factors(name, facts, factors)
+    except ValidationError as error:
+        why = first_problem(error)
+    except OSError as error:
+        why = error.strerror or reason(error)
+    except (RAdapterError, ValueError) as error:
+        why = redact(reason(error))
+    else:
+        return TextAdapter(name, entry.digest, facts, factors)
+    raise RAdapterError(
+        f"the adapter {name!r} is damaged: {why}; add it again with radapter-release add-adapter"
+        f" {name} RUN --replace"
+    )
+
+
+class Adapters:
+    """The adapters that one process serves beside one release. Thread-safe.
+
+    The list is read again whenever its file has changed. An adapter is loaded, and `check` called
+    with it, at its first request; one that is damaged is refused, and the others serve.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        text_tower: str,
+        check: Callable[[TextAdapter], None] = lambda adapter: None,
+    ) -> None:
+        self.repository = repository
+        self._path = repository / FOLDER / LIST
+        self._text_tower = text_tower
+        self._check = check
+        self._lock = threading.Lock()
+        self._state: tuple[int, ...] | None = None  # of the list's file
+        self._entries: Mapping[str, Entry] = {}
+        self._loaded: dict[tuple[str, str], TextAdapter | TaskError] = {}  # by name and digest
+
+    def entries(self) -> Mapping[str, Entry]:
+        """The served adapters of this text tower by name, as the list says now."""
+        state: tuple[int, ...] = ()
+        with contextlib.suppress(OSError):
+            status = self._path.stat()
+            state = (status.st_mtime_ns, status.st_size, status.st_ino)
+        with self._lock:
+            if state == self._state:
+                return self._entries
+            try:
+                entries = read_list(self.repository)
+            except RAdapterError as error:
+                # A list that can't be read changes nothing: what is served stays.
+                print(f"the adapters that were served before stay: {error}", file=sys.stderr)
+            else:
+                own = {
+                    name: entry
+                    for name, entry in entries.items()
+                    if entry.text_tower == self._text_tower
+                }
+                kept = {(name, entry.digest) for name, entry in own.items()}
+                self._loaded = {
+                    key: adapter
+                    for key, adapter in self._loaded.items()
+                    if key in kept and isinstance(adapter, TextAdapter)
+                }
+                self._entries = own
+            self._state = state
+            return self._entries
+
+    def get(self, name: str) -> TextAdapter:
+        """The adapter of a name; raises a `TaskError` for an unknown or damaged one."""
+        entries = self.entries()
+        known = known_as(name, entries)
+        if known is None:
+            raise TaskError(UNKNOWN_ADAPTER, unknown_name(name, entries))
+        key = known, entries[known].digest
+        loaded = self._loaded.get(key)
+        if loaded is None:
+            try:
+                loaded = load(self.repository, known, entries[known])
+                self._check(loaded)
+            except TaskError:  # of the encoder that the check asked
+                raise
+            except RAdapterError as error:
+                print(error, file=sys.stderr)
+                loaded = TaskError(ADAPTER_FAILED, str(error))
+            with self._lock:
+                loaded = self._loaded.setdefault(key, loaded)
+        if isinstance(loaded, TaskError):
+            raise TaskError(loaded.code, loaded.what)
+        return loaded
+
+
+def unknown_name(name: str, names: Mapping[str, object]) -> str:
+    """The error about an unknown adapter, with the names that are nearest to it."""
+    near = difflib.get_close_matches(name[:200], names, _NEAREST, 0.4)
+    shown = f"the nearest are: {', '.join(near)}" if near else f"{len(names)} others are served"
+    return f"there is no adapter {name!a:.80} here; {shown}"
+
+
+def _files(facts: AdapterFacts) -> tuple[str, ...]:
+    return ("matrix.npy",) if facts.rank is None else ("up.npy", "down.npy")
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise RAdapterError(f"{path} has more than {MAX_BYTES:,} bytes")
+    return text
+
+
+def _write_list(folder: Path, entries: Mapping[str, Entry]) -> None:
+    with disk_errors(folder), staged(folder / LIST) as path:
+        values = {name: asdict(entry) for name, entry in sorted(entries.items())}
+        path.write_text(json.dumps(values, indent=1), encoding="utf-8")

@@ -1,0 +1,156 @@
+"""Adapters beside a release: added, replaced, removed, damaged."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.errors import RAdapterError
+from radapter_serve.files import digest_of
+from radapter_serve.release.adapters import (
+    FOLDER,
+    LIST,
+    AdapterFacts,
+    Adapters,
+    add,
+    read_list,
+    remove_adapter,
+)
+
+WIDTH = 6
+TOWER = "sha256:" + "a" * 64
+
+
+def put(repository, name, seed=0, rank=None, tower=TOWER, **options):
+    """Add an adapter with random matrices, which are returned."""
+    random = np.random.default_rng(seed)
+    shapes = [(WIDTH, WIDTH)] if rank is None else [(WIDTH, rank), (rank, WIDTH)]
+    factors: Any = tuple(random.normal(size=shape).astype(np.float32) for shape in shapes)
+    facts = AdapterFacts(text_tower=tower, width=WIDTH, alpha=0.5, rank=rank)
+    add(repository, name, facts, factors, **options)
+    return factors
+
+
+def units(count, seed=9):
+    vectors = np.random.default_rng(seed).normal(size=(count, WIDTH)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_an_adapter_maps_embeddings_as_its_matrix_says(tmp_path, rank):
+    factors = put(tmp_path, "anna", rank=rank)
+    matrix = factors[0] if rank is None else factors[0] @ factors[1]
+    embeds = units(5)
+    adapter = Adapters(tmp_path, TOWER).get("anna")
+    expected = embeds @ (np.eye(WIDTH) + 0.3 * matrix.T.astype(np.float64))
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(adapter.map(embeds, 0.3), expected, atol=1e-6)
+    np.testing.assert_allclose(adapter.map(embeds, 0.0), embeds, atol=1e-6)
+    assert all(isinstance(factor, np.memmap) for factor in adapter.factors)
+
+
+def test_what_is_added_replaced_and_removed_is_seen_by_the_next_request(tmp_path):
+    adapters = Adapters(tmp_path, TOWER)
+    with pytest.raises(TaskError, match="unknown_adapter"):
+        adapters.get("anna")
+    [first] = put(tmp_path, "anna", seed=1)
+    kept = adapters.get("anna")
+    np.testing.assert_array_equal(kept.factors[0], first)
+
+    with pytest.raises(RAdapterError, match="--replace"):
+        put(tmp_path, "anna", seed=2)
+    np.testing.assert_array_equal(adapters.get("anna").factors[0], first)
+    [second] = put(tmp_path, "anna", seed=2, replace=True)
+    np.testing.assert_array_equal(adapters.get("anna").factors[0], second)
+    assert adapters.get("anna").digest != kept.digest
+
+    remove_adapter(tmp_path, "anna")
+    with pytest.raises(TaskError, match="unknown_adapter"):
+        adapters.get("anna")
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [LIST]
+    np.testing.assert_array_equal(kept.factors[0], first)  # a running request keeps its adapter
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(tmp_path):
+    for name in ("anna", "hanna", "bob"):
+        put(tmp_path, name)
+    with pytest.raises(TaskError, match="no adapter 'ana' here; the nearest are: anna, hanna$"):
+        Adapters(tmp_path, TOWER).get("ana")
+    with pytest.raises(RAdapterError, match="nearest are: anna"):
+        remove_adapter(tmp_path, "ann")
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "../x", "a/b", "", "a\0b", ".a", "x" * 201, "radapter-2", "a:b"]
+)
+def test_a_name_that_is_no_name_is_never_a_path(tmp_path, name):
+    with pytest.raises(RAdapterError, match="can't be the name of an adapter"):
+        put(tmp_path, name)
+    assert not (tmp_path / FOLDER).exists()
+    with pytest.raises(TaskError, match="unknown_adapter"):
+        Adapters(tmp_path, TOWER).get(name)
+
+
+def test_a_damaged_adapter_is_named_and_the_others_serve(tmp_path, capsys):
+    put(tmp_path, "anna")
+    put(tmp_path, "bob", seed=1)
+    matrix = tmp_path / FOLDER / read_list(tmp_path)["anna"].folder / "matrix.npy"
+    data = bytearray(matrix.read_bytes())
+    data[-1] ^= 1
+    matrix.write_bytes(data)
+    adapters = Adapters(tmp_path, TOWER)
+    for _ in range(2):
+        with pytest.raises(
+            TaskError, match="'anna' is damaged: matrix.npy differs.*--replace"
+        ) as e:
+            adapters.get("anna")
+        assert e.value.code == "adapter_failed"
+        assert str(tmp_path) not in str(e.value)
+    assert capsys.readouterr().err.count("damaged") == 1  # the files are read once
+    adapters.get("bob")
+    put(tmp_path, "anna", replace=True)
+    adapters.get("anna")
+
+
+def test_a_pickle_in_place_of_a_matrix_is_not_loaded(tmp_path):
+    put(tmp_path, "anna")
+    path = tmp_path / FOLDER / LIST
+    entries = json.loads(path.read_text())
+    matrix = tmp_path / FOLDER / entries["anna"]["folder"] / "matrix.npy"
+    np.save(matrix, np.array([print], object), allow_pickle=True)
+    entries["anna"]["sums"]["matrix.npy"] = digest_of(matrix)
+    path.write_text(json.dumps(entries))
+    with pytest.raises(TaskError, match="is damaged"):
+        Adapters(tmp_path, TOWER).get("anna")
+
+
+def test_a_broken_list_changes_nothing(tmp_path, capsys):
+    put(tmp_path, "anna")
+    adapters = Adapters(tmp_path, TOWER)
+    adapters.get("anna")
+    for text in ("{", '{"anna": 1}', '{"../x": {}}', "[]"):
+        (tmp_path / FOLDER / LIST).write_text(text)
+        adapters.get("anna")
+        assert "could not read" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_text_tower_is_not_served(tmp_path):
+    put(tmp_path, "anna", tower="sha256:" + "b" * 64)
+    assert not Adapters(tmp_path, TOWER).entries()
+    with pytest.raises(TaskError, match="unknown_adapter"):
+        Adapters(tmp_path, TOWER).get("anna")
+
+
+def test_a_check_that_fails_refuses_the_adapter_alone(tmp_path):
+    def check(adapter):
+        if adapter.name == "anna":
+            raise RAdapterError("the adapter 'anna' differs from torch")
+
+    put(tmp_path, "anna")
+    put(tmp_path, "bob")
+    adapters = Adapters(tmp_path, TOWER, check)
+    with pytest.raises(TaskError, match="differs from torch"):
+        adapters.get("anna")
+    adapters.get("bob")
