@@ -204,17 +204,24 @@ def _crop(image: Image.Image, base: Base, recipe: Recipe, draw: random.Random) -
     return pixels
 
 
-def embed_texts(base: Base, texts: Sequence[str], out: Path) -> Floats:
-    """Embed texts at unit length, [T, D], in fp32."""
+def embed_texts(base: Base, texts: Sequence[str], recipe: Recipe, out: Path) -> Floats:
+    """Embed texts at unit length, [T, D]."""
     weights = base.model.state_dict()
-    facts = {"tower": tensors_digest({n: t for n, t in weights.items() if tower_of(n) == "text"})}
+    device = next(base.model.parameters()).device
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
+    facts = {
+        "tower": tensors_digest({n: t for n, t in weights.items() if tower_of(n) == "text"}),
+        "precision": recipe.precision,
+    }
 
     @torch.inference_mode()
     def embed(numbers: Sequence[int]) -> Iterator[tuple[list[int], Floats]]:
         for at in range(0, len(numbers), _TEXTS):
             some = list(numbers[at : at + _TEXTS])
             tokens = base.tokenizer([texts[number] for number in some])
-            yield some, encode_texts(base.model, tokens).cpu().numpy()
+            with bf16:
+                embeds = encode_texts(base.model, tokens)
+            yield some, embeds.cpu().numpy()
 
     ids = [hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() for text in texts]
     return kept(ids, int(base.config["embed_dim"]), embed, out, facts)

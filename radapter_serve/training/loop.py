@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import random
@@ -18,7 +19,7 @@ import yaml
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from radapter_serve.adapter import Metadata, save_adapter
+from radapter_serve.adapter import Metadata, find_sites, save_adapter
 from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias, templates_of
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.rows import LabelledImages
@@ -75,7 +76,10 @@ def fit(
         out.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
         (out / RECIPE).write_text(text, encoding="utf-8")
-    progress = Progress(accelerator, out, plan.steps, recipe.batch_size, step, show=show)
+    to_embed = seconds_to_embed(learner) if show and step == 0 else None
+    progress = Progress(
+        accelerator, out, plan.steps, recipe.batch_size, step, show=show, to_embed=to_embed
+    )
     notes = [*opened.notes, *plan.notes]
     for line in (_summary(learner, out, step), *notes):
         progress.say(line)
@@ -159,6 +163,29 @@ def fit(
         time.sleep(GLOO_SECONDS)
     accelerator.end_training()
     return Run(out, recipe, metrics, tuple(notes))
+
+
+@torch.no_grad()
+def seconds_to_embed(learner: Learner) -> float | None:
+    """Time to embed each image of a run once, which is most of what an adapter on a projection
+    takes, from a batch of black images; None if this run could not have one.
+    """
+    model = learner.base.model
+    accelerator = learner.accelerator
+    if accelerator.num_processes > 1 or learner.plan.recipe.task == "segmentation":
+        return None
+    with contextlib.suppress(RAdapterError):
+        find_sites(model, adapt="text-projection")
+        side = learner.base.image_size
+        pixels = torch.zeros(learner.plan.part, 3, side, side, device=accelerator.device)
+        times = []
+        with accelerator.autocast(), parametrize.cached():
+            for _ in range(2):  # the first one also warms up
+                began = time.perf_counter()
+                encode_image(model, pixels).cpu()
+                times.append(time.perf_counter() - began)
+        return min(times) / len(pixels) * len(learner.examples.data.image_rows)
+    return None
 
 
 def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:

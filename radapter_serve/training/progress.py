@@ -24,7 +24,8 @@ from radapter_serve.sources import METRICS
 
 class Progress:
     """Reports from the main process to the console, to accelerate's trackers, and to
-    `metrics.jsonl`, whose lines after the `done` steps of a resumed run are removed.
+    `metrics.jsonl`, whose lines after the `done` steps of a resumed run are removed; `to_embed` are
+    the seconds that embedding all images once would take.
     """
 
     def __init__(
@@ -36,12 +37,14 @@ class Progress:
         done: int,
         *,
         show: bool,
+        to_embed: float | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.out = out
         self.steps = steps
         self.batch_size = batch_size
         self.broken: set[str] = set()
+        self.to_embed = to_embed
         self.speed = 0.0
         self.first: list[float] = []  # seconds of the first two steps
         self.printed = time.monotonic()
@@ -74,7 +77,13 @@ class Progress:
             self.first.append(seconds)
             if len(self.first) == 2 and step < self.steps:  # the first step also warms up
                 rest = in_words((self.steps - step) * min(self.first))
-                self.say(f"the first two steps say: the rest of training takes about {rest}")
+                line = f"the first two steps say: the rest of training takes about {rest}"
+                if self.to_embed is not None:
+                    line += (
+                        "; by the projection (--recipe quick) it would take about"
+                        f" {in_words(self.to_embed)} to embed the images, and some seconds to train"
+                    )
+                self.say(line)
         speed = self.batch_size / seconds
         self.speed = speed if not self.speed else 0.9 * self.speed + 0.1 * speed
         self.bar.update(self.task, completed=step, loss=loss, speed=self.speed)

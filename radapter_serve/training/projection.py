@@ -514,7 +514,7 @@ def _vectors(
     ]
     texts = list(dict.fromkeys([*itertools.chain(*trained, *found), *words, *nouns]))
     number_of = {text: number for number, text in enumerate(texts)}
-    embeds = torch.from_numpy(embed_texts(base, texts, out))
+    embeds = torch.from_numpy(embed_texts(base, texts, recipe, out))
 
     def numbers(texts: Sequence[str]) -> list[int]:
         return [number_of[text] for text in texts]

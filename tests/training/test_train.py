@@ -76,7 +76,13 @@ def test_a_run_learns_and_leaves_what_it_says(
     assert {path.name for path in out.iterdir()} == {*files, "radapter"}
     assert list((out / "radapter").rglob("events*"))
     printed = capsys.readouterr().out
-    for words in ("% of the base's", "s left", "takes about", "next: radapter-eval"):
+    for words in (
+        "% of the base's",
+        "s left",
+        "takes about",
+        "by the projection",
+        "next: radapter-eval",
+    ):
         assert words in printed
     # The base stays to the bit.
     expected = load_base(recipe.architecture).model.state_dict()
