@@ -13,7 +13,8 @@ from PIL import Image
 
 from radapter_client import RAdapterClientError
 from radapter_serve.contract.embeddings import Point
-from radapter_serve.contract.errors import OVERLOADED, TaskError
+from radapter_serve.contract.errors import ENCODER_FAILED, OVERLOADED, TaskError
+from radapter_serve.contract.images import read_headers
 from radapter_serve.encoders.loaded import (
     LoadedRelease,
     Need,
@@ -39,9 +40,13 @@ from tests.helpers.small_release import SIZE, Local, png, together
 
 def test_a_copy_turns_images_or_leaves_them(local: Local) -> None:
     photo = png(3, SIZE, SIZE, "JPEG", turn=6)
+    files = read_headers([photo])
     upright = local.loaded.pixels(photo)
+    decoded = complete(local.loaded.decoded(files))
+    np.testing.assert_array_equal(decoded[0], upright)
     as_it_is = local.loaded.turned(False)
-    np.testing.assert_array_equal(np.rot90(as_it_is.pixels(photo), -1), upright)
+    for pixels in (as_it_is.pixels(photo), complete(as_it_is.decoded(files))[0]):
+        np.testing.assert_array_equal(np.rot90(pixels, -1), upright)
     np.testing.assert_array_equal(local.loaded.pixels(photo), upright)
     as_it_is.close()
 
@@ -170,8 +175,19 @@ def test_a_bad_image_is_its_own_tasks_error(local: Local) -> None:
         np.testing.assert_allclose(found, complete(images(loaded, good)), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "tracebacks"),
+    [
+        (ZeroDivisionError("at /home/somebody/secret.py"), "internal_error", 1),
+        (TaskError(ENCODER_FAILED, "image_encoder failed"), ENCODER_FAILED, 0),  # a runtime's
+    ],
+)
 def test_needs_that_fail_together_are_halved_until_the_one_is_found(
-    local: Local, capfd: pytest.CaptureFixture[str]
+    local: Local,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+    code: str,
+    tracebacks: int,
 ) -> None:
     loaded = local.loaded
     black = np.zeros((1, SIZE, SIZE, 3), np.uint8)
@@ -183,18 +199,26 @@ def test_needs_that_fail_together_are_halved_until_the_one_is_found(
     def fail(pixels: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
         batches.append(len(pixels))
         if not all(one.any() for one in pixels):
-            raise ZeroDivisionError("at /home/somebody/secret.py")
+            raise error
         return encode(pixels)
 
     local.images = fail  # type: ignore[method-assign]
     given = [*rows[:5], black, *rows[5:]]
     results: list[Any] = encode_together([Need(loaded, "images", one, None, None) for one in given])
-    assert codes(results) == [*[None] * 5, "internal_error", None, None]
+    assert codes(results) == [*[None] * 5, code, None, None]
     np.testing.assert_allclose(results[:5] + results[6:], expected, atol=1e-6)
     assert batches == [8, 4, 4, 2, 1, 1, 2]
     # Its caller learns that there was an error, and the log which, once.
     assert "secret" not in str(results[5])
-    assert capfd.readouterr().err.count("Traceback") == 1
+    assert capfd.readouterr().err.count("Traceback") == tracebacks
+
+
+def test_a_caller_who_has_left_is_encoded_no_further(local: Local) -> None:
+    loaded = local.changed(max_batch_size=2)
+    rows = [[number] for number in range(1, 7)]
+    need = Need(loaded, "tokens", rows, None, lambda: len(local.calls) > 1)
+    assert codes(encode_together([need])) == ["cancelled"]
+    assert local.calls == [(2, 1)] * 2  # of three batches
 
 
 def test_an_error_reaches_its_own_task_alone(

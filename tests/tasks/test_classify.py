@@ -200,6 +200,18 @@ def test_an_image_that_no_label_fits_is_unknown(local: Local, cosines: np.ndarra
                 np.testing.assert_array_equal(one.scores, plain[row].scores)
 
 
+def test_a_score_that_equals_its_limit_is_enough() -> None:
+    """In float32 a sigmoid ends at 1."""
+    cosines = np.array([1, -1], np.float32)
+    label_set = LabelSet(("cat", "dog"), cosines, ("cat", "dog"), ())
+    for rule in (
+        ScoreRule(None, 100.0, 0.0, threshold=1.0),
+        ScoreRule(1, 100.0, None, unknown=1.0, sigmoid=(100.0, 0.0)),
+    ):
+        ranking = rule.ranking(cosines, label_set)
+        assert list(ranking.labels) == ["cat"] and ranking.scores.tolist() == [1.0]
+
+
 @pytest.mark.parametrize("options", [{"multi_label": True}, {"calibrated": True}, {"unknown": 0.5}])
 def test_calibrated_scores_are_for_the_alpha_of_the_release_alone(
     local: Local, options: dict[str, Any]

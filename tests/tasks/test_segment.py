@@ -27,6 +27,7 @@ from radapter_serve.encoders.loaded import (
 from radapter_serve.tasks import segment as module
 from radapter_serve.tasks.dense import (
     PATCH_SCALE,
+    MaskTally,
     ScoredMask,
     SegmentOptions,
     encode_windows,
@@ -249,6 +250,12 @@ def test_refining_is_pamr():
 def colour_labels() -> np.ndarray:
     """Red, green, blue and white."""
     return colour_embeds(np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]))
+
+
+def test_a_pixel_whose_probability_equals_the_threshold_has_its_label() -> None:
+    tally = MaskTally((3,), 2, background=True, threshold=1.0)
+    tally.put(slice(0, 3), np.array([0, 1, 1]), np.array([1, 1, 0.5], np.float32))
+    assert tally.result().mask.tolist() == [0, 1, 2]
 
 
 # OVSeg
