@@ -13,12 +13,14 @@ import hmac
 import math
 import re
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import date, datetime, timezone
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
+import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from radapter_serve.contract.errors import OVERLOADED
@@ -26,6 +28,7 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import first_problem, staged
 from radapter_serve.gateway.upstream import LOG, RATE_LIMITED, UNAUTHORIZED, Entry, Refused
 
+T = TypeVar("T")
 _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
 
 
@@ -49,17 +52,24 @@ class Keys:
         self._path = path
         self._state = _state(path)
         self._keys = _parse(path, _text(path))
+        self._trouble = ""  # why no key is accepted
 
     def check(self, authorization: str | None) -> Key:
         """The valid key in a header `Authorization: Bearer KEY`; raises `Refused` without it."""
         if (state := _state(self._path)) != self._state:
-            self._state = state
             try:
                 self._keys = _parse(self._path, _text(self._path))
+                self._state = state
+                self._trouble = ""
                 LOG.info("%s has changed: %d keys", self._path, len(self._keys))
             except RAdapterError as error:
-                self._keys = {}  # so that a revoked key never works again
-                LOG.error("no key is accepted: %s", error)
+                # No key is accepted, so that a revoked one never works again, until the file can be
+                # read: each check tries, since only this process may lack a descriptor.
+                self._keys = {}
+                self._state = "not read"
+                if str(error) != self._trouble:
+                    LOG.error("no key is accepted: %s", error)
+                self._trouble = str(error)
         kind, _, secret = (authorization or "").partition(" ")
         digest = hashlib.sha256(secret.strip().encode("utf-8", "replace")).hexdigest()
         # Compare with every digest, so that the time does not reveal which one matches.
@@ -175,22 +185,24 @@ class TokenBucket:
 
 
 class Quota:
-    """Counts the requests and images of a key towards its limits."""
+    """Counts the requests and images of a key towards its limits; `at_once` is for a key whose line
+    says none.
+    """
 
-    def __init__(self, key: Key) -> None:
+    def __init__(self, key: Key, at_once: int) -> None:
         self.key = key
+        self._at_once = key.at_once or at_once
         self._requests = TokenBucket(key.requests_per_second, 1.0)
         self._images = TokenBucket(key.images_per_minute, 60.0)
         self._running = 0
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
-        """Count a request while it runs, or raise `Refused`."""
-        key = self.key
-        if key.at_once is not None and self._running >= key.at_once:
-            raise self._refused(f"{key.at_once} requests at once", 1)
+        """Count a request from its headers to the last byte of its answer, or raise `Refused`."""
+        if self._running >= self._at_once:
+            raise self._refused(f"{self._at_once} requests at once", 1)
         if seconds := self._requests.take():
-            raise self._refused(f"{key.requests_per_second:g} requests a second", seconds)
+            raise self._refused(f"{self.key.requests_per_second:g} requests a second", seconds)
         self._running += 1
         try:
             yield
@@ -245,31 +257,104 @@ class ConcurrencyLimit:
             entry.model_ms = 1e3 * (time.monotonic() - began)
 
 
-class MemoryBudget:
-    """Limits the memory that the bodies of all requests take, in bytes."""
+class Lease:
+    """The memory of a `MemoryBudget` that one request holds."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
+        self.size = 0
+
+    def hold(self, size: int) -> None:
+        """Hold so many bytes from now on; raises `Refused` if they are not free."""
+        # A request that has all memory to itself runs, whatever its size.
+        self._budget.take(min(size, self._budget.max_bytes) - self.size)
+        self.size = min(size, self._budget.max_bytes)
+
+    def lend(self, give_up: Callable[[], object]) -> None:
+        """Let the budget call `give_up`, which ends the answer, when others need the memory."""
+        self._budget.answers[self] = time.monotonic(), give_up
+
+
+class MemoryBudget:
+    """Limits the memory that the bodies and answers of all requests take, in bytes. When it is
+    short, the answers that callers have been reading for more than `patience` seconds are given up,
+    the oldest first, so that slow readers keep nobody out.
+    """
+
+    def __init__(self, max_bytes: int, patience: float) -> None:
         self.max_bytes = max_bytes
         self.held = 0
+        self.answers: dict[Lease, tuple[float, Callable[[], object]]] = {}  # under way
+        self._patience = patience
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that reserves bytes until the block ends, or raises `Refused`."""
-        leased = 0
-
-        def acquire(size: int) -> None:
-            nonlocal leased
-            if self.held + size > self.max_bytes:
-                raise Refused(
-                    429,
-                    OVERLOADED,
-                    "the requests under way take all memory that is set apart for them; try again"
-                    " in a moment",
-                )
-            self.held += size
-            leased += size
-
+    def lease(self) -> Iterator[Lease]:
+        """Yield a lease that ends with the block."""
+        lease = Lease(self)
         try:
-            yield acquire
+            yield lease
         finally:
-            self.held -= leased
+            self.answers.pop(lease, None)
+            lease.hold(0)
+
+    def take(self, size: int) -> None:
+        """Count so many bytes as held; a `Refused` if they are not free."""
+        while self.answers and self.held + size > self.max_bytes:
+            lease, (start, give_up) = next(iter(self.answers.items()))
+            if time.monotonic() - start < self._patience:
+                break
+            del self.answers[lease]
+            lease.hold(0)
+            give_up()
+        if self.held + size > self.max_bytes:
+            raise Refused(
+                429,
+                OVERLOADED,
+                "the requests under way take all memory that is set apart for them; try again in a"
+                " moment",
+            )
+        self.held += size
+
+
+class Threads:
+    """Runs calls in daemon threads, at most `count` at once. A call keeps its place until its
+    thread has ended, even if the caller has left. Threads of an executor would hold the exit.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._count = count
+        self._free = asyncio.Semaphore(count)
+        self._name = name
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Return the result of a call, which never starts if its caller leaves while it waits."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def end(settle: Callable[[Any], object], outcome: object) -> None:
+            self._free.release()
+            if not answer.done():
+                settle(outcome)
+
+        def run() -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                try:
+                    result = call()
+                except BaseException as error:
+                    loop.call_soon_threadsafe(end, answer.set_exception, error)
+                else:
+                    loop.call_soon_threadsafe(end, answer.set_result, result)
+
+        await self._free.acquire()
+        try:
+            threading.Thread(target=run, name=self._name, daemon=True).start()
+        except RuntimeError:  # the process may have no more threads
+            self._free.release()
+            raise
+        return await answer
+
+    async def close(self, seconds: float) -> None:
+        """Wait for the running calls, so many seconds at most; no call starts any more."""
+        with anyio.move_on_after(seconds):
+            for _ in range(self._count):
+                await self._free.acquire()

@@ -9,7 +9,6 @@ import contextlib
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -31,10 +30,18 @@ from radapter_serve.contract.errors import (
     UNKNOWN_MODEL,
 )
 from radapter_serve.gateway import kserve, openai, openapi
-from radapter_serve.gateway.access import ConcurrencyLimit, Keys, MemoryBudget, Quota
+from radapter_serve.gateway.access import (
+    ConcurrencyLimit,
+    Keys,
+    Lease,
+    MemoryBudget,
+    Quota,
+    Threads,
+)
 from radapter_serve.gateway.middleware import (
     BrowserRule,
     Errors,
+    HoldMemory,
     Metrics,
     Pieces,
     Record,
@@ -47,6 +54,7 @@ from radapter_serve.gateway.upstream import (
     NOT_FOUND,
     SERVER_UNAVAILABLE,
     SHORT_TIMEOUT,
+    SMALL,
     TOO_LARGE,
     UNSUPPORTED_TYPE,
     Entry,
@@ -60,10 +68,17 @@ from radapter_serve.index.facts import index_names
 from radapter_serve.release.release import TASKS
 from radapter_serve.tasks.table import PROBES
 
-# Larger JSON or bodies are parsed in threads: one for bodies up to `SMALL_BODY`, one for larger
-# ones.
-SMALL_JSON = 2**16  # bytes
-SMALL_BODY = 2**22
+# Bodies of more than `SMALL` bytes are read in threads, and such answers written: one thread for
+# those up to `MIDDLE` bytes, one for larger ones. The event loop reads a few images of up to
+# `MIDDLE` bytes in binary itself: that is a copy.
+MIDDLE = 2**22
+FEW = 2**10  # texts and images
+# A body of JSON may have this share of `max_body`: its parser holds all other threads up, 0.1 s for
+# 16 MiB.
+JSON_SHARE = 1 / 4
+# Bytes a second at which a body must come, once it has had `timeouts.idle` seconds: less than a
+# phone sends over 3G, while 2,048 connections that hold bodies open have to send 32 MiB a second.
+MIN_BODY_RATE = 2**14
 # Seconds for which a task's configuration is cached, and an answer shows that the task works
 FRESH = 5.0
 # Seconds beyond its deadline that a request gets: the upstream has the same deadline, and a better
@@ -94,21 +109,22 @@ class Gateway:
         self._timeouts = timeouts
         self._models: dict[tuple[str, str], tuple[float, Model]] = {}
         self._concurrency = ConcurrencyLimit(settings.max_concurrent, settings.max_queue)
-        self._memory = MemoryBudget(int(settings.max_memory * MIB))
-        self._parsers = {
-            size: (asyncio.Lock(), ThreadPoolExecutor(1, thread_name_prefix=f"{size}-bodies"))
-            for size in ("small", "large")
-        }
+        self._max_body = int(settings.max_body * MIB)
+        self._max_json = int(settings.max_body * MIB * JSON_SHARE)
+        self._memory = MemoryBudget(int(settings.max_memory * MIB), timeouts.piece)
+        self._middle = Threads(1, "middle-bodies")
+        self._large = Threads(1, "large-bodies")
         self._metrics = Metrics(self._concurrency, self._memory)
         self._spans = open_spans()
 
-        # A request passes these middlewares from first to last,
+        # A request passes these middlewares from first to last, and then those of its path.
+        # `Errors` stands twice: here for paths and callers that are refused before `Record`, and
+        # behind `Record`, which then sees a refusal as an answer with its status.
         every = [
             Middleware(RequestId),
             Middleware(Pieces),
             Middleware(Errors),
         ]
-        # and then those of its path.
         log = settings.log == "json"
         facts = [Middleware(Record, log), Middleware(Errors)]
         inference = [Middleware(Record, log, self._metrics, self._spans), Middleware(Errors)]
@@ -117,7 +133,9 @@ class Gateway:
         else:
             keys = Keys(settings.api_keys)
             facts.append(Middleware(RequireKey, keys))
-            inference.append(Middleware(RequireKey, keys, {}))
+            most = settings.max_concurrent + settings.max_queue
+            inference.append(Middleware(RequireKey, keys, {}, most))
+        inference.append(Middleware(HoldMemory, self._memory))
         model = "/v2/models/{model}"
         version = f"{model}/versions/{{version}}"
         # The first path that fits is taken, so the most frequent come first.
@@ -156,8 +174,6 @@ class Gateway:
             yield
         finally:
             await self._upstream.close()
-            for _, thread in self._parsers.values():
-                thread.shutdown(wait=False, cancel_futures=True)
             if self._spans is not None:
                 await asyncio.to_thread(self._spans.close, self._timeouts.spans)
 
@@ -224,51 +240,78 @@ class Gateway:
     async def infer(self, request: Request) -> Response:
         """Answer an inference; cancelled if the caller disconnects or its time is over."""
         start = time.monotonic()
-        limit = self._settings.timeout
+        seconds = self._settings.timeout
         name, version = _named(request)
         entry: Entry = request.state.entry
-        with self._memory.lease() as acquire:
-            # Read and check
-            body = await self._body(request, acquire)
-            model = await self._model(name, version)
-            json_size = kserve.json_length(request.headers.get(kserve.HEADER_LENGTH), len(body))
-            read = partial(kserve.read, body, json_size, model, version)
-            inference = await self._read(request, body, json_size, start + limit, read)
-            # Many short texts, or a text with an emoji, take more memory than in the body.
-            more = max(inference.size - len(body), 0)
-            acquire(min(more, self._memory.max_bytes - len(body)))
-            del body, read
-            self._count_images(request, inference.images)
+        lease: Lease = request.state.lease
 
-            # Ask the upstream, once a slot is free
-            end = start + min(limit, inference.timeout or limit)
+        # Read and check
+        header_length = request.headers.get(kserve.HEADER_LENGTH)
+        limit = self._max_json if header_length is None else self._max_body
+        body = await self._body(request, limit)
+        model = await self._model(name, version)
+        json_size = kserve.json_length(header_length, len(body))
+        if json_size > self._max_json:
+            raise self._too_large(self._max_json)
+        read = partial(kserve.read, body, json_size, model, version)
+        is_quick = len(body) <= SMALL or (
+            len(body) <= MIDDLE
+            and json_size <= SMALL
+            and kserve.count_texts(body[:json_size]) <= FEW
+        )
+        if is_quick:
+            inference = read()
+        else:
+            inference = await self._read(request, body, json_size, start + seconds, read)
+        # Many short texts, or a text with an emoji, take more memory than in the body.
+        lease.hold(max(inference.size, len(body)))
+        del body, read
+        self._count_images(request, inference.images)
 
-            async def ask() -> Reply:
-                async with self._concurrency.slot(entry):
-                    left = max(end - time.monotonic(), 1e-3)
-                    return await self._upstream.infer(inference, left, entry)
+        # Ask the upstream, once a slot is free
+        end = start + min(seconds, inference.timeout or seconds)
 
-            reply = await _run_until_disconnect(request, ask(), end)
-            entry.release = str(reply.version)
-            self._health.answered(name)
-            content, headers = kserve.write(reply, inference)
-            return Response(content, headers=headers)
+        async def ask() -> Reply:
+            async with self._concurrency.slot(entry):
+                left = max(end - time.monotonic(), 1e-3)
+                return await self._upstream.infer(inference, left, entry)
+
+        reply = await _run_until_disconnect(request, ask(), end)
+        entry.release = str(reply.version)
+        self._health.answered(name)
+
+        # Write the answer: the memory of its arrays, and then of its bytes until all are sent.
+        outputs = dict(reply.outputs)
+        size = sum(array.nbytes for array in outputs.values())
+        lease.hold(size)
+        write = partial(kserve.write, Reply(reply.version, outputs), inference)
+        if size <= SMALL:
+            content, headers = write()
+        else:
+            writing = self._thread(size).run(write)
+            content, headers = await _run_until_disconnect(request, writing, end)
+        lease.hold(len(content))
+        return Response(content, headers=headers)
 
     async def embeddings(self, request: Request) -> Response:
         """Answer a request for OpenAI's embeddings."""
         end = time.monotonic() + self._settings.timeout
-        with self._memory.lease() as acquire:
-            body = await self._body(request, acquire)
-            read = partial(openai.read, body)
+        body = await self._body(request, self._max_json)
+        read = partial(openai.read, body)
+        if len(body) <= SMALL:
+            asked = read()
+        else:
             asked = await self._read(request, body, len(body), end, read)
-            del body, read
-            self._count_images(request, len(asked.images))
-            work = self._openai.embed(asked, end - time.monotonic(), request.state.entry)
-            answer = await _run_until_disconnect(request, work, end)
-            return Response(answer, media_type="application/json")
+        request.state.lease.hold(len(body))
+        del body, read
+        self._count_images(request, len(asked.images))
+        work = self._openai.embed(asked, end - time.monotonic(), request.state.entry)
+        answer = await _run_until_disconnect(request, work, end)
+        request.state.lease.hold(len(answer))
+        return Response(answer, media_type="application/json")
 
-    async def _body(self, request: Request, acquire: Callable[[int], None]) -> bytes:
-        """Read the body of a request; `acquire` is called with the size of each part."""
+    async def _body(self, request: Request, limit: int) -> bytes:
+        """Read the body of a request, of `limit` bytes at most."""
         headers = request.headers
         if headers.get("Content-Encoding", "identity") != "identity":
             raise Refused(
@@ -278,49 +321,61 @@ class Gateway:
         if kind not in _TYPES:
             allowed = " or ".join(_TYPES[1:])
             raise Refused(415, UNSUPPORTED_TYPE, f"Content-Type is {kind!a:.80}; send {allowed}")
-        limit = int(self._settings.max_body * MIB)
-        too_large = f"the body has more than {limit / MIB:g} MiB, the most that is taken"
         if int(headers.get("Content-Length", "0")[:18]) > limit:
-            raise Refused(413, TOO_LARGE, too_large)
-        parts = []
+            raise self._too_large(limit)
+        parts: list[bytes] = []
         size = 0
         # Not `asyncio.wait_for`: its exceptions form reference cycles, which keep the body and the
         # connection until the garbage collector runs.
-        with anyio.move_on_after(self._settings.timeout) as scope:
+        with anyio.CancelScope() as scope:
+            # Each part puts the deadline off by as long as it may take.
+            first = anyio.current_time() + self._timeouts.idle
+            last = anyio.current_time() + self._settings.timeout
+            scope.deadline = min(first, last)
             async for part in request.stream():
                 size += len(part)
                 if size > limit:
-                    raise Refused(413, TOO_LARGE, too_large)
-                acquire(len(part))
+                    raise self._too_large(limit)
+                request.state.lease.hold(size)
                 parts.append(part)
+                scope.deadline = min(first + size / MIN_BODY_RATE, last)
         if scope.cancelled_caught:
-            why = f"the body did not come within {self._settings.timeout:g} s"
-            raise Refused(408, TIMED_OUT, why)
+            raise Refused(
+                408,
+                TIMED_OUT,
+                f"the body did not come within {self._settings.timeout:g} s, or came at less than"
+                f" {MIN_BODY_RATE // 1024} KiB a second",
+            )
         if not size:
             raise bad_request("the body is empty")
         request.state.entry.bytes_in = size
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def _too_large(self, limit: int) -> Refused:
+        why = f"the body has more than {limit / MIB:g} MiB, the most that is taken"
+        if limit == self._max_json:
+            why += " of JSON; send tensors in binary, or fewer inputs at once"
+        return Refused(413, TOO_LARGE, why)
+
     async def _read(
         self, request: Request, body: bytes, json_size: int, end: float, read: Callable[[], T]
     ) -> T:
-        """Parse a body with `read` by the time `end`; its first `json_size` bytes are JSON."""
-        if json_size <= SMALL_JSON and len(body) <= SMALL_BODY:
-            return read()
-        lock, thread = self._parsers["small" if len(body) <= SMALL_BODY else "large"]
-        call = partial(asyncio.get_running_loop().run_in_executor, thread)
+        """Parse a body with `read` in a thread by the time `end`; its first `json_size` bytes are
+        JSON.
+        """
+        thread = self._thread(len(body))
 
         async def reading() -> T:
-            # Wait for the lock, not in the thread's queue: a cancelled request then leaves nothing
-            # behind.
-            async with lock:
-                size = await call(kserve.json_memory, body[:json_size])
-                with self._memory.lease() as acquire:
-                    # The limit lets a request that has all memory to itself run, whatever its size.
-                    acquire(min(size, self._memory.max_bytes - len(body)))
-                    return await call(read)
+            memory = partial(kserve.json_memory, body[:json_size])
+            size = memory() if json_size <= SMALL else await thread.run(memory)
+            request.state.lease.hold(len(body) + size)
+            return await thread.run(read)
 
         return await _run_until_disconnect(request, reading(), end)
+
+    def _thread(self, size: int) -> Threads:
+        """The thread for so many bytes."""
+        return self._middle if size <= MIDDLE else self._large
 
     def _count_images(self, request: Request, count: int) -> None:
         quota: Quota | None = request.scope["state"].get("quota")
@@ -366,14 +421,17 @@ class Health:
             return why
 
     async def _probe(self, task: str) -> str | None:
-        try:
-            if not await self._upstream.ready(task):
-                return f"{task} is not ready"
-            probe = Inference(task, "", dict(PROBES[task]))
-            await self._upstream.infer(probe, SHORT_TIMEOUT, Entry("probe"))
-        except Refused as error:
-            if error.code in _FAILED:
-                return f"{task} does not answer"
+        probe = Inference(task, "", dict(PROBES[task]), is_probe=True)
+        with anyio.move_on_after(SHORT_TIMEOUT + GRACE) as scope:
+            try:
+                if not await self._upstream.ready(task):
+                    return f"{task} is not ready"
+                await self._upstream.infer(probe, SHORT_TIMEOUT, Entry("probe"))
+            except Refused as error:
+                if error.code in _FAILED:
+                    return f"{task} does not answer"
+        if scope.cancelled_caught:
+            return f"{task} does not answer"
         self.answered(task)
         return None
 

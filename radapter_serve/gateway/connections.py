@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
+import itertools
 import json
 import logging
 import re
@@ -85,6 +86,8 @@ class Connections:
         # Start times of waiting for a request, and for the caller to read; oldest first
         self.waiting: dict[_Connection, float] = {}
         self.unread: dict[_Connection, float] = {}
+        # Connections with an unfinished body; the one that has sent nothing for longest comes first
+        self.receiving: dict[_Connection, None] = {}
         self.place_is_free = asyncio.Event()  # set when a place may have become free
         self._warned = -WARN_SECONDS
 
@@ -124,6 +127,7 @@ class Connections:
             self.open.remove(connection)
             self.waiting.pop(connection, None)
             self.unread.pop(connection, None)
+            self.receiving.pop(connection, None)
             self._of_address[connection.address] -= 1
             if not self._of_address[connection.address]:
                 del self._of_address[connection.address]
@@ -182,9 +186,12 @@ class Connections:
         return False
 
     def _end_oldest(self, address: str | None = None) -> bool:
-        """Close the connection that waited longest, of an address or of all; False if none."""
-        for connection in self.waiting:
-            if address in (None, connection.address) and connection.is_idle:
+        """Close the connection that waited longest, of an address or of all, or else one with an
+        unfinished body; False if there is none.
+        """
+        idle = (connection for connection in self.waiting if connection.is_idle)
+        for connection in itertools.chain(idle, self.receiving):
+            if address in (None, connection.address):
                 connection.end()
                 return True
         return False
@@ -232,6 +239,7 @@ class _Connection(HttpToolsProtocol):
     def wait_for_request(self) -> None:
         """Start the time limit for the caller's next request."""
         if self in self._connections.open:
+            self._connections.receiving.pop(self, None)
             self._connections.waiting.pop(self, None)
             self._connections.waiting[self] = self._connections.loop.time()
             self._connections.place_is_free.set()
@@ -358,15 +366,19 @@ class _Connection(HttpToolsProtocol):
             if name == b"content-length":
                 self._body_left = int(value)
         self._connections.waiting.pop(self, None)
+        self._connections.receiving[self] = None
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
+        if self in self._connections.receiving:
+            self._connections.receiving[self] = self._connections.receiving.pop(self)
         self._between = 0
         if self._body_left is not None:
             self._body_left -= len(body)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        self._connections.receiving.pop(self, None)
         self._in_body = False
         self._between = 0
 

@@ -4,12 +4,10 @@ it runs, and `InProcess`, the gateway's `Upstream` to it.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from radapter_client import Reply
@@ -18,17 +16,20 @@ from radapter_serve.encoders.encoder import GraphEncoder, collected
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway.access import Threads
 from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import LOG, Entry, Inference, Model, from_status
 from radapter_serve.release.config import encoders_of
 from radapter_serve.release.integrity import verify
-from radapter_serve.release.release import release_parameters
+from radapter_serve.release.release import TASKS, release_parameters
 from radapter_serve.release.repository import RUNTIMES, Served, check_repository, format_list
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import server_folder
 from radapter_serve.server.models import check_agreement, configure
 from radapter_serve.server.releases import ReleaseServer, Say
+
+CLOSE_SECONDS = 5.0  # for cancelled work to end, when the process stops
 
 
 class EngineServer(ReleaseServer):
@@ -108,11 +109,14 @@ class EngineServer(ReleaseServer):
 
 
 class InProcess:
-    """An `Upstream` to an engine in this process; each request waits in a thread for its batch."""
+    """An `Upstream` to an engine in this process; each request waits in a thread for its batch.
+    Probes have threads of their own, so that they are answered when all others work.
+    """
 
     def __init__(self, engine: Engine, max_concurrent: int) -> None:
         self._engine = engine
-        self._threads = ThreadPoolExecutor(max_concurrent, thread_name_prefix="request")
+        self._requests = Threads(max_concurrent, "request")
+        self._probes = Threads(len(TASKS), "probe")
 
     async def infer(self, request: Inference, timeout: float, entry: Entry) -> Reply:
         cancelled = threading.Event()
@@ -130,7 +134,7 @@ class InProcess:
                 )
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, infer)
+            return await (self._probes if request.is_probe else self._requests).run(infer)
         except TaskError as error:
             refused = from_status(error.status, str(error))
             if refused.status >= 500:
@@ -150,7 +154,7 @@ class InProcess:
         return not version or int(version) in self._engine.versions()
 
     async def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        await self._requests.close(CLOSE_SECONDS)
 
 
 def in_front_of(server: EngineServer, settings: Settings) -> GatewayServer:

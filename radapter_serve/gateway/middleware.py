@@ -7,7 +7,6 @@ upgrades, and callers who do not read.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import re
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import anyio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -88,8 +88,9 @@ class Pieces:
                 await send(message)
                 return
             for start in range(0, len(body), PIECE):
-                end = start + PIECE
-                await send({**message, "body": body[start:end], "more_body": end < len(body)})
+                await send({**message, "body": body[start : start + PIECE], "more_body": True})
+            # This waits until the last piece is taken, too.
+            await send({**message, "body": b""})
 
         await self.app(scope, receive, sending)
 
@@ -195,11 +196,11 @@ class Metrics:
         self._images_of_key = Counter(
             "key_images", "Images that were sent with a key", ["key"], **registered
         )
-        running = Gauge("running", "Requests that Triton works on", **registered)
+        running = Gauge("running", "Requests that Triton or the engine works on", **registered)
         running.set_function(lambda: concurrency.running)
         waiting = Gauge("waiting", "Requests in the queue", **registered)
         waiting.set_function(lambda: concurrency.waiting)
-        Gauge("body_bytes", "Bytes of bodies in memory", **registered).set_function(
+        Gauge("body_bytes", "Bytes of bodies and answers in memory", **registered).set_function(
             lambda: memory.held
         )
 
@@ -262,13 +263,14 @@ class Record:
 
 @dataclass(frozen=True)
 class RequireKey:
-    """Refuses callers without a key. An inference counts towards the key's quota until its response
-    starts; its images are counted by `quota` in the request's state.
+    """Refuses callers without a key. An inference counts towards the key's quota; its images are
+    counted by `quota` in the request's state.
     """
 
     app: ASGIApp
     keys: Keys
     quotas: dict[str, Quota] | None = None  # by name of the key; None for routes without inference
+    at_once: int = 1  # requests of a key whose line sets no limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = self.keys.check(Headers(scope=scope).get("Authorization"))
@@ -278,11 +280,24 @@ class RequireKey:
             return
         quota = self.quotas.get(key.name)
         if quota is None or quota.key != key:  # the key is new, or its limits have changed
-            quota = self.quotas[key.name] = Quota(key)
+            quota = self.quotas[key.name] = Quota(key, self.at_once)
         scope["state"]["quota"] = quota
-        with contextlib.ExitStack() as running:
-            running.enter_context(quota.request())
-            await self.app(scope, receive, _on_start(send, lambda _: running.close()))
+        with quota.request():
+            await self.app(scope, receive, send)
+
+
+@dataclass(frozen=True)
+class HoldMemory:
+    """Gives a request a `lease` of memory, until the last byte of its answer is sent."""
+
+    app: ASGIApp
+    memory: MemoryBudget
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.memory.lease() as lease, anyio.CancelScope() as answering:
+            scope["state"]["lease"] = lease
+            # An answer that is given up ends in the middle, and so does its connection.
+            await self.app(scope, receive, _on_start(send, lambda _: lease.lend(answering.cancel)))
 
 
 def open_spans() -> Spans | None:

@@ -159,7 +159,7 @@ def _wrong(place: int, what: str, code: str = INVALID_ARGUMENT) -> Refused:
 async def write(
     rows: Sequence[NDArray[np.float32]], model: str, request: EmbeddingsRequest
 ) -> bytes:
-    """Serialize an answer; lets other requests run after every 64 rows."""
+    """Serialize an answer; lets other requests run after every 8 rows."""
     parts = []
     for place, row in enumerate(rows):
         embedding: Any = row.tolist()
@@ -167,7 +167,7 @@ async def write(
             embedding = base64.b64encode(row.astype("<f4").tobytes()).decode()
         part = {"object": "embedding", "index": place, "embedding": embedding}
         parts.append(json.dumps(part, allow_nan=False))
-        if place % 64 == 63:
+        if place % 8 == 7:
             await asyncio.sleep(0)
     usage = json.dumps({"prompt_tokens": request.tokens, "total_tokens": request.tokens})
     head = f'{{"object": "list", "model": {json.dumps(model)}, "usage": {usage}, "data": ['

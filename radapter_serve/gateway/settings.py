@@ -30,9 +30,9 @@ class Settings:
         no_api_keys: accept callers without a key, also from other machines.
         tls_certificate: PEM file of the certificate and its chain, to serve HTTPS.
         tls_key: PEM file of the certificate's private key.
-        max_body: largest body of a request, in MiB.
-        max_memory: memory for the bodies of all requests under way, and for parsing large ones, in
-            MiB.
+        max_body: largest body of a request, in MiB; JSON may have a quarter of it.
+        max_memory: memory for the bodies and answers of all requests under way, and for parsing
+            large bodies, in MiB.
         max_concurrent: requests that run at once.
         max_queue: requests that wait to run; further requests are answered 429.
         max_connections: connections at once; above that, the connection that has waited longest for

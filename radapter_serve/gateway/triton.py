@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -13,9 +14,11 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from radapter_client import Reply
 from radapter_client.grpc import CHANNEL, decode, encode
+from radapter_serve.gateway.access import Threads
 from radapter_serve.gateway.upstream import (
     LOG,
     SHORT_TIMEOUT,
+    SMALL,
     Entry,
     Inference,
     Model,
@@ -34,6 +37,7 @@ class Triton:
     def __init__(self, address: str, now: Callable[[], float] = time.monotonic) -> None:
         self._address = address
         self._now = now
+        self._encoding = Threads(1, "encode")
         self._closing: set[asyncio.Future[None]] = set()
         self._open()
 
@@ -55,7 +59,8 @@ class Triton:
         return self._fresh_stub
 
     async def infer(self, request: Inference, timeout: float, entry: Entry) -> Reply:
-        message = encode(request.model, request.version, request.inputs, request.outputs)
+        encoded = partial(encode, request.model, request.version, request.inputs, request.outputs)
+        message = encoded() if request.size <= SMALL else await self._encoding.run(encoded)
         message.id = entry.id
         trace = entry.traceparent
         metadata = () if trace is None else (("traceparent", trace),)

@@ -37,6 +37,7 @@ from radapter_serve.tasks.table import TASKS, Tensor, outputs_of
 
 LOG = logging.getLogger("radapter-gateway")
 SHORT_TIMEOUT = 10.0  # seconds for a request that needs no encoder
+SMALL = 2**16  # bytes that the event loop reads or writes itself; threads do what is larger
 
 # Refusals
 
@@ -133,6 +134,7 @@ class Inference:
     binary: frozenset[str] = frozenset()  # outputs that the caller wants in binary
     timeout: float | None = None  # seconds that the caller allows
     size: int = 0  # bytes of the inputs
+    is_probe: bool = False  # asked by the gateway itself, to try a task
 
     @property
     def images(self) -> int:

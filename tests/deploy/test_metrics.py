@@ -49,7 +49,7 @@ def test_metrics_of_the_gateway() -> None:
     from radapter_serve.gateway.middleware import Metrics
     from radapter_serve.gateway.upstream import Entry
 
-    gateway = Metrics(ConcurrencyLimit(1, 1), MemoryBudget(1))
+    gateway = Metrics(ConcurrencyLimit(1, 1), MemoryBudget(1, 1))
     gateway.count(Entry("1", key="ann", task="classify"), 0.1)
     gateway.count_images("ann", 1)
     check_asked("radapter_", names_and_labels(gateway.text().decode()))

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from radapter_serve.gateway import app, kserve
-from radapter_serve.gateway.app import SMALL_JSON
+from radapter_serve.gateway.app import FEW
 from radapter_serve.gateway.kserve import MAX_JSON_LISTS, json_memory
-from radapter_serve.gateway.upstream import LOG, Inference, Refused
+from radapter_serve.gateway.upstream import LOG, SMALL, Inference, Refused
 from tests.helpers.fake_upstream import (
     INFER,
     TEXT,
@@ -31,7 +31,7 @@ from tests.helpers.fake_upstream import (
 
 EMBEDDINGS = "/v1/embeddings"
 MIB = 2**20
-SMALL_BODY = 2**19  # in place of the gateway's own
+MIDDLE = 2**19  # in place of the gateway's own
 IMAGE = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["eA=="]}
 
 
@@ -111,7 +111,8 @@ class Reading:
         self.threads: list[str] = []
         self._read = kserve.read
         monkeypatch.setattr(kserve, "read", self)
-        monkeypatch.setattr(app, "SMALL_BODY", SMALL_BODY)
+        monkeypatch.setattr(app, "MIDDLE", MIDDLE)
+        monkeypatch.setattr(app, "JSON_SHARE", 1)
 
     def __call__(self, body: bytes, *rest: Any) -> Inference:
         self.threads.append(threading.current_thread().name)
@@ -129,33 +130,39 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reading]:
 
 def test_the_event_loop_gets_its_turn_while_a_large_body_is_read(reading: Reading) -> None:
     with serving() as served, ThreadPoolExecutor(3) as pool:
-        large = pool.submit(served.ask, INFER, text_of(SMALL_BODY + 1))
+        large = pool.submit(served.ask, INFER, text_of(MIDDLE + 1))
         until(lambda: len(reading.threads) == 1)
-        second = pool.submit(served.ask, INFER, text_of(SMALL_BODY + 2))
+        second = pool.submit(served.ask, INFER, text_of(MIDDLE + 2))
         assert served.ask("/health/live")[0] == 200
         assert served.ask(INFER, TEXT)[0] == 200
         # A smaller one has another thread, and does not wait.
-        middle = pool.submit(served.ask, INFER, text_of(SMALL_JSON + 1))
+        middle = pool.submit(served.ask, INFER, text_of(SMALL + 1))
         until(lambda: len(reading.threads) == 3)
         assert not large.done() and not second.done() and not middle.done()
         reading.go.set()
         assert [one.result()[0] for one in (large, second, middle)] == [200] * 3
-    kinds = [name.rpartition("_")[0] for name in reading.threads]
-    assert kinds[0] == "large-bodies" and kinds[2:] == ["small-bodies", "large-bodies"]
-    assert not kinds[1].endswith("bodies")
+    large_, small, *others = reading.threads
+    assert large_ == "large-bodies" and others == ["middle-bodies", "large-bodies"]
+    assert not small.endswith("bodies")
 
 
-def test_a_small_body_of_much_json_is_read_in_a_thread(reading: Reading) -> None:
+def test_what_is_not_small_is_read_in_a_thread(reading: Reading) -> None:
+    """In binary only images are few and large, while a body may have 131,072 texts."""
     reading.go.set()
     with serving() as served:
         head = json.dumps(text_of(2)).encode()
-        served.ask(INFER, head.ljust(SMALL_JSON))
-        served.ask(INFER, head.ljust(SMALL_JSON + 1))
-        # In binary nothing is made of what follows the JSON.
-        length = {"Inference_Header_Content_Length": str(len(head))}
-        served.ask(INFER, head + bytes(SMALL_JSON), **length)
-    in_thread = [name.startswith("small-bodies") for name in reading.threads]
-    assert in_thread == [False, True, False]
+        served.ask(INFER, head.ljust(SMALL))
+        served.ask(INFER, head.ljust(SMALL + 1))
+        for texts in ([bytes(SMALL)], [b"text"] * FEW * 16):
+            values = packed(texts)
+            binary = {"shape": [len(texts), 1], "parameters": {"binary_data_size": len(values)}}
+            head = json.dumps(
+                {"inputs": [{"name": "text", "datatype": "BYTES", **binary}]}
+            ).encode()
+            length = {"Inference_Header_Content_Length": str(len(head))}
+            served.ask(INFER, head + values, **length)
+    in_thread = [name == "middle-bodies" for name in reading.threads]
+    assert in_thread == [False, True, False, True]
 
 
 def body_bytes(served: Served) -> float:
@@ -164,7 +171,7 @@ def body_bytes(served: Served) -> float:
 
 def test_the_budget_has_the_memory_of_reading_but_not_of_who_has_left(reading: Reading) -> None:
     with serving(max_body=1, max_memory=3.25) as served, ThreadPoolExecutor(1) as pool:
-        size = SMALL_BODY + 1
+        size = MIDDLE + 1
         large = pool.submit(served.ask, INFER, text_of(size))
         until(lambda: len(reading.threads) == 1)
         alone = body_bytes(served)
@@ -182,7 +189,8 @@ def test_the_budget_has_the_memory_of_reading_but_not_of_who_has_left(reading: R
     assert len(reading.threads) == 1
 
 
-def test_the_budget_has_the_memory_of_texts() -> None:
+def test_the_budget_has_the_memory_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "JSON_SHARE", 1)
     labels = {"name": "labels", "shape": [1, 2**15], "datatype": "BYTES", "data": ["ab"] * 2**15}
     body = {"inputs": [IMAGE, labels]}
     path = "/v2/models/classify/infer"
@@ -202,7 +210,7 @@ def test_the_budget_has_the_memory_of_texts() -> None:
 
 def test_a_caller_who_waits_too_long_for_a_turn_is_refused(reading: Reading) -> None:
     with serving(timeout=0.2) as served:
-        assert served.refusal(INFER, text_of(SMALL_BODY + 1)) == (504, "timed_out")
+        assert served.refusal(INFER, text_of(MIDDLE + 1)) == (504, "timed_out")
         reading.go.set()
 
 

@@ -113,6 +113,39 @@ def test_a_connection_that_ends_gives_its_place_back() -> None:
         assert not served.connections._of_address and not served.connections.waiting
 
 
+def test_newcomers_get_the_places_of_unfinished_bodies(served: Served) -> None:
+    """First of the one that has sent nothing for longest, but an idle one goes before all."""
+    begun = HEAD + b"Content-Length: %d\r\n\r\n" % (len(BODY) + 1) + BODY[:-8]
+    with contextlib.ExitStack() as stack:
+        served.hold()
+        working = stack.enter_context(served.connection(EMBED))
+        until(lambda: served.upstream.asked)
+        bodies = []
+        for count in range(1, 8):
+            bodies.append(stack.enter_context(served.connection(begun)))
+            until(lambda: len(served.connections.receiving) == count)  # noqa: B023
+        bodies.pop().close()
+        until(lambda: len(served.connections.receiving) == 6)
+        idle = stack.enter_context(served.connection())
+        assert answers(idle)
+        oldest = next(iter(served.connections.receiving))
+        bodies[0].sendall(BODY[-8:-1])
+        until(lambda: next(iter(served.connections.receiving)) is not oldest)
+        for count, gone in enumerate([idle, *bodies[1:4]], 2):
+            stack.enter_context(served.connection()).sendall(EMBED)
+            assert has_ended(gone)
+            # Until it has asked, the newcomer is the first to give way.
+            until(lambda: len(served.upstream.asked) == count)  # noqa: B023
+        bodies[0].sendall(BODY[-1:] + b" ")
+        until(lambda: len(served.upstream.asked) == 6)
+        served.let_go()
+        assert heard(working).startswith(b"HTTP/1.1 200")
+        assert heard(bodies[0]).startswith(b"HTTP/1.1 200")
+        assert len(served.connections.receiving) == 2
+    until(lambda: not served.connections.open)
+    assert not served.connections.receiving
+
+
 @pytest.mark.parametrize(
     ("host", "network"),
     [
@@ -149,6 +182,31 @@ def test_a_caller_who_does_not_ask_has_a_limited_time() -> None:
         for first, it in idle:
             assert ALIVE not in first or heard(it)
             assert it.recv(1) == b""
+
+
+def test_a_body_has_a_lowest_rate() -> None:
+    """It may come in pieces for longer than a silent one has, but not more slowly."""
+    begun = HEAD + b"Content-Length: %d\r\n\r\n" % 2**17
+    with serving(timeouts=Timeouts(idle=0.4)) as served, served.connection(begun) as silent:
+        start = time.monotonic()
+        with served.connection(begun) as steady:
+            body = BODY.ljust(2**17)
+            for place in range(0, 2**17, 2**13):  # each lets it go on for half a second
+                steady.sendall(body[place : place + 2**13])
+                time.sleep(0.05)
+            assert time.monotonic() - start > 0.8
+            assert heard(steady).startswith(b"HTTP/1.1 200")
+        answer = heard(silent)
+        assert b"408" in answer and b"less than 16 KiB a second" in answer
+        with served.connection(begun) as slow, contextlib.suppress(ConnectionError):
+            slow.settimeout(0.05)
+            answer = b""
+            start = time.monotonic()
+            while not answer and time.monotonic() - start < 20:
+                slow.sendall(b"x")
+                with contextlib.suppress(TimeoutError):
+                    answer = slow.recv(2**16)
+            assert b"408" in answer
 
 
 # Parsing

@@ -191,7 +191,14 @@ def test_headers_and_bodies_that_are_refused() -> None:
         for size, begin in ((32_768, b"HTTP/1.1 200"), (32_769, b"HTTP/1.1 431")):
             with served.connection(head % (b"a" * (size - len(head) + 2))) as it:
                 assert heard(it).startswith(begin)
-        assert served.refusal(INFER, b"x" * 11_000) == (413, "too_large")
+        # JSON may have a quarter of it, also in front of tensors in binary.
+        for size, json_size in ((10_486, 9), (2_622, None), (5_000, 2_622)):
+            length = {"Inference_Header_Content_Length": str(json_size)} if json_size else {}
+            assert served.refusal(INFER, b"x" * size, **length) == (413, "too_large")
+        with served.connection(HEAD + b"Content-Length: 2622\r\n\r\n") as it:
+            assert b"413" in heard(it)
+        why = served.ask("/v1/embeddings", b"x" * 2_622)[1]["error"]["message"]
+        assert "MiB, the most that is taken of JSON; send tensors in binary" in why
         assert served.refusal(INFER, b"") == (400, "invalid_argument")
         chunk = b"1000\r\n" + bytes(0x1000) + b"\r\n"
         with served.connection(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3) as it:

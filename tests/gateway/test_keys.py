@@ -5,6 +5,7 @@ settings, and the process that it is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone, tzinfo
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import urllib3
 from radapter_client import Client, RAdapterClientError, ServerUnavailable, Unauthorized
 from radapter_serve.cli import gateway, serve
 from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway import access
 from radapter_serve.gateway.access import Keys, TokenBucket
 from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings, Timeouts
@@ -35,6 +37,9 @@ from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import INFER, TEXT, Served, serving, until
 from tests.helpers.gateway import until_asked
 from tests.helpers.small_release import png
+
+EMBED_BODY = b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+POST = HEAD + b"Authorization: Bearer %s\r\n"
 
 
 def line(name: str, key: str, limits: str = "") -> str:
@@ -98,14 +103,55 @@ def test_a_wrong_line_is_named(limits: str, why: str, tmp_path: Path) -> None:
         Keys(path)
 
 
-def test_a_key_works_until_its_last_day_and_until_it_is_exchanged(tmp_path: Path) -> None:
+def test_keys_that_could_not_be_read_once_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the process has no free descriptor when the file has just changed."""
     path = tmp_path / "keys"
-    last = datetime.now(timezone.utc).date() + timedelta(1)  # midnight may come before the check
-    path.write_text(line("ann", "old", f"until={last}") + line("bob", "b", "until=2026-01-31"))
+    path.write_text(line("ann", "a"))
+    keys = Keys(path)
+    path.write_text(line("ann", "a") + line("bob", "b"))
+
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as without:
+        without.setattr(Path, "read_text", full)
+        for _ in range(3):  # a key may be one that was taken out
+            with pytest.raises(Refused):
+                keys.check("Bearer a")
+    assert [keys.check(f"Bearer {key}").name for key in "ab"] == ["ann", "bob"]
+    said = [message for message in caplog.messages if message.startswith("no key is accepted")]
+    assert len(said) == 1 and "Too many open files" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("day", "works"), [("2026-01-30", True), ("2026-01-31", True), ("2026-02-01", False)]
+)
+def test_a_key_works_until_the_end_of_its_last_day(
+    day: str, works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Any:
+            assert tz == timezone.utc
+            return datetime.fromisoformat(f"{day}T23:59:59+00:00")
+
+    monkeypatch.setattr(access, "datetime", Clock)
+    path = tmp_path / "keys"
+    path.write_text(line("ann", "a", "until=2026-01-31"))
+    if works:
+        assert Keys(path).check("Bearer a").name == "ann"
+        return
+    with pytest.raises(Refused, match="this key ended with 2026-01-31"):
+        Keys(path).check("Bearer a")
+
+
+def test_a_key_works_until_it_is_exchanged(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(line("ann", "old"))
     keys = Keys(path)
     assert keys.check("Bearer old").name == "ann"
-    with pytest.raises(Refused, match="this key ended with 2026-01-31"):
-        keys.check("Bearer b")
     # In place, and by one of equal length, so that file and size stay as they were
     before = path.stat()
     path.write_text(path.read_text().replace(line("ann", "old")[:70], line("ann", "new")[:70]))
@@ -190,6 +236,46 @@ def test_a_key_that_asks_too_much_is_refused_alone(served: Served) -> None:
         'requests_total{code="ok",key="photos"} 3.0',
     ):
         assert f"radapter_gateway_key_{metric}" in text
+
+
+def test_limits_that_change_hold_from_the_next_request_on(keys: Path, served: Served) -> None:
+    for limit, status in (("at_once=1", 429), ("at_once=2", 200), ("at_once=1", 429)):
+        keys.write_text(line("few", "f", limit))
+        served.hold()
+        with ThreadPoolExecutor(1) as thread:
+            asked = len(served.upstream.asked)
+            first = thread.submit(served.ask, INFER, TEXT, Authorization="Bearer f")
+            until(lambda: len(served.upstream.asked) > asked)  # noqa: B023
+            second = served.connection(POST % b"f" + EMBED_BODY)
+            with second as it:
+                if status == 200:
+                    until(lambda: len(served.upstream.asked) > asked + 1)  # noqa: B023
+                else:
+                    assert b"HTTP/1.1 429" in heard(it)
+                served.let_go()
+                assert status == 429 or b"HTTP/1.1 200" in heard(it)
+            assert first.result()[0] == 200
+
+
+def test_unfinished_bodies_of_a_key_are_as_many_as_its_requests_may_be(keys: Path) -> None:
+    """Others are refused at their headers, from whatever address they come."""
+    with (
+        serving(api_keys=keys, max_concurrent=2, max_queue=1, max_connections=12) as served,
+        contextlib.ExitStack() as stack,
+    ):
+        begun = 0
+        for key, most in ((b"x", 3), (b"f", 2)):
+            for number in range(8):
+                address = f"127.0.0.{2 + number % 4}"
+                head = POST % key + b"Content-Length: 9\r\n\r\n"
+                it = stack.enter_context(served.connection(head, address))
+                if number >= most:
+                    assert b"HTTP/1.1 429" in heard(it)
+                    continue
+                begun += 1
+                until(lambda: len(served.connections.receiving) == begun)  # noqa: B023
+        assert len(served.connections.receiving) == 5
+        assert served.ask(INFER, TEXT, Authorization="Bearer p")[0] == 200
 
 
 # Bodies of refused requests
