@@ -58,6 +58,8 @@ class Metadata:
             has no classes.
         held_out: digest of the names of the images that `val_fraction` held out of training, see
             `held_out_digest`; None if it held out no images.
+        text_tower: digest of the base's text tower, as a release has it, if the adapter is on the
+            text's projection: so a server can put it beside a release.
     """
 
     architecture: Text
@@ -73,6 +75,7 @@ class Metadata:
     metrics: dict[str, Any] = field(default_factory=dict)
     classes: Annotated[list[Text], Field(min_length=1)] | None = None
     held_out: Text | None = None
+    text_tower: Text | None = None
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
 
     @cached_property

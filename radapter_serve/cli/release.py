@@ -4,7 +4,9 @@ server serves.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +20,7 @@ from rich.table import Table
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
+from radapter_serve.release import adapters
 from radapter_serve.release.config import check
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import (
@@ -34,7 +37,7 @@ REPOSITORY = Path("model_repository")
 
 
 def list_(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
-    """Show the releases of a repository, and which of them are served.
+    """Show the releases of a repository, which of them are served, and the adapters beside them.
 
     Args:
         model_repository: folder that radapter-export has filled.
@@ -59,8 +62,32 @@ def list_(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
             how = "yes, by default" if is_default else "yes"
         table.add_row(str(version), alpha, *map(escape, facts), how)
     Console().print(table)
+    _print_adapters(model_repository, versions)
     nobody = "no server runs here; this is what its next start serves"
     print(f"served at {state['url']}" if state else nobody)
+
+
+def _print_adapters(repository: Path, versions: Sequence[int]) -> None:
+    """Show the adapters beside the releases, and which are damaged."""
+    entries = adapters.read_list(repository)
+    if not entries:
+        return
+    towers: dict[str, list[int]] = {}
+    for version in versions:
+        with suppress(RAdapterError, TypeError):
+            release = Release.load(repository / MODELS[-1] / str(version))
+            towers.setdefault(release.text_tower.digest(release.alpha), []).append(version)
+    table = Table("adapter", "alpha", "rank", "created", "beside release")
+    for name, entry in entries.items():
+        beside = format_list(towers.get(entry.text_tower, []))
+        try:
+            facts = adapters.load(repository, name, entry).facts
+        except RAdapterError as error:
+            table.add_row(escape(name), "", "", "", escape(str(error)))
+            continue
+        rank = "full" if facts.rank is None else str(facts.rank)
+        table.add_row(escape(name), f"{facts.alpha:g}", rank, facts.created, beside)
+    Console().print(table)
 
 
 def load(
@@ -121,6 +148,57 @@ def verify(
         check(model_repository, versions, status.update)
     for version in versions:
         print(f"release {version}: as it was exported")
+
+
+def add_adapter(
+    name: tyro.conf.Positional[str],
+    adapter: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
+    *,
+    alpha: float | None = None,
+    replace: bool = False,
+    model_repository: Path = REPOSITORY,
+) -> None:
+    """Put an adapter on the text's projection beside the releases, under a name. Running servers
+    take it with their next request.
+
+    It belongs to the text tower that it was trained with: a release of the base, which
+    radapter-export --alpha 0 makes, or one whose adapters change the image tower alone.
+
+    Args:
+        name: by which requests ask for it.
+        adapter: folder of a run of the recipe quick, or an adapter file.
+        alpha: of requests that give none, from 0 to 1; by default the one that the run chose.
+        replace: take the place of an adapter of this name.
+        model_repository: folder that radapter-export has filled.
+    """
+    facts, factors = adapters.read_run(adapter, alpha)
+    fitting = []
+    for version in require_known(model_repository, releases_of(model_repository)):
+        release = Release.load(model_repository / MODELS[-1] / str(version))
+        if release.text_tower.digest(release.alpha) == facts.text_tower:
+            fitting.append(version)
+    if not fitting:
+        raise RAdapterError(
+            f"{adapter} was trained with another text tower than the releases of"
+            f" {model_repository} have; export its base: radapter-export --adapter {adapter}"
+            " --alpha 0"
+        )
+    adapters.add(model_repository, name, facts, factors, replace=replace)
+    print(
+        f"{name} is beside release {format_list(fitting)} at alpha {facts.alpha:g}; ask it with:"
+        f" radapter-query --adapter {shlex.quote(name)}"
+    )
+
+
+def remove_adapter(name: tyro.conf.Positional[str], *, model_repository: Path = REPOSITORY) -> None:
+    """Take an adapter away. Running servers refuse its name from the next request on.
+
+    Args:
+        name: of the adapter.
+        model_repository: folder that radapter-export has filled.
+    """
+    adapters.remove_adapter(model_repository, name)
+    print(f"{name} is removed")
 
 
 def _state(repository: Path, url: str | None) -> tuple[Path | None, Served, dict[str, Any]]:
@@ -213,5 +291,12 @@ def lacking(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    commands: dict[str, Any] = {"list": list_, "load": load, "rollback": rollback, "verify": verify}
+    commands: dict[str, Any] = {
+        "list": list_,
+        "load": load,
+        "rollback": rollback,
+        "verify": verify,
+        "add-adapter": add_adapter,
+        "remove-adapter": remove_adapter,
+    }
     return run(commands, argv, prog=PROG)

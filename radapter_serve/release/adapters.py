@@ -10,32 +10,36 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
 
 from radapter_serve.contract.embeddings import map_embeddings
 from radapter_serve.contract.errors import ADAPTER_FAILED, UNKNOWN_ADAPTER, TaskError, redact
 from radapter_serve.contract.labels import is_name, known_as
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import (
     checker,
     digest_of,
     disk_errors,
+    exchange,
     first_problem,
     lock,
     remove,
     staged,
 )
+from radapter_serve.sources import ADAPTER
 
 FOLDER = "adapters"
+CLASSES = "classes"  # label set of the classes that an adapter was trained on
 LIST = "served.json"
 FACTS = "adapter.json"
 FORMAT = 1
@@ -45,7 +49,7 @@ _NEAREST = 3  # names in the error about an unknown one
 
 # F of the adapter file [D, D], or its factors `up` [D, r] and `down` [r, D].
 Factors = tuple[NDArray[np.float32]] | tuple[NDArray[np.float32], NDArray[np.float32]]
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,13 @@ class Entry:
     belongs to.
     """
 
-    folder: Annotated[str, Field(pattern=r"^[^/\\]+$")]
-    text_tower: Digest
-    sums: dict[str, Digest]
+    folder: str
+    text_tower: str
+    sums: dict[str, str]  # of the files by their names
+
+    def __post_init__(self) -> None:
+        if not all(map(_DIGEST.fullmatch, (self.text_tower, *self.sums.values()))):
+            raise ValueError("a digest is sha256: and 64 hexadecimal digits")
 
     @property
     def digest(self) -> str:
@@ -68,16 +76,22 @@ class Entry:
 class AdapterFacts:
     """The facts of an adapter, as stored in its `adapter.json`."""
 
-    text_tower: Digest  # of the tower whose embeddings it maps
-    width: Annotated[int, Field(ge=1)]
-    alpha: Annotated[float, Field(ge=0, le=1)]  # of a request that gives none
-    rank: Annotated[int, Field(ge=1)] | None = None  # None for full rank
+    text_tower: str  # digest of the tower whose embeddings it maps
+    width: int
+    alpha: float  # of a request that gives none
+    rank: int | None = None  # None for full rank
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
     # Labels of each label set, with synonyms after commas.
     label_sets: dict[str, list[str]] = field(default_factory=dict)
     confidence: dict[str, Any] | None = None  # the fields of `Confidence`, at `alpha`
     created: str = ""  # in UTC, ISO 8601
-    format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}; allowed: 0 to 1")
+        if self.format > FORMAT:
+            raise ValueError(f"format {self.format} is newer than this radapter-serve")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +111,8 @@ class TextAdapter:
 
 def read_list(repository: Path) -> dict[str, Entry]:
     """Read which adapters are served, by name; empty if there is no list."""
+    from pydantic import ValidationError  # not a dependency of a base installation
+
     path = repository / FOLDER / LIST
     try:
         text = _read(path)
@@ -112,6 +128,49 @@ def read_list(repository: Path) -> dict[str, Entry]:
         if not is_name(name) or not is_name(entry.folder):
             raise RAdapterError(f"{path} has a name that is not allowed: {name!a:.80}")
     return entries
+
+
+def read_run(path: Path, alpha: float | None = None) -> tuple[AdapterFacts, Factors]:
+    """Read the adapter file of a run for `add`, without torch; raises an error if it is not on the
+    text's projection alone. `alpha` is by default the adapter's own.
+    """
+    check_installed("safetensors", "server")
+    from pydantic import ValidationError
+    from safetensors import SafetensorError, safe_open
+
+    file = path / ADAPTER if path.is_dir() else path
+    try:
+        with safe_open(file, framework="np") as opened:
+            header = {name: json.loads(text) for name, text in (opened.metadata() or {}).items()}
+            names = sorted(opened.keys())
+            key = names[0].removesuffix(".down") if names else ""
+            wanted = [f"{key}.up", f"{key}.down"] if header["rank"] else [key]
+            if "visual" in key or sorted(wanted) != names or header.get("text_tower") is None:
+                raise RAdapterError(
+                    f"{file} changes more than the text's projection, so it can't lie beside a"
+                    f" release; export it as a release of its own: radapter-export --adapter {path}"
+                )
+            factors: Any = tuple(opened.get_tensor(name) for name in wanted)
+        classes = header.get("classes")
+        facts = checker(AdapterFacts).validate_python(
+            {
+                "text_tower": header["text_tower"],
+                "width": len(factors[0]),
+                "alpha": header["alpha"] if alpha is None else alpha,
+                "rank": header["rank"],
+                "templates": header["templates"],
+                "label_sets": {CLASSES: list(dict.fromkeys(classes))} if classes else {},
+                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            }
+        )
+    except ValidationError as error:
+        raise RAdapterError(f"{file} is not an adapter file: {first_problem(error)}") from None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RAdapterError(
+            f"could not read an adapter from {file}: {reason(error)}; make one with radapter-train"
+            " --recipe quick"
+        ) from None
+    return facts, factors
 
 
 def add(
@@ -147,8 +206,13 @@ def add(
         sums = {file: digest_of(temporary / file) for file in (FACTS, *_files(facts))}
         entry = Entry("", facts.text_tower, sums)
         entry = Entry(f"{name}@{entry.digest[7:19]}", facts.text_tower, sums)
-        remove(folder / entry.folder)
-        temporary.rename(folder / entry.folder)
+        # One of the same digest may be served: its files are there at every moment.
+        if not (folder / entry.folder).exists():
+            temporary.rename(folder / entry.folder)
+        elif not exchange(temporary, folder / entry.folder):
+            remove(folder / entry.folder)
+            temporary.rename(folder / entry.folder)
+        remove(temporary)
 
         _write_list(folder, {**entries, name: entry})
         if before is not None and before.folder != entry.folder:
@@ -191,6 +255,8 @@ def check_factors(name: str, facts: AdapterFacts, factors: Factors) -> None:
 
 def load(repository: Path, name: str, entry: Entry) -> TextAdapter:
     """Map an adapter from the disk, and compare its files with their digests."""
+    from pydantic import ValidationError
+
     folder = repository / FOLDER / entry.folder
     try:
         text = _read(folder / FACTS)
@@ -285,6 +351,9 @@ class Adapters:
             except TaskError:  # of the encoder that the check asked
                 raise
             except RAdapterError as error:
+                # It may have been replaced or removed since the list was read.
+                if self.entries().get(known) != entries[known]:
+                    return self.get(name)
                 print(error, file=sys.stderr)
                 loaded = TaskError(ADAPTER_FAILED, str(error))
             with self._lock:

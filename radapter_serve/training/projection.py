@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from radapter_serve.adapter import Adapter, Metadata, base_digest, find_sites, save_adapter
 from radapter_serve.adapter.attach import LinearAdapter
+from radapter_serve.adapter.tuned import towers_of
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import logit_scale_and_bias, templates_of, to_device
 from radapter_serve.contract.labels import prompts_of, split_label
@@ -124,6 +125,7 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
     sites = find_sites(base.model, adapt=recipe.adapt, partial=recipe.partial)
     keys = {"image" if site.key.startswith("visual.") else "text": site.key for site in sites}
     digest = base_digest(base.model.state_dict(), keys.values())
+    text_tower = towers_of(base.model, {})["text_tower"].base if "text" in keys else None
     data, val = opened.ready(recipe, base)
     assert isinstance(data, Labelled | Captioned)  # Recipe.check refuses masks
     to_device(base.model)
@@ -224,6 +226,7 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
         metrics=metrics,
         classes=list(data.classes) if isinstance(data, Labelled) else None,
         held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,
+        text_tower=text_tower,
     )
     adapter = Adapter(tensors, metadata)
     save_adapter(adapter, out / ADAPTER)

@@ -1,0 +1,246 @@
+"""Adapters beside a release: what a request gets is what a fold of its adapter computes."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from radapter_client import Values
+from radapter_serve.adapter import Adapter, Metadata, base_digest, fold, save_adapter
+from radapter_serve.adapter.tuned import towers_of
+from radapter_serve.cli.release import main as command
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.encoders.loaded import load_release
+from radapter_serve.engine.engine import Engine
+from radapter_serve.release import adapters
+from tests.conftest import export_into
+from tests.helpers.small_release import png
+
+TEXTS = ["a red bicycle", "猫", "two dogs in the snow", "a cat"]
+WIDTH = 32
+
+
+def made(base: Base, seed: int, rank: int | None = None, alpha: float = 0.5) -> Adapter:
+    """An adapter on the text's projection with random values."""
+    weights = base.model.state_dict()
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(*shape, generator=generator)
+
+    key = "text_projection"
+    tensors = {key: values(WIDTH, WIDTH)}
+    if rank is not None:
+        tensors = {f"{key}.up": values(WIDTH, rank), f"{key}.down": values(rank, WIDTH)}
+    metadata = Metadata(
+        architecture=base.name,
+        base_digest=base_digest(weights, [key]),
+        rank=rank,
+        alpha=alpha,
+        templates=["a {}", "the {}, twice"],
+        recipe={"adapt": "text-projection"},
+        classes=["cat, kitty", "dog"],
+        text_tower=towers_of(base.model, {})["text_tower"].base,
+    )
+    return Adapter(tensors, metadata)
+
+
+@torch.no_grad()
+def encoded(base: Base, texts: list[str]) -> np.ndarray:
+    """Text embeddings by torch, [N, D]."""
+    model: Any = base.model
+    return np.asarray(model.encode_text(base.tokenizer(texts), normalize=True))
+
+
+def folded(base: Base, adapter: Adapter, alpha: float, texts: list[str]) -> np.ndarray:
+    """Text embeddings by torch, with the adapter folded into the weights, [N, D]."""
+    weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    base.model.load_state_dict(fold(weights, adapter, alpha))
+    try:
+        return encoded(base, texts)
+    finally:
+        base.model.load_state_dict(weights)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_clip_dir: str) -> Base:
+    return load_base(tiny_clip_dir)
+
+
+@pytest.fixture
+def runs(base: Base, tmp_path: Path) -> dict[str, Adapter]:
+    """Adapters by name, each in a folder of this name."""
+    kinds = {"anna": made(base, 1), "bob": made(base, 2, rank=3, alpha=1.0)}
+    for name, adapter in kinds.items():
+        (tmp_path / name).mkdir()
+        save_adapter(adapter, tmp_path / name / "adapter.safetensors")
+    return kinds
+
+
+@pytest.fixture
+def repository(runs: dict[str, Adapter], tmp_path: Path, common: Path) -> Path:
+    """A release of the base, α 0, with both adapters beside it."""
+    export_into(tmp_path, common, tmp_path / "anna", [0.0])
+    repository = tmp_path / "model_repository"
+    for name in runs:
+        folder = str(tmp_path / name)
+        assert command(["add-adapter", name, folder, "--model-repository", str(repository)]) == 0
+    return repository
+
+
+@pytest.fixture
+def engine(repository: Path) -> Iterator[Engine]:
+    with Engine([load_release(repository)]) as engine:
+        yield engine
+
+
+def ask(engine: Engine, model: str, **values: Any) -> dict[str, Any]:
+    reply = engine.infer(model, "", Values(values))
+    return dict(reply.outputs.items())
+
+
+@pytest.mark.parametrize("name", ["anna", "bob"])
+@pytest.mark.parametrize("alpha", [None, 0.3])
+def test_texts_are_where_the_fold_has_them(base, runs, engine, name, alpha):
+    values: dict[str, Any] = {"text": TEXTS, "adapter": name}
+    if alpha is not None:
+        values["alpha"] = alpha
+    outputs = ask(engine, "embed_text", **values)
+    used = runs[name].metadata.alpha if alpha is None else alpha
+    expected = folded(base, runs[name], used, TEXTS)
+    np.testing.assert_allclose(outputs["text_embeds"], expected, atol=1e-6)
+    receipts = [json.loads(text) for text in outputs["receipt"].ravel()]
+    assert receipts == [{"release": 1, "adapter": name, "alpha": used}] * len(TEXTS)
+
+
+def test_images_and_requests_without_an_adapter_stay_the_base_s(base, engine):
+    images = [png(0), png(1)]
+    embeds = [
+        ask(engine, "embed_image", image=images, **point)["image_embeds"]
+        for point in ({}, {"adapter": "anna"})
+    ]
+    np.testing.assert_array_equal(*embeds)
+    expected = encoded(base, TEXTS)
+    outputs = ask(engine, "embed_text", text=TEXTS)
+    np.testing.assert_allclose(outputs["text_embeds"], expected, atol=1e-6)
+    assert json.loads(outputs["receipt"][0][0]) == {"release": 1, "adapter": None, "alpha": 0.0}
+
+
+def test_labels_are_mapped_prompt_by_prompt(base, runs, engine):
+    """The mean over templates does not commute with the map."""
+    adapter = runs["anna"]
+    prompts = [
+        ["a cat", "the cat, twice", "a kitty", "the kitty, twice"],
+        ["a dog", "the dog, twice"],
+    ]
+    means = [folded(base, adapter, 0.7, texts).mean(0) for texts in prompts]
+    labels = np.stack([mean / np.linalg.norm(mean) for mean in means])
+    image = ask(engine, "embed_image", image=[png(3)])["image_embeds"]
+    logits = float(base.model.state_dict()["logit_scale"].exp()) * image @ labels.T
+    expected = np.exp(logits) / np.exp(logits).sum()
+    for names in ({"label_set": "classes"}, {"labels": ("cat, kitty", "dog")}):
+        outputs = ask(
+            engine, "classify", image=[png(3)], adapter="anna", alpha=0.7, top_k=2, **names
+        )
+        scores = dict(zip(outputs["label"][0], outputs["score"][0], strict=True))
+        np.testing.assert_allclose([scores[b"cat"], scores[b"dog"]], expected[0], atol=1e-5)
+
+
+def test_the_next_adapter_encodes_no_prompt_again(engine):
+    encoder = engine._served[1].loaded.encoder  # type: ignore[attr-defined]
+    names = {"image": [png(3)], "labels": ("cat, kitty", "dog"), "templates": ("a {}", "one {}")}
+    ask(engine, "classify", adapter="anna", **names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "tokens", None)  # calling it fails
+        ask(engine, "classify", adapter="anna", alpha=0.1, **names)
+    adapters_of = engine._served[1].loaded.adapters  # type: ignore[attr-defined]
+    adapters_of.get("bob")  # its check asks the encoder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "tokens", None)
+        ask(engine, "classify", adapter="bob", **names)
+
+
+def test_what_does_not_belong_is_refused(base, engine, repository, tmp_path, capsys):
+    for name, message in (("ana", "nearest are: anna"), ("../anna", "unknown_adapter")):
+        with pytest.raises(TaskError, match=message):
+            ask(engine, "embed_text", text=["a"], adapter=name)
+    with pytest.raises(TaskError, match="alpha is 2"):
+        ask(engine, "embed_text", text=["a"], adapter="anna", alpha=2.0)
+
+    def refused(adapter: Adapter) -> str:
+        save_adapter(adapter, tmp_path / "x.safetensors")
+        folder = ["--model-repository", str(repository)]
+        assert command(["add-adapter", "x", str(tmp_path / "x.safetensors"), *folder]) == 2
+        return capsys.readouterr().err
+
+    meta = made(base, 3).metadata
+    keys = ("visual.proj", "text_projection")
+    whole = {key: torch.zeros(WIDTH, WIDTH) for key in keys}
+    assert "radapter-export --adapter" in refused(Adapter(whole, meta))
+    other = replace(meta, text_tower="sha256:" + "0" * 64)
+    assert "--alpha 0" in refused(Adapter(made(base, 3).tensors, other))
+    assert sorted(adapters.read_list(repository)) == ["anna", "bob"]
+
+
+def test_an_adapter_whose_matrix_is_another_is_never_answered_with(engine, repository, runs, base):
+    """Names are added, replaced and removed while many ask: each answer is of the adapter that its
+    receipt names.
+    """
+    names = [f"tenant-{number}" for number in range(8)]
+    kinds = [made(base, seed) for seed in range(10, 14)]
+    expected = {seed: folded(base, kind, 0.5, TEXTS) for seed, kind in enumerate(kinds)}
+    plain = np.asarray(ask(engine, "embed_text", text=TEXTS)["text_embeds"])
+    facts, _ = adapters.read_run(repository.parent / "anna")
+    history: dict[str, set[int]] = {name: set() for name in names}
+    stop = threading.Event()
+
+    def change() -> None:
+        dice = random.Random(0)
+        while not stop.is_set():
+            name = dice.choice(names)
+            seed = dice.randrange(len(kinds))
+            history[name].add(seed)
+            factors = (kinds[seed].tensors["text_projection"].numpy(),)
+            adapters.add(repository, name, facts, factors, replace=True)
+            if dice.random() < 0.2:
+                adapters.remove_adapter(repository, name)
+
+    def caller(number: int) -> int:
+        dice = random.Random(number)
+        answered = 0
+        for _ in range(20):
+            name = dice.choice([*names, ""])
+            values = {"adapter": name} if name else {}
+            try:
+                outputs = ask(engine, "embed_text", text=TEXTS, **values)
+            except TaskError as error:
+                assert error.code == "unknown_adapter"
+                continue
+            answered += 1
+            receipts = {json.loads(text)["adapter"] for text in outputs["receipt"].ravel()}
+            assert receipts == {name or None}
+            embeds = np.asarray(outputs["text_embeds"])
+            possible = [expected[seed] for seed in history[name]] if name else [plain]
+            assert any(np.abs(embeds - one).max() < 1e-6 for one in possible)
+        return answered
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            answered = sum(pool.map(caller, range(16)))
+    finally:
+        stop.set()
+        changer.join()
+    assert answered > 100
