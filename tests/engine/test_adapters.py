@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import urllib3
 
 from radapter_client import Values
 from radapter_serve.adapter import Adapter, Metadata, base_digest, fold, save_adapter
@@ -25,6 +26,7 @@ from radapter_serve.encoders.loaded import load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.release import adapters
 from tests.conftest import export_into
+from tests.helpers.asking import tritonserver
 from tests.helpers.small_release import png
 
 TEXTS = ["a red bicycle", "猫", "two dogs in the snow", "a cat"]
@@ -244,3 +246,31 @@ def test_an_adapter_whose_matrix_is_another_is_never_answered_with(engine, repos
         stop.set()
         changer.join()
     assert answered > 100
+
+
+@pytest.mark.triton
+def test_triton_answers_with_adapters_and_takes_new_ones(base, runs, repository, tmp_path):
+    def ask(url: str, name: str) -> tuple[int, Any]:
+        inputs = [
+            {"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": [TEXTS[0]]},
+            {"name": "adapter", "shape": [1, 1], "datatype": "BYTES", "data": [name]},
+        ]
+        url = f"{url}/v2/models/embed_text/infer"
+        answer = urllib3.request("POST", url, json={"inputs": inputs}, timeout=60)
+        return answer.status, answer.json()
+
+    with tritonserver(repository, indexes=tmp_path) as server:
+        for name, adapter in runs.items():
+            status, answer = ask(server.http_url, name)
+            assert status == 200
+            outputs = {output["name"]: output["data"] for output in answer["outputs"]}
+            expected = folded(base, adapter, adapter.metadata.alpha, TEXTS[:1])[0]
+            np.testing.assert_allclose(outputs["text_embeds"], expected, atol=1e-6)
+            assert json.loads(outputs["receipt"][0])["adapter"] == name
+        assert "unknown_adapter" in ask(server.http_url, "carl")[1]["error"]
+        folder = str(tmp_path / "anna")
+        added = ["add-adapter", "carl", folder, "--model-repository", str(repository)]
+        assert command(added) == 0
+        assert ask(server.http_url, "carl")[0] == 200
+        adapters.remove_adapter(repository, "anna")
+        assert "unknown_adapter" in ask(server.http_url, "anna")[1]["error"]
