@@ -15,6 +15,7 @@ from radapter_export.settings import AUTO, BEST, DYNAMIC, checked
 from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.evaluation.start import status
 from radapter_serve.process import limit_threads
+from radapter_serve.release.adapters import add_beside, check_name, read_run
 from radapter_serve.release.agreement import Agreement
 from radapter_serve.sources import check_base_is_named, newest_run
 
@@ -74,6 +75,7 @@ def export(
     adapter: Place | Sequence[Place] | None = None,
     alpha: float | str | Sequence[float | str] | None = None,
     *,
+    adapters: Mapping[str, Place] | None = None,
     format: Literal["onnx", "tensorrt"] = "onnx",
     threads: int | None = None,
     progress: bool = False,
@@ -89,6 +91,9 @@ def export(
             for a checkpoint or a LoRA; the notes say which. `auto` requires that choice, `best`
             takes the one with the highest score; `dynamic` makes one release that takes any α with
             each request.
+        adapters: runs of adapters on the text's projection, by the names under which they lie
+            beside the release: `radapter-release add-adapter`. Without `adapter`, `checkpoint` and
+            `lora`, their base is exported.
         format: `tensorrt` also builds engines for this machine's GPU, which serve the release.
         threads: threads to compute with; one a core if not given.
         progress: show each step on stderr; otherwise nothing is printed.
@@ -114,8 +119,17 @@ def export(
     elif format != "onnx":
         raise RAdapterError(f"format is {format!r}; allowed: onnx, tensorrt")
 
+    # Read the adapters that are to lie beside the release, before anything is exported.
+    beside = {}
+    for name, place in (adapters or {}).items():
+        check_name(name)
+        beside[name] = read_run(Path(place))
+
     # Find the adapters or the checkpoint, and parse the α.
     tuned = chosen.checkpoint or chosen.lora
+    if adapter is None and adapters and not tuned:
+        adapter = next(iter(adapters.values()))
+        alpha = 0.0 if alpha is None else alpha
     if adapter is None:
         paths = [] if tuned else [newest_run()]
     else:
@@ -153,6 +167,8 @@ def export(
 
         source = read_source(paths, DYNAMIC if DYNAMIC in values else values or None, chosen)
         releases = export_source(source, chosen, say)
+        for name, (facts, factors) in beside.items():
+            add_beside(chosen.model_repository, name, facts, factors)
 
     # Write notes on the α and on the releases.
     notes = []

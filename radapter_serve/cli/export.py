@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,11 +29,27 @@ FIRST = (
 )
 
 
+def _pairs(flag: str, kind: str, values: Sequence[str]) -> dict[str, Path]:
+    """Split the values NAME=FILE or NAME=RUN of a flag."""
+    paths: dict[str, Path] = {}
+    example = "animals.txt" if kind == "FILE" else "runs/animals"
+    for value in values:
+        name, _, path = value.partition("=")
+        if not (name and path) or name in paths:
+            raise RAdapterError(
+                f"{flag} {value}: write NAME={kind}, such as {flag} animals={example}, and each name"
+                " once"
+            )
+        paths[name] = Path(path)
+    return paths
+
+
 def export(
     *,
     alpha: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A [A ...]|auto|best|dynamic")] = (),
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     label_set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    adapters: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=RUN ...")] = (),
     format: Literal["onnx", "tensorrt"] = "onnx",
     threads: int | None = None,
     settings: tyro.conf.OmitArgPrefixes[ExportSettings] = ExportSettings(),  # noqa: B008  # frozen
@@ -55,6 +71,8 @@ def export(
         label_set: NAME=FILE, classes whose embeddings become part of the release: text, a class a
             line, or YAML, in which classes may have images. The run's own classes become the label
             set "classes" without a flag.
+        adapters: adapters on the text's projection to put beside the release, which requests name
+            (radapter-release add-adapter adds more); without --adapter their base is exported.
         format: tensorrt also builds engines for this machine's GPU, and sets them to be served:
             --runtime tensorrt.
         threads: threads to compute with; one a core if not given. Fewer are faster if the machine
@@ -65,18 +83,11 @@ def export(
     replaced = None  # the α of the merged checkpoint that this export replaces
     with contextlib.suppress(RAdapterError):
         replaced = Release.load(settings.merged).alpha
-    label_sets: dict[str, Path] = {}
-    for pair in label_set:
-        name, _, file = pair.partition("=")
-        if not (name and file) or name in label_sets:
-            raise RAdapterError(
-                f"--label-set {pair}: write NAME=FILE, such as --label-set animals=animals.txt, and"
-                " each name once"
-            )
-        label_sets[name] = Path(file)
+    label_sets = _pairs("--label-set", "FILE", label_set)
     done = start.export(
         adapter or None,
         alpha or None,
+        adapters=_pairs("--adapters", "RUN", adapters),
         format=format,
         threads=threads,
         progress=True,

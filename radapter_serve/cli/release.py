@@ -172,20 +172,9 @@ def add_adapter(
         model_repository: folder that radapter-export has filled.
     """
     facts, factors = adapters.read_run(adapter, alpha)
-    fitting = []
-    for version in require_known(model_repository, releases_of(model_repository)):
-        release = Release.load(model_repository / MODELS[-1] / str(version))
-        if release.text_tower.digest(release.alpha) == facts.text_tower:
-            fitting.append(version)
-    if not fitting:
-        raise RAdapterError(
-            f"{adapter} was trained with another text tower than the releases of"
-            f" {model_repository} have; export its base: radapter-export --adapter {adapter}"
-            " --alpha 0"
-        )
-    adapters.add(model_repository, name, facts, factors, replace=replace)
+    beside = adapters.add_beside(model_repository, name, facts, factors, replace=replace)
     print(
-        f"{name} is beside release {format_list(fitting)} at alpha {facts.alpha:g}; ask it with:"
+        f"{name} is beside release {format_list(beside)} at alpha {facts.alpha:g}; ask it with:"
         f" radapter-query --adapter {shlex.quote(name)}"
     )
 

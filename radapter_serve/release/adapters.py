@@ -36,6 +36,8 @@ from radapter_serve.files import (
     remove,
     staged,
 )
+from radapter_serve.release.release import Release
+from radapter_serve.release.repository import MODELS, releases_of, require_known
 from radapter_serve.sources import ADAPTER
 
 FOLDER = "adapters"
@@ -218,6 +220,26 @@ def add(
         if before is not None and before.folder != entry.folder:
             remove(folder / before.folder)
     return entry
+
+
+def add_beside(
+    repository: Path, name: str, facts: AdapterFacts, factors: Factors, *, replace: bool = False
+) -> list[int]:
+    """Add an adapter, and return the releases that it belongs to; raises an error if there is none,
+    as it was trained with another text tower.
+    """
+    beside = []
+    for version in require_known(repository, releases_of(repository)):
+        release = Release.load(repository / MODELS[-1] / str(version))
+        if release.text_tower.digest(release.alpha) == facts.text_tower:
+            beside.append(version)
+    if not beside:
+        raise RAdapterError(
+            f"the adapter {name!r} was trained with another text tower than the releases of"
+            f" {repository} have; export its base with: radapter-export --adapter RUN --alpha 0"
+        )
+    add(repository, name, facts, factors, replace=replace)
+    return beside
 
 
 def remove_adapter(repository: Path, name: str) -> None:

@@ -17,6 +17,7 @@ import torch
 import urllib3
 
 from radapter_client import Values
+from radapter_export import export
 from radapter_serve.adapter import Adapter, Metadata, base_digest, fold, save_adapter
 from radapter_serve.adapter.tuned import towers_of
 from radapter_serve.cli.release import main as command
@@ -27,6 +28,7 @@ from radapter_serve.engine.engine import Engine
 from radapter_serve.release import adapters
 from tests.conftest import export_into
 from tests.helpers.asking import tritonserver
+from tests.helpers.graphs import quick_exports
 from tests.helpers.small_release import png
 
 TEXTS = ["a red bicycle", "猫", "two dogs in the snow", "a cat"]
@@ -171,6 +173,22 @@ def test_the_next_adapter_encodes_no_prompt_again(engine):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder, "tokens", None)
         ask(engine, "classify", adapter="bob", **names)
+
+
+def test_an_export_of_adapters_alone_has_their_base_and_them(base, runs, tmp_path, common):
+    folder = tmp_path / "model_repository"
+    with quick_exports(common):
+        done = export(
+            adapters={name: tmp_path / name for name in runs},
+            model_repository=folder,
+            merged=tmp_path / "merged",
+        )
+    assert done.alpha == 0
+    with Engine([load_release(folder)]) as engine:
+        for name, adapter in runs.items():
+            outputs = ask(engine, "embed_text", text=TEXTS, adapter=name)
+            expected = folded(base, adapter, adapter.metadata.alpha, TEXTS)
+            np.testing.assert_allclose(outputs["text_embeds"], expected, atol=1e-6)
 
 
 def test_what_does_not_belong_is_refused(base, engine, repository, tmp_path, capsys):
