@@ -265,7 +265,7 @@ def _behind(best: Row, row: Row) -> tuple[float, float]:
 
 def save_choice(choice: Choice, adapter: str | Path) -> Path:
     """Write `alpha.json` next to an adapter file or into a run's folder; returns its path."""
-    path = _path(adapter)
+    path = choice_file(adapter)
     with staged(path) as temporary:
         temporary.write_text(json.dumps(asdict(choice), indent=2), encoding="utf-8")
     return path
@@ -273,7 +273,7 @@ def save_choice(choice: Choice, adapter: str | Path) -> Path:
 
 def read_choice(adapter: str | Path, digest: str) -> Choice:
     """Read the choice for a run or an adapter file with this digest; refuses that of another."""
-    path = _path(adapter)
+    path = choice_file(adapter)
     again = f"choose by radapter-eval --adapter {path.parent} --alpha auto"
     try:
         choice = checker(Choice).validate_json(path.read_bytes())
@@ -286,6 +286,7 @@ def read_choice(adapter: str | Path, digest: str) -> Choice:
     return choice
 
 
-def _path(adapter: str | Path) -> Path:
+def choice_file(adapter: str | Path) -> Path:
+    """The file with the choice for an adapter file or a run."""
     adapter = Path(adapter)
     return (adapter if adapter.is_dir() else adapter.parent) / FILE

@@ -290,7 +290,12 @@ def evaluate(
     results = Results(folder, resume=settings.resume)
 
     from radapter_serve.adapter import load_adapter
-    from radapter_serve.evaluation.alpha_choice import choose, read_choice, save_choice
+    from radapter_serve.evaluation.alpha_choice import (
+        choice_file,
+        choose,
+        read_choice,
+        save_choice,
+    )
     from radapter_serve.evaluation.plots import draw, draw_choice
     from radapter_serve.evaluation.run import (
         evaluate_suite,
@@ -318,6 +323,7 @@ def evaluate(
             if not (validation or own.val_data or own.val_fraction):
                 with contextlib.suppress(RAdapterError):
                     choice = read_choice(path, adapter_file.digest)
+                    files.append(choice_file(path))
                     alphas = sorted({0.0, choice.alpha, choice.best})
         # The base is evaluated too, to measure what is kept of its answers.
         base = None

@@ -177,7 +177,10 @@ def embed_images(
 
             width = int(base.config["embed_dim"])
             views.append(kept(ids, width, embed, out, {**facts, **cropped}))
-    return np.stack(views, axis=1), [broken[number] for number in sorted(broken)]
+    lines = [broken[number] for number in sorted(broken)]
+    if lines and recipe.on_broken == "refuse":
+        raise RAdapterError(f"{lines[0]}; mend it, or leave such images out with --on-broken skip")
+    return np.stack(views, axis=1), lines
 
 
 def _crop(image: Image.Image, base: Base, recipe: Recipe, draw: random.Random) -> Tensor:

@@ -144,10 +144,6 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
         count = len(data.image_rows)
         say(f"embedding {count:,} images and their texts once, kept in {out / 'embeddings'}")
         images, broken = embed_images(data, base, recipe, out, show=show)
-        if broken and recipe.on_broken == "refuse":
-            raise RAdapterError(
-                f"{broken[0]}; mend it, or leave such images out with --on-broken skip"
-            )
         if broken:
             notes.append(f"left out {len(broken)} broken images, such as: {broken[0]}")
     vectors = _vectors(data, images, base, recipe, out)

@@ -117,6 +117,7 @@ def test_a_run_learns_and_leaves_what_other_commands_read(
     # `radapter-eval --alpha auto` takes the choice, and measures what the folded model does.
     evaluation = evaluate(run, "auto", data=recipe.data, out=tmp_path / "results")
     assert evaluation.chosen_alpha == choice.alpha
+    assert evaluation.files[1] == run.folder / "alpha.json"
     rows = {row.alpha: row.metrics["acc1"] for row in evaluation.rows}
     assert rows.keys() == {0.0, choice.alpha, choice.best}
     base = load_base(recipe.architecture)
@@ -528,3 +529,13 @@ def test_low_rank_on_both_sides(recipe: Recipe) -> None:
     wide = dataclasses.replace(recipe, rank=32, out=(recipe.out or Path()).with_name("wide"))
     with pytest.raises(RAdapterError, match="rank is 32; allowed: less than the width 32"):
         train(wide)
+
+
+def test_broken_images_are_refused_or_left_out(recipe: Recipe, images: Path) -> None:
+    data = (images / "red" / "0.png").read_bytes()
+    (images / "red" / "0.png").write_bytes(data[:-30])
+    with pytest.raises(RAdapterError, match=r"red/0\.png.*--on-broken skip"):
+        train(recipe)
+    run = train(dataclasses.replace(recipe, on_broken="skip"))
+    assert chosen(run).sets["cross-validation"].n == 23
+    assert any("left out 1 broken images" in note for note in run.notes)
