@@ -37,8 +37,8 @@ def _pairs(flag: str, kind: str, values: Sequence[str]) -> dict[str, Path]:
         name, _, path = value.partition("=")
         if not (name and path) or name in paths:
             raise RAdapterError(
-                f"{flag} {value}: write NAME={kind}, such as {flag} animals={example}, and each name"
-                " once"
+                f"{flag} {value}: write NAME={kind}, such as {flag} animals={example}, and each"
+                " name once"
             )
         paths[name] = Path(path)
     return paths
