@@ -69,7 +69,7 @@ def dots(
             if name.lower() == "zero-shot":
                 panel.axvline(mean(figures), color="grey", linestyle="--", linewidth=1)
         panel.set_title(head, fontsize=10)
-        panel.set_xlabel("%")
+        panel.set_xlabel("%; the axis is cut")
         panel.set_yticks(range(len(rows)), rows)
         panel.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()

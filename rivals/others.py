@@ -43,6 +43,15 @@ from rivals.tables import AT_CHOSEN_RATE, METHODS, NO_STOP, PRESERVE
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 BATCH = 64  # images a step
 OTHER_DATA = "other data"
+OTHER_COLOURS = (
+    "tab:blue",
+    "tab:green",
+    "tab:purple",
+    "tab:brown",
+    "tab:cyan",
+    "tab:olive",
+    "black",
+)
 INTERVALS = (
     "± is half of a 95 % interval over images and seeds; an image that is judged in both splits"
     " counts once, and so does a text of searches in all styles. **Bold** survives Holm's"
@@ -429,22 +438,25 @@ def base_to_novel(
                 paths[method].append((x, y))
             lines.append(line)
 
-    # Draw each method from the base to its largest α.
+    # Draw each method from the base to its largest α, ours in red and the others apart by marker.
     figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
     panel = figure.subplots()
     start = paths.pop("base")
-    for method, points in paths.items():
-        ours = method.startswith(("preserve", "R-Adapter"))
+    for number, (method, points) in enumerate(paths.items()):
+        ours = method.startswith(("preserve", "R-Adapter", "rank"))
         panel.plot(
             *zip(*start, *points, strict=True),
             label=method,
-            marker="o" if ours else "s",
+            marker="osD^v<>PX*"[number % 10],
             markevery=slice(1, None),
+            color="tab:red" if ours else OTHER_COLOURS[number % len(OTHER_COLOURS)],
             linewidth=2 if ours else 1,
             linestyle="-" if ours else "--",
         )
     panel.plot(*start[0], "k*", markersize=12, label="base")
     panel.axhline(start[0][1], color="grey", linewidth=1)
+    panel.set_xlim(left=0)
+    panel.set_ylim(bottom=0)
     panel.set_xlabel("trained classes, accuracy in %")
     panel.set_ylabel("other classes, among all labels, in %")
     panel.grid(alpha=0.3)
