@@ -93,17 +93,17 @@ class Sees:
 
     def __init__(self, exif_orientation: bool) -> None:
         self.exif_orientation = exif_orientation
-        self.loaded = SimpleNamespace(preprocess=self)
+        self.loaded = SimpleNamespace(preprocess=self, pixels=self.pixels)
 
-    def prepare(self, data: bytes) -> NDArray[Any]:
+    def pixels(self, data: bytes) -> NDArray[Any]:
         image = Image.open(io.BytesIO(data))
-        pixels = np.asarray(image)
+        raw = np.asarray(image)
         if not self.exif_orientation:
-            return pixels
-        turned = [np.rot90(pixels, times) for times in range(4)]
+            return raw
+        turned = [np.rot90(raw, times) for times in range(4)]
         turned += [of.swapaxes(0, 1) for of in turned]
         number = image.getexif().get(274, 1)
-        (upright,) = (of for of in turned if np.array_equal(STORED[number](of), pixels))
+        (upright,) = (of for of in turned if np.array_equal(STORED[number](of), raw))
         return upright
 
 
@@ -140,7 +140,7 @@ def test_a_suite_of_masks_and_of_those_of_a_network(tmp_path: Path) -> None:
         data = opened(tmp_path, "masks:set", exif_orientation=wanted, **fields)
         for model in (Sees(True), Sees(False)):
             item = data.prepare(model, 0)
-            np.testing.assert_array_equal(model.prepare(item.data), pixels)
+            np.testing.assert_array_equal(model.pixels(item.data), pixels)
             np.testing.assert_array_equal(item.truth, mask - 1)
             np.testing.assert_array_equal(item.masks > 0, [mask == label for label in (1, 2)])
 
