@@ -298,7 +298,7 @@ def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[T
     """The graph as an engine of TensorRT, or of its RTX edition where only that is installed; for
     these very texts.
     """
-    from radapter_serve.encoders.tensorrt import Engine, build, find_gpu, import_tensorrt
+    from radapter_serve.encoders.tensorrt import TensorRTEngine, build, find_gpu, import_tensorrt
 
     find_gpu()
     try:
@@ -309,7 +309,7 @@ def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[T
     usual = statistics.median_high(batches)
     limits: dict[str, Any] = {"max_batch_size": max(batches), "max_length": 77, "opt_length": 77}
     plan = build(trt, towers.graph(case), opt_batch_size=usual, **limits)
-    engine = Engine(trt, plan)
+    engine = TensorRTEngine(trt, plan)
     took = f"{time.perf_counter() - start:.0f} s, {len(plan) / 1e6:.0f} MB"
     tuned = f"{towers.name}, {case}, tuned for batches of {usual}"
     towers.bench.report.note(f"{trt.__name__} {trt.__version__}, engine of {tuned}: {took}.")

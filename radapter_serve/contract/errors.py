@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
@@ -99,6 +100,19 @@ def check_cancelled(cancelled: Cancelled | None) -> None:
     """Raise a `TaskError` if the caller has given up, so that work on the request ends."""
     if cancelled is not None and cancelled():
         raise TaskError(CANCELLED, "the caller gave up")
+
+
+def until_deadline(cancelled: Cancelled, deadline: float, message: str) -> Cancelled:
+    """Return `cancelled` with a check before it: after the deadline, in seconds of
+    `time.monotonic`, it raises a `TaskError` with this message.
+    """
+
+    def check() -> bool:
+        if time.monotonic() > deadline:
+            raise TaskError(TIMED_OUT, message)
+        return cancelled()
+
+    return check
 
 
 def redact(message: str) -> str:

@@ -35,8 +35,8 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"
 MAX_PIXELS = 64_000_000
 MAX_REQUEST_PIXELS = 800_000_000  # of all images of a request: 64 photos of 12 megapixels fit
-# Most bytes that decoding an image may take, besides its file. Above LARGE_MEMORY, this process
-# decodes one image at a time.
+# Most bytes that decoding an image may take, besides its file. Above LARGE_MEMORY, an engine, or a
+# process without one, decodes one image at a time.
 MAX_MEMORY = 512_000_000
 LARGE_MEMORY = 128_000_000
 # Bytes per pixel while an image is decoded, turned and resized, as tests/contract/test_memory.py
@@ -87,12 +87,15 @@ class ImageFile:
         return self.memory > LARGE_MEMORY
 
 
-class Turns:
-    """Admits `places` threads at a time, in order of arrival; at most `max_waiting` may wait."""
+class FifoLimit:
+    """Admits `places` threads at a time, in order of arrival; at most `max_waiting` may wait.
+    `what` names those that are refused.
+    """
 
-    def __init__(self, places: int = 1, max_waiting: int = 32) -> None:
-        self.max_waiting = max_waiting
+    def __init__(self, places: int, max_waiting: int, what: str) -> None:
         self._places = places
+        self._max_waiting = max_waiting
+        self._what = what
         self._lock = threading.Lock()
         self._queue: deque[threading.Event] = deque()
 
@@ -101,8 +104,8 @@ class Turns:
         """Wait for a turn and hold it for the block; a `TaskError` if too many threads wait."""
         turn = threading.Event()
         with self._lock:
-            if len(self._queue) >= self._places + self.max_waiting:
-                raise TaskError(OVERLOADED, "too many requests with large images; ask again later")
+            if len(self._queue) >= self._places + self._max_waiting:
+                raise TaskError(OVERLOADED, f"too many {self._what}; ask again later")
             self._queue.append(turn)
             self._wake()
         try:
@@ -120,14 +123,21 @@ class Turns:
             turn.set()
 
 
-LARGE_IMAGES = Turns()  # of this process
+def limit_large_images(max_waiting: int = 32) -> FifoLimit:
+    """Make the limit of those that decode large images: one at a time."""
+    return FifoLimit(1, max_waiting, "requests with large images")
+
+
+LARGE_IMAGES = limit_large_images()  # of this process, without those of an engine
 
 
 @contextlib.contextmanager
-def turn(file: ImageFile, cancelled: Cancelled | None = None) -> Iterator[None]:
+def turn(
+    file: ImageFile, cancelled: Cancelled | None = None, limit: FifoLimit = LARGE_IMAGES
+) -> Iterator[None]:
     """A block in which an image may be decoded; large images take turns."""
     check_cancelled(cancelled)
-    with LARGE_IMAGES(cancelled) if file.is_large else contextlib.nullcontext():
+    with limit(cancelled) if file.is_large else contextlib.nullcontext():
         yield
 
 

@@ -24,8 +24,10 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.contract.images import (
     ADVICE,
+    LARGE_IMAGES,
     LARGE_PIXELS,
     MAX_PIXELS,
+    FifoLimit,
     ImageFile,
     check_pixels,
     decode,
@@ -132,12 +134,13 @@ def decode_into(
     preprocess: Preprocess,
     out: NDArray[np.uint8],
     cancelled: Cancelled | None = None,
+    limit: FifoLimit = LARGE_IMAGES,
 ) -> None:
     """Decode and preprocess an image into `out`; large images take turns."""
     try:
         file = read_header(data)
         preprocess.check(file.width, file.height)
-        with turn(file, cancelled):
+        with turn(file, cancelled, limit):
             preprocess(decode(file, exif_orientation=preprocess.exif_orientation), out=out)
     except TaskError:
         raise
@@ -165,7 +168,10 @@ class Decoder:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def start(
-        self, files: Sequence[ImageFile], cancelled: Cancelled | None = None
+        self,
+        files: Sequence[ImageFile],
+        cancelled: Cancelled | None = None,
+        limit: FifoLimit = LARGE_IMAGES,
     ) -> Callable[[], NDArray[np.uint8]]:
         """Start to decode the images of a request; returns a function that waits for them and
         returns uint8 [N, S, S, 3], or raises the `TaskError` of the first bad image.
@@ -173,7 +179,7 @@ class Decoder:
         pixels = np.empty((len(files), *self._preprocess.size, 3), np.uint8)
 
         def fill(number: int) -> None:
-            decode_into(files[number], self._preprocess, pixels[number], cancelled)
+            decode_into(files[number], self._preprocess, pixels[number], cancelled, limit)
 
         # The pool decodes the small images. A large image may have to wait for its turn, so this
         # thread decodes it, and no thread of the pool is blocked.

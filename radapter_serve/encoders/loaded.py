@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -38,7 +39,7 @@ from radapter_serve.contract.errors import (
     request_alpha,
     task_error,
 )
-from radapter_serve.contract.images import ImageFile
+from radapter_serve.contract.images import LARGE_IMAGES, ImageFile
 from radapter_serve.contract.preprocess import Decoder, Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.encoder import Encoder, EncoderGraph, GraphEncoder
@@ -131,7 +132,7 @@ def encode_together(needs: Sequence[Need]) -> list[Result]:
         waits: list[Callable[[], Rows] | None] = []
         for need in needs:
             try:
-                waits.append(loaded.decoder.start(need.rows, need.cancelled))
+                waits.append(loaded.decoder.start(need.rows, need.cancelled, loaded.large_images))
             except MemoryError:
                 waits.append(None)
         for wait in waits:
@@ -273,6 +274,7 @@ class LoadedRelease:
         self.tokenizer = tokenizer
         self.preprocess = Preprocess.from_dict(release.preprocess)
         self.indexes = indexes
+        self.large_images = LARGE_IMAGES  # an engine puts its own limit here
         self.origin = dict(origin or {})
         self._read_label_sets = read_label_sets
         self._adapters = adapters
@@ -283,7 +285,9 @@ class LoadedRelease:
         if self._adapters is None:
             return None
         text_tower = self.release.text_tower.digest(self.release.alpha)
-        return Adapters(self._adapters, text_tower, self._check)
+        # A weak reference: a release that nobody uses any more is freed at once.
+        check = partial(LoadedRelease._check, weakref.proxy(self))
+        return Adapters(self._adapters, text_tower, check)
 
     @cached_property
     def label_sets(self) -> Mapping[str, LabelSet]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from radapter_serve.encoders.tensorrt import Engine, build, find_gpu, import_tensorrt
+from radapter_serve.encoders.tensorrt import TensorRTEngine, build, find_gpu, import_tensorrt
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, lock, staged
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
@@ -174,7 +174,7 @@ def write_plan(
         max_length=max_length,
         progress=lambda line: progress(f"{label}: {line}"),
     )
-    agreement = compare(name, Engine(trt, plan), Samples.load(folder), bounds)
+    agreement = compare(name, TensorRTEngine(trt, plan), Samples.load(folder), bounds)
     (folder / SIDECAR).unlink(missing_ok=True)
     with staged(folder / PLAN) as path:
         path.write_bytes(plan)

@@ -47,7 +47,7 @@ def load_graph(
     if runtime == "openvino":
         graph = _load_openvino(path, parameters, device)
     elif runtime == TENSORRT:
-        from radapter_serve.encoders.tensorrt import Engine, import_tensorrt
+        from radapter_serve.encoders.tensorrt import TensorRTEngine, import_tensorrt
 
         if device != 0:
             where = "the CPU" if device is None else f"GPU {device}"
@@ -55,7 +55,7 @@ def load_graph(
                 f"instance on {where}: an engine runs on GPU 0 here; set instance_group kind:"
                 " KIND_GPU"
             )
-        engine = Engine(import_tensorrt(), path.read_bytes())
+        engine = TensorRTEngine(import_tensorrt(), path.read_bytes())
         graph = Graph(
             engine.inputs,
             engine.outputs,

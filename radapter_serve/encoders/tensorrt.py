@@ -232,7 +232,7 @@ def build(
     return bytes(plan)
 
 
-class Engine:
+class TensorRTEngine:
     """An engine of `build` in this process, called with the graph's inputs in order."""
 
     def __init__(self, trt: Any, plan: bytes) -> None:

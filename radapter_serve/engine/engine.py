@@ -8,6 +8,7 @@ import contextlib
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +22,13 @@ from radapter_serve.contract.errors import (
     INTERNAL_ERROR,
     OVERLOADED,
     SERVER_STOPPING,
-    TIMED_OUT,
     UNKNOWN_MODEL,
     Cancelled,
     TaskError,
     check_cancelled,
+    until_deadline,
 )
-from radapter_serve.contract.images import LARGE_IMAGES, Turns
+from radapter_serve.contract.images import FifoLimit, limit_large_images
 from radapter_serve.encoders.encoder import Step, add_steps, collected, step
 from radapter_serve.encoders.loaded import (
     LoadedRelease,
@@ -134,10 +135,15 @@ class Queue:
                     following[0].wake.set()
             for caller in batch:
                 caller.wake.set()
+            batch.clear()  # its first caller holds it: a circle would keep rows and their release
 
 
 class ServedRelease:
-    """A release with the queues of its encoder and its tasks; `served` returns all releases."""
+    """A release with the queues of its encoder and its tasks; `served` returns all releases.
+
+    The release is closed with the last reference to this object, which the engine and the running
+    requests have.
+    """
 
     def __init__(
         self,
@@ -151,20 +157,29 @@ class ServedRelease:
             part: Queue(encode_together, max_rows=size, max_waiting=max_waiting)
             for part, size in (("images", rows), ("patches", rows), ("tokens", TEXTS))
         }
-        self.turns = Turns(SEGMENTED, max_waiting)  # for segmentation
+        self.segmentations = FifoLimit(SEGMENTED, max_waiting, "requests to segment")
         self._served = served
-        self._lock = threading.Lock()
+        # A lock a task: while `retrieve` opens its indexes, others are answered.
+        self._locks = {name: threading.Lock() for name in TASKS}
         self._runs: dict[str, Run[Any, Any]] = {}
+        weakref.finalize(self, loaded.close).atexit = False
 
-    def run(self, name: str) -> Run[Any, Any]:
+    def run(self, name: str, cancelled: Cancelled) -> Run[Any, Any]:
         """Return a task, which is made at its first use."""
-        with self._lock:
+        loaded = self.loaded
+        served = self._served
+        lock = self._locks[name]
+        while not lock.acquire(timeout=POLL_SECONDS):
+            check_cancelled(cancelled)
+        try:
             if name not in self._runs:
+                # A task that refers to `self` would keep the release open.
                 self._runs[name] = TASKS[name].make(
-                    self.loaded,
-                    lambda: [other for other in self._served() if other is not self.loaded],
+                    loaded, lambda: [other for other in served() if other is not loaded]
                 )
             return self._runs[name]
+        finally:
+            lock.release()
 
 
 class Engine:
@@ -176,7 +191,7 @@ class Engine:
         self._closed = False
         self._max_waiting = max_waiting
         # Large images take at most a quarter of the waiting places.
-        LARGE_IMAGES.max_waiting = max(1, max_waiting // 4)
+        self.large_images = limit_large_images(max(1, max_waiting // 4))
         # Replaced as a whole, so that a request sees either the old or the new releases.
         self._served: Mapping[int, ServedRelease] = {
             loaded.release.version: self._ready(loaded) for loaded in releases
@@ -222,7 +237,9 @@ class Engine:
         return prepared
 
     def commit(self, prepared: Mapping[int, ServedRelease]) -> None:
-        """Serve prepared releases from the next request on; running requests keep their release."""
+        """Serve prepared releases from the next request on; a replaced one is closed after the
+        requests that run on it.
+        """
         self._served = prepared
 
     def send(self, request: Request, timeout: float) -> Any:
@@ -296,6 +313,7 @@ class Engine:
         self.close()
 
     def _ready(self, loaded: LoadedRelease) -> ServedRelease:
+        loaded.large_images = self.large_images
         return ServedRelease(loaded, self._releases, self._max_waiting)
 
     def _releases(self) -> list[LoadedRelease]:
@@ -328,10 +346,7 @@ class Engine:
     ) -> Reply:
         task = TASKS[model]
 
-        def given_up() -> bool:
-            if time.monotonic() > deadline:
-                raise TaskError(TIMED_OUT, "no answer within the time-out")
-            return cancelled()
+        cancelled = until_deadline(cancelled, deadline, "no answer within the time-out")
 
         def wants(name: str) -> bool:
             return not asked or name in asked
@@ -344,17 +359,21 @@ class Engine:
             requests = task.read(served.loaded, inputs, wants)
 
         # Run them in this thread.
-        turn = served.turns(given_up) if model == "segment" else contextlib.nullcontext()
+        turn = served.segmentations(cancelled) if model == "segment" else contextlib.nullcontext()
         with turn, step(model):
-            run = served.run(model)
+            run = served.run(model, cancelled)
             encode = partial(self._encode, served)
-            answers = run_together([run(request, given_up) for request in requests], encode)
+            answers = run_together([run(request, cancelled) for request in requests], encode)
 
         # Convert the answers to outputs, which become tensors only in a server.
         answered = []
         for answer in answers:
             if isinstance(answer, TaskError):
-                raise answer
+                try:
+                    raise answer
+                finally:
+                    # An error holds this frame, which must not hold the error and the release.
+                    del answer, answers
             answered.append(answer)
         version = served.loaded.release.version
         values = task.values(version, answered).plain

@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.contract.errors import Cancelled, Encode, check_cancelled, invalid
+from radapter_serve.contract.errors import (
+    INVALID_IMAGE,
+    Cancelled,
+    Encode,
+    TaskError,
+    check_cancelled,
+    invalid,
+)
 from radapter_serve.contract.labels import best_class
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.encoders.loaded import LoadedRelease
@@ -168,7 +175,10 @@ def segment_densely(
     size = image.size
     window = loaded.preprocess.size[0]
     short_side, stride = options.sizes(window)
-    working = np.asarray(_working(loaded, short_side).resize(image).convert("RGB"))
+    try:
+        working = np.asarray(_working(loaded, short_side).resize(image).convert("RGB"))
+    except (OSError, ValueError) as error:  # by Pillow, for modes that it cannot resize
+        raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
     del image
     height, width = working.shape[:2]
     tops = window_starts(height, window, stride)

@@ -144,7 +144,7 @@ def segment(
         # Each batch of windows or crops is encoded with the rows of other callers.
         part: Part = "patches" if masks is None else "images"
         windows: Windows[ScoredMask]
-        with turn(file, cancelled):
+        with turn(file, cancelled, loaded.large_images):
             image = decode(file, exif_orientation=turned)
             if masks is None:
                 windows = segment_densely(
@@ -167,8 +167,6 @@ def segment(
         raise TaskError(
             IMAGE_TOO_LARGE, "the server has not enough memory for this image; send a smaller one"
         ) from None
-    except (OSError, ValueError) as error:  # by Pillow, for modes that it cannot resize
-        raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
     extra = () if len(scored.scores) == len(label_set.labels) else (BACKGROUND,)
     return LabelledMask(scored.mask, label_set.labels + extra, scored.scores)
 
@@ -241,7 +239,10 @@ def segment_proposals(
     for start in range(0, len(used), release.max_batch_size):
         check()
         batch = used[start : start + release.max_batch_size]
-        crops = [loaded.preprocess(crop(image, masks[index] > BINARY)) for index in batch]
+        try:
+            crops = [loaded.preprocess(crop(image, masks[index] > BINARY)) for index in batch]
+        except (OSError, ValueError) as error:  # by Pillow, as for dense patches
+            raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
         parts.append(finite((yield np.stack(crops))) @ embeds.T)
     del image
     cosines = np.concatenate(parts)

@@ -13,7 +13,7 @@ from typing import Any
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
-from radapter_serve.contract.errors import OVERLOADED, TIMED_OUT, Cancelled, TaskError
+from radapter_serve.contract.errors import OVERLOADED, Cancelled, TaskError, until_deadline
 from radapter_serve.process import otlp_endpoint
 from radapter_serve.triton import backlog
 
@@ -24,19 +24,12 @@ _trace: ContextVar[Any] = ContextVar("trace", default=None)
 _TOO_MANY = TaskError(OVERLOADED, "too many requests wait for this model; ask again later")
 
 
-def given_up(request: Any) -> Cancelled:
+def cancelled_by(request: Any) -> Cancelled:
     """Return a function that is true once the caller has left, and raises after the time-out."""
     seconds = min(request.timeout() / 1e6 or MAX_SECONDS, MAX_SECONDS)
-    deadline = time.monotonic() + seconds
-
-    def ask() -> bool:
-        if time.monotonic() > deadline:
-            raise TaskError(
-                TIMED_OUT, f"this request takes more than {seconds:g} s; ask for less at once"
-            )
-        return bool(request.is_cancelled())  # Triton knows it over gRPC only
-
-    return ask
+    message = f"this request takes more than {seconds:g} s; ask for less at once"
+    # Triton knows who has left over gRPC only.
+    return until_deadline(lambda: bool(request.is_cancelled()), time.monotonic() + seconds, message)
 
 
 def answer(

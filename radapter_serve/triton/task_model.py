@@ -32,7 +32,7 @@ from radapter_serve.release.release import FILE, Release
 from radapter_serve.release.repository import CONFIG
 from radapter_serve.tasks.table import TASKS, forms
 from radapter_serve.triton import backlog
-from radapter_serve.triton.responses import answer, given_up, trace_of_request
+from radapter_serve.triton.responses import answer, cancelled_by, trace_of_request
 
 
 class TritonPythonModel:
@@ -82,7 +82,7 @@ class TritonPythonModel:
             except Exception as error:
                 own.append(task_error(error))
                 continue
-            cancelled = given_up(request)
+            cancelled = cancelled_by(request)
             steps += [self._run(row, cancelled) for row in typed]
             owners += [own] * len(typed)
 

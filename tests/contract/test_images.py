@@ -164,7 +164,7 @@ def test_a_few_have_turns_at_once_in_their_order_and_too_many_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "POLL_SECONDS", 0.001)
-    turns = module.Turns(2, 2)
+    turns = module.FifoLimit(2, 2, "requests to test")
     inside = threading.Semaphore(0)
     gates = [threading.Event() for _ in range(4)]
     order: list[int] = []
@@ -181,7 +181,10 @@ def test_a_few_have_turns_at_once_in_their_order_and_too_many_are_refused(
         while len(turns._queue) <= number:
             time.sleep(0.001)
     assert inside.acquire(timeout=30) and inside.acquire(timeout=30)
-    with pytest.raises(TaskError, match=r"^\[overloaded\] too many requests"), turns():
+    with (
+        pytest.raises(TaskError, match=r"^\[overloaded\] too many requests to test; ask again"),
+        turns(),
+    ):
         pass
     assert sorted(order) == [0, 1]
     for number, following in ((1, 2), (0, 3)):

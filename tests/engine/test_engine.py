@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -27,8 +29,10 @@ from radapter_client import (
 )
 from radapter_serve.contract import images as preprocess
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
+from radapter_serve.index import index as module
 from radapter_serve.model import Model
 from tests.helpers.fake_upstream import until
 from tests.helpers.small_release import Local, png, seal
@@ -117,6 +121,75 @@ def test_releases_are_replaced_from_one_request_to_the_next(repository: Path) ->
         assert engine.versions() == [2]
 
 
+def test_a_replaced_release_is_closed_and_freed_after_its_last_request(
+    repository: Path, tmp_path: Path
+) -> None:
+    old = load_release(repository, 1, indexes=tmp_path)
+    assert old.adapters is not None and not old.adapters.entries()
+    threads = set(threading.enumerate())
+    new = Local(repository, 2).loaded
+    begun = threading.Event()
+    gate = threading.Event()
+
+    def is_held() -> bool:
+        begun.set()
+        assert gate.wait(30)
+        return False
+
+    gc.disable()
+    try:
+        with Engine([old]) as engine, ThreadPoolExecutor(1) as pool:
+            released = weakref.ref(old)
+            del old
+            client = Client(transport=engine)
+            client.embed_images([png(0), png(1)])
+            with pytest.raises(InvalidRequest, match="no index"):
+                client.search("a", index="photos")
+            decoding = set(threading.enumerate()) - threads
+            answer = pool.submit(asked, engine, "embed_image", png(2), cancelled=is_held)
+            assert begun.wait(30)
+            engine.commit(engine.prepare([new]))
+            assert released() is not None
+            gate.set()
+            assert answer.result(30)["image_embeds"].shape == (1, 8)
+            del answer
+            until(lambda: released() is None)
+            until(lambda: not any(thread.is_alive() for thread in decoding if is_decoder(thread)))
+    finally:
+        gc.enable()
+
+
+def is_decoder(thread: threading.Thread) -> bool:
+    return thread.name.startswith("decode")
+
+
+def test_tasks_are_answered_while_the_first_search_opens_indexes(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "index.json").touch()
+    begun = threading.Event()
+    gate = threading.Event()
+
+    def open_slowly(folder: Path) -> None:
+        begun.set()
+        assert gate.wait(60)
+        raise RAdapterError("no index")
+
+    monkeypatch.setattr(module, "open_index", open_slowly)
+    with Engine.open(repository, indexes=tmp_path) as engine, ThreadPoolExecutor(2) as pool:
+        client = Client(transport=engine)
+        search = pool.submit(client.search, "a", index="photos")
+        assert begun.wait(30)
+        assert client.classify(png(0), ["a", "b"]).top
+        # Another search waits only as long as its caller does.
+        with pytest.raises(Timeout):
+            Client(transport=engine, timeout=0.5, retries=0).search("b", index="photos")
+        assert not search.done()
+        gate.set()
+        assert isinstance(search.exception(60), InvalidRequest)
+
+
 def test_nobody_waits_longer_than_they_said(engine: Engine) -> None:
     labels = np.array([[f"label {number}".encode() for number in range(2000)]], object)
     with pytest.raises(Timeout):
@@ -177,11 +250,12 @@ def asked(engine: Engine, task: str, image: bytes, **how: Any) -> dict[str, np.n
 
 
 def test_large_images_are_few_and_keep_no_small_ones_waiting(
-    engine: Engine, large: preprocess.ImageFile, monkeypatch: pytest.MonkeyPatch
+    repository: Path, large: preprocess.ImageFile
 ) -> None:
     # More than batches of a task may run at once.
     tasks = [*["embed_image"] * 4, *["classify"] * 4, "segment"]
-    monkeypatch.setattr(preprocess.LARGE_IMAGES, "max_waiting", len(tasks))
+    engine = Engine([Local(repository, 2).loaded], max_waiting=4 * len(tasks))
+    Engine([], max_waiting=4)  # has a limit of its own
     looks = [0] * len(tasks)  # whether the caller of a task has left
 
     def look(number: int) -> bool:
@@ -190,7 +264,7 @@ def test_large_images_are_few_and_keep_no_small_ones_waiting(
 
     expected = {task: asked(engine, task, LARGE) for task in set(tasks)}
     with ThreadPoolExecutor(len(tasks)) as pool:
-        with preprocess.turn(large):
+        with preprocess.turn(large, limit=engine.large_images):
             answers = [
                 pool.submit(asked, engine, task, LARGE, cancelled=partial(look, number))
                 for number, task in enumerate(tasks)
@@ -216,7 +290,8 @@ def test_who_has_left_or_waited_too_long_decodes_nothing(
         patched.setattr(PngImageFile, "load", lambda self: pytest.fail("decoded"))
         with pytest.raises(TaskError, match=r"\[cancelled\]"):
             asked(engine, task, SMALL, cancelled=lambda: True)
-    with preprocess.turn(large), pytest.raises(TaskError, match=r"\[timed_out\]"):
+    busy = preprocess.turn(large, limit=engine.large_images)
+    with busy, pytest.raises(TaskError, match=r"\[timed_out\]"):
         asked(engine, task, LARGE, deadline=time.monotonic() + 0.05)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.plans import PLAN, build_engines, check_plan
-from radapter_serve.encoders.tensorrt import Engine, Stream, build, find_gpu
+from radapter_serve.encoders.tensorrt import Stream, TensorRTEngine, build, find_gpu
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 
@@ -67,7 +67,7 @@ def test_the_rtx_edition_agrees_with_torch(repository: Path, model: str) -> None
     find_gpu()
     folder = repository / model / "1"
     plan = build(trt, folder / "model.onnx", max_batch_size=8, max_length=77)
-    agrees(model, Engine(trt, plan), folder)
+    agrees(model, TensorRTEngine(trt, plan), folder)
 
 
 @pytest.mark.parametrize("model", ENCODERS)

@@ -19,7 +19,7 @@ GPU = Gpu("NVIDIA H100", "9.0")
 VERSION = "11.4.0.106"
 
 
-class Engine:
+class TensorRTEngine:
     def __init__(self, trt: Any, plan: bytes) -> None:
         self._session = onnxruntime.InferenceSession(plan)
         self.inputs = [tensor.name for tensor in self._session.get_inputs()]
@@ -51,5 +51,5 @@ def install(
         return SimpleNamespace(__version__=version)
 
     for module in (tensorrt, plans, release):
-        for fake in (find_gpu, import_tensorrt, build, Engine):
+        for fake in (find_gpu, import_tensorrt, build, TensorRTEngine):
             monkeypatch.setattr(module, fake.__name__, fake, raising=False)
