@@ -5,7 +5,7 @@ without torch.
 from ._async import AsyncClient
 from ._client import Client
 from ._images import ImageLike, list_images
-from ._results import Classification, Hit, Hits, Release, Segmentation
+from ._results import Classification, Hit, Hits, Receipt, Release, Segmentation
 from ._wire import Reply, Request, Transport, Values
 from .failures import (
     InvalidImage,
@@ -31,6 +31,7 @@ __all__ = [
     "InvalidURL",
     "ModelNotFound",
     "RAdapterClientError",
+    "Receipt",
     "Release",
     "Reply",
     "Request",

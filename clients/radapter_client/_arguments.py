@@ -34,6 +34,14 @@ def text(name: str, value: Any) -> str:
     return value
 
 
+def adapter_name(name: str, value: Any) -> str:
+    """Check the name of an adapter; an empty one would ask for the release itself."""
+    adapter = text(name, value)
+    if not adapter:
+        raise bad_argument(f"{name} is empty; give a name, or None for the release itself")
+    return adapter
+
+
 def count(name: str, value: Any, least: int = 0) -> int:
     """Check a whole number of at least `least`."""
     try:
@@ -73,6 +81,7 @@ def several_texts(name: str, items: Any) -> list[str]:
 _KINDS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("label_set", "index", "where", "index_version"), text),
     **dict.fromkeys(("labels", "templates", "text", "id"), several_texts),
+    "adapter": adapter_name,
     **dict.fromkeys(("alpha", "threshold", "unknown", "proposal_weight", "min_score"), number),
     **dict.fromkeys(
         ("weight", "example_weight"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
@@ -30,16 +31,26 @@ from ._images import (
     orientation,
     size_bound,
 )
-from ._results import Classification, Hit, Hits, Release, Segmentation, read_releases
+from ._results import (
+    Classification,
+    Hit,
+    Hits,
+    Receipt,
+    Release,
+    Segmentation,
+    read_releases,
+)
 from ._sending import Sender
 from ._wire import DEFAULT_URLS, Reply, Request, Rows, Transport, Values, find_server, parse_url
 from .failures import (
     InvalidRequest,
     ModelNotFound,
+    ServerError,
     ServerUnavailable,
     Timeout,
     bad_argument,
     reading,
+    shown,
 )
 
 P = ParamSpec("P")
@@ -56,6 +67,8 @@ MAX_BYTES = 32 * 2**20
 MAX_STRINGS = 8192
 MAX_STARTS = 4  # of a list, when one release after another takes over
 MIN_SIDE = 64  # least value of `shrink_to`, in pixels
+RECEIPT = "receipt"  # output that says what an answer was computed with
+SAME_ALPHA = 1e-6  # a receipt has six digits
 
 
 class Each(Protocol[P, One, Many]):
@@ -176,6 +189,7 @@ class Client:
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
         top_k: int | None = None,
+        adapter: str | None = None,
         alpha: float | None = None,
         multi_label: bool = False,
         threshold: float | None = None,
@@ -199,8 +213,10 @@ class Client:
                 --label-set), in place of labels.
             templates: prompts with {} for the label; None for the release's own.
             top_k: most labels to return; None for 5, or for all with multi_label.
-            alpha: the adapter's weight in [0, 1], if the release takes any
-                (`release().dynamic_alpha`); None for the release's own.
+            adapter: name of an adapter beside the release, whose map of the texts is applied; None
+                for the release itself. An answer of another adapter raises a ServerError.
+            alpha: weight in [0, 1] of the adapter that is named, None for its own; else of the
+                release's, if it takes any (`release().dynamic_alpha`), None for its own.
             multi_label: score each label by itself, so that several or no labels can be right.
                 Needs a release with calibrated scores (`release().facts["confidence"]`).
             threshold: least score in [0, 1] of a label that multi_label returns; None for 0.5.
@@ -229,6 +245,7 @@ class Client:
             label_set=label_set,
             templates=templates,
             top_k=top_k,
+            adapter=adapter,
             alpha=alpha,
             multi_label=multi_label or None,
             threshold=threshold,
@@ -249,10 +266,13 @@ class Client:
         with reading():
             for reply in replies:
                 table = _output(reply, "score", np.float32, 2).tolist()
-                for row, scores in zip(_texts(reply, "label", 2), table, strict=True):
+                receipts = _receipts(reply, 2, len(table), options)
+                names_of_rows = _texts(reply, "label", 2)
+                for row, scores, receipt in zip(names_of_rows, table, receipts, strict=True):
                     best = [label for label in row if label]  # shorter rows are padded with ""
-                    answer = Classification(best, scores[: len(best)], reply.version)
-                    answers.append(answer)
+                    answers.append(
+                        Classification(best, scores[: len(best)], reply.version, receipt)
+                    )
             _check_count(answers, items)
         return answers
 
@@ -264,6 +284,7 @@ class Client:
         *,
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
+        adapter: str | None = None,
         alpha: float | None = None,
         threshold: float | None = None,
         short_side: int | None = None,
@@ -308,6 +329,7 @@ class Client:
             labels=labels,
             label_set=label_set,
             templates=templates,
+            adapter=adapter,
             alpha=alpha,
             threshold=threshold,
             short_side=short_side,
@@ -343,9 +365,11 @@ class Client:
                 background = None if threshold is None and proposals is None else len(names) - 1
                 means = _output(reply, "score", np.float32, 1).tolist()
                 upright = turned.get(reply.version, True)
-                answers.append(
-                    Segmentation(mask, names, means, reply.version, background, image, upright)
+                [receipt] = _receipts(reply, 1, 1, options)
+                answer = Segmentation(
+                    mask, names, means, reply.version, background, image, upright, receipt
                 )
+                answers.append(answer)
         return answers
 
     def search(
@@ -362,6 +386,8 @@ class Client:
         offset: int | None = None,
         index_version: str | None = None,
         thumbnails: bool = False,
+        adapter: str | None = None,
+        alpha: float | None = None,
         timeout: float | None = None,
     ) -> Hits:
         """Find the images of an index that are nearest to a text or an image, best first.
@@ -384,6 +410,8 @@ class Client:
                 `index_version` of the first page to the next ones.
             index_version: refuse to search another version of the index, as after it was replaced.
             thumbnails: return thumbnails with the hits.
+            adapter: as in `classify`; it changes the texts of a query, and never images and ids.
+            alpha: as in `classify`.
             timeout: as in `classify`.
 
         Raises:
@@ -406,12 +434,14 @@ class Client:
             calibrated=by_release or None,
             offset=offset,
             index_version=index_version,
+            adapter=adapter,
+            alpha=alpha,
         )
         if not images and not {"text", "id"} & options.keys():
             raise bad_argument("give a text, an image or an id to search for, or several of them")
 
         # Ask for the outputs that the call needs.
-        outputs = ["id", "score", "metadata"]
+        outputs = ["id", "score", "metadata", RECEIPT]
         if thumbnails:
             outputs.append("thumbnail")
         paged = offset is not None or index_version is not None
@@ -424,11 +454,19 @@ class Client:
                 values["image"] = [encode_small(item, self._shrink_to) for item in images]
             return Request("infer", "retrieve", version, Values(values), outputs)
 
-        [reply] = self._infer("retrieve", [request], timeout)
+        try:
+            [reply] = self._infer("retrieve", [request], timeout)
+        except InvalidRequest as error:
+            # Only a server that is older than adapters refuses to give a receipt.
+            if adapter is not None or RECEIPT not in str(error):
+                raise
+            outputs.remove(RECEIPT)
+            [reply] = self._infer("retrieve", [request], timeout)
 
         # Read the hits.
         hits = Hits()
         with reading():
+            [hits.receipt] = _receipts(reply, 1, 1, options)
             ids = _texts(reply, "id", 1)
             scores = _output(reply, "score", np.float32, 1).tolist()
             metadata = _texts(reply, "metadata", 1)
@@ -445,22 +483,25 @@ class Client:
         self,
         images: ImageLike | Iterable[ImageLike],
         *,
+        adapter: str | None = None,
         alpha: float | None = None,
         timeout: float | None = None,
     ) -> Embeddings:
         """Embed images to unit length: float32 [N, D] in the order of a list, or [D] for one.
 
-        The arguments and the exceptions are those of `classify`.
+        The arguments and the exceptions are those of `classify`; an adapter changes no image.
 
         Example: `client.embed_images(["cat.jpg", "dog.jpg"]) @ client.embed_texts("a cat")`
         """
-        embeds = self._embed("image", several_images("images", images), alpha, timeout)
+        options = checked(adapter=adapter, alpha=alpha)
+        embeds = self._embed("image", several_images("images", images), options, timeout)
         return embeds[0] if is_one_image(images) else embeds
 
     def embed_texts(
         self,
         texts: str | Iterable[str],
         *,
+        adapter: str | None = None,
         alpha: float | None = None,
         timeout: float | None = None,
     ) -> Embeddings:
@@ -472,7 +513,8 @@ class Client:
         Example: `client.embed_texts(["a photo of a cat."]).shape`
         """
         items = several_texts("texts", [texts] if isinstance(texts, str) else texts)
-        embeds = self._embed("text", items, alpha, timeout)
+        options = checked(adapter=adapter, alpha=alpha)
+        embeds = self._embed("text", items, options, timeout)
         return embeds[0] if isinstance(texts, str) else embeds
 
     # The method names of open_clip and sentence-transformers.
@@ -550,9 +592,8 @@ class Client:
     # Requests and replies that the methods share
 
     def _embed(
-        self, kind: str, items: list[Any], alpha: float | None, timeout: float | None
+        self, kind: str, items: list[Any], options: dict[str, Any], timeout: float | None
     ) -> Embeddings:
-        options = checked(alpha=alpha)
         if not items:
             width = self.release(timeout=timeout).embed_dim
             with reading():
@@ -560,7 +601,11 @@ class Client:
         size = self._batch_size
         replies = self._in_batches(f"embed_{kind}", kind, items, options, size, timeout)
         with reading():
-            parts = [_output(reply, f"{kind}_embeds", np.float32, 2) for reply in replies]
+            parts = []
+            for reply in replies:
+                part = _output(reply, f"{kind}_embeds", np.float32, 2)
+                _receipts(reply, 2, len(part), options)
+                parts.append(part)
             embeds: Embeddings = np.concatenate(parts)
             _check_count(embeds, items)
         return embeds
@@ -602,19 +647,70 @@ class Client:
             starts -= 1
             number = "" if version is None else str(version)
             try:
-                return self._sender.ask([partial(part, number) for part in parts], timeout)
+                replies = self._sender.ask([partial(part, number) for part in parts], timeout)
             except (ModelNotFound, ServerUnavailable):
                 before = version
                 if starts:
                     version = self._served(timeout, task)[-1].version
                 if version == before:
                     raise
+                continue
+            for reply in replies:
+                if version not in (None, reply.version):
+                    raise ServerError(
+                        f"release {reply.version} answered, and release {version} was asked"
+                    )
+            return replies
 
     def _served(self, timeout: float | None, task: str = TASKS[-1]) -> list[Release]:
         # The configuration of the newest version names every release.
         [config] = self._sender.ask([partial(Request, "config", task)], timeout)
         with reading():
             return read_releases(config)
+
+
+def _receipts(
+    reply: Reply, axes: int, rows: int, options: Mapping[str, Any]
+) -> list[Receipt | None]:
+    """Read the receipt of each row of an answer, and refuse an answer of another adapter, α or
+    release than was asked; a server that is older than adapters gives none.
+    """
+    adapter = options.get("adapter")
+    alpha = options.get("alpha")
+    if RECEIPT not in reply.outputs:
+        if adapter is None:
+            return [None] * rows
+        raise ServerError(
+            f"the answer has no receipt, so it may be of another adapter than {shown(adapter)}; the"
+            " server is older than adapters"
+        )
+    asked = f"adapter {shown(adapter)}" if adapter else "no adapter"
+    if alpha is not None:
+        asked += f" at alpha {alpha:g}"
+    receipts: list[Receipt | None] = []
+    for text in np.ravel(_texts(reply, RECEIPT, axes)).tolist():
+        receipt = Receipt.read(text)
+        receipts.append(receipt)
+        name = None if receipt.adapter is None else _composed(receipt.adapter)
+        other_alpha = alpha is not None and not abs(receipt.alpha - alpha) <= SAME_ALPHA
+        if name != (adapter and _composed(adapter)) or other_alpha:
+            answered = f"adapter {shown(name)}" if name else "no adapter"
+            raise ServerError(
+                f"the server answered with {answered} at alpha {receipt.alpha:g}, and {asked} was"
+                " asked; the answer is not returned"
+            )
+        if receipt.release != reply.version:
+            raise ServerError(
+                f"the receipt of the answer is of release {receipt.release}, and release"
+                f" {reply.version} answered"
+            )
+    if len(receipts) != rows:
+        raise ValueError(f"{len(receipts)} receipts for {rows} rows")
+    return receipts
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _check_count(answers: Any, items: list[Any]) -> None:

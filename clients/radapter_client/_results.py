@@ -41,6 +41,33 @@ class _OneLine:
         return f"{type(self).__name__}({', '.join(values)})"
 
 
+@dataclass(frozen=True)
+class Receipt:
+    """What an answer was computed with, as the server says; the client has compared it with what
+    was asked.
+
+    Args:
+        release: version of the release.
+        adapter: name of the adapter beside the release; None for the release itself.
+        alpha: of the adapter if there is one, else of the release, in [0, 1].
+
+    Example: `client.classify("cat.jpg", ["a cat"], adapter="anna").receipt.adapter`
+    """
+
+    release: int
+    adapter: str | None
+    alpha: float
+
+    @classmethod
+    def read(cls, text: str) -> Receipt:
+        """Read a receipt in JSON."""
+        facts = json.loads(text)
+        adapter = facts["adapter"]
+        if not (adapter is None or (isinstance(adapter, str) and adapter)):
+            raise ValueError(f"the receipt names the adapter {adapter!r:.80}")
+        return cls(int(facts["release"]), adapter, float(facts["alpha"]))
+
+
 @dataclass(frozen=True, repr=False)
 class Classification(_OneLine):
     """The best labels of one image.
@@ -50,6 +77,7 @@ class Classification(_OneLine):
         scores: of these labels, in [0, 1]; over all labels of the request they sum to 1, unless the
             model was trained with a sigmoid or `multi_label` scores each label by itself.
         release: version of the release that answered.
+        receipt: release, adapter and alpha; None of a server that is older than adapters.
 
     Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top` is "a cat".
     """
@@ -57,6 +85,7 @@ class Classification(_OneLine):
     labels: list[str]
     scores: list[float]
     release: int
+    receipt: Receipt | None = field(default=None, repr=False)
 
     @property
     def top(self) -> str:
@@ -78,6 +107,7 @@ class Segmentation(_OneLine):
         background: index of the background in `labels`; None without a threshold and proposals.
         image: the segmented image, for `overlay`.
         exif_orientation: True if the release turns images by their EXIF orientation.
+        receipt: as of a `Classification`.
 
     Example: `client.segment("street.jpg", ["road", "car", "sky"]).overlay().save("overlay.png")`
     """
@@ -89,6 +119,7 @@ class Segmentation(_OneLine):
     background: int | None = None
     image: ImageLike | None = field(default=None, repr=False)
     exif_orientation: bool = True
+    receipt: Receipt | None = field(default=None, repr=False)
 
     @cached_property
     def shares(self) -> list[float]:
@@ -174,11 +205,13 @@ class Hits(list[Hit]):
     Attributes:
         index_version: version of the searched index, for the next pages; None if the search gave
             neither `offset` nor `index_version`.
+        receipt: as of a `Classification`.
 
     Example: `client.search("a cat", index="photos", offset=0).index_version`
     """
 
     index_version: str | None = None
+    receipt: Receipt | None = None
 
     def __repr__(self) -> str:
         best = f", best {self[0].id!r:.60} {self[0].score:.4f}" if self else ""

@@ -130,7 +130,7 @@ CODES: dict[str | None, type[RAdapterClientError]] = {
     **dict.fromkeys(("image_too_large", "invalid_image"), InvalidImage),
     **dict.fromkeys(("index_mismatch", "index_replaced", "invalid_argument"), InvalidRequest),
     **dict.fromkeys(("no_labels", "not_calibrated", "not_found"), InvalidRequest),
-    **dict.fromkeys(("unknown_index", "unknown_label_set"), InvalidRequest),
+    **dict.fromkeys(("unknown_adapter", "unknown_index", "unknown_label_set"), InvalidRequest),
     **dict.fromkeys(("overloaded", "rate_limited", "restarting"), ServerUnavailable),
     **dict.fromkeys(("server_stopping", "server_unavailable"), ServerUnavailable),
     **{"no_patch_encoder": ModelNotFound, "timed_out": Timeout},

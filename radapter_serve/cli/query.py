@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
@@ -27,7 +27,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
-from radapter_client import Classification, Client, InvalidImage, Segmentation
+from radapter_client import Classification, Client, Hits, InvalidImage, Segmentation
 from radapter_serve.cli import printable, run
 from radapter_serve.contract.images import count_kinds, list_images
 from radapter_serve.contract.labels import read_label_file
@@ -104,15 +104,13 @@ class Labels:
         labels: such as "a cat" "a dog"; synonyms after commas.
         labels_file: one label a line, synonyms after commas, # comments.
         label_set: a set that was exported with the release; best for many labels.
-        templates: prompts with {} for the label; the release's own if not given.
-        alpha: from 0 to 1, for a release that takes any; the release's own if not given.
+        templates: prompts with {} for the label; those of the release or the adapter if not given.
     """
 
     labels: Annotated[tuple[str, ...], arg(metavar="LABEL [LABEL ...]")] = ()
     labels_file: Path | None = None
     label_set: str | None = None
     templates: Annotated[tuple[str, ...], arg(metavar="TEMPLATE [TEMPLATE ...]")] = ()
-    alpha: float | None = None
 
     def arguments(self, optional: bool = False) -> dict[str, Any]:
         """Arguments of the client's methods for these labels."""
@@ -126,8 +124,20 @@ class Labels:
             "labels": labels or None,
             "label_set": self.label_set,
             "templates": self.templates or None,
-            "alpha": self.alpha,
         }
+
+
+@dataclass(frozen=True)
+class Point:
+    """The adapter and its alpha.
+
+    Args:
+        adapter: name of an adapter beside the release; the release itself if not given.
+        alpha: from 0 to 1, of the adapter, or of a release that takes any; their own if not given.
+    """
+
+    adapter: str | None = None
+    alpha: float | None = None
 
 
 Paths = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE [IMAGE ...]")]
@@ -137,6 +147,7 @@ def classify(
     images: Paths,
     labels: OmitArgPrefixes[Labels],
     server: OmitArgPrefixes[Server],
+    point: OmitArgPrefixes[Point],
     top_k: int | None = None,
     multi_label: FlagCreatePairsOff[bool] = False,
     threshold: float | None = None,
@@ -176,6 +187,7 @@ def classify(
             raise RAdapterError(f"{examples} needs a folder with images for each label")
         options["examples"] = shown
     options |= {
+        **vars(point),
         "top_k": top_k,
         "multi_label": multi_label,
         "threshold": threshold,
@@ -187,7 +199,7 @@ def classify(
     def facts_and_rows(image: str, answer: Classification) -> Answer:
         pairs = zip(answer.labels, answer.scores, strict=True)
         rows = [{"image": image, "label": label, "score": score} for label, score in pairs]
-        return {"image": image, **vars(answer)}, rows
+        return {"image": image, **vars(answer), "receipt": receipt_of(answer)}, rows
 
     with server.client() as client:
         answers = files.answers(lambda paths: client.classify(paths, **options), 64)
@@ -204,6 +216,7 @@ def segment(
     images: Paths,
     labels: OmitArgPrefixes[Labels],
     server: OmitArgPrefixes[Server],
+    point: OmitArgPrefixes[Point],
     threshold: float | None = None,
     short_side: int | None = None,
     stride: int | None = None,
@@ -229,7 +242,7 @@ def segment(
         out: .csv file to write in place of printing, with one row for each label that occurs.
     """
     files = Images(images)
-    options = labels.arguments()
+    options = {**labels.arguments(), **vars(point)}
     options |= {"threshold": threshold, "short_side": short_side}
     options |= {"stride": stride, "refine": refine}
     if save is not None and save == save_mask:
@@ -244,9 +257,10 @@ def segment(
             wide = len(answer.labels) > 256
             mask = answer.mask if wide else answer.mask.astype(np.uint8)
             save_picture(masks[image], Image.fromarray(mask))
-        facts = {"image": image, "size": answer.mask.shape[::-1]}
+        facts: Row = {"image": image, "size": answer.mask.shape[::-1]}
         for name in ("labels", "shares", "scores", "release"):
             facts[name] = getattr(answer, name)
+        facts["receipt"] = receipt_of(answer)
         shares = zip(answer.shares, answer.labels, answer.scores, strict=True)
         rows = [
             {"image": image, "label": label, "share": share, "score": score}
@@ -267,6 +281,7 @@ def segment(
 
 def search(
     server: OmitArgPrefixes[Server],
+    point: OmitArgPrefixes[Point],
     index: str,
     text: Annotated[Positional[tuple[str, ...]], arg(metavar="[TEXT ...]")] = (),
     image: tuple[str, ...] = (),
@@ -307,12 +322,14 @@ def search(
             where=where,
             min_score=min_score,
             thumbnails=save is not None,
+            **vars(point),
         )
         used = client.release().version if save is not None else None
     if save is not None:
         from radapter_serve.cli.gallery import page
 
         about = {"index": index, "where": where, "hits": len(hits), "release": used}
+        about |= {"adapter": point.adapter}
         known = {name: str(value) for name, value in about.items() if value is not None}
         # Show the picture of a query by one image, else the names of all parts.
         names = [*text, *(Path(file).name for file in image), *id]
@@ -323,7 +340,8 @@ def search(
     for hit in hits:
         row: Row = {"score": hit.score, "id": hit.id}
         shown = ", ".join(f"{key}: {value}" for key, value in hit.about.items())
-        answers.append(({**row, "metadata": hit.metadata}, [{**row, "metadata": shown}]))
+        whole = {**row, "metadata": hit.metadata, "receipt": receipt_of(hits)}
+        answers.append((whole, [{**row, "metadata": shown}]))
     report(answers, ("score", "id", "metadata"), server.json)
     if save is not None and not server.json:
         print(save)
@@ -332,39 +350,37 @@ def search(
 def embed_image(
     images: Paths,
     server: OmitArgPrefixes[Server],
+    point: OmitArgPrefixes[Point],
     out: Path = Path("image_embeds.npy"),
-    alpha: float | None = None,
 ) -> None:
     """Write embeddings of images: float32 [N, D], unit length.
 
     Args:
         images: JPEG, PNG or WebP files, and folders of them in the order of their names.
         out: .npy file to write.
-        alpha: from 0 to 1, for a release that takes any; the release's own if not given.
     """
     check_output("--out", out, ".npy")
     with server.client() as client:
-        _save_embeds(out, client.embed_images(Images(images).paths, alpha=alpha), server)
+        _save_embeds(out, client.embed_images(Images(images).paths, **vars(point)), server)
 
 
 def embed_text(
     texts: Annotated[Positional[tuple[str, ...]], arg(metavar="TEXT [TEXT ...]")],
     server: OmitArgPrefixes[Server],
+    point: OmitArgPrefixes[Point],
     out: Path = Path("text_embeds.npy"),
-    alpha: float | None = None,
 ) -> None:
     """Write embeddings of texts: float32 [N, D], unit length.
 
     Args:
         texts: such as "a photo of a cat."
         out: .npy file to write.
-        alpha: from 0 to 1, for a release that takes any; the release's own if not given.
     """
     check_output("--out", out, ".npy")
     if not texts:
         raise RAdapterError('give texts, such as "a photo of a cat."')
     with server.client() as client:
-        _save_embeds(out, client.embed_texts(texts, alpha=alpha), server)
+        _save_embeds(out, client.embed_texts(texts, **vars(point)), server)
 
 
 def _save_embeds(out: Path, embeds: npt.NDArray[np.float32], server: Server) -> None:
@@ -538,6 +554,11 @@ def report(
         Console().print(table)
     else:
         print("nothing was found")
+
+
+def receipt_of(answer: Classification | Segmentation | Hits) -> Row | None:
+    """The release, adapter and alpha of an answer, for JSON."""
+    return None if answer.receipt is None else asdict(answer.receipt)
 
 
 def to_json(value: object) -> str:

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_client import Client
+from radapter_client import Client, Reply, Values
 from radapter_serve.cli import query
 from radapter_serve.cli.query import main
 from tests.helpers.stand_ins import Answers
 
 Run = Callable[..., str]
+OLDER = {"release": 2, "receipt": None}  # of a server without receipts
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_classify(run: Run, server: Answers, image: str, tmp_path: Path) -> None
     assert labels[0] in table and "0.7500" in table and labels[1] not in table
     lines = run("classify", image, image, "--labels", *labels, "--json")
     first, second = map(json.loads, lines.splitlines())
-    assert first == {"image": image, "labels": labels, "scores": [0.75, 0.25], "release": 2}
+    assert first == {"image": image, "labels": labels, "scores": [0.75, 0.25], **OLDER}
     assert first == second
     file = tmp_path / "labels.txt"
     file.write_text(f"\ufeff{labels[0]}\n\n  {labels[1]} \n", encoding="utf-8")
@@ -100,7 +101,7 @@ def test_segment(run: Run, server: Answers, image: str, tmp_path: Path) -> None:
     options = shlex.split("--threshold 0.5 --short-side 300 --stride 20 --refine 2")
     saved = ["--save", str(out / "b.JPG"), "--save-mask", str(out / "mask.png")]
     answer = json.loads(run("segment", image, "--labels", "a", "b", *options, *saved, "--json"))
-    facts = {"image": image, "size": [8, 6], "release": 2}
+    facts = {"image": image, "size": [8, 6], **OLDER}
     assert answer == {**facts, "labels": ["a", "b"], "shares": [0.5, 0.5], "scores": [0.5, 0.5]}
     sent = server.inferences[-1].inputs
     values = [sent[name][0] for name in ("threshold", "short_side", "stride", "refine")]
@@ -160,7 +161,12 @@ def test_search(run: Run, server: Answers, image: str, tmp_path: Path) -> None:
     where = ["--index", "photos", "--top-k", "2", "--where", "year > 2020"]
     first, second, _ = map(json.loads, run("search", "x", *where, "--json").splitlines())
     about = {"where": "year > 2020"}
-    assert first == {"score": 0.75, "id": "ordner/bild [b]ü.jpg", "metadata": about}
+    assert first == {
+        "score": 0.75,
+        "id": "ordner/bild [b]ü.jpg",
+        "metadata": about,
+        "receipt": None,
+    }
     assert (second["id"], second["metadata"]) == ("b.jpg", {})
     page = tmp_path / "results.html"
     assert str(page) in run("search", "--image", image, *where, "--save", str(page))
@@ -181,6 +187,36 @@ def test_embed_and_release(run: Run, image: str, tmp_path: Path) -> None:
     assert all(word in table for word in ("ViT-B-32", "a photo of a {}.", "1 (α = 0.5), 2 (α"))
     answer = json.loads(run("release", "--release", "1", "--json"))
     assert (answer["release"]["version"], answer["served"]) == (1, [1, 2])
+
+
+def test_an_adapter_is_asked_and_its_receipt_shown(
+    run: Run, server: Answers, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = server.send
+
+    def signed(request: Any, timeout: float) -> Any:
+        reply = send(request, timeout)
+        if request.action != "infer":
+            return reply
+        receipt = json.dumps({"release": 2, "adapter": "anna", "alpha": 0.5})
+        batched = request.model not in ("segment", "retrieve")
+        column = [[receipt]] if batched else [receipt]
+        return Reply(2, Values({**reply.outputs, "receipt": column}))
+
+    monkeypatch.setattr(server, "send", signed)
+    point = ["--adapter", "anna", "--alpha", "0.5", "--json"]
+    labels = ["--labels", "a", "b"]
+    for command in (
+        ["classify", image, *labels],
+        ["segment", image, *labels],
+        ["search", "x", "--index", "photos"],
+    ):
+        for line in run(*command, *point).splitlines():
+            assert json.loads(line)["receipt"] == {"release": 2, "adapter": "anna", "alpha": 0.5}
+    run("embed-image", image, "--out", str(tmp_path / "a.npy"), *point)
+    run("embed-text", "a", "--out", str(tmp_path / "b.npy"), *point)
+    assert {request.inputs["adapter"].ravel()[0] for request in server.inferences} == {b"anna"}
+    assert main(["classify", image, *labels, "--adapter", "bob"]) == 2
 
 
 def test_names_that_are_not_utf8(server: Answers, image: str, tmp_path: Path, capfdbinary) -> None:

@@ -544,6 +544,7 @@ def test_what_a_search_sends_and_what_it_makes_of_the_answer():
                 "score": np.array([0.5], np.float32),
                 "metadata": np.array([b"{}"], object),
                 "index_version": np.array([b"g-1"], object),
+                "receipt": np.array([b'{"release": 1, "adapter": null, "alpha": 0.5}'], object),
             }
             return {name: outputs[name] for name in request.outputs}
 
@@ -551,7 +552,7 @@ def test_what_a_search_sends_and_what_it_makes_of_the_answer():
     with Client(transport=recorder, release=1) as client:
         plain = client.search("cat", index="i")
         assert plain == [Hit("a.jpg", 0.5, {})] and plain.index_version is None
-        assert [*recorder.requests[-1].outputs] == ["id", "score", "metadata"]
+        assert [*recorder.requests[-1].outputs] == ["id", "score", "metadata", "receipt"]
         assert {*recorder.requests[-1].inputs} == {"text", "index", "top_k"}
         paged = client.search(
             ["cat", "dog"],
