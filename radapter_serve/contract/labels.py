@@ -197,7 +197,10 @@ def check_length(text: str, limit: int = MAX_TEXT_LENGTH, what: str = "text") ->
         )
 
 
-def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
+def check_prompts(
+    lists: Iterable[tuple[Sequence[str], Sequence[str]]],
+    advice: str = "export them as a label set: radapter-export --label-set NAME=FILE",
+) -> None:
     """Refuse labels and templates of a request that make too many or too long prompts."""
     prompts = characters = 0
     for labels, templates in lists:
@@ -217,8 +220,7 @@ def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
         if number > limit:
             raise invalid(
                 f"{number} {what} in all prompts (names x templates) of one request; at most"
-                f" {limit} are allowed, so export them as a label set: radapter-export --label-set"
-                " NAME=FILE"
+                f" {limit} are allowed, so {advice}"
             )
 
 

@@ -43,6 +43,9 @@ from radapter_serve.index.facts import index_names
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release, release_parameters
 from radapter_serve.release.repository import Served, find_release, split_repository
+from radapter_serve.tasks.classify import ClassifyRequest
+from radapter_serve.tasks.embed import label_set_prompts
+from radapter_serve.tasks.segment import SegmentRequest
 from radapter_serve.tasks.table import PROBES, TASKS, Run, Tensors, forms
 
 SEGMENTED = 2  # images at once; each may take half a gigabyte for cosines
@@ -158,6 +161,8 @@ class ServedRelease:
             for part, size in (("images", rows), ("patches", rows), ("tokens", TEXTS))
         }
         self.segmentations = FifoLimit(SEGMENTED, max_waiting, "requests to segment")
+        # Each may be a minute of work, which is cached for those that wait.
+        self.label_sets = FifoLimit(1, max_waiting, "requests with label sets at another alpha")
         self._served = served
         # A lock a task: while `retrieve` opens its indexes, others are answered.
         self._locks = {name: threading.Lock() for name in TASKS}
@@ -359,8 +364,16 @@ class Engine:
             requests = task.read(served.loaded, inputs, wants)
 
         # Run them in this thread.
-        turn = served.segmentations(cancelled) if model == "segment" else contextlib.nullcontext()
-        with turn, step(model):
+        with contextlib.ExitStack() as stack:
+            if any(
+                isinstance(request, (ClassifyRequest, SegmentRequest))
+                and label_set_prompts(served.loaded, request.labels, request.point)
+                for request in requests
+            ):
+                stack.enter_context(served.label_sets(cancelled))
+            if model == "segment":
+                stack.enter_context(served.segmentations(cancelled))
+            stack.enter_context(step(model))
             run = served.run(model, cancelled)
             encode = partial(self._encode, served)
             answers = run_together([run(request, cancelled) for request in requests], encode)

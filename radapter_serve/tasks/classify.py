@@ -21,7 +21,7 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.images import ImageFile, read_header
 from radapter_serve.contract.labels import class_probabilities, known_as
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease, Place, Steps
+from radapter_serve.encoders.loaded import CHUNK, LoadedRelease, Place, Steps
 from radapter_serve.release.release import HOW, NO_TEMPERATURE, Confidence
 from radapter_serve.tasks.embed import (
     Labels,
@@ -217,18 +217,23 @@ def mix_examples(
     cancelled: Cancelled | None = None,
 ) -> Steps[LabelSet]:
     """Mix examples into labels: (1 - w) text + w mean of the label's examples, at unit length."""
-    # Embed each example once, and cache its embedding.
+    # Embed each example that is not cached, in parts, between which other callers have a turn.
     cache = loaded.label_cache
-    embeds: dict[bytes, NDArray[np.float32]] = {}
-    for image, digest in zip(examples.images, examples.digests, strict=True):
-        kept = embeds.get(image, cache.get((digest, place.encoder_alpha)))
-        if kept is None:
+    alpha = place.encoder_alpha
+    digests = dict(zip(examples.images, examples.digests, strict=True))
+    embeds = {image: cache.get((digest, alpha)) for image, digest in digests.items()}
+    new = [image for image, kept in embeds.items() if kept is None]
+    size = min(CHUNK, loaded.release.max_batch_size)
+    for start in range(0, len(new), size):
+        part = new[start : start + size]
+        decoded = []
+        for image in part:
             with _example(examples, image):
-                pixels = yield from loaded.decoded([read_header(image)], cancelled)
-            encoded = yield from loaded.encoded("images", pixels, place, cancelled)
-            kept = encoded[0].copy()
-            cache.put((digest, place.encoder_alpha), kept)
-        embeds[image] = kept
+                decoded.append((yield from loaded.decoded([read_header(image)], cancelled)))
+        encoded = yield from loaded.encoded("images", np.concatenate(decoded), place, cancelled)
+        for image, row in zip(part, encoded, strict=True):
+            embeds[image] = row.copy()
+            cache.put((digests[image], alpha), embeds[image])
 
     # Mix them into the embeddings of their labels.
     weights = np.broadcast_to(np.array(examples.weights, np.float32), len(label_set.labels))

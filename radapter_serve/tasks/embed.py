@@ -35,6 +35,7 @@ from radapter_serve.contract.labels import (
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, Place, Steps
 
+OTHER_POINT = "ask at the alpha of the export, or for a smaller label set"
 _PROMPTS = 256  # prompts of a part: then its labels are cached, and other callers have a turn
 
 
@@ -120,12 +121,14 @@ def check_labels(
 ) -> int:
     """Check and count the labels of a request; only `classify` takes some `by_example`."""
     if labels.label_set is not None:
-        lines, _, exported = _label_set(loaded, labels.label_set, place)
+        lines, templates, exported = _label_set(loaded, labels.label_set, place)
         if exported is not None and exported.examples is not None and not by_example:
             raise invalid(
                 f"the label set {labels.label_set!r:.80} has labels by example, which are for"
                 " classify; give labels, or another label set"
             )
+        if not _is_exported(loaded, exported, place):
+            check_prompts([(lines, templates)], OTHER_POINT)
         return len(lines)
     if labels.names is None:
         sets = _names_of_label_sets(loaded, place)
@@ -146,10 +149,29 @@ def embed_label_set(
         templates = _templates(loaded, place) if labels.templates is None else labels.templates
         return (yield from embed_labels(loaded, names, templates, place=place, cancelled=cancelled))
     lines, templates, exported = _label_set(loaded, labels.label_set, place)
-    if exported is not None and place.key in (None, loaded.exported_alpha):
+    if exported is not None and _is_exported(loaded, exported, place):
         return replace(exported, examples=None)  # the export has mixed them in
     embedded = yield from embed_labels(loaded, lines, templates, place=place, cancelled=cancelled)
     return embedded if exported is None else replace(embedded, examples=exported.examples)
+
+
+def label_set_prompts(
+    loaded: LoadedRelease, labels: Labels, point: Point | Place
+) -> tuple[Sequence[str], Sequence[str]] | None:
+    """The labels and templates of a label set that has to be embedded for a request; None if there
+    is none: it was exported at this point, or its embeddings are cached.
+    """
+    if labels.label_set is None:
+        return None
+    place = loaded.place(point)
+    lines, templates, exported = _label_set(loaded, labels.label_set, place)
+    is_cached = loaded.label_cache.get((tuple(lines), tuple(templates), place.key)) is not None
+    return None if is_cached or _is_exported(loaded, exported, place) else (lines, templates)
+
+
+def _is_exported(loaded: LoadedRelease, label_set: LabelSet | None, place: Place) -> bool:
+    """True if the embeddings of a label set were exported for this place."""
+    return label_set is not None and place.key in (None, loaded.exported_alpha)
 
 
 def _label_set(

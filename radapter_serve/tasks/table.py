@@ -30,11 +30,13 @@ from radapter_serve.encoders.loaded import LoadedRelease, Place, Steps
 from radapter_serve.release.release import TASKS as NAMES
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
 from radapter_serve.tasks.embed import (
+    OTHER_POINT,
     EmbedImagesRequest,
     EmbedTextsRequest,
     Labels,
     embed_images,
     embed_texts,
+    label_set_prompts,
 )
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 
@@ -254,8 +256,11 @@ def _classify_request(values: dict[str, Any], wants: Wants) -> ClassifyRequest:
 def _check_together(loaded: LoadedRelease, requests: Sequence[ClassifyRequest]) -> None:
     """Refuse too many prompts or examples over all rows of a request."""
     templates = loaded.release.templates
-    lists = {request.labels for request in requests if request.labels.names is not None}
-    check_prompts([(labels.names or (), labels.templates or templates) for labels in lists])
+    asked = {(request.labels, request.point) for request in requests}
+    lists = [(labels.names, labels.templates or templates) for labels, _ in asked if labels.names]
+    check_prompts(lists)
+    sets = [label_set_prompts(loaded, labels, point) for labels, point in asked]
+    check_prompts([*lists, *(prompts for prompts in sets if prompts is not None)], OTHER_POINT)
     shown = [request.examples for request in requests if request.examples is not None]
     encoded = sum(len(set(examples.images)) for examples in shown)
     for name, point in {(request.labels.label_set, request.point) for request in requests}:

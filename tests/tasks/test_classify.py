@@ -350,6 +350,20 @@ def read(local: Local, **inputs: np.ndarray) -> list[ClassifyRequest]:
     return TASKS["classify"].read(local.loaded, inputs, lambda name: True)
 
 
+def test_examples_are_encoded_in_parts(local: Local) -> None:
+    many = tuple(png(number, 4, 4) for number in range(40))
+    label_set = complete(embed_labels(local.loaded, SOME, ["{}"]))
+    examples = Examples((*many, many[0]), tuple(number % 3 for number in range(41)))
+    local.calls.clear()
+    mixed = complete(mix_examples(local.loaded, label_set, examples, local.loaded.place()))
+    assert [shape[0] for shape in local.calls] == [16, 16, 8]
+    alone = np.concatenate([embeds(local, [image]) for image in examples.images])
+    for label in range(3):
+        mean = alone[label::3].mean(0)
+        both = label_set.embeds[label] + mean / np.linalg.norm(mean)
+        np.testing.assert_allclose(mixed.embeds[label], both / np.linalg.norm(both), atol=1e-6)
+
+
 def test_rows_have_examples_of_their_own_or_those_of_the_row_before(local: Local) -> None:
     rows = [SHOWN, [b""] * 3, SHOWN[::-1], [b""] * 3]
     requests = read(

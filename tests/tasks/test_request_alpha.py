@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from radapter_client import Client, Timeout
 from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.labels import Examples
 from radapter_serve.encoders.loaded import complete
+from radapter_serve.engine.engine import Engine
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
 from radapter_serve.tasks.classify import ClassifyRequest, classify
@@ -22,6 +27,7 @@ from radapter_serve.tasks.embed import Labels, embed_labels
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from radapter_serve.tasks.segment import SegmentRequest, segment
 from radapter_serve.tasks.table import MAX_ENCODED, TASKS
+from tests.helpers.fake_upstream import until
 from tests.helpers.projection import Searching, projecting
 from tests.helpers.small_release import Local, photos_in, png, together
 
@@ -170,3 +176,60 @@ def test_an_index_belongs_to_one_alpha(tmp_path: Path) -> None:
     np.testing.assert_array_equal(alphas, [np.full((1, 1), 0.8, np.float32)])
     # A release with that alpha folded in can search it, too.
     assert Searching.of(projecting(indexes, alpha=0.8)).ids(request) == ids
+
+
+def test_a_label_set_at_another_alpha_has_the_limit_of_labels(
+    turned: Turned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three prompts, over all rows of a request."""
+    monkeypatch.setattr("radapter_serve.contract.labels.MAX_PROMPTS", 5)
+    task = TASKS["classify"]
+
+    def read(*alphas: float) -> Sequence[Any]:
+        inputs = {
+            "image": column(*map(png, range(len(alphas)))),
+            "label_set": column(*[b"colours"] * len(alphas)),
+            "alpha": column(*alphas, kind=np.float32),
+        }
+        return task.read(turned.loaded, inputs, lambda name: True)
+
+    assert len(read(0.3, 0.4)) == 2  # the first has the embeddings of the export
+    with pytest.raises(TaskError, match=r"6 prompts .* 5 are allowed, so ask at the alpha of the"):
+        read(0.4, 0.5)
+    monkeypatch.setattr("radapter_serve.contract.labels.MAX_PROMPTS", 2)
+    labels = Labels(label_set="colours")
+    for alpha in (0.3, None):
+        complete(classify(turned.loaded, ClassifyRequest([png(0)], labels, point=Point("", alpha))))
+    turned.calls.clear()
+    with pytest.raises(TaskError, match=r"3 prompts .* 2 are allowed"):
+        complete(classify(turned.loaded, ClassifyRequest([png(0)], labels, point=Point("", 0.4))))
+    assert not turned.calls
+
+
+def test_one_label_set_at_a_time_is_embedded_again(turned: Turned) -> None:
+    """Others wait, and find those of their α in the cache."""
+    encode = turned.loaded.encoder.tokens
+    gate = threading.Event()
+    calls: list[float] = []
+
+    def tokens(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+        calls.append(round(float(alpha[0, 0]), 6))
+        assert gate.wait(30)
+        return encode(values, alpha)
+
+    turned.loaded.encoder.tokens = tokens  # type: ignore[method-assign,assignment]
+    with Engine([turned.loaded]) as engine, ThreadPoolExecutor(3) as pool:
+        [served] = engine._served.values()
+        client = Client(transport=engine)
+        ask = partial(client.classify, png(0), label_set="colours")
+        answers = [pool.submit(ask, alpha=alpha) for alpha in (0.4, 0.4, 0.5)]
+        until(lambda: len(served.label_sets._queue) == 3 and calls)
+        assert len(calls) == 1
+        assert ask().top  # at the α of the export nobody waits
+        with pytest.raises(Timeout):
+            Client(transport=engine, timeout=0.3, retries=0).classify(
+                png(0), label_set="colours", alpha=0.6
+            )
+        gate.set()
+        assert all(answer.result(30).top for answer in answers)
+    assert sorted(calls) == [0.4, 0.5]
