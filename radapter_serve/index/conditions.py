@@ -20,11 +20,16 @@ from numpy.typing import NDArray
 from sqlglot import TokenType, exp, parse_one, tokens
 from sqlglot.dialects.dialect import Dialect
 
-from radapter_serve.contract.errors import TaskError, invalid, redact
+from radapter_serve.contract.errors import Cancelled, TaskError, check_cancelled, invalid, redact
 
 MAX_LENGTH = 2000  # characters
 MAX_DEPTH = 10  # nested brackets, functions and NOT, each of which costs the parser time and stack
 MAX_PARTS = 300  # names and operators, each of which reads all rows
+# Bytes that a condition may read: its names and operators × the bytes of its widest column. An
+# index of any size takes `FEW_PARTS` of them.
+MAX_WORK = 4 << 30
+FEW_PARTS = 16
+MAX_SIGNS = 8  # signs _ after a % in a pattern; each may double the states of the automaton
 ALLOWED = (
     "allowed is a condition such as year > 2020 AND (path LIKE 'cats/%' OR `file name` = 'it''s')"
 )
@@ -67,6 +72,14 @@ def parse_condition(where: str) -> exp.Expr:
         waiting = [(condition, 0)]
         while waiting:
             node, depth = waiting.pop()
+            if isinstance(node, (exp.Like, exp.ILike)):
+                pattern = re.sub(r"\\.", "", node.expression.unnest().name, flags=re.DOTALL)
+                signs = pattern.partition("%")[2].count("_")
+                if signs > MAX_SIGNS:
+                    raise invalid(
+                        f"where has a pattern with {signs} signs _ after a %; at most {MAX_SIGNS}"
+                        " are allowed"
+                    )
             if isinstance(node, exp.Func) and not isinstance(node, _NODES):
                 names = ", ".join(function.sql_name().lower() for function in _FUNCTIONS)
                 raise invalid(f"where calls {node.name or node.sql_name()}; functions: {names}")
@@ -76,7 +89,7 @@ def parse_condition(where: str) -> exp.Expr:
             depth += isinstance(node, _NESTING)
             if depth > MAX_DEPTH:
                 raise _too_deep()
-            parts += not isinstance(node, (exp.Literal, exp.Identifier))
+            parts += _is_part(node)
             waiting += [(child, depth) for child in node.iter_expressions()]
     except TaskError:
         raise
@@ -90,6 +103,10 @@ def parse_condition(where: str) -> exp.Expr:
             " as path IN ('a.jpg', 'b.jpg')"
         )
     return condition
+
+
+def _is_part(node: Any) -> bool:
+    return not isinstance(node, (exp.Literal, exp.Identifier))
 
 
 def _too_deep() -> TaskError:
@@ -134,12 +151,27 @@ def text_array(texts: Sequence[str]) -> pa.StringArray:
     )
 
 
-def evaluate(where: str, table: pa.Table) -> Met:
+def evaluate(where: str, table: pa.Table, cancelled: Cancelled | None = None) -> Met:
     """Find the rows of a table that meet a condition."""
     condition = parse_condition(where)
+
+    # Refuse a condition that reads too much of this table.
+    parts = sum(map(_is_part, condition.walk()))
+    names = {column.name.lower() for column in condition.find_all(exp.Column)}
+    sizes = [table[name].nbytes for name in table.column_names if name.lower() in names]
+    widest = max(sizes, default=0)
+    most = max(FEW_PARTS, MAX_WORK // max(widest, 1))
+    if parts > most:
+        raise invalid(
+            f"where has {parts} operators and names, and reads {widest >> 20:,} MiB for each of"
+            f" them; at most {most} are allowed in this index"
+        )
+
     marks = np.zeros(len(table), np.uint8)
     start = 0
-    for batch in table.to_batches(max_chunksize=_ROWS):
+    rows = _BATCH_WORK * len(table) // max(parts * widest, 1)
+    for batch in table.to_batches(max_chunksize=min(max(rows, 1), _ROWS)):
+        check_cancelled(cancelled)
         try:
             term = _evaluate(condition, batch)
             if term.kind != "truth":
@@ -168,7 +200,8 @@ class _Term:
     literal: Any = None  # the value of a literal in the condition
 
 
-_ROWS = 1 << 16  # rows compared at once
+_ROWS = 1 << 16  # most rows compared at once
+_BATCH_WORK = 256 << 20  # bytes read until the deadline and the caller are asked again
 _NULL = pa.nulls(1)[0]
 _UNKNOWN = pa.nulls(1, pa.bool_())[0]
 _FALSE = text_array(["false"])[0].cast(pa.bool_())

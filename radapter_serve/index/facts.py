@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, invalid
+from radapter_serve.contract.errors import (
+    UNKNOWN_INDEX,
+    Cancelled,
+    TaskError,
+    check_cancelled,
+    invalid,
+)
 from radapter_serve.contract.labels import check_length
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_text, checker, first_problem
@@ -240,7 +246,12 @@ class Index(ABC):
 
     @abstractmethod
     def _find(
-        self, embedding: NDArray[np.float32], top_k: int, where: str | None, thumbnails: bool
+        self,
+        embedding: NDArray[np.float32],
+        top_k: int,
+        where: str | None,
+        thumbnails: bool,
+        cancelled: Cancelled | None,
     ) -> list[Hit]:
         """Find the nearest images, in any order."""
 
@@ -257,6 +268,7 @@ class Index(ABC):
         thumbnails: bool = False,
         offset: int | None = None,
         min_score: float | None = None,
+        cancelled: Cancelled | None = None,
     ) -> list[Hit]:
         """Find the nearest images, best first, that meet the condition `where`; with an `offset`, a
         page of them.
@@ -270,7 +282,8 @@ class Index(ABC):
         condition = where if where and where.strip() else None
         # In a big index the hits depend on the depth, so all pages are searched equally deep.
         depth = top_k if offset is None else MAX_TOP_K
-        hits = self._find(embedding, depth, condition, thumbnails)
+        check_cancelled(cancelled)
+        hits = self._find(embedding, depth, condition, thumbnails, cancelled)
         for hit in hits:
             if not abs(hit.score) <= 1 + UNIT:
                 raise self._damaged(f"gives {hit.id!r:.200} the score {hit.score:g}")

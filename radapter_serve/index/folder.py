@@ -21,7 +21,6 @@ import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from radapter_serve.contract.errors import Cancelled, TaskError
+from radapter_serve.contract.images import FifoLimit
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import digest_of, staged
 from radapter_serve.index.conditions import Met, evaluate, text_array
@@ -53,6 +54,9 @@ _CHUNK_ROWS = 1 << 16  # rows of a record batch; a few large ones are compared f
 _CHUNK_BYTES = 256 << 20  # size of a record batch at which it is written
 _CONDITIONS = 64  # conditions whose rows are cached
 _CONDITIONS_BYTES = 32 << 20
+# Conditions evaluated at once in this process, and those that wait, so that other requests have
+# threads; one whose rows are cached does not wait.
+CONDITION_TURNS = FifoLimit(2, 16, "requests with a new condition")
 
 
 def read_pointer(folder: Path) -> tuple[str, IndexFacts]:
@@ -142,8 +146,8 @@ class FolderIndex(Index):
                 f"the index {folder} can't be used: {error}; build it again:"
                 f" {self.facts.plan.command(folder)}"
             ) from None
-        room = max(1, min(_CONDITIONS, _CONDITIONS_BYTES // (len(self) // 8 + (1 << 17))))
-        self._met = lru_cache(room)(lambda where: evaluate(where, self._columns))
+        self._room = max(1, min(_CONDITIONS, _CONDITIONS_BYTES // (len(self) // 8 + (1 << 17))))
+        self._met: dict[str, Met] = {}
         # The first condition makes the parser and Arrow import their modules.
         evaluate("path LIKE 'a%' AND path = 'a'", self._columns.slice(0, 1))
 
@@ -207,11 +211,16 @@ class FolderIndex(Index):
             start += len(part)
 
     def _find(
-        self, embedding: NDArray[np.float32], top_k: int, where: str | None, thumbnails: bool
+        self,
+        embedding: NDArray[np.float32],
+        top_k: int,
+        where: str | None,
+        thumbnails: bool,
+        cancelled: Cancelled | None,
     ) -> list[Hit]:
-        met = None if where is None else self._met(where)
+        met = None if where is None else self._rows_that_meet(where, cancelled)
         with self._search_errors():
-            positions = self._nearest(embedding, top_k, met)
+            positions = self._nearest(embedding, top_k, met, cancelled)
             # This sum does not depend on the vector's position, so equal vectors score the same.
             scores = (self.vectors[positions] * embedding).sum(axis=1)
             paths = self._table["path"]
@@ -235,7 +244,24 @@ class FolderIndex(Index):
             rows = pc.indices_nonzero(pc.is_in(paths, value_set=text_array(ids))).to_pylist()
             return {paths[row].as_py(): np.array(self.vectors[row]) for row in rows}
 
-    def _nearest(self, embedding: NDArray[np.float32], top_k: int, met: Met | None) -> Positions:
+    def _rows_that_meet(self, where: str, cancelled: Cancelled | None) -> Met:
+        """Evaluate a condition, or take its rows from the cache."""
+        met = self._met.get(where)
+        if met is None:
+            with CONDITION_TURNS(cancelled):
+                met = self._met.get(where) or evaluate(where, self._columns, cancelled)
+            self._met[where] = met
+            for oldest in list(self._met)[: -self._room]:
+                self._met.pop(oldest, None)
+        return met
+
+    def _nearest(
+        self,
+        embedding: NDArray[np.float32],
+        top_k: int,
+        met: Met | None,
+        cancelled: Cancelled | None,
+    ) -> Positions:
         """Find the nearest images; more than `top_k` if rounding could change the last."""
         effort = self.facts.nearest
         if self._neighbours is not None and effort is not None:
@@ -244,7 +270,7 @@ class FolderIndex(Index):
                 return rows[near_best(self._neighbours.cosines(embedding, rows), top_k)]
             wanted = min(top_k, len(self) if met is None else met.count)
             positions, _ = self._neighbours.nearest(
-                embedding, wanted, effort.nprobes, effort.candidates, met
+                embedding, wanted, effort.nprobes, effort.candidates, met, cancelled
             )
             return positions
         if met is None:
@@ -260,6 +286,8 @@ class FolderIndex(Index):
     def _search_errors(self) -> Iterator[None]:
         try:
             yield
+        except TaskError:
+            raise
         except Exception as error:
             why = f"could not be searched: {error}; unless it was replaced just now"
             raise self._damaged(why) from None

@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from radapter_serve.contract.errors import INDEX_MISMATCH, UNKNOWN_INDEX, TaskError, redact
+from radapter_serve.contract.errors import (
+    INDEX_MISMATCH,
+    UNKNOWN_INDEX,
+    Cancelled,
+    TaskError,
+    check_cancelled,
+    redact,
+)
+from radapter_serve.contract.images import POLL_SECONDS
 from radapter_serve.contract.labels import is_name, spellings, there_are
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
@@ -93,9 +101,9 @@ class Indexes:
         for thread in threads:  # they go on, such as with a Qdrant that does not answer
             thread.join(max(0.0, end - time.monotonic()))
 
-    def get(self, name: str) -> tuple[Index, LoadedRelease]:
+    def get(self, name: str, cancelled: Cancelled | None = None) -> tuple[Index, LoadedRelease]:
         """Return the current index of a name, and the served release that made it."""
-        index = self._current(name)
+        index = self._current(name, cancelled)
         made_by = index.facts.plan.release
         if made_by.is_of(self._loaded.release):
             return index, self._loaded
@@ -117,7 +125,7 @@ class Indexes:
             " it again",
         )
 
-    def _current(self, name: str) -> Index:
+    def _current(self, name: str, cancelled: Cancelled | None = None) -> Index:
         """Return the current generation of an index, by the pointer that each call reads."""
         pointer = None
         for spelling in spellings(name) if is_name(name) else ():
@@ -130,7 +138,10 @@ class Indexes:
             names = there_are(index_names(self._folder), "radapter-index build makes them")
             raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}{names}")
         # Requests to other indexes do not wait while this one is opened.
-        with self._locks.setdefault(name, threading.Lock()):
+        lock = self._locks.setdefault(name, threading.Lock())
+        while not lock.acquire(timeout=POLL_SECONDS):
+            check_cancelled(cancelled)
+        try:
             known = self._known.get(name)
             index = None
             pause = 0.0  # seconds after which the index is opened again
@@ -149,6 +160,8 @@ class Indexes:
                     if known is None or known.error != why:  # log each error once
                         print(why, file=sys.stderr)
                 self._known[name] = _Opened(pointer, index, self._clock(), why)
+        finally:
+            lock.release()
         if index is None:
             raise TaskError(
                 UNKNOWN_INDEX, f"the index {name!r} can't be opened; the server's log says why"

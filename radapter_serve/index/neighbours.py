@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.errors import Cancelled, check_cancelled
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import ascii_path
 from radapter_serve.index.conditions import Met
@@ -97,6 +98,7 @@ class Neighbours:
         nprobes: int,
         candidates: int,
         among: Met | None = None,
+        cancelled: Cancelled | None = None,
     ) -> tuple[Positions, NDArray[np.float32]]:
         """Find the nearest vectors and their cosines, best first; more than `top_k` if rounding
         could change the last. `nprobes` and `candidates` are the effort for ten among all.
@@ -135,6 +137,7 @@ class Neighbours:
         # Let FAISS name candidates, and sort them exactly; ask for more until the best are certain.
         wanted = min(count, max(round(candidates * (tens * share) ** _DEPTH), _CANDIDATES * top_k))
         while True:
+            check_cancelled(cancelled)
             codes, named = self._index.search(asked, wanted, params=options)
             there = (named[0] >= 0) & (named[0] < total)
             positions = named[0][there]

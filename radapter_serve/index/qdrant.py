@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlglot import exp
 
-from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, invalid, redact
+from radapter_serve.contract.errors import UNKNOWN_INDEX, Cancelled, TaskError, invalid, redact
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.files import lock
 from radapter_serve.index.collection import Progress
@@ -129,7 +129,12 @@ class QdrantIndex(Index):
         super().__init__(folder, *self._place.current())
 
     def _find(
-        self, embedding: NDArray[np.float32], top_k: int, where: str | None, thumbnails: bool
+        self,
+        embedding: NDArray[np.float32],
+        top_k: int,
+        where: str | None,
+        thumbnails: bool,
+        cancelled: Cancelled | None,
     ) -> list[Hit]:
         from qdrant_client import models  # imported here, as other indexes need no client
 

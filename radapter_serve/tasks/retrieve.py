@@ -105,7 +105,7 @@ def retrieve(
     indexes: Indexes, request: RetrieveRequest, cancelled: Cancelled | None = None
 ) -> Steps[Retrieved]:
     """Search an index for the images nearest to a query; raises a `TaskError` on failure."""
-    index, loaded = indexes.get(request.index)
+    index, loaded = indexes.get(request.index, cancelled)
     if request.index_version not in (None, index.generation):
         raise TaskError(
             INDEX_REPLACED,
@@ -164,5 +164,6 @@ def retrieve(
         thumbnails=request.thumbnails,
         offset=request.offset,
         min_score=min_score,
+        cancelled=cancelled,
     )
     return Retrieved(hits, index.generation, request.thumbnails, place)

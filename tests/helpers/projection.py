@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.errors import Cancelled
 from radapter_serve.encoders.loaded import LoadedRelease, complete
 from radapter_serve.index.facts import Index
 from radapter_serve.index.index import Indexes
@@ -80,8 +81,8 @@ class Searching:
         """Make it with a clock that says when to ask again what was published last."""
         return cls(Indexes(release, clock=clock))
 
-    def __call__(self, request: RetrieveRequest) -> Retrieved:
-        return complete(retrieve(self.indexes, request))
+    def __call__(self, request: RetrieveRequest, cancelled: Cancelled | None = None) -> Retrieved:
+        return complete(retrieve(self.indexes, request, cancelled))
 
     def ids(self, request: RetrieveRequest) -> list[str]:
         """The names of the images that were found."""

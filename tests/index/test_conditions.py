@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from radapter_serve.contract.errors import INVALID_ARGUMENT, TaskError
+from radapter_serve.contract.errors import CANCELLED, INVALID_ARGUMENT, TaskError
 from radapter_serve.index.conditions import evaluate, parse_condition
 
 TEXTS = ["", "a", "A", "a/x.jpg", "b%c", "c_d", "line\nbreak", "it's"]
@@ -206,6 +206,45 @@ def test_a_condition_of_too_many_parts_is_refused() -> None:
     with pytest.raises(TaskError, match="at most 300"):
         parse_condition("width>" + "+".join(["1"] * 990))
     parse_condition(f"path IN ({', '.join(['1'] * 600)})")
+
+
+NOTES = pa.table({"note": ["a" * 1000] * 5000, "year": [1] * 5000})  # 5 MB
+
+
+def test_a_condition_may_read_so_much_of_an_index_and_says_how_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("radapter_serve.index.conditions.MAX_WORK", 100 << 20)
+    long = " OR ".join(["upper(note) LIKE 'B%'"] * 6)
+    with pytest.raises(
+        TaskError, match="has 23 .* reads 4 MiB for each .* at most 20 are"
+    ) as error:
+        evaluate(long, NOTES)
+    assert error.value.code == INVALID_ARGUMENT
+    assert evaluate(long, NOTES.slice(0, 4000)).count == 0
+    # A narrow column has room for more, and any index for a short condition.
+    assert evaluate(long.replace("upper(note) LIKE 'B%'", "year + 0 = 1"), NOTES).count == 5000
+    monkeypatch.setattr("radapter_serve.index.conditions.MAX_WORK", 1)
+    assert evaluate("note LIKE 'a%' AND year = 1", NOTES).count == 5000
+
+
+def test_a_condition_ends_when_its_caller_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radapter_serve.index.conditions._BATCH_WORK", 1 << 20)
+    answers = iter([False, False, True])
+    with pytest.raises(TaskError) as error:
+        evaluate("note = 'b'", NOTES, lambda: next(answers))
+    assert error.value.code == CANCELLED
+    assert next(answers, None) is None
+
+
+@pytest.mark.parametrize(
+    "pattern", ["note LIKE '%a_________b%'", "note NOT ILIKE ('_%a____%b_____')"]
+)
+def test_a_pattern_that_matches_in_too_many_ways_is_refused(pattern: str) -> None:
+    with pytest.raises(TaskError, match="with 9 signs _ after a %; at most 8 are allowed"):
+        parse_condition(pattern)
+    parse_condition(pattern.replace("_", "\\_"))
+    parse_condition("note LIKE '____________%____-__-__'")
 
 
 @pytest.mark.parametrize(

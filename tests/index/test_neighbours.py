@@ -299,7 +299,7 @@ class Exact(Neighbours):
         self.bad = bad
 
     def nearest(
-        self, query: Array, top_k: int, nprobes: int, candidates: int, among: Met | None = None
+        self, query: Array, top_k: int, nprobes: int, candidates: int, *_: Any
     ) -> tuple[Any, Array]:
         scores = self.vectors @ query
         order = np.argsort(-scores)

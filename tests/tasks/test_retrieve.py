@@ -14,13 +14,16 @@ import pytest
 from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import (
+    CANCELLED,
     INDEX_MISMATCH,
     INDEX_REPLACED,
     INVALID_ARGUMENT,
     NOT_CALIBRATED,
+    OVERLOADED,
     UNKNOWN_INDEX,
     TaskError,
 )
+from radapter_serve.contract.images import FifoLimit
 from radapter_serve.index import index as opened
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import index_names
@@ -155,6 +158,32 @@ def test_a_storage_that_does_not_answer_does_not_keep_a_server_from_being_ready(
     assert len(indexes.get("photos")[0]) == 4
     answers.set()
     assert len(indexes.get("slow")[0]) == 4
+
+
+def test_a_caller_that_gives_up_waits_for_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(str(photos), tmp_path / "indexes" / "photos", projecting())
+    search = task(tmp_path / "indexes")
+    request = RetrieveRequest("photos", A, where="path LIKE '%.png'")
+    turns = FifoLimit(1, 0, "requests with a new condition")
+    monkeypatch.setattr("radapter_serve.index.folder.CONDITION_TURNS", turns)
+    with turns():
+        with pytest.raises(TaskError, match="too many requests with a new condition") as error:
+            search(request)
+        assert error.value.code == OVERLOADED
+        turns._max_waiting = 1
+        answers = iter([False] * 4)
+        with pytest.raises(TaskError) as error:
+            search(request, lambda: next(answers, True))
+        assert error.value.code == CANCELLED
+    assert len(search(request).hits) == 4  # nothing of the ended searches was kept
+    with turns():
+        assert len(search(request).hits) == 4  # the rows of a condition are cached
+
+    with search.indexes._locks["photos"], pytest.raises(TaskError) as error:  # it is being opened
+        search(RetrieveRequest("photos", A), lambda: True)
+    assert error.value.code == CANCELLED
 
 
 def test_indexes_are_opened_before_the_first_search(
