@@ -43,10 +43,12 @@ def test_encoder_configs_have_the_shapes_of_the_graphs(exported: Exported) -> No
     }.items():
         parsed = read_config(exported[0] / "repository" / model / "config.pbtxt")
         source, *optional = parsed.input
-        (result,) = parsed.output
+        result, *receipt = parsed.output
         assert (source.name, list(source.dims), result.name, list(result.dims)) == expected
-        alpha = [("alpha", True)] if "embed_" in model else []
-        assert [(tensor.name, tensor.optional) for tensor in optional] == alpha
+        is_task = "embed_" in model
+        point = [("adapter", True), ("alpha", True)] if is_task else []
+        assert [(tensor.name, tensor.optional) for tensor in optional] == point
+        assert [tensor.name for tensor in receipt] == ["receipt"] * is_task
 
 
 def test_a_template_is_filled_in(tmp_path: Path) -> None:
