@@ -81,10 +81,7 @@ class Model(Client):
                         " have theirs; leave it out, or export another release"
                     )
             check_installed("onnxruntime", "server")
-            # No other process shares the cores, so waiting threads may spin.
-            engine = Engine.open(
-                place, indexes=indexes, device=_number(device), threads=threads, spin=True
-            )
+            engine = Engine.open(place, indexes=indexes, device=_number(device), threads=threads)
         else:
             path = Path(name)
             is_folder = path.is_dir()

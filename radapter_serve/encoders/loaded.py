@@ -49,13 +49,7 @@ from radapter_serve.process import decoders, total
 from radapter_serve.release.adapters import Adapters, TextAdapter, unknown_name
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.release import Confidence, Release, fitted_at
-from radapter_serve.release.repository import (
-    RUNTIMES,
-    SPINNING,
-    Served,
-    find_release,
-    split_repository,
-)
+from radapter_serve.release.repository import RUNTIMES, Served, find_release, split_repository
 
 A = TypeVar("A")
 Part: TypeAlias = Literal["pixels", "images", "patches", "tokens"]
@@ -449,17 +443,11 @@ def load_release(
     device: int | None = None,
     threads: int | None = None,
     runtime: str | None = None,
-    spin: bool = False,
 ) -> LoadedRelease:
-    """Load release N of `DIR@N`, `version`, or the newest. `spin` makes a call a fifth quicker, but
-    programs that share the cores slower.
-    """
+    """Load release N of `DIR@N`, `version`, or the newest."""
     folder = find_release(repository if version is None else f"{repository}@{version}")
     release = Release.load(folder)
     runtime = runtime or release.runtime
-    parameters = dict(RUNTIMES[runtime].parameters)
-    if spin:
-        parameters.pop(SPINNING, None)
     graphs: dict[str, EncoderGraph] = {}
     for name in ("image_encoder", "text_encoder", "patch_encoder"):
         if name == "patch_encoder" and not release.dense:
@@ -470,7 +458,7 @@ def load_release(
             precision=release.precision,
             threads=total() if threads is None else threads,
             device=device if runtime == "onnxruntime" else None,
-            parameters=parameters,
+            parameters=RUNTIMES[runtime].parameters,
         )
     return LoadedRelease(
         release,

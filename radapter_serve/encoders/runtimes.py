@@ -15,7 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, check_installed, reason
-from radapter_serve.release.repository import CUDA_OPTIONS, TENSORRT
+from radapter_serve.release.repository import CUDA_OPTIONS, SPIN_MICROSECONDS, TENSORRT
 
 CUDA = "CUDAExecutionProvider"
 # Sizes above which a run gives its memory back afterwards, which makes it somewhat slower: images,
@@ -82,9 +82,8 @@ def _load_onnxruntime(path: Path, parameters: Mapping[str, str], device: int | N
     # A memory pattern takes another block for each input shape; batches have many shapes, and are
     # no faster with patterns.
     options.enable_mem_pattern = False
-    for key, value in parameters.items():
-        if key.startswith("session."):
-            options.add_session_config_entry(key, value)
+    for key, value in session_options(parameters, onnxruntime.__version__).items():
+        options.add_session_config_entry(key, value)
     providers: list[Any] = ["CPUExecutionProvider"]
     if device is not None:
         providers.insert(0, cuda_provider(device))
@@ -123,6 +122,17 @@ def _load_onnxruntime(path: Path, parameters: Mapping[str, str], device: int | N
         [tensor.name for tensor in session.get_outputs()],
         run,
     )
+
+
+def session_options(parameters: Mapping[str, str], version: str) -> dict[str, str]:
+    """The `session.*` parameters as a version of ONNX Runtime knows them: it ignores others."""
+    options = {key: value for key, value in parameters.items() if key.startswith("session.")}
+    release = tuple(int(part) for part in version.split(".")[:2])
+    if SPIN_MICROSECONDS in options and release < (1, 26):
+        # Without a limit, waiting threads would take the cores from everything else.
+        del options[SPIN_MICROSECONDS]
+        options["session.intra_op.allow_spinning"] = "0"
+    return options
 
 
 @functools.cache

@@ -210,7 +210,6 @@ class Engine:
         indexes: str | Path = "indexes",
         device: int | None = None,
         threads: int | None = None,
-        spin: bool = False,
     ) -> Engine:
         """Open release N of `DIR@N`, or the releases that a server would serve."""
         folder = find_release(repository).parent.parent
@@ -219,9 +218,7 @@ class Engine:
         for version in numbers:
             verify(folder, version)
         releases = [
-            load_release(
-                folder, version, indexes=Path(indexes), device=device, threads=threads, spin=spin
-            )
+            load_release(folder, version, indexes=Path(indexes), device=device, threads=threads)
             for version in numbers
         ]
         return cls(releases)

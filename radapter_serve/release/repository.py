@@ -44,14 +44,15 @@ class Runtime:
 TENSORRT = "tensorrt"
 # ONNX Runtime uses TF32 by default, which differs from fp32 in the fourth digit.
 CUDA_OPTIONS = {"use_tf32": "0"}
-SPINNING = "session.intra_op.allow_spinning"  # of ONNX Runtime, which spins by default
+SPIN_MICROSECONDS = "session.intra_op.spin_duration_us"  # of ONNX Runtime from 1.26
 RUNTIMES = {
     "onnxruntime": Runtime(
         "model.onnx",
         threads="intra_op_thread_count",
-        # The cores are shared with decoding and the network: waiting threads must not spin on them.
-        # radapter-serve's backend obeys this; NVIDIA's C++ backend may ignore it.
-        parameters={SPINNING: "0"},
+        # Waiting threads spin long enough for the next layer, and leave the cores to decoding and
+        # the network between batches. radapter-serve's backend obeys this; NVIDIA's C++ backend may
+        # ignore it.
+        parameters={SPIN_MICROSECONDS: "20"},
         cuda=CUDA_OPTIONS,
     ),
     "openvino": Runtime(

@@ -13,15 +13,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from radapter_serve.encoders import loaded as module
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.loaded import load_release
+from radapter_serve.encoders.runtimes import session_options
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, Tolerance, compare
 from radapter_serve.release.release import Release
+from radapter_serve.release.repository import RUNTIMES
 
 
 @pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
@@ -37,6 +40,28 @@ def test_openvino_computes_what_torch_computed(
     onnx.save(model, apart, save_as_external_data=True, location="apart.data", size_threshold=0)
     encoder = EncoderGraph(apart, "openvino", threads=1)
     compare(name, encoder, Samples.load(folder), Tolerance(1e-5))
+
+
+@pytest.mark.parametrize(
+    ("version", "known"),
+    [
+        ("1.25.1", {"session.intra_op.allow_spinning": "0"}),
+        ("1.26.0", {"session.intra_op.spin_duration_us": "20"}),
+        ("2.0.0rc1", {"session.intra_op.spin_duration_us": "20"}),
+    ],
+)
+def test_threads_spin_a_little_or_in_an_older_runtime_not_at_all(
+    version: str, known: dict[str, str]
+) -> None:
+    parameters = {**RUNTIMES["onnxruntime"].parameters, "intra_op_thread_count": "2"}
+    assert session_options(parameters, version) == known
+
+
+def test_the_installed_runtime_knows_its_options() -> None:
+    """It ignores an option that it does not know, without a word."""
+    library = max(Path(onnxruntime.__path__[0], "capi").glob("*pybind11_state*"))
+    for option in session_options(RUNTIMES["onnxruntime"].parameters, onnxruntime.__version__):
+        assert option.encode() in library.read_bytes()
 
 
 def saved(path: Path, nodes: list[Any], shapes: list[Any], weights: dict[str, np.ndarray]) -> Path:
