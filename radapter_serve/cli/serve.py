@@ -67,12 +67,19 @@ class GatewayFlags:
     tls_key: Path | None = None
     log: Literal["off", "json"] = "off"
 
-    def settings(self, host: str, port: int, indexes: Path, triton: str = "") -> Settings:
+    def settings(self, host: str, port: int, config: ServerConfig, triton: str = "") -> Settings:
         """Settings of a gateway at a host and a port."""
         from radapter_serve.gateway.settings import Settings  # not for Triton alone
 
         same = {name: value for name, value in vars(self).items() if "gateway" not in name}
-        return Settings(host=host, port=port, indexes=indexes, server=triton, **same)
+        return Settings(
+            host=host,
+            port=port,
+            indexes=config.indexes,
+            model_repository=config.model_repository,
+            server=triton,
+            **same,
+        )
 
     def server(self, config: ServerConfig) -> GatewayServer | None:
         """Open a gateway in front of Triton, listening at once; None without --gateway-port."""
@@ -83,7 +90,7 @@ class GatewayFlags:
         from radapter_serve.gateway.run import GatewayServer
 
         triton = config.endpoints.grpc_url.removeprefix("grpc://")
-        settings = self.settings(self.gateway_host, self.gateway_port, config.indexes, triton)
+        settings = self.settings(self.gateway_host, self.gateway_port, config, triton)
         if note := settings.note():
             _say(note)
         return GatewayServer(settings)
@@ -202,7 +209,7 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags) -> None:
         flags = replace(flags, no_api_keys=True)
     server = EngineServer(replace(config, endpoints=endpoints))
     config = server.config
-    settings = flags.settings(endpoints.host, endpoints.http_port, config.indexes)
+    settings = flags.settings(endpoints.host, endpoints.http_port, config)
     with in_front_of(server, settings) as gateway:
         with (
             handled(lambda *_: sys.exit(0), *STOPPING),

@@ -15,20 +15,24 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import anyio
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from radapter_serve.contract.errors import OVERLOADED
+from radapter_serve.contract.errors import OVERLOADED, UNKNOWN_ADAPTER
+from radapter_serve.contract.labels import known_as
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import first_problem, staged
 from radapter_serve.gateway.upstream import LOG, RATE_LIMITED, UNAUTHORIZED, Entry, Refused
+from radapter_serve.release.adapters import unknown_name
 
 T = TypeVar("T")
+
+BASE = "-"  # the release itself in a list of adapters, of which no name begins so
 _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
 
 
@@ -43,6 +47,36 @@ class Key(BaseModel):
     at_once: Annotated[int, Field(gt=0, lt=1e9)] | None = None  # concurrent inferences
     images_per_minute: Annotated[float, Field(gt=0, lt=1e9)] | None = None
     until: date | None = None  # last day on which the key is valid, in UTC
+    # Adapters that the key asks and sees, `BASE` for the release itself; None for all
+    adapters: frozenset[str] | None = None
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _split(cls, names: str | None) -> frozenset[str] | None:
+        if names is None:
+            return None
+        if not all(names.split(",")):
+            raise ValueError("names of adapters with commas between them are allowed")
+        return frozenset(names.split(","))
+
+    def allows(self, adapter: str) -> bool:
+        """True if the key may ask an adapter, or the release itself if the name is empty."""
+        if self.adapters is None:
+            return True
+        return known_as(adapter or BASE, self.adapters) is not None
+
+    def check_adapters(self, names: Iterable[str]) -> None:
+        """Refuse adapters of others, as unknown: a key learns nothing of them."""
+        for name in sorted(names):
+            if not self.allows(name):
+                raise self.unknown(name)
+
+    def unknown(self, name: str) -> Refused:
+        """The refusal of an adapter that is not served, or not to this key."""
+        others = dict.fromkeys(sorted((self.adapters or frozenset()) - {BASE, name}))
+        if name:
+            return Refused(400, UNKNOWN_ADAPTER, unknown_name(name, others))
+        return Refused(400, UNKNOWN_ADAPTER, "this key asks adapters only; name one")
 
 
 class Keys:

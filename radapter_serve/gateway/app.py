@@ -27,11 +27,13 @@ from radapter_serve.contract.errors import (
     RESTARTING,
     SERVER_STOPPING,
     TIMED_OUT,
+    UNKNOWN_ADAPTER,
     UNKNOWN_MODEL,
 )
 from radapter_serve.gateway import kserve, openai, openapi
 from radapter_serve.gateway.access import (
     ConcurrencyLimit,
+    Key,
     Keys,
     Lease,
     MemoryBudget,
@@ -169,7 +171,9 @@ class Gateway:
         """Connect to the upstream for the block, during which `app` answers."""
         self._upstream = self._connect()
         self._health = Health(self._upstream)
-        self._openai = openai.OpenAI(self._upstream, self._model, self._concurrency)
+        self._openai = openai.OpenAI(
+            self._upstream, self._model, self._concurrency, self._settings.model_repository
+        )
         try:
             yield
         finally:
@@ -232,8 +236,8 @@ class Gateway:
         """The releases as OpenAI's list of models, or one of them."""
         name = request.path_params.get("model")
         if name is None:
-            return JSONResponse(await self._openai.models())
-        return JSONResponse(await self._openai.model(name))
+            return JSONResponse(await self._openai.models(request.scope["state"].get("key")))
+        return JSONResponse(await self._openai.model(name, request.scope["state"].get("key")))
 
     # Inferences
 
@@ -266,6 +270,12 @@ class Gateway:
         # Many short texts, or a text with an emoji, take more memory than in the body.
         lease.hold(max(inference.size, len(body)))
         del body, read
+        key: Key | None = request.scope["state"].get("key")
+        adapters = inference.adapters
+        if adapters != {""}:
+            entry.adapter = min(adapters)[:200] if len(adapters) == 1 else "several"
+        if key is not None:
+            key.check_adapters(adapters)
         self._count_images(request, inference.images)
 
         # Ask the upstream, once a slot is free
@@ -274,7 +284,13 @@ class Gateway:
         async def ask() -> Reply:
             async with self._concurrency.slot(entry):
                 left = max(end - time.monotonic(), 1e-3)
-                return await self._upstream.infer(inference, left, entry)
+                try:
+                    return await self._upstream.infer(inference, left, entry)
+                except Refused as error:
+                    # The error names the nearest adapters, which may be of other keys.
+                    if error.code != UNKNOWN_ADAPTER or key is None or key.adapters is None:
+                        raise
+                    raise key.unknown(max(adapters)) from None
 
         reply = await _run_until_disconnect(request, ask(), end)
         entry.release = str(reply.version)
@@ -305,10 +321,12 @@ class Gateway:
         request.state.lease.hold(len(body))
         del body, read
         self._count_images(request, len(asked.images))
-        work = self._openai.embed(asked, end - time.monotonic(), request.state.entry)
-        answer = await _run_until_disconnect(request, work, end)
+        key: Key | None = request.scope["state"].get("key")
+        work = self._openai.embed(asked, end - time.monotonic(), request.state.entry, key)
+        answer, receipt = await _run_until_disconnect(request, work, end)
         request.state.lease.hold(len(answer))
-        return Response(answer, media_type="application/json")
+        headers = {kserve.RECEIPT_HEADER: receipt} if receipt else {}
+        return Response(answer, headers=headers, media_type="application/json")
 
     async def _body(self, request: Request, limit: int) -> bytes:
         """Read the body of a request, of `limit` bytes at most."""

@@ -16,8 +16,9 @@ from radapter_client import Reply
 from radapter_client.tensors import DATATYPES, NUMPY, pack, unpack
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.gateway.upstream import IMAGES, Inference, Model, Refused, bad_request
-from radapter_serve.tasks.table import TASKS
+from radapter_serve.tasks.table import RECEIPT, TASKS
 
+RECEIPT_HEADER = "Radapter-Receipt"
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_JSON_VALUES = 2**20
 # Lists, objects and fields take many times the memory of a number. A million numbers in rows of 16
@@ -302,6 +303,16 @@ def _no_text(output: str) -> Refused:
 # Replies
 
 
+def receipt_of(reply: Reply) -> str:
+    """The receipt of an answer in ASCII, for a header; empty if it has none, or several."""
+    rows = reply.outputs.get(RECEIPT)
+    texts = set() if rows is None else set(rows.ravel().tolist())
+    if len(texts) != 1:
+        return ""
+    [text] = texts
+    return json.dumps(json.loads(text))
+
+
 def write(reply: Reply, request: Inference) -> tuple[bytes, dict[str, str]]:
     """The body and headers of an answer; raises `Refused` for an output that JSON cannot hold."""
     described: list[str] = []
@@ -334,8 +345,13 @@ def write(reply: Reply, request: Inference) -> tuple[bytes, dict[str, str]]:
         described.append(_dumps(output))
     head: dict[str, Any] = {"id": request.id} if request.id else {}
     head |= {"model_name": request.model, "model_version": str(reply.version)}
+    receipt = receipt_of(reply)
+    if receipt:
+        head["parameters"] = {RECEIPT: receipt}
+    receipts = {RECEIPT_HEADER: receipt} if receipt else {}
     text = f'{_dumps(head)[:-1]},"outputs":[{",".join(described)}]}}'.encode()
     if not request.binary:
-        return text, {"Content-Type": "application/json"}
+        return text, {"Content-Type": "application/json", **receipts}
     headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
+    headers |= receipts
     return b"".join([text, *parts]), headers

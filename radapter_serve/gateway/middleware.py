@@ -39,6 +39,8 @@ REQUEST_ID = "X-Request-Id"
 PIECE = 512 * 1024  # bytes of a response that are sent at a time
 # Upper bounds of the request time's histogram, in seconds
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+MAX_ADAPTERS = 100  # names of adapters among the labels of a metric
+OTHER = "other"
 _ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 
@@ -193,6 +195,13 @@ class Metrics:
         self._requests_of_key = Counter(
             "key_requests", "By the caller's key and outcome", ["key", "code"], **registered
         )
+        self._requests_of_adapter = Counter(
+            "adapter_requests",
+            f"By the adapter that answered, and outcome; {OTHER} beyond {MAX_ADAPTERS} names",
+            ["adapter", "code"],
+            **registered,
+        )
+        self._adapters: set[str] = set()  # that have answered, so none is a caller's invention
         self._images_of_key = Counter(
             "key_images", "Images that were sent with a key", ["key"], **registered
         )
@@ -210,6 +219,11 @@ class Metrics:
         self._requests.labels(entry.task or "none", code).inc()
         if entry.task is not None:
             self._seconds.labels(entry.task).observe(seconds)
+        if entry.adapter is not None:
+            if code == "ok" and len(self._adapters) < MAX_ADAPTERS:
+                self._adapters.add(entry.adapter)
+            adapter = entry.adapter if entry.adapter in self._adapters else OTHER
+            self._requests_of_adapter.labels(adapter, code).inc()
         if entry.key is not None:
             self._requests_of_key.labels(entry.key, code).inc()
 
@@ -275,6 +289,7 @@ class RequireKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = self.keys.check(Headers(scope=scope).get("Authorization"))
         scope["state"]["entry"].key = key.name
+        scope["state"]["key"] = key
         if self.quotas is None:
             await self.app(scope, receive, send)
             return

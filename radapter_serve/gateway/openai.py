@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import difflib
 import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -20,13 +22,16 @@ from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_ARGUMENT,
     INVALID_IMAGE,
+    UNKNOWN_ADAPTER,
     UNKNOWN_MODEL,
     TaskError,
 )
-from radapter_serve.contract.labels import check_length
-from radapter_serve.gateway.access import ConcurrencyLimit
-from radapter_serve.gateway.kserve import MAX_JSON_VALUES, Strict, from_json
+from radapter_serve.contract.labels import check_length, known_as
+from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway.access import ConcurrencyLimit, Key
+from radapter_serve.gateway.kserve import MAX_JSON_VALUES, Strict, from_json, receipt_of
 from radapter_serve.gateway.upstream import (
+    LOG,
     SERVER_UNAVAILABLE,
     Entry,
     Inference,
@@ -35,6 +40,7 @@ from radapter_serve.gateway.upstream import (
     Upstream,
     bad_request,
 )
+from radapter_serve.release.adapters import read_list
 
 PREFIX = "/v1/"
 NEWEST = "radapter"  # the newest release; NEWEST-N is release N
@@ -65,6 +71,7 @@ class EmbeddingsRequest:
     texts: dict[int, bytes] = field(default_factory=dict)
     images: dict[int, bytes] = field(default_factory=dict)
     in_base64: bool = False  # encoding of the embeddings in the answer
+    adapter: str = ""
     alpha: float | None = None
     dimensions: int | None = None  # width of the embeddings that the caller expects
     tokens: int = 0  # an estimate
@@ -157,7 +164,7 @@ def _wrong(place: int, what: str, code: str = INVALID_ARGUMENT) -> Refused:
 
 
 async def write(
-    rows: Sequence[NDArray[np.float32]], model: str, request: EmbeddingsRequest
+    rows: Sequence[NDArray[np.float32]], model: str, request: EmbeddingsRequest, receipt: str = ""
 ) -> bytes:
     """Serialize an answer; lets other requests run after every 8 rows."""
     parts = []
@@ -169,8 +176,9 @@ async def write(
         parts.append(json.dumps(part, allow_nan=False))
         if place % 8 == 7:
             await asyncio.sleep(0)
+    said = f'"receipt": {receipt}, ' if receipt else ""
     usage = json.dumps({"prompt_tokens": request.tokens, "total_tokens": request.tokens})
-    head = f'{{"object": "list", "model": {json.dumps(model)}, "usage": {usage}, "data": ['
+    head = f'{{"object": "list", "model": {json.dumps(model)}, "usage": {usage}, {said}"data": ['
     return f"{head}{', '.join(parts)}]}}".encode()
 
 
@@ -191,28 +199,55 @@ class OpenAI:
         upstream: Upstream,
         model: Callable[..., Awaitable[Model]],
         concurrency: ConcurrencyLimit,
+        repository: Path | None = None,  # with the list of adapters
     ) -> None:
         self._upstream = upstream
         self._model = model
         self._concurrency = concurrency
+        self._repository = repository
 
-    async def models(self) -> dict[str, Any]:
-        """The list of releases, the newest first."""
+    async def models(self, key: Key | None = None) -> dict[str, Any]:
+        """The list of releases, the newest first, and of adapters; a key sees its own."""
         releases = (await self._model("embed_text", fresh=0)).facts()
         versions = sorted(releases, reverse=True)
         data = [_described(NEWEST, releases[version]) for version in versions[:1]]
         data += [_described(f"{NEWEST}-{version}", releases[version]) for version in versions]
+        if key is not None and not key.allows(""):
+            data = []
+        if versions:
+            for name in await self._adapters(key):
+                data.append(_of_adapter(name, name, NEWEST, releases[versions[0]]))
         return {"object": "list", "data": data}
 
-    async def model(self, name: str) -> dict[str, Any]:
-        """One release by its name."""
-        _, facts = await self._release(name)
-        return _described(name, facts)
+    async def model(self, name: str, key: Key | None = None) -> dict[str, Any]:
+        """One release or adapter by its name."""
+        version, adapter, facts = await self._release(name, key)
+        if not adapter:
+            return _described(name, facts)
+        parent = f"{NEWEST}-{version}" if version else NEWEST
+        return _of_adapter(name, adapter, parent, facts)
 
-    async def embed(self, request: EmbeddingsRequest, seconds: float, entry: Entry) -> bytes:
-        """Answer a request within `seconds`, all of it by one release, which `entry` notes."""
+    async def _adapters(self, key: Key | None) -> list[str]:
+        """Names of the adapters that a key sees, as the model repository lists them."""
+        if self._repository is None:
+            return []
+        try:
+            names = await asyncio.to_thread(read_list, self._repository)
+        except RAdapterError as error:  # the models still serve what they served before
+            LOG.warning("%s", error)
+            return []
+        return [name for name in sorted(names) if key is None or key.allows(name)]
+
+    async def embed(
+        self, request: EmbeddingsRequest, seconds: float, entry: Entry, key: Key | None = None
+    ) -> tuple[bytes, str]:
+        """Answer a request within `seconds`, all of it by one release, which `entry` notes; returns
+        the answer and its receipt.
+        """
         end = time.monotonic() + seconds
-        version, facts = await self._release(request.model)
+        version, adapter, facts = await self._release(request.model, key)
+        request.adapter = adapter
+        entry.adapter = adapter or None
         width = facts.get("embed_dim")
         if not isinstance(width, int):
             raise Refused(
@@ -235,19 +270,25 @@ class OpenAI:
             )
         async with self._concurrency.slot(entry):
             try:
-                rows, answered = await self._rows(request, version, end, entry)
+                rows, answered, receipt = await self._rows(request, version, end, entry)
             except Refused as error:
+                if error.code == UNKNOWN_ADAPTER and key is not None and key.adapters is not None:
+                    raise key.unknown(adapter) from None
                 if version or error.code != UNKNOWN_MODEL:
                     raise
                 # The release was replaced between two batches: start again with the new one.
-                rows, answered = await self._rows(request, version, end, entry)
+                rows, answered, receipt = await self._rows(request, version, end, entry)
         entry.release = answered
-        return await write(rows, f"{NEWEST}-{answered}", request)
+        model = request.model if adapter else f"{NEWEST}-{answered}"
+        return await write(rows, model, request, receipt), receipt
 
     async def _rows(
         self, request: EmbeddingsRequest, version: str, end: float, entry: Entry
-    ) -> tuple[list[NDArray[np.float32]], str]:
-        """Return the embeddings in the order of the inputs, and the version that computed them."""
+    ) -> tuple[list[NDArray[np.float32]], str, str]:
+        """Return the embeddings in the order of the inputs, the version that computed them, and
+        the receipt.
+        """
+        receipt = ""
         rows: dict[int, NDArray[np.float32]] = {}
         for tensor, values in (("text", request.texts), ("image", request.images)):
             places = list(values)
@@ -258,6 +299,8 @@ class OpenAI:
                 column = np.empty((len(batch), 1), object)
                 column[:, 0] = [values[place] for place in batch]
                 inputs: dict[str, NDArray[Any]] = {tensor: column}
+                if request.adapter:
+                    inputs["adapter"] = np.full((len(batch), 1), request.adapter, object)
                 if request.alpha is not None:
                     inputs["alpha"] = np.full((len(batch), 1), request.alpha, np.float32)
                 left = max(end - time.monotonic(), 1e-3)
@@ -268,6 +311,16 @@ class OpenAI:
                 except Refused as error:
                     raise _at_input(error, batch) from None
                 version = str(reply.version)  # for all further rows, too
+                before = receipt
+                receipt = receipt_of(reply)
+                changed = bool(before) and receipt != before
+                if changed or (request.adapter and not _is_of(receipt, request.adapter)):
+                    raise Refused(
+                        503,
+                        SERVER_UNAVAILABLE,
+                        "the model server did not answer all inputs with the same adapter as asked;"
+                        " try again",
+                    )
                 embeds = reply.outputs.get(f"{tensor}_embeds")
                 if embeds is None or len(embeds) != len(batch):
                     raise Refused(
@@ -276,21 +329,36 @@ class OpenAI:
                         "the model server did not answer with an embedding of each input",
                     )
                 rows.update(zip(batch, embeds, strict=True))
-        return [rows[place] for place in range(len(rows))], version
+        return [rows[place] for place in range(len(rows))], version, receipt
 
-    async def _release(self, name: str) -> tuple[str, dict[str, Any]]:
-        """The version, empty for the newest, and the facts of a release by its model name."""
-        wanted = re.fullmatch(f"{NEWEST}(?:-([1-9][0-9]{{0,17}}))?", name)
+    async def _release(self, name: str, key: Key | None) -> tuple[str, str, dict[str, Any]]:
+        """The version, empty for the newest, the adapter, empty for none, and the facts of a
+        release, by the name of a model: a release, an adapter, or both with a colon.
+        """
+        names = await self._adapters(key)
+        wanted = re.fullmatch(f"{NEWEST}(?:-([1-9][0-9]{{0,17}}))?(?::(.{{1,200}}))?", name)
+        if wanted is None:
+            version = ""
+            adapter = known_as(name, names) or ""
+        else:
+            version = wanted[1] or ""
+            adapter = wanted[2] or ""
+        is_model = wanted is not None or bool(adapter)
+        if key is not None and is_model:
+            key.check_adapters([adapter])
         releases: dict[int, dict[str, Any]] = {}
         # The cached configuration may lack a release that was just loaded: then ask again.
         for options in ({}, {"fresh": 0}):
             releases = (await self._model("embed_text", **options)).facts()
-            if wanted is not None and not wanted[1] and releases:
-                return "", releases[max(releases)]
-            if wanted is not None and wanted[1] and int(wanted[1]) in releases:
-                return wanted[1], releases[int(wanted[1])]
+            if is_model and not version and releases:
+                return "", adapter, releases[max(releases)]
+            if version and int(version) in releases:
+                return version, adapter, releases[int(version)]
         known = ", ".join([NEWEST, *(f"{NEWEST}-{version}" for version in sorted(releases))])
-        raise Refused(404, UNKNOWN_MODEL, f"no model {name!a:.80} here; there are {known}", "model")
+        near = difflib.get_close_matches(name, names, 3, 0.4)
+        nearest = f"; the nearest adapters are: {', '.join(near)}" if near else ""
+        message = f"no model {name!a:.80} here; there are {known}{nearest}"
+        raise Refused(404, UNKNOWN_MODEL, message, "model")
 
 
 def _described(name: str, facts: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +375,19 @@ def _described(name: str, facts: dict[str, Any]) -> dict[str, Any]:
         "owned_by": "radapter-serve",
         **{key: facts.get(key) for key in names},
     }
+
+
+def _is_of(receipt: str, adapter: str) -> bool:
+    """True if a receipt names an adapter, in any Unicode form."""
+    named = json.loads(receipt)["adapter"] if receipt else None
+    return named is not None and known_as(adapter, [named]) is not None
+
+
+def _of_adapter(name: str, adapter: str, parent: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """An adapter as an entry of OpenAI's list of models; its parent is a release."""
+    described = {**_described(name, facts), "parent": parent, "adapter": adapter}
+    del described["alpha"]  # that of the release
+    return described
 
 
 def _at_input(error: Refused, places: list[int]) -> Refused:

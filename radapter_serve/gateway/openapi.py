@@ -70,6 +70,7 @@ def document() -> Schema:
                     "responses": _responses(
                         {_JSON: answer, _BINARY: {"type": "string", "format": "binary"}},
                         list(_ERRORS),
+                        has_receipt=True,
                     ),
                 }
             }
@@ -111,18 +112,20 @@ def document() -> Schema:
                 "required": True,
                 "content": {_JSON: {"schema": _of(openai.Body, schemas)}},
             },
-            "responses": _responses({_JSON: _embeddings()}, list(_ERRORS), "OpenAIError"),
+            "responses": _responses(
+                {_JSON: _embeddings()}, list(_ERRORS), "OpenAIError", has_receipt=True
+            ),
         }
     }
     paths["/v1/models"] = _get(
         "models",
-        "The releases, as OpenAI's list of models.",
+        "The releases and the adapters that the key sees, as OpenAI's list of models.",
         _object({"object": {"const": "list"}, "data": {"type": "array", "items": described}}),
         error="OpenAIError",
     )
     paths["/v1/models/{model}"] = _get(
         "model",
-        "One release by its model name.",
+        "One release or adapter by its model name.",
         described,
         [{"name": "model", "in": "path", "required": True, "schema": _TEXT}],
         error="OpenAIError",
@@ -186,6 +189,13 @@ _KINDS = {
     "UINT16": "integer",
 }
 _WHOLE: Schema = {"type": "integer"}
+_RECEIPT: Schema = {
+    "description": (
+        "JSON with the release, the adapter (null without one) and the alpha of the answer, if all"
+        " rows have the same; a task's JSON has it in its parameters, too."
+    ),
+    "schema": {"type": "string"},
+}
 _MODEL: Schema = {
     "name": "model",
     "in": "path",
@@ -245,10 +255,16 @@ def _get(
 
 
 def _responses(
-    contents: Mapping[str, Schema], errors: Sequence[int], error: str = "Error"
+    contents: Mapping[str, Schema],
+    errors: Sequence[int],
+    error: str = "Error",
+    *,
+    has_receipt: bool = False,
 ) -> Schema:
     """The responses of an operation: its answer in one or two content types, and errors."""
-    answer = {"description": "The answer."}
+    answer: Schema = {"description": "The answer."}
+    if has_receipt:
+        answer["headers"] = {kserve.RECEIPT_HEADER: _RECEIPT}
     responses: Schema = {
         "200": {**answer, "content": {kind: {"schema": one} for kind, one in contents.items()}}
     }

@@ -26,6 +26,8 @@ class Settings:
         server: HOST:PORT of Triton's gRPC endpoint, which must not be open to untrusted callers.
         indexes: folder of the server's indexes, to list their names; if not given, they are not
             listed.
+        model_repository: folder of the served releases, to list the adapters beside them and take
+            their names as models of OpenAI's API.
         api_keys: file of the API keys that callers need; --new-key makes a key.
         no_api_keys: accept callers without a key, also from other machines.
         tls_certificate: PEM file of the certificate and its chain, to serve HTTPS.
@@ -49,6 +51,7 @@ class Settings:
     port: int = 8080
     server: str = "127.0.0.1:8001"
     indexes: Path | None = None
+    model_repository: Path | None = None
     api_keys: Path | None = None
     no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
     tls_certificate: Path | None = None

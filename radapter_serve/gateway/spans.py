@@ -57,6 +57,8 @@ class Spans:
         }
         if entry.release is not None:
             facts["radapter.release"] = entry.release
+        if entry.adapter is not None:
+            facts["radapter.adapter"] = entry.adapter
         span.set_attributes(facts)
         span.set_attribute("http.response.status_code", entry.status)
         span.set_attribute("radapter.queue_ms", entry.queue_ms)

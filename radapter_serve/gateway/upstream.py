@@ -137,6 +137,14 @@ class Inference:
     is_probe: bool = False  # asked by the gateway itself, to try a task
 
     @property
+    def adapters(self) -> set[str]:
+        """The adapters that its rows name; empty for the release itself."""
+        if "adapter" not in self.inputs:
+            return {""}
+        names = self.inputs["adapter"].ravel().tolist()
+        return {name.decode() if isinstance(name, bytes) else name for name in names}
+
+    @property
     def images(self) -> int:
         """The number of images, without empty examples."""
         arrays = (array for name, array in self.inputs.items() if name in IMAGES)
@@ -229,6 +237,7 @@ class Entry:
     key: str | None = None  # name of the caller's key
     task: str | None = None  # "embeddings" for OpenAI's; None if not an inference
     release: str | None = None  # version that answered
+    adapter: str | None = None  # that was asked; None for the release itself
     code: str = "ok"  # or the code of the refusal, or "caller_gone"
     status: int = 200
     bytes_in: int = 0  # of the body

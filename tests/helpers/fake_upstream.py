@@ -88,7 +88,12 @@ class FakeUpstream:
         kind = asked.model.removeprefix("embed_")
         values = as_bytes(asked.inputs.get(kind, next(iter(asked.inputs.values()))))
         embeds = np.array([[len(one), *one[:1]] for one in values], np.float32)
-        return {f"{kind}_embeds": embeds}
+        outputs = {f"{kind}_embeds": embeds}
+        if "adapter" in asked.inputs:
+            names = asked.inputs["adapter"].ravel().tolist()
+            texts = [json.dumps({"release": 1, "adapter": name, "alpha": 0.5}) for name in names]
+            outputs["receipt"] = np.array([[text.encode()] for text in texts], object)
+        return outputs
 
     async def config(self, model: str, version: str = "") -> Model:
         if (model, version) in self.older:

@@ -38,8 +38,9 @@ def by_triton(repository: Path, indexes: Path) -> Iterator[Running]:
 def in_process(repository: Path, indexes: Path, **settings: Any) -> Iterator[Running]:
     port = free_ports()[0]
     config = ServerConfig(repository, Endpoints("127.0.0.1", port), indexes=indexes)
+    listed = Settings(port=port, indexes=indexes, model_repository=repository, **settings)
     with (
-        answering(config, Settings(port=port, indexes=indexes, **settings)) as server,
+        answering(config, listed) as server,
         admin_socket(server.folder, server),
     ):
         yield Running(f"http://127.0.0.1:{port}", server, server.folder)

@@ -1,0 +1,177 @@
+"""Adapters at the gateway: receipts, names of models, and keys that ask and see only their own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway.access import Keys
+from radapter_serve.gateway.upstream import Refused
+from radapter_serve.release.adapters import AdapterFacts, add
+from tests.helpers.fake_upstream import INFER, Served, serving
+
+KEYS = {"ann": "adapters=anna,annette", "bob": "adapters=-,bob", "root": ""}
+
+
+def asking(*names: str) -> dict[str, Any]:
+    """A request with a row for each name."""
+    column = {"shape": [len(names), 1], "datatype": "BYTES"}
+    inputs = [{**column, "name": "text", "data": ["abc"] * len(names)}]
+    if any(names):
+        inputs.append({**column, "name": "adapter", "data": list(names)})
+    return {"inputs": inputs}
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "repository"
+    for name in ("anna", "bob"):
+        facts = AdapterFacts(text_tower="sha256:" + "a" * 64, width=4, alpha=0.5)
+        add(folder, name, facts, (np.eye(4, dtype=np.float32),))
+    return folder
+
+
+@pytest.fixture
+def guarded(repository: Path, tmp_path: Path) -> Iterator[Served]:
+    keys = tmp_path / "keys"
+    lines = [
+        f"{name}: {hashlib.sha256(name.encode()).hexdigest()} {limits}\n"
+        for name, limits in KEYS.items()
+    ]
+    keys.write_text("".join(lines))
+    with serving(api_keys=keys, model_repository=repository) as served:
+        yield served
+
+
+def test_a_receipt_is_repeated_in_the_parameters_and_a_header(served: Served) -> None:
+    status, answer, headers = served.ask(INFER, asking("anna", "anna"))
+    assert status == 200
+    expected = {"release": 1, "adapter": "anna", "alpha": 0.5}
+    assert json.loads(headers["radapter-receipt"]) == expected
+    assert json.loads(answer["parameters"]["receipt"]) == expected
+
+    _, answer, headers = served.ask(INFER, asking("jürgen"))
+    assert json.loads(headers["radapter-receipt"])["adapter"] == "jürgen"
+    for body in (asking("anna", "bob"), asking("")):  # rows that differ, and an older server
+        _, answer, headers = served.ask(INFER, body)
+        assert "radapter-receipt" not in headers and "parameters" not in answer
+
+
+@pytest.mark.parametrize(
+    ("key", "names", "message"),
+    [
+        ("ann", ["bob"], "there is no adapter 'bob' here; 2 others are served"),
+        ("ann", ["nobody"], "there is no adapter 'nobody' here; 2 others are served"),
+        ("ann", ["anna", "bob"], "there is no adapter 'bob' here"),
+        ("ann", ["ann"], "there is no adapter 'ann' here; the nearest are: anna, annette"),
+        ("ann", [""], "this key asks adapters only"),
+        ("ann", ["anna", ""], "this key asks adapters only"),
+        ("bob", ["anna"], "there is no adapter 'anna' here; 1 others are served"),
+    ],
+)
+def test_adapters_of_others_are_unknown(
+    guarded: Served, key: str, names: list[str], message: str
+) -> None:
+    status, answer, _ = guarded.ask(INFER, asking(*names), Authorization=f"Bearer {key}")
+    assert (status, answer["error"][: len(message) + 18]) == (400, f"[unknown_adapter] {message}")
+    assert not guarded.upstream.asked
+
+
+def test_a_key_asks_its_own_adapters(guarded: Served) -> None:
+    allowed = [("ann", "anna"), ("bob", "bob"), ("bob", ""), ("root", "anna"), ("root", "")]
+    for key, name in allowed:
+        assert guarded.ask(INFER, asking(name), Authorization=f"Bearer {key}")[0] == 200
+
+
+def test_a_refusal_of_the_server_names_no_adapter_of_others(guarded: Served) -> None:
+    said = "there is no adapter 'annette' here; the nearest are: anna, secret"
+    guarded.upstream.error = Refused(400, "unknown_adapter", said)
+    for path, body in (
+        (INFER, asking("annette")),
+        ("/v1/embeddings", {"model": "radapter:annette", "input": "a"}),
+    ):
+        status, answer, _ = guarded.ask(path, body, Authorization="Bearer ann")
+        assert status == 400 and "secret" not in str(answer) and "anna" in str(answer)
+        assert "secret" in str(guarded.ask(path, body, Authorization="Bearer root")[1])
+
+
+def test_models_are_the_releases_and_the_adapters_that_a_key_sees(guarded: Served) -> None:
+    def seen(key: str) -> dict[str, str | None]:
+        _, answer, _ = guarded.ask("/v1/models", Authorization=f"Bearer {key}")
+        return {model["id"]: model.get("parent") for model in answer["data"]}
+
+    releases = {"radapter": None, "radapter-1": None}
+    assert seen("root") == {**releases, "anna": "radapter", "bob": "radapter"}
+    assert seen("ann") == {"anna": "radapter"}
+    assert seen("bob") == {**releases, "bob": "radapter"}
+    asked = guarded.ask("/v1/models/radapter-1:anna", Authorization="Bearer ann")[1]
+    assert (asked["parent"], asked["adapter"]) == ("radapter-1", "anna")
+    assert guarded.ask("/v1/models/bob", Authorization="Bearer ann")[0] == 404
+    assert guarded.ask("/v1/models/radapter", Authorization="Bearer ann")[0] == 400
+
+
+@pytest.mark.parametrize("model", ["anna", "radapter:anna", "radapter-1:anna"])
+def test_embeddings_of_an_adapter(guarded: Served, model: str) -> None:
+    image = b"\xff\xd8" + b"x" * 9
+    url = f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
+    body = {"model": model, "input": ["abc", url], "alpha": 0.5}
+    status, answer, headers = guarded.ask("/v1/embeddings", body, Authorization="Bearer ann")
+    assert status == 200 and answer["model"] == model
+    assert [row["embedding"][0] for row in answer["data"]] == [3, 11]
+    assert json.loads(headers["radapter-receipt"]) == answer["receipt"]
+    assert answer["receipt"]["adapter"] == "anna"
+    assert all({*one.inputs["adapter"].ravel()} == {"anna"} for one in guarded.upstream.asked)
+
+
+def test_models_that_a_key_does_not_have(guarded: Served) -> None:
+    for model, status in (("bob", 404), ("ana", 404), ("radapter:bob", 400), ("radapter", 400)):
+        body = {"model": model, "input": "a"}
+        answer = guarded.ask("/v1/embeddings", body, Authorization="Bearer ann")
+        assert answer[0] == status
+        assert ("anna" in str(answer[1])) == (model == "ana")
+    assert not guarded.upstream.asked
+
+
+def test_embeddings_of_another_adapter_are_not_answered(guarded: Served) -> None:
+    receipt = np.array([[b'{"release": 1, "adapter": "bob", "alpha": 0.5}']], object)
+    embeds = {"text_embeds": np.ones((1, 4), np.float32)}
+    for outputs in (embeds, {**embeds, "receipt": receipt}):
+        guarded.upstream.outputs = outputs
+        body = {"model": "anna", "input": "a"}
+        assert guarded.ask("/v1/embeddings", body, Authorization="Bearer ann")[0] == 503
+
+
+def test_log_and_metrics_name_the_adapter(capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(log="json") as served:
+        for name in ("anna", "anna", ""):
+            served.ask(INFER, asking(name))
+        served.upstream.error = Refused(400, "unknown_adapter", "there is none")
+        served.ask(INFER, asking("made up"))
+        metrics = served.metrics()
+    logged = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line[0] == "{"]
+    names = [entry["adapter"] for entry in logged if entry["task"]]
+    assert names == ["anna", "anna", None, "made up"]
+    assert 'adapter_requests_total{adapter="anna",code="ok"} 2.0' in metrics
+    assert 'adapter_requests_total{adapter="other",code="unknown_adapter"} 1.0' in metrics
+    assert "made up" not in metrics
+
+
+def test_labels_of_metrics_are_few() -> None:
+    with serving() as served:
+        for number in range(105):
+            served.ask(INFER, asking(f"shop {number}"))
+        assert 'adapter_requests_total{adapter="other",code="ok"} 5.0' in served.metrics()
+
+
+def test_a_line_of_the_file_of_keys_without_a_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"ann: {'0' * 64} adapters=,\n")
+    with pytest.raises(RAdapterError, match="line 1.*adapters"):
+        Keys(tmp_path / "keys")
