@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import io
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from radapter_serve.errors import RAdapterError, short
 
@@ -69,11 +71,18 @@ def disk_errors(
         ) from error
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read; an `OSError` for a pipe or a device, which may block or never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return path.open("rb")
+
+
 def digest_of(*parts: Path | bytes) -> str:
     """`sha256:` of bytes and files in this order; the files may be larger than memory."""
     digest = hashlib.sha256()
     for part in parts:
-        with io.BytesIO(part) if isinstance(part, bytes) else part.open("rb") as file:
+        with io.BytesIO(part) if isinstance(part, bytes) else open_regular(part) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return f"sha256:{digest.hexdigest()}"

@@ -15,23 +15,28 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.images import oriented, require_images
+from radapter_serve.contract.images import MAX_BYTES, oriented, require_images
 from radapter_serve.encoders.loaded import LoadedRelease, release_at
 from radapter_serve.errors import RAdapterError, check_installed, reason
-from radapter_serve.files import digest_of
+from radapter_serve.files import digest_of, open_regular
 from radapter_serve.process import THREADS
 
 # The columns of every index; a table may not have columns of these names.
 COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")
 _SIGNS = set('.`"\\')  # not allowed in a column's name by conditions or by Qdrant
 Progress = Callable[[int, int], None]  # arguments: images done, and their total number
+MAX_COLUMNS = 1000
+# Most bytes that a table's file may unfold to: `_UNFOLDED` times its size, and always `_SMALL`.
+_UNFOLDED = 1000
+_SMALL = 64 << 20
+_ROWS = 4096  # most rows of a table read at once
 _AHEAD = 2  # batches that each worker has: one in work, one waiting
 
 
@@ -91,17 +96,19 @@ def _id(file: Path, root: Path) -> str:
 def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
     """Read a table of images as an Arrow table, with NaN as NULL; `kind` is "csv" or "parquet"."""
     import pyarrow
-    from pyarrow import compute, csv, parquet, types
+    from pyarrow import compute, csv, types
 
     kind = kind or ("csv" if path.suffix == ".csv" else "parquet")
     try:
-        table = csv.read_csv(path) if kind == "csv" else parquet.read_table(path)
+        with open_regular(path) as file:
+            table = csv.read_csv(file) if kind == "csv" else _read_parquet(path, file)
     except OSError as error:
         raise RAdapterError(f"cannot read {path}: {error.strerror or reason(error)}") from None
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise RAdapterError(
             f"{path} is not {kind.upper()} that can be read: {reason(error)}"
         ) from None
+    _check_columns(path, table.num_columns)
     repeated = {name for name in table.column_names if table.column_names.count(name) > 1}
     if repeated:
         raise RAdapterError(f"{path} has the column {min(repeated)!r} twice; rename one")
@@ -144,6 +151,47 @@ def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
     return table
 
 
+def _read_parquet(path: Path, opened: BinaryIO) -> Any:
+    """Read a Parquet file in batches, of which none is large, as a small file may unfold to any
+    size.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    size = path.stat().st_size
+    most = max(_SMALL, _UNFOLDED * size)
+    file = parquet.ParquetFile(opened)
+    facts = file.metadata
+    _check_columns(path, facts.num_columns)
+    parts = [facts.row_group(number) for number in range(facts.num_row_groups)]
+    # A value takes at least a bit, and at most all of its row group.
+    least = facts.num_rows * facts.num_columns // 8
+    widest = max((part.total_byte_size for part in parts), default=1)
+    batches = []
+    total = 0
+    if least <= most:
+        for batch in file.iter_batches(min(max(most // max(widest, 1), 1), _ROWS)):
+            for column in batch.columns:
+                if pyarrow.types.is_dictionary(column.type):  # each row is a whole value later
+                    column = column.dictionary_decode()
+                total += column.nbytes
+            if total > most:
+                break
+            batches.append(batch)
+    if max(least, total) > most:
+        raise RAdapterError(
+            f"{path} has {size:,} bytes and unfolds to more than {most >> 20:,} MiB"
+            f" ({facts.num_rows:,} rows, {facts.num_columns} columns); write the table again, with"
+            " fewer repeated values"
+        )
+    return pyarrow.Table.from_batches(batches, file.schema_arrow).combine_chunks()
+
+
+def _check_columns(path: Path, count: int) -> None:
+    if count > MAX_COLUMNS:
+        raise RAdapterError(f"{path} has {count:,} columns; at most {MAX_COLUMNS:,} are allowed")
+
+
 @dataclass(frozen=True)
 class Read:
     """The result of reading a file: an error, unchanged bytes, or an image to index."""
@@ -161,7 +209,8 @@ def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: in
     turned = loaded.preprocess.exif_orientation
     try:
         id.encode()
-        data = file.read_bytes()
+        with open_regular(file) as opened:
+            data = opened.read(MAX_BYTES + 1)
         digest = digest_of(data)
         if before == digest:
             return Read(digest, kept=True)

@@ -50,6 +50,7 @@ BROKEN = "broken.txt"
 KEEP = datetime.timedelta(hours=1)  # how long a replaced generation stays for servers to read
 _PLAN = "building.json"  # in the folder of an unfinished build
 _ROWS = 4096  # rows copied at once
+_NAMED = 10  # broken images that a refusal names
 _BASE = -1  # number of the current generation among the parts
 
 
@@ -213,22 +214,25 @@ class Writer:
             items = collection.items[done : done + len(images)]
             fresh = []
             for item, image in zip(items, images, strict=True):
-                if image.error and self._plan.on_broken == "refuse":
-                    raise RAdapterError(
-                        f"{item.id!r} can't be indexed: {image.error}; repair it, or leave such"
-                        " images out: --on-broken skip"
-                    )
                 if image.error:
                     summary.broken[item.id] = image.error
                 elif image.kept:
                     summary.kept += 1
                 else:
                     fresh.append((item, image))
-            if fresh:
+            refuses = bool(summary.broken) and self._plan.on_broken == "refuse"
+            if fresh and not refuses:  # after a broken image, only look for others
                 summary.embedded += self._append(fresh)
             done += len(images)
             if progress is not None:
                 progress(done, len(collection.items))
+            is_last = done == len(collection.items) or len(summary.broken) >= _NAMED
+            if refuses and is_last:
+                named = list(summary.broken.items())[:_NAMED]
+                reasons = ", ".join(f"{id!r:.200} can't be indexed: {why}" for id, why in named)
+                raise RAdapterError(
+                    f"{reasons}; repair what is named, or leave such images out: --on-broken skip"
+                )
         if summary.embedded:
             summary.rate = summary.embedded / max(time.monotonic() - start, 1e-3)
         return summary

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -16,6 +18,7 @@ from pyarrow import csv, parquet
 from radapter_serve.cli.index import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build, build_from_embeddings, verify
+from radapter_serve.index.collection import read_rows
 from radapter_serve.index.index import open_index
 from tests.helpers.indexes import generation
 from tests.helpers.projection import DIM, projecting
@@ -147,6 +150,87 @@ def test_files_that_do_not_fit_are_refused_and_leave_nothing(
     with pytest.raises(RAdapterError, match=message) as error:
         build_from_embeddings(*files, tmp_path / "index", projecting())
     assert "\n" not in str(error.value) and not list(tmp_path.glob("*index*"))
+
+
+def header(text: str) -> bytes:
+    """A `.npy` file of nothing but a header."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (10, 99999999999999999999)}\n"),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904, 16)}\n"),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 16)}\n"),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (1," + "(" * 300 + "\n"),
+        header("{'descr': ['<f4', 3], 'fortran_order': False, 'shape': (1, 16)}\n"),
+        header("{'descr': ',', 'fortran_order': False, 'shape': (1, 16)}\n"),
+    ],
+)
+def test_a_broken_header_of_vectors_has_one_line(
+    data: bytes, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    files[0].write_bytes(data)
+    with pytest.raises(RAdapterError, match="is not an array of NumPy's|not hold vectors") as error:
+        build_from_embeddings(*files, tmp_path / "index", projecting())
+    assert "\n" not in str(error.value)
+
+
+def nested(table: pa.Table) -> pa.Table:
+    """A table with a list of two million values in its last row."""
+    lists: list[list[int]] = [[]] * (len(table) - 1) + [[1] * 2_000_000]
+    return table.append_column("list", pa.array(lists, pa.list_(pa.int8())))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (pa.table({"image": ["a" * 100_000] * 2000}), "unfolds to more than 1 MiB .2,000 rows"),
+        (pa.table({"image": pa.array(["a" * 1000] * 5000).dictionary_encode()}), "unfolds to"),
+        (nested(pa.table({"image": ["a"] * 2000})), "unfolds to more than 1 MiB"),
+        (pa.table({"image": pa.nulls(2**24, pa.string())}), r"MiB \(16,777,216 rows, 1 columns"),
+        (
+            pa.table({str(number): [1] for number in range(1001)}),
+            "has 1,001 columns; at most 1,000",
+        ),
+    ],
+)
+def test_a_small_table_does_not_unfold_to_a_large_one(
+    table: pa.Table, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("radapter_serve.index.collection._SMALL", 1 << 20)
+    monkeypatch.setattr("radapter_serve.index.collection._UNFOLDED", 10)
+    parquet.write_table(table, tmp_path / "r.parquet", compression="zstd")
+    before = pa.total_allocated_bytes()
+    with pytest.raises(RAdapterError, match=message) as error:
+        read_rows(tmp_path / "r.parquet", "image")
+    assert "\n" not in str(error.value)
+    assert pa.total_allocated_bytes() - before < 8 << 20
+
+
+def test_a_pipe_or_a_device_is_no_table_no_image_and_no_vectors(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    pipe = tmp_path / "photos" / "pipe.png"
+    device = tmp_path / "photos" / "zero.png"
+    write(tmp_path / "photos" / "a.png", 1)
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    out = tmp_path / "index"
+    summary = build(str(tmp_path / "photos"), out, projecting(), on_broken="skip")
+    why = "it is not a regular file"
+    assert summary.count == 1
+    assert summary.broken == {"pipe.png": why, "zero.png": why}
+    for path in (pipe, device):
+        for source in (f"csv:{path}", f"parquet:{path}"):
+            with pytest.raises(RAdapterError, match=why):
+                build(source, out, projecting())
+        with pytest.raises(RAdapterError, match=why):
+            build_from_embeddings(path, files[1], out, projecting())
+    (tmp_path / "photos" / "a.png").unlink()
+    os.mkfifo(tmp_path / "photos" / "a.png")
+    assert verify(out).missing == ["a.png"]
 
 
 def test_the_command(

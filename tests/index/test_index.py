@@ -407,12 +407,21 @@ def test_broken_images(photos: Path, tmp_path: Path, out: Path, release: LoadedR
     (photos / "cut.jpg").write_bytes((photos / "a.jpg").read_bytes()[:200])
     (photos / "gone.png").symlink_to(tmp_path / "nowhere")
     shutil.copy(photos / "a.jpg", os.fsdecode(os.fsencode(photos) + b"/\xff.jpg"))
-    with pytest.raises(RAdapterError, match="can't be indexed"):
+    with pytest.raises(RAdapterError) as error:
         build(str(photos), out, release)
+    refused = ["cut.jpg", "empty.jpg", "gone.png", "\udcff.jpg"]
+    assert all(f"{name!r} can't be indexed: " in str(error.value) for name in refused)
     assert not list(tmp_path.glob("*index*"))
     summary = build(str(photos), out, release, on_broken="skip")
     assert summary.count == 12
-    assert sorted(summary.broken) == ["cut.jpg", "empty.jpg", "gone.png", "\udcff.jpg"]
+    assert sorted(summary.broken) == refused and embedded(release) == 12  # each once
+    for number in range(11):
+        (photos / f"{number}.png").write_bytes(b"")
+    with pytest.raises(RAdapterError) as error:
+        build(str(photos), out, release)
+    assert str(error.value).count("can't be indexed") == 10
+    for number in range(11):
+        (photos / f"{number}.png").unlink()
     lines = (out / "broken.txt").read_text(encoding="utf-8").splitlines()
     broken = [line.split("\t")[0] for line in lines]
     assert broken == ["cut.jpg", "empty.jpg", "gone.png", r"\udcff.jpg"]
