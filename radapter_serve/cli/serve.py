@@ -31,7 +31,7 @@ PROG = "radapter-serve"
 # Options that --help shows
 FIRST = (
     *("engine", "model_repository", "host", "http_port", "grpc_port", "indexes", "runtime"),
-    *("instances", "trust_network", "gateway_port", "api_keys"),
+    *("precision", "instances", "trust_network", "gateway_port", "api_keys"),
 )
 
 
@@ -171,6 +171,8 @@ def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> 
             else:
                 with Console(stderr=True).status("starting") as status:
                     server.start(lambda line: status.update(f"{escape(line)} ..."))
+            if server.note:
+                _say(server.note)
             if server.warning:
                 _say(f"warning: {server.warning}")
             version = server.control.version()
@@ -216,6 +218,8 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags) -> None:
             Console(stderr=True).status("starting") as status,
         ):
             server.start(lambda line: status.update(f"{escape(line)} ..."))
+        if server.note:
+            _say(server.note)
         try:
             url = endpoints.http_url
             urls = {"HTTP": url, "metrics": f"{url}/metrics"}

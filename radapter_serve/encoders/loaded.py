@@ -443,8 +443,11 @@ def load_release(
     device: int | None = None,
     threads: int | None = None,
     runtime: str | None = None,
+    precision: str | None = None,
 ) -> LoadedRelease:
-    """Load release N of `DIR@N`, `version`, or the newest."""
+    """Load release N of `DIR@N`, `version`, or the newest; `runtime` and `precision` are those of
+    its export by default.
+    """
     folder = find_release(repository if version is None else f"{repository}@{version}")
     release = Release.load(folder)
     runtime = runtime or release.runtime
@@ -455,7 +458,7 @@ def load_release(
         graphs[name] = EncoderGraph(
             folder.parents[1] / name / folder.name / RUNTIMES[runtime].file,
             runtime,
-            precision=release.precision,
+            precision=precision or release.precision,
             threads=total() if threads is None else threads,
             device=device if runtime == "onnxruntime" else None,
             parameters=RUNTIMES[runtime].parameters,

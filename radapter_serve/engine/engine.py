@@ -38,8 +38,10 @@ from radapter_serve.encoders.loaded import (
     load_release,
     run_together,
 )
+from radapter_serve.encoders.precision import Choice, choose, try_encoders
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
+from radapter_serve.process import total
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release, release_parameters
 from radapter_serve.release.repository import Served, find_release, split_repository
@@ -210,15 +212,37 @@ class Engine:
         indexes: str | Path = "indexes",
         device: int | None = None,
         threads: int | None = None,
+        precision: str | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> Engine:
-        """Open release N of `DIR@N`, or the releases that a server would serve."""
+        """Open release N of `DIR@N`, or the releases that a server would serve; `say` is called
+        with what `precision` AUTO takes.
+        """
         folder = find_release(repository).parent.parent
         _, number = split_repository(repository)
         numbers = [int(number)] if number else list(Served.load(folder).releases)
         for version in numbers:
             verify(folder, version)
+        choice = Choice(None)
+        if precision is not None:
+            cores = total() if threads is None else threads
+            on_gpu = device is not None
+            choice = choose(folder, numbers, None, precision, cores, on_gpu=on_gpu)
+            if precision == "bf16" and choice.runtime is not None:  # AUTO has compared already
+                facts = [Release.load(folder / "classify" / str(number)) for number in numbers]
+                try_encoders(folder, facts, choice.runtime, precision, cores)
+            if choice.note:
+                say(choice.note)
         releases = [
-            load_release(folder, version, indexes=Path(indexes), device=device, threads=threads)
+            load_release(
+                folder,
+                version,
+                indexes=Path(indexes),
+                device=device,
+                threads=threads,
+                runtime=choice.runtime,
+                precision=choice.precision,
+            )
             for version in numbers
         ]
         return cls(releases)

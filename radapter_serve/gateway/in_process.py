@@ -64,6 +64,10 @@ class EngineServer(ReleaseServer):
     def _take_over(self, wanted: Served, say: Say) -> None:
         # Load and check the releases that are not loaded yet.
         config = self.config
+        new = [number for number in wanted.releases if number not in self._releases]
+        if new:
+            self._choose(new, say)
+        precision = self.precision
         runtime = self.runtime
         releases: dict[int, LoadedRelease] = {}
         for number in wanted.releases:
@@ -72,7 +76,13 @@ class EngineServer(ReleaseServer):
                 continue
             asked = runtime
             runtime, _ = configure(  # resolves AUTO once, for all releases
-                config.model_repository, [number], asked, config.encoder_threads, RUNTIMES, say
+                config.model_repository,
+                [number],
+                asked,
+                config.encoder_threads,
+                RUNTIMES,
+                say,
+                precision=precision,
             )
             say(f"loading release {number}")
             loaded = load_release(
@@ -80,6 +90,7 @@ class EngineServer(ReleaseServer):
                 number,
                 indexes=config.indexes,
                 runtime=runtime,
+                precision=precision,
                 threads=config.encoder_threads,
             )
             assert isinstance(loaded.encoder, GraphEncoder)
@@ -87,6 +98,7 @@ class EngineServer(ReleaseServer):
                 if asked not in (None, encoder.runtime):  # already compared by `configure`
                     continue
                 say(f"comparing {encoder.name} of release {number} with torch's embeddings")
+                encoder = encoder.computed_in(precision)
                 check_agreement(encoder, number, loaded.encoder.graphs[encoder.name])
             releases[number] = loaded
         say(f"asking the tasks of release {format_list(wanted.releases)}")

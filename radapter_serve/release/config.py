@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,18 @@ class ServedEncoder:
             raise RAdapterError(f"{path}, which {runtime} needs, does not exist; {make}")
         return path
 
+    def computed_in(self, precision: str | None) -> ServedEncoder:
+        """This encoder, computed in `precision`; see `Release.computed_in`."""
+        return replace(self, facts=self.facts.computed_in(precision))
+
     def configured(self, runtime: str, threads: int | None) -> str:
         """Text of the config.pbtxt for a runtime and a number of threads."""
         config = model_config_pb2.ModelConfig()
         config.CopyFrom(self.config)
         if runtime != self.runtime:  # otherwise keep the owner's changes, such as KIND_CPU
             configure(config, runtime, self.facts.precision, self.facts.max_batch_size)
+        elif runtime == "openvino" and self.facts.precision == "bf16":
+            config.parameters[_BF16].string_value = "YES"
         if all(dim == -1 for tensor in config.input for dim in tensor.dims):
             # If all dimensions of the inputs are free, Triton cannot recognise an empty batch: it
             # accepts the request and never answers. Without Triton's batching the encoder gets the

@@ -14,7 +14,7 @@ import numpy as np
 from radapter_serve.contract.errors import NOT_CALIBRATED, TaskError, request_alpha
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
-from radapter_serve.release.agreement import LEAST_COSINE, Tolerance
+from radapter_serve.release.agreement import LEAST_COSINE, TOLERANCES, Tolerance
 
 # Task models of a release in the order of writing; the last one marks a complete release.
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
@@ -24,6 +24,8 @@ FILE = "release.json"
 _OPTIONAL = ("made_of", "quantization", "accuracy", "confidence")
 _TOWERS = ("image_tower", "text_tower")
 
+# Largest distance from torch of an fp32 release that a server computes in bf16.
+IN_BF16 = Tolerance(TOLERANCES["bf16"].max_error, 1 - 2e-4)
 # Advice for a release without calibrated scores.
 HOW = "export one with radapter-export --validation DATA"
 # Reason for a softmax without a best temperature.
@@ -158,6 +160,15 @@ class Release:
         """Largest distance of the encoders from torch, as at the export."""
         least = max(float(self.agreement["min_cosine"]), LEAST_COSINE)
         return Tolerance(float(self.agreement["tolerance"]), least)
+
+    def computed_in(self, precision: str | None) -> Release:
+        """This release as a server computes it in `precision`, with the bounds of that; for None
+        as it was exported.
+        """
+        if precision in (None, self.precision):
+            return self
+        bounds = {"tolerance": IN_BF16.max_error, "min_cosine": IN_BF16.min_cosine}
+        return dataclasses.replace(self, precision="bf16", agreement={**self.agreement, **bounds})
 
     def at(self, alpha: float) -> Release:
         """This release at another α; raises an error for an α that it does not take."""

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from radapter_serve.encoders.precision import Precision
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import total
 from radapter_serve.release.release import TASKS
@@ -141,6 +142,9 @@ class ServerConfig:
             once.
         runtime: runtime of the encoders, which are first checked against torch's embeddings; auto
             takes the one that is usually fastest on such a machine; as exported if not given.
+        precision: of computing fp32 releases: bf16 takes OpenVINO on a processor that has bf16, if
+            cosines with torch stay within 2e-4; auto takes what encodes the stored samples fastest;
+            as exported if not given.
         threads: number of threads that compute in an encoder, shared by its instances; one a core
             if not given.
         instances: processes of each task, so that a slow request does not hold up the others: a
@@ -161,6 +165,7 @@ class ServerConfig:
     ] = field(default_factory=Endpoints)
     indexes: Path = Path("indexes")
     runtime: Literal["onnxruntime", "openvino", "tensorrt", "auto"] | None = None
+    precision: Precision | None = None
     threads: int | None = None
     instances: tuple[str, ...] = ()
     max_waiting: int = MAX_WAITING

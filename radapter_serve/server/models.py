@@ -78,11 +78,14 @@ def configure(
     threads: int,
     backends: Collection[str],
     progress: Callable[[str], None],
+    *,
+    precision: str | None = None,
 ) -> tuple[str | None, dict[str, str]]:
     """Choose the runtime of all encoders, by default each its own, and check that it agrees with
     torch; returns it and each encoder's config. The instances of an encoder share `threads`.
+    `precision` is that of a `Choice`.
     """
-    encoders = encoders_of(repository, releases)
+    encoders = [encoder.computed_in(precision) for encoder in encoders_of(repository, releases)]
     if runtime is not None and not encoders:
         raise RAdapterError(
             f"{repository} holds no encoder of radapter-export; leave --runtime {runtime} out"
@@ -128,7 +131,7 @@ def configure(
     # time.
     quantization = encoders[0].facts.quantization or {}
     order = ["openvino", "onnxruntime"]
-    if _gpu() is not None:
+    if gpu() is not None:
         order = [TENSORRT, "onnxruntime", "openvino"]
     elif quantization.get("kind") == "dynamic":
         order = ["onnxruntime", "openvino"]
@@ -152,7 +155,7 @@ def load_as_triton(
         runtime,
         precision=encoder.facts.precision,
         threads=threads,
-        device=None if runtime == "openvino" or on_cpu else _gpu(),
+        device=None if runtime == "openvino" or on_cpu else gpu(),
     )
 
 
@@ -162,7 +165,7 @@ def check_agreement(encoder: ServedEncoder, version: int, encode: Encode, how: s
     compare(name, encode, Samples.load(encoder.folder / str(version)), encoder.facts.bounds)
 
 
-def _gpu() -> int | None:
+def gpu() -> int | None:
     """Number of this machine's GPU; None without a GPU."""
     try:
         find_gpu()

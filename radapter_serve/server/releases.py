@@ -23,11 +23,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from radapter_serve.encoders.precision import choose
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import check
 from radapter_serve.release.repository import Served, format_list, require_known
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import FOLDER_PREFIX
+from radapter_serve.server.models import gpu
 
 FILE = "release-{port}-{secret}"
 MAX_CALLERS = 8  # requests answered at once
@@ -47,12 +49,29 @@ class ReleaseServer(ABC):
             indexes=config.indexes.resolve(),
         )
         self.runtime: str | None = config.runtime  # of all encoders; None: each has its export's
+        self.precision: str | None = config.precision  # of all encoders, in the same way
+        self.note = ""  # about the precision, for people
         self.served = Served(())
         self._changing = threading.Lock()
 
     @abstractmethod
     def _take_over(self, wanted: Served, say: Say) -> None:
         """Check that the releases answer correctly, and serve them, or else go on as before."""
+
+    def _choose(self, releases: Sequence[int], say: Say) -> None:
+        """Choose the precision and its runtime for this machine; `auto` becomes what is chosen."""
+        say("choosing the precision")
+        choice = choose(
+            self.config.model_repository,
+            releases,
+            self.runtime,
+            self.precision,
+            self.config.encoder_threads,
+            on_gpu=gpu() is not None,
+        )
+        self.runtime = choice.runtime
+        self.precision = choice.precision
+        self.note = self.note or choice.note
 
     def load(self, releases: Sequence[int], say: Say = lambda line: None) -> str:
         """Serve these releases in place of the present ones, which stay if a new one does not

@@ -244,8 +244,15 @@ class TritonServer(ReleaseServer):
         repository = self.config.model_repository
         backends = self._installation.backends
         threads = self.config.encoder_threads
+        self._choose(releases, progress)
         self.runtime, encoders = configure(
-            repository, releases, self.runtime, threads, backends, progress
+            repository,
+            releases,
+            self.runtime,
+            threads,
+            backends,
+            progress,
+            precision=self.precision,
         )
         models = other_models(repository, encoders) if others else {}
         models |= plan_models(repository, releases, encoders)
@@ -256,7 +263,8 @@ class TritonServer(ReleaseServer):
         """Compare the loaded encoders of releases with torch's embeddings."""
         address = self.grpc_url.removeprefix("grpc://")
         with tritonclient.grpc.InferenceServerClient(address) as client:
-            for encoder in encoders_of(self.config.model_repository, releases) if releases else ():
+            encoders = encoders_of(self.config.model_repository, releases) if releases else []
+            for encoder in [encoder.computed_in(self.precision) for encoder in encoders]:
                 for version in encoder.versions:
                     say(f"comparing {encoder.name} of release {version} with torch's embeddings")
                     check_agreement(encoder, version, partial(_encode, client, encoder, version))

@@ -1,0 +1,137 @@
+"""The precision of serving: the fastest that agrees with torch, and only where it is allowed."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from radapter_serve import Model
+from radapter_serve.encoders import precision as module
+from radapter_serve.encoders.precision import Choice, Trial, choose, has_bf16
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.config import encoders_of, parsed
+from radapter_serve.release.release import Release
+from radapter_serve.server.models import configure
+
+BF16 = ("openvino", "bf16")
+FP32 = ("openvino", "fp32")
+OWN = ("onnxruntime", "fp32")
+
+
+@pytest.fixture
+def amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make this processor one with AMX."""
+    facts = tmp_path / "cpuinfo"
+    facts.write_text("flags\t\t: fpu avx512_bf16 amx_bf16 amx_tile\n")
+    monkeypatch.setattr(module, "CPU_FACTS", facts)
+    return facts
+
+
+def test_auto_takes_the_fastest_that_agrees(
+    repository: Path, amx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials: dict[tuple[str, str], Trial] = {}
+
+    def tried(repository: Path, releases: Any, runtime: str, precision: str, threads: int) -> Trial:
+        if (runtime, precision) not in trials:
+            raise RAdapterError("it differs from torch")
+        return trials[runtime, precision]
+
+    monkeypatch.setattr(module, "try_encoders", tried)
+
+    def chosen(runtime: str | None = None, **seconds: float) -> Choice:
+        trials.clear()
+        for way in (OWN, FP32, BF16):
+            if "_".join(way) in seconds:
+                trials[way] = Trial(seconds["_".join(way)], 5e-5)
+        return choose(repository, [1, 2], runtime, "auto", 2)
+
+    fast = chosen(onnxruntime_fp32=3.6, openvino_fp32=3, openvino_bf16=1)
+    assert (fast.runtime, fast.precision) == BF16
+    assert fast.note == (
+        "precision bf16 by openvino: images 3.6 times as fast as fp32 by onnxruntime, 1 - cosine"
+        " at most 5e-05"
+    )
+    slow = chosen(onnxruntime_fp32=1, openvino_fp32=2, openvino_bf16=2)
+    assert (slow.runtime, slow.precision) == ("onnxruntime", None)
+    wrong = chosen(onnxruntime_fp32=3, openvino_fp32=2)
+    assert (wrong.runtime, wrong.precision) == ("openvino", None)
+    assert "fp32 by openvino: images 1.5 times" in wrong.note
+    assert "it differs from torch" in wrong.note
+    assert chosen("onnxruntime").runtime == "onnxruntime"  # nothing else is tried
+    amx.write_text("flags : fpu avx512f\n")
+    assert chosen().precision is None
+
+
+def test_nothing_is_rounded_unless_asked_for(repository: Path, amx: Path) -> None:
+    choice = choose(repository, [1], None, None, 2)
+    assert (choice.runtime, choice.precision) == (None, None)
+    assert "--precision auto" in choice.note
+    assert not choose(repository, [1], None, None, 2, on_gpu=True).note
+    assert not choose(repository, [1], None, "fp32", 2).note
+    amx.write_text("flags : fpu avx512f\n")
+    assert not choose(repository, [1], None, None, 2).note
+
+
+def test_what_cannot_be_computed_in_bf16_is_refused(
+    repository: Path, amx: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RAdapterError, match="by OpenVINO on the CPU, and not by onnxruntime"):
+        choose(repository, [1], "onnxruntime", "bf16", 2)
+    with pytest.raises(RAdapterError, match="not by a GPU"):
+        choose(repository, [1], None, "bf16", 2, on_gpu=True)
+    with pytest.raises(RAdapterError, match="allowed are fp32, bf16 and auto"):
+        choose(repository, [1], None, "fp8", 2)
+    facts = Release.load(repository / "classify" / "1")
+    folder = tmp_path / "classify" / "1"
+    folder.mkdir(parents=True)
+    replace(facts, precision="int8").save(folder)
+    for asked in ("fp32", "bf16", "auto"):
+        with pytest.raises(RAdapterError, match="exported in int8, which is all that is allowed"):
+            choose(tmp_path, [1], None, asked, 2)
+    replace(facts, precision="bf16").save(folder)
+    assert choose(tmp_path, [1], None, "bf16", 2) == Choice(None, "bf16")
+    amx.write_text("flags : fpu avx512f\n")
+    with pytest.raises(RAdapterError, match="this processor has no bf16"):
+        choose(repository, [1], None, "bf16", 2)
+
+
+needs_bf16 = pytest.mark.skipif(
+    not has_bf16() or importlib.util.find_spec("openvino") is None,
+    reason="this processor has no bf16, or openvino is not installed",
+)
+
+
+@needs_bf16
+def test_a_small_release_is_computed_in_bf16(exported_tiny_clip: Path) -> None:
+    models = exported_tiny_clip / "model_repository"
+    texts = ["a cat", "a dog in the snow"]
+    with Model(models, threads=1) as exact, Model(models, precision="bf16", threads=1) as rounded:
+        a = exact.embed_texts(texts)
+        b = rounded.embed_texts(texts)
+    cosines = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    assert 1e-8 < (1 - cosines).max() < 2e-4  # rounded, and within the bound
+
+
+@pytest.mark.parametrize("exported", ["onnxruntime", "openvino"])
+def test_triton_gets_the_hint(exported_tiny_clip: Path, exported: str) -> None:
+    models = exported_tiny_clip / "model_repository"
+    [encoder] = [one for one in encoders_of(models) if one.name == "text_encoder"]
+    if exported == "openvino":
+        encoder.config.CopyFrom(parsed(encoder.configured("openvino", 1)))
+    config = parsed(encoder.computed_in("bf16").configured("openvino", 1))
+    assert config.parameters["HINT_BF16"].string_value == "YES"
+    assert "HINT_BF16" not in parsed(encoder.configured("openvino", 1)).parameters
+
+
+@needs_bf16
+def test_configure_holds_bf16_to_its_bounds(exported_tiny_clip: Path) -> None:
+    models = exported_tiny_clip / "model_repository"
+    arguments = (models, [2], "openvino", 1, ("openvino",), lambda line: None)
+    _, configs = configure(*arguments, precision="bf16")
+    assert "HINT_BF16" in configs["image_encoder"]
