@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.index import folder, neighbours, writer
@@ -279,6 +280,8 @@ def test_equals_that_rounding_does_not_tell_apart_are_all_given(tmp_path: Path) 
     asked = (query @ turn).astype(np.float32)
     write_neighbours(tmp_path, vectors, lambda _: vectors[:1])
     near = Neighbours(tmp_path, vectors)
+    with pytest.raises(TaskError, match="the caller gave up"):
+        near.nearest(asked, 10, near.cells, 600, cancelled=lambda: True)
     equal = list(range(0, 600, 3))
     assert len(set((vectors[equal] @ asked).tolist())) > 1
     for among in (None, Met(np.ones(600, bool))):

@@ -181,6 +181,15 @@ def test_a_caller_that_gives_up_waits_for_nothing(
     with turns():
         assert len(search(request).hits) == 4  # the rows of a condition are cached
 
+    # One without a condition ends before the search, and one with a condition while it is met.
+    with pytest.raises(TaskError) as error:
+        search(RetrieveRequest("photos", Query(ids=["0.png"])), lambda: True)
+    assert error.value.code == CANCELLED
+    answers = iter([False] * 3)  # before the text, the search and the condition
+    with pytest.raises(TaskError) as error:
+        search(replace(request, where="path = '0.png'"), lambda: next(answers, True))
+    assert error.value.code == CANCELLED and next(answers, None) is None
+
     with search.indexes._locks["photos"], pytest.raises(TaskError) as error:  # it is being opened
         search(RetrieveRequest("photos", A), lambda: True)
     assert error.value.code == CANCELLED
