@@ -64,13 +64,18 @@ def build(client: Client) -> gradio.Blocks:
                     visible=False,
                     elem_id="alpha",
                 )
+                adapter = gradio.Textbox(
+                    "",
+                    label="Adapter beside the release; empty for the release itself",
+                    elem_id="adapter",
+                )
             with gradio.Column(scale=3):
                 with gradio.Tab("Classify"):
-                    label_sets = _classify(client, picture, alpha)
+                    label_sets = _classify(client, picture, alpha, adapter)
                 with gradio.Tab("Search"):
-                    indexes = _search(client, picture)
+                    indexes = _search(client, picture, adapter)
                 with gradio.Tab("Segment"):
-                    _segment(client, picture, alpha)
+                    _segment(client, picture, alpha, adapter)
 
         def begin() -> tuple[Any, ...]:
             release = client.release()
@@ -95,7 +100,7 @@ def build(client: Client) -> gradio.Blocks:
     return page
 
 
-def _classify(client: Client, picture: Any, alpha: Any) -> Any:
+def _classify(client: Client, picture: Any, alpha: Any, adapter: Any) -> Any:
     labels = gradio.Textbox(_LABELS, label="Labels, one a line", lines=5, elem_id="labels")
     sets = gradio.Dropdown(
         [""], label="A label set of the release, in place of the labels above", visible=False
@@ -104,7 +109,9 @@ def _classify(client: Client, picture: Any, alpha: Any) -> Any:
     scores = gradio.Label(label="Scores", num_top_classes=10, elem_id="scores")
     took = gradio.Markdown(elem_id="scores-took")
 
-    def classify(file: str | None, text: str, label_set: str, at: float) -> tuple[Any, str]:
+    def classify(
+        file: str | None, text: str, label_set: str, at: float, name: str = ""
+    ) -> tuple[Any, str]:
         if file is None:
             return None, NO_PICTURE
         release = client.release()
@@ -113,6 +120,7 @@ def _classify(client: Client, picture: Any, alpha: Any) -> Any:
             Path(file),
             None if label_set else lines(text),
             label_set=label_set or None,
+            adapter=name or None,
             alpha=at if release.dynamic_alpha else None,
             top_k=10,
         )
@@ -120,16 +128,16 @@ def _classify(client: Client, picture: Any, alpha: Any) -> Any:
 
     labels.input(lambda: "", None, sets)  # typing labels deselects the label set
     gradio.on(
-        [button.click, picture.change, sets.input, alpha.input],
+        [button.click, picture.change, sets.input, alpha.input, adapter.submit],
         explained(classify),
-        [picture, labels, sets, alpha],
+        [picture, labels, sets, alpha, adapter],
         [scores, took],
         trigger_mode="always_last",  # while the slider moves, only the last position is asked for
     )
     return sets
 
 
-def _search(client: Client, picture: Any) -> Any:
+def _search(client: Client, picture: Any, adapter: Any) -> Any:
     text = gradio.Textbox(label="Text", placeholder="a red bicycle", elem_id="query")
     with gradio.Row():
         by = gradio.Radio(["text", "picture", "both"], value="text", label="Search by")
@@ -143,7 +151,13 @@ def _search(client: Client, picture: Any) -> Any:
     took = gradio.Markdown(elem_id="found-took")
 
     def search(
-        file: str | None, text: str, by: str, index: str | None, count: int, least: float
+        file: str | None,
+        text: str,
+        by: str,
+        index: str | None,
+        count: int,
+        least: float,
+        name: str = "",
     ) -> tuple[Any, str]:
         if by != "text" and file is None:
             return None, NO_PICTURE
@@ -155,6 +169,7 @@ def _search(client: Client, picture: Any) -> Any:
             top_k=int(count),
             min_score=None if least == -1 else least,
             thumbnails=True,
+            adapter=name or None,
         )
         shown = [
             (Image.open(io.BytesIO(hit.thumbnail)), f"{hit.score:.3f} {hit.id}")
@@ -166,13 +181,13 @@ def _search(client: Client, picture: Any) -> Any:
     gradio.on(
         [button.click, text.submit],
         explained(search),
-        [picture, text, by, index, count, least],
+        [picture, text, by, index, count, least, adapter],
         [gallery, took],
     )
     return index
 
 
-def _segment(client: Client, picture: Any, alpha: Any) -> None:
+def _segment(client: Client, picture: Any, alpha: Any, adapter: Any) -> None:
     labels = gradio.Textbox(_PARTS, label="Labels, one a line", lines=5, elem_id="parts")
     threshold = gradio.Slider(0, 1, 0, step=0.01, label="Pixels with a lower score are background")
     button = gradio.Button("Segment", variant="primary")
@@ -181,7 +196,9 @@ def _segment(client: Client, picture: Any, alpha: Any) -> None:
     )
     took = gradio.Markdown(elem_id="segments-took")
 
-    def segment(file: str | None, text: str, least: float, at: float) -> tuple[Any, str]:
+    def segment(
+        file: str | None, text: str, least: float, at: float, name: str = ""
+    ) -> tuple[Any, str]:
         if file is None:
             return None, NO_PICTURE
         release = client.release()
@@ -189,11 +206,15 @@ def _segment(client: Client, picture: Any, alpha: Any) -> None:
         image.thumbnail((MAX_SIDE, MAX_SIDE))
         start = time.perf_counter()
         answer = client.segment(
-            image, lines(text), threshold=least or None, alpha=at if release.dynamic_alpha else None
+            image,
+            lines(text),
+            threshold=least or None,
+            adapter=name or None,
+            alpha=at if release.dynamic_alpha else None,
         )
         return answer.overlay(image), _took(start, answer.release)
 
-    button.click(explained(segment), [picture, labels, threshold, alpha], [drawn, took])
+    button.click(explained(segment), [picture, labels, threshold, alpha, adapter], [drawn, took])
 
 
 def lines(text: str | None) -> list[str]:

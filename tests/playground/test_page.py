@@ -73,6 +73,21 @@ def handlers(client: Client) -> dict[str, Any]:
     return {str(event.api_name): event.fn for event in asyncio.run(built()).fns.values()}
 
 
+def test_an_adapter_is_asked_and_another_one_is_not_shown(
+    events: dict[str, Any], answers: Answers, picture: str
+) -> None:
+    gradio = pytest.importorskip("gradio")
+    calls = {
+        "classify": (picture, "cat", "", 0.5, "anna"),
+        "search": (picture, "cat", "text", "photos", 3, -1, "anna"),
+        "segment": (picture, "cat\ndog", 0, 0.5, "anna"),
+    }
+    for name, values in calls.items():
+        with pytest.raises(gradio.Error, match="older than adapters"):  # it gives no receipt
+            events[name](*values)
+        assert answers.inferences[-1].inputs["adapter"].ravel().tolist() == [b"anna"]
+
+
 def test_classify_gives_the_scores_at_any_alpha(
     answers: Answers, events: dict[str, Any], picture: str
 ) -> None:
