@@ -7,13 +7,14 @@ added or removed with its next request.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import difflib
 import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -47,7 +48,10 @@ FACTS = "adapter.json"
 FORMAT = 1
 MAX_BYTES = 64 << 20  # of the list, and of the facts of an adapter
 _RESERVED = "radapter"  # OpenAI's API names releases so
-_NEAREST = 3  # names in the error about an unknown one
+# In the error about an unknown name: names that are compared and shown, and least similarity
+_COMPARED = 64
+_NEAREST = 3
+_SIMILAR = 0.4
 
 # F of the adapter file [D, D], or its factors `up` [D, r] and `down` [r, D].
 Factors = tuple[NDArray[np.float32]] | tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -385,10 +389,17 @@ class Adapters:
         return loaded
 
 
-def unknown_name(name: str, names: Mapping[str, object]) -> str:
-    """The error about an unknown adapter, with the names that are nearest to it."""
-    near = difflib.get_close_matches(name[:200], names, _NEAREST, 0.4)
-    shown = f"the nearest are: {', '.join(near)}" if near else f"{len(names)} others are served"
+def unknown_name(name: str, names: Iterable[str]) -> str:
+    """The error about an unknown adapter, with the names that are nearest to it: of many, those
+    beside it in the order of the alphabet, as comparing with all would take a second.
+    """
+    known = sorted(names)
+    place = bisect.bisect(known, name)
+    start = max(0, min(place - _COMPARED // 2, len(known) - _COMPARED))
+    near = difflib.get_close_matches(
+        name[:200], known[start : start + _COMPARED], _NEAREST, _SIMILAR
+    )
+    shown = f"the nearest are: {', '.join(near)}" if near else f"{len(known)} others are served"
     return f"there is no adapter {name!a:.80} here; {shown}"
 
 

@@ -17,6 +17,7 @@ from radapter_serve.release.adapters import (
     add,
     read_list,
     remove_adapter,
+    unknown_name,
 )
 
 WIDTH = 6
@@ -80,6 +81,19 @@ def test_an_unknown_name_is_refused_with_the_nearest(tmp_path):
         Adapters(tmp_path, TOWER).get("ana")
     with pytest.raises(RAdapterError, match="nearest are: anna"):
         remove_adapter(tmp_path, "ann")
+
+
+def test_of_many_names_only_some_are_compared(monkeypatch):
+    compared = []
+
+    def matches(name, names, *_):
+        compared.append(len(names))
+        return names[:1]
+
+    monkeypatch.setattr("difflib.get_close_matches", matches)
+    names = [f"shop-{number:06}" for number in range(10_000)]
+    assert "the nearest are: shop-00" in unknown_name("shop-005000x", names)
+    assert compared == [64]
 
 
 @pytest.mark.parametrize(
