@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from radapter_serve.errors import RAdapterError, lazily
+from radapter_serve.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from radapter_export.start import Export, export
@@ -34,7 +35,6 @@ __all__ = [
     "save_adapter",
     "train",
 ]
-__version__ = "1.0.0"
 
 __getattr__ = lazily(
     __name__,

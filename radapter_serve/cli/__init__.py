@@ -18,8 +18,8 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 
 from radapter_client import RAdapterClientError
-from radapter_serve import __version__
 from radapter_serve.errors import RAdapterError, one_line
+from radapter_serve.version import __version__
 
 HELP = ("-h", "--help")
 HELP_ALL = "--help-all"

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from radapter_serve import __version__
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.towers import templates_of
 from radapter_serve.contract.labels import split_label
@@ -45,6 +44,7 @@ from radapter_serve.evaluation.models import Candidate
 from radapter_serve.evaluation.rows import KEPT_METRIC, Results, Row
 from radapter_serve.evaluation.suite import PROPOSALS, SEVERAL_METRIC, Entry, Suite
 from radapter_serve.files import read_yaml
+from radapter_serve.version import __version__
 
 Say = Callable[[str], None]
 _READERS_OF_PATHS = (*READERS, "masks", "coco")

@@ -20,7 +20,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from radapter_client import Reply
-from radapter_serve import __version__
 from radapter_serve.contract.errors import (
     ENCODER_FAILED,
     INTERNAL_ERROR,
@@ -69,6 +68,7 @@ from radapter_serve.gateway.upstream import (
 from radapter_serve.index.facts import index_names
 from radapter_serve.release.release import TASKS
 from radapter_serve.tasks.table import PROBES
+from radapter_serve.version import __version__
 
 # Bodies of more than `SMALL` bytes are read in threads, and such answers written: one thread for
 # those up to `MIDDLE` bytes, one for larger ones. The event loop reads a few images of up to

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from radapter_serve import __version__
 from radapter_serve.gateway import kserve, openai
 from radapter_serve.gateway.upstream import CODES
 from radapter_serve.tasks.table import TASKS, Task, Tensor
+from radapter_serve.version import __version__
 
 Schema = dict[str, Any]
 _JSON = "application/json"
