@@ -294,8 +294,16 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    with handled(signal.default_int_handler, signal.SIGTERM):  # SIGTERM acts as Ctrl-C
-        return run(COMMANDS, argv, prog=PROG, first=FIRST)
+    signals: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    # SIGTERM acts as Ctrl-C, but for its exit status.
+    with handled(stop, signal.SIGTERM):
+        status = run(COMMANDS, argv, prog=PROG, first=FIRST)
+    return 128 + signals[0] if signals else status
 
 
 def _print_embedder(loaded: LoadedRelease) -> None:

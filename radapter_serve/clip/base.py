@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -111,6 +112,13 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         source = f"{LOCAL}{folder}"
         config = _local_config(folder)
     else:
+        if os.sep in name:
+            if Path(name).is_dir():
+                raise RAdapterError(f"{name} is a folder; name it {LOCAL}{name}")
+            raise RAdapterError(
+                f"there is no folder {name}; allowed: local-dir:PATH, hf-hub:NAME, or a name of"
+                " open_clip such as ViT-B-32"
+            )
         if ":" in name or (architecture := open_clip.get_model_config(name)) is None:
             names = open_clip.list_models()
             stem = name.split("-")[0].lower()
@@ -227,7 +235,7 @@ def _source(name: str, pretrained: str | None) -> Iterator[None]:
             f"the weights of {name}{f' ({pretrained})' if pretrained else ''} are not on this"
             f" machine, and the Hugging Face hub can't be reached ({unreachable()});"
             f" {how_to_bring(repository)}; or fetch them with `hf download {repository} --local-dir"
-            f" clip`, copy the folder here, and name it {LOCAL}clip in place of {name}"
+            f" clip`, copy the folder here, and give it with --base {LOCAL}clip"
         ) from error
 
 

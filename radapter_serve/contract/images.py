@@ -33,6 +33,10 @@ from radapter_serve.errors import RAdapterError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of file names
 FORMATS = ("JPEG", "PNG", "WEBP")
 ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"
+CONVERT = (
+    "convert HEIC with libheif's program: find FOLDER -iname '*.hei[cf]' -exec heif-convert {}"
+    " {}.jpg ';'"
+)
 MAX_PIXELS = 64_000_000
 MAX_REQUEST_PIXELS = 800_000_000  # of all images of a request: 64 photos of 12 megapixels fit
 # Most bytes that decoding an image may take, besides its file. Above LARGE_MEMORY, an engine, or a
@@ -362,9 +366,12 @@ def require_images(folder: Path, wanted: str) -> ImageFiles:
 
 
 def count_kinds(left_out: Mapping[str, int]) -> str:
-    """Numbers of files by suffix, the most frequent first: "3 .gif, 1 .txt"."""
+    """Numbers of files by suffix, the most frequent first: "3 .gif, 1 .txt"; and the command that
+    converts the photos of a phone, if there are any.
+    """
     kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
-    return ", ".join(f"{count:,} {suffix or 'without an ending'}" for suffix, count in kinds)
+    counts = ", ".join(f"{count:,} {suffix or 'without an ending'}" for suffix, count in kinds)
+    return f"{counts} ({CONVERT})" if {".heic", ".heif"} & left_out.keys() else counts
 
 
 def spread(items: Sequence[T], max_count: int) -> list[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -11,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +21,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from radapter_serve.contract.images import SUFFIXES, decode, is_image_file, list_images
+from radapter_serve.contract.images import SUFFIXES, count_kinds, decode, is_image_file, list_images
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.source import INDEX
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.sources import from_hub_or_cache, how_to_bring, unreachable
+from radapter_serve.sources import from_hub_or_cache, how_to_bring, refused, unreachable
 
 SPLIT_FILES = ("coop", "karpathy")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -157,7 +159,9 @@ def open_rows(spec: str, columns: Mapping[str, str]) -> Rows:
         divided = part.is_dir() and bool(sub_folders(part))
         if not folder.is_dir() or (at and split != "train" and not divided):
             missing = part if folder.is_dir() else folder
-            raise RAdapterError(f"no folder {missing} for {spec}: one sub-folder a class")
+            raise RAdapterError(
+                f"no folder {missing} for {spec}{_like(missing)}: one sub-folder a class"
+            )
         folder = part if divided else folder
         return _rows_of_classes(folder, spec, columns)
     if reader == INDEX:
@@ -204,19 +208,33 @@ def _load(place: str, split: str) -> Any:
         return datasets.load_dataset(place, split=split)
     if not _HUB_NAME.fullmatch(place):
         raise RAdapterError(
-            f"could not read the data {place}: there is no such folder; allowed: {_KINDS}"
+            f"could not read the data {place}: there is no such folder{_like(Path(place))};"
+            f" allowed: {_KINDS}"
         )
     try:
         with from_hub_or_cache():
             return datasets.load_dataset(place, split=split)
     except Exception as error:
         if not unreachable():
-            raise
+            raise RAdapterError(
+                f"there is no folder {place}{_like(Path(place))}, and as a data set of the Hugging"
+                f" Face hub it can't be read: {refused(error)}; allowed: {_KINDS}"
+            ) from error
         raise RAdapterError(
-            f"there is no data set {place} on this machine, and the Hugging Face hub can't be"
-            f" reached ({unreachable()}); if it is a folder of yours, write imagefolder:{place}; if"
-            f" it is on the hub, {how_to_bring(place, 'dataset')}"
+            f"there is no folder {place}{_like(Path(place))}, and no data set of that name on this"
+            f" machine. The Hugging Face hub can't be reached ({unreachable()}); if the data is"
+            f" there, {how_to_bring(place, 'dataset')}"
         ) from error
+
+
+def _like(folder: Path) -> str:
+    """The folders beside one that is missing whose names are like its own, for a message."""
+    with contextlib.suppress(OSError):
+        names = get_close_matches(folder.name, sorted(sub_folders(folder.parent)), cutoff=0.5)
+        if names:
+            near = ", ".join(str(folder.parent / name) for name in names)
+            return f" (there are others, such as {near})"
+    return ""
 
 
 def _open_splits(kind: str, path: Path, names: str | None) -> Any:
@@ -298,14 +316,18 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str]) -> Row
             f"{len(loose)} images of {spec} lie outside of the class folders, such as"
             f" {folder / min(loose)}; move each into the folder of its class"
         )
+    left_out: Counter[str] = Counter()
+    for files in listed.values():
+        left_out.update(files.left_out)
     filled = {name: files.images for name, files in listed.items() if files.images}
     if len(filled) < 2:
         has = "no images in sub-folders"
         if filled:
             has = f"images in one folder alone, {next(iter(filled))!r}"
         raise RAdapterError(
-            f"{spec} has {has}; an image folder needs one sub-folder a class, and two classes; "
-            f"images are {', '.join(SUFFIXES)}"
+            f"{spec} has {has}; an image folder needs one sub-folder a class, and two classes;"
+            f" images are {', '.join(SUFFIXES)}"
+            + (f"; it has {count_kinds(left_out)}" if left_out else "")
         )
     names = list(filled)
     paths = sorted(
@@ -321,9 +343,6 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str]) -> Row
         raise RAdapterError(
             f"a name in {folder} is not UTF-8: {error.object!r}; rename it"
         ) from None
-    left_out: Counter[str] = Counter()
-    for files in listed.values():
-        left_out.update(files.left_out)
     return Rows(table, folder, True, left_out)
 
 

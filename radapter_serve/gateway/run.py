@@ -57,7 +57,8 @@ class GatewayServer:
         except OSError as error:
             raise RAdapterError(
                 f"cannot listen on {settings.host} port {settings.port}:"
-                f" {os.strerror(error.errno or 0)}; choose another port"
+                f" {os.strerror(error.errno or 0)}; choose another with --port of radapter-gateway,"
+                " --gateway-port or --http-port of radapter-serve"
             ) from None
         # Otherwise the body of an answer waits 40 ms for the acknowledgement of its headers.
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -176,6 +176,6 @@ def test_a_stopped_build_is_put_in_order_by_sigterm(
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(LoadedRelease, "embed_pixels", stop)
-    assert main(["build", "photos", "--out", "i"]) == 130
+    assert main(["build", "photos", "--out", "i"]) == 143
     assert "interrupted" in capsys.readouterr().err
     assert not list(place.glob(".i*"))

@@ -90,6 +90,15 @@ def test_a_local_checkpoint_gets_the_activation_that_it_tells(
             load_base("tiny-quickgelu", str(path))
 
 
+@pytest.mark.parametrize("name", ["clips/mine", "./mine", "/nowhere/mine"])
+def test_a_bare_path_is_told_that_there_is_no_such_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RAdapterError, match=f"^there is no folder {name}; ") as error:
+        load_base(name)
+    assert len(str(error.value)) < 120
+    with pytest.raises(RAdapterError, match=f"is a folder; name it local-dir:{tmp_path}"):
+        load_base(str(tmp_path))
+
+
 @pytest.mark.parametrize(("tower", "part"), [("image", "vision_cfg"), ("text", "text_cfg")])
 def test_a_tower_that_does_not_pool_is_refused(
     tiny_clip_dir: str, tmp_path: Path, tower: str, part: str

@@ -16,7 +16,14 @@ from huggingface_hub import constants
 from radapter_client._images import SUFFIXES as OF_THE_CLIENT
 from radapter_serve.clip.base import load_base
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.images import FORMATS, SUFFIXES, decode, list_images, verify
+from radapter_serve.contract.images import (
+    FORMATS,
+    SUFFIXES,
+    decode,
+    list_images,
+    require_images,
+    verify,
+)
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.labelled import load_labelled
 from radapter_serve.data.runs import broken_images
@@ -182,7 +189,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         ("imagefolder:nowhere", "no folder nowhere for imagefolder:nowhere"),
         ("photo:nowhere", "there is no such folder; allowed: imagefolder:PATH"),
-        ("nobody/nothing", "no data set nobody/nothing on this machine.*hf download nobody/noth"),
+        ("nobody/nothing", "no folder nobody/nothing.* no data set .*hf download nobody/noth"),
     ],
 )
 def test_data_that_is_not_there_is_named_without_a_retry(
@@ -193,10 +200,34 @@ def test_data_that_is_not_there_is_named_without_a_retry(
     assert not caplog.records
 
 
+def test_a_folder_with_a_wrong_letter_is_named_with_those_like_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None
+) -> None:
+    for name in ("photos", "runs"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    for data in ("foto", f"imagefolder:{tmp_path}/foto"):
+        with pytest.raises(
+            RAdapterError, match=r"no folder \S*foto.* such as \S*photos[;)]"
+        ) as error:
+            load_labelled(DataSource(data))
+        assert "runs" not in str(error.value)
+
+
+def test_photos_of_a_phone_are_named_with_the_command_that_converts_them(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.HEIC").write_bytes(b"")
+    with pytest.raises(RAdapterError, match=r"it has 2 \.heic.*heif-convert"):
+        load_labelled(DataSource(f"imagefolder:{tmp_path}"))
+    with pytest.raises(RAdapterError, match=r"it has 2 \.heic.*heif-convert"):
+        require_images(tmp_path, "a folder")
+
+
 def test_weights_that_are_not_there_say_how_to_bring_them(offline: None) -> None:
     advice = (
-        "no route to host.*hf download laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K .*name it"
-        " local-dir:clip in place of ViT-B-32"
+        "no route to host.*hf download laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K .*give"
+        " it with --base local-dir:clip"
     )
     with pytest.raises(RAdapterError, match=advice):
         load_base("ViT-B-32", "datacomp_xl_s13b_b90k")

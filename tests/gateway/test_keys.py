@@ -448,7 +448,15 @@ def test_a_gateway_that_could_not_start_is_refused_before_the_server_starts(
         for flags, message in (
             (["--api-keys", "keys"], "--api-keys needs a gateway: --gateway-port PORT"),
             (["--gateway-port", "0", "--gateway-host", "::"], "host :: lets others in"),
-            (["--gateway-port", str(taken.getsockname()[1])], "Address already in use"),
+            (
+                ["--gateway-port", str(taken.getsockname()[1])],
+                "--gateway-port or --http-port of radapter-serve",
+            ),
         ):
             assert serve.main([str(tmp_path), "--engine", "triton", *flags]) == 2
             assert message in capsys.readouterr().err
+        port = str(taken.getsockname()[1])
+        assert gateway.main(["--port", port, "--no-api-keys", "--host", "127.0.0.1"]) == 2
+        assert f"port {port}: Address already in use; choose another with --port" in (
+            capsys.readouterr().err
+        )
