@@ -58,6 +58,7 @@ WITHOUT_FOLDS = 0.5
 EXAMPLES = "labels by example"
 HEADS = ("ridge", "linear probe")  # know what they were trained with, and no other class
 PHOTOS = "Flickr8k"
+CAPTIONS = 5  # of each of its photos
 FLICKR = f"{PHOTOS}, text to image, R@5"
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # of ridge and linear probe
 THINGS = 90  # the last number of a thing in COCO; what follows is stuff, such as sky
@@ -456,7 +457,10 @@ def by_set(
     for row in rows:
         if row.kind == kind and (row.style == own) == in_own:
             key = (row.split, row.style, kind)
-            sets[row.split, row.style][row.seed] = row.each - before[key]
+            difference = row.each - before[key]
+            if row.style.startswith(PHOTOS):  # the captions of a photo are one sample
+                difference = difference.reshape(-1, CAPTIONS).mean(axis=1)
+            sets[row.split, row.style][row.seed] = difference
     return sets
 
 

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from rivals.others import Judged, judged_rows
 from rivals.projection import (
     HEADS,
+    PHOTOS,
     Classifier,
     Embedder,
     Moved,
     Task,
+    by_set,
     few,
     heads,
     retrieved,
@@ -103,3 +105,12 @@ def test_a_gain_is_compared_with_two_thirds_of_another():
     ahead, beyond = share_of(ours, theirs, base, ("trained", True), "photo")
     assert ahead.points == pytest.approx(-100 / 3)
     assert beyond.points == pytest.approx(0)
+
+
+def test_the_captions_of_a_photo_are_one_sample():
+    kind = ("R@1", PHOTOS)
+    base = judged_rows({kind: np.zeros(10, bool)}, "base", "", "all", 0, 0.0)
+    right = np.array([True] * 5 + [True] + [False] * 4)
+    moved = judged_rows({kind: right}, "any", "", "all", 0, 1.0)
+    differences = by_set(moved, base, ("R@1", True), PHOTOS)
+    assert differences["all", PHOTOS][0].tolist() == [1.0, 0.2]
