@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.embeddings import map_embeddings
 from radapter_serve.contract.errors import ADAPTER_FAILED, UNKNOWN_ADAPTER, TaskError, redact
-from radapter_serve.contract.labels import is_name, known_as
+from radapter_serve.contract.labels import check_prompts, is_name, known_as
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import (
     checker,
@@ -157,7 +157,12 @@ def read_run(path: Path, alpha: float | None = None) -> tuple[AdapterFacts, Fact
                     f" release; export it as a release of its own: radapter-export --adapter {path}"
                 )
             factors: Any = tuple(opened.get_tensor(name) for name in wanted)
-        classes = header.get("classes")
+        # Classes with more prompts than a request may have would be refused at every request.
+        classes = list(dict.fromkeys(header.get("classes") or ()))
+        try:
+            check_prompts([(classes, header["templates"])])
+        except TaskError:
+            classes = []
         facts = checker(AdapterFacts).validate_python(
             {
                 "text_tower": header["text_tower"],
@@ -165,7 +170,7 @@ def read_run(path: Path, alpha: float | None = None) -> tuple[AdapterFacts, Fact
                 "alpha": header["alpha"] if alpha is None else alpha,
                 "rank": header["rank"],
                 "templates": header["templates"],
-                "label_sets": {CLASSES: list(dict.fromkeys(classes))} if classes else {},
+                "label_sets": {CLASSES: classes} if classes else {},
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
         )

@@ -292,3 +292,13 @@ def test_triton_answers_with_adapters_and_takes_new_ones(base, runs, repository,
         assert ask(server.http_url, "carl")[0] == 200
         adapters.remove_adapter(repository, "anna")
         assert "unknown_adapter" in ask(server.http_url, "anna")[1]["error"]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(10_000, True), (10_001, False)])
+def test_classes_with_too_many_prompts_are_no_label_set(base, tmp_path, count, expected):
+    adapter = made(base, 1)
+    classes = [f"thing {number}" for number in range(count)]
+    metadata = replace(adapter.metadata, classes=classes)
+    save_adapter(Adapter(adapter.tensors, metadata), tmp_path / "adapter.safetensors")
+    facts, _ = adapters.read_run(tmp_path)
+    assert ("classes" in facts.label_sets) == expected
