@@ -104,6 +104,13 @@ class Line:
 def load_base_of(adapter: Adapter, base: str | None = None, pretrained: str | None = None) -> Base:
     """Load the base of an adapter, which may be elsewhere than in training."""
     metadata = adapter.metadata
+    folder = Path(metadata.architecture.removeprefix(LOCAL))
+    if base is None and metadata.architecture.startswith(LOCAL) and not folder.exists():
+        where = "" if folder.is_absolute() else ", relative to the folder where it was trained"
+        raise RAdapterError(
+            f"the adapter's base is {metadata.architecture}{where}, and it is not there; name it"
+            f" with --base {LOCAL}FOLDER"
+        )
     name, tag = split_name(base or metadata.architecture, pretrained)
     return load_base(name, tag or metadata.pretrained)
 

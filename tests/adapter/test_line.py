@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import shutil
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from radapter_export import ExportSettings
 from radapter_export.source import read_source
-from radapter_serve.adapter.tuned import load_checkpoint, load_lora
+from radapter_serve.adapter.tuned import load_base_of, load_checkpoint, load_lora
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.transformers import form_of, to_transformers
 from radapter_serve.errors import RAdapterError
@@ -309,3 +310,14 @@ def test_bad_loras_are_refused_in_one_line(
     with pytest.raises(RAdapterError, match=message) as error:
         load_lora(tmp_path / "lora", tiny_clip_dir)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "where"), [("clip", ", relative to the folder"), ("/no/clip", "")]
+)
+def test_a_base_that_is_elsewhere_is_named(random_adapter, base, where):
+    adapter = random_adapter()
+    metadata = dataclasses.replace(adapter.metadata, architecture=f"local-dir:{base}")
+    message = f"base is local-dir:{base}{where}.*not there; name it with --base local-dir:FOLDER"
+    with pytest.raises(RAdapterError, match=message):
+        load_base_of(dataclasses.replace(adapter, metadata=metadata))
