@@ -8,13 +8,13 @@ from pathlib import PurePath
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from radapter_export.hub import TRANSFORMERS
 from radapter_serve.adapter import Metadata
 from radapter_serve.evaluation.alpha_choice import Point, kept_at
 from radapter_serve.evaluation.rows import what_is_kept
 from radapter_serve.release.release import Release
 from radapter_serve.sources import HUB
 
-TRANSFORMERS = "transformers"  # its folder in a repository on the hub
 CARD = """\
 ---
 {head}

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from radapter_export.card import TRANSFORMERS
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_serve.errors import RAdapterError, check_installed, quiet, reason
 from radapter_serve.files import digest_of, disk_errors
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 RELEASE = "release"
 BUILT = "radapter"  # in the cache, next to `snapshots`, where no file of the hub is written
 TOKENIZER = "tokenizer.json"
+TRANSFORMERS = "transformers"  # its folder in a repository on the hub
 LABEL_SETS = "label_sets"
 _GRAPH = ("model.onnx", "model.onnx.data", SAMPLES)
 _ALLOWED = re.compile(

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from torch import Tensor
 
-from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
+from radapter_export.graph import Graph, graph_weights, image_graph, patch_graph, text_graph
 from radapter_export.precision import TYPES, lower, quantize
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.encoders.tensorrt import build
@@ -108,7 +108,9 @@ def test_the_graphs_of_every_family_are_built(
             assert "dense" in str(error)  # not every image tower has patches
     if is_first(lambda f: (f.text, f.config)):
         graphs.append(graph_of(common, text_graph, base, *alpha))
-    weights = {**base.model.state_dict(), **(adapter.tensors if adapter else {})}
+    weights = base.model.state_dict()
+    if adapter is not None:
+        weights = graph_weights(weights, adapter)
     for graph in graphs:
         for precision in FLOATS if dynamic else PRECISIONS:
             check(graph, weights, precision, tmp_path / precision)
