@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from radapter_serve.contract.errors import Cancelled
-from radapter_serve.encoders.loaded import LoadedRelease, Steps
+from radapter_serve.encoders.loaded import LoadedRelease, Place, Steps
 from radapter_serve.engine import engine as engines
 from radapter_serve.engine.engine import Engine
 from radapter_serve.gateway.in_process import InProcess
@@ -20,17 +20,19 @@ from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking
 from radapter_serve.tasks.embed import Labels
-from radapter_serve.tasks.table import TASKS, Task, Tensors, Wants
+from radapter_serve.tasks.table import TASKS, Answered, Task, Tensors, Wants
 from tests.helpers.fake_model import obey
 
 
-def ordered(request: ClassifyRequest, cancelled: Cancelled | None) -> Steps[list[Ranking]]:
+def ordered(
+    request: ClassifyRequest, cancelled: Cancelled | None
+) -> Steps[Answered[list[Ranking]]]:
     """Do what an image orders."""
     yield from ()
     [image] = request.images
     assert isinstance(image, bytes)
     obey(image, cancelled)
-    return [Ranking(["a"], np.ones(1, np.float32))]
+    return Answered([Ranking(["a"], np.ones(1, np.float32))], Place(0.5, None))
 
 
 class Orders(Task[Any, Any]):
