@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ _SUMMARIES = {
 }
 
 
+@functools.cache
 def document() -> Schema:
     """The document, OpenAPI 3.1, of all paths of the gateway and of `--engine process`."""
     schemas: dict[str, Schema] = {}

@@ -254,11 +254,11 @@ def add_beside(
 def remove_adapter(repository: Path, name: str) -> None:
     """Serve an adapter no longer, and remove its files; running requests end with it."""
     folder = repository / FOLDER
-    if name not in read_list(repository):
-        raise RAdapterError(unknown_name(name, read_list(repository)))
     with lock(folder, "radapter-release"):
         entries = read_list(repository)
-        entry = entries.pop(name)
+        entry = entries.pop(name, None)
+        if entry is None:
+            raise RAdapterError(unknown_name(name, entries))
         _write_list(folder, entries)
         remove(folder / entry.folder)
 
