@@ -24,6 +24,9 @@ import radapter_client
 import radapter_export
 import radapter_serve
 from radapter_serve.adapter import fold, load_adapter
+from radapter_serve.cli.export import _calibrated
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.images import read_header
 from radapter_serve.gateway import app as gateway
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.training.recipe import Recipe, load_recipe, ready_recipes
@@ -51,6 +54,40 @@ def test_every_code_has_its_entry() -> None:
     for path in (ROOT / "clients").rglob("*.py"):
         known |= set(re.findall(r'code="([a-z_]+)"', path.read_text(encoding="utf-8")))
     assert entries("Codes in the server's answers") == known
+
+
+def messages(path: Path) -> Iterator[str]:
+    """The texts in a module; `…` stands for what an f-string puts in."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Constant(str() as text):
+                yield text
+            case ast.JoinedStr(values):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in values]
+                yield re.sub("…+", "…", "".join(map(str, parts)))
+
+
+def test_messages_on_the_page_of_troubleshooting_are_the_codes() -> None:
+    """Those in italics, which people search the page for."""
+    folders = ("radapter_serve", "export", "clients")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    known = "\n".join(message for path in paths for message in messages(path))
+    section = TROUBLESHOOTING.partition("\n## On the command line\n")[2]
+    quoted = re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", re.sub(r"\s+", " ", section))
+    assert len(quoted) > 10
+    assert not [message for message in quoted if message not in known]
+
+
+def test_examples_of_messages_are_those_that_are_printed() -> None:
+    page = (ROOT / "docs" / "http-api.md").read_text(encoding="utf-8")
+    [example] = re.findall(r'^\{"error": "(\[invalid_image\] .+)"\}$', page, re.MULTILINE)
+    with pytest.raises(TaskError) as refused:
+        read_header(b"12345")
+    assert str(refused.value) == example
+    page = (ROOT / "docs" / "scores.md").read_text(encoding="utf-8")
+    figures = {"temperature": 1.096, "ece_before": 0.0928, "ece_after": 0.0929, "min_score": 0.252}
+    sentence = _calibrated({**figures, "label_ece": 0.0011, "false_answers": 1.0})
+    assert f"Release 1: {sentence}" in re.sub(r"\s+", " ", page)
 
 
 def test_every_exception_of_the_client_has_its_entry() -> None:

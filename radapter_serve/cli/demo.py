@@ -24,7 +24,7 @@ def demo(
     Args:
         settings: settings of the demo's models and folders.
         full: train an adapter for each of three tasks, evaluate them over alpha on all styles, and
-            compare with full fine-tuning and WiSE-FT; five to ten minutes.
+            compare with full fine-tuning and WiSE-FT; ten minutes or more.
         open: end with the playground, opened in a browser, until Ctrl-C; also needs the extra
             `playground`.
     """
@@ -32,11 +32,11 @@ def demo(
         check_installed("gradio", "demo,playground")
     # Print this before importing torch, which takes seconds.
     if full:
-        print("The whole demo takes five to ten minutes on two CPU cores.", flush=True)
+        print("The whole demo takes ten minutes or more on two CPU cores.", flush=True)
         from radapter_serve.demo.full import run_full as run_demo
     else:
         print(
-            "The demo takes about two minutes on two CPU cores. (--full, which takes five to ten,"
+            "The demo takes about two minutes on two CPU cores. (--full, which takes ten or more,"
             " trains for each task, evaluates on all styles, and compares with full fine-tuning.)",
             flush=True,
         )

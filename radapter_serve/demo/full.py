@@ -71,7 +71,7 @@ class Lesson:
 
 
 def run_full(settings: DemoSettings) -> dict[str, Any]:
-    """Run the full demo in five to ten minutes on two CPU cores; returns its results."""
+    """Run the full demo in ten minutes or more on two CPU cores; returns its results."""
     out = settings.out
     seed = settings.seed
     check_alpha(0.0 if settings.alpha is None else settings.alpha)
