@@ -52,18 +52,19 @@ class Site:
 
 @dataclass(frozen=True)
 class _Place:
-    """An adapted layer inside a block, by module names: the layer, the module whose output is the
-    layer's, and a norm that may follow.
+    """An adapted layer inside a block, by module names: the layer, its name in some of these
+    blocks, the module whose output is the layer's, and a norm that may follow.
     """
 
     layer: str
+    instead: str = ""
     output: str = ""  # by default the layer
     # By default no norm: after one, the adapter would not be the last linear map, as in the paper.
     norm: str = ""
 
 
 _NATIVE = (_Place("attn.out_proj", output="attn", norm="ln_attn"), _Place("mlp.c_proj"))
-_TIMM = (_Place("attn.proj"), _Place("mlp.fc2"))
+_TIMM = (_Place("attn.proj"), _Place("mlp.fc2", instead="mlp.w2"))  # w2 is ViTamin's
 _TIMM_POST_NORM = (_Place("attn.proj", norm="norm1"), _Place("mlp.fc2", norm="norm2"))
 _BERT = (_Place("attention.output.dense"), _Place("output.dense"))
 #: Places by the class of a block, whose code determines the order of its modules; other blocks have
@@ -166,8 +167,10 @@ def _in_towers(model: nn.Module, towers: Sequence[str]) -> tuple[list[Site], lis
                 continue
             for place in PLACES.get(f"{type(block).__module__}.{type(block).__qualname__}", ()):
                 modules = dict(block.named_modules())
-                key = f"{name}.{place.layer}"
-                layer = modules.get(place.layer)
+                is_other = place.instead and place.instead in modules
+                inner = place.instead if is_other else place.layer
+                key = f"{name}.{inner}"
+                layer = modules.get(inner)
                 norm = modules.get(place.norm) if place.norm else None
                 if not isinstance(layer, nn.Linear):
                     kind = "missing" if layer is None else type(layer).__name__

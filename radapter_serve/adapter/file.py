@@ -34,7 +34,7 @@ Template = Annotated[str, Field(pattern=r"\{\}")]
 #: Names in the state dict of each tower's last layer, which only the normalisation follows: a
 #: parameter [in, out] that is used as `x @ P`, or a linear layer.
 PROJECTIONS = {
-    "image": ("visual.proj", "visual.head.proj"),
+    "image": ("visual.proj", "visual.head.proj", "visual.trunk.head"),
     "text": ("text_projection", "text.text_projection", "text.proj"),
 }
 

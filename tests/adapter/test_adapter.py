@@ -48,7 +48,10 @@ VITS = ("vit", "vit-quickgelu", "vit-layer-scale", "vit-custom-blocks", "clipa")
 SITES = {
     **dict.fromkeys(VITS, IMAGE + CLIP),
     "coca": IMAGE + CUSTOM,
-    **dict.fromkeys(("siglip", "siglip2", "mobileclip-b", "eva02", "pe-core"), TIMM + CUSTOM),
+    **dict.fromkeys(
+        ("siglip", "siglip2", "mobileclip-b", "mobileclip2-l", "eva02", "pe-core"), TIMM + CUSTOM
+    ),
+    "vitamin": [*TIMM[:1], "visual.trunk.blocks.0.mlp.w2", *CUSTOM],
     **dict.fromkeys(("roberta", "xlm-roberta", "bert"), IMAGE + BERT),
     "mt5": IMAGE + MT5,
     "nllb": IMAGE + M2M,

@@ -44,7 +44,12 @@ TEXT_SITES = {
     **dict.fromkeys(("roberta", "xlm-roberta", "bert", "mt5"), None),
     "nllb": "text.proj",
 }
-NO_IMAGE_SITE = ("siglip", "siglip2", "mobileclip-b", "mobileclip-s", "eva02", "pe-core", "resnet")
+IMAGE_SITES = {
+    **dict.fromkeys(FAMILIES, "visual.proj"),
+    **dict.fromkeys(("mobileclip-b", "mobileclip2-l", "eva02", "pe-core"), "visual.trunk.head"),
+    "vitamin": "visual.head.proj",
+    **dict.fromkeys(("siglip", "siglip2", "mobileclip-s", "resnet"), None),
+}
 
 
 def mapped(embeds: Tensor, matrix: Tensor, alpha: float) -> Tensor:
@@ -135,7 +140,7 @@ def test_every_family_has_its_projections_or_is_refused_by_name(
     """Attached in either form and folded, an adapter maps the embeddings that the base makes."""
     base = load(family)
     text = TEXT_SITES[family]
-    image = None if family in NO_IMAGE_SITE else "visual.proj"
+    image = IMAGE_SITES[family]
     before = embedded(base)
     state = {key: value.clone() for key, value in base.model.state_dict().items()}
     for site, adapt, tower in (

@@ -23,7 +23,7 @@ from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 QUICK = ("roberta",)
 CROPPED = (
     *("vit", "vit-quickgelu", "vit-layer-scale", "vit-custom-blocks", "mobileclip-b", "eva02"),
-    *("pe-core", "resnet"),
+    *("pe-core", "resnet", "vitamin"),
 )
 NOT_IN_TENSORRT = {"Attention", "ReduceL2", "SequenceAt", "SplitToSequence"}
 TEXTS = ["a photo of a cat", "", "many words " * 60, "Sand, sea & sun"]

@@ -132,7 +132,20 @@ FAMILIES = {
         SIGLIP,
         {**HALF, "interpolation": "bilinear"},
     ),
-    "mobileclip-b": Family("MobileCLIP-B", _timm("small_mobileclip_b"), config=CUSTOM),
+    "mobileclip-b": Family(
+        "MobileCLIP-B, MobileCLIP2-B", _timm("small_mobileclip_b"), config=CUSTOM
+    ),
+    "mobileclip2-l": Family(
+        "MobileCLIP2-L-14",
+        _timm("small_mobileclip2_l"),
+        {**TEXT, "no_causal_mask": True},
+        CUSTOM,
+    ),
+    "vitamin": Family(
+        "ViTamin-B, ViTamin-L",
+        _timm("small_vitamin", pool="", timm_proj="linear", timm_drop_path=0.1),
+        config=CUSTOM,
+    ),
     "eva02": Family("EVA02-B-16", _timm("small_eva02"), config=CUSTOM),
     "pe-core": Family(
         "PE-Core-B-16",
@@ -282,16 +295,29 @@ def _register() -> None:
         register_model,
         vision_transformer,
         vision_transformer_hybrid,
+        vitamin,
     )
 
     small = {"img_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 2}
     stages = {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64)}
+    stem = vitamin.VitCfg(
+        embed_dim=(16, 32, 64),
+        depths=(1, 1, 1),
+        stem_width=16,
+        conv_cfg=vitamin.VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6),
+        head_type="1d",
+    )
     makers = {
         "small_siglip": (vision_transformer.vit_base_patch16_siglip_224, small),
         "small_mobileclip_b": (
             vision_transformer_hybrid.vit_base_mci_224,
             {"img_size": 32, "depth": 1},
         ),
+        "small_mobileclip2_l": (
+            vision_transformer.vit_large_patch14_clip_224,
+            small | {"patch_size": 16},
+        ),
+        "small_vitamin": (vitamin.vitamin_base_224, {**small, "embed_cfg": stem}),
         "small_eva02": (eva.eva02_base_patch16_clip_224, small),
         "small_pe_core": (eva.vit_pe_core_tiny_patch16_384, {**small, "attn_pool_num_heads": 2}),
         "small_mobileclip_s": (fastvit.fastvit_mci0, stages),
