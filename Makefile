@@ -45,7 +45,7 @@ test-integrations: $(VENV)/installed-$(call with,integrations)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "integration and not slow and not triton" --numprocesses $(WORKERS) --dist loadfile $(TESTS)
 
 # Tests with a real tritonserver, the longest first. Two servers at a time keep two cores busy.
-TRITON := tests/test_readme.py tests/*/
+TRITON := tests/test_readme.py tests/test_examples.py tests/*/
 test-triton: $(VENV)/installed-$(call with,integrations)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "triton and not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TRITON)
 

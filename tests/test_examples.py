@@ -1,16 +1,148 @@
-"""The examples run."""
+"""The examples run, and print what the models answer."""
+
+from __future__ import annotations
 
 import runpy
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from urllib.request import urlopen
 
+import numpy as np
+import pytest
+
+from radapter_client import Client
+from radapter_serve import Model
+from radapter_serve.encoders.loaded import load_release
+from radapter_serve.index.build import build
+from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.asking import needs_triton
 from tests.helpers.graphs import quick_exports
 from tests.helpers.small_release import png
+from tests.helpers.ways import in_process
 
 SHOPS = 3  # ten take a minute
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_ten_tenants(tiny_clip_dir, common, tmp_path, monkeypatch, capsys):
+def function(example: str, name: str = "main") -> Callable[..., Any]:
+    found: Callable[..., Any] = runpy.run_path(str(EXAMPLES / f"{example}.py"))[name]
+    return found
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Five photos that lie on their side, two of the same name."""
+    folder = tmp_path / "photos"
+    for number, place in enumerate(("a.png", "b.png", "c.png", "old/a.png", "old/d.png")):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_bytes(png(number, 40, 30, turn=6))
+    return folder
+
+
+def test_every_example_fits_a_screen() -> None:
+    files = list(EXAMPLES.glob("*.py"))
+    assert len(files) == 5
+    for path in files:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 40, path.name
+
+
+def test_photos_are_sorted_by_label(
+    repository: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_repository").symlink_to(repository)
+    function("classify_folder")(photos, Path("sorted"), "red", "green")
+    expected = set()
+    with Model(repository) as model:
+        for path in photos.rglob("*.png"):
+            answer = model.classify(path, ["red", "green"])
+            label = answer.top if answer.scores[0] >= 0.8 else "unsure"
+            expected.add(f"{label}/{'-'.join(path.relative_to(photos).parts)}")
+    written = Path("sorted").rglob("*.png")
+    assert {path.relative_to("sorted").as_posix() for path in written} == expected
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_a_search_page_shows_what_a_search_finds(
+    repository: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_repository").symlink_to(repository)
+    build(str(photos), Path("indexes/photos"), load_release(repository))
+    server = function("search_page", "page_server")("photos", 0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}"
+        with urlopen(address) as answer:
+            empty = answer.read().decode()
+        query = '"> <b>red</b>'
+        with urlopen(f"{address}/?q={quote(query)}") as answer:
+            page = answer.read().decode()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert "<form>" in empty and "<img" not in empty
+    with Model(repository) as model:
+        hits = model.search(query, index="photos")
+    places = [page.index(f"{hit.id} {hit.score:.3f}") for hit in hits]
+    assert len(places) == 5 and places == sorted(places)
+    assert page.count('src="data:image/jpeg;base64,/9j/') == 5
+    assert "<b>" not in page
+
+
+@pytest.mark.triton
+@needs_triton
+def test_the_encoders_alone_answer_a_client_that_makes_pixels_and_tokens(
+    server: TritonServer,
+    repository: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = ["red", "a Striped thing, isn't it?", "azure " * 100]
+    photo = photos / "a.png"
+    arguments = [server.grpc_url.removeprefix("grpc://"), repository / "classify/2", photo, *texts]
+    monkeypatch.setattr("sys.argv", ["triton_encoders.py", *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / "triton_encoders.py"))
+    with Client(server.http_url) as client:
+        cosines = client.embed_texts(texts) @ client.embed_images(photo)
+    expected = [f"{text}: {cosine:.4f}" for text, cosine in zip(texts, cosines, strict=True)]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+@pytest.mark.integration
+def test_the_client_of_openai_finds_the_photo_of_a_text(
+    repository: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["red", "a striped thing"]
+    with in_process(repository, Path("indexes")) as running:
+        function("openai_embeddings")(f"{running.url}/v1", photos, *texts)
+    paths = sorted(photos.rglob("*.png"))
+    with Model(repository) as model:
+        cosines = model.embed_texts(texts) @ model.embed_images(paths).T
+    expected = [
+        f"{text}: {paths[int(np.argmax(row))]} ({row.max():.3f})"
+        for text, row in zip(texts, cosines, strict=True)
+    ]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_ten_tenants(
+    tiny_clip_dir: str,
+    common: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for shop in range(SHOPS):
         for label in ("cat", "dog"):
             folder = tmp_path / "shops" / f"shop-{shop}" / f"{label} of shop {shop}"
@@ -19,9 +151,8 @@ def test_ten_tenants(tiny_clip_dir, common, tmp_path, monkeypatch, capsys):
                 (folder / f"{number}.png").write_bytes(png(100 * shop + number + len(label)))
     (tmp_path / "photo.png").write_bytes(png(1))
     monkeypatch.chdir(tmp_path)
-    main = runpy.run_path(str(EXAMPLES / "ten_tenants.py"))["main"]
     with quick_exports(common):
-        main(Path("shops"), Path("photo.png"), tiny_clip_dir)
+        function("ten_tenants")(Path("shops"), Path("photo.png"), tiny_clip_dir)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == SHOPS
     for shop, line in enumerate(lines):
