@@ -46,8 +46,9 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import require_images
 from radapter_serve.contract.labels import SAME, indistinguishable
 from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
-from radapter_serve.encoders.loaded import LoadedRelease, complete
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.plans import PLAN, write_plan
 from radapter_serve.encoders.tensorrt import find_gpu, import_tensorrt
 from radapter_serve.errors import RAdapterError

@@ -24,8 +24,9 @@ from radapter_serve.clip.towers import (
 )
 from radapter_serve.contract.labels import check_names
 from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.labels import LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease, complete
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.sources import CLASSES
