@@ -50,6 +50,8 @@ class Receipt:
         release: version of the release.
         adapter: name of the adapter beside the release; None for the release itself.
         alpha: of the adapter if there is one, else of the release, in [0, 1].
+        mapped: recall@10 of an index that was mapped from another image tower (`radapter-index
+            map`), in [0, 1]; None of any other index and task.
 
     Example: `client.classify("cat.jpg", ["a cat"], adapter="anna").receipt.adapter`
     """
@@ -57,6 +59,7 @@ class Receipt:
     release: int
     adapter: str | None
     alpha: float
+    mapped: float | None = None
 
     @classmethod
     def read(cls, text: str) -> Receipt:
@@ -65,7 +68,13 @@ class Receipt:
         adapter = facts["adapter"]
         if not (adapter is None or (isinstance(adapter, str) and adapter)):
             raise ValueError(f"the receipt names the adapter {adapter!r:.80}")
-        return cls(int(facts["release"]), adapter, float(facts["alpha"]))
+        mapped = facts.get("mapped")
+        return cls(
+            int(facts["release"]),
+            adapter,
+            float(facts["alpha"]),
+            None if mapped is None else float(mapped),
+        )
 
 
 @dataclass(frozen=True, repr=False)

@@ -36,7 +36,6 @@ from radapter_serve.contract.labels import (
     check_names,
     is_name,
     join_label,
-    merge_same_names,
     read_label_file,
     split_label,
 )
@@ -277,10 +276,14 @@ def _label_sets(
             raise RAdapterError(f"{name!r} can't be the name of a label set; {RULE}")
         label_sets[name] = read_label_set(path, dynamic_alpha=dynamic_alpha)
     if classes and CLASSES not in label_sets:
-        label_sets[CLASSES] = LabelFile(merge_same_names(classes))
+        # Classes of the same name become one label, as an image scores both alike.
+        lines: dict[str, str] = {}
+        for line in classes:
+            lines.setdefault((split_label(line) or [""])[0], line)
+        label_sets[CLASSES] = LabelFile(list(lines.values()))
     for name, file in label_sets.items():
         try:
-            check_names(file.labels, distinct=name in paths)
+            check_names(file.labels)
         except TaskError as error:
             where = paths.get(name, f"the run's classes (give others with --label-set {name}=FILE)")
             raise RAdapterError(f"{where}: {error.message}") from error

@@ -26,11 +26,13 @@ from radapter_serve.process import handled
 
 if TYPE_CHECKING:
     from radapter_serve.encoders.loaded import LoadedRelease
+    from radapter_serve.index.facts import Mapped
 
 PROG = "radapter-index"
 FIRST = {
     "build": ("source", "out", "from_embeddings", "rows", "model_repository", "url", "on_broken"),
     "add": ("source", "out", "prune", "on_broken"),
+    "map": ("out", "model_repository", "url", "sample", "min_recall", "embed"),
 }
 _NAMED = 10  # most ids in a printed list
 
@@ -90,8 +92,7 @@ def build(
         raise RAdapterError("give a SOURCE of images, or --from-embeddings FILE.npy")
     if (rows is None) != (from_embeddings is None):
         raise RAdapterError("--from-embeddings FILE.npy and --rows TABLE go together")
-    origin = {"url": url} if url else {"model_repository": model_repository}
-    with closing(release_at(origin)) as loaded:
+    with closing(release_at(_origin(url, model_repository))) as loaded:
         if alpha is not None:
             loaded = loaded.at(alpha)
         _print_embedder(loaded)
@@ -186,6 +187,76 @@ def add(
     _print_summary(summary, out)
 
 
+def map_(
+    out: tyro.conf.Positional[Path],
+    *,
+    model_repository: str = "model_repository",
+    url: str | None = None,
+    alpha: float | None = None,
+    sample: int = 1000,
+    min_recall: float = 0.8,
+    embed: bool = False,
+) -> None:
+    """Map an index of another release to this one's image tower, in place of embedding all images.
+
+    A sample of the images is embedded, and a linear map from the old embeddings to the new ones
+    maps all others. Of images that the map was not fitted on, the command says how many of the ten
+    nearest a search finds (recall@10). `radapter-index build` embeds all images when you give it,
+    and the mapped index is searched until it is complete.
+
+    Args:
+        out: folder of the index.
+        model_repository: its served release embeds the sample; DIR@N for release N.
+        url: a live server that embeds the sample instead.
+        alpha: as of radapter-index build.
+        sample: images of the index to embed, from 100 to 10,000, drawn at random.
+        min_recall: least recall@10 by image and by text, from 0 to 1; the index stays as it is if
+            it is lower.
+        embed: then embed all images, and replace the mapped index when that is complete.
+    """
+    from radapter_serve.encoders.loaded import release_at
+    from radapter_serve.index.build import build
+    from radapter_serve.index.index import current
+    from radapter_serve.index.mapping import map_index
+
+    with closing(release_at(_origin(url, model_repository))) as loaded:
+        if alpha is not None:
+            loaded = loaded.at(alpha)
+        _print_embedder(loaded)
+        with _progress("embedding") as progress:
+            mapped = map_index(out, loaded, sample=sample, min_recall=min_recall, progress=progress)
+        plan = current(out)[1].plan
+        print(f"{out}: mapped {_mapped(mapped)}")
+        if not embed:
+            print(f"\nembed all images:   {plan.command(out, loaded)}")
+            return
+        with _progress("embedding") as progress:
+            summary = build(
+                plan.source,
+                out,
+                loaded,
+                image_column=plan.image_column,
+                thumbnails=plan.thumbnails,
+                exif_orientation=plan.exif_orientation,
+                on_broken=plan.on_broken,
+                progress=progress,
+            )
+    _print_summary(summary, out)
+
+
+def _mapped(mapped: Mapped) -> str:
+    made_by = mapped.release
+    return (
+        f"from {made_by.architecture} at alpha {made_by.alpha:g}, release {made_by.version}:"
+        f" recall@10 {mapped.by_image:.2f} by image, {mapped.by_text:.2f} by text, among"
+        f" {mapped.sample:,} images that were held out"
+    )
+
+
+def _origin(url: str | None, model_repository: str) -> dict[str, str]:
+    return {"url": url} if url else {"model_repository": model_repository}
+
+
 def info(out: tyro.conf.Positional[Path]) -> None:
     """Show the contents of an index, and the release that made it.
 
@@ -203,6 +274,7 @@ def info(out: tyro.conf.Positional[Path]) -> None:
             f"approximate, recall@10 {facts.nearest.recall:.3f}" if facts.nearest else "exact"
         ),
         "columns": ", ".join(facts.columns),
+        "mapped": "" if facts.mapped is None else _mapped(facts.mapped),
         "release": (
             f"{plan.release.architecture} at alpha {plan.release.alpha:g}, {plan.release.precision}"
         ),
@@ -215,7 +287,8 @@ def info(out: tyro.conf.Positional[Path]) -> None:
         "changed": facts.changed,
     }
     for name, value in rows.items():
-        print(f"{name:<16}{value}")
+        if value:
+            print(f"{name:<16}{value}")
 
 
 def verify(out: tyro.conf.Positional[Path]) -> int:
@@ -286,6 +359,7 @@ def link(url: tyro.conf.Positional[str], out: Path) -> None:
 COMMANDS: dict[str, Any] = {
     "build": build,
     "add": add,
+    "map": map_,
     "info": info,
     "verify": verify,
     "publish": publish,

@@ -325,6 +325,11 @@ def search(
             **vars(point),
         )
         used = client.release().version if save is not None else None
+    if hits.receipt is not None and hits.receipt.mapped is not None:
+        note(
+            f"the index {index} is mapped from another image tower, recall@10"
+            f" {hits.receipt.mapped:.2f}, until radapter-index build embeds its images"
+        )
     if save is not None:
         from radapter_serve.cli.gallery import page
 

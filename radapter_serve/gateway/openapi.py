@@ -194,7 +194,8 @@ _WHOLE: Schema = {"type": "integer"}
 _RECEIPT: Schema = {
     "description": (
         "JSON with the release, the adapter (null without one) and the alpha of the answer, if all"
-        " rows have the same; a task's JSON has it in its parameters, too."
+        " rows have the same, and mapped, the recall of a mapped index; a task's JSON has it in its"
+        " parameters, too."
     ),
     "schema": {"type": "string"},
 }

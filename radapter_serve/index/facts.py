@@ -135,11 +135,20 @@ class Plan:
             command += ["--image-column", self.image_column]
         if self.on_broken != "refuse":
             command += ["--on-broken", self.on_broken]
+        return shlex.join(command + self._flags(loaded))
+
+    def map_command(self, out: Path, loaded: LoadedRelease) -> str:
+        """Command that maps the index to the image tower of `loaded`."""
+        return shlex.join(["radapter-index", "map", str(out), *self._flags(loaded)])
+
+    def _flags(self, loaded: LoadedRelease | None) -> list[str]:
+        """Flags of a command that name the release."""
+        flags = []
         for name, place in (loaded.origin if loaded else self.origin).items():
-            command += [f"--{name.replace('_', '-')}", place]
+            flags += [f"--{name.replace('_', '-')}", place]
         if (loaded.release if loaded else self.release).dynamic_alpha:
-            command += ["--alpha", f"{self.release.alpha:g}"]
-        return shlex.join(command)
+            flags += ["--alpha", f"{self.release.alpha:g}"]
+        return flags
 
 
 _DECIDING = {
@@ -171,6 +180,21 @@ class NearestFacts:
 
 
 @dataclass(frozen=True)
+class Mapped:
+    """How well the embeddings of an index are mapped from those of another image tower."""
+
+    release: MadeBy  # embedded the images
+    sample: int  # images that were embedded again, to fit and to measure the map
+    by_image: float  # recall@10 of a search by image, on images that the fit did not see
+    by_text: float  # the same of a search by text
+
+    @property
+    def recall(self) -> float:
+        """The lower recall."""
+        return min(self.by_image, self.by_text)
+
+
+@dataclass(frozen=True)
 class IndexFacts:
     """The facts of a generation of an index."""
 
@@ -182,6 +206,7 @@ class IndexFacts:
     rate: float | None  # images embedded a second by the last build; None if it embedded none
     created: str  # time of the first build, in UTC, ISO 8601
     changed: str
+    mapped: Mapped | None = None  # None if the release of the plan has embedded every image
     format: int = FORMAT
 
     def to_json(self) -> str:

@@ -199,6 +199,10 @@ class FolderIndex(Index):
         """Schema of the columns and the thumbnails."""
         return self._table.schema
 
+    def table(self, columns: Sequence[str]) -> pa.Table:
+        """Columns of all images, mapped."""
+        return self._table.select(list(columns))
+
     def rows(self, columns: Sequence[str], batch: int) -> Iterator[pa.RecordBatch]:
         """Read columns of all images, also `vector`, in batches of at most `batch` rows."""
         names = [name for name in columns if name != VECTOR]

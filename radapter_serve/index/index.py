@@ -117,7 +117,10 @@ class Indexes:
                 again = "build the index that was published again, and publish that"
             else:
                 folder = index.folder.absolute()
-                again = f"build it again: {index.facts.plan.command(folder, self._loaded)}"
+                plan = index.facts.plan
+                again = f"build it again: {plan.command(folder, self._loaded)}"
+                if not plan.rows:
+                    again += f", or first map it: {plan.map_command(folder, self._loaded)}"
             print(f"the index {index.name!r} {why}; {again}", file=sys.stderr)
         raise TaskError(
             INDEX_MISMATCH,

@@ -95,7 +95,7 @@ def writing(
                 yield Writer(folder, plan, loaded, out, columns, resume=resume, extend=extend)
                 shutil.rmtree(folder)
         except BaseException as error:
-            if not _parts_in(folder):
+            if not parts_in(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             kept = "the embeddings so far are kept: give the same command again to continue"
@@ -106,8 +106,35 @@ def writing(
             raise
 
 
-def _parts_in(folder: Path) -> list[Path]:
+def parts_in(folder: Path) -> list[Path]:
+    """The files of a stopped build, in their order."""
     return sorted(folder.glob("*.parquet"))
+
+
+def write_generation(
+    place: Path,
+    out: Path,
+    facts: IndexFacts,
+    rows: Iterable[pa.RecordBatch],
+    loaded: LoadedRelease,
+) -> IndexFacts:
+    """Write rows into the folder `place` and make it the current generation of an index; returns
+    the facts with those of its files.
+    """
+    shutil.rmtree(place, ignore_errors=True)  # left by a stopped command
+    place.mkdir()
+    write_table(place, rows, (facts.count, facts.plan.release.embed_dim))
+    nearest = None
+    if facts.count > EXACT:
+        vectors = np.asarray(np.load(place / VECTORS, mmap_mode="r", allow_pickle=False))
+        nearest = write_neighbours(place, vectors, loaded.embed_texts)
+    facts = dataclasses.replace(facts, files=describe_files(place), nearest=nearest, changed=_now())
+    install(place, out, facts, KEEP)
+    return facts
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 class _KnownRow(NamedTuple):
@@ -154,12 +181,15 @@ class Writer:
                 with contextlib.suppress(RAdapterError):
                     base = FolderIndex(out, complete=True, codes=False)
                     self._has_codes = False
-        if base is not None and base.facts.plan.differences(plan):
-            base = None
+        # A build embeds the images of a mapped one; an addition takes them as they are.
+        if base is not None:
+            is_mapped = base.facts.mapped is not None and not extend
+            if is_mapped or base.facts.plan.differences(plan):
+                base = None
         self._base = base
 
         # Take over the rows of a stopped command.
-        if resume and _parts_in(folder):
+        if resume and parts_in(folder):
             try:
                 values = json.loads((folder / _PLAN).read_bytes())
                 stopped = checker(Plan).validate_python(values)
@@ -176,7 +206,7 @@ class Writer:
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_text(folder / _PLAN, json.dumps(dataclasses.asdict(plan)))
-        self._parts = _parts_in(folder)
+        self._parts = parts_in(folder)
 
         if base is None:
             schema = pa.schema(
@@ -258,27 +288,19 @@ class Writer:
             summary.changed = False
             nearest = base.facts.nearest
         else:
-            place = self._folder / "new"
-            shutil.rmtree(place, ignore_errors=True)  # left by a stopped command
-            place.mkdir()
-            write_table(place, rows, (summary.count, self._plan.release.embed_dim))
-            nearest = None
-            if summary.count > EXACT:
-                vectors = np.asarray(np.load(place / VECTORS, mmap_mode="r", allow_pickle=False))
-                nearest = write_neighbours(place, vectors, self._loaded.embed_texts)
-
-            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             facts = IndexFacts(
                 plan=self._plan,
                 count=summary.count,
                 columns=[name for name in self.schema.names if name not in (VECTOR, THUMBNAIL)],
-                files=describe_files(place),
-                nearest=nearest,
+                files={},
+                nearest=None,
                 rate=summary.rate or (base.facts.rate if base else None),
-                created=base.facts.created if base else now,
-                changed=now,
+                created=base.facts.created if base else _now(),
+                changed="",
+                mapped=base.facts.mapped if base else None,
             )
-            install(place, self._out, facts, KEEP)
+            facts = write_generation(self._folder / "new", self._out, facts, rows, self._loaded)
+            nearest = facts.nearest
         lines = [f"{id}\t{why}\n" for id, why in sorted(summary.broken.items())]
         write_text(self._out / BROKEN, "".join(lines))
         summary.recall = nearest.recall if nearest else None
@@ -380,7 +402,10 @@ class Writer:
         for number, values in enumerate(rows, start):
             row = _KnownRow(values["digest"], self._hash(values), part, number)
             self.known[values["path"]] = row
-            self._by_digest[row.digest] = row
+            # A mapped embedding stays that of its file, and is not taken for a copy of the file.
+            is_mapped = part == _BASE and self._base is not None and self._base.facts.mapped
+            if not is_mapped:
+                self._by_digest[row.digest] = row
 
     def _hash(self, row: Mapping[str, Any]) -> int:
         return hash(repr([row.get(name) for name in self.metadata]))

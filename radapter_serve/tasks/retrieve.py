@@ -17,7 +17,7 @@ from radapter_serve.contract.errors import (
     invalid,
 )
 from radapter_serve.contract.images import ImageFile
-from radapter_serve.encoders.loaded import Place, TaskSteps
+from radapter_serve.encoders.loaded import Place, Steps
 from radapter_serve.index.facts import Hit
 from radapter_serve.index.index import Indexes
 from radapter_serve.release.release import HOW
@@ -99,11 +99,12 @@ class Retrieved:
     index_version: str
     thumbnails: bool
     place: Place  # of the texts
+    mapped: float | None = None  # recall@10 of a mapped index
 
 
 def retrieve(
     indexes: Indexes, request: RetrieveRequest, cancelled: Cancelled | None = None
-) -> TaskSteps[Retrieved]:
+) -> Steps[Retrieved]:
     """Search an index for the images nearest to a query; raises a `TaskError` on failure."""
     index, loaded = indexes.get(request.index, cancelled)
     if request.index_version not in (None, index.generation):
@@ -166,4 +167,6 @@ def retrieve(
         min_score=min_score,
         cancelled=cancelled,
     )
-    return Retrieved(hits, index.generation, request.thumbnails, place)
+    mapped = index.facts.mapped
+    recall = None if mapped is None else mapped.recall
+    return Retrieved(hits, index.generation, request.thumbnails, place, recall)

@@ -241,6 +241,11 @@ def open_vectors(
     if recipe.embeddings is None:
         index = FolderIndex(Path(recipe.data.partition(":")[2]), codes=False)
         source = f"the index {index.folder}"
+        if index.facts.mapped is not None:
+            raise RAdapterError(
+                f"{source} is mapped, and training needs embeddings of the model itself; embed its"
+                f" images: {index.facts.plan.command(index.folder)}"
+            )
         array = index.vectors
         ids = [id for batch in index.rows(["path"], 1000) for id in batch["path"].to_pylist()]
     else:

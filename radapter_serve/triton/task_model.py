@@ -24,9 +24,8 @@ from radapter_serve.contract.errors import (
     task_error,
 )
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.encoders.batcher import run_together
 from radapter_serve.encoders.labels import load_label_sets
-from radapter_serve.encoders.loaded import LoadedRelease, TaskSteps
+from radapter_serve.encoders.loaded import LoadedRelease, Steps, run_together
 from radapter_serve.process import INDEXES
 from radapter_serve.release.config import read_config
 from radapter_serve.release.release import FILE, Release
@@ -68,7 +67,7 @@ class TritonPythonModel:
         task = TASKS[self.task]
 
         # From tensors to typed requests; one request may become several.
-        rows: list[TaskSteps[Any]] = []
+        steps: list[Steps[Any]] = []
         owners: list[list[Any]] = []  # where the answer of each belongs
         parts: list[list[Any]] = [[] for _ in requests]  # answers and errors of each request
         for request, own in zip(requests, parts, strict=True):
@@ -84,11 +83,11 @@ class TritonPythonModel:
                 own.append(task_error(error))
                 continue
             cancelled = cancelled_by(request)
-            rows += [self._run(row, cancelled) for row in typed]
+            steps += [self._run(row, cancelled) for row in typed]
             owners += [own] * len(typed)
 
         # Run all of them together, and convert their answers to tensors.
-        for own, part in zip(owners, run_together(rows), strict=True):
+        for own, part in zip(owners, run_together(steps), strict=True):
             own.append(part)
         results: list[Mapping[str, NDArray[Any]] | TaskError] = []
         for own in parts:

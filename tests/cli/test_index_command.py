@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from radapter_serve.cli import query
 from radapter_serve.cli import release as release_command
 from radapter_serve.cli.index import main
 from radapter_serve.encoders.loaded import LoadedRelease
@@ -104,6 +105,38 @@ def test_build_at_an_alpha_without_torch(
     assert main(["build", "photos", "--out", "indexes/other", "--alpha", "0.5"]) == 2
     assert "exported at alpha 0.8; radapter-export --alpha dynamic" in capsys.readouterr().err
     assert not Path("indexes/other").exists()
+
+
+def test_map_then_the_printed_build(
+    exported_tiny_clip: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos_in(place / "many", 120, 8, 8)
+    first, second = (["--model-repository", f"model_repository@{number}"] for number in (1, 2))
+    assert main(["build", "many", "--out", "indexes/many", *first]) == 0
+    search = ["search", "a red bicycle", "--index", "many", "--release", "2"]
+    search += ["--model", "model_repository"]
+    capsys.readouterr()
+    assert query.main(search) == 2
+    assert "radapter-index map" in capsys.readouterr().err
+    command = ["map", "indexes/many", *second, "--sample", "100", "--min-recall"]
+    assert main([*command, "1"]) == 2
+    assert "--min-recall is 1; build the index again" in capsys.readouterr().err
+    assert main([*command, "0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "mapped from " in said and "release 1: recall@10 " in said
+    assert main(["info", "indexes/many"]) == 0
+    assert "among 100 images that were held out" in capsys.readouterr().out
+    assert query.main(search) == 0
+    assert "note: the index many is mapped from another image tower" in capsys.readouterr().err
+
+    # The build that it prints embeds all images, and so does --embed.
+    [build] = re.findall("radapter-index (build.*)", said)
+    assert main(shlex.split(build)) == 0
+    assert "120 images (120 embedded)" in capsys.readouterr().out
+    assert current(Path("indexes/many"))[1].mapped is None
+    back = ["map", "indexes/many", *first, "--sample", "100", "--min-recall", "0.5", "--embed"]
+    assert main(back) == 0
+    assert "120 images (120 embedded)" in capsys.readouterr().out
 
 
 def printed(said: str) -> list[str]:

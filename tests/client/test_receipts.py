@@ -169,6 +169,13 @@ def test_an_empty_name_is_no_request_for_the_release_itself() -> None:
             ask("classify", ANNA, adapter=name)
 
 
+def test_a_search_says_how_well_its_index_is_mapped() -> None:
+    assert ask("search", {**BASE, "mapped": 0.875}).receipt.mapped == 0.875
+    assert ask("search", BASE).receipt.mapped is None
+    with pytest.raises(ServerError, match="answers, but not as Triton does"):
+        ask("search", {**BASE, "mapped": "well"})
+
+
 def test_an_older_server_without_receipts_is_searched() -> None:
     class Older(Recorder):
         def send(self, request: Request, timeout: float) -> Any:

@@ -15,11 +15,12 @@ from radapter_client import RAdapterClientError
 from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import ENCODER_FAILED, OVERLOADED, TaskError
 from radapter_serve.contract.images import read_headers
-from radapter_serve.encoders.batcher import complete, encode_together
 from radapter_serve.encoders.loaded import (
     LoadedRelease,
     Need,
-    TaskSteps,
+    Steps,
+    complete,
+    encode_together,
     load_release,
     served_release,
 )
@@ -107,11 +108,11 @@ def test_nobody_there() -> None:
     assert not isinstance(error.value, RAdapterClientError)
 
 
-def images(loaded: LoadedRelease, *data: bytes) -> TaskSteps[Any]:
+def images(loaded: LoadedRelease, *data: bytes) -> Steps[Any]:
     return embed_images(loaded, EmbedImagesRequest(data))
 
 
-def texts(loaded: LoadedRelease, *values: str, alpha: float | None = None) -> TaskSteps[Any]:
+def texts(loaded: LoadedRelease, *values: str, alpha: float | None = None) -> Steps[Any]:
     return embed_texts(loaded, EmbedTextsRequest(values, Point(alpha=alpha)))
 
 
@@ -225,7 +226,7 @@ def test_an_error_reaches_its_own_task_alone(
 ) -> None:
     """One of the encoder, which a task may catch, and a fault of a task, which the log has."""
 
-    def task(*, fails: bool = False) -> TaskSteps[str]:
+    def task(*, fails: bool = False) -> Steps[str]:
         try:
             yield from local.loaded.encoded("tokens", [[1]])
         except TaskError as error:
@@ -249,7 +250,7 @@ def test_an_error_reaches_its_own_task_alone(
 def test_where_the_encoder_takes_nobody_all_tasks_end(local: Local) -> None:
     ended = []
 
-    def task() -> TaskSteps[None]:
+    def task() -> Steps[None]:
         try:
             yield from local.loaded.encoded("tokens", [[1]])
         finally:
@@ -266,7 +267,7 @@ def test_where_the_encoder_takes_nobody_all_tasks_end(local: Local) -> None:
 def test_tasks_with_many_rows_leave_turns_to_others(local: Local) -> None:
     sizes: list[int] = []
 
-    def task() -> TaskSteps[int]:
+    def task() -> Steps[int]:
         rows = yield from local.loaded.encoded("tokens", [[1]] * 100)
         return len(rows)
 

@@ -42,6 +42,7 @@ from radapter_serve.training.projection import (
     learn,
 )
 from tests.helpers.by_hand import mpm_nce_by_hand, pairwise_by_hand
+from tests.helpers.indexes import said, say
 from tests.helpers.small_models import make_base
 from tests.training.test_several_labels import several
 from tests.training.test_wiring import captioned
@@ -372,6 +373,14 @@ def test_an_index_trains_for_the_model_that_made_it_alone(
         out = tmp_path / "refused"
         with pytest.raises(RAdapterError, match="made by another model: release 1 of .* alpha 0.3"):
             train(dataclasses.replace(of_index, architecture=other, out=out))
+    facts = said(tmp_path / "index")
+    mapped = {"release": facts["plan"]["release"], "sample": 100, "by_image": 1, "by_text": 1}
+    say(tmp_path / "index", {**facts, "mapped": mapped})
+    with pytest.raises(
+        RAdapterError, match="is mapped, .*; embed its images: radapter-index build"
+    ):
+        train(dataclasses.replace(of_index, out=tmp_path / "refused"))
+    say(tmp_path / "index", facts)
     words = "has no column 'colour'; its columns: .*, label; see --label-column"
     with pytest.raises(RAdapterError, match=words):
         train(dataclasses.replace(of_index, label_column="colour", out=tmp_path / "refused"))
