@@ -198,7 +198,21 @@ def open_set(
     mapping = None
     data: Images | None
     if run is not None:
-        data = validation_data(run.source, run.classes, broken=[])
+        try:
+            data = validation_data(run.source, run.classes, broken=[])
+        except RAdapterError as error:
+            # A run names its data relative to the folder where it was trained.
+            reader, _, path = (run.source.val_data or run.source.data).partition(":")
+            places = [run.source.images, run.source.classes]
+            if reader in _READERS_OF_PATHS and "://" not in path:
+                places.append(Path(path.partition("@")[0]))
+            if any(place and not (place.is_absolute() or place.exists()) for place in places):
+                raise RAdapterError(
+                    f"{error}. A run's data is named relative to the folder where it was trained,"
+                    f" and was looked for in {Path.cwd()}: start there, or name other data with"
+                    " --validation of radapter-export or --suite of radapter-eval"
+                ) from error
+            raise
         assert data is not None  # own_validation has checked it
         if run.held_out is not None and not run.source.val_data:
             check_held_out(data, run.held_out, run.source.data)

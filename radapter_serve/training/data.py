@@ -152,6 +152,11 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
         tried(lambda: recipe.resolved(len(opened.rows), processes))
     if problems or opened is None:
         problems = list(dict.fromkeys(problems))
+        if recipe.resume:
+            problems[-1] += (
+                f"; a resumed run looks for relative places in {Path.cwd()}, so start it where it"
+                " began"
+            )
         if len(problems) == 1:
             raise RAdapterError(problems[0])
         lines = "".join(f"\n  - {problem}" for problem in problems)

@@ -207,6 +207,24 @@ def validation_set(recipe: Recipe, classes: list[str] | None) -> Any:
     return open_set(suite, suite.entries[0])
 
 
+@pytest.mark.parametrize("missing", ["imagefolder:{}@val", "csv:{}.csv", "classes"])
+def test_a_runs_data_that_is_missing_says_in_which_folder_it_was_looked_for(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = f"looked for in {tmp_path}: start there, or name other data with --validation"
+    for place, where in (("elsewhere", relative), (str(tmp_path / "elsewhere"), "")):
+        if missing == "classes":
+            recipe = Recipe(data="", val_data=f"imagefolder:{images}", classes=Path(place))
+        else:
+            recipe = Recipe(data="", val_data=missing.format(place))
+        with pytest.raises(RAdapterError, match="elsewhere") as caught:
+            validation_set(recipe, None)
+        assert ("looked for" in str(caught.value)) == bool(where) and where in str(caught.value)
+    with pytest.raises(RAdapterError, match=f"places in {tmp_path}, so start it where it began"):
+        opened(Recipe(data="imagefolder:elsewhere", resume=True))
+
+
 def test_validation_data_is_evaluated_among_all_classes_of_the_run(
     images: Path, tmp_path: Path
 ) -> None:
