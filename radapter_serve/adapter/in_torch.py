@@ -51,7 +51,7 @@ def base_facts(
         "embed_dim": int(base.config["embed_dim"]),
         "logit_scale": scale,
         "logit_bias": bias,
-        "dense": None if dense is None else {"way": dense, "grid": grid},
+        "dense": None if dense is None else {"method": dense, "grid": grid},
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -127,7 +127,7 @@ def load_in_torch(
         names = (*facts, "image_tower", "text_tower", "adapters", "confidence")
         facts = {name: getattr(exported, name) for name in names}
         exif_orientation = exported.preprocess.get("exif_orientation", True)
-        dense = dense or (exported.dense or {}).get("way")
+        dense = dense or (exported.dense or {}).get("method")
     elif dense is None and source.dense != "none":
         dense = source.dense
     to_device(base.model, device)

@@ -80,10 +80,10 @@ class Candidate:
     def dense_method(self, dense: str | None) -> str:
         """The dense method, by default the model's; an error if the model lacks it."""
         release = self.loaded.release
-        own = (release.dense or {}).get("way")
-        if dense == PROPOSALS or (own and dense in (None, own)):
-            return dense or str(own)
-        has = f"has dense {own}" if own else "has no patch_encoder"
+        method = (release.dense or {}).get("method")
+        if dense == PROPOSALS or (method and dense in (None, method)):
+            return dense or str(method)
+        has = f"has dense {method}" if method else "has no patch_encoder"
         raise RAdapterError(
             f"release {release.version} {has}; export one with radapter-export --dense"
             f" {dense or 'naclip'}"
@@ -123,7 +123,7 @@ class TorchCandidate(Candidate):
     """A model in torch, which has every dense method."""
 
     def dense_method(self, dense: str | None) -> str:
-        method = dense or (self.loaded.release.dense or {}).get("way")
+        method = dense or (self.loaded.release.dense or {}).get("method")
         if method is None:
             raise RAdapterError(
                 "this model has no dense method (dense: none); name one for the set, such as"
@@ -338,7 +338,7 @@ def from_merged(folder: str | Path, *, device: str | None = None) -> list[Candid
         [release.alpha if release else None],
         facts=facts,
         templates=release.templates if release and release.templates else TEMPLATES,
-        dense=release.dense["way"] if release and release.dense else None,
+        dense=release.dense["method"] if release and release.dense else None,
         crop=MaskCrop.from_dict(release.crop) if release and release.crop else None,
         device=device,
     )

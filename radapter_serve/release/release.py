@@ -204,6 +204,9 @@ class Release:
                 f"the release does not say its {', '.join(missing)}; export it again with"
                 " radapter-export"
             )
+        dense = facts.get("dense")
+        if dense and "way" in dense:  # the method, in a release of version 1.0.0
+            facts = {**facts, "dense": {"method": dense["way"], "grid": dense["grid"]}}
         towers = {name: Tower.from_dict(facts.get(name), facts) for name in _TOWERS}
         return cls(**{name: facts[name] for name in names if name in facts} | towers)
 

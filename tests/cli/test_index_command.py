@@ -189,7 +189,7 @@ def test_a_load_says_what_the_release_lacks(
     shutil.copytree("model_repository", models)
     before = Release.load(models / "classify" / "2")
     sets = {**before.label_sets, "nine": {}}
-    more: Any = {"dense": {"way": "naclip", "grid": 2}, "confidence": {"temperature": 1.0}}
+    more: Any = {"dense": {"method": "naclip", "grid": 2}, "confidence": {"temperature": 1.0}}
     dataclasses.replace(before, label_sets=sets, **more).save(models / "classify" / "2")
     none = Path("none")
     [lacking] = release_command.lacking(models, [1, 2], [1], none)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 import radapter_client
-from radapter_client import Segmentation, _results
+from radapter_client import Segmentation, _pictures
 
 # The first of Okabe and Ito's, which people with any colour vision tell apart.
 FIRST = ((86, 180, 233), (230, 159, 0))
@@ -56,7 +56,7 @@ def test_the_distance_of_colours_is_that_of_lab():
         (255, 255, 255): (100, 0, 0),
         (5, 5, 5): (1.37, 0, 0),
     }
-    found = _results._lab(np.array([*published], float))
+    found = _pictures._lab(np.array([*published], float))
     np.testing.assert_allclose(found, [*published.values()], atol=0.1)
 
 

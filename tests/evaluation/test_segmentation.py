@@ -78,7 +78,7 @@ def candidate(fake: Fake, size: int, **facts: Any) -> Candidate:
 
 def oracle() -> Candidate:
     crop = MaskCrop(fill=(255, 255, 255)).to_dict()
-    dense = {"way": "naclip", "grid": None}
+    dense = {"method": "naclip", "grid": None}
     fake = Fake(NAMES, by_colour)
     return candidate(fake, SIZE, crop=crop, dense=dense, logit_scale=100.0, max_batch_size=4)
 
@@ -328,7 +328,7 @@ def test_a_set_that_a_model_can_not_be_evaluated_on_is_refused(
     masked: Path, run_folder: Path, tmp_path: Path
 ) -> None:
     fake = Fake(NAMES, by_colour)
-    has = candidate(fake, SIZE, dense={"way": "maskclip", "grid": 7})
+    has = candidate(fake, SIZE, dense={"method": "maskclip", "grid": 7})
     lacks = candidate(fake, SIZE)
     assert has.dense_method(None) == has.dense_method("maskclip") == "maskclip"
     assert lacks.dense_method("proposals") == "proposals"

@@ -74,7 +74,7 @@ def test_release_json(exported: Exported, adapter_path: Path, tiny_base: Base) -
             "base_digest": adapter.metadata.base_digest,
             "adapter_digest": adapter.digest,
             **{name: asdict(tower) for name, tower in towers.items()},
-            "dense": {"way": "naclip", "grid": 2},
+            "dense": {"method": "naclip", "grid": 2},
             "logit_scale": pytest.approx(tiny_base.model.get_parameter("logit_scale").exp().item()),
             "templates": ["a photo of a {}.", "a drawing of a {}."],
         }
@@ -116,7 +116,7 @@ def test_the_recipe_says_how_patches_are_embedded_segments_cropped_and_photos_tu
     save_adapter(random_adapter(scale=0.05, recipe=recipe), path)
     (release,) = export(adapter=path)
     assert release.facts["preprocess"]["exif_orientation"] is False
-    assert release.facts["dense"] == {"way": "naclip", "grid": 2}
+    assert release.facts["dense"] == {"method": "naclip", "grid": 2}
     assert release.facts["crop"] == {"padding": 0.25, "square": False, "fill": [122, 117, 105]}
     assert sorted(graph.name for graph in release.graphs) == sorted(GRAPHS)
     assert read_source([path], None, ExportSettings(dense="none")).dense is None

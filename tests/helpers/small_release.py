@@ -123,7 +123,7 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
         preprocess={"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest"},
         embed_dim=WIDTH,
         logit_scale=10.0,
-        dense={"way": "naclip", "grid": GRID} if dense else None,
+        dense={"method": "naclip", "grid": GRID} if dense else None,
         confidence=CONFIDENCE,
     )
     models = [name for name in MODELS if dense or name != "patch_encoder"]

@@ -128,7 +128,7 @@ def test_the_digests_are_of_what_decides_the_embeddings() -> None:
     int8: dict[str, Any] = {"quantization": {"kind": "dynamic"}}
     changes: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({"version": 9, "created": "now", "architecture": "x", "base_digest": "x"}, ()),
-        ({"dense": {"way": "naclip", "grid": 2}, "label_sets": {}, "dynamic_alpha": True}, ()),
+        ({"dense": {"method": "naclip", "grid": 2}, "label_sets": {}, "dynamic_alpha": True}, ()),
         ({"alpha": 0.1}, both),
         ({"image_tower": Tower("x", "sha256:2")}, ("image",)),
         ({"image_tower": TEXT_ONLY}, ("image",)),

@@ -114,3 +114,9 @@ def test_newer_releases_are_read_and_broken_ones_refused(tmp_path: Path) -> None
         (tmp_path / "release.json").write_text(broken, encoding="utf-8")
         with pytest.raises(RAdapterError, match=r"release\.json"):
             Release.load(tmp_path)
+
+
+def test_a_release_of_version_1_0_0_has_its_method_of_dense_embeddings(tmp_path: Path) -> None:
+    facts = release().to_dict() | {"dense": {"way": "naclip", "grid": 7}}
+    (tmp_path / "release.json").write_text(json.dumps(facts))
+    assert Release.load(tmp_path).dense == {"method": "naclip", "grid": 7}
