@@ -266,6 +266,20 @@ def what_is_kept(alpha: float, share: float) -> str:
     )
 
 
+def hardly_known(accuracy: float, classes: int) -> list[str]:
+    """A sentence if a base's accuracy on some classes, in [0, 1], is below twice chance and below a
+    quarter of the way from chance to 1: then an adapter on a projection is of little use.
+    """
+    chance = 1 / classes
+    if accuracy >= min(2 * chance, chance + (1 - chance) / 4):
+        return []
+    return [
+        f"the base has {100 * accuracy:.1f} % of the images of {classes} classes right, and guesses"
+        f" have {100 * chance:.1f} %: it hardly knows these images, and an adapter on a projection"
+        " learns no features. Train the towers with radapter-train --recipe small."
+    ]
+
+
 def kept_notes(rows: Iterable[Row]) -> list[str]:
     """A sentence for each α of these rows that keeps less than `KEPT_WELL`."""
     of_alpha: dict[float, list[Row]] = {}

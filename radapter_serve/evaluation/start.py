@@ -18,7 +18,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.errors import RAdapterError, one_line
-from radapter_serve.evaluation.rows import Results, Row, kept_notes, table, warnings
+from radapter_serve.evaluation.rows import (
+    Results,
+    Row,
+    hardly_known,
+    kept_notes,
+    table,
+    warnings,
+)
 from radapter_serve.files import file_name
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import ADAPTER, check_base_is_named, newest_run
@@ -362,7 +369,11 @@ def evaluate(
             files += draw(rows, folder, tests.name, curve_too=not auto)
         if choice:
             files.append(draw_choice(choice, folder))
-    notes = choice.notes if choice else kept_notes(rows)
+    notes = [*(choice.notes if choice else kept_notes(rows))]
+    if not settings.instead and "projection" in load_adapter(path).metadata.recipe.get("adapt", ""):
+        for row in rows:
+            if row.alpha == 0.0 and row.metric == "acc1" and row.classes and row.shift == "id":
+                notes += hardly_known(row.metrics["acc1"], row.classes)
     return Evaluation(
         rows=tuple(rows),
         choice=choice,

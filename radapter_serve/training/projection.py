@@ -47,6 +47,7 @@ from radapter_serve.evaluation.alpha_choice import (
     save_choice,
 )
 from radapter_serve.evaluation.image_sets import NOUN_TEMPLATES, common_nouns
+from radapter_serve.evaluation.rows import hardly_known
 from radapter_serve.files import staged
 from radapter_serve.sources import ADAPTER, RATES, RECIPE
 from radapter_serve.training.batches import NO_LABEL
@@ -230,7 +231,10 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
     if validated is not None:
         choice = validated.choice(recipe.alpha, adapter.digest, held_out_digest(data))
         save_choice(choice, out)
-        for line in choice.notes:
+        lines = list(choice.notes)
+        if vectors.of_classes:
+            lines += hardly_known(choice.curve[0].score, len(vectors.names))
+        for line in lines:
             say(line)
     following = f"radapter-export --adapter {shlex.quote(str(out))} --alpha {chosen.alpha:g}"
     say(f"wrote {out / ADAPTER}; next: {following}")

@@ -30,6 +30,7 @@ from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, read_choice
+from radapter_serve.evaluation.rows import hardly_known
 from radapter_serve.evaluation.start import evaluate
 from radapter_serve.index.build import build, build_from_embeddings
 from radapter_serve.training import Recipe, embedding, projection, train
@@ -523,6 +524,28 @@ def test_the_command_trains_by_the_recipe_quick(
     assert adapter.metadata.recipe["adapt"] == "text-projection"
     assert main([*command, "--out", str(out)]) == 2
     assert "holds a run" in capsys.readouterr().err
+
+
+def test_a_base_near_chance_is_told_to_train_its_towers(
+    recipe: Recipe, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The images are noise in two classes, of which the base has about half right."""
+    draw = np.random.default_rng(0)
+    for number in range(24):
+        place = tmp_path / "noise" / ("a" if number % 2 else "b") / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (32, 32, 3), np.uint8)).save(place)
+    advice = "an adapter on a projection learns no features"
+    data = f"imagefolder:{tmp_path / 'noise'}"
+    run = train(dataclasses.replace(recipe, data=data), progress=True)
+    assert advice in capsys.readouterr().out.replace("\n", " ")
+    evaluation = evaluate(run, 0, data=data, out=tmp_path / "results")
+    assert advice in str(evaluation)
+    assert evaluation.rows[0].metrics["acc1"] < 1
+    # The bound is .625 for two classes, .5 for three, 2 / C for many.
+    for accuracy, classes in ((0.63, 2), (0.5, 3), (0.02, 100)):
+        assert hardly_known(accuracy, classes) == []
+        assert "and guesses have" in hardly_known(accuracy - 0.01, classes)[0]
 
 
 def test_low_rank_on_both_sides(recipe: Recipe) -> None:
