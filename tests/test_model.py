@@ -114,9 +114,10 @@ def test_a_runs_own_classes_are_a_label_set(
 ) -> None:
     from radapter_serve.adapter import save_adapter
 
-    save_adapter(random_adapter(classes=["cat", "dog"]), tmp_path / "adapter.safetensors")
+    classes = ["cat", "dog", "cat", "Dog"]
+    save_adapter(random_adapter(classes=classes), tmp_path / "adapter.safetensors")
     with Model(tmp_path) as model:
-        assert set(model.classify(png(0), label_set="classes").labels) == {"cat", "dog"}
+        assert set(model.classify(png(0), label_set="classes").labels) == {"cat", "dog", "Dog"}
         assert model.release().alpha == load_adapter(tmp_path).metadata.alpha
 
 

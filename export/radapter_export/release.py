@@ -44,10 +44,11 @@ from radapter_serve.clip.towers import is_causal
 from radapter_serve.clip.transformers import Form
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import require_images
-from radapter_serve.contract.labels import SAME, indistinguishable
+from radapter_serve.contract.labels import SAME, indistinguishable, shared_name
 from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
-from radapter_serve.encoders.loaded import LoadedRelease, complete
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.plans import PLAN, write_plan
 from radapter_serve.encoders.tensorrt import find_gpu, import_tensorrt
 from radapter_serve.errors import RAdapterError
@@ -547,6 +548,8 @@ def _write_label_sets(
                 f" {SAME}), so that an image scores them alike: {shown}{more}; name them by other"
                 " words"
             )
+        elif shared := shared_name(file.labels):
+            warnings.append(f"label set {name}: {shared}")
     for folder in others:
         shutil.copytree(first, folder)
     return facts, warnings

@@ -36,6 +36,7 @@ from radapter_serve.contract.labels import (
     check_names,
     is_name,
     join_label,
+    merge_same_names,
     read_label_file,
     split_label,
 )
@@ -276,14 +277,10 @@ def _label_sets(
             raise RAdapterError(f"{name!r} can't be the name of a label set; {RULE}")
         label_sets[name] = read_label_set(path, dynamic_alpha=dynamic_alpha)
     if classes and CLASSES not in label_sets:
-        # Classes of the same name become one label, as an image scores both alike.
-        lines: dict[str, str] = {}
-        for line in classes:
-            lines.setdefault((split_label(line) or [""])[0], line)
-        label_sets[CLASSES] = LabelFile(list(lines.values()))
+        label_sets[CLASSES] = LabelFile(merge_same_names(classes))
     for name, file in label_sets.items():
         try:
-            check_names(file.labels)
+            check_names(file.labels, distinct=name in paths)
         except TaskError as error:
             where = paths.get(name, f"the run's classes (give others with --label-set {name}=FILE)")
             raise RAdapterError(f"{where}: {error.message}") from error

@@ -22,10 +22,11 @@ from radapter_serve.clip.towers import (
     logit_scale_and_bias,
     to_device,
 )
-from radapter_serve.contract.labels import check_names
+from radapter_serve.contract.labels import check_names, merge_same_names
 from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.labels import LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease, complete
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.sources import CLASSES
@@ -136,8 +137,9 @@ def load_in_torch(
         # The label set of the run's classes
         if not classes:
             return {}
-        check_names(classes)
-        return {CLASSES: complete(embed_labels(loaded, classes, loaded.release.templates))}
+        labels = merge_same_names(classes)
+        check_names(labels, distinct=False)
+        return {CLASSES: complete(embed_labels(loaded, labels, loaded.release.templates))}
 
     return in_torch(
         base,

@@ -304,8 +304,6 @@ def load_lora(folder: str | Path, base: str | None = None) -> tuple[Base, Line]:
         base = f"{LOCAL}{name}" if Path(name).is_dir() else f"{HUB}{name}"
     start = load_base(*split_name(base))
     form = form_of(base, start.model, start.tokenizer)
-    if form.kind != "clip":
-        raise RAdapterError(f"{base} is not a CLIPModel in transformers; --lora takes those alone")
     weights = weights_of(start)
 
     # Merge layer by layer, by the names of transformers: W + scale·B·A, as peft computes it.
@@ -321,15 +319,14 @@ def load_lora(folder: str | Path, base: str | None = None) -> tuple[Base, Line]:
                 f" the layer's weight {list(weight.shape)}"
             )
         theirs[f"{name}.weight"] = weight + up @ down * scale
-    merged = to_open_clip(theirs, form)
-    shaped = {name: tensor.reshape(weights[name].shape) for name, tensor in merged.items()}
+    merged = to_open_clip(theirs, form, weights)
     made_of = {
         "kind": "lora",
         "name": folder.absolute().name,
         "base": base,
         "digest": digest_of(folder / WEIGHTS),
     }
-    tuned = check_weights(str(folder), {**weights, **shaped}, weights)
+    tuned = check_weights(str(folder), {**weights, **merged}, weights)
     return start, Line(weights, tuned, made_of)
 
 

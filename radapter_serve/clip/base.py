@@ -24,7 +24,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from radapter_serve.clip.towers import pool_type, text_tower
-from radapter_serve.clip.transformers import read
+from radapter_serve.clip.transformers import NAFLEX, read
 from radapter_serve.errors import RAdapterError, quiet, reason, short
 from radapter_serve.sources import (
     HUB,
@@ -120,6 +120,8 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
                 " open_clip such as ViT-B-32"
             )
         if ":" in name or (architecture := open_clip.get_model_config(name)) is None:
+            if "naflex" in name.lower():
+                raise RAdapterError(f"{name} is {NAFLEX}")
             names = open_clip.list_models()
             stem = name.split("-")[0].lower()
             similar = [other for other in names if other.lower().startswith(stem)] or names
@@ -141,6 +143,8 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         quick_gelu |= bool(
             (open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False)
         )
+    if "naflex" in str(_table(config, "vision_cfg").get("timm_model_name")):
+        raise RAdapterError(f"{name} is {NAFLEX}")
     try:
         with quiet(), _source(name, pretrained):
             with _NoRandomWeights():

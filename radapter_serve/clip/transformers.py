@@ -11,20 +11,22 @@ import contextlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
+import tokenizers
 import torch
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.timm_model import TimmModel
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, _clean_canonicalize, _clean_lower
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
+from timm.layers.activations import GELUTanh
 from torch import Tensor, nn
 
 from radapter_serve import errors
@@ -33,10 +35,17 @@ from radapter_serve.errors import RAdapterError, check_installed, reason, short
 
 #: special tokens by their names in open_clip's tokenizer, with their names in `transformers`
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+NAFLEX = (
+    "a NaFlex model, which takes images of any shape; allowed is a SigLIP 2 of one size, such as"
+    " ViT-B-16-SigLIP2-256, in transformers google/siglip2-base-patch16-256"
+)
 _CLASSES = {"clip": ("CLIPConfig", "CLIPModel"), "siglip": ("SiglipConfig", "SiglipModel")}
 # Largest difference of a pixel, of 255: transformers resizes by torchvision, open_clip by Pillow.
 _LEVELS = 3
-_MAX_ERROR = 1e-4  # largest difference of a component of unit-length embeddings
+# Largest difference of a component of unit-length embeddings.
+_MAX_ERROR = 1e-4
+# Of a SigLIP that is read: timm computes GELU exactly where transformers approximates it by tanh.
+_MAX_ERROR_OF_GELU = 1e-3
 _TEXTS = ["a photo of a cat.", "Don't  KNOW: it's 12345 l'été ÉÈ 猫 😀!!", "", "many words " * 60]
 
 # Names of tensors, and below them names of layers, which have `weight` and `bias` in both.
@@ -182,6 +191,8 @@ def _tower_config(tower: Any, norm: Any) -> dict[str, Any]:
 def _activation(layer: nn.Module) -> str:
     if isinstance(layer, QuickGELU):
         return "quick_gelu"
+    if isinstance(layer, GELUTanh):
+        return "gelu_pytorch_tanh"
     if isinstance(layer, nn.GELU):
         return "gelu" if layer.approximate == "none" else "gelu_pytorch_tanh"
     raise AttributeError(f"its activation is {type(layer).__name__}")
@@ -259,24 +270,38 @@ def to_transformers(state_dict: Mapping[str, Tensor], form: Form) -> dict[str, T
     }
 
 
-def to_open_clip(tensors: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
-    """Convert a `CLIPModel`'s state dict, of no other weights, to open_clip's names, fp32."""
-    needed = [name for theirs in form.names.values() for name in theirs]
-    if missing := [name for name in needed if name not in tensors]:
+def to_open_clip(
+    tensors: Mapping[str, Tensor], form: Form, like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Convert a state dict of `transformers`, of no other weights, to open_clip's names, fp32;
+    `like` is open_clip's state dict, for the shapes.
+    """
+    sharing: dict[str, list[str]] = defaultdict(list)
+    for name, theirs in form.names.items():
+        for their_name in theirs:
+            sharing[their_name].append(name)
+    if missing := [name for name in sharing if name not in tensors]:
         raise RAdapterError(f"it has no weight {missing[0]}")
-    if unknown := set(tensors) - set(needed):
-        raise RAdapterError(f"it has the weight {min(unknown)}, which a CLIP has not")
+    if unknown := set(tensors) - set(sharing):
+        kind = "CLIP" if form.kind == "clip" else "SigLIP"
+        raise RAdapterError(f"it has the weight {min(unknown)}, which a {kind} has not")
     ours = {}
     for name, theirs in form.names.items():
         pieces = [tensors[their_name].detach().float() for their_name in theirs]
         tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        transposed = name.removeprefix("text.") in _TRANSPOSED
-        ours[name] = tensor.t().contiguous() if transposed else tensor
+        if len(names := sharing[theirs[0]]) > 1:  # take this layer's rows of a shared tensor
+            parts = torch.split(tensor, [len(like[sharer]) for sharer in names])
+            tensor = parts[names.index(name)]
+        if name.removeprefix("text.") in _TRANSPOSED:
+            tensor = tensor.t()
+        if name.startswith("logit_") or name.endswith("pos_embed"):
+            tensor = tensor.reshape(like[name].shape)
+        ours[name] = tensor.contiguous()
     return ours
 
 
 @torch.no_grad()
-def check_outputs(theirs: Any, ours: Any, tokenizer: Any) -> None:
+def check_outputs(theirs: Any, ours: Any, tokenizer: Any, max_error: float = _MAX_ERROR) -> None:
     """Refuse a model of `transformers` whose embeddings differ from those of open_clip's model."""
     size = ours.visual.image_size
     height, width = size if isinstance(size, tuple | list) else (size, size)
@@ -288,7 +313,7 @@ def check_outputs(theirs: Any, ours: Any, tokenizer: Any) -> None:
         ("text", unit(ours.encode_text(tokens).float()), theirs.get_text_features(tokens)),
     ):
         apart = (unit(features(output).float()) - expected).abs().max()
-        if not apart <= _MAX_ERROR:
+        if not apart <= max_error:
             raise RAdapterError(
                 f"its {kind} embeddings in transformers differ by {apart:.1e} from open_clip's"
             )
@@ -309,9 +334,15 @@ def open_processor(folder: Path) -> tuple[Any, Any]:
 
 
 def check_processor(
-    processor: Any, theirs: Any, preprocess: Mapping[str, Any], tokenizer: Any
+    processor: Any,
+    theirs: Any,
+    preprocess: Mapping[str, Any],
+    tokenizer: Any,
+    clean: Callable[[str], str] = str,
 ) -> None:
-    """Refuse a processor or tokenizer of `open_processor` that differs from open_clip's."""
+    """Refuse a processor or tokenizer of `open_processor` that differs from open_clip's; `clean`
+    is what is done with texts before they are given to this tokenizer.
+    """
     transform: Any = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
     levels = 255 * np.array(preprocess["std"]).reshape(3, 1, 1)
     size = preprocess["size"]
@@ -338,9 +369,8 @@ def check_processor(
                 f"its processor in transformers differs by {apart:.1f} of 255 levels from"
                 " open_clip's"
             )
-    rows = theirs(
-        _TEXTS, padding="max_length", truncation=True, max_length=tokenizer.context_length
-    )
+    texts = [clean(text) for text in _TEXTS]
+    rows = theirs(texts, padding="max_length", truncation=True, max_length=tokenizer.context_length)
     for text, ours, row in zip(_TEXTS, tokenizer(_TEXTS).tolist(), rows["input_ids"], strict=True):
         # CLIP reads nothing after the first end token, and the two tokenizers pad differently.
         is_clip = isinstance(tokenizer, SimpleTokenizer)
@@ -351,35 +381,47 @@ def check_processor(
             )
 
 
-def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
-    """Read a folder with a `CLIPModel` as an open_clip model in fp32, with open_clip's `model_cfg`
-    and tokenizer; refuses one that open_clip computes differently.
+def read(folder: Path) -> tuple[nn.Module, dict[str, Any], Any]:
+    """Read a folder with a `CLIPModel` or `SiglipModel` as an open_clip model in fp32, with
+    open_clip's `model_cfg` and tokenizer; refuses one that open_clip computes differently.
     """
     check_installed("transformers", "huggingface")
-    from transformers import CLIPConfig, CLIPModel
+    import transformers
 
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != "clip":
-        raise RAdapterError(f"its model_type is {short(kind)}; allowed: clip")
+    if kind == "siglip2":
+        raise RAdapterError(f"it is {NAFLEX}")
+    if kind not in _CLASSES:
+        raise RAdapterError(f"its model_type is {short(kind)}; allowed: {', '.join(_CLASSES)}")
+    config_class, model_class = (getattr(transformers, name) for name in _CLASSES[kind])
     local: dict[str, Any] = {"local_files_only": True}
     with quiet():
         # Load the weights by name.
-        theirs_config: Any = CLIPConfig.from_pretrained(folder, **local)
-        config = _open_clip_config(theirs_config)
-        loaded: Any = CLIPModel.from_pretrained(folder, output_loading_info=True, **local)
-        theirs, info = loaded
+        theirs_config: Any = config_class.from_pretrained(folder, **local)
+        theirs, info = model_class.from_pretrained(folder, output_loading_info=True, **local)
         if missing := sorted(info["missing_keys"]):  # the library fills them with random values
             raise RAdapterError(f"it has no weight {missing[0]}")
-        model = open_clip.CLIP(**config)
-        tokenizer = SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
-        form = form_of(folder.name, model, tokenizer)
-        model.load_state_dict(to_open_clip(theirs.state_dict(), form))
-
-        # Compare the vocabulary, and read the preprocessing.
-        names = {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
         processor, their_tokenizer = open_processor(folder)
-        if their_tokenizer.get_vocab() != names or config["text_cfg"]["vocab_size"] != len(names):
-            raise RAdapterError("its vocabulary is not CLIP's")
+        model: Any
+        tokenizer: Any
+        if kind == "clip":
+            config = _open_clip_config(theirs_config)
+            model = open_clip.CLIP(**config)
+            tokenizer = SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+            names = {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
+            vocabulary = config["text_cfg"]["vocab_size"]
+            if their_tokenizer.get_vocab() != names or vocabulary != len(names):
+                raise RAdapterError("its vocabulary is not CLIP's")
+        else:
+            length = theirs_config.text_config.max_position_embeddings
+            tokenizer = _siglip_tokenizer(folder, their_tokenizer, length)
+            config = _open_clip_siglip(theirs_config, tokenizer)
+            fields = {name: value for name, value in config.items() if name != "custom_text"}
+            model = open_clip.CustomTextCLIP(**fields)
+        form = form_of(folder.name, model, tokenizer)
+        model.load_state_dict(to_open_clip(theirs.state_dict(), form, model.state_dict()))
+
+        # Read the preprocessing.
         fields = processor.to_dict()
         size = fields.get("size") or {}
         is_squashed = not isinstance(size, int) and dict(size).get("height") is not None
@@ -396,28 +438,35 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
         set_model_preprocess_cfg(model, preprocess)
 
         # Check everything else by its outputs.
-        check_processor(processor, their_tokenizer, preprocess, tokenizer)
-        check_outputs(theirs.float().eval(), model.eval(), tokenizer)
+        theirs = theirs.float().eval()
+        if kind == "clip":
+            check_processor(processor, their_tokenizer, preprocess, tokenizer)
+            check_outputs(theirs, model.eval(), tokenizer)
+        else:
+            clean = tokenizer.clean_fn
+            check_processor(processor, their_tokenizer, preprocess, tokenizer, clean)
+            check_outputs(theirs, model.eval(), tokenizer, _MAX_ERROR_OF_GELU)
     return model, config, tokenizer
+
+
+def _tower_fields(part: Any) -> dict[str, Any]:
+    """open_clip's fields of a tower for its configuration in `transformers`."""
+    fields = {
+        "width": part.hidden_size,
+        "layers": part.num_hidden_layers,
+        "mlp_ratio": part.intermediate_size / part.hidden_size,
+    }
+    if part.layer_norm_eps != 1e-5:
+        fields["norm_kwargs"] = {"eps": part.layer_norm_eps}
+    if part.hidden_act == "gelu_pytorch_tanh":
+        fields["act_kwargs"] = {"approximate": "tanh"}
+    return fields
 
 
 def _open_clip_config(config: Any) -> dict[str, Any]:
     """open_clip's `model_cfg` for a `CLIPConfig`."""
     image = config.vision_config
     text = config.text_config
-
-    def tower(part: Any) -> dict[str, Any]:
-        fields = {
-            "width": part.hidden_size,
-            "layers": part.num_hidden_layers,
-            "mlp_ratio": part.intermediate_size / part.hidden_size,
-        }
-        if part.layer_norm_eps != 1e-5:
-            fields["norm_kwargs"] = {"eps": part.layer_norm_eps}
-        if part.hidden_act == "gelu_pytorch_tanh":
-            fields["act_kwargs"] = {"approximate": "tanh"}
-        return fields
-
     return {
         "embed_dim": config.projection_dim,
         "quick_gelu": image.hidden_act == "quick_gelu",
@@ -425,15 +474,117 @@ def _open_clip_config(config: Any) -> dict[str, Any]:
             "image_size": image.image_size,
             "patch_size": image.patch_size,
             "head_width": image.hidden_size // image.num_attention_heads,
-            **tower(image),
+            **_tower_fields(image),
         },
         "text_cfg": {
             "context_length": text.max_position_embeddings,
             "vocab_size": text.vocab_size,
             "heads": text.num_attention_heads,
-            **tower(text),
+            **_tower_fields(text),
         },
     }
+
+
+def _open_clip_siglip(config: Any, tokenizer: HFTokenizer) -> dict[str, Any]:
+    """open_clip's `model_cfg` for a `SiglipConfig`."""
+    import timm
+
+    # Find the image tower in timm, where the name says the sizes.
+    image = config.vision_config
+    side = image.image_size
+    patch = image.patch_size
+    sizes = [image.hidden_size, image.num_hidden_layers, image.num_attention_heads]
+    sizes.append(image.intermediate_size)
+    tower = None
+    for name in sorted(timm.list_models(f"vit_*_patch{patch}_siglip*_{side}"), key=len):
+        with torch.device("meta"):
+            trunk: Any = timm.create_model(name, num_classes=0, global_pool="map")
+        block = trunk.blocks[0]
+        heads = block.attn.num_heads
+        if sizes == [trunk.embed_dim, len(trunk.blocks), heads, block.mlp.fc1.out_features]:
+            tower = name
+            break
+    if tower is None:
+        raise RAdapterError(
+            f"timm has no SigLIP for images of {side} pixels with patches of {patch}, width"
+            f" {sizes[0]}, {sizes[1]} layers and {sizes[2]} heads"
+        )
+
+    text = config.text_config
+    clean = "canonicalize" if tokenizer.clean_fn is _clean_canonicalize else "lower"
+    return {
+        "embed_dim": text.projection_size,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "quick_gelu": False,
+        "vision_cfg": {
+            "image_size": side,
+            "timm_model_name": tower,
+            "timm_model_pretrained": False,
+            "timm_pool": "map",
+            "timm_proj": "none",
+        },
+        "text_cfg": {
+            "context_length": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "hf_tokenizer_name": "of its folder",
+            "tokenizer_kwargs": {"clean": clean},
+            "heads": text.num_attention_heads,
+            **_tower_fields(text),
+            "no_causal_mask": True,
+            "proj_bias": True,
+            "pool_type": "last",
+        },
+    }
+
+
+def _siglip_tokenizer(folder: Path, theirs: Any, length: int) -> HFTokenizer:
+    """open_clip's tokenizer for a SigLIP's in `transformers`. Texts are cleaned as open_clip cleans
+    them for SigLIP, to lower case without punctuation, if the library's tokenizer does so. Another,
+    such as SigLIP 2's, gets texts in lower case: it was trained with them, though its tokenizer in
+    the library keeps capitals.
+    """
+    tokenizer = HFTokenizer(str(folder), length, clean="canonicalize", local_files_only=True)
+    cleaned = [_clean_canonicalize(text) for text in _TEXTS]
+    if theirs(_TEXTS)["input_ids"] != theirs(cleaned)["input_ids"]:
+        tokenizer.clean_fn = _clean_lower
+    if theirs.is_fast:
+        return tokenizer
+
+    # A release needs the form of the library tokenizers: take its file, or convert the
+    # SentencePiece model. `check_processor` compares the two.
+    import transformers
+
+    path = folder / "tokenizer.json"
+    core = tokenizers.Tokenizer.from_file(str(path)) if path.is_file() else _of_pieces(theirs)
+    special = {name: str(token) for name, token in theirs.special_tokens_map.items()}
+    fast: Any = transformers.PreTrainedTokenizerFast
+    tokenizer.tokenizer = fast(tokenizer_object=core, **special)
+    return tokenizer
+
+
+def _of_pieces(theirs: Any) -> tokenizers.Tokenizer:
+    """Convert a tokenizer of SentencePiece, with pieces and scores of a unigram model."""
+    # Not sentencepiece's own description of its file, which asks for the newest protobuf.
+    from transformers.utils import sentencepiece_model_pb2_new as description
+
+    form: Any = description
+    pieces = form.ModelProto.FromString(theirs.sp_model.serialized_model_proto())
+    scored = [(piece.piece, piece.score) for piece in pieces.pieces]
+    core = tokenizers.Tokenizer(tokenizers.models.Unigram(scored, pieces.trainer_spec.unk_id))
+    if charsmap := pieces.normalizer_spec.precompiled_charsmap:
+        core.normalizer = tokenizers.normalizers.Precompiled(charsmap)
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.WhitespaceSplit(),
+            tokenizers.pre_tokenizers.Metaspace(),
+        ]
+    )
+    end = (theirs.eos_token, theirs.eos_token_id)
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A {end[0]}", special_tokens=[end]
+    )
+    return core
 
 
 @contextlib.contextmanager

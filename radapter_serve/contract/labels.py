@@ -141,6 +141,14 @@ def join_label(names: Iterable[str]) -> str:
     return ", ".join(name.replace(",", r"\,") for name in names)
 
 
+def merge_same_names(classes: Iterable[str]) -> list[str]:
+    """Make a label of each class; classes of one name are one label, as images score both alike."""
+    lines: dict[str, str] = {}
+    for line in classes:
+        lines.setdefault((split_label(line) or [""])[0], line)
+    return list(lines.values())
+
+
 def prompts_of(names: Iterable[str], templates: Sequence[str]) -> list[str]:
     """The prompts of a label: each of its names in each template."""
     return [template.replace("{}", name) for name in names for template in templates]
@@ -156,21 +164,44 @@ def means_of(
     return np.asarray(means / lengths, np.float32)
 
 
-def check_names(labels: Sequence[str]) -> dict[str, list[str]]:
-    """Split each label into names; a `TaskError` for an empty, repeated or too long label."""
+def check_names(labels: Sequence[str], *, distinct: bool = True) -> None:
+    """Raise a `TaskError` for an empty or too long label and, if labels have to be `distinct`, for
+    a name of two labels. The classes of a data set may share names.
+    """
     if not labels:
         raise TaskError(NO_LABELS, "no labels; give at least one")
-    names: dict[str, list[str]] = {}
-    first: dict[str, int] = {}
     for number, label in enumerate(labels, 1):
         check_length(label, MAX_LABEL_LENGTH, "label")
-        names[label] = split_label(label)
-        if not names[label]:
+        if not split_label(label):
             raise invalid(f"label {number} of {len(labels)} is empty ({label!r})")
-        if (shown := names[label][0]) in first:
-            raise invalid(f"label {number}, {shown!r}, is the same as label {first[shown]}")
-        first[shown] = number
-    return names
+    if distinct and (shared := shared_name(labels)):
+        raise invalid(shared)
+
+
+def shared_name(labels: Sequence[str]) -> str | None:
+    """Say which name two labels share, as a person reads names: case, the number of blanks and the
+    form of characters (an é may be one or two) make no other name; None if no name is shared.
+    """
+    first: dict[str, tuple[int, list[str]]] = {}  # number and names of the first label with a name
+    for number, label in enumerate(labels, 1):
+        names = split_label(label)
+        for name in names:
+            other, others = first.setdefault(_plain(name), (number, names))
+            if other == number:
+                continue
+            if name == names[0] and _plain(name) == _plain(others[0]):
+                return f"label {number}, {name!r}, is the same as label {other}, {others[0]!r}"
+            return (
+                f"label {number}, {names[0]!r}, has the name {name!r} in common with label {other},"
+                f" {others[0]!r}; leave it out of one of them"
+            )
+    return None
+
+
+def _plain(name: str) -> str:
+    if not name.isascii():
+        name = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    return " ".join(name.casefold().split())
 
 
 def check_templates(templates: Sequence[str]) -> None:

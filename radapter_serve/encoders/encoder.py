@@ -1,12 +1,12 @@
-"""`Encoder`, which encodes images and texts of one release; `GraphEncoder`, which runs its exported
-graphs; and the timed steps of a request.
+"""`Encoder`, which encodes images and texts of one release: `GraphEncoder` runs its exported
+graphs, `ServerEncoder` asks a live server; and the timed spans of a request.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_client import Client, RAdapterClientError
 from radapter_serve.contract.errors import ENCODER_FAILED, Alpha, TaskError, redact
 from radapter_serve.encoders.runtimes import load_graph
 from radapter_serve.release.repository import RUNTIMES, TENSORRT
 
-ENCODER = "_encoder"  # suffix of the names of steps that call an encoder
+ENCODER = "_encoder"  # suffix of the names of spans that call an encoder
 
 
 class Encoder(Protocol):
@@ -59,10 +60,53 @@ class GraphEncoder:
     def _encode(self, name: str, rows: NDArray[Any], alpha: Alpha | None) -> NDArray[np.float32]:
         graph = self.graphs[name]
         try:
-            with step(name):
+            with span(name):
                 return graph(rows) if alpha is None else graph(rows, alpha)
         except Exception as error:  # runtimes' errors have no common base
             raise TaskError(ENCODER_FAILED, f"{name} failed: {redact(str(error))}") from error
+
+
+class ServerEncoder:
+    """Encoders and tokenizer of a live server's release, to which the client is pinned."""
+
+    def __init__(self, client: Client, url: str) -> None:
+        self.client = client
+        self._url = url
+
+    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        return self._embed(self.client.embed_images, pixels, alpha)
+
+    def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        raise TaskError(ENCODER_FAILED, f"{self._url} gives no dense embeddings")
+
+    def tokens(self, tokens: NDArray[Any], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        return self._embed(self.client.embed_texts, tokens, alpha)
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """Wrap texts as rows, without tokens: the server has the tokenizer."""
+        return [[text] for text in texts]
+
+    def batch(self, rows: Sequence[Any]) -> NDArray[Any]:
+        """The texts of rows."""
+        return np.array([text for (text,) in rows], object)
+
+    def ask(self, task: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a method of the client; its errors become a `TaskError`."""
+        try:
+            return task(*arguments, **options)
+        except RAdapterClientError as error:
+            raise TaskError(error.code or ENCODER_FAILED, f"{self._url}: {error}") from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.client.close()
+
+    def _embed(
+        self, task: Callable[..., Any], rows: NDArray[Any], alpha: Alpha | None
+    ) -> NDArray[np.float32]:
+        # All rows have the same α.
+        embeds = self.ask(task, list(rows), alpha=None if alpha is None else float(alpha[0, 0]))
+        return np.asarray(embeds, np.float32)
 
 
 class EncoderGraph:
@@ -101,55 +145,55 @@ class EncoderGraph:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A part of the work on a request, with the steps inside it."""
+class Span:
+    """The time that a part of the work on a request took, with the spans inside it."""
 
     name: str  # "engine", a task or an encoder
     start: int  # in nanoseconds since 1970
     end: int
-    parts: tuple[Step, ...] = ()
+    parts: tuple[Span, ...] = ()
 
 
-_taken: ContextVar[list[Step] | None] = ContextVar("steps", default=None)
+_spans: ContextVar[list[Span] | None] = ContextVar("spans", default=None)
 
 
 @contextlib.contextmanager
-def collected(into: list[Step] | None = None) -> Iterator[list[Step]]:
-    """Collect this thread's steps in the block, as they end, in `into` or a new list."""
-    steps = [] if into is None else into
-    token = _taken.set(steps)
+def collect_spans(into: list[Span] | None = None) -> Iterator[list[Span]]:
+    """Collect this thread's spans in the block, as they end, in `into` or a new list."""
+    spans = [] if into is None else into
+    token = _spans.set(spans)
     try:
-        yield steps
+        yield spans
     finally:
-        _taken.reset(token)
+        _spans.reset(token)
 
 
-def add_steps(steps: Iterable[Step]) -> None:
-    """Add steps of another thread to those of this thread, if these are collected."""
-    taken = _taken.get()
-    if taken is not None:
-        taken.extend(steps)
+def add_spans(spans: Iterable[Span]) -> None:
+    """Add spans of another thread to those of this thread, if these are collected."""
+    collected = _spans.get()
+    if collected is not None:
+        collected.extend(spans)
 
 
 @contextlib.contextmanager
-def step(name: str) -> Iterator[None]:
-    """Record the block as a step of this thread, even if it fails."""
+def span(name: str) -> Iterator[None]:
+    """Record the block as a span of this thread, even if it fails."""
     start = time.time_ns()
     began = time.monotonic_ns()  # the wall clock may be set meanwhile
     try:
-        with collected() as parts:
+        with collect_spans() as parts:
             yield
     finally:
         end = start + time.monotonic_ns() - began
-        add_steps([Step(name, start, end, tuple(parts))])
+        add_spans([Span(name, start, end, tuple(parts))])
 
 
-def encoder_ms(steps: Iterable[Step]) -> float:
-    """Milliseconds of these steps in which encoders ran."""
+def encoder_ms(spans: Iterable[Span]) -> float:
+    """Milliseconds of these spans in which encoders ran."""
     total_ms = 0.0
-    for taken in steps:
-        if taken.name.endswith(ENCODER):
-            total_ms += (taken.end - taken.start) / 1e6
+    for part in spans:
+        if part.name.endswith(ENCODER):
+            total_ms += (part.end - part.start) / 1e6
         else:
-            total_ms += encoder_ms(taken.parts)
+            total_ms += encoder_ms(part.parts)
     return total_ms

@@ -1,14 +1,9 @@
-"""`LoadedRelease`: a release with its encoder, in this process or on a live server; and
-`run_together`, which encodes the rows of several tasks as one batch.
-
-A task is a generator: it yields a `Need`, is sent the embeddings, and returns its answer. So its
-code reads from top to bottom and does not depend on other requests, while its rows are encoded
-together with theirs.
+"""`LoadedRelease`: a release with its encoder, in this process or on a live server; and `Need`, the
+rows that a task asks it to encode.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import itertools
@@ -26,23 +21,16 @@ from numpy.typing import NDArray
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.contract.embeddings import DEFAULT_POINT, Point
 from radapter_serve.contract.errors import (
-    ENCODER_FAILED,
-    IMAGE_TOO_LARGE,
-    OVERLOADED,
-    RESTARTING,
-    SERVER_STOPPING,
     UNKNOWN_ADAPTER,
-    Alpha,
     Cancelled,
     TaskError,
     check_cancelled,
     request_alpha,
-    task_error,
 )
 from radapter_serve.contract.images import LARGE_IMAGES, ImageFile
 from radapter_serve.contract.preprocess import Decoder, Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.encoders.encoder import Encoder, EncoderGraph, GraphEncoder
+from radapter_serve.encoders.encoder import Encoder, EncoderGraph, GraphEncoder, ServerEncoder
 from radapter_serve.encoders.labels import LabelCache, LabelSet, load_label_sets
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import decoders, total
@@ -58,7 +46,6 @@ Rows = NDArray[np.generic]
 # Images in one call of the encoder. More are slower on a CPU: the activations between the layers no
 # longer fit into its cache.
 CHUNK = 16
-MOST_ROWS = 256  # rows of several tasks in one batch
 
 
 class Tokenize(Protocol):
@@ -113,137 +100,7 @@ class Place:
         return embeds if self.adapter is None else self.adapter.map(embeds, self.alpha)
 
 
-Steps: TypeAlias = Generator[Need, Any, A]
-Result: TypeAlias = "Rows | TaskError"
-
-
-def encode_together(needs: Sequence[Need]) -> list[Result]:
-    """Encode needs of one part of one release in few batches, so that none affects the others."""
-    loaded = needs[0].loaded
-    results: list[Result] = []
-    if needs[0].part == "pixels":
-        # Start to decode the images of all needs, before waiting for the first.
-        waits: list[Callable[[], Rows] | None] = []
-        for need in needs:
-            try:
-                waits.append(loaded.decoder.start(need.rows, need.cancelled, loaded.large_images))
-            except MemoryError:
-                waits.append(None)
-        for wait in waits:
-            if wait is None:
-                why = "the server has not enough memory for the images; send fewer"
-                results.append(TaskError(IMAGE_TOO_LARGE, why))
-                continue
-            try:
-                results.append(wait())
-            except Exception as error:
-                results.append(task_error(error))
-        return results
-    try:
-        embeds = encode(loaded, needs)
-    except Exception as error:
-        later = (OVERLOADED, RESTARTING, SERVER_STOPPING)
-        if len(needs) == 1 or (isinstance(error, TaskError) and error.code in later):
-            return [task_error(error)] * len(needs)
-    else:
-        ends = itertools.accumulate(len(need.rows) for need in needs)
-        return [embeds[end - len(need.rows) : end] for need, end in zip(needs, ends, strict=True)]
-    # Halve a batch that fails until the failing need is found. Outside of `except`, so that the
-    # log does not repeat this error for each half.
-    half = len(needs) // 2
-    return encode_together(needs[:half]) + encode_together(needs[half:])
-
-
-def encode(loaded: LoadedRelease, needs: Sequence[Need]) -> NDArray[np.float32]:
-    """Embed the rows of all needs, in their order; all needs are of one encoder."""
-    size = loaded.release.max_batch_size
-    alphas: NDArray[np.float32] | None = None
-    parts = []
-    if needs[0].part == "tokens":
-        # Encode each text once at each α, together with texts of similar length.
-        asked = [(tuple(row), need.alpha) for need in needs for row in need.rows]
-        unique = sorted(dict.fromkeys(asked), key=lambda text: len(text[0]))
-        for start in range(0, len(unique), size):
-            if start and len(needs) == 1:
-                check_cancelled(needs[0].cancelled)
-            batch = unique[start : start + size]
-            tokens = loaded.tokenizer.batch([row for row, _ in batch])
-            if batch[0][1] is not None:
-                alphas = np.array([[alpha] for _, alpha in batch], np.float32)
-            parts.append(loaded.encoder.tokens(tokens, alphas))
-        places = {text: place for place, text in enumerate(unique)}
-        return np.concatenate(parts)[[places[text] for text in asked]]
-
-    # Encode images in as few calls as possible, of about equal size.
-    encoder = loaded.encoder.images if needs[0].part == "images" else loaded.encoder.patches
-    rows = [np.asarray(need.rows) for need in needs]
-    pixels = rows[0] if len(rows) == 1 else np.concatenate(rows)
-    if not len(pixels):
-        return np.zeros((0, loaded.release.embed_dim), np.float32)
-    if needs[0].alpha is not None:
-        each = [np.full((len(need.rows), 1), need.alpha, np.float32) for need in needs]
-        alphas = np.concatenate(each)
-    count = math.ceil(len(pixels) / min(CHUNK, size))
-    edges = [len(pixels) * number // count for number in range(count + 1)]
-    for start, end in itertools.pairwise(edges):
-        parts.append(encoder(pixels[start:end], None if alphas is None else alphas[start:end]))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def complete(steps: Steps[A]) -> A:
-    """Run one task, and return its answer or raise its `TaskError`."""
-    [answer] = run_together([steps])
-    if isinstance(answer, TaskError):
-        raise answer
-    return answer
-
-
-def run_together(
-    tasks: Sequence[Steps[A]],
-    together: Callable[[Sequence[Need]], Sequence[Result]] = encode_together,
-) -> list[A | TaskError]:
-    """Run tasks side by side, with needs encoded by `together`; each has an answer or error."""
-    answers: list[Any] = [None] * len(tasks)
-    needs: dict[int, Need] = {}
-
-    def advance(number: int, resume: Callable[[], Need]) -> None:
-        """Run a task until its next need, or its end."""
-        try:
-            needs[number] = resume()
-        except StopIteration as done:
-            answers[number] = done.value
-        except Exception as error:
-            answers[number] = task_error(error)
-
-    with contextlib.ExitStack() as stack:
-        for number, task in enumerate(tasks):
-            stack.callback(task.close)
-            advance(number, partial(next, task))
-        while needs:
-            # Take the first waiting need and others of the same kind, up to `MOST_ROWS` rows: the
-            # rest have their turn after other callers.
-            first = next(iter(needs.values()))
-            numbers: list[int] = []
-            rows = 0
-            for number, need in needs.items():
-                if need.loaded is not first.loaded or need.part != first.part:
-                    continue
-                rows += len(need.rows)
-                if numbers and rows > MOST_ROWS:
-                    break
-                numbers.append(number)
-            asked = [needs.pop(number) for number in numbers]
-            try:
-                results = together(asked)
-            except Exception as error:
-                results = [task_error(error)] * len(asked)
-            for number, result in zip(numbers, results, strict=True):
-                task = tasks[number]
-                if isinstance(result, TaskError):
-                    advance(number, partial(task.throw, result))
-                else:
-                    advance(number, partial(task.send, result))
-    return answers
+TaskSteps: TypeAlias = Generator[Need, Any, A]  # the way of a task to its answer, an `A`
 
 
 class LoadedRelease:
@@ -404,7 +261,42 @@ class LoadedRelease:
         return self._encode("tokens", self.tokenizer.encode(texts))
 
     def _encode(self, part: Part, rows: Sequence[Any] | NDArray[np.uint8]) -> NDArray[np.float32]:
-        return encode(self, [Need(self, part, rows, self.place().encoder_alpha, None)])
+        return self.encode([Need(self, part, rows, self.place().encoder_alpha, None)])
+
+    def encode(self, needs: Sequence[Need]) -> NDArray[np.float32]:
+        """Embed the rows of all needs, in their order; all needs are of one encoder."""
+        size = self.release.max_batch_size
+        alphas: NDArray[np.float32] | None = None
+        parts = []
+        if needs[0].part == "tokens":
+            # Encode each text once at each α, together with texts of similar length.
+            asked = [(tuple(row), need.alpha) for need in needs for row in need.rows]
+            unique = sorted(dict.fromkeys(asked), key=lambda text: len(text[0]))
+            for start in range(0, len(unique), size):
+                if start and len(needs) == 1:
+                    check_cancelled(needs[0].cancelled)
+                batch = unique[start : start + size]
+                tokens = self.tokenizer.batch([row for row, _ in batch])
+                if batch[0][1] is not None:
+                    alphas = np.array([[alpha] for _, alpha in batch], np.float32)
+                parts.append(self.encoder.tokens(tokens, alphas))
+            places = {text: place for place, text in enumerate(unique)}
+            return np.concatenate(parts)[[places[text] for text in asked]]
+
+        # Encode images in as few calls as possible, of about equal size.
+        encoder = self.encoder.images if needs[0].part == "images" else self.encoder.patches
+        rows = [np.asarray(need.rows) for need in needs]
+        pixels = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        if not len(pixels):
+            return np.zeros((0, self.release.embed_dim), np.float32)
+        if needs[0].alpha is not None:
+            each = [np.full((len(need.rows), 1), need.alpha, np.float32) for need in needs]
+            alphas = np.concatenate(each)
+        count = math.ceil(len(pixels) / min(CHUNK, size))
+        edges = [len(pixels) * number // count for number in range(count + 1)]
+        for start, end in itertools.pairwise(edges):
+            parts.append(encoder(pixels[start:end], None if alphas is None else alphas[start:end]))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def encoded(
         self,
@@ -412,7 +304,7 @@ class LoadedRelease:
         rows: Sequence[Any] | NDArray[np.uint8],
         place: Place | None = None,
         cancelled: Cancelled | None = None,
-    ) -> Steps[NDArray[Any]]:
+    ) -> TaskSteps[NDArray[Any]]:
         """Step of a task: encode rows at a place, by default the release's own. Here alone an
         adapter maps texts, so it needs no graph of its own, and rows of several share a batch.
         """
@@ -423,7 +315,7 @@ class LoadedRelease:
 
     def decoded(
         self, files: Sequence[ImageFile], cancelled: Cancelled | None = None
-    ) -> Steps[NDArray[np.uint8]]:
+    ) -> TaskSteps[NDArray[np.uint8]]:
         """Step of a task: decode images to uint8 [N, S, S, 3]."""
         pixels: NDArray[np.uint8] = yield Need(self, "pixels", files, None, cancelled)
         return pixels
@@ -498,46 +390,3 @@ def served_release(url: str) -> LoadedRelease:
         raise RAdapterError(f"{url}: {error}") from error
     encoder = ServerEncoder(pinned, url)
     return LoadedRelease(Release.from_dict(served.facts), encoder, encoder, origin={"url": url})
-
-
-class ServerEncoder:
-    """Encoders and tokenizer of a live server's release, to which the client is pinned."""
-
-    def __init__(self, client: Client, url: str) -> None:
-        self.client = client
-        self._url = url
-
-    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        return self._embed(self.client.embed_images, pixels, alpha)
-
-    def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        raise TaskError(ENCODER_FAILED, f"{self._url} gives no dense embeddings")
-
-    def tokens(self, tokens: NDArray[Any], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        return self._embed(self.client.embed_texts, tokens, alpha)
-
-    def encode(self, texts: Sequence[str]) -> list[Any]:
-        """Wrap texts as rows, without tokens: the server has the tokenizer."""
-        return [[text] for text in texts]
-
-    def batch(self, rows: Sequence[Any]) -> NDArray[Any]:
-        """The texts of rows."""
-        return np.array([text for (text,) in rows], object)
-
-    def ask(self, task: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call a method of the client; its errors become a `TaskError`."""
-        try:
-            return task(*arguments, **options)
-        except RAdapterClientError as error:
-            raise TaskError(error.code or ENCODER_FAILED, f"{self._url}: {error}") from error
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.client.close()
-
-    def _embed(
-        self, task: Callable[..., Any], rows: NDArray[Any], alpha: Alpha | None
-    ) -> NDArray[np.float32]:
-        # All rows have the same α.
-        embeds = self.ask(task, list(rows), alpha=None if alpha is None else float(alpha[0, 0]))
-        return np.asarray(embeds, np.float32)

@@ -29,15 +29,9 @@ from radapter_serve.contract.errors import (
     until_deadline,
 )
 from radapter_serve.contract.images import FifoLimit, limit_large_images
-from radapter_serve.encoders.encoder import Step, add_steps, collected, step
-from radapter_serve.encoders.loaded import (
-    LoadedRelease,
-    Need,
-    Result,
-    encode_together,
-    load_release,
-    run_together,
-)
+from radapter_serve.encoders.batcher import Result, encode_together, run_together
+from radapter_serve.encoders.encoder import Span, add_spans, collect_spans, span
+from radapter_serve.encoders.loaded import LoadedRelease, Need, load_release
 from radapter_serve.encoders.precision import Choice, choose, try_encoders
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
@@ -65,7 +59,7 @@ class _Caller:
     wake: threading.Event = field(default_factory=threading.Event)
     batch: list[_Caller] = field(default_factory=list)  # callers to encode for, itself included
     results: Sequence[Result] | None = None
-    steps: list[Step] = field(default_factory=list)  # of the batch that had its needs
+    spans: list[Span] = field(default_factory=list)  # of the batch that had its needs
 
 
 class Queue:
@@ -109,7 +103,7 @@ class Queue:
             # Even if this thread is interrupted: the callers of its batch wait.
             if caller.batch:
                 self._lead(caller.batch)
-        add_steps(caller.steps)
+        add_spans(caller.spans)
         if caller.results is None:
             raise TaskError(INTERNAL_ERROR, "the batch of this request was given up")
         return caller.results
@@ -118,10 +112,10 @@ class Queue:
         """Encode a batch, and hand the next one to the first waiting caller."""
         needs = [need for caller in batch for need in caller.needs]
         try:
-            with collected() as taken:
+            with collect_spans() as spans:
                 results = list(self._encode(needs))
             for caller in batch:
-                caller.steps = taken
+                caller.spans = spans
                 caller.results = results[: len(caller.needs)]
                 results = results[len(caller.needs) :]
         finally:
@@ -305,7 +299,7 @@ class Engine:
         """Run a task of a release, the newest if `version` is empty, and return the named outputs,
         or all; `deadline` is in seconds of `time.monotonic`.
         """
-        with step("engine"):
+        with span("engine"):
             served = self._pick(model, version)
             return self._answer(served, model, inputs, outputs, deadline, cancelled)
 
@@ -394,7 +388,7 @@ class Engine:
                 stack.enter_context(served.label_sets(cancelled))
             if model == "segment":
                 stack.enter_context(served.segmentations(cancelled))
-            stack.enter_context(step(model))
+            stack.enter_context(span(model))
             run = served.run(model, cancelled)
             encode = partial(self._encode, served)
             answers = run_together([run(request, cancelled) for request in requests], encode)

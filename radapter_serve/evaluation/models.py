@@ -22,7 +22,9 @@ from radapter_serve.clip.towers import TorchEncoder, check_dense, logit_scale_an
 from radapter_serve.contract.errors import Alpha, check_alpha
 from radapter_serve.contract.images import decode
 from radapter_serve.contract.preprocess import MaskCrop
-from radapter_serve.encoders.loaded import LoadedRelease, ServerEncoder, complete
+from radapter_serve.encoders.batcher import complete
+from radapter_serve.encoders.encoder import ServerEncoder
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.rows import display_name

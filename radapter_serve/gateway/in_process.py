@@ -12,7 +12,7 @@ from pathlib import Path
 
 from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.encoders.encoder import GraphEncoder, collected
+from radapter_serve.encoders.encoder import GraphEncoder, collect_spans
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
@@ -135,7 +135,7 @@ class InProcess:
         deadline = time.monotonic() + timeout
 
         def infer() -> Reply:
-            with collected(entry.steps):
+            with collect_spans(entry.spans):
                 return self._engine.infer(
                     request.model,
                     request.version,

@@ -265,8 +265,8 @@ class Record:
             if self.log:
                 entry.bytes_out = int(Headers(raw=answer["headers"])["Content-Length"])
                 entry.ms = 1e3 * seconds
-                if entry.steps:
-                    entry.encoder_ms = encoder_ms(entry.steps)
+                if entry.spans:
+                    entry.encoder_ms = encoder_ms(entry.spans)
                 entry.write()
             # A caller without a key must not send spans to the collector.
             if self.spans is not None and span is not None and entry.code != UNAUTHORIZED:

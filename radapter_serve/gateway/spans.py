@@ -12,10 +12,11 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
+from opentelemetry.trace import Span as TraceSpan
+from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from radapter_serve.encoders.encoder import Step
+from radapter_serve.encoders.encoder import Span
 from radapter_serve.gateway.upstream import Entry
 
 _W3C = TraceContextTextMapPropagator()
@@ -31,7 +32,7 @@ class Spans:
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("radapter_serve")
 
-    def begin(self, headers: Mapping[str, str], method: str, route: str, entry: Entry) -> Span:
+    def begin(self, headers: Mapping[str, str], method: str, route: str, entry: Entry) -> TraceSpan:
         """Start the span of a request, in the trace of its `traceparent` header. If the trace is
         sampled, set `entry.traceparent` for the model server.
         """
@@ -48,8 +49,8 @@ class Spans:
             entry.traceparent = carrier["traceparent"]
         return span
 
-    def end(self, span: Span, entry: Entry) -> None:
-        """End the span with the outcome of the request, and add spans of the engine's steps."""
+    def end(self, span: TraceSpan, entry: Entry) -> None:
+        """End the span with the outcome of the request, and add those of the engine."""
         facts = {
             "radapter.request_id": entry.id,
             "radapter.task": entry.task or "none",
@@ -65,16 +66,16 @@ class Spans:
         if entry.status >= 500:
             span.set_status(Status(StatusCode.ERROR))
 
-        def add(steps: Iterable[Step], parent: Span) -> None:
-            for step in steps:
+        def add(parts: Iterable[Span], parent: TraceSpan) -> None:
+            for part in parts:
                 context = set_span_in_context(parent, Context())
-                part = self._tracer.start_span(
-                    step.name, context=context, attributes=facts, start_time=step.start
+                child = self._tracer.start_span(
+                    part.name, context=context, attributes=facts, start_time=part.start
                 )
-                add(step.parts, part)
-                part.end(step.end)
+                add(part.parts, child)
+                child.end(part.end)
 
-        add(entry.steps, span)
+        add(entry.spans, span)
         span.end()
 
     def close(self, seconds: float) -> None:

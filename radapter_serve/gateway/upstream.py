@@ -31,7 +31,7 @@ from radapter_serve.contract.errors import (
     UNKNOWN_MODEL,
     redact,
 )
-from radapter_serve.encoders.encoder import Step
+from radapter_serve.encoders.encoder import Span
 from radapter_serve.errors import RAdapterError
 from radapter_serve.tasks.table import TASKS, Tensor, outputs_of
 
@@ -248,14 +248,14 @@ class Entry:
     # Of these, in encoders that ran the batch of this request; None in front of Triton.
     encoder_ms: float | None = None
     traceparent: str | None = None  # for the model server; not in the log
-    steps: list[Step] = field(default_factory=list)  # of the engine; not in the log
+    spans: list[Span] = field(default_factory=list)  # of the engine; not in the log
 
     def write(self) -> None:
         """Print a line of JSON on stderr."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         facts: dict[str, Any] = {"time": now}
         for name, value in vars(self).items():
-            if name not in ("traceparent", "steps"):
+            if name not in ("traceparent", "spans"):
                 facts[name] = round(value, 3) if isinstance(value, float) else value
         print(json.dumps(facts), file=sys.stderr, flush=True)
 
@@ -265,7 +265,7 @@ class Upstream(Protocol):
 
     async def infer(self, request: Inference, timeout: float, entry: Entry) -> Reply:
         """Answer within `timeout` seconds; `entry` has the request's id and trace, and collects the
-        steps of an engine.
+        spans of an engine.
         """
 
     async def config(self, model: str, version: str = "") -> Model:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.embeddings import map_embeddings
 from radapter_serve.contract.errors import ADAPTER_FAILED, UNKNOWN_ADAPTER, TaskError, redact
-from radapter_serve.contract.labels import check_prompts, is_name, known_as
+from radapter_serve.contract.labels import check_prompts, is_name, known_as, merge_same_names
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import (
     checker,
@@ -158,7 +158,7 @@ def read_run(path: Path, alpha: float | None = None) -> tuple[AdapterFacts, Fact
                 )
             factors: Any = tuple(opened.get_tensor(name) for name in wanted)
         # Classes with more prompts than a request may have would be refused at every request.
-        classes = list(dict.fromkeys(header.get("classes") or ()))
+        classes = merge_same_names(header.get("classes") or ())
         try:
             check_prompts([(classes, header["templates"])])
         except TaskError:

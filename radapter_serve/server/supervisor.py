@@ -13,7 +13,7 @@ from radapter_serve.release.repository import ENCODERS
 from radapter_serve.server.control import Control, NoAnswer, in_json
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER, Failure
-from radapter_serve.tasks.table import GLANCES
+from radapter_serve.tasks.table import MINIMAL_REQUESTS
 
 # Supervisor
 INTERVAL_SECONDS = 1.0  # between checks
@@ -55,12 +55,14 @@ class Probe:
         self._clock = clock
         self._interval = interval
         self._timeout = timeout
-        self._threads = threads or ThreadPoolExecutor(len(GLANCES) + 1, thread_name_prefix="probe")
+        self._threads = threads or ThreadPoolExecutor(
+            len(MINIMAL_REQUESTS) + 1, thread_name_prefix="probe"
+        )
         self._probes: dict[str, _ModelProbe] = {}
 
     def step(self, models: Collection[str]) -> list[str]:
         """Send the requests that are due; return the silent models, or `SERVER` alone."""
-        silent = [name for name in GLANCES if name in models and self._is_silent(name)]
+        silent = [name for name in MINIMAL_REQUESTS if name in models and self._is_silent(name)]
         return [SERVER] if self._is_silent(SERVER) else silent
 
     def forget(self) -> None:
@@ -87,7 +89,7 @@ class Probe:
     def _answers(self, name: str) -> bool:
         """True if any answer comes: an error shows a living process, too."""
         path = "health/live" if name == SERVER else f"models/{name}/infer"
-        body = None if name == SERVER else {"inputs": in_json(GLANCES[name])}
+        body = None if name == SERVER else {"inputs": in_json(MINIMAL_REQUESTS[name])}
         try:
             self._control.ask(path, body, timeout=self._timeout)
         except NoAnswer:

@@ -21,7 +21,7 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.images import ImageFile, read_header
 from radapter_serve.contract.labels import class_probabilities, known_as
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
-from radapter_serve.encoders.loaded import CHUNK, LoadedRelease, Place, Steps
+from radapter_serve.encoders.loaded import CHUNK, LoadedRelease, Place, TaskSteps
 from radapter_serve.release.release import HOW, NO_TEMPERATURE, Confidence
 from radapter_serve.tasks.embed import (
     Labels,
@@ -100,7 +100,7 @@ class Ranking:
 
 def classify(
     loaded: LoadedRelease, request: ClassifyRequest, cancelled: Cancelled | None = None
-) -> Steps[list[Ranking]]:
+) -> TaskSteps[list[Ranking]]:
     """Rank labels for each image by cosine; refuses a wrong request before encoding an image."""
     # Check values and headers, before anything is encoded.
     place = loaded.place(request.point)
@@ -215,7 +215,7 @@ def mix_examples(
     examples: Examples,
     place: Place,
     cancelled: Cancelled | None = None,
-) -> Steps[LabelSet]:
+) -> TaskSteps[LabelSet]:
     """Mix examples into labels: (1 - w) text + w mean of the label's examples, at unit length."""
     # Embed each example that is not cached, in parts, between which other callers have a turn.
     cache = loaded.label_cache

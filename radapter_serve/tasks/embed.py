@@ -33,7 +33,7 @@ from radapter_serve.contract.labels import (
     split_label,
 )
 from radapter_serve.encoders.labels import LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease, Place, Steps
+from radapter_serve.encoders.loaded import LoadedRelease, Place, TaskSteps
 
 OTHER_POINT = "ask at the alpha of the export, or for a smaller label set"
 _PROMPTS = 256  # prompts of a part: then its labels are cached, and other callers have a turn
@@ -65,7 +65,7 @@ class EmbedTextsRequest:
 
 def embed_images(
     loaded: LoadedRelease, request: EmbedImagesRequest, cancelled: Cancelled | None = None
-) -> Steps[NDArray[np.float32]]:
+) -> TaskSteps[NDArray[np.float32]]:
     """Embed images to float32 [N, D]; a `TaskError` names the first bad image."""
     place = loaded.place(request.point)
     files = checked_headers(loaded, request.images)
@@ -75,7 +75,7 @@ def embed_images(
 
 def embed_texts(
     loaded: LoadedRelease, request: EmbedTextsRequest, cancelled: Cancelled | None = None
-) -> Steps[NDArray[np.float32]]:
+) -> TaskSteps[NDArray[np.float32]]:
     """Embed texts to float32 [N, D]; texts with too many tokens are cut as in open_clip."""
     place = loaded.place(request.point)
     rows = loaded.tokenizer.encode(request.texts)
@@ -142,7 +142,7 @@ def check_labels(
 
 def embed_label_set(
     loaded: LoadedRelease, labels: Labels, place: Place, cancelled: Cancelled | None
-) -> Steps[LabelSet]:
+) -> TaskSteps[LabelSet]:
     """Return the label set of a checked request, with its examples not mixed in yet."""
     if labels.label_set is None:
         names = labels.names or ()
@@ -208,7 +208,7 @@ def _templates(loaded: LoadedRelease, place: Place) -> Sequence[str]:
 
 def embed_prompts(
     loaded: LoadedRelease, texts: Sequence[str], place: Place, cancelled: Cancelled | None = None
-) -> Steps[NDArray[np.float32]]:
+) -> TaskSteps[NDArray[np.float32]]:
     """Embed prompts; for an adapter those of the base are cached, as the next one only maps."""
     if place.adapter is None:
         rows = loaded.tokenizer.encode(texts)
@@ -237,7 +237,7 @@ def embed_labels(
     place: Place | None = None,
     cancelled: Cancelled | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Steps[LabelSet]:
+) -> TaskSteps[LabelSet]:
     """Embed checked labels, the mean over all prompts scaled to unit length; each is cached by
     place and templates. `progress` is called with the number of labels so far.
     """

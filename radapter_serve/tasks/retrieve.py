@@ -17,7 +17,7 @@ from radapter_serve.contract.errors import (
     invalid,
 )
 from radapter_serve.contract.images import ImageFile
-from radapter_serve.encoders.loaded import Place, Steps
+from radapter_serve.encoders.loaded import Place, TaskSteps
 from radapter_serve.index.facts import Hit
 from radapter_serve.index.index import Indexes
 from radapter_serve.release.release import HOW
@@ -104,7 +104,7 @@ class Retrieved:
 
 def retrieve(
     indexes: Indexes, request: RetrieveRequest, cancelled: Cancelled | None = None
-) -> Steps[Retrieved]:
+) -> TaskSteps[Retrieved]:
     """Search an index for the images nearest to a query; raises a `TaskError` on failure."""
     index, loaded = indexes.get(request.index, cancelled)
     if request.index_version not in (None, index.generation):

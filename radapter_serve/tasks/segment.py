@@ -26,7 +26,7 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.images import MAX_PIXELS, ImageFile, decode, read_header, turn
 from radapter_serve.contract.labels import class_probabilities
 from radapter_serve.contract.preprocess import MaskCrop
-from radapter_serve.encoders.loaded import LoadedRelease, Part, Place, Steps
+from radapter_serve.encoders.loaded import LoadedRelease, Part, Place, TaskSteps
 from radapter_serve.tasks.dense import (
     BLOCK,
     MAX_LABELS,
@@ -99,7 +99,7 @@ class LabelledMask:
 
 def segment(
     loaded: LoadedRelease, request: SegmentRequest, cancelled: Cancelled | None = None
-) -> Steps[LabelledMask]:
+) -> TaskSteps[LabelledMask]:
     """Label each pixel of an image, by dense patches or by the proposals of the request."""
     # Check values and the header, before anything is encoded.
     release = loaded.release

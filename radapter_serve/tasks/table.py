@@ -26,7 +26,7 @@ from radapter_serve.contract.errors import Cancelled, invalid
 from radapter_serve.contract.images import read_headers
 from radapter_serve.contract.labels import check_prompts, known_as
 from radapter_serve.encoders.labels import DEFAULT_WEIGHT, Examples
-from radapter_serve.encoders.loaded import LoadedRelease, Place, Steps
+from radapter_serve.encoders.loaded import LoadedRelease, Place, TaskSteps
 from radapter_serve.release.release import TASKS as NAMES
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
 from radapter_serve.tasks.embed import (
@@ -65,7 +65,7 @@ class Answered(Generic[A]):
 
 
 # A task of one release: runs a request, with the steps to its answer.
-Run = Callable[[R, Cancelled | None], Steps[Answered[A]]]
+Run = Callable[[R, Cancelled | None], TaskSteps[Answered[A]]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Tensor:
     optional: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task(Generic[R, A]):
     """A task: its tensors, and the conversion to typed requests and from answers."""
 
@@ -331,7 +331,9 @@ def _make_retrieve(
 
     indexes = Indexes(loaded, others)
 
-    def run(request: RetrieveRequest, cancelled: Cancelled | None) -> Steps[Answered[Retrieved]]:
+    def run(
+        request: RetrieveRequest, cancelled: Cancelled | None
+    ) -> TaskSteps[Answered[Retrieved]]:
         answer = yield from retrieve(indexes, request, cancelled)
         return Answered(answer, answer.place, answer.mapped)
 
@@ -351,11 +353,11 @@ def _write_hits(answers: Sequence[Retrieved]) -> Values:
     return Values(outputs)
 
 
-def _plain(task: Callable[..., Steps[A]]) -> Callable[..., Run[Any, A]]:
+def _plain(task: Callable[..., TaskSteps[A]]) -> Callable[..., Run[Any, A]]:
     """The `make` of a task that needs only its release."""
 
     def make(loaded: LoadedRelease, others: Any) -> Run[Any, A]:
-        def run(request: Any, cancelled: Cancelled | None) -> Steps[Answered[A]]:
+        def run(request: Any, cancelled: Cancelled | None) -> TaskSteps[Answered[A]]:
             place = loaded.place(request.point)
             answer = yield from task(loaded, replace(request, point=place), cancelled)
             return Answered(answer, place)
@@ -378,23 +380,25 @@ _LABELS = (
 
 TASKS: Mapping[str, Task[Any, Any]] = {
     "embed_image": Task(
-        _tensors(_IMAGE, *_POINT),
-        _tensors(Tensor("image_embeds", "FP32", (-1,)), _RECEIPT),
-        True,
-        lambda values, wants: EmbedImagesRequest(values.pop("image"), _take_point(values)),
-        _plain(embed_images),
-        lambda answers: Values({"image_embeds": np.concatenate(answers)}),
+        inputs=_tensors(_IMAGE, *_POINT),
+        outputs=_tensors(Tensor("image_embeds", "FP32", (-1,)), _RECEIPT),
+        batched=True,
+        request=lambda values, wants: EmbedImagesRequest(values.pop("image"), _take_point(values)),
+        make=_plain(embed_images),
+        write=lambda answers: Values({"image_embeds": np.concatenate(answers)}),
     ),
     "embed_text": Task(
-        _tensors(Tensor("text", "BYTES"), *_POINT),
-        _tensors(Tensor("text_embeds", "FP32", (-1,)), _RECEIPT),
-        True,
-        lambda values, wants: EmbedTextsRequest(tuple(values.pop("text")), _take_point(values)),
-        _plain(embed_texts),
-        lambda answers: Values({"text_embeds": np.concatenate(answers)}),
+        inputs=_tensors(Tensor("text", "BYTES"), *_POINT),
+        outputs=_tensors(Tensor("text_embeds", "FP32", (-1,)), _RECEIPT),
+        batched=True,
+        request=lambda values, wants: EmbedTextsRequest(
+            tuple(values.pop("text")), _take_point(values)
+        ),
+        make=_plain(embed_texts),
+        write=lambda answers: Values({"text_embeds": np.concatenate(answers)}),
     ),
     "retrieve": Task(
-        _tensors(
+        inputs=_tensors(
             _option("text", "BYTES", -1),
             _option("image", "BYTES", -1),
             _option("id", "BYTES", -1),
@@ -408,7 +412,7 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             _option("calibrated", "BOOL"),
             *_POINT,
         ),
-        _tensors(
+        outputs=_tensors(
             Tensor("id", "BYTES", (-1,)),
             Tensor("score", "FP32", (-1,)),
             Tensor("metadata", "BYTES", (-1,)),
@@ -416,13 +420,13 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             Tensor("index_version", "BYTES"),
             _RECEIPT,
         ),
-        False,
-        _retrieve_request,
-        _make_retrieve,
-        _write_hits,
+        batched=False,
+        request=_retrieve_request,
+        make=_make_retrieve,
+        write=_write_hits,
     ),
     "segment": Task(
-        _tensors(
+        inputs=_tensors(
             _IMAGE,
             *_LABELS,
             _option("threshold", "FP32"),
@@ -434,19 +438,19 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             _option("proposal_weight", "FP32"),
             *_POINT,
         ),
-        _tensors(
+        outputs=_tensors(
             Tensor("mask", "UINT16", (-1, -1)),
             Tensor("label", "BYTES", (-1,)),
             Tensor("score", "FP32", (-1,)),
             _RECEIPT,
         ),
-        False,
-        _segment_request,
-        _plain(segment),
-        _write_mask,
+        batched=False,
+        request=_segment_request,
+        make=_plain(segment),
+        write=_write_mask,
     ),
     "classify": Task(
-        _tensors(
+        inputs=_tensors(
             _IMAGE,
             *_LABELS,
             _option("top_k", "INT32"),
@@ -459,11 +463,11 @@ TASKS: Mapping[str, Task[Any, Any]] = {
             _option("example_labels", "INT32", -1),
             _option("example_weight", "FP32", -1),
         ),
-        _tensors(Tensor("label", "BYTES", (-1,)), Tensor("score", "FP32", (-1,)), _RECEIPT),
-        True,
-        _classify_request,
-        _plain(classify),
-        _write_rankings,
+        outputs=_tensors(Tensor("label", "BYTES", (-1,)), Tensor("score", "FP32", (-1,)), _RECEIPT),
+        batched=True,
+        request=_classify_request,
+        make=_plain(classify),
+        write=_write_rankings,
     ),
 }
 assert tuple(TASKS) == NAMES
@@ -492,8 +496,8 @@ def _probes(image: bytes, text: bytes, **labels: NDArray[Any]) -> dict[str, Tens
 
 
 # `PROBES` are the smallest requests that run a task's encoders, so that no caller waits for their
-# first run. `GLANCES` are answered at once, usually by a refusal.
+# first run. `MINIMAL_REQUESTS` are answered at once, usually by a refusal.
 _file = io.BytesIO()
 Image.new("RGB", (8, 8), "grey").save(_file, "PNG")
 PROBES: Mapping[str, Tensors] = _probes(_file.getvalue(), b"a", labels=np.array([b"a"], object))
-GLANCES: Mapping[str, Tensors] = _probes(b"-", b" ")
+MINIMAL_REQUESTS: Mapping[str, Tensors] = _probes(b"-", b" ")

@@ -24,8 +24,9 @@ from radapter_serve.contract.errors import (
     task_error,
 )
 from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.encoders.batcher import run_together
 from radapter_serve.encoders.labels import load_label_sets
-from radapter_serve.encoders.loaded import LoadedRelease, Steps, run_together
+from radapter_serve.encoders.loaded import LoadedRelease, TaskSteps
 from radapter_serve.process import INDEXES
 from radapter_serve.release.config import read_config
 from radapter_serve.release.release import FILE, Release
@@ -67,7 +68,7 @@ class TritonPythonModel:
         task = TASKS[self.task]
 
         # From tensors to typed requests; one request may become several.
-        steps: list[Steps[Any]] = []
+        rows: list[TaskSteps[Any]] = []
         owners: list[list[Any]] = []  # where the answer of each belongs
         parts: list[list[Any]] = [[] for _ in requests]  # answers and errors of each request
         for request, own in zip(requests, parts, strict=True):
@@ -83,11 +84,11 @@ class TritonPythonModel:
                 own.append(task_error(error))
                 continue
             cancelled = cancelled_by(request)
-            steps += [self._run(row, cancelled) for row in typed]
+            rows += [self._run(row, cancelled) for row in typed]
             owners += [own] * len(typed)
 
         # Run all of them together, and convert their answers to tensors.
-        for own, part in zip(owners, run_together(steps), strict=True):
+        for own, part in zip(owners, run_together(rows), strict=True):
             own.append(part)
         results: list[Mapping[str, NDArray[Any]] | TaskError] = []
         for own in parts:

@@ -49,7 +49,8 @@ SITES = {
     **dict.fromkeys(VITS, IMAGE + CLIP),
     "coca": IMAGE + CUSTOM,
     **dict.fromkeys(
-        ("siglip", "siglip2", "mobileclip-b", "mobileclip2-l", "eva02", "pe-core"), TIMM + CUSTOM
+        ("siglip", "siglip2", "siglip2-b-32", "mobileclip-b", "mobileclip2-l", "eva02", "pe-core"),
+        TIMM + CUSTOM,
     ),
     "vitamin": [*TIMM[:1], "visual.trunk.blocks.0.mlp.w2", *CUSTOM],
     **dict.fromkeys(("roberta", "xlm-roberta", "bert"), IMAGE + BERT),

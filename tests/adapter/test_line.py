@@ -23,6 +23,7 @@ from radapter_serve.adapter.tuned import load_base_of, load_checkpoint, load_lor
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.transformers import form_of, to_transformers
 from radapter_serve.errors import RAdapterError
+from tests.helpers.small_models import make_base
 
 pytestmark = [
     # peft asks transformers for a property by its former name
@@ -235,6 +236,26 @@ def test_a_lora_is_merged_as_peft_merges_it(
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6)
         torch.testing.assert_close(half[name], (start[name] + tensor) / 2, rtol=0, atol=1e-6)
     assert max((ours[name] - start[name]).abs().max().item() for name in ours) > 0.1
+
+
+def test_a_lora_of_a_siglip_is_merged_as_peft_merges_it(tmp_path: Path) -> None:
+    import peft
+
+    base = load_base(make_base("siglip", tmp_path / "base"))
+    form = form_of(base.name, base.model, base.tokenizer)
+    theirs = transformers.SiglipModel(transformers.SiglipConfig(**form.config))
+    theirs.load_state_dict(to_transformers(base.model.state_dict(), form))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "out_proj", "fc1", "text_model.head"])
+    model = peft.get_peft_model(theirs, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(str(tmp_path / "lora"))
+    _, line = load_lora(tmp_path / "lora", base.name)
+    ours = to_transformers(line.at(1), form)
+    for name, tensor in model.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6)
 
 
 def test_a_lora_is_of_the_base_that_it_names(

@@ -48,7 +48,7 @@ IMAGE_SITES = {
     **dict.fromkeys(FAMILIES, "visual.proj"),
     **dict.fromkeys(("mobileclip-b", "mobileclip2-l", "eva02", "pe-core"), "visual.trunk.head"),
     "vitamin": "visual.head.proj",
-    **dict.fromkeys(("siglip", "siglip2", "mobileclip-s", "resnet"), None),
+    **dict.fromkeys(("siglip", "siglip2", "siglip2-b-32", "mobileclip-s", "resnet"), None),
 }
 
 
@@ -178,7 +178,9 @@ def test_every_family_has_its_projections_or_is_refused_by_name(
 def test_a_linear_head_of_timm_and_a_text_projection_with_a_bias(tmp_path: Path) -> None:
     from tests.helpers.small_models import SIGLIP_TEXT, _timm
 
-    image = _timm("small_siglip", pool="map", timm_proj="linear", timm_proj_bias=True)
+    image = _timm(
+        "vit_small_patch16_siglip_32", pool="map", timm_proj="linear", timm_proj_bias=True
+    )
     text = {**SIGLIP_TEXT, "width": 64}
     base = load_base(make_base("siglip", tmp_path, vision_cfg=image, text_cfg=text, embed_dim=48))
     adapter = random_adapter(base.name, adapt="projections")
@@ -195,7 +197,7 @@ def test_a_linear_head_of_timm_and_a_text_projection_with_a_bias(tmp_path: Path)
 def test_an_mlp_head_is_refused(tmp_path: Path) -> None:
     from tests.helpers.small_models import _timm
 
-    image = _timm("small_siglip", pool="map", timm_proj="mlp")
+    image = _timm("vit_small_patch16_siglip_32", pool="map", timm_proj="mlp")
     base = load_base(make_base("siglip", tmp_path, vision_cfg=image, embed_dim=48))
     with pytest.raises(RAdapterError, match=r"image tower .*no visual.proj or visual.head.proj"):
         attach(base.model, adapt="projections")

@@ -265,7 +265,11 @@ def changed(**fields: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", changed(model_type="siglip"), "its model_type is siglip; allowed: clip"),
+        (
+            "config.json",
+            changed(model_type="blip"),
+            "its model_type is blip; allowed: clip, siglip",
+        ),
         ("config.json", changed(text_config={**TOWER, "hidden_act": "relu"}), OTHER_TEXTS),
         ("config.json", changed(text_config={**OF_TEXTS, "eos_token_id": 7}), OTHER_TEXTS),
         ("processor_config.json", changed(do_center_crop=False), "its processor in transformers g"),

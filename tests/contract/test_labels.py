@@ -74,6 +74,30 @@ def test_templates(tmp_path):
             read_templates(source)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["cat", "dog", "cat"], "label 3, 'cat', is the same as label 1, 'cat'"),
+        (["cat, kitty", "Cat"], "label 2, 'Cat', is the same as label 1, 'cat'"),
+        (["guinea pig", "guinea  pig "], "is the same as label 1, 'guinea pig'"),
+        (["Caf\u00e9", "CAFE\u0301"], "is the same as label 1, 'Caf\u00e9'"),
+        (["Stra\u00dfe", "STRASSE"], "is the same as label 1"),
+        (["\uff23at", "cat"], "is the same as label 1"),
+        (["cat, pet", "dog, Pet"], "label 2, 'dog', has the name 'Pet' in common .* 1, 'cat'"),
+        (["cat, dog", "dog"], "label 2, 'dog', has the name 'dog' in common with label 1, 'cat'"),
+        (["dog", "cat, dog"], "label 2, 'cat', has the name 'dog' in common with label 1, 'dog'"),
+    ],
+)
+def test_labels_share_no_name(labels: list[str], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        module.check_names(labels)
+    module.check_names(labels, distinct=False)
+
+
+def test_names_of_one_label_and_names_that_differ_are_taken() -> None:
+    module.check_names(["cat, Cat, kitty", "cats", "guinea pig", "guineapig", "caf\u00e9", "cafe"])
+
+
 def test_prompts_are_counted_before_they_are_built():
     def check(*lists: tuple[int, int], length: int = 0) -> None:
         """Check lists of so many labels and templates each."""

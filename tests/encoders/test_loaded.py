@@ -15,12 +15,11 @@ from radapter_client import RAdapterClientError
 from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import ENCODER_FAILED, OVERLOADED, TaskError
 from radapter_serve.contract.images import read_headers
+from radapter_serve.encoders.batcher import complete, encode_together
 from radapter_serve.encoders.loaded import (
     LoadedRelease,
     Need,
-    Steps,
-    complete,
-    encode_together,
+    TaskSteps,
     load_release,
     served_release,
 )
@@ -108,11 +107,11 @@ def test_nobody_there() -> None:
     assert not isinstance(error.value, RAdapterClientError)
 
 
-def images(loaded: LoadedRelease, *data: bytes) -> Steps[Any]:
+def images(loaded: LoadedRelease, *data: bytes) -> TaskSteps[Any]:
     return embed_images(loaded, EmbedImagesRequest(data))
 
 
-def texts(loaded: LoadedRelease, *values: str, alpha: float | None = None) -> Steps[Any]:
+def texts(loaded: LoadedRelease, *values: str, alpha: float | None = None) -> TaskSteps[Any]:
     return embed_texts(loaded, EmbedTextsRequest(values, Point(alpha=alpha)))
 
 
@@ -226,7 +225,7 @@ def test_an_error_reaches_its_own_task_alone(
 ) -> None:
     """One of the encoder, which a task may catch, and a fault of a task, which the log has."""
 
-    def task(*, fails: bool = False) -> Steps[str]:
+    def task(*, fails: bool = False) -> TaskSteps[str]:
         try:
             yield from local.loaded.encoded("tokens", [[1]])
         except TaskError as error:
@@ -250,7 +249,7 @@ def test_an_error_reaches_its_own_task_alone(
 def test_where_the_encoder_takes_nobody_all_tasks_end(local: Local) -> None:
     ended = []
 
-    def task() -> Steps[None]:
+    def task() -> TaskSteps[None]:
         try:
             yield from local.loaded.encoded("tokens", [[1]])
         finally:
@@ -267,7 +266,7 @@ def test_where_the_encoder_takes_nobody_all_tasks_end(local: Local) -> None:
 def test_tasks_with_many_rows_leave_turns_to_others(local: Local) -> None:
     sizes: list[int] = []
 
-    def task() -> Steps[int]:
+    def task() -> TaskSteps[int]:
         rows = yield from local.loaded.encoded("tokens", [[1]] * 100)
         return len(rows)
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from radapter_serve.encoders.loaded import LoadedRelease, Part, Steps
+from radapter_serve.encoders.loaded import LoadedRelease, Part, TaskSteps
 from radapter_serve.engine.engine import Engine
 from tests.helpers.fake_upstream import until
 from tests.helpers.small_release import SIZE, Local, together, write_release
@@ -41,7 +41,7 @@ def rows_of(part: Part, seed: int) -> Any:
     return random.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
 
 
-def task(loaded: LoadedRelease, part: Part, rows: Any) -> Steps[np.ndarray]:
+def task(loaded: LoadedRelease, part: Part, rows: Any) -> TaskSteps[np.ndarray]:
     return (yield from loaded.encoded(part, rows))
 
 

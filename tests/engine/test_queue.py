@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 from radapter_serve.contract.errors import OVERLOADED, TIMED_OUT, Cancelled, TaskError
-from radapter_serve.encoders.encoder import Step, collected, step
+from radapter_serve.encoders.encoder import Span, collect_spans, span
 from radapter_serve.encoders.loaded import Need
 from radapter_serve.engine import engine as queue
 from radapter_serve.engine.engine import Queue
@@ -161,21 +161,21 @@ def test_a_caller_who_is_interrupted_leaves_nobody_hanging(interrupted: int) -> 
     assert [*callers.asked([need(interrupted + 10)])] == [[2 * interrupted + 20]]
 
 
-def test_all_who_are_encoded_together_have_the_steps_of_their_batch() -> None:
+def test_all_who_are_encoded_together_have_the_spans_of_their_batch() -> None:
     held = Held()
 
     def encode(needs: Sequence[Need]) -> list[Any]:
-        with step(f"batch of {len(needs)}"):
+        with span(f"batch of {len(needs)}"):
             return held(needs)
 
     asked = Queue(encode, max_rows=2)
 
-    def ask(number: int) -> list[Step]:
-        with collected() as steps:
+    def ask(number: int) -> list[Span]:
+        with collect_spans() as spans:
             asked([need(number)])
-        return steps
+        return spans
 
-    with collected() as failed, pytest.raises(ValueError), step("failing"):
+    with collect_spans() as failed, pytest.raises(ValueError), span("failing"):
         raise ValueError
     assert [one.name for one in failed] == ["failing"]
     with ThreadPoolExecutor(3) as pool:

@@ -52,6 +52,11 @@ def test_the_runs_classes_are_a_label_set(run: Callable[..., Path], tmp_path: Pa
     assert label_sets(["dog"], animals=own) == both
     assert label_sets(["dog"], classes=own) == {"classes": ["zebra", "horse"]}
     assert label_sets(None) == {}
+    # Data may have classes that share a name; a label set that a person writes may not.
+    assert label_sets(["Crane", "crane", "bird, crane"])["classes"][1:] == ["crane", "bird, crane"]
+    own.write_text("# birds\nCrane\ncrane\n", encoding="utf-8")
+    with pytest.raises(RAdapterError, match=r"own\.txt: label 2, 'crane', is the .* 1, 'Crane'"):
+        label_sets(None, birds=own)
 
 
 def test_an_export_says_which_alpha_it_takes(

@@ -1,5 +1,5 @@
-"""Spans of one request: of the gateway, of an engine's steps in it, of Triton inside it, and the
-milliseconds of the same steps in the log.
+"""Spans of one request: of the gateway, of an engine in it, of Triton inside it, and the
+milliseconds of the same spans in the log.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from radapter_serve.contract.errors import Cancelled
-from radapter_serve.encoders.loaded import LoadedRelease, Place, Steps
+from radapter_serve.encoders.loaded import LoadedRelease, Place, TaskSteps
 from radapter_serve.engine import engine as engines
 from radapter_serve.engine.engine import Engine
 from radapter_serve.gateway.in_process import InProcess
@@ -26,7 +26,7 @@ from tests.helpers.fake_model import obey
 
 def ordered(
     request: ClassifyRequest, cancelled: Cancelled | None
-) -> Steps[Answered[list[Ranking]]]:
+) -> TaskSteps[Answered[list[Ranking]]]:
     """Do what an image orders."""
     yield from ()
     [image] = request.images

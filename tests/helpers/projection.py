@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import Cancelled
-from radapter_serve.encoders.loaded import LoadedRelease, complete
+from radapter_serve.encoders.batcher import complete
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.index.facts import Index
 from radapter_serve.index.index import Indexes
 from radapter_serve.tasks.retrieve import Retrieved, RetrieveRequest, retrieve

@@ -120,14 +120,21 @@ FAMILIES = {
     ),
     "siglip": Family(
         "ViT-B-16-SigLIP",
-        _timm("small_siglip", pool="map", timm_proj="none"),
+        _timm("vit_small_patch16_siglip_32", pool="map", timm_proj="none"),
         {**SIGLIP_TEXT, "width": 64},
         SIGLIP,
         {**HALF, "interpolation": "bicubic"},
     ),
     "siglip2": Family(
-        "ViT-B-16-SigLIP2",
-        _timm("small_siglip", pool="map", timm_proj="none"),
+        "ViT-B-16-SigLIP2, ViT-B-16-SigLIP2-256",
+        _timm("vit_small_patch16_siglip_32", pool="map", timm_proj="none"),
+        {**SIGLIP_TEXT, "width": 64, "act_kwargs": {"approximate": "tanh"}},
+        SIGLIP,
+        {**HALF, "interpolation": "bilinear"},
+    ),
+    "siglip2-b-32": Family(
+        "ViT-B-32-SigLIP2-256",
+        _timm("vit_small_patch32_siglip_64", 64, pool="map", timm_proj="none"),
         {**SIGLIP_TEXT, "width": 64, "act_kwargs": {"approximate": "tanh"}},
         SIGLIP,
         {**HALF, "interpolation": "bilinear"},
@@ -308,7 +315,11 @@ def _register() -> None:
         head_type="1d",
     )
     makers = {
-        "small_siglip": (vision_transformer.vit_base_patch16_siglip_224, small),
+        "vit_small_patch16_siglip_32": (vision_transformer.vit_base_patch16_siglip_224, small),
+        "vit_small_patch32_siglip_64": (
+            vision_transformer.vit_base_patch32_siglip_256,
+            small | {"img_size": 64},
+        ),
         "small_mobileclip_b": (
             vision_transformer_hybrid.vit_base_mci_224,
             {"img_size": 32, "depth": 1},

@@ -25,8 +25,9 @@ from PIL import Image
 
 from radapter_export.repository import TEMPLATE, TOKENIZED, config, sources
 from radapter_serve.contract.tokenizer import Tokenizer
+from radapter_serve.encoders.batcher import complete, run_together
 from radapter_serve.encoders.labels import load_label_sets
-from radapter_serve.encoders.loaded import LoadedRelease, complete, run_together
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.config import named_releases, read_config
 from radapter_serve.release.integrity import write_sums

@@ -18,7 +18,8 @@ import pytest
 from radapter_client import Client, InvalidRequest
 from radapter_serve.cli.release import main
 from radapter_serve.contract.labels import spellings
-from radapter_serve.encoders.loaded import complete, load_release
+from radapter_serve.encoders.batcher import complete
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.release.repository import Served

@@ -12,8 +12,9 @@ import pytest
 
 from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import INVALID_ARGUMENT, NOT_CALIBRATED, TaskError
+from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
-from radapter_serve.encoders.loaded import LoadedRelease, complete
+from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.tasks.classify import (
     ClassifyRequest,
     Ranking,

@@ -17,8 +17,8 @@ import pytest
 from radapter_client import Client, Timeout
 from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.labels import Examples
-from radapter_serve.encoders.loaded import complete
 from radapter_serve.engine.engine import Engine
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index

@@ -17,13 +17,8 @@ from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import Encode, TaskError
 from radapter_serve.contract.images import decode
 from radapter_serve.contract.preprocess import MaskCrop
-from radapter_serve.encoders.loaded import (
-    LoadedRelease,
-    Need,
-    complete,
-    encode_together,
-    run_together,
-)
+from radapter_serve.encoders.batcher import complete, encode_together, run_together
+from radapter_serve.encoders.loaded import LoadedRelease, Need
 from radapter_serve.tasks import segment as module
 from radapter_serve.tasks.dense import (
     PATCH_SCALE,

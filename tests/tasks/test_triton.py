@@ -22,7 +22,8 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from radapter_client import Client, InvalidRequest, ModelNotFound
-from radapter_serve.encoders.loaded import complete, load_release
+from radapter_serve.encoders.batcher import complete
+from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.config import Endpoints, ServerConfig, free_ports
 from radapter_serve.server.launch import shm_prefix
