@@ -602,10 +602,18 @@ class Client:
         replies = self._in_batches(f"embed_{kind}", kind, items, options, size, timeout)
         with reading():
             parts = []
+            receipts: set[Receipt | None] = set()
             for reply in replies:
                 part = _output(reply, f"{kind}_embeds", np.float32, 2)
-                _receipts(reply, 2, len(part), options)
+                receipts.update(_receipts(reply, 2, len(part), options))
                 parts.append(part)
+            # An array has no receipt for each row, so all rows must be of the same adapter.
+            adapter = options.get("adapter")
+            if adapter is not None and len(receipts) > 1:
+                raise ServerError(
+                    f"the adapter {shown(adapter)} was replaced in the middle of the call; ask"
+                    " again"
+                )
             embeds: Embeddings = np.concatenate(parts)
             _check_count(embeds, items)
         return embeds

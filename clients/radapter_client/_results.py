@@ -52,6 +52,8 @@ class Receipt:
         alpha: of the adapter if there is one, else of the release, in [0, 1].
         mapped: recall@10 of an index that was mapped from another image tower (`radapter-index
             map`), in [0, 1]; None of any other index and task.
+        adapter_digest: 12 digits that tell an adapter from one that has replaced it under its name;
+            None without an adapter, or of an older server.
 
     Example: `client.classify("cat.jpg", ["a cat"], adapter="anna").receipt.adapter`
     """
@@ -60,6 +62,7 @@ class Receipt:
     adapter: str | None
     alpha: float
     mapped: float | None = None
+    adapter_digest: str | None = None
 
     @classmethod
     def read(cls, text: str) -> Receipt:
@@ -69,11 +72,15 @@ class Receipt:
         if not (adapter is None or (isinstance(adapter, str) and adapter)):
             raise ValueError(f"the receipt names the adapter {adapter!r:.80}")
         mapped = facts.get("mapped")
+        digest = facts.get("adapter_digest")
+        if not (digest is None or isinstance(digest, str)):
+            raise ValueError(f"the receipt has the digest {digest!r:.80}")
         return cls(
             int(facts["release"]),
             adapter,
             float(facts["alpha"]),
             None if mapped is None else float(mapped),
+            digest,
         )
 
 

@@ -27,11 +27,9 @@ from radapter_serve.contract.errors import (
     TaskError,
 )
 from radapter_serve.contract.labels import check_length, known_as
-from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.access import ConcurrencyLimit, Key
 from radapter_serve.gateway.kserve import MAX_JSON_VALUES, Strict, from_json, receipt_of
 from radapter_serve.gateway.upstream import (
-    LOG,
     SERVER_UNAVAILABLE,
     Entry,
     Inference,
@@ -40,7 +38,8 @@ from radapter_serve.gateway.upstream import (
     Upstream,
     bad_request,
 )
-from radapter_serve.release.adapters import read_list
+from radapter_serve.release.adapters import Adapters
+from radapter_serve.release.release import Tower
 
 PREFIX = "/v1/"
 NEWEST = "radapter"  # the newest release; NEWEST-N is release N
@@ -204,7 +203,7 @@ class OpenAI:
         self._upstream = upstream
         self._model = model
         self._concurrency = concurrency
-        self._repository = repository
+        self._adapters = None if repository is None else Adapters(repository, None)
 
     async def models(self, key: Key | None = None) -> dict[str, Any]:
         """The list of releases, the newest first, and of adapters; a key sees its own."""
@@ -214,9 +213,16 @@ class OpenAI:
         data += [_described(f"{NEWEST}-{version}", releases[version]) for version in versions]
         if key is not None and not key.allows(""):
             data = []
-        if versions:
-            for name in await self._adapters(key):
-                data.append(_of_adapter(name, name, NEWEST, releases[versions[0]]))
+        # An adapter of an older release alone is asked with this release.
+        seen: set[str] = set()
+        for version in versions:
+            facts = releases[version]
+            for name in await self._adapters_beside(facts, key):
+                if name not in seen:
+                    parent = NEWEST if version == versions[0] else f"{NEWEST}-{version}"
+                    id = name if parent == NEWEST else f"{parent}:{name}"
+                    data.append(_of_adapter(id, name, parent, facts))
+                    seen.add(name)
         return {"object": "list", "data": data}
 
     async def model(self, name: str, key: Key | None = None) -> dict[str, Any]:
@@ -227,16 +233,17 @@ class OpenAI:
         parent = f"{NEWEST}-{version}" if version else NEWEST
         return _of_adapter(name, adapter, parent, facts)
 
-    async def _adapters(self, key: Key | None) -> list[str]:
-        """Names of the adapters that a key sees, as the model repository lists them."""
-        if self._repository is None:
+    async def _adapters_beside(self, facts: dict[str, Any], key: Key | None) -> list[str]:
+        """Names of the adapters beside a release that a key sees."""
+        if self._adapters is None:
             return []
-        try:
-            names = await asyncio.to_thread(read_list, self._repository)
-        except RAdapterError as error:  # the models still serve what they served before
-            LOG.warning("%s", error)
-            return []
-        return [name for name in sorted(names) if key is None or key.allows(name)]
+        entries = await asyncio.to_thread(self._adapters.entries)
+        text_tower = Tower.from_dict(facts.get("text_tower"), facts).digest(facts["alpha"])
+        return [
+            name
+            for name, entry in sorted(entries.items())
+            if entry.text_tower == text_tower and (key is None or key.allows(name))
+        ]
 
     async def embed(
         self, request: EmbeddingsRequest, seconds: float, entry: Entry, key: Key | None = None
@@ -335,29 +342,32 @@ class OpenAI:
         """The version, empty for the newest, the adapter, empty for none, and the facts of a
         release, by the name of a model: a release, an adapter, or both with a colon.
         """
-        names = await self._adapters(key)
         wanted = re.fullmatch(f"{NEWEST}(?:-([1-9][0-9]{{0,17}}))?(?::(.{{1,200}}))?", name)
-        if wanted is None:
-            version = ""
-            adapter = known_as(name, names) or ""
-        else:
-            version = wanted[1] or ""
-            adapter = wanted[2] or ""
-        is_model = wanted is not None or bool(adapter)
-        if key is not None and is_model:
+        version = "" if wanted is None else wanted[1] or ""
+        adapter = "" if wanted is None else wanted[2] or ""
+        if key is not None and wanted is not None:
             key.check_adapters([adapter])
         releases: dict[int, dict[str, Any]] = {}
+        names: list[str] = []
         # The cached configuration may lack a release that was just loaded: then ask again.
         for options in ({}, {"fresh": 0}):
             releases = (await self._model("embed_text", **options)).facts()
-            if is_model and not version and releases:
-                return "", adapter, releases[max(releases)]
-            if version and int(version) in releases:
-                return version, adapter, releases[int(version)]
-        known = ", ".join([NEWEST, *(f"{NEWEST}-{version}" for version in sorted(releases))])
+            if version:
+                if int(version) in releases:
+                    return version, adapter, releases[int(version)]
+            elif releases:
+                newest = releases[max(releases)]
+                if wanted is not None:
+                    return "", adapter, newest
+                # A bare name is that of an adapter beside the newest release.
+                names = await self._adapters_beside(newest, key)
+                known = known_as(name, names)
+                if known is not None:
+                    return "", known, newest
+        there = ", ".join([NEWEST, *(f"{NEWEST}-{version}" for version in sorted(releases))])
         near = difflib.get_close_matches(name, names, 3, 0.4)
         nearest = f"; the nearest adapters are: {', '.join(near)}" if near else ""
-        message = f"no model {name!a:.80} here; there are {known}{nearest}"
+        message = f"no model {name!a:.80} here; there are {there}{nearest}"
         raise Refused(404, UNKNOWN_MODEL, message, "model")
 
 

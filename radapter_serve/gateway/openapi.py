@@ -193,9 +193,9 @@ _KINDS = {
 _WHOLE: Schema = {"type": "integer"}
 _RECEIPT: Schema = {
     "description": (
-        "JSON with the release, the adapter (null without one) and the alpha of the answer, if all"
-        " rows have the same, and mapped, the recall of a mapped index; a task's JSON has it in its"
-        " parameters, too."
+        "JSON with the release, the adapter and its digest (null without one) and the alpha of the"
+        " answer, if all rows have the same, and mapped, the recall of a mapped index; a task's"
+        " JSON has it in its parameters, too."
     ),
     "schema": {"type": "string"},
 }

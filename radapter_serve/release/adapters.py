@@ -216,7 +216,7 @@ def add(
             np.save(temporary / file, np.ascontiguousarray(array, np.float32))
         sums = {file: digest_of(temporary / file) for file in (FACTS, *_files(facts))}
         entry = Entry("", facts.text_tower, sums)
-        entry = Entry(f"{name}@{entry.digest[7:19]}", facts.text_tower, sums)
+        entry = Entry(f"{name}@{shortened(entry.digest)}", facts.text_tower, sums)
         # One of the same digest may be served: its files are there at every moment.
         if not (folder / entry.folder).exists():
             temporary.rename(folder / entry.folder)
@@ -320,12 +320,17 @@ class Adapters:
 
     The list is read again whenever its file has changed. An adapter is loaded, and `check` called
     with it, at its first request; one that is damaged is refused, and the others serve.
+
+    Args:
+        repository: model repository with the list.
+        text_tower: digest of the release's text tower; None takes the adapters of all towers.
+        check: raises an `RAdapterError` for an adapter that does not fit the release.
     """
 
     def __init__(
         self,
         repository: Path,
-        text_tower: str,
+        text_tower: str | None,
         check: Callable[[TextAdapter], None] = lambda adapter: None,
     ) -> None:
         self.repository = repository
@@ -338,7 +343,7 @@ class Adapters:
         self._loaded: dict[tuple[str, str], TextAdapter | TaskError] = {}  # by name and digest
 
     def entries(self) -> Mapping[str, Entry]:
-        """The served adapters of this text tower by name, as the list says now."""
+        """The served adapters of the text tower by name, as the list says now."""
         state: tuple[int, ...] = ()
         with contextlib.suppress(OSError):
             status = self._path.stat()
@@ -355,7 +360,7 @@ class Adapters:
                 own = {
                     name: entry
                     for name, entry in entries.items()
-                    if entry.text_tower == self._text_tower
+                    if self._text_tower in (None, entry.text_tower)
                 }
                 kept = {(name, entry.digest) for name, entry in own.items()}
                 self._loaded = {
@@ -392,6 +397,11 @@ class Adapters:
         if isinstance(loaded, TaskError):
             raise TaskError(loaded.code, loaded.what)
         return loaded
+
+
+def shortened(digest: str) -> str:
+    """The first 12 digits of an adapter's digest, as in the name of its folder and in receipts."""
+    return digest.removeprefix("sha256:")[:12]
 
 
 def unknown_name(name: str, names: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from radapter_serve.contract.images import read_headers
 from radapter_serve.contract.labels import check_prompts, known_as
 from radapter_serve.encoders.labels import DEFAULT_WEIGHT, Examples
 from radapter_serve.encoders.loaded import LoadedRelease, Place, TaskSteps
+from radapter_serve.release.adapters import shortened
 from radapter_serve.release.release import TASKS as NAMES
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
 from radapter_serve.tasks.embed import (
@@ -97,13 +98,19 @@ class Task(Generic[R, A]):
     write: Callable[[Sequence[A]], Values]
 
     def values(self, version: int, answered: Sequence[Answered[A]]) -> Values:
-        """The outputs of a release's answers, with a receipt of each row: release, adapter, α."""
+        """The outputs of a release's answers, with a receipt of each row: release, adapter, its
+        digest, α.
+        """
         outputs = dict(self.write([each.answer for each in answered]).plain)
         receipts = []
         for each in answered:
             adapter = each.place.adapter
-            named = None if adapter is None else adapter.name
-            receipt = {"release": version, "adapter": named, "alpha": round(each.place.alpha, 6)}
+            receipt = {
+                "release": version,
+                "adapter": None if adapter is None else adapter.name,
+                "adapter_digest": None if adapter is None else shortened(adapter.digest),
+                "alpha": round(each.place.alpha, 6),
+            }
             if each.mapped is not None:
                 receipt["mapped"] = round(each.mapped, 4)
             rows: Any = each.answer if self.batched else [each.answer]

@@ -193,12 +193,18 @@ def test_an_adapter_is_asked_and_its_receipt_shown(
     run: Run, server: Answers, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send = server.send
+    expected = {
+        "release": 2,
+        "adapter": "anna",
+        "adapter_digest": "0123456789ab",
+        "alpha": 0.5,
+    }
 
     def signed(request: Any, timeout: float) -> Any:
         reply = send(request, timeout)
         if request.action != "infer":
             return reply
-        receipt = json.dumps({"release": 2, "adapter": "anna", "alpha": 0.5})
+        receipt = json.dumps(expected)
         batched = request.model not in ("segment", "retrieve")
         column = [[receipt]] if batched else [receipt]
         return Reply(2, Values({**reply.outputs, "receipt": column}))
@@ -212,7 +218,7 @@ def test_an_adapter_is_asked_and_its_receipt_shown(
         ["search", "x", "--index", "photos"],
     ):
         for line in run(*command, *point).splitlines():
-            assert json.loads(line)["receipt"] == {"release": 2, "adapter": "anna", "alpha": 0.5}
+            assert json.loads(line)["receipt"] == {**expected, "mapped": None}
     run("embed-image", image, "--out", str(tmp_path / "a.npy"), *point)
     run("embed-text", "a", "--out", str(tmp_path / "b.npy"), *point)
     assert {request.inputs["adapter"].ravel()[0] for request in server.inferences} == {b"anna"}

@@ -163,6 +163,24 @@ def test_a_name_in_another_unicode_form_is_the_same_name() -> None:
     ask("embed_texts", {**ANNA, "adapter": other}, adapter=name)
 
 
+def test_a_receipt_has_the_digest_of_the_adapter() -> None:
+    receipt = {**ANNA, "adapter_digest": "0123456789ab"}
+    with Client(transport=Signing(receipt), release=1) as client:
+        answer = client.classify(b"x", ["a"], adapter="anna")
+    assert answer.receipt == Receipt(1, "anna", 0.25, adapter_digest="0123456789ab")
+    with pytest.raises(ServerError, match="answers, but not as Triton does"):
+        ask("classify", {**ANNA, "adapter_digest": 3}, adapter="anna")
+
+
+@pytest.mark.parametrize("call", ["embed_images", "embed_texts"])
+def test_an_array_is_of_one_adapter(call: str) -> None:
+    """An adapter that is replaced between two batches of a call leaves no mixed array."""
+    before = {**ANNA, "adapter_digest": "0123456789ab"}
+    after = {**ANNA, "adapter_digest": "ba9876543210"}
+    with pytest.raises(ServerError, match="'anna' was replaced in the middle of the call"):
+        ask(call, before, after, adapter="anna")
+
+
 def test_an_empty_name_is_no_request_for_the_release_itself() -> None:
     for name in ("", 3):
         with pytest.raises(InvalidRequest, match="adapter"):

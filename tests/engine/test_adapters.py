@@ -116,7 +116,7 @@ def ask(engine: Engine, model: str, **values: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["anna", "bob"])
 @pytest.mark.parametrize("alpha", [None, 0.3])
-def test_texts_are_where_the_fold_has_them(base, runs, engine, name, alpha):
+def test_texts_are_where_the_fold_has_them(base, runs, repository, engine, name, alpha):
     values: dict[str, Any] = {"text": TEXTS, "adapter": name}
     if alpha is not None:
         values["alpha"] = alpha
@@ -125,7 +125,14 @@ def test_texts_are_where_the_fold_has_them(base, runs, engine, name, alpha):
     expected = folded(base, runs[name], used, TEXTS)
     np.testing.assert_allclose(outputs["text_embeds"], expected, atol=1e-6)
     receipts = [json.loads(text) for text in outputs["receipt"].ravel()]
-    assert receipts == [{"release": 1, "adapter": name, "alpha": used}] * len(TEXTS)
+    folder = next((repository / "adapters").glob(f"{name}@*")).name
+    receipt = {
+        "release": 1,
+        "adapter": name,
+        "adapter_digest": folder.partition("@")[2],
+        "alpha": used,
+    }
+    assert receipts == [receipt] * len(TEXTS)
 
 
 def test_images_and_requests_without_an_adapter_stay_the_base_s(base, engine):
@@ -138,7 +145,12 @@ def test_images_and_requests_without_an_adapter_stay_the_base_s(base, engine):
     expected = encoded(base, TEXTS)
     outputs = ask(engine, "embed_text", text=TEXTS)
     np.testing.assert_allclose(outputs["text_embeds"], expected, atol=1e-6)
-    assert json.loads(outputs["receipt"][0][0]) == {"release": 1, "adapter": None, "alpha": 0.0}
+    assert json.loads(outputs["receipt"][0][0]) == {
+        "release": 1,
+        "adapter": None,
+        "adapter_digest": None,
+        "alpha": 0.0,
+    }
 
 
 def test_labels_are_mapped_prompt_by_prompt(base, runs, engine):

@@ -10,7 +10,7 @@ import urllib3
 
 from radapter_client import Client, InvalidRequest, Receipt
 from radapter_serve import Model
-from radapter_serve.release.adapters import AdapterFacts, Factors, add
+from radapter_serve.release.adapters import AdapterFacts, Factors, add, read_list, shortened
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import MODELS
 from tests.helpers.small_release import png
@@ -31,7 +31,11 @@ def matrix(sealed: Path) -> np.ndarray:
     return matrix
 
 
-def check(client: Client, matrix: np.ndarray) -> None:
+def digest_of_anna(repository: Path) -> str:
+    return shortened(read_list(repository)["anna"].digest)
+
+
+def check(client: Client, matrix: np.ndarray, digest: str) -> None:
     plain = client.embed_texts(TEXTS)
     for alpha, used in ((None, 0.5), (0.25, 0.25)):
         expected = plain + used * plain @ matrix.T.astype(np.float64)
@@ -39,10 +43,10 @@ def check(client: Client, matrix: np.ndarray) -> None:
         embeds = client.embed_texts(TEXTS, adapter="anna", alpha=alpha)
         np.testing.assert_allclose(embeds, expected, atol=1e-6)
         answers = client.classify([png(0), png(1)], ["a cat", "a dog"], adapter="anna", alpha=alpha)
-        assert {answer.receipt for answer in answers} == {Receipt(2, "anna", used)}
-        assert client.segment(png(0), ["a"], adapter="anna", alpha=alpha).receipt == Receipt(
-            2, "anna", used
-        )
+        expected_receipt = Receipt(2, "anna", used, adapter_digest=digest)
+        assert {answer.receipt for answer in answers} == {expected_receipt}
+        segmentation = client.segment(png(0), ["a"], adapter="anna", alpha=alpha)
+        assert segmentation.receipt == expected_receipt
     plain_receipt = client.classify(png(0), ["a cat"]).receipt
     assert plain_receipt is not None and plain_receipt.adapter is None
     with pytest.raises(InvalidRequest, match="nearest are: anna") as error:
@@ -52,18 +56,23 @@ def check(client: Client, matrix: np.ndarray) -> None:
 
 def test_a_model_in_this_process(sealed: Path, matrix: np.ndarray) -> None:
     with Model(sealed) as model:
-        check(model, matrix)
+        check(model, matrix, digest_of_anna(sealed))
 
 
 def test_a_server_over_http(sealed: Path, matrix: np.ndarray, tmp_path: Path) -> None:
     with in_process(sealed, tmp_path) as running:
         with Client(running.url) as client:
-            check(client, matrix)
+            check(client, matrix, digest_of_anna(sealed))
             expected = client.embed_texts("a", adapter="anna")
         body = {"model": "anna", "input": "a", "encoding_format": "float"}
         answer = urllib3.request("POST", f"{running.url}/v1/embeddings", json=body)
         [row] = answer.json()["data"]
         np.testing.assert_allclose(row["embedding"], expected, atol=1e-6)
-        assert answer.json()["receipt"] == {"release": 2, "adapter": "anna", "alpha": 0.5}
+        assert answer.json()["receipt"] == {
+            "release": 2,
+            "adapter": "anna",
+            "adapter_digest": digest_of_anna(sealed),
+            "alpha": 0.5,
+        }
         models = urllib3.request("GET", f"{running.url}/v1/models").json()["data"]
         assert [model["id"] for model in models if "parent" in model] == ["anna"]

@@ -16,7 +16,9 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.access import Keys
 from radapter_serve.gateway.upstream import Refused
 from radapter_serve.release.adapters import AdapterFacts, add
-from tests.helpers.fake_upstream import INFER, Served, serving
+from radapter_serve.release.release import Release
+from tests.helpers.fake_server import release
+from tests.helpers.fake_upstream import INFER, Served, config, serving
 
 KEYS = {"ann": "adapters=anna,annette", "bob": "adapters=-,bob", "root": ""}
 
@@ -30,12 +32,22 @@ def asking(*names: str) -> dict[str, Any]:
     return {"inputs": inputs}
 
 
+def text_tower(version: int) -> str:
+    """Digest of the text tower of the stand-in's release."""
+    served = Release.from_dict(release(version))
+    return served.text_tower.digest(served.alpha)
+
+
+def put(folder: Path, name: str, tower: str) -> None:
+    facts = AdapterFacts(text_tower=tower, width=4, alpha=0.5)
+    add(folder, name, facts, (np.eye(4, dtype=np.float32),))
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     folder = tmp_path / "repository"
     for name in ("anna", "bob"):
-        facts = AdapterFacts(text_tower="sha256:" + "a" * 64, width=4, alpha=0.5)
-        add(folder, name, facts, (np.eye(4, dtype=np.float32),))
+        put(folder, name, text_tower(1))
     return folder
 
 
@@ -116,6 +128,42 @@ def test_models_are_the_releases_and_the_adapters_that_a_key_sees(guarded: Serve
     assert (asked["parent"], asked["adapter"]) == ("radapter-1", "anna")
     assert guarded.ask("/v1/models/bob", Authorization="Bearer ann")[0] == 404
     assert guarded.ask("/v1/models/radapter", Authorization="Bearer ann")[0] == 400
+
+
+def test_models_are_the_adapters_that_can_be_asked(guarded: Served, repository: Path) -> None:
+    """An adapter of an older release is asked with it, and one of no served release not at all."""
+    put(repository, "foreign", "sha256:" + "f" * 64)
+    put(repository, "newer", text_tower(2))
+    releases = [release(1), release(2)]
+    guarded.upstream.configs["embed_text"] = config("embed_text", *releases)
+    _, answer, _ = guarded.ask("/v1/models", Authorization="Bearer root")
+    parents = {model["id"]: model["parent"] for model in answer["data"] if "parent" in model}
+    assert parents == {
+        "newer": "radapter",
+        "radapter-1:anna": "radapter-1",
+        "radapter-1:bob": "radapter-1",
+    }
+    for name in parents:
+        assert guarded.ask(f"/v1/models/{name}", Authorization="Bearer root")[0] == 200
+    for name in ("foreign", "anna"):
+        assert guarded.ask(f"/v1/models/{name}", Authorization="Bearer root")[0] == 404
+
+
+def test_the_list_of_adapters_is_read_once(
+    guarded: Served, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names() -> list[str]:
+        _, answer, _ = guarded.ask("/v1/models", Authorization="Bearer root")
+        return [model["id"] for model in answer["data"] if "parent" in model]
+
+    assert names() == ["anna", "bob"]
+    with monkeypatch.context() as patch:
+        patch.setattr("radapter_serve.release.adapters.read_list", None)  # calling it fails
+        assert names() == ["anna", "bob"]
+    put(repository, "carl", text_tower(1))
+    assert names() == ["anna", "bob", "carl"]
+    (repository / "adapters" / "served.json").write_text("{")
+    assert names() == ["anna", "bob", "carl"]
 
 
 @pytest.mark.parametrize("model", ["anna", "radapter:anna", "radapter-1:anna"])

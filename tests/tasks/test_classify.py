@@ -295,7 +295,12 @@ def test_rows_of_a_request_may_differ_in_their_options(local: Local) -> None:
         np.testing.assert_allclose(outputs["score"][row, :count], alone.scores, rtol=1e-5)
         assert not outputs["score"][row, count:].any()
         receipt = json.loads(outputs["receipt"][row, 0])
-        assert receipt == {"release": 7, "adapter": None, "alpha": local.loaded.release.alpha}
+        assert receipt == {
+            "release": 7,
+            "adapter": None,
+            "adapter_digest": None,
+            "alpha": local.loaded.release.alpha,
+        }
 
 
 def test_prompts_are_counted_over_all_rows_of_a_request(local: Local) -> None:
