@@ -72,7 +72,7 @@ print(model.classify("photo.jpg", ["a cat", "a dog"]).top)
 _LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit", "webli": "apache-2.0"}
 _TASK = "zero-shot-image-classification"
 _RECIPE = (
-    *("task", "rank", "drop", "momentum", "delta", "epsilon", "positives"),
+    *("task", "adapt", "rank", "drop", "momentum", "delta", "epsilon", "positives"),
     *("batch_size", "epochs", "steps", "learning_rate", "precision"),
 )
 

@@ -157,3 +157,43 @@ def test_adapters_on_the_projections_are_exported_folded_and_at_any_alpha(
                     expected = map_embeddings(vectors, matrix, float(alpha))
                     ours = served[row].reshape(expected.shape)
                     np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "runtime", "choice"),
+    [
+        ("fp16", "onnxruntime", [0.4]),
+        ("bf16", "openvino", "dynamic"),
+        ("int8", "openvino", "dynamic"),
+    ],
+)
+def test_a_projection_is_exported_in_each_precision(
+    precision: str,
+    runtime: str,
+    choice: list[float] | str,
+    export: Export,
+    random_adapter: Callable[..., Adapter],
+    tiny_clip_dir: str,
+    tmp_path: Path,
+) -> None:
+    """Within the precision's own tolerance of the map of the base's unit vectors."""
+    path = tmp_path / "adapter.safetensors"
+    adapter = random_adapter(adapt="projections", scale=0.1)
+    save_adapter(adapter, path)
+    export(choice, adapter=path, precision=precision, runtime=runtime)
+    loaded = load_release(tmp_path / "repository")
+    base = load_base(tiny_clip_dir)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    tokens = np.asarray(base.tokenizer(["a cat", "two dogs", ""]).numpy(), np.int32)
+    torch_encoder = TorchEncoder(base.model, base.preprocess, None)
+    alphas = (np.full((3, 1), 0.4, np.float32),) if choice == "dynamic" else ()
+    for key, name, rows in (
+        ("visual.proj", "images", pixels),
+        ("text_projection", "tokens", tokens),
+    ):
+        plain = getattr(torch_encoder, name)(rows)
+        expected = map_embeddings(plain, adapter.matrix(key).numpy(), 0.4)
+        served = getattr(loaded.encoder, name)(rows, *alphas)
+        least = TOLERANCES[precision].min_cosine
+        assert (served * expected).sum(axis=1).min() >= least
+        assert (plain * expected).sum(axis=1).min() < least
