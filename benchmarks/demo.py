@@ -1,4 +1,5 @@
-"""The demo's figures over α and several seeds of fine-tuning, in and out of distribution.
+"""The demo's figures over α and several seeds of fine-tuning, in and out of distribution, beside
+full fine-tuning and WiSE-FT (Wortsman et al., CVPR 2022) of the same batches.
 
 python benchmarks/demo.py                                        # the tables
 python benchmarks/demo.py --choose full --rates 1e-4 2e-4 4e-4   # a rate, by validation drawings
@@ -9,20 +10,33 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tyro
+import yaml
 from common import RESULTS, Report, say, with_spread
 
 from radapter_serve.demo import DemoSettings
-from radapter_serve.demo.compare import ALPHAS, RIVAL, lead_in_words, right, wise_ft
-from radapter_serve.demo.data import FINE_TUNED, prepare, style_of
-from radapter_serve.demo.full import fine_tune, run_full
-from radapter_serve.demo.run import fields_of, recipe_of
-from radapter_serve.evaluation.models import from_adapter
+from radapter_serve.demo.data import BASE, FINE_TUNED, STYLES, DemoData, prepare, style_of
+from radapter_serve.demo.full import ALPHAS, run_full
+from radapter_serve.demo.run import evaluate, fields_of, recipe_of, suite_of
+from radapter_serve.evaluation.metrics import paired_difference
+from radapter_serve.evaluation.rows import Results, Row
+from radapter_serve.evaluation.run import open_set
 from radapter_serve.training import train
+from rivals.cells import judge
+from rivals.full import FullFineTuning
+from rivals.method import Run, learned
+
+FULL = Path(__file__).parent / "full.yaml"
+OURS = "R-Adapter"
+RIVAL = "WiSE-FT"
+Hits = Mapping[str, np.ndarray]  # by style, whether each of its images is right
+Line = dict[float, dict[str, np.ndarray]]  # by α
+Figures = list[tuple[str, int, dict[float, float]]]  # name, images, and per cent by α, of each set
 
 
 def main(
@@ -30,6 +44,8 @@ def main(
     out: Path = RESULTS,
     choose: Literal["classification", "full"] | None = None,
     rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4),
+    steps: int | None = None,
+    limit: int | None = None,
 ) -> None:
     """Run the demo once a seed and write the means; or choose a rate.
 
@@ -38,40 +54,67 @@ def main(
         out: folder of the table.
         choose: recipe to try learning rates of.
         rates: to try with --choose.
+        steps: of each fine-tuning; the recipes' own by default.
+        limit: the most images of each data set; all by default.
     """
     with tempfile.TemporaryDirectory() as folder:
+        settings = DemoSettings(Path(folder), steps=steps, limit=limit)
         if choose:
-            try_rates(choose, rates, seeds, Path(folder))
+            try_rates(choose, rates, seeds, settings)
         else:
-            report(seeds, out, Path(folder))
+            report(seeds, out, settings)
 
 
-def try_rates(name: str, rates: Sequence[float], seeds: Sequence[int], folder: Path) -> None:
+def fine_tuned(
+    data: DemoData, settings: DemoSettings, alphas: Sequence[float], rate: float | None = None
+) -> list[Row]:
+    """Rows of the demo's test drawings, by full fine-tuning at points of the line to its base."""
+    fields = yaml.safe_load(FULL.read_text(encoding="utf-8"))
+    fields |= fields_of(data)
+    del fields["val_data"]
+    fields |= {"architecture": f"local-dir:{BASE}", "seed": settings.seed, "tracker": "none"}
+    fields["steps"] = settings.steps or fields["steps"]
+    fields["warmup_steps"] = min(fields["warmup_steps"], fields["steps"] // 10)
+    fields["learning_rate"] = rate or fields["learning_rate"]
+    method = FullFineTuning({})
+    suite = suite_of(data)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(fields, Path(folder)).of(method.settings)
+        sets = [open_set(suite, entry, limit=settings.limit) for entry in suite.entries]
+        return judge(learned(method, run), run, sets, alphas)
+
+
+def try_rates(
+    name: str, rates: Sequence[float], seeds: Sequence[int], settings: DemoSettings
+) -> None:
     """Print the accuracy on validation drawings, in %, over α for each learning rate."""
+    folder = settings.out
     data = prepare(folder / "data", styles=(FINE_TUNED,))
     validation = dataclasses.replace(data, test={FINE_TUNED: data.val})
     for rate in rates:
-        found: dict[float, list[float]] = {}
+        accuracies: dict[float, list[float]] = {}
         for seed in seeds:
-            recipe = dataclasses.replace(
-                recipe_of(name, folder / f"{rate:g}-{seed}", seed, None),
-                **{**fields_of(data), "val_data": None},
-                learning_rate=rate,
-                tracker="none",
-            )
             if name == "full":
-                models = wise_ft(fine_tune(recipe), ALPHAS)
+                seeded = dataclasses.replace(settings, seed=seed)
+                rows = fine_tuned(validation, seeded, ALPHAS, rate)
             else:
-                models = from_adapter(train(recipe).folder, ALPHAS)
-            for alpha, hits in right(models, validation).items():
-                found.setdefault(alpha, []).append(100 * float(hits[FINE_TUNED].mean()))
+                recipe = dataclasses.replace(
+                    recipe_of(name, folder / f"{rate:g}-{seed}", seed, settings.steps),
+                    **{**fields_of(data), "val_data": None},
+                    learning_rate=rate,
+                    tracker="none",
+                )
+                rows = evaluate(train(recipe).folder, ALPHAS, suite_of(validation), settings.limit)
+            for row in rows:
+                assert row.alpha is not None
+                accuracies.setdefault(row.alpha, []).append(100 * row.metrics["acc1"])
         print(
             f"{name}, rate {rate:g}:",
-            ", ".join(f"α = {alpha:g} {with_spread(of)}" for alpha, of in found.items()),
+            ", ".join(f"α = {alpha:g} {with_spread(of)}" for alpha, of in accuracies.items()),
         )
 
 
-def report(seeds: Sequence[int], out: Path, folder: Path) -> None:
+def report(seeds: Sequence[int], out: Path, settings: DemoSettings) -> None:
     """Run the demo once a seed and write the mean of its α curves and of its comparison."""
     tables = Report(
         "demo",
@@ -83,25 +126,93 @@ def report(seeds: Sequence[int], out: Path, folder: Path) -> None:
         timed=False,
     )
     runs: list[dict[str, Any]] = []
+    systems: list[list[dict[str, Any]]] = []
+    rivals: list[Figures] = []
     for seed in seeds:
         say(f"seed {seed}")
-        runs.append(run_full(DemoSettings(folder, seed=seed)))
+        seeded = dataclasses.replace(settings, seed=seed)
+        runs.append(run_full(seeded))
+        ours = line_of(Results(settings.out / "runs" / "classification").rows)
+        theirs = line_of(fine_tuned(prepare(settings.out / "data"), seeded, (0.5, 1.0)))
+        rival = {0.0: ours[0.0], **theirs}  # both start at the base
+        systems.append(leads(ours, rival, runs[-1]["classification"]["alpha"]))
+        sets = []
+        for style, hits in rival[0.0].items():
+            values = {alpha: 100 * float(of[style].mean()) for alpha, of in rival.items()}
+            sets.append((style, len(hits), values))
+        rivals.append(with_mean(sets))
     shown = ", ".join(map(str, seeds))
-    compared(tables, [run["classification"]["systems"] for run in runs], shown)
+    compared(tables, systems, shown)
     for task in ("classification", "retrieval", "segmentation"):
-        found = [run[task] for run in runs]
-        for number, metric in enumerate(found[0]["metrics"]):
-            curves(
-                tables,
-                f"{task.capitalize()}: {metric}, seeds {shown}",
-                [of["sets"] for of in found],
-                number,
-            )
-    title = f"Full fine-tuning over α ({RIVAL}): acc1, seeds {shown}"
-    curves(tables, title, [run["classification"][RIVAL] for run in runs], 0)
+        for metric in METRICS[task]:
+            title = f"{task.capitalize()}: {metric}, seeds {shown}"
+            curves(tables, title, [with_mean(figures(run[task]["rows"], metric)) for run in runs])
+    curves(tables, f"Full fine-tuning over α ({RIVAL}): acc1, seeds {shown}", rivals)
     seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs)
-    tables.note(f"Seconds of a whole demo, with drawing, training, export and serving: {seconds}.")
+    tables.note(f"Seconds of a whole demo, with drawing and training: {seconds}.")
     tables.write(out)
+
+
+METRICS = {
+    "classification": ("acc1",),
+    "retrieval": tuple(f"image_retrieval_recall@{k}" for k in (1, 5, 10)),
+    "segmentation": ("miou",),
+}
+
+
+def line_of(rows: Sequence[Row]) -> Line:
+    """Whether each test image is right, by α and style."""
+    line: Line = {}
+    for row in rows:
+        assert row.alpha is not None and row.per_image is not None
+        line.setdefault(row.alpha, {})[row.dataset] = row.per_image
+    return line
+
+
+def leads(ours: Line, rival: Line, alpha: float) -> list[dict[str, Any]]:
+    """Accuracy of five systems in per cent, and the lead over each by R-Adapter at an α, with the
+    half-width of its 95 % interval.
+    """
+    systems = {
+        "zero-shot": ours[0.0],
+        f"{OURS}, α = {alpha:g}": ours[alpha],
+        f"{OURS}, α = 1": ours[1.0],
+        "full fine-tuning": rival[1.0],
+        f"{RIVAL}, α = 0.5": rival[0.5],
+    }
+    shifts = [style for style in ours[0.0] if style != FINE_TUNED]
+    rows = []
+    for name, hits in systems.items():
+        row: dict[str, Any] = {"system": name}
+        for group, styles in (("in_distribution", [FINE_TUNED]), ("shifts", shifts)):
+            lead, half = paired_difference(
+                [ours[alpha][style] for style in styles], [hits[style] for style in styles]
+            )
+            row[group] = {
+                "n": sum(len(hits[style]) for style in styles),
+                "accuracy": 100 * float(np.mean([hits[style].mean() for style in styles])),
+                "lead": 100 * lead,
+                "interval": 100 * half,
+            }
+        rows.append(row)
+    return rows
+
+
+def figures(rows: Sequence[Mapping[str, Any]], metric: str) -> Figures:
+    """A metric of each data set in per cent, by α."""
+    sets: dict[str, tuple[str, int, dict[float, float]]] = {}
+    for row in rows:
+        figures_of = sets.setdefault(row["dataset"], (row["dataset"], row["n"], {}))
+        figures_of[2][row["alpha"]] = 100 * row["metrics"][metric]
+    return list(sets.values())
+
+
+def with_mean(sets: Figures) -> Figures:
+    """Insert the mean of the shifts after the shifted sets."""
+    shifts = [row for row in sets[1:] if row[0] in STYLES]
+    mean = {alpha: statistics.mean(values[alpha] for *_, values in shifts) for alpha in sets[0][2]}
+    row = (f"mean of the {len(shifts)} shifts", sum(n for _, n, _ in shifts), mean)
+    return [sets[0], *shifts, row, *sets[len(shifts) + 1 :]]
 
 
 def compared(tables: Report, of_seeds: list[list[dict[str, Any]]], seeds: str) -> None:
@@ -112,10 +223,11 @@ def compared(tables: Report, of_seeds: list[list[dict[str, Any]]], seeds: str) -
         cells = [system["system"]]
         for group in groups:
             of = [facts[place][group] for facts in of_seeds]
-            lead = statistics.mean(one["lead"] for one in of)
-            interval = max(one["interval"] for one in of)
-            cells.append(with_spread([one["accuracy"] for one in of]))
-            cells.append(lead_in_words(lead, interval) if interval else "")
+            lead = statistics.mean(facts["lead"] for facts in of)
+            interval = max(facts["interval"] for facts in of)
+            cells.append(with_spread([facts["accuracy"] for facts in of]))
+            verdict = "larger than its interval" if abs(lead) > interval else "within its interval"
+            cells.append(f"{lead:+.1f} ± {interval:.1f}, {verdict}" if interval else "")
         rows.append(cells)
     heads = [f"{name}, {of_seeds[0][0][group]['n']:,} images" for name, group in
              zip(("in distribution", "mean of the shifts"), groups, strict=True)]  # fmt: skip
@@ -123,17 +235,15 @@ def compared(tables: Report, of_seeds: list[list[dict[str, Any]]], seeds: str) -
     tables.table(f"Classification: R-Adapter and others, seeds {seeds}", columns, rows)
 
 
-def curves(tables: Report, title: str, of_seeds: list[list[Any]], number: int) -> None:
+def curves(tables: Report, title: str, of_seeds: Sequence[Figures]) -> None:
     """Data sets down, α across."""
     alphas = list(of_seeds[0][0][2])
     rows = []
     for place, (name, count, values) in enumerate(of_seeds[0]):
         cells = [style_of(name), f"{count:,}"]
         for alpha in alphas:
-            figures = (
-                [sets[place][2][alpha][number] for sets in of_seeds] if alpha in values else []
-            )
-            cells.append(with_spread(figures) if figures else "")
+            shown = [sets[place][2][alpha] for sets in of_seeds] if alpha in values else []
+            cells.append(with_spread(shown) if shown else "")
         rows.append(cells)
     tables.table(title, ["data", "images", *(f"α = {alpha:g}" for alpha in alphas)], rows)
 

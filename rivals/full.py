@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radapter_serve.clip.towers import check_dense, linear_head, zero_shot_classifier
+from radapter_serve.clip.towers import check_dense, zero_shot_classifier
 from radapter_serve.contract.labels import split_label
 from radapter_serve.errors import RAdapterError
 from rivals.method import (
@@ -51,7 +51,10 @@ class Classifier(System):
         data = labelled_images(run)
         self.classes = list(data.classes)
         embeds = zero_shot_classifier(self.model, self.tokenizer, self.classes, data.templates)
-        self.head = linear_head(embeds, self.scale)
+        self.head = torch.nn.Linear(embeds.shape[1], embeds.shape[0])
+        with torch.no_grad():
+            self.head.weight.copy_(self.scale * embeds)
+            self.head.bias.zero_()
 
     @property
     def factor(self) -> float:

@@ -23,8 +23,8 @@ def demo(
 
     Args:
         settings: settings of the demo's models and folders.
-        full: train an adapter for each of three tasks, evaluate them over alpha on all styles, and
-            compare with full fine-tuning and WiSE-FT; ten minutes or more.
+        full: train an adapter for each of three tasks, and evaluate them over alpha on all styles;
+            ten minutes or more.
         open: end with the playground, opened in a browser, until Ctrl-C; also needs the extra
             `playground`.
     """
@@ -37,7 +37,7 @@ def demo(
     else:
         print(
             "The demo takes about two minutes on two CPU cores. (--full, which takes ten or more,"
-            " trains for each task, evaluates on all styles, and compares with full fine-tuning.)",
+            " trains for each task, and evaluates on all styles.)",
             flush=True,
         )
         from radapter_serve.demo.run import run_demo

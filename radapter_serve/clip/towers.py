@@ -192,15 +192,6 @@ def zero_shot_classifier(
     return means.to(next(model.parameters()).device)
 
 
-@torch.no_grad()
-def linear_head(classifier: Tensor, scale: float) -> nn.Linear:
-    """A linear head to train, which starts with the logits of zero-shot classification."""
-    head = nn.Linear(classifier.shape[1], classifier.shape[0])
-    head.weight.copy_(scale * classifier)
-    head.bias.zero_()
-    return head
-
-
 def encode_patches(model: Any, pixels: Tensor, method: str) -> Tensor:
     """Embed the patches of normalised images, [B, 3, S, S], as float32 [B, g, g, D] of unit length,
     row by row, to compare with embeddings of texts.

@@ -23,6 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
+from rich.table import Table
 
 from radapter_client import Client
 from radapter_export import ExportSettings, export_release
@@ -32,7 +33,6 @@ from radapter_serve.contract.labels import read_label_file, read_templates, spli
 from radapter_serve.data.masks import load_masked
 from radapter_serve.data.source import DataSource
 from radapter_serve.demo import DemoSettings
-from radapter_serve.demo.compare import gain_table, gains, right
 from radapter_serve.demo.data import (
     BASE,
     FINE_TUNED,
@@ -43,10 +43,15 @@ from radapter_serve.demo.data import (
     SceneData,
     prepare,
     prepare_scenes,
+    style_of,
 )
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.metrics import paired_difference
 from radapter_serve.evaluation.models import from_adapter
+from radapter_serve.evaluation.rows import Results, Row
+from radapter_serve.evaluation.run import evaluate_suite
+from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.gateway.in_process import answering
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.index.build import build
@@ -89,8 +94,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     shutil.rmtree(recipe.out or "", ignore_errors=True)  # left by an earlier demo
     run = train(dataclasses.replace(recipe, **fields), progress=True).folder
     alpha = recipe.alpha if settings.alpha is None else settings.alpha
-    hits = right(from_adapter(run, sorted({0.0, alpha})), data, settings.limit)
-    rows = gains(hits[0.0], hits[alpha])
+    rows = gains(evaluate(run, (0.0, alpha), suite_of(data), settings.limit), alpha)
     log.console.print(gain_table(rows, alpha))
 
     log.chapter(f"3. Fold at α = {alpha:g}, export one release, check it against torch")
@@ -161,6 +165,75 @@ def fields_of(data: DemoData) -> dict[str, Any]:
         "classes": data.classes,
         "templates": str(data.templates),
     }
+
+
+def suite_of(data: DemoData) -> Suite:
+    """The test drawings as a suite, a data set for each style."""
+    entries = [
+        Entry(
+            f"imagefolder:{folder}",
+            name=style,
+            shift="id" if style == FINE_TUNED else "ood",
+            classes=data.classes,
+            templates=str(data.templates),
+        )
+        for style, folder in data.test.items()
+    ]
+    return Suite("classification", tuple(entries))
+
+
+def evaluate(run: Path, alphas: Sequence[float], suite: Suite, limit: int | None) -> list[Row]:
+    """Evaluate a run at each α; its folder keeps the rows."""
+    models = from_adapter(run, sorted({*alphas}))
+    try:
+        return evaluate_suite(models, suite, Results(run), limit=limit)
+    finally:
+        models[0].close()
+
+
+def gains(rows: Sequence[Row], alpha: float) -> list[dict[str, Any]]:
+    """Accuracy in per cent before and after, and the gain with the half-width of its 95 % interval,
+    of each style and of the mean of the shifts.
+    """
+    hits = {(row.dataset, row.alpha): np.asarray(row.per_image) for row in rows}
+    groups = {row.dataset: [row.dataset] for row in rows}
+    shifts = [style for style in groups if style != FINE_TUNED]
+    groups[f"mean of the other {len(shifts)}"] = shifts
+    result = []
+    for name, styles in groups.items():
+        before = [hits[style, 0.0] for style in styles]
+        after = [hits[style, alpha] for style in styles]
+        gain, half = paired_difference(after, before)
+        figures = {
+            "style": name,
+            "n": sum(map(len, before)),
+            "before": 100 * float(np.mean([values.mean() for values in before])),
+            "after": 100 * float(np.mean([values.mean() for values in after])),
+            "gain": 100 * gain,
+            "interval": 100 * half,
+        }
+        result.append(figures)
+    return result
+
+
+def gain_table(rows: Sequence[dict[str, Any]], alpha: float) -> Table:
+    """Table of the zero-shot accuracy, the fine-tuned accuracy and the gain of each style."""
+    result = Table(
+        title="Accuracy in % on drawings that were not trained on",
+        caption="±: interval of 95 % over images; *: the gain is larger",
+    )
+    for column in ("style", "drawings", "zero-shot", f"α = {alpha:g}", "gain"):
+        result.add_column(column, justify="left" if column == "style" else "right")
+    for row in rows:
+        star = "*" if abs(row["gain"]) > row["interval"] else " "
+        result.add_row(
+            style_of(row["style"]),
+            f"{row['n']:,}",
+            f"{row['before']:.1f}",
+            f"{row['after']:.1f}",
+            f"{row['gain']:+.1f} ± {row['interval']:.1f}{star}",
+        )
+    return result
 
 
 def export(
