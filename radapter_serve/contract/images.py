@@ -28,15 +28,20 @@ from radapter_serve.contract.errors import (
     TaskError,
     check_cancelled,
 )
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, install_command
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of file names
-FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp")  # of file names
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
+HEIC_SUFFIXES = (".heic", ".heif")
+# A phone's photos are read where the extra `heic` is installed: libheif decodes them.
+with contextlib.suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+    SUFFIXES += HEIC_SUFFIXES
+    FORMATS += ("HEIF",)
 ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"
-CONVERT = (
-    "convert HEIC with libheif's program: find FOLDER -iname '*.hei[cf]' -exec heif-convert {}"
-    " {}.jpg ';'"
-)
+CONVERT = "find FOLDER -iname '*.hei[cf]' -exec heif-convert {} {}.jpg ';'"
 MAX_PIXELS = 64_000_000
 MAX_REQUEST_PIXELS = 800_000_000  # of all images of a request: 64 photos of 12 megapixels fit
 # Most bytes that decoding an image may take, besides its file. Above LARGE_MEMORY, an engine, or a
@@ -44,9 +49,11 @@ MAX_REQUEST_PIXELS = 800_000_000  # of all images of a request: 64 photos of 12 
 MAX_MEMORY = 512_000_000
 LARGE_MEMORY = 128_000_000
 # Bytes per pixel while an image is decoded, turned and resized, as tests/contract/test_memory.py
-# measures them. For a WebP, the decoder makes three copies before Pillow makes its own.
+# measures them. For a WebP, the decoder makes three copies before Pillow makes its own; for a HEIC,
+# libheif makes planes and pixels, of 16 bits a colour if the file has more than 8.
 PIXEL_BYTES = 8
 WEBP_PIXEL_BYTES = 16
+HEIC_PIXEL_BYTES = 20
 LARGE_PIXELS = 16_000_000  # most pixels of a thin image after resizing
 MAX_BYTES = 64 * 2**20  # of a file
 MAX_SIDE = 65_535  # limit of JPEG; decoders take seconds for a thin image with more rows
@@ -191,6 +198,8 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
             for start, magic, kind in _OTHERS:
                 if data[start:].startswith(magic):
                     what = f"{kind} files are not read"
+                    if kind == "HEIC" and "HEIF" not in FORMATS:
+                        what += " without the extra heic"
             raise TaskError(INVALID_IMAGE, what, ADVICE) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise TaskError(
@@ -204,7 +213,14 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
                 f"the image has {width} x {height} pixels; at most {MAX_SIDE} a side",
             )
         pixels = width * height
-        pixel_bytes = WEBP_PIXEL_BYTES if image.format == "WEBP" else PIXEL_BYTES
+        kind = "progressive JPEG"
+        pixel_bytes = PIXEL_BYTES
+        if image.format == "WEBP":
+            kind = "WebP"
+            pixel_bytes = WEBP_PIXEL_BYTES
+        elif image.format == "HEIF":  # libheif decodes no more pixels than the header says
+            kind = "HEIC"
+            pixel_bytes = HEIC_PIXEL_BYTES
         if isinstance(image, JpegImageFile):  # also an MPO file of several pictures
             # For a progressive JPEG, or if the first scan lacks a colour, libjpeg keeps two more
             # bytes per pixel and colour.
@@ -223,7 +239,6 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
                         f"the JPEG has {scans} scans for its {pixels} pixels; at most {max_scans}"
                         " are allowed",
                     )
-        kind = "WebP" if image.format == "WEBP" else "progressive JPEG"
         check_pixels(width, height, MAX_MEMORY // pixel_bytes, f"the {kind} image")
     return ImageFile(data, width, height, pixels * pixel_bytes)
 
@@ -253,7 +268,7 @@ def read_headers(
 
 
 def decode(data: bytes | ImageFile, *, exif_orientation: bool = True) -> Image.Image:
-    """Decode a JPEG, PNG or WebP image, the first frame of an animation, in its own mode."""
+    """Decode a JPEG, PNG, WebP or HEIC image, the first frame of an animation, in its own mode."""
     image = _open(read_header(data).data)
     with _broken():
         image.load()
@@ -366,12 +381,14 @@ def require_images(folder: Path, wanted: str) -> ImageFiles:
 
 
 def count_kinds(left_out: Mapping[str, int]) -> str:
-    """Numbers of files by suffix, the most frequent first: "3 .gif, 1 .txt"; and the command that
-    converts the photos of a phone, if there are any.
+    """Numbers of files by suffix, the most frequent first: "3 .gif, 1 .txt"; and the commands that
+    read or convert the photos of a phone, if there are any.
     """
     kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
     counts = ", ".join(f"{count:,} {suffix or 'without an ending'}" for suffix, count in kinds)
-    return f"{counts} ({CONVERT})" if {".heic", ".heif"} & left_out.keys() else counts
+    if left_out.keys().isdisjoint(HEIC_SUFFIXES):
+        return counts
+    return f"{counts} (to read HEIC, {install_command('heic')}; or convert it: {CONVERT})"
 
 
 def spread(items: Sequence[T], max_count: int) -> list[T]:

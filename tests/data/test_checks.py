@@ -218,9 +218,9 @@ def test_photos_of_a_phone_are_named_with_the_command_that_converts_them(tmp_pat
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.HEIC").write_bytes(b"")
-    with pytest.raises(RAdapterError, match=r"it has 2 \.heic.*heif-convert"):
+    with pytest.raises(RAdapterError, match=r"it has 2 \.heic.*\[heic\].*heif-convert"):
         load_labelled(DataSource(f"imagefolder:{tmp_path}"))
-    with pytest.raises(RAdapterError, match=r"it has 2 \.heic.*heif-convert"):
+    with pytest.raises(RAdapterError, match=r"it has 2 \.heic.*\[heic\].*heif-convert"):
         require_images(tmp_path, "a folder")
 
 
