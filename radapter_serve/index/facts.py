@@ -52,7 +52,7 @@ class MadeBy:
     """
 
     architecture: str
-    alpha: float
+    alpha: float  # of the image tower: 0 if it is the base's at any α
     dynamic_alpha: bool
     version: int
     precision: str
@@ -64,7 +64,10 @@ class MadeBy:
     @classmethod
     def of(cls, release: Release) -> MadeBy:
         """Take the facts from a release."""
-        return cls(**{name: getattr(release, name) for name in cls.__dataclass_fields__})
+        facts = {name: getattr(release, name) for name in cls.__dataclass_fields__}
+        if release.image_tower.change is None:
+            facts["alpha"] = 0.0
+        return cls(**facts)
 
     def is_of(self, release: Release) -> bool:
         """True if a release, at this α if it takes any, embeds images like those of the index."""

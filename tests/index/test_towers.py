@@ -30,6 +30,9 @@ from tests.helpers.ways import in_process
 TEXT_ONLY = Tower("sha256:1")  # the image tower of a release that changes only the text's
 
 
+TUNED = Tower("sha256:1", "sha256:2")
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> str:
     return photos_in(tmp_path / "photos")
@@ -67,6 +70,19 @@ def test_what_leaves_the_image_tower_alone_searches_the_index(
     searching = Searching.of(projecting(tmp_path / "indexes", image_tower=TEXT_ONLY, **facts))
     hits = searching(RetrieveRequest("photos", Query(["1"]))).hits
     assert {hit.id for hit in hits} == {"0.png", "1.png", "2.png", "3.png"}
+
+
+def test_an_index_of_an_unchanged_image_tower_is_one_of_the_base(
+    photos: str, tmp_path: Path
+) -> None:
+    """A release that takes any α searches it at α 0, where its image tower is the base's."""
+    out = tmp_path / "indexes" / "photos"
+    build(photos, out, projecting(image_tower=TEXT_ONLY, alpha=0.5))
+    assert current(out)[1].plan.release.alpha == 0
+    tuned = projecting(tmp_path / "indexes", image_tower=TUNED, alpha=0.5, dynamic_alpha=True)
+    hits = Searching.of(tuned)(RetrieveRequest("photos", Query(["1"]))).hits
+    assert len(hits) == 4
+    assert add(out, tuned).count == 4
 
 
 @pytest.mark.parametrize(
