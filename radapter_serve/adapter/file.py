@@ -60,6 +60,8 @@ class Metadata:
             `held_out_digest`; None if it held out no images.
         text_tower: digest of the base's text tower, as a release has it, if the adapter is on the
             text's projection: so a server can put it beside a release.
+        confidence: calibrated scores at `alpha`, the fields of a release's `Confidence`, by images
+            that the adapter was not trained with; None without them.
     """
 
     architecture: Text
@@ -76,6 +78,7 @@ class Metadata:
     classes: Annotated[list[Text], Field(min_length=1)] | None = None
     held_out: Text | None = None
     text_tower: Text | None = None
+    confidence: dict[str, Any] | None = None
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
 
     @cached_property
@@ -397,7 +400,7 @@ def average_adapters(
         tensors[key] = torch.stack(parts).sum(0)
 
     # The first adapter's metadata, without its run-specific fields.
-    metadata = dataclasses.replace(meta, rank=None, metrics={})
+    metadata = dataclasses.replace(meta, rank=None, metrics={}, confidence=None)
     if any(other.metadata.held_out != metadata.held_out for other in others):
         # Another adapter was trained on the images that the first one held out.
         recipe = {name: value for name, value in metadata.recipe.items() if name != "val_fraction"}

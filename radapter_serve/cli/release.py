@@ -177,6 +177,8 @@ def add_adapter(
         f"{name} is beside release {format_list(beside)} at alpha {facts.alpha:g}; ask it with:"
         f" radapter-query --adapter {shlex.quote(name)}"
     )
+    if facts.confidence is None:
+        print(f"its scores are not calibrated; {adapters.CALIBRATED_RUN}")
 
 
 def remove_adapter(name: tyro.conf.Positional[str], *, model_repository: Path = REPOSITORY) -> None:

@@ -34,7 +34,12 @@ from radapter_serve.encoders.encoder import Encoder, EncoderGraph, GraphEncoder,
 from radapter_serve.encoders.labels import LabelCache, LabelSet, load_label_sets
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import decoders, total
-from radapter_serve.release.adapters import Adapters, TextAdapter, unknown_name
+from radapter_serve.release.adapters import (
+    CALIBRATED_RUN,
+    Adapters,
+    TextAdapter,
+    unknown_name,
+)
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.release import Confidence, Release, fitted_at
 from radapter_serve.release.repository import RUNTIMES, Served, find_release, split_repository
@@ -164,10 +169,10 @@ class LoadedRelease:
         """The calibration of the release or the adapter; refuses another α than that of its fit."""
         if place.adapter is None:
             what = "this release"
-            return fitted_at(what, self.release.confidence, self.exported_alpha, place.alpha)
+            return fitted_at(what, self.release.calibration, self.exported_alpha, place.alpha)
         facts = place.adapter.facts
         what = f"the adapter {place.adapter.name}"
-        return fitted_at(what, facts.confidence, facts.alpha, place.alpha)
+        return fitted_at(what, facts.confidence, facts.alpha, place.alpha, CALIBRATED_RUN)
 
     def place(self, point: Point | Place = DEFAULT_POINT) -> Place:
         """Check a point of a request, and look its adapter up; a `Place` is as it is."""

@@ -37,7 +37,7 @@ from radapter_serve.files import (
     remove,
     staged,
 )
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import Confidence, Release
 from radapter_serve.release.repository import MODELS, releases_of, require_known
 from radapter_serve.sources import ADAPTER
 
@@ -46,6 +46,11 @@ CLASSES = "classes"  # label set of the classes that an adapter was trained on
 LIST = "served.json"
 FACTS = "adapter.json"
 FORMAT = 1
+# Advice for an adapter without calibrated scores.
+CALIBRATED_RUN = (
+    "add a run of radapter-train --recipe quick on 100 images or more with one class each, at its"
+    " own alpha"
+)
 MAX_BYTES = 64 << 20  # of the list, and of the facts of an adapter
 _RESERVED = "radapter"  # OpenAI's API names releases so
 # In the error about an unknown name: names that are compared and shown, and least similarity
@@ -89,7 +94,7 @@ class AdapterFacts:
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
     # Labels of each label set, with synonyms after commas.
     label_sets: dict[str, list[str]] = field(default_factory=dict)
-    confidence: dict[str, Any] | None = None  # the fields of `Confidence`, at `alpha`
+    confidence: Confidence | None = None  # at `alpha`
     created: str = ""  # in UTC, ISO 8601
     format: int = FORMAT
 
@@ -163,6 +168,8 @@ def read_run(path: Path, alpha: float | None = None) -> tuple[AdapterFacts, Fact
             check_prompts([(classes, header["templates"])])
         except TaskError:
             classes = []
+        # Scores are calibrated at the run's own α.
+        calibrated = header.get("confidence") if alpha in (None, header["alpha"]) else None
         facts = checker(AdapterFacts).validate_python(
             {
                 "text_tower": header["text_tower"],
@@ -171,6 +178,7 @@ def read_run(path: Path, alpha: float | None = None) -> tuple[AdapterFacts, Fact
                 "rank": header["rank"],
                 "templates": header["templates"],
                 "label_sets": {CLASSES: classes} if classes else {},
+                "confidence": calibrated,
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
         )

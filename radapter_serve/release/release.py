@@ -161,6 +161,15 @@ class Release:
         least = max(float(self.agreement["min_cosine"]), LEAST_COSINE)
         return Tolerance(float(self.agreement["tolerance"]), least)
 
+    @property
+    def calibration(self) -> Confidence | None:
+        """The calibrated scores; None if there are none."""
+        if self.confidence is None:
+            return None
+        fields = Confidence.__dataclass_fields__
+        values = {name: value for name, value in self.confidence.items() if name in fields}
+        return Confidence(**values)
+
     def computed_in(self, precision: str | None) -> Release:
         """This release as a server computes it in `precision`, with the bounds of that; for None
         as it was exported.
@@ -239,17 +248,16 @@ def release_parameters(releases: Iterable[Release]) -> dict[str, str]:
 
 
 def fitted_at(
-    what: str, confidence: Mapping[str, Any] | None, fitted: float, alpha: float
+    what: str, confidence: Confidence | None, fitted: float, alpha: float, how: str = HOW
 ) -> Confidence:
-    """Read the calibration of a release or an adapter, which `what` names; refuses another α of the
-    embeddings than `fitted`.
+    """The calibration of a release or an adapter, which `what` names; refuses another α of the
+    embeddings than `fitted`. `how` says how to calibrate it.
     """
     if confidence is None:
-        raise TaskError(NOT_CALIBRATED, f"{what} has no calibrated scores; {HOW}")
+        raise TaskError(NOT_CALIBRATED, f"{what} has no calibrated scores; {how}")
     if np.float32(alpha) != np.float32(fitted):
         raise TaskError(
             NOT_CALIBRATED,
             f"the scores of {what} are calibrated at alpha {fitted:g}, not at {alpha:g}",
         )
-    fields = Confidence.__dataclass_fields__
-    return Confidence(**{name: value for name, value in confidence.items() if name in fields})
+    return confidence

@@ -47,8 +47,10 @@ from radapter_serve.evaluation.alpha_choice import (
     save_choice,
 )
 from radapter_serve.evaluation.image_sets import NOUN_TEMPLATES, common_nouns
+from radapter_serve.evaluation.metrics import fit_confidence
 from radapter_serve.evaluation.rows import hardly_known
 from radapter_serve.files import staged
+from radapter_serve.release.release import Confidence
 from radapter_serve.sources import ADAPTER, RATES, RECIPE
 from radapter_serve.training.batches import NO_LABEL
 from radapter_serve.training.data import RunData
@@ -67,6 +69,8 @@ LEAST_IN_FOLDS = 0.5  # share of the images that must have a fold
 ACCURACY = "acc1"
 SET = "cross-validation"  # the name of its validation set
 _CLASSES = 1000  # of a step; of more, those that no image of the batch has are drawn
+HELD_OUT = "validation"  # images of calibrated scores, if a run has any
+_CALIBRATED = 2000  # images at most, by which scores are calibrated
 _KEPT_IMAGES = 2000  # on which the base's answers are compared
 _SEARCHED = 1000  # images among which a caption of a fold is to find its own
 RULE = (
@@ -168,7 +172,7 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
         )
         for rate, weight in itertools.product(rates, weights)
     ]
-    scale, _ = logit_scale_and_bias(base.model.state_dict())
+    scale, bias = logit_scale_and_bias(base.model.state_dict())
     train = partial(learn, sides=tuple(keys), scale=scale, loss=loss_of(base, recipe))
     began = time.monotonic()
     folds = folds_of(vectors, recipe.seed)
@@ -206,6 +210,23 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
             f"{held.metric}@alpha={alpha:g}": round(float(right.mean()), 4)
             for alpha, right in right_at.items()
         }
+    # Calibrate scores for a server that has the adapter beside a release.
+    confidence: Confidence | None = None
+    if list(keys) == ["text"] and vectors.of_classes and vectors.owners.shape[1] == 1:
+        parts = []
+        if held is not None:
+            parts.append((held, np.arange(len(held.images)), maps))
+        elif validated is not None:
+            for fold in range(FOLDS):
+                without = train(vectors, np.flatnonzero(folds != fold), chosen)
+                parts.append((vectors, np.flatnonzero(folds == fold), without))
+        try:
+            if parts:
+                images_of = SET if held is None else HELD_OUT
+                confidence = calibrate(parts, chosen.alpha, scale, bias, images_of)
+        except RAdapterError as error:
+            notes.append(f"note: the run has no calibrated scores: {error}")
+            say(notes[-1])
     tensors = {
         keys[tower] if name == "full" else f"{keys[tower]}.{name}": tensor.detach()
         for tower, adapter in maps.items()
@@ -224,6 +245,7 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
         classes=list(data.classes) if isinstance(data, Labelled) else None,
         held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,
         text_tower=text_tower,
+        confidence=None if confidence is None else dataclasses.asdict(confidence),
     )
     adapter = Adapter(tensors, metadata)
     save_adapter(adapter, out / ADAPTER)
@@ -468,6 +490,41 @@ def learn(
 
 
 @torch.no_grad()
+def calibrate(
+    parts: Sequence[tuple[Vectors, NDArray[np.int64], Maps]],
+    alpha: float,
+    scale: float,
+    bias: float | None,
+    images: str,
+) -> Confidence:
+    """Fit calibrated scores to images, as a server sees them, that no map was trained with: some of
+    the rows of each part, each of one class.
+
+    Args:
+        parts: embeddings, rows of them, and the maps that move them.
+        alpha: re-scaling of the maps.
+        scale: of the base's logits.
+        bias: of the base's logits; None for a softmax.
+        images: what they are called.
+    """
+    most = max(1, _CALIBRATED // len(parts))
+    cosines = []
+    for vectors, rows, maps in parts:
+        some = torch.from_numpy(rows[:: max(1, -(-len(rows) // most))])
+        embeds = moved(maps, "image", vectors.images[some, 0], alpha)
+        cosines.append((embeds @ classes_at(vectors, maps, alpha).T, vectors.owners[some, 0]))
+    of_all, owners = (torch.cat(each).numpy() for each in zip(*cosines, strict=True))
+    return fit_confidence(of_all, owners, scale, bias, images)
+
+
+def classes_at(vectors: Vectors, maps: Maps, alpha: float) -> Tensor:
+    """Unit vectors of the classes [C, D], each the mean over all prompts of its names."""
+    texts = moved(maps, "text", vectors.texts, alpha)
+    means = torch.stack([texts[each].mean(dim=0) for each in vectors.names])
+    return F.normalize(means, dim=-1)
+
+
+@torch.no_grad()
 def judge(
     vectors: Vectors, rows: NDArray[np.int64], maps: Maps, alpha: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -480,9 +537,7 @@ def judge(
     images = moved(maps, "image", base_images, alpha)
     owners = vectors.owners[places]
     if vectors.of_classes:
-        texts = moved(maps, "text", vectors.texts, alpha)
-        means = torch.stack([texts[each].mean(dim=0) for each in vectors.names])
-        best = (images @ F.normalize(means, dim=-1).T).argmax(dim=1)
+        best = (images @ classes_at(vectors, maps, alpha).T).argmax(dim=1)
         right = (owners == best[:, None]).any(dim=1)
     else:
         captions = [vectors.names[owner] for owner in owners[:, 0].tolist()]

@@ -7,7 +7,7 @@ import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.release import adapters
+from radapter_serve.release.release import Confidence
 from tests.conftest import export_into
 from tests.helpers.asking import tritonserver
 from tests.helpers.graphs import quick_exports
@@ -33,6 +34,16 @@ from tests.helpers.small_release import png
 
 TEXTS = ["a red bicycle", "猫", "two dogs in the snow", "a cat"]
 WIDTH = 32
+CONFIDENCE = Confidence(
+    scale=7.0,
+    bias=-1.0,
+    dataset="cross-validation",
+    n=120,
+    classes=2,
+    ece_before=0.1,
+    label_ece=0.1,
+    min_score=0.2,
+)
 
 
 def made(base: Base, seed: int, rank: int | None = None, alpha: float = 0.5) -> Adapter:
@@ -171,6 +182,37 @@ def test_labels_are_mapped_prompt_by_prompt(base, runs, engine):
         )
         scores = dict(zip(outputs["label"][0], outputs["score"][0], strict=True))
         np.testing.assert_allclose([scores[b"cat"], scores[b"dog"]], expected[0], atol=1e-5)
+
+
+def test_scores_are_calibrated_at_the_adapter_s_own_alpha(base, runs, engine, repository, capsys):
+    meta = replace(runs["anna"].metadata, confidence=asdict(CONFIDENCE))
+    run = repository.parent / "anna"
+    save_adapter(Adapter(runs["anna"].tensors, meta), run / "adapter.safetensors")
+
+    def add(*options: str) -> str:
+        folder = ["--model-repository", str(repository), "--replace"]
+        assert command(["add-adapter", "anna", str(run), *folder, *options]) == 0
+        return capsys.readouterr().out
+
+    def scores(**values: Any) -> np.ndarray:
+        asked = {"image": [png(3)], "labels": ("cat", "dog"), "adapter": "anna", "top_k": 2}
+        outputs = ask(engine, "classify", multi_label=True, threshold=0.0, **asked, **values)
+        return np.asarray(outputs["score"])
+
+    with pytest.raises(TaskError, match=r"the adapter anna has no calibrated.*--recipe quick"):
+        scores()
+    assert "not calibrated" not in add()
+    image = ask(engine, "embed_image", image=[png(3)])["image_embeds"][0]
+    texts = ["a cat", "the cat, twice", "a dog", "the dog, twice"]
+    pairs = folded(base, runs["anna"], 0.5, texts).reshape(2, 2, -1).mean(1)
+    cosines = pairs @ image / np.linalg.norm(pairs, axis=1)
+    expected = 1 / (1 + np.exp(-(CONFIDENCE.scale * cosines + CONFIDENCE.bias)))
+    np.testing.assert_allclose(scores()[0], np.sort(expected)[::-1], atol=1e-5)
+    with pytest.raises(TaskError, match=r"anna are calibrated at alpha 0.5, not at 0.3"):
+        scores(alpha=0.3)
+    assert "not calibrated" in add("--alpha", "0.3")
+    with pytest.raises(TaskError, match="the adapter anna has no calibrated"):
+        scores()
 
 
 def test_the_next_adapter_encodes_no_prompt_again(engine):

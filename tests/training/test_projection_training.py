@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from radapter_serve.adapter import fold, load_adapter
+from radapter_serve.adapter import average_adapters, fold, load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image, encode_text
@@ -464,6 +464,38 @@ def vectors_of(labels: list[int], width: int = 8, noise: float = 0.0) -> Vectors
         nouns=texts[-3:],
         of_classes=True,
     )
+
+
+def test_scores_are_calibrated_by_images_that_were_not_trained_with(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    """The least score of a search keeps 95 % of the images, each scored by a run without it."""
+    folder = tmp_path / "many"
+    dice = np.random.default_rng(5)
+    for number in range(120):
+        path = folder / ("red", "blue")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = dice.integers(0, 120, (8, 8, 3), dtype=np.uint8)
+        pixels[..., 0 if number % 2 == 0 else 2] += 100
+        Image.fromarray(pixels).save(path)
+    run = train(dataclasses.replace(recipe, data=f"imagefolder:{folder}"))
+    adapter = load_adapter(run)
+    confidence = adapter.metadata.confidence
+    assert confidence is not None
+    assert (confidence["n"], confidence["classes"]) == (120, 2)
+    assert confidence["dataset"] == "cross-validation"
+
+    # By hand, with the adapter of all images, which scores an image about as the runs without it.
+    images, texts = by_open_clip(recipe.architecture, folder)
+    matrix = adapter.matrix("text_projection")
+    moved = F.normalize(texts + adapter.metadata.alpha * texts @ matrix.T, dim=-1)
+    own = (images @ moved.T)[torch.arange(120), torch.arange(120) // 60]
+    assert confidence["min_score"] == pytest.approx(own.quantile(0.05).item(), abs=0.05)
+    assert average_adapters([adapter, adapter]).metadata.confidence is None
+
+    few = train(dataclasses.replace(recipe, out=tmp_path / "runs" / "few"))
+    assert load_adapter(few).metadata.confidence is None
+    assert any("100 images are needed" in note for note in few.notes)
 
 
 def test_folds_have_a_share_of_each_class() -> None:
