@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.metadata
+import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +50,12 @@ from radapter_serve.contract.labels import SAME, indistinguishable, shared_name
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
+from radapter_serve.encoders.labels import (
+    MAX_PROMPTS_BYTES,
+    PROMPTS,
+    prompt_counts,
+    written_prompts,
+)
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.plans import PLAN, write_plan
 from radapter_serve.encoders.tensorrt import find_gpu, import_tensorrt
@@ -467,7 +475,8 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
     # Embed label sets by these encoders, and measure the accuracy on validation data.
     loaded = LoadedRelease(release, GraphEncoder(encoders), work.tokenizer)
     places = [repository.staged(model, version) / "label_sets" for model in LABELLED]
-    facts, warnings = _write_label_sets(loaded, source, places, say)
+    text_encoder = repository.staged("text_encoder", version)
+    facts, warnings = _write_label_sets(loaded, source, places, text_encoder, say)
     release = replace(release, label_sets=facts)
     accuracy = None
     if prepared.validation is not None:
@@ -502,9 +511,14 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
 
 
 def _write_label_sets(
-    loaded: LoadedRelease, source: Source, folders: Sequence[Path], say: Say
+    loaded: LoadedRelease,
+    source: Source,
+    folders: Sequence[Path],
+    text_encoder: Path,
+    say: Say,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Embed the label sets by a release's encoders, and write them into each folder. Returns the
+    """Embed the label sets by a release's encoders, and write them into each folder; and the
+    embeddings of their prompts into that of the text encoder, if adapters can map them. Returns the
     facts of each, and warnings about labels that the model cannot tell apart.
     """
     templates = source.templates
@@ -519,8 +533,18 @@ def _write_label_sets(
             say(f"embedding label set {name}: {count} of {total} labels")
 
         done(0)
-        steps = embed_labels(loaded, file.labels, templates, place=place, progress=done)
-        label_set = complete(steps)
+        steps = partial(embed_labels, loaded, file.labels, templates, place=place, progress=done)
+        # Adapters belong to the base's text tower, and do not map labels by example.
+        tower = loaded.release.text_tower
+        is_base = tower.digest(loaded.release.alpha) == tower.base
+        prompts = sum(prompt_counts(file.labels, templates)), loaded.release.embed_dim
+        kept_in: Path | None = None
+        if is_base and not file.images and 4 * math.prod(prompts) <= MAX_PROMPTS_BYTES:
+            kept_in = text_encoder / f"{name}{PROMPTS}"
+            with written_prompts(kept_in, prompts) as keep:
+                label_set = complete(steps(keep=keep))
+        else:
+            label_set = complete(steps())
         if file.images:
             say(f"embedding the {len(file.images)} examples of label set {name}")
             examples = file.examples(loaded.preprocess)
@@ -540,6 +564,8 @@ def _write_label_sets(
         }
         if file.images:
             facts[name]["examples"] = len(file.images)
+        if kept_in is not None:
+            facts[name]["prompts"] = digest_of(kept_in)
         if pairs := indistinguishable(label_set.labels, label_set.embeds):
             shown = "; ".join(f"{one!r} and {other!r}" for one, other in pairs[:10])
             more = f"; and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.labels import split_label
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import as_text, staged
+from radapter_serve.files import as_text, digest_of, staged
 
 DEFAULT_WEIGHT = 0.5  # of a label's examples; its text has the rest
 MAX_EXAMPLES = 128  # of a request, and of a label set that is embedded again
 _TEXTS = ("labels", "lines", "templates")  # texts of a label set
 MAX_LABELS = 20_000  # labels whose embeddings are cached
+# End of the files in which an export stores the embeddings of a label set's prompts, for adapters
+# to map; and their largest size: 80,000 prompts of width 768 have 246 MB.
+PROMPTS = ".prompts.npy"
+MAX_PROMPTS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,46 @@ class LabelSet:
 def load_label_sets(folder: Path) -> dict[str, LabelSet]:
     """Load all `NAME.npz` of a folder by name; empty if the folder does not exist."""
     return {as_text(path.stem): LabelSet.load(path) for path in sorted(folder.glob("*.npz"))}
+
+
+def prompt_counts(lines: Sequence[str], templates: Sequence[str]) -> list[int]:
+    """How many prompts each label has: its names in each template."""
+    return [len(split_label(line)) * len(templates) for line in lines]
+
+
+@contextlib.contextmanager
+def written_prompts(
+    path: Path, shape: tuple[int, int]
+) -> Iterator[Callable[[NDArray[np.float32]], None]]:
+    """Write the embeddings [P, D] of all prompts of a label set, label by label and for each of its
+    names the templates; yields a function that takes the next rows.
+    """
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+
+        def write(rows: NDArray[np.float32]) -> None:
+            file.write(np.ascontiguousarray(rows, "<f4").tobytes())
+
+        yield write
+
+
+def load_prompts(path: Path, label_set: LabelSet, digest: str) -> NDArray[np.float32] | None:
+    """Map a file of `written_prompts` from the disk; None if it is damaged: then its prompts are
+    encoded.
+    """
+    try:
+        if digest_of(path) != digest:
+            raise ValueError("it differs from its digest")
+        embeds: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+        count = sum(prompt_counts(label_set.lines, label_set.templates))
+        shape = count, label_set.embeds.shape[1]
+        if embeds.shape != shape or embeds.dtype != np.float32:
+            raise ValueError(f"it has {embeds.dtype} {embeds.shape}, not float32 {shape}")
+    except (OSError, ValueError) as error:
+        print(f"{path} is damaged, so its prompts are encoded: {error}", file=sys.stderr)
+        return None
+    return embeds
 
 
 class LabelCache:

@@ -31,8 +31,15 @@ from radapter_serve.contract.images import LARGE_IMAGES, ImageFile
 from radapter_serve.contract.preprocess import Decoder, Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.encoder import Encoder, EncoderGraph, GraphEncoder, ServerEncoder
-from radapter_serve.encoders.labels import LabelCache, LabelSet, load_label_sets
+from radapter_serve.encoders.labels import (
+    PROMPTS,
+    LabelCache,
+    LabelSet,
+    load_label_sets,
+    load_prompts,
+)
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import as_name
 from radapter_serve.process import decoders, total
 from radapter_serve.release.adapters import (
     CALIBRATED_RUN,
@@ -165,6 +172,37 @@ class LoadedRelease:
         """Cached embeddings of prompts, which adapters map."""
         return LabelCache()
 
+    @cached_property
+    def _stored_prompts(self) -> dict[str, NDArray[np.float32] | None]:
+        """The stored prompts of label sets by name, each read at its first use."""
+        return {}
+
+    def stored_prompts(
+        self, lines: Sequence[str], templates: Sequence[str], place: Place
+    ) -> NDArray[np.float32] | None:
+        """Embeddings by the base of all prompts of a label set with these labels and templates, in
+        the order of `written_prompts`; None if the export has stored none for this place.
+        """
+        if place.adapter is None or self.adapters is None:
+            return None
+        if place.encoder_alpha not in (None, self.exported_alpha):
+            return None
+        for name, label_set in self.label_sets.items():
+            if label_set.lines == tuple(lines) and label_set.templates == tuple(templates):
+                if name not in self._stored_prompts:
+                    digest = self.release.label_sets.get(name, {}).get("prompts")
+                    path = self._text_encoder / as_name(name + PROMPTS)
+                    stored = None if digest is None else load_prompts(path, label_set, digest)
+                    self._stored_prompts[name] = stored
+                return self._stored_prompts[name]
+        return None
+
+    @property
+    def _text_encoder(self) -> Path:
+        """The folder of the release's text encoder, with what adapters need of it."""
+        assert self.adapters is not None
+        return self.adapters.repository / "text_encoder" / str(self.release.version)
+
     def confidence(self, place: Place) -> Confidence:
         """The calibration of the release or the adapter; refuses another α than that of its fit."""
         if place.adapter is None:
@@ -193,9 +231,7 @@ class LoadedRelease:
     @cached_property
     def _samples(self) -> tuple[Samples, list[NDArray[np.float32]]]:
         """The texts that the export has embedded by torch, and their embeddings by this encoder."""
-        assert self.adapters is not None
-        folder = self.adapters.repository / "text_encoder" / str(self.release.version)
-        samples = Samples.load(folder)
+        samples = Samples.load(self._text_encoder)
         return samples, [self.encoder.tokens(*inputs) for inputs, _ in samples.batches()]
 
     def _check(self, adapter: TextAdapter) -> None:
@@ -242,6 +278,7 @@ class LoadedRelease:
             "prompt_cache",
             "label_sets",
             "_samples",
+            "_stored_prompts",
         ):
             changed.__dict__.pop(name, None)
         changed.__dict__.update(fields)

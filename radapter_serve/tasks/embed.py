@@ -4,6 +4,7 @@ request, a list or a label set of the release, with their embeddings.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 from collections import deque
@@ -20,6 +21,7 @@ from radapter_serve.contract.errors import (
     UNKNOWN_LABEL_SET,
     Cancelled,
     TaskError,
+    check_cancelled,
     invalid,
 )
 from radapter_serve.contract.images import ImageFile, read_headers
@@ -32,10 +34,11 @@ from radapter_serve.contract.labels import (
     prompts_of,
     split_label,
 )
-from radapter_serve.encoders.labels import LabelSet
+from radapter_serve.encoders.labels import LabelSet, prompt_counts
 from radapter_serve.encoders.loaded import LoadedRelease, Place, TaskSteps
 
 OTHER_POINT = "ask at the alpha of the export, or for a smaller label set"
+_MAPPED = 4096  # stored prompts that are mapped at once
 _PROMPTS = 256  # prompts of a part: then its labels are cached, and other callers have a turn
 
 
@@ -127,8 +130,15 @@ def check_labels(
                 f"the label set {labels.label_set!r:.80} has labels by example, which are for"
                 " classify; give labels, or another label set"
             )
+        by_examples = known_as(labels.label_set, loaded.release.sets_by_example)
+        is_mixed = exported is not None and exported.examples is None and by_examples is not None
+        if is_mixed and place.adapter is not None:
+            raise invalid(
+                f"the label set {labels.label_set!r:.80} has labels by example, which the export"
+                " has mixed with their texts, so no adapter moves it; leave adapter out"
+            )
         if not _is_exported(loaded, exported, place):
-            check_prompts([(lines, templates)], OTHER_POINT)
+            check_prompts([_counted(loaded, lines, templates, place)], OTHER_POINT)
         return len(lines)
     if labels.names is None:
         sets = _names_of_label_sets(loaded, place)
@@ -158,15 +168,28 @@ def embed_label_set(
 def label_set_prompts(
     loaded: LoadedRelease, labels: Labels, point: Point | Place
 ) -> tuple[Sequence[str], Sequence[str]] | None:
-    """The labels and templates of a label set that has to be embedded for a request; None if there
-    is none: it was exported at this point, or its embeddings are cached.
+    """The labels and templates of a label set that has to be embedded for a request, as they count
+    towards its limit; None if there is none: it was exported at this point, or its embeddings are
+    cached.
     """
     if labels.label_set is None:
         return None
     place = loaded.place(point)
     lines, templates, exported = _label_set(loaded, labels.label_set, place)
     is_cached = loaded.label_cache.get((tuple(lines), tuple(templates), place.key)) is not None
-    return None if is_cached or _is_exported(loaded, exported, place) else (lines, templates)
+    if is_cached or _is_exported(loaded, exported, place):
+        return None
+    return _counted(loaded, lines, templates, place)
+
+
+def _counted(
+    loaded: LoadedRelease, lines: Sequence[str], templates: Sequence[str], place: Place
+) -> tuple[Sequence[str], Sequence[str]]:
+    """The labels and templates of a label set as they count towards the limit of prompts: an
+    adapter maps stored prompts without encoding them, so there each name counts once.
+    """
+    is_stored = loaded.stored_prompts(lines, templates, place) is not None
+    return lines, ("{}",) if is_stored else templates
 
 
 def _is_exported(loaded: LoadedRelease, label_set: LabelSet | None, place: Place) -> bool:
@@ -237,17 +260,38 @@ def embed_labels(
     place: Place | None = None,
     cancelled: Cancelled | None = None,
     progress: Callable[[int], None] | None = None,
+    keep: Callable[[NDArray[np.float32]], None] | None = None,
 ) -> TaskSteps[LabelSet]:
     """Embed checked labels, the mean over all prompts scaled to unit length; each is cached by
-    place and templates. `progress` is called with the number of labels so far.
+    place and templates. `progress` is called with the number of labels so far; `keep` takes the
+    embeddings of all prompts, in parts and in the order of `written_prompts`.
     """
     place = place or loaded.place()
     cache = loaded.label_cache
     whole = (tuple(labels), tuple(templates), place.key)
     label_set: LabelSet | None = cache.get(whole)
-    if label_set is not None:
+    if label_set is not None and keep is None:
         return label_set
     names = {label: split_label(label) for label in labels}
+    shown = tuple(names[label][0] for label in labels)
+
+    # Map the prompts that the export has stored, a part of them at a time.
+    stored = None if keep is not None else loaded.stored_prompts(labels, templates, place)
+    if stored is not None:
+        means: list[NDArray[np.float32]] = []
+        ends = np.cumsum([0, *prompt_counts(labels, templates)]).tolist()
+        while len(means) < len(labels):
+            check_cancelled(cancelled)
+            first = len(means)
+            last = max(first + 1, bisect.bisect(ends, ends[first] + _MAPPED) - 1)
+            mapped = place.map(stored[ends[first] : ends[last]])
+            for start, end in itertools.pairwise(ends[first : last + 1]):
+                means.append(mapped[start - ends[first] : end - ends[first]].mean(axis=0))
+        rows = np.stack(means)
+        units = np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+        label_set = LabelSet(shown, units, tuple(labels), tuple(templates))
+        cache.put(whole, label_set, len(labels) + len(templates))
+        return label_set
 
     # Embed labels that are not cached in parts of about `_PROMPTS` prompts, and cache them part by
     # part.
@@ -260,7 +304,7 @@ def embed_labels(
         while waiting and (not part or count < _PROMPTS):
             label = waiting.popleft()
             kept = cache.get((digest, place.key, label))
-            if kept is not None:
+            if kept is not None and keep is None:
                 embeds[label] = kept
                 continue
             count += len(names[label]) * len(templates)
@@ -269,12 +313,15 @@ def embed_labels(
             prompts = [prompts_of(names[label], templates) for label in part]
             texts = list(dict.fromkeys(itertools.chain.from_iterable(prompts)))
             encoded = yield from embed_prompts(loaded, texts, place, cancelled)
+            if keep is not None:
+                row_of = {text: row for row, text in enumerate(texts)}
+                order = [row_of[text] for text in itertools.chain.from_iterable(prompts)]
+                keep(encoded[order])
             for label, mean in zip(part, means_of(prompts, texts, encoded), strict=True):
                 embeds[label] = mean.copy()
                 cache.put((digest, place.key, label), embeds[label])
         if progress is not None:
             progress(len(embeds))
-    shown = tuple(names[label][0] for label in labels)
     rows_of_all = np.stack([embeds[label] for label in labels])
     label_set = LabelSet(shown, rows_of_all, tuple(labels), tuple(templates))
     cache.put(whole, label_set, len(labels) + len(templates))

@@ -22,11 +22,16 @@ from radapter_serve.adapter import Adapter, Metadata, base_digest, fold, save_ad
 from radapter_serve.adapter.tuned import towers_of
 from radapter_serve.cli.release import main as command
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.labels import prompts_of, split_label
+from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.engine.engine import Engine
 from radapter_serve.release import adapters
 from radapter_serve.release.release import Confidence
+from radapter_serve.tasks import embed
+from radapter_serve.tasks.embed import Labels, embed_label_set
 from tests.conftest import export_into
 from tests.helpers.asking import tritonserver
 from tests.helpers.graphs import quick_exports
@@ -106,7 +111,9 @@ def runs(base: Base, tmp_path: Path) -> dict[str, Adapter]:
 @pytest.fixture
 def repository(runs: dict[str, Adapter], tmp_path: Path, common: Path) -> Path:
     """A release of the base, α 0, with both adapters beside it."""
-    export_into(tmp_path, common, tmp_path / "anna", [0.0])
+    labels = tmp_path / "animals.txt"
+    labels.write_text("cow\nhorse, pony\nsheep\n")
+    export_into(tmp_path, common, tmp_path / "anna", [0.0], label_sets={"animals": labels})
     repository = tmp_path / "model_repository"
     for name in runs:
         folder = str(tmp_path / name)
@@ -227,6 +234,74 @@ def test_the_next_adapter_encodes_no_prompt_again(engine):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder, "tokens", None)
         ask(engine, "classify", adapter="bob", **names)
+
+
+class TestStoredPrompts:
+    """The export stores the prompts of label sets, which the server maps one by one."""
+
+    def scores(self, engine: Engine, **values: Any) -> np.ndarray:
+        asked = {"image": [png(3)], "label_set": "animals", "adapter": "anna", "top_k": 3}
+        outputs = ask(engine, "classify", **asked, **values)
+        order = np.argsort(outputs["label"][0])
+        return np.asarray(outputs["score"][0])[order]
+
+    def test_no_prompt_is_encoded(self, base, runs, engine):
+        loaded = engine._served[1].loaded
+        loaded.adapters.get("anna")  # its check asks the encoder
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loaded.encoder, "tokens", None)  # calling it fails
+            scores = self.scores(engine)
+            other = self.scores(engine, alpha=0.9)
+        assert np.abs(other - scores).max() > 1e-4
+        label_set = loaded.label_sets["animals"]
+        embeds = [
+            folded(base, runs["anna"], 0.5, prompts_of(split_label(line), label_set.templates))
+            for line in label_set.lines
+        ]
+        assert len(embeds[0]) > 1
+        means = np.stack([each.mean(0) for each in embeds])
+        means /= np.linalg.norm(means, axis=1, keepdims=True)
+        place = loaded.place(Point("anna", 0.5))
+        mapped = complete(embed_label_set(loaded, Labels(label_set="animals"), place, None))
+        np.testing.assert_allclose(mapped.embeds, means, atol=1e-6)
+
+    def test_many_prompts_are_mapped_in_parts(self, engine, monkeypatch):
+        expected = self.scores(engine, alpha=0.4)
+        engine._served[1].loaded.label_cache._entries.clear()
+        monkeypatch.setattr(embed, "_MAPPED", 1)
+        np.testing.assert_allclose(self.scores(engine, alpha=0.4), expected, atol=1e-6)
+
+    def test_they_are_not_limited_as_prompts_that_are_encoded(self, engine, monkeypatch):
+        monkeypatch.setattr("radapter_serve.contract.labels.MAX_PROMPTS", 4)
+        self.scores(engine)
+        loaded = engine._served[1].loaded
+        monkeypatch.setattr(loaded, "_stored_prompts", {"animals": None})
+        with pytest.raises(TaskError, match="prompts"):
+            self.scores(engine, alpha=0.6)
+
+    @pytest.mark.parametrize("damage", ["cut", "gone", "older"])
+    def test_without_the_file_the_prompts_are_encoded(self, repository, capsys, damage):
+        path = repository / "text_encoder" / "1" / "animals.prompts.npy"
+        with Engine([load_release(repository)]) as engine:
+            expected = self.scores(engine)
+        if damage == "cut":
+            path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+        else:
+            path.unlink()
+        loaded = load_release(repository)
+        if damage == "older":
+            del loaded.release.label_sets["animals"]["prompts"]
+        with Engine([loaded]) as engine:
+            np.testing.assert_allclose(self.scores(engine), expected, atol=1e-6)
+        assert ("is damaged" in capsys.readouterr().err) == (damage != "older")
+
+    def test_the_digests_of_the_release_have_it(self, repository, capsys):
+        folder = ["--model-repository", str(repository)]
+        assert command(["verify", *folder]) == 0
+        path = repository / "text_encoder" / "1" / "animals.prompts.npy"
+        path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+        assert command(["verify", *folder]) == 2
+        assert path.name in capsys.readouterr().err
 
 
 def test_an_export_of_adapters_alone_has_their_base_and_them(base, runs, tmp_path, common):
