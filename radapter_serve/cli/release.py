@@ -270,7 +270,11 @@ def lacking(
         from radapter_serve.index.index import releases_of as makers  # here: it loads libraries
 
         for name, maker in makers(indexes).items():
-            able = [version for version in releases if maker.is_of(releases[version])]
+            able = [
+                version
+                for version, release in releases.items()
+                if maker.is_of(release) or maker.is_near(release)
+            ]
             if able and not set(able) & set(now):
                 both = format_list([able[-1], *now]).replace(",", "")
                 notes.append(

@@ -16,10 +16,9 @@ from rich.markup import escape
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.process import STOPPING, handled
-from radapter_serve.release.release import Release
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import find_tritonserver
-from radapter_serve.server.releases import admin_socket
+from radapter_serve.server.releases import ReleaseServer, admin_socket
 from radapter_serve.sources import HUB
 
 if TYPE_CHECKING:
@@ -189,7 +188,7 @@ def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> 
                 "metrics": server.metrics_url,
                 "gateway": None if gateway is None else gateway.url,
             }
-            _show(server.config, server.served.releases, server.runtime, urls, server.grpc_url)
+            _show(server, urls, server.grpc_url)
             with (
                 admin_socket(server.folder, server),
                 contextlib.nullcontext() if gateway is None else gateway.in_thread(),
@@ -223,7 +222,7 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags) -> None:
         try:
             url = endpoints.http_url
             urls = {"HTTP": url, "metrics": f"{url}/metrics"}
-            _show(config, server.served.releases, server.runtime, urls, url)
+            _show(server, urls, url)
             with admin_socket(server.folder, server):
                 gateway.run()
         except KeyboardInterrupt:
@@ -232,20 +231,19 @@ def answer_in_process(config: ServerConfig, flags: GatewayFlags) -> None:
             server.stop()
 
 
-def _show(
-    config: ServerConfig,
-    releases: Sequence[int],
-    runtime: str | None,
-    urls: Mapping[str, str | None],
-    url: str,
-) -> None:
+def _show(server: ReleaseServer, urls: Mapping[str, str | None], url: str) -> None:
     """Print the served releases, the settings, and the addresses."""
+    config = server.config
+    releases = server.served.releases
     print(config.model_repository)
     for version in releases:
-        release = Release.load(config.model_repository / "classify" / str(version))
+        release = server.facts[version]
         alpha = f"{release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
-        print(f"release  {version}: {release.architecture} at alpha {alpha}, {release.precision}")
-    for name, value in {**urls, "indexes": config.indexes, "runtime": runtime}.items():
+        line = f"release  {version}: {release.architecture} at alpha {alpha}, {release.precision}"
+        if release.image_distance is not None:
+            line += f" by {release.runtime}, 1 - cosine of images {release.image_distance:.0e}"
+        print(line)
+    for name, value in {**urls, "indexes": config.indexes}.items():
         if value is not None:
             print(f"{name:<8} {value}")
     if releases:

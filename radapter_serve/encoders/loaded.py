@@ -38,6 +38,7 @@ from radapter_serve.encoders.labels import (
     load_label_sets,
     load_prompts,
 )
+from radapter_serve.encoders.precision import AS_EXPORTED, Choice
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name
 from radapter_serve.process import decoders, total
@@ -49,7 +50,14 @@ from radapter_serve.release.adapters import (
 )
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.release import Confidence, Release, fitted_at
-from radapter_serve.release.repository import RUNTIMES, Served, find_release, split_repository
+from radapter_serve.release.repository import (
+    ENCODERS,
+    PATCH_ENCODER,
+    RUNTIMES,
+    Served,
+    find_release,
+    split_repository,
+)
 
 A = TypeVar("A")
 Part: TypeAlias = Literal["pixels", "images", "patches", "tokens"]
@@ -376,26 +384,24 @@ def load_release(
     indexes: Path = Path("indexes"),
     device: int | None = None,
     threads: int | None = None,
-    runtime: str | None = None,
-    precision: str | None = None,
+    choice: Choice = AS_EXPORTED,
 ) -> LoadedRelease:
-    """Load release N of `DIR@N`, `version`, or the newest; `runtime` and `precision` are those of
-    its export by default.
+    """Load release N of `DIR@N`, `version`, or the newest, with the encoders that `choice` has
+    tried already, or by its runtime and precision.
     """
     folder = find_release(repository if version is None else f"{repository}@{version}")
-    release = Release.load(folder)
-    runtime = runtime or release.runtime
-    graphs: dict[str, EncoderGraph] = {}
-    for name in ("image_encoder", "text_encoder", "patch_encoder"):
-        if name == "patch_encoder" and not release.dense:
+    release = choice.facts(Release.load(folder))
+    graphs = dict(choice.graphs(release.version) or {})
+    for name in ENCODERS if not graphs else ():
+        if name == PATCH_ENCODER and not release.dense:
             continue
         graphs[name] = EncoderGraph(
-            folder.parents[1] / name / folder.name / RUNTIMES[runtime].file,
-            runtime,
-            precision=precision or release.precision,
+            folder.parents[1] / name / folder.name / RUNTIMES[release.runtime].file,
+            release.runtime,
+            precision=release.precision,
             threads=total() if threads is None else threads,
-            device=device if runtime == "onnxruntime" else None,
-            parameters=RUNTIMES[runtime].parameters,
+            device=device if release.runtime == "onnxruntime" else None,
+            parameters=RUNTIMES[release.runtime].parameters,
         )
     return LoadedRelease(
         release,

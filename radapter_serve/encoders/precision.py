@@ -7,14 +7,14 @@ from __future__ import annotations
 import importlib.util
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.agreement import Agreement, Samples, compare
 from radapter_serve.release.release import IN_BF16, Release
 from radapter_serve.release.repository import AUTO, ENCODERS, MODELS, RUNTIMES, TENSORRT
 
@@ -24,31 +24,56 @@ RUNS = 3  # timed, of which the quickest counts: other programs only slow a run 
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Encoders of releases in one runtime and precision, by number and name: the loaded graphs,
+    their agreement with torch, and the seconds that a batch of images took.
+    """
+
+    seconds: float
+    graphs: Mapping[int, Mapping[str, EncoderGraph]]
+    agreements: Mapping[int, Mapping[str, Agreement]]
+
+    @property
+    def distance(self) -> float:
+        """The largest 1 - cosine of any encoder."""
+        encoders = [of for each in self.agreements.values() for of in each.values()]
+        return max((1 - agreement.min_cosine for agreement in encoders), default=0.0)
+
+
+@dataclass(frozen=True)
 class Choice:
     """A runtime and a precision for all encoders, each None if it is that of the export; `note`
-    says why, for people.
+    says why, for people. `trial` has the encoders, if they were tried.
     """
 
     runtime: str | None
     precision: str | None = None
     note: str = ""
+    trial: Trial | None = None
+
+    def graphs(self, version: int) -> Mapping[str, EncoderGraph] | None:
+        """The encoders of a release, compared with torch; None if they were not tried."""
+        return None if self.trial is None else self.trial.graphs.get(version)
+
+    def facts(self, release: Release) -> Release:
+        """A release as it is computed by this choice, with the agreement that was measured."""
+        measured = {} if self.trial is None else self.trial.agreements.get(release.version, {})
+        return release.computed_in(self.precision, self.runtime, measured)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Seconds that a batch of images took, and the largest 1 - cosine of any encoder."""
-
-    seconds: float
-    distance: float
+AS_EXPORTED = Choice(None)
 
 
-def has_bf16() -> bool:
-    """True if this processor says that it computes in bf16."""
+def bf16_of_processor() -> str:
+    """The name of what computes bf16 in this processor, AMX or AVX-512; empty if nothing does."""
     try:
         facts = CPU_FACTS.read_text()
     except OSError:
-        return False
-    return re.search(r"\b(amx_bf16|avx512_bf16)\b", facts) is not None
+        return ""
+    for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16")):
+        if re.search(rf"\b{flag}\b", facts):
+            return name
+    return ""
 
 
 def choose(
@@ -76,14 +101,16 @@ def choose(
     if precision == "fp32" or lowered:
         return Choice(runtime, precision if releases else None)
     exported = runtime or releases[-1].runtime
-    can = has_bf16() and importlib.util.find_spec("openvino") is not None
+    processor = bf16_of_processor()
+    can = bool(processor) and importlib.util.find_spec("openvino") is not None
     free = not on_gpu and runtime != "onnxruntime" and exported != TENSORRT
     if precision is None:
         note = ""
         if can and free:
             note = (
-                "this processor computes in bf16: --precision auto probably encodes several times"
-                " as fast, with cosines within 2e-4"
+                f"this processor has {processor}: --precision auto tries bf16 on it, measures how"
+                " much faster images are, and keeps it if all cosines are within"
+                f" {1 - IN_BF16.min_cosine:.0e} of torch's; docs/serving.md has the figures of one"
             )
         return Choice(runtime, note=note)
     if precision == "bf16":
@@ -93,49 +120,62 @@ def choose(
                 f"--precision bf16 is computed by OpenVINO on the CPU, and not by {where}; leave it"
                 " out, or take --runtime openvino on the CPU"
             )
-        if not has_bf16():
+        if not processor:
             raise RAdapterError(
                 "--precision is bf16, but this processor has no bf16 (neither amx_bf16 nor"
                 f" avx512_bf16 in {CPU_FACTS}); allowed here are fp32 and {AUTO}"
             )
-        return Choice("openvino", "bf16")
+        trial = try_encoders(repository, releases, "openvino", "bf16", threads)
+        note = f"precision bf16 by openvino: 1 - cosine at most {trial.distance:.0e}"
+        return Choice("openvino", "bf16", note, trial)
 
-    # AUTO: try the release as it is, then OpenVINO in both precisions.
+    # AUTO: try the release as it is, then OpenVINO in both precisions; only the fastest encoders
+    # stay in memory.
     if not (can and free):
         return Choice(
             runtime, note="precision fp32: bf16 needs a processor with bf16, and OpenVINO on it"
         )
     first = (releases[-1].runtime if exported == AUTO else exported, "fp32")
-    trials = {first: try_encoders(repository, releases, *first, threads)}
+    best = first
+    trial = try_encoders(repository, releases, *first, threads)
+    seconds = trial.seconds
     reason = ""
     for way in (("openvino", "fp32"), ("openvino", "bf16")):
-        if way not in trials:
-            try:
-                trials[way] = try_encoders(repository, releases, *way, threads)
-            except RAdapterError as error:
-                reason = f"; {error}"
-    best = min(trials, key=lambda way: trials[way].seconds)
+        if way == first:
+            continue
+        try:
+            other = try_encoders(repository, releases, *way, threads)
+        except RAdapterError as error:
+            reason = f"; {error}"
+            continue
+        if other.seconds < trial.seconds:
+            best = way
+            trial = other
+        del other
     note = f"precision {best[1]} by {best[0]}: "
     if best == first:
-        return Choice(first[0], note=f"{note}nothing else was faster{reason}")
-    gain = trials[first].seconds / trials[best].seconds
+        return Choice(first[0], None, f"{note}nothing else was faster{reason}", trial)
     note += (
-        f"images {gain:.1f} times as fast as {first[1]} by {first[0]}, 1 - cosine at most"
-        f" {trials[best].distance:.0e}{reason if best[1] == 'fp32' else ''}"
+        f"images {seconds / trial.seconds:.1f} times as fast as {first[1]} by {first[0]},"
+        f" 1 - cosine at most {trial.distance:.0e}{reason if best[1] == 'fp32' else ''}"
     )
-    return Choice(best[0], "bf16" if best[1] == "bf16" else None, note)
+    return Choice(best[0], "bf16" if best[1] == "bf16" else None, note, trial)
 
 
 def try_encoders(
     repository: Path, releases: Sequence[Release], runtime: str, precision: str, threads: int
 ) -> Trial:
-    """Compare the encoders of releases with torch, and time the images of the last one."""
+    """Load the encoders of releases, compare them with torch, and time the images of the last."""
     seconds = 0.0
-    distance = 0.0
+    graphs: dict[int, dict[str, EncoderGraph]] = {}
+    agreements: dict[int, dict[str, Agreement]] = {}
     for release in releases:
+        number = release.version
+        graphs[number] = {}
+        agreements[number] = {}
         bounds = IN_BF16 if precision == "bf16" else release.bounds
         for name in ENCODERS:
-            folder = repository / name / str(release.version)
+            folder = repository / name / str(number)
             if not folder.is_dir():
                 continue
             graph = EncoderGraph(
@@ -146,12 +186,12 @@ def try_encoders(
                 parameters=RUNTIMES[runtime].parameters,
             )
             samples = Samples.load(folder)
-            how = f"{name} of release {release.version} in {precision} by {runtime}"
-            agreement = compare(how, graph, samples, bounds)
-            distance = max(distance, 1 - agreement.min_cosine)
-            if name == "image_encoder":
+            how = f"{name} of release {number} in {precision} by {runtime}"
+            agreements[number][name] = compare(how, graph, samples, bounds)
+            graphs[number][name] = graph
+            if name == "image_encoder" and release is releases[-1]:
                 seconds = quickest(graph, samples)
-    return Trial(seconds, distance)
+    return Trial(seconds, graphs, agreements)
 
 
 def quickest(graph: Callable[..., object], samples: Samples) -> float:

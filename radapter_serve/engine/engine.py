@@ -32,7 +32,7 @@ from radapter_serve.contract.images import FifoLimit, limit_large_images
 from radapter_serve.encoders.batcher import Result, encode_together, run_together
 from radapter_serve.encoders.encoder import Span, add_spans, collect_spans, span
 from radapter_serve.encoders.loaded import LoadedRelease, Need, load_release
-from radapter_serve.encoders.precision import Choice, choose, try_encoders
+from radapter_serve.encoders.precision import AS_EXPORTED, choose
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
 from radapter_serve.process import total
@@ -217,14 +217,11 @@ class Engine:
         numbers = [int(number)] if number else list(Served.load(folder).releases)
         for version in numbers:
             verify(folder, version)
-        choice = Choice(None)
+        choice = AS_EXPORTED
         if precision is not None:
             cores = total() if threads is None else threads
             on_gpu = device is not None
             choice = choose(folder, numbers, None, precision, cores, on_gpu=on_gpu)
-            if precision == "bf16" and choice.runtime is not None:  # AUTO has compared already
-                facts = [Release.load(folder / "classify" / str(number)) for number in numbers]
-                try_encoders(folder, facts, choice.runtime, precision, cores)
             if choice.note:
                 say(choice.note)
         releases = [
@@ -234,8 +231,7 @@ class Engine:
                 indexes=Path(indexes),
                 device=device,
                 threads=threads,
-                runtime=choice.runtime,
-                precision=choice.precision,
+                choice=choice,
             )
             for version in numbers
         ]

@@ -192,6 +192,9 @@ class Gateway:
         return JSONResponse({"ready": True})
 
     async def prometheus(self, request: Request) -> Response:
+        # Without an answer of the upstream, the metrics name the releases of the time before.
+        with contextlib.suppress(Refused), anyio.move_on_after(1.0):
+            self._metrics.name_releases((await self._model(TASKS[-1])).facts())
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def server(self, request: Request) -> Response:

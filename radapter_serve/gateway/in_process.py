@@ -8,12 +8,14 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.encoder import GraphEncoder, collect_spans
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
+from radapter_serve.encoders.precision import AS_EXPORTED
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.access import Threads
@@ -65,40 +67,38 @@ class EngineServer(ReleaseServer):
         # Load and check the releases that are not loaded yet.
         config = self.config
         new = [number for number in wanted.releases if number not in self._releases]
-        if new:
-            self._choose(new, say)
-        precision = self.precision
-        runtime = self.runtime
+        choice = self._choose(new, say) if new else AS_EXPORTED
         releases: dict[int, LoadedRelease] = {}
         for number in wanted.releases:
             if number in self._releases:
                 releases[number] = self._releases[number]
                 continue
-            asked = runtime
-            runtime, _ = configure(  # resolves AUTO once, for all releases
-                config.model_repository,
-                [number],
-                asked,
-                config.encoder_threads,
-                RUNTIMES,
-                say,
-                precision=precision,
-            )
+            asked = choice.runtime
+            if choice.graphs(number) is None:
+                runtime, _ = configure(  # resolves AUTO once, for all releases
+                    config.model_repository,
+                    [number],
+                    asked,
+                    config.encoder_threads,
+                    RUNTIMES,
+                    say,
+                    precision=choice.precision,
+                )
+                choice = replace(choice, runtime=runtime)
             say(f"loading release {number}")
             loaded = load_release(
                 config.model_repository,
                 number,
                 indexes=config.indexes,
-                runtime=runtime,
-                precision=precision,
                 threads=config.encoder_threads,
+                choice=choice,
             )
             assert isinstance(loaded.encoder, GraphEncoder)
             for encoder in encoders_of(config.model_repository, [number]):
-                if asked not in (None, encoder.runtime):  # already compared by `configure`
+                # Some are compared already, by `_choose` or by `configure`.
+                if choice.graphs(number) or asked not in (None, encoder.runtime):
                     continue
                 say(f"comparing {encoder.name} of release {number} with torch's embeddings")
-                encoder = encoder.computed_in(precision)
                 check_agreement(encoder, number, loaded.encoder.graphs[encoder.name])
             releases[number] = loaded
         say(f"asking the tasks of release {format_list(wanted.releases)}")
@@ -109,8 +109,10 @@ class EngineServer(ReleaseServer):
 
         # Serve them from here on.
         self.engine.commit(prepared)
-        self.runtime = runtime
+        if new:
+            self.runtime = choice.runtime
         self._releases = releases
+        self.facts = {number: loaded.release for number, loaded in releases.items()}
 
     def __enter__(self) -> EngineServer:
         return self.start()

@@ -11,7 +11,7 @@ import ipaddress
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -205,6 +205,12 @@ class Metrics:
         self._images_of_key = Counter(
             "key_images", "Images that were sent with a key", ["key"], **registered
         )
+        self._releases = Gauge(
+            "release_info",
+            "1 for a release that is served, as it is computed",
+            ["release", "precision", "runtime"],
+            **registered,
+        )
         running = Gauge("running", "Requests that Triton or the engine works on", **registered)
         running.set_function(lambda: concurrency.running)
         waiting = Gauge("waiting", "Requests in the queue", **registered)
@@ -212,6 +218,12 @@ class Metrics:
         Gauge("body_bytes", "Bytes of bodies and answers in memory", **registered).set_function(
             lambda: memory.held
         )
+
+    def name_releases(self, releases: Mapping[int, Mapping[str, Any]]) -> None:
+        """Name the served releases, from their facts."""
+        self._releases.clear()
+        for version, facts in releases.items():
+            self._releases.labels(version, facts.get("precision"), facts.get("runtime")).set(1)
 
     def count(self, entry: Entry, seconds: float) -> None:
         """Count an inference by its task, code and key."""

@@ -377,7 +377,7 @@ def _described(name: str, facts: dict[str, Any]) -> dict[str, Any]:
         created = int(datetime.fromisoformat(facts["created"]).timestamp())
     except (KeyError, ValueError):
         created = 0
-    names = ("version", "alpha", "architecture", "precision", "embed_dim")
+    names = ("version", "alpha", "architecture", "precision", "runtime", "embed_dim")
     return {
         "id": name,
         "object": "model",

@@ -27,7 +27,7 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.labels import check_length
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_text, checker, first_problem
-from radapter_serve.release.release import Release, Tower
+from radapter_serve.release.release import IN_BF16, Release, Tower
 
 if TYPE_CHECKING:
     from radapter_serve.encoders.loaded import LoadedRelease
@@ -48,7 +48,7 @@ def index_names(indexes: Path) -> list[str]:
 @dataclass(frozen=True)
 class MadeBy:
     """Facts of the release that made an index, at the α of the embeddings. Any other release and α
-    of the same `image_digest` searches the index.
+    of the same `image_digest` searches the index, or of the same tower in a near precision.
     """
 
     architecture: str
@@ -60,6 +60,7 @@ class MadeBy:
     image_tower: Tower
     preprocess: dict[str, Any]
     image_digest: str
+    image_distance: float | None = None  # also None in an index of an older version
 
     @classmethod
     def of(cls, release: Release) -> MadeBy:
@@ -75,6 +76,24 @@ class MadeBy:
             used = release.at(self.alpha) if release.dynamic_alpha else release
             return self.image_digest == used.image_digest
         return False
+
+    def is_near(self, release: Release) -> bool:
+        """True if a release embeds images like those of the index but for the precision, and each
+        was measured within the bounds of bf16.
+        """
+        try:
+            other = MadeBy.of(release.at(self.alpha) if release.dynamic_alpha else release)
+        except RAdapterError:  # it refuses the α
+            return False
+        ours, theirs = (
+            (made.image_tower.digest(made.alpha), made.preprocess, made.embed_dim)
+            for made in (self, other)
+        )
+        limit = 1 - IN_BF16.min_cosine
+        return ours == theirs and all(
+            made.image_distance is not None and made.image_distance <= limit
+            for made in (self, other)
+        )
 
     def differs_from(self, release: Release) -> str:
         """Explain why another release cannot search the index, as the end of a sentence."""

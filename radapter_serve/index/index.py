@@ -27,6 +27,7 @@ from radapter_serve.files import as_name, as_text
 from radapter_serve.index.facts import FACTS, Index, IndexFacts, MadeBy, index_names
 from radapter_serve.index.folder import FolderIndex, read_pointer
 from radapter_serve.index.qdrant import Qdrant, QdrantIndex, link_of
+from radapter_serve.release.release import IN_BF16
 
 POLL = 5.0  # seconds between requests to Qdrant for the current generation
 OPENING = 60.0  # seconds that a server waits for its indexes before it is ready
@@ -105,10 +106,21 @@ class Indexes:
         """Return the current index of a name, and the served release that made it."""
         index = self._current(name, cancelled)
         made_by = index.facts.plan.release
-        if made_by.is_of(self._loaded.release):
-            return index, self._loaded
-        for loaded in self._others():
+        every = [self._loaded, *self._others()]
+        for loaded in every:
             if made_by.is_of(loaded.release):
+                return index, loaded
+        for loaded in every:
+            if made_by.is_near(loaded.release):
+                if index.generation not in self._logged:
+                    self._logged.add(index.generation)
+                    print(
+                        f"the index {index.name!r} was embedded in {made_by.precision}, and release"
+                        f" {loaded.release.version} computes in {loaded.release.precision}; it is"
+                        f" searched, as both were measured within {1 - IN_BF16.min_cosine:.0e} of"
+                        " torch's cosines",
+                        file=sys.stderr,
+                    )
                 return index, loaded
         why = f"{made_by.differs_from(self._loaded.release)}; to embed again: {index.facts.cost}"
         if index.generation not in self._logged:

@@ -14,7 +14,7 @@ import numpy as np
 from radapter_serve.contract.errors import NOT_CALIBRATED, TaskError, request_alpha
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
-from radapter_serve.release.agreement import LEAST_COSINE, TOLERANCES, Tolerance
+from radapter_serve.release.agreement import LEAST_COSINE, TOLERANCES, Agreement, Tolerance
 
 # Task models of a release in the order of writing; the last one marks a complete release.
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
@@ -170,14 +170,36 @@ class Release:
         values = {name: value for name, value in self.confidence.items() if name in fields}
         return Confidence(**values)
 
-    def computed_in(self, precision: str | None) -> Release:
-        """This release as a server computes it in `precision`, with the bounds of that; for None
-        as it was exported.
+    @property
+    def image_distance(self) -> float | None:
+        """The largest 1 - cosine of the image encoder with torch in fp32; None if nobody has
+        measured it.
         """
-        if precision in (None, self.precision):
-            return self
-        bounds = {"tolerance": IN_BF16.max_error, "min_cosine": IN_BF16.min_cosine}
-        return dataclasses.replace(self, precision="bf16", agreement={**self.agreement, **bounds})
+        measured = self.agreement.get("image_encoder")
+        if measured is None:
+            return 0.0 if self.precision == "fp32" else None
+        return max(0.0, 1 - float(measured["min_cosine"]))
+
+    def computed_in(
+        self,
+        precision: str | None,
+        runtime: str | None = None,
+        agreement: Mapping[str, Agreement] | None = None,
+    ) -> Release:
+        """This release as a server computes it, with the bounds of the precision and the agreement
+        that the server has measured; for None as it was exported.
+        """
+        facts = dict(self.agreement)
+        if precision not in (None, self.precision):
+            facts |= {"tolerance": IN_BF16.max_error, "min_cosine": IN_BF16.min_cosine}
+        for encoder, measured in (agreement or {}).items():
+            facts[encoder] = dataclasses.asdict(measured)
+        return dataclasses.replace(
+            self,
+            precision=precision or self.precision,
+            runtime=runtime or self.runtime,
+            agreement=facts,
+        )
 
     def at(self, alpha: float) -> Release:
         """This release at another α; raises an error for an α that it does not take."""

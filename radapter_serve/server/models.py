@@ -80,10 +80,11 @@ def configure(
     progress: Callable[[str], None],
     *,
     precision: str | None = None,
+    compared: bool = False,
 ) -> tuple[str | None, dict[str, str]]:
     """Choose the runtime of all encoders, by default each its own, and check that it agrees with
     torch; returns it and each encoder's config. The instances of an encoder share `threads`.
-    `precision` is that of a `Choice`.
+    `precision` is that of a `Choice`, which may have `compared` the encoders already.
     """
     encoders = [encoder.computed_in(precision) for encoder in encoders_of(repository, releases)]
     if runtime is not None and not encoders:
@@ -108,7 +109,7 @@ def configure(
                 file = encoder.file(version, chosen)
                 if chosen == TENSORRT:
                     check_plan(file.parent)
-            if check or chosen != encoder.runtime:
+            if check or not (compared or chosen == encoder.runtime):
                 progress(f"checking {encoder.name} by {chosen}")
                 try:
                     for version in encoder.versions:
@@ -175,13 +176,15 @@ def gpu() -> int | None:
 
 
 def plan_models(
-    repository: Path, releases: Sequence[int], encoders: Mapping[str, str]
+    repository: Path,
+    releases: Sequence[int],
+    encoders: Mapping[str, str],
+    facts: Mapping[int, Release],
 ) -> dict[str, ModelEntry]:
     """Models of some releases, in the order of loading; `encoders` has the config of each encoder
-    for this machine.
+    for this machine, and `facts` each release as this machine computes it.
     """
     models = {}
-    facts = {version: Release.load(repository / MODELS[-1] / str(version)) for version in releases}
     for model in MODELS:
         versions = sorted(set(releases) & set(versions_of(repository / model)))
         if not versions:

@@ -23,9 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.encoders.precision import choose
+from radapter_serve.encoders.precision import Choice, choose
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import check
+from radapter_serve.release.release import Release
 from radapter_serve.release.repository import Served, format_list, require_known
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import FOLDER_PREFIX
@@ -51,6 +52,7 @@ class ReleaseServer(ABC):
         self.runtime: str | None = config.runtime  # of all encoders; None: each has its export's
         self.precision: str | None = config.precision  # of all encoders, in the same way
         self.note = ""  # about the precision, for people
+        self.facts: dict[int, Release] = {}  # of the releases, as this server computes them
         self.served = Served(())
         self._changing = threading.Lock()
 
@@ -58,11 +60,12 @@ class ReleaseServer(ABC):
     def _take_over(self, wanted: Served, say: Say) -> None:
         """Check that the releases answer correctly, and serve them, or else go on as before."""
 
-    def _choose(self, releases: Sequence[int], say: Say) -> None:
+    def _choose(self, releases: Sequence[int], say: Say) -> Choice:
         """Choose the precision and its runtime for this machine; `auto` becomes what is chosen."""
         say("choosing the precision")
+        repository = self.config.model_repository
         choice = choose(
-            self.config.model_repository,
+            repository,
             releases,
             self.runtime,
             self.precision,
@@ -72,6 +75,7 @@ class ReleaseServer(ABC):
         self.runtime = choice.runtime
         self.precision = choice.precision
         self.note = self.note or choice.note
+        return choice
 
     def load(self, releases: Sequence[int], say: Say = lambda line: None) -> str:
         """Serve these releases in place of the present ones, which stay if a new one does not

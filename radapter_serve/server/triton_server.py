@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import disk_errors
 from radapter_serve.process import STOPPING, SYSTEM, Clock, handled
 from radapter_serve.release.config import ServedEncoder, check, encoders_of
-from radapter_serve.release.repository import Served, check_repository
+from radapter_serve.release.release import Release
+from radapter_serve.release.repository import MODELS, Served, check_repository
 from radapter_serve.server import launch
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import Control, check_side_by_side, switch, warm_up
@@ -244,7 +246,7 @@ class TritonServer(ReleaseServer):
         repository = self.config.model_repository
         backends = self._installation.backends
         threads = self.config.encoder_threads
-        self._choose(releases, progress)
+        choice = self._choose(releases, progress)
         self.runtime, encoders = configure(
             repository,
             releases,
@@ -253,9 +255,15 @@ class TritonServer(ReleaseServer):
             backends,
             progress,
             precision=self.precision,
+            compared=choice.trial is not None,
         )
+        choice = replace(choice, runtime=self.runtime)
+        for version in releases:
+            known = Release.load(repository / MODELS[-1] / str(version))
+            # What was measured at the start holds for a release that goes on.
+            self.facts[version] = self.facts.get(version) or choice.facts(known)
         models = other_models(repository, encoders) if others else {}
-        models |= plan_models(repository, releases, encoders)
+        models |= plan_models(repository, releases, encoders, self.facts)
         counts = self.config.instance_counts()
         return {name: model.with_instances(counts.get(name)) for name, model in models.items()}
 

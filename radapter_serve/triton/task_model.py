@@ -28,8 +28,8 @@ from radapter_serve.encoders.batcher import run_together
 from radapter_serve.encoders.labels import load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease, TaskSteps
 from radapter_serve.process import INDEXES
-from radapter_serve.release.config import read_config
-from radapter_serve.release.release import FILE, Release
+from radapter_serve.release.config import named_releases, read_config
+from radapter_serve.release.release import FILE
 from radapter_serve.release.repository import CONFIG
 from radapter_serve.tasks.table import TASKS, forms
 from radapter_serve.triton import backlog
@@ -102,7 +102,8 @@ class TritonPythonModel:
 
 def load_version(folder: Path) -> LoadedRelease:
     """Load the release of a task model's version, with the encoders of the same server."""
-    release = Release.load(folder)
+    # As the server computes it, which its config says.
+    release = named_releases(read_config(folder.parent / CONFIG))[int(folder.name)]
     # The server's folder has links to the files of the model repository.
     repository = (folder / FILE).resolve().parents[2]
     # Only tasks that embed labels or texts have a tokenizer.

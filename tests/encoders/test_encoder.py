@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from radapter_serve.encoders import loaded as module
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.loaded import load_release
+from radapter_serve.encoders.precision import Choice
 from radapter_serve.encoders.runtimes import session_options
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, Tolerance, compare
@@ -152,7 +153,7 @@ def test_a_release_is_run_by_its_own_runtime(
         loaded.append((path.parent.parent.name, path.name, runtime, how["threads"]))
 
     monkeypatch.setattr(module, "EncoderGraph", graph)
-    load_release(copy, runtime=asked, threads=3)
+    load_release(copy, choice=Choice(asked), threads=3)
     assert loaded == [
         (name, "model.onnx", asked or "openvino", 3) for name in ("image_encoder", "text_encoder")
     ]

@@ -12,10 +12,14 @@ import pytest
 
 from radapter_serve import Model
 from radapter_serve.encoders import precision as module
-from radapter_serve.encoders.precision import Choice, Trial, choose, has_bf16
+from radapter_serve.encoders.encoder import EncoderGraph
+from radapter_serve.encoders.precision import Choice, Trial, bf16_of_processor, choose
 from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway.in_process import EngineServer
+from radapter_serve.release.agreement import Agreement
 from radapter_serve.release.config import encoders_of, parsed
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import IN_BF16, Release
+from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.models import configure
 
 BF16 = ("openvino", "bf16")
@@ -48,7 +52,8 @@ def test_auto_takes_the_fastest_that_agrees(
         trials.clear()
         for way in (OWN, FP32, BF16):
             if "_".join(way) in seconds:
-                trials[way] = Trial(seconds["_".join(way)], 5e-5)
+                agreements = {1: {"image_encoder": Agreement(1e-3, 1 - 5e-5)}}
+                trials[way] = Trial(seconds["_".join(way)], {}, agreements)
         return choose(repository, [1, 2], runtime, "auto", 2)
 
     fast = chosen(onnxruntime_fp32=3.6, openvino_fp32=3, openvino_bf16=1)
@@ -71,7 +76,8 @@ def test_auto_takes_the_fastest_that_agrees(
 def test_nothing_is_rounded_unless_asked_for(repository: Path, amx: Path) -> None:
     choice = choose(repository, [1], None, None, 2)
     assert (choice.runtime, choice.precision) == (None, None)
-    assert "--precision auto" in choice.note
+    assert "this processor has AMX: --precision auto" in choice.note
+    assert not any(sign in choice.note for sign in ("times as fast", "%"))  # nothing was measured
     assert not choose(repository, [1], None, None, 2, on_gpu=True).note
     assert not choose(repository, [1], None, "fp32", 2).note
     amx.write_text("flags : fpu avx512f\n")
@@ -102,7 +108,7 @@ def test_what_cannot_be_computed_in_bf16_is_refused(
 
 
 needs_bf16 = pytest.mark.skipif(
-    not has_bf16() or importlib.util.find_spec("openvino") is None,
+    not bf16_of_processor() or importlib.util.find_spec("openvino") is None,
     reason="this processor has no bf16, or openvino is not installed",
 )
 
@@ -116,6 +122,36 @@ def test_a_small_release_is_computed_in_bf16(exported_tiny_clip: Path) -> None:
         b = rounded.embed_texts(texts)
     cosines = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     assert 1e-8 < (1 - cosines).max() < 2e-4  # rounded, and within the bound
+
+
+@needs_bf16
+def test_each_encoder_is_loaded_once_and_the_fastest_are_kept(
+    exported_tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = exported_tiny_clip / "model_repository"
+    loads: list[tuple[str, ...]] = []
+    load = EncoderGraph.__init__
+
+    def counted(graph: EncoderGraph, path: Path, runtime: str, **how: Any) -> None:
+        loads.append((path.parent.parent.name, path.parent.name, runtime, how["precision"]))
+        load(graph, path, runtime, **how)
+
+    times = iter([3.0, 2.0, 1.0])
+    monkeypatch.setattr(EncoderGraph, "__init__", counted)
+    monkeypatch.setattr(module, "quickest", lambda *_: next(times))
+    config = ServerConfig(models, precision="auto", threads=1)
+    with EngineServer(config) as server:
+        assert (server.runtime, server.precision) == BF16
+        assert "images 3.0 times as fast as fp32 by onnxruntime" in server.note
+        count = len(server.served.releases)
+        assert len(loads) == len(set(loads)) == 6 * count  # two encoders in three ways
+
+        # What is served says how it is computed, and what was measured.
+        facts = server.engine.releases("classify")[-1]
+        assert (facts.precision, facts.runtime) == ("bf16", "openvino")
+        assert 0 < (facts.image_distance or 0) < 2e-4
+        assert facts.bounds == IN_BF16
+        assert server.facts[facts.version] == facts
 
 
 @pytest.mark.parametrize("exported", ["onnxruntime", "openvino"])

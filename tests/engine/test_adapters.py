@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import threading
@@ -27,6 +28,7 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.labels import prompts_of, split_label
 from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.loaded import load_release
+from radapter_serve.encoders.precision import bf16_of_processor
 from radapter_serve.engine.engine import Engine
 from radapter_serve.release import adapters
 from radapter_serve.release.release import Confidence
@@ -151,6 +153,16 @@ def test_texts_are_where_the_fold_has_them(base, runs, repository, engine, name,
         "alpha": used,
     }
     assert receipts == [receipt] * len(TEXTS)
+
+
+def test_an_adapter_is_held_to_the_precision_that_serves(base, runs, repository):
+    """Texts in bf16 are farther from torch than those of an fp32 release may be."""
+    if not (bf16_of_processor() and importlib.util.find_spec("openvino")):
+        pytest.skip("this processor has no bf16, or openvino is not installed")
+    with Engine.open(repository, precision="bf16", threads=1) as engine:
+        embeds = ask(engine, "embed_text", text=TEXTS, adapter="anna")["text_embeds"]
+    expected = folded(base, runs["anna"], runs["anna"].metadata.alpha, TEXTS)
+    np.testing.assert_allclose(embeds, expected, atol=2e-2)
 
 
 def test_images_and_requests_without_an_adapter_stay_the_base_s(base, engine):

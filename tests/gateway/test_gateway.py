@@ -369,6 +369,7 @@ def test_metrics_have_no_word_of_a_caller(served: Served) -> None:
         'radapter_gateway_requests_total{code="other",task="embed_text"} 1.0',
         'radapter_gateway_request_seconds_count{task="embed_text"} 3.0',
         "radapter_gateway_running 0.0",
+        'radapter_gateway_release_info{precision="fp32",release="1",runtime="onnxruntime"} 1.0',
     ):
         assert line in text
     assert "mallory" not in text

@@ -160,7 +160,7 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
     assert ask(served, input="a", model="radapter-2")[1]["model"] == "radapter-2"
     models = served.ask("/v1/models")[1]["data"]
     assert [model["id"] for model in models] == ["radapter", "radapter-2", "radapter-1"]
-    named = ("version", "alpha", "architecture", "precision", "embed_dim")
+    named = ("version", "alpha", "architecture", "precision", "runtime", "embed_dim")
     assert models[0] == {
         **{"id": "radapter", "object": "model", "owned_by": "radapter-serve"},
         **{"created": 1767225600, **{name: release(2)[name] for name in named}},

@@ -20,6 +20,7 @@ from radapter_serve.encoders.loaded import load_release, served_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import current
+from radapter_serve.release.agreement import Agreement
 from radapter_serve.release.release import Release, Tower
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from tests.helpers.projection import Searching, projecting
@@ -112,6 +113,54 @@ def test_another_image_tower_is_told_what_to_embed_again(
     assert f"radapter-index build {photos} --out {out}" in capsys.readouterr().err
     with pytest.raises(RAdapterError, match=f"{difference} .*4 images.*radapter-index build"):
         add(out, other)
+
+
+def measured(precision: str, distance: float) -> dict[str, Any]:
+    """Facts of a release in a precision whose image encoder is so far from torch."""
+    agreement = Agreement(0.0, 1 - distance)
+    facts = release().computed_in(precision, None, {"image_encoder": agreement})
+    return {"precision": precision, "agreement": facts.agreement}
+
+
+@pytest.mark.parametrize(
+    ("of_index", "of_release", "is_searched"),
+    [
+        (("fp32", 1e-9), ("bf16", 5e-5), True),
+        (("bf16", 5e-5), ("fp32", 1e-9), True),
+        (("fp32", 1e-9), ("bf16", 5e-4), False),
+        (("int8", 5e-4), ("fp32", 1e-9), False),
+    ],
+)
+def test_an_index_in_a_near_precision_is_searched_and_told_apart(
+    photos: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    of_index: tuple[str, float],
+    of_release: tuple[str, float],
+    is_searched: bool,
+) -> None:
+    out = tmp_path / "indexes" / "photos"
+    build(photos, out, projecting(**measured(*of_index)))
+    made_by = current(out)[1].plan.release
+    assert made_by.precision == of_index[0]
+    assert made_by.image_distance == pytest.approx(of_index[1])
+    other = projecting(tmp_path / "indexes", **measured(*of_release))
+    searching = Searching.of(other)
+    request = RetrieveRequest("photos", Query(["1"]))
+    if not is_searched:
+        with pytest.raises(TaskError, match="another precision"):
+            searching(request)
+        return
+    for _ in range(2):
+        assert len(searching(request).hits) == 4
+    said = f"embedded in {of_index[0]}, and release 1 computes in {of_release[0]}"
+    assert capsys.readouterr().err.count(said) == 1
+    # Its images stay of one precision, and another tower's are not near.
+    with pytest.raises(RAdapterError, match="another precision"):
+        add(out, other)
+    tower = projecting(tmp_path / "indexes", **measured(*of_release), image_tower=Tower("sha256:9"))
+    with pytest.raises(TaskError, match="another base"):
+        Searching.of(tower)(request)
 
 
 def test_the_cost_is_the_builds_own(photos: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from radapter_serve.cli.release import lacking, main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import encoders_of, named_releases, parsed
-from radapter_serve.release.release import TASKS
+from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import ENCODERS, Served, check_repository
 from radapter_serve.server import releases
 from radapter_serve.server.config import ServerConfig
@@ -74,13 +74,14 @@ def test_without_a_server_the_next_start_is_chosen(
 
 def test_tasks_name_the_releases_that_are_served_and_encoders_none(repository: Path) -> None:
     encoders = {one.name: one.configured("onnxruntime", 1) for one in encoders_of(repository, [1])}
-    found = plan_models(repository, [1], encoders)
+    facts = Release.load(repository / "classify" / "1").computed_in("bf16")
+    found = plan_models(repository, [1], encoders, {1: facts})
     assert list(found) == [name for name in (*ENCODERS, *TASKS) if name != "patch_encoder"]
     for name, model in found.items():
         config = parsed(model.config)
         assert list(config.version_policy.specific.versions) == [1]
         if name in TASKS:
-            assert list(named_releases(config)) == [1]
+            assert named_releases(config) == {1: facts}
             assert json.loads(config.parameters["release"].string_value)["version"] == 1
         else:
             assert not [key for key in config.parameters if key.startswith("release")]
