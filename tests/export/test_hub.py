@@ -155,7 +155,7 @@ METADATA = Metadata(
     architecture="ViT-B-32",
     pretrained="openai",
     base_digest="sha256:1",
-    recipe={"data": "csv:/home/me/secret/train.csv", "drop": 0.2, "learning_rate": 5e-4},
+    recipe={"data": "csv:/home/me/secret/train.csv", "adapt": "towers", "drop": 0.2},
     classes=["cat", "dog"],
     held_out="sha256:ef",
 )
@@ -179,6 +179,7 @@ def test_a_card_is_read_by_the_hub_and_says_what_the_release_is(library: str) ->
         "| **0.5** | 96.2 | 71.5 |",
         what_is_kept(0.5, 0.9625)[1:],
         "| data | train.csv |",
+        "| adapt | towers |",
     ):
         assert words in card.text
     assert f"import {library}" in card.text.replace("from transformers", "import transformers")
