@@ -170,7 +170,7 @@ class Task:
         texts = list(dict.fromkeys(itertools.chain(*trained, *found)))
         number_of = {text: number for number, text in enumerate(texts)}
         return Vectors(
-            images=self.images[:, None],
+            images=self.images,
             owners=torch.from_numpy(self.labels)[:, None],
             texts=embedder.texts(texts),
             texts_of=[[number_of[text] for text in each] for each in trained],
@@ -617,7 +617,7 @@ def captions(study: Study, folder: Path, out: Path) -> str:
     starts = np.cumsum([0, *map(len, texts)])
     numbers = [list(range(a, b)) for a, b in itertools.pairwise(starts.tolist())]
     vectors = Vectors(
-        images=photos[:, None],
+        images=photos,
         owners=torch.arange(len(photos))[:, None],
         texts=embedder.texts(flat),
         texts_of=numbers,

@@ -7,8 +7,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
-import random
 import secrets
 import time
 import zipfile
@@ -21,10 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import hflip, normalize, resized_crop, to_tensor
 
 from radapter_serve.adapter.file import tensors_digest, tower_of
 from radapter_serve.clip.base import Base
@@ -110,13 +105,13 @@ def kept(ids: Sequence[str], width: int, embed: Embed, out: Path, facts: Any) ->
 def embed_images(
     data: Labelled | Captioned, base: Base, recipe: Recipe, out: Path, *, show: bool
 ) -> tuple[Floats, list[str]]:
-    """Embed the images of a run at unit length, [N, V, D]: each as a server sees it, and `views`
-    - 1 random crops of it. Returns one line for each image that can't be read, whose row is NaN.
+    """Embed the images of a run at unit length, [N, D], as a server sees them. Returns one line for
+    each image that can't be read, whose row is NaN.
     """
     rows = data.image_rows
     broken: dict[int, str] = {}
     device = next(base.model.parameters()).device
-    plain = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
+    transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
     weights = base.model.state_dict()
     facts = {
@@ -133,78 +128,38 @@ def embed_images(
             broken[number] = str(error)
             return f"broken {number}"
 
-    def pixels(number: int, view: int, id: str) -> Tensor | None:
+    def pixels(number: int) -> Tensor | None:
         try:
             image = data.image(rows[number])
         except BrokenImage as error:
             broken[number] = str(error)
             return None
-        if view == 0:
-            seen: Tensor = plain(image)
-            return seen
-        draw = random.Random(f"{recipe.seed}-{view}-{id}")
-        return _crop(image.convert("RGB"), base, recipe, draw)
+        seen: Tensor = transform(image)
+        return seen
 
-    views = []
     with ThreadPoolExecutor(decoders(8)) as pool:
-        digests = list(pool.map(digest, range(len(rows))))
-        for view in range(recipe.views):
-            ids = digests
-            cropped: dict[str, Any] = {}
-            if view:
-                ids = [f"{id}/{view}" for id in digests]
-                cropped = {"crop": [recipe.crop_scale, recipe.flip, recipe.seed]}
 
-            def embed(
-                numbers: Sequence[int], view: int = view
-            ) -> Iterator[tuple[list[int], Floats]]:
-                # Decode each batch while the one before it is embedded.
-                batches = [numbers[at : at + _IMAGES] for at in range(0, len(numbers), _IMAGES)]
-                ahead: list[tuple[int, Future[Tensor | None]]] = []
-                for coming in tracked([*batches, []], len(batches) + 1, "embedding", show):
-                    batch = ahead
-                    ahead = [
-                        (number, pool.submit(pixels, number, view, digests[number]))
-                        for number in coming
-                    ]
-                    decoded = [(number, future.result()) for number, future in batch]
-                    whole = {number: image for number, image in decoded if image is not None}
-                    if whole:
-                        with torch.inference_mode(), bf16:
-                            images = torch.stack(list(whole.values())).to(device)
-                            embeds = encode_image(base.model, images)
-                        yield list(whole), embeds.cpu().numpy()
+        def embed(numbers: Sequence[int]) -> Iterator[tuple[list[int], Floats]]:
+            # Decode each batch while the one before it is embedded.
+            batches = [numbers[at : at + _IMAGES] for at in range(0, len(numbers), _IMAGES)]
+            ahead: list[tuple[int, Future[Tensor | None]]] = []
+            for coming in tracked([*batches, []], len(batches) + 1, "embedding", show):
+                batch = ahead
+                ahead = [(number, pool.submit(pixels, number)) for number in coming]
+                decoded = [(number, future.result()) for number, future in batch]
+                whole = {number: image for number, image in decoded if image is not None}
+                if whole:
+                    with torch.inference_mode(), bf16:
+                        images = torch.stack(list(whole.values())).to(device)
+                        embeds = encode_image(base.model, images)
+                    yield list(whole), embeds.cpu().numpy()
 
-            width = int(base.config["embed_dim"])
-            views.append(kept(ids, width, embed, out, {**facts, **cropped}))
+        ids = list(pool.map(digest, range(len(rows))))
+        vectors = kept(ids, int(base.config["embed_dim"]), embed, out, facts)
     lines = [broken[number] for number in sorted(broken)]
     if lines and recipe.on_broken == "refuse":
         raise RAdapterError(f"{lines[0]}; mend it, or leave such images out with --on-broken skip")
-    return np.stack(views, axis=1), lines
-
-
-def _crop(image: Image.Image, base: Base, recipe: Recipe, draw: random.Random) -> Tensor:
-    """A random resized crop, as in the training of the towers, but by the draw of one image:
-    torchvision draws by the seed of the whole process, which threads share.
-    """
-    for _ in range(10):
-        area = image.width * image.height * draw.uniform(recipe.crop_scale, 1)
-        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
-        width = round(math.sqrt(area * ratio))
-        height = round(math.sqrt(area / ratio))
-        if 0 < width <= image.width and 0 < height <= image.height:
-            break
-    else:
-        width, height = image.size
-    top = draw.randint(0, image.height - height)
-    left = draw.randint(0, image.width - width)
-    side = base.image_size
-    bicubic = InterpolationMode.BICUBIC
-    cropped = resized_crop(image, top, left, height, width, [side, side], bicubic)  # type: ignore[arg-type]
-    if recipe.flip and draw.random() < 0.5:
-        cropped = hflip(cropped)
-    pixels: Tensor = normalize(to_tensor(cropped), base.preprocess["mean"], base.preprocess["std"])
-    return pixels
+    return vectors, lines
 
 
 def embed_texts(base: Base, texts: Sequence[str], recipe: Recipe, out: Path) -> Floats:
@@ -233,7 +188,7 @@ def embed_texts(base: Base, texts: Sequence[str], recipe: Recipe, out: Path) -> 
 def open_vectors(
     data: Labelled | Captioned, base: Base, recipe: Recipe
 ) -> tuple[Floats, list[str]]:
-    """The embeddings of a run's images from an index or a NumPy file, at unit length, [N, 1, D],
+    """The embeddings of a run's images from an index or a NumPy file, at unit length, [N, D],
     checked against the base as far as possible; and notes for the user.
     """
     width = int(base.config["embed_dim"])
@@ -307,4 +262,4 @@ def open_vectors(
         raise RAdapterError(
             f"{source}, row {places[bad[0]]}: the vector has no direction (zero, or not finite)"
         )
-    return (vectors / lengths)[:, None], notes
+    return vectors / lengths, notes

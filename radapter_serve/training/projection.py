@@ -90,7 +90,7 @@ class Vectors:
     An owner is a class with its prompts, or an image with its captions.
     """
 
-    images: Tensor  # [N, V, D]; the first view is the image as a server sees it
+    images: Tensor  # [N, D]
     owners: Tensor  # of each image, integer [N, K], padded with NO_LABEL
     texts: Tensor  # of all prompts or captions [T, D]
     texts_of: list[list[int]]  # the texts of each owner that a step draws from
@@ -439,12 +439,11 @@ def learn(
             switched_on = torch.rand((), generator=generator).item() >= recipe.drop
             adapter.gate = switched_on / (1 - recipe.drop)
 
-        # Draw images, a view of each, the owners to tell apart, and a text of each owner.
+        # Draw images, the owners to tell apart, and a text of each owner.
         if len(order) < plan.part:
             order = images[torch.randperm(len(images), generator=generator)]
         batch = order[: plan.part]
         order = order[plan.part :]
-        view = torch.randint(vectors.images.shape[1], (len(batch),), generator=generator)
         of_images = vectors.owners[batch]
         drawn = torch.unique(of_images[of_images != NO_LABEL])
         if vectors.of_classes:
@@ -453,7 +452,7 @@ def learn(
             drawn = torch.cat([drawn, absent[: max(0, _CLASSES - len(drawn))]])
         drawn = drawn.repeat_interleave(recipe.captions_per_image)
         pick = (torch.rand(len(drawn), generator=generator) * count_of[drawn]).long()
-        base_images = vectors.images[batch, view]
+        base_images = vectors.images[batch]
         base_texts = vectors.texts[texts_of[drawn, pick]]
 
         embeds = moved(maps, "image", base_images)
@@ -511,7 +510,7 @@ def calibrate(
     cosines = []
     for vectors, rows, maps in parts:
         some = torch.from_numpy(rows[:: max(1, -(-len(rows) // most))])
-        embeds = moved(maps, "image", vectors.images[some, 0], alpha)
+        embeds = moved(maps, "image", vectors.images[some], alpha)
         cosines.append((embeds @ classes_at(vectors, maps, alpha).T, vectors.owners[some, 0]))
     of_all, owners = (torch.cat(each).numpy() for each in zip(*cosines, strict=True))
     return fit_confidence(of_all, owners, scale, bias, images)
@@ -533,7 +532,7 @@ def judge(
     images have the same nearest noun as by the base.
     """
     places = torch.from_numpy(rows if vectors.of_classes else rows[:_SEARCHED])
-    base_images = vectors.images[places, 0]
+    base_images = vectors.images[places]
     images = moved(maps, "image", base_images, alpha)
     owners = vectors.owners[places]
     if vectors.of_classes:
@@ -577,7 +576,7 @@ def _vectors(
     def numbers(texts: Sequence[str]) -> list[int]:
         return [number_of[text] for text in texts]
 
-    readable = ~np.isnan(images[:, 0, 0])
+    readable = ~np.isnan(images[:, 0])
     padded = pad_sequence(
         [torch.tensor(owners[row]) for row in np.flatnonzero(readable)],
         batch_first=True,

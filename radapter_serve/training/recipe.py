@@ -56,7 +56,7 @@ GROUPS: dict[str, tuple[str, str]] = {
         "batch_size accumulate epochs steps learning_rate min_learning_rate weight_decay"
         " warmup_steps grad_clip",
     ),
-    "augmentation": ("What the towers see of an image.", "crop_scale flip views"),
+    "augmentation": ("What the towers see of an image.", "crop_scale flip"),
     "run": (
         "How the command runs.",
         "precision workers threads validate_every save_every tracker out resume",
@@ -125,8 +125,6 @@ class Recipe(RunSource):
         grad_clip: largest gradient norm; none does not clip.
         crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
-        views: embeddings of each image that an adapter on a projection is trained with: the image
-            as a server sees it and, above 1, random crops of it.
         embeddings: NumPy file with an embedding of each image, float [N, D], for an adapter on a
             projection; no image is read.
         rows: table (.parquet, .csv, .json) with a row for each of the embeddings, instead of data:
@@ -173,7 +171,6 @@ class Recipe(RunSource):
     grad_clip: Positive | None = 1.0
     crop_scale: Annotated[Share, Field(gt=0)] = 0.9
     flip: bool = False
-    views: Count = 1
     embeddings: Path | None = None
     rows: Path | None = None
     precision: Literal["auto", "no", "fp16", "bf16"] = "no"
@@ -268,12 +265,11 @@ class Recipe(RunSource):
             held_out = [name for name in ("val_data", "val_fraction") if getattr(self, name)]
             for name in held_out if self.has_embeddings else ():
                 refused[name] = "embeddings are judged by cross-validation"
-            if self.has_embeddings and self.views > 1:
-                refused["views"] = "there are no images to crop"
         else:
-            for name in ("embeddings", "views"):
-                if getattr(self, name) not in (None, 1):
-                    refused[name] = "it is for adapters on a projection: --adapt text-projection"
+            if self.embeddings is not None:
+                refused["embeddings"] = (
+                    "it is for adapters on a projection: --adapt text-projection"
+                )
             if self.preserve_words == "auto":
                 refused["preserve_words"] = "auto is for adapters on a projection; give a number"
             if self.has_embeddings and self.embeddings is None:

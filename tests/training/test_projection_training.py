@@ -209,13 +209,10 @@ def test_images_are_embedded_once_and_again_if_they_change(
     again = dataclasses.replace(recipe, out=tmp_path / "runs" / "second")
     assert load_adapter(train(again)).digest == first.digest
     assert counted == []
-    # Another image, another crop, another precision, and a part that is damaged.
+    # Another image, another precision, and a part that is damaged.
     Image.new("RGB", (9, 9), "white").save(images / "red" / "0.png")
     train(dataclasses.replace(recipe, out=tmp_path / "runs" / "third"))
     assert sum(counted) == 1
-    counted.clear()
-    train(dataclasses.replace(recipe, out=tmp_path / "runs" / "fourth", views=3, crop_scale=0.5))
-    assert sum(counted) == 2 * 24
     counted.clear()
     train(dataclasses.replace(recipe, out=tmp_path / "runs" / "fifth", precision="bf16"))
     assert sum(counted) == 24
@@ -246,23 +243,6 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     run = train(resume=recipe.out)
     assert sum(counted) == 24
     assert load_adapter(run).metadata.classes == ["blue", "green", "red"]
-
-
-def test_crops_are_of_the_image_and_the_same_for_a_seed(recipe: Recipe, tmp_path: Path) -> None:
-    runs = []
-    for number, seed in enumerate((0, 0, 1)):
-        out = tmp_path / str(number) / "run"  # apart, so that each embeds
-        views = dataclasses.replace(recipe, out=out, views=2, flip=True, crop_scale=0.3, seed=seed)
-        train(views)
-        rows: dict[str, Any] = {}
-        for path in (out / "embeddings").glob("*.npz"):
-            with np.load(path) as part:
-                rows |= dict(zip(part["ids"].tolist(), part["vectors"], strict=True))
-        runs.append({id: row for id, row in rows.items() if id.endswith("/1")})
-    first, same, other = runs
-    assert len(first) == 24 and first.keys() == other.keys()
-    assert all(np.array_equal(first[id], same[id]) for id in first)
-    assert not any(np.array_equal(first[id], other[id]) for id in first)
 
 
 @pytest.fixture
@@ -331,11 +311,9 @@ def test_embeddings_that_do_not_fit_are_refused(
     [
         ({"rows": Path("rows.parquet")}, "embeddings and rows belong together"),
         ({"embeddings": Path("v.npy")}, "embeddings and rows belong together"),
-        ({"adapt": "towers", "views": 2}, "views is 2; it is for adapters on a projection"),
         ({"adapt": "towers", "preserve_words": "auto"}, "preserve_words is auto; .*give a number"),
         ({"adapt": "towers", "data": "index:x"}, "data is index:x; it is for adapters on a proj"),
         ({"data": "index:x", "val_fraction": 0.2}, "val_fraction is 0.2; embeddings are judged by"),
-        ({"data": "index:x", "views": 2}, "views is 2; there are no images to crop"),
         ({"negative_classes": 5}, "negative_classes is 5; adapt text-projection has in each step"),
         ({"accumulate": 2}, "accumulate is 2; adapt text-projection has in each step all classes"),
         ({"task": "segmentation"}, "task is segmentation; adapt text-projection is trained with"),
@@ -455,7 +433,7 @@ def vectors_of(labels: list[int], width: int = 8, noise: float = 0.0) -> Vectors
     texts = torch.eye(width)
     texts[:count] = texts[:count].roll(1, dims=0)
     return Vectors(
-        images=images[:, None],
+        images=images,
         owners=torch.tensor(labels)[:, None],
         texts=texts,
         texts_of=[[number] for number in range(count)],
