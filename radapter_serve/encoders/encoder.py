@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_client import Client, RAdapterClientError
+from radapter_serve.contract.embeddings import DEFAULT_POINT, Point
 from radapter_serve.contract.errors import ENCODER_FAILED, Alpha, TaskError, redact
 from radapter_serve.encoders.runtimes import load_graph
 from radapter_serve.release.repository import RUNTIMES, TENSORRT
@@ -67,11 +68,25 @@ class GraphEncoder:
 
 
 class ServerEncoder:
-    """Encoders and tokenizer of a live server's release, to which the client is pinned."""
+    """Encoders and tokenizer of a live server's release, to which the client is pinned; texts are
+    those of an adapter, if `point` names one.
+    """
 
-    def __init__(self, client: Client, url: str) -> None:
+    def __init__(self, client: Client, url: str, point: Point = DEFAULT_POINT) -> None:
         self.client = client
         self._url = url
+        self._point = point
+
+    def at(self, point: Point) -> ServerEncoder:
+        """The encoders with the texts of an adapter."""
+        return ServerEncoder(self.client, self._url, point)
+
+    def point_of(self, alpha: Alpha | float | None) -> dict[str, Any]:
+        """Arguments of a call: the adapter with its α, or else the α of the encoders."""
+        if self._point.adapter:
+            return {"adapter": self._point.adapter, "alpha": self._point.alpha}
+        # All rows have the same α.
+        return {"alpha": None if alpha is None else float(np.ravel(alpha)[0])}
 
     def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
         return self._embed(self.client.embed_images, pixels, alpha)
@@ -104,8 +119,7 @@ class ServerEncoder:
     def _embed(
         self, task: Callable[..., Any], rows: NDArray[Any], alpha: Alpha | None
     ) -> NDArray[np.float32]:
-        # All rows have the same α.
-        embeds = self.ask(task, list(rows), alpha=None if alpha is None else float(alpha[0, 0]))
+        embeds = self.ask(task, list(rows), **self.point_of(alpha))
         return np.asarray(embeds, np.float32)
 
 

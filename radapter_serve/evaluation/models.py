@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,23 @@ from radapter_serve.adapter.in_torch import in_torch
 from radapter_serve.adapter.tuned import Line, load_base_of
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import TorchEncoder, check_dense, logit_scale_and_bias, to_device
+from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import Alpha, check_alpha
 from radapter_serve.contract.images import decode
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.encoder import ServerEncoder
-from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.loaded import LoadedRelease, Place
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.rows import display_name
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.files import digest_of
+from radapter_serve.release.adapters import shortened
 from radapter_serve.release.release import FILE, Release, Tower
 from radapter_serve.sources import LOCAL
 from radapter_serve.tasks.dense import SegmentOptions, encode_windows, segment_densely
-from radapter_serve.tasks.embed import embed_labels
+from radapter_serve.tasks.embed import embed_labels, embed_prompts
 from radapter_serve.tasks.segment import segment_proposals
 
 TEMPLATES = ["a photo of a {}."]  # of models that name no templates
@@ -58,6 +60,10 @@ class Candidate:
     alpha: float | None  # None if unknown
     facts: Mapping[str, Any]  # fields of `Row` about the model
     loaded: LoadedRelease  # at this α
+    # Place of the texts, if they are of an adapter beside the release
+    place: Place | None = field(default=None, kw_only=True)
+    # The last batch of images and its embeddings, shared by models that embed images alike
+    last: list[Any] | None = field(default=None, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -66,17 +72,24 @@ class Candidate:
 
     def embed_images(self, pixels: Sequence[NDArray[np.uint8]]) -> Floats:
         """Embed prepared images, float32 [N, D] of unit length."""
-        return self.loaded.embed_pixels(pixels)
+        if self.last is None:
+            return self.loaded.embed_pixels(pixels)
+        if not self.last or self.last[0] is not pixels:
+            self.last[:] = [pixels, self.loaded.embed_pixels(pixels)]
+        embeds: Floats = self.last[1]
+        return embeds
 
     def embed_texts(self, texts: Sequence[str]) -> Floats:
         """Embed texts, float32 [N, D] of unit length."""
-        return self.loaded.embed_texts(texts)
+        if self.place is None:
+            return self.loaded.embed_texts(texts)
+        return complete(embed_prompts(self.loaded, texts, self.place))
 
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Floats:
         """Embed classes, float32 [C, D]: the mean over a class's names and all templates."""
         if not templates:
             raise RAdapterError("no prompt template; give one or more, such as 'a photo of a {}.'")
-        labels = complete(embed_labels(self.loaded, classes, templates))
+        labels = complete(embed_labels(self.loaded, classes, templates, place=self.place))
         return check_finite(labels.embeds)
 
     def dense_method(self, dense: str | None) -> str:
@@ -171,7 +184,7 @@ class ServerCandidate(Candidate):
             proposals=masks,
             proposal_scores=scores,
             proposal_weight=None if scores is None else options.proposal_weight,
-            alpha=self.loaded.place().encoder_alpha,
+            **encoder.point_of(self.loaded.place().encoder_alpha),
             **windows,
         )
         return np.asarray(answer.mask, np.uint16)
@@ -347,13 +360,40 @@ def from_merged(folder: str | Path, *, device: str | None = None) -> list[Candid
 
 
 def from_release(
-    loaded: LoadedRelease, alphas: Sequence[float] = (), source: str = "release"
+    loaded: LoadedRelease, alphas: Sequence[float] = (), source: str = "release", adapter: str = ""
 ) -> list[Candidate]:
-    """Candidates of a loaded release at each α; by default its own."""
+    """Candidates of a loaded release at each α, by default its own; or of an adapter beside it, by
+    default at 0, its own α and 1.
+    """
     facts = release_facts(loaded.release)
     if loaded.release.quantization:  # of int8: kind and source of the ranges
         facts["quantization"] = loaded.release.quantization
     kind = ServerCandidate if source == "server" else Candidate
+    if adapter:
+        # All α embed images once, and share a cache of the base's prompts.
+        encoder = loaded.encoder
+        last: list[Any] = []
+        candidates: list[Candidate] = []
+        for alpha in alphas:
+            check_alpha(alpha)
+        if isinstance(encoder, ServerEncoder):  # the server maps the texts
+            black = np.zeros((32, 32, 3), np.uint8)
+            receipt = encoder.ask(encoder.client.classify, black, ["a"], adapter=adapter).receipt
+            facts |= {"adapter": adapter, "adapter_digest": receipt.adapter_digest}
+            for alpha in alphas or sorted({0.0, receipt.alpha, 1.0}):
+                point = copy.copy(loaded)
+                point.encoder = encoder.at(Point(adapter, alpha))
+                candidates.append(kind(source, alpha, facts, point, last=last))
+            return candidates
+        own = loaded.place(Point(adapter))
+        assert own.adapter is not None
+        facts |= {"adapter": adapter, "adapter_digest": shortened(own.adapter.digest)}
+        beside = copy.copy(loaded)
+        beside.release = replace(loaded.release, templates=own.adapter.facts.templates)
+        for alpha in alphas or sorted({0.0, own.alpha, 1.0}):
+            place = loaded.place(Point(adapter, alpha))
+            candidates.append(kind(source, alpha, facts, beside, place=place, last=last))
+        return candidates
     points = [loaded.at(alpha) for alpha in alphas] or [loaded]
     return [kind(source, point.release.alpha, facts, point) for point in points]
 

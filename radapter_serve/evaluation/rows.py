@@ -70,6 +70,7 @@ class Row:
         base_digest, adapter_digest, weights_digest: digests of the files that the model was made
             from.
         release: version of a release.
+        adapter: name of an adapter beside the release.
         quantization: the entry of an int8 release's `release.json`.
         n: number of images.
         classes: number of classes.
@@ -106,6 +107,7 @@ class Row:
     base_digest: str | None = None
     adapter_digest: str | None = None
     release: int | None = None
+    adapter: str | None = None
     weights_digest: str | None = None
     quantization: Mapping[str, object] | None = None
     task: str

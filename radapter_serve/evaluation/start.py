@@ -110,6 +110,7 @@ class EvaluationSettings:
 
     Attributes:
         adapter: folder of a run or adapter file; the newest run in ./runs if nothing else is given.
+            With a model repository or a server, the name of an adapter beside the release.
         merged: folder of a merged checkpoint, instead of a run.
         model_repository: model repository, instead of a run; its own runtime runs the release.
             PATH@N for release N, else the newest.
@@ -166,13 +167,17 @@ class EvaluationSettings:
         """True if the base can be loaded with its weights, to compare the model with it."""
         if self.checkpoint:
             return ":" in (self.base or "")  # an architecture alone has no weights
-        return not (self.merged or self.model_repository or self.url)
+        if self.model_repository or self.url:
+            return bool(self.adapter)  # the release is the adapter at alpha 0
+        return not self.merged
 
     def check(self, alphas: Sequence[float], *, auto: bool) -> None:
         """Refuse several models, options of a run for another model, and a checkpoint whose base is
         not named.
         """
         run_options = [name for name in ("adapter", "base") if getattr(self, name)]
+        if self.adapter and (self.model_repository or self.url):  # the name of one beside it
+            run_options.remove("adapter")
         if self.base and (self.checkpoint or self.lora):  # these have a base, too
             run_options.remove("base")
         if auto:
@@ -199,6 +204,8 @@ class EvaluationSettings:
             model = self.url.partition("://")[2] or self.url
         elif self.checkpoint:
             model = Path(self.checkpoint).name
+        if self.instead and self.adapter:
+            model += f"-{self.adapter}"
         return Path("results", file_name(model), file_name(suite))
 
     def load(self, path: Path, alphas: Sequence[float]) -> list[Candidate]:
@@ -216,9 +223,11 @@ class EvaluationSettings:
         if self.merged:
             return models.from_merged(self.merged, device=self.device)
         if self.model_repository:
-            return models.from_release(load_release(self.model_repository), alphas)
+            loaded = load_release(self.model_repository)
+            return models.from_release(loaded, alphas, adapter=self.adapter or "")
         if self.url:
-            return models.from_release(served_release(self.url), alphas, "server")
+            loaded = served_release(self.url)
+            return models.from_release(loaded, alphas, "server", self.adapter or "")
         return models.from_adapter(path, alphas, base=self.base, device=self.device)
 
 
@@ -236,7 +245,8 @@ def evaluate(
 
     Args:
         adapter: a run as `train` returns it, its folder, or an adapter file; the newest run in
-            ./runs if no other model is given.
+            ./runs if no other model is given. With `model_repository` or `url`, the name of an
+            adapter beside the release.
         alpha: one α or several in [0, 1]; by default 0, the run's own and 1. `auto` takes the
             smallest α that is statistically as good as the best on validation data, and never more
             than the run's own. The validation data is the suite's sets with `split: validation`,

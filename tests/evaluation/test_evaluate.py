@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
-from radapter_serve.encoders.loaded import load_release, served_release
+from radapter_serve.encoders.loaded import LoadedRelease, load_release, served_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import common_nouns
 from radapter_serve.evaluation.models import Candidate, from_adapter, from_merged, from_release
@@ -27,6 +28,8 @@ from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.start import EvaluationSettings, evaluate
 from radapter_serve.evaluation.suite import load_suite
+from radapter_serve.release.adapters import AdapterFacts
+from radapter_serve.release.adapters import add as add_adapter
 from tests.evaluation.conftest import CLASSES
 from tests.helpers.ways import in_process
 
@@ -167,6 +170,61 @@ def test_torch_merged_release_and_a_server_give_the_same_numbers(
             assert row.metrics == pytest.approx(rows[0].metrics, abs=1e-5), row.source
             for name in SAME:
                 assert getattr(row, name) == getattr(rows[0], name), (row.source, name)
+
+
+@torch.no_grad()
+def test_an_adapter_beside_a_release_and_on_a_server_is_its_fold_in_open_clip(
+    exported_tiny_clip: Path,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repository = tmp_path / "models"
+    shutil.copytree(exported_tiny_clip / "model_repository", repository)
+    release = load_release(repository).release
+    change = np.random.default_rng(0).normal(size=(release.embed_dim,) * 2).astype(np.float32)
+    digest = release.text_tower.digest(release.alpha)
+    add_adapter(repository, "anna", AdapterFacts(digest, release.embed_dim, 0.5), (change,))
+    images: list[int] = []
+    embed = LoadedRelease.embed_pixels
+
+    def counted(loaded: LoadedRelease, pixels: Sequence[Any]) -> Any:
+        images.append(len(pixels))
+        return embed(loaded, pixels)
+
+    monkeypatch.setattr(LoadedRelease, "embed_pixels", counted)
+    suite: dict[str, Any] = {"suite": world / "suite.yaml", "data_root": world, "adapter": "anna"}
+    with in_process(repository, tmp_path / "indexes") as server:
+        evaluations = [
+            evaluate(model_repository=repository, out=tmp_path / "release", **suite),
+            evaluate(url=server.url, out=tmp_path / "server", **suite),
+            evaluate(url=server.url, alpha=0.25, out=tmp_path / "other", **suite),
+        ]
+        with pytest.raises(RAdapterError, match="nearest are: anna"):
+            evaluate(url=server.url, **{**suite, "adapter": "ana"})
+    with pytest.raises(RAdapterError, match="nearest are: anna"):
+        evaluate(model_repository=repository, **{**suite, "adapter": "ana"})
+
+    # Each α is the base with the map folded into its projection.
+    checkpoint = f"local-dir:{exported_tiny_clip / 'merged' / 'alpha-0.8'}"
+    model = load_base(checkpoint).model
+    weights = model.state_dict()["text_projection"].clone()
+    by_hand = {}
+    for alpha in (0.0, 0.25, 0.5, 1.0):
+        folded = weights + alpha * weights @ torch.from_numpy(change).T
+        model.state_dict()["text_projection"].copy_(folded)
+        by_hand[alpha] = by_open_clip(model, checkpoint, world)
+    for evaluation, alphas in zip(evaluations, ([0, 0.5, 1], [0, 0.5, 1], [0.25]), strict=True):
+        assert sorted({row.alpha or 0.0 for row in evaluation.rows}) == alphas
+        for alpha in alphas:
+            rows = [row for row in evaluation.rows if row.alpha == alpha]
+            assert measured(rows) == pytest.approx(by_hand[alpha], abs=1e-5)
+            assert {row.adapter for row in rows} == {"anna"}
+            assert len({row.adapter_digest for row in evaluations[0].rows + tuple(rows)}) == 1
+            assert all("kept" in row.metrics for row in rows if row.dataset == "plain")
+    # All α have the embeddings of one look at the images.
+    count = sum(row.n for row in evaluations[0].rows if row.alpha == 0)
+    assert sum(images) == 3 * count
 
 
 def test_closing_leaves_the_base_as_it_was(run_folder: Path, tiny_clip_dir: str) -> None:
