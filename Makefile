@@ -26,7 +26,7 @@ endef
 comma := ,
 with = $(if $(findstring $(1),$(EXTRAS)),$(EXTRAS),$(1)$(comma)$(EXTRAS))
 
-.PHONY: demo test test-integrations test-triton test-slow test-all check docs install
+.PHONY: demo test test-integrations test-triton test-slow test-all check docs reference install
 
 # The extra `test` has the demo, too.
 demo:
@@ -85,6 +85,10 @@ check: install
 # The site lies in site/; a warning, such as a link to nowhere, is an error.
 docs: $(VENV)/installed-$(call with,docs)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The pages of commands and of recipe fields, which a test compares with the source.
+reference: install
+	$(BIN)/python docs/reference.py
 
 install: $(VENV)/installed-$(EXTRAS)
 

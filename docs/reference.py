@@ -1,5 +1,5 @@
-"""A hook of MkDocs: writes the pages `cli.md` and `recipe-fields.md` from the source whenever the
-site is built, so that they can't age.
+"""Writes the pages `cli.md` and `recipe-fields.md` from the source (`make reference`); a test
+compares them.
 """
 
 from __future__ import annotations
@@ -11,23 +11,21 @@ import importlib.metadata
 import io
 import os
 import re
+import typing
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union
 
-from radapter_serve.training.recipe import Recipe, load_recipe, ready_recipes
+from radapter_serve.training.recipe import ALIASES, Recipe, load_recipe, ready_recipes
 
-if TYPE_CHECKING:
-    from mkdocs.config.defaults import MkDocsConfig
-    from mkdocs.structure.files import Files
+PAGES = Path(__file__).parent
+DEFAULT_RECIPE = "small"  # what `radapter-train --data photos` takes
 
 # Fields that the literature or other trainers know by another name.
 OTHER_NAMES = {
     "accumulate": "gradient accumulation steps",
-    "delta": "margin δ",
-    "drop": "adapter dropping p, Eq. 7",
-    "epsilon": "label smoothing ε",
     "grad_clip": "max grad norm",
-    "momentum": "EMA decay m, Eq. 8",
     "preserve": "feature distillation weight",
     "preserve_words": "logit distillation weight",
     "rank": "r",
@@ -35,6 +33,21 @@ OTHER_NAMES = {
     "tracker": "report_to, log_with",
     "workers": "num_workers",
 }
+TYPES = {
+    bool: "`true`, `false`",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    Path: "path",
+    NoneType: "`none`",
+}
+# The bounds of numbers: their name, the side that they bound, and its word.
+BOUNDS = (
+    ("ge", "low", "at least"),
+    ("gt", "low", "above"),
+    ("le", "top", "at most"),
+    ("lt", "top", "below"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,55 +144,89 @@ def cli_page() -> str:
     """The page of every command with its flags."""
     lines = [
         "# Commands\n",
-        "Every command with its flags, from the source of this version. Each takes `--help` and"
-        " `--version`, and those with many flags `--help-all`. `None` as a default means: see the"
-        " text. [Exit codes](stability.md#stable) are the same for all.",
+        "Every command with its flags. Each takes `--help` and `--version`, and those with many"
+        " flags `--help-all`. `None` as a default means: see the text. [Exit"
+        " codes](stability.md#stable) are the same for all.",
     ]
     for command in commands():
         lines += _section(command)
     return "\n".join(lines) + "\n"
 
 
+def allowed(kind: Any) -> str:
+    """Describe the values that a field of this type takes."""
+    values = typing.get_args(kind)
+    match typing.get_origin(kind):
+        case origin if origin is Literal:
+            return ", ".join(f"`{value}`" for value in values)
+        case origin if origin in (Union, UnionType):
+            return ", or ".join(allowed(value) for value in values)
+        case origin if origin is Annotated:
+            bounds = {}
+            for note in values[1:]:
+                for bound in getattr(note, "metadata", ()):
+                    for key, side, word in BOUNDS:
+                        if hasattr(bound, key):
+                            bounds[side] = f"{word} {getattr(bound, key)}"
+            inner = allowed(values[0])
+            return ", ".join([inner, *(bounds[side] for side in sorted(bounds))])
+        case _:
+            return TYPES[kind]
+
+
 def recipe_page() -> str:
     """The page of every field of a recipe."""
     lines = [
         "# Recipe fields\n",
-        "Every field of a recipe, from the source of this version. A field is a keyword of"
-        " `train()`, a line of a YAML file and a flag (`val_fraction` is `--val-fraction`)."
-        " [Train](train.md) says which ones matter.",
+        "Every field of a recipe. A field is a keyword of `train()`, a line of a YAML file and a"
+        " flag (`val_fraction` is `--val-fraction`). The second column is what `radapter-train"
+        f" --data photos` takes, the recipe `{DEFAULT_RECIPE}`; [other"
+        " recipes](#the-recipes-that-come-with-the-package) have their own values."
+        " [Train](train.md) says which fields matter.",
     ]
-    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    default = load_recipe(DEFAULT_RECIPE)
+    kinds = typing.get_type_hints(Recipe, include_extras=True)
+    shown = set()
     for title, entries in boxes(help_of("radapter-train")):
-        if not title.endswith(" options"):  # --recipe, --resume
+        if not title.endswith(" options"):  # --recipe, --resume, --base
             continue
         lines += [f"\n## {title.removesuffix(' options').capitalize()}\n"]
-        lines += ["| field | default | in other words | |", "|---|---|---|---|"]
+        lines += [f"| field | `{DEFAULT_RECIPE}` | allowed | in other words | |"]
+        lines += ["|---|---|---|---|---|"]
         for entry in entries:
             name = entry.head.split()[0].strip("-,").replace("-", "_")
-            default = defaults.pop(name)
-            kind = re.search(r"\{(?!None)([^}]*)\}", entry.head)
-            values = f" One of {', '.join(kind[1].split(','))}." if kind else ""
+            shown.add(name)
+            others = [f"`{alias}`" for alias, field in ALIASES.items() if field == name]
+            others += [OTHER_NAMES[name]] if name in OTHER_NAMES else []
             lines.append(
-                f"| `{name}` | {_code('none' if default is None else str(default))} |"
-                f" {OTHER_NAMES.get(name, '')} | {_cell(entry.text + values)} |"
+                f"| `{name}` | {_code(_spelled(getattr(default, name)))} | {allowed(kinds[name])} |"
+                f" {', '.join(others)} | {_cell(entry.text)} |"
             )
-    for name, default in defaults.items():
-        lines.append(f"| `{name}` | {_code(str(default))} |  | go on with the run in `out`. |")
+    for name in kinds.keys() - shown:
+        value = _spelled(getattr(default, name))
+        lines.append(
+            f"| `{name}` | `{value}` | {allowed(kinds[name])} |  | continue the run in `out`. |"
+        )
+    lines.append(
+        "\n`base` (`--base NAME:TAG`) sets `architecture` and `pretrained` together. `none` in a"
+        " YAML file is `null`, in Python `None`."
+    )
     recipes = {name: load_recipe(name) for name in ready_recipes()}
     lines += ["\n## The recipes that come with the package\n", "Fields that differ between them:\n"]
     lines += [f"| field | {' | '.join(recipes)} |", f"|---|{'---|' * len(recipes)}"]
     for field in dataclasses.fields(Recipe):
-        values = [getattr(recipe, field.name) for recipe in recipes.values()]
-        if len({str(value) for value in values}) > 1:
-            cells = ["none" if value is None else str(value) for value in values]
-            lines.append(f"| `{field.name}` | {' | '.join(cells)} |")
+        values = [_spelled(getattr(recipe, field.name)) for recipe in recipes.values()]
+        if len(set(values)) > 1:
+            lines.append(f"| `{field.name}` | {' | '.join(values)} |")
     return "\n".join(lines) + "\n"
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages to the site."""
-    from mkdocs.structure.files import File
+def _spelled(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(value)
 
-    for name, content in (("cli.md", cli_page()), ("recipe-fields.md", recipe_page())):
-        files.append(File.generated(config, name, content=content))
-    return files
+
+if __name__ == "__main__":
+    (PAGES / "cli.md").write_text(cli_page(), encoding="utf-8")
+    (PAGES / "recipe-fields.md").write_text(recipe_page(), encoding="utf-8")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from radapter_serve.index.facts import Mapped
 
 PROG = "radapter-index"
+DESCRIPTION = "Build and maintain an index: the embeddings of a collection of images, to search."
 FIRST = {
     "build": ("source", "out", "from_embeddings", "rows", "model_repository", "url", "on_broken"),
     "add": ("source", "out", "prune", "on_broken"),
@@ -376,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # SIGTERM acts as Ctrl-C, but for its exit status.
     with handled(stop, signal.SIGTERM):
-        status = run(COMMANDS, argv, prog=PROG, first=FIRST)
+        status = run(COMMANDS, argv, prog=PROG, first=FIRST, description=DESCRIPTION)
     return 128 + signals[0] if signals else status
 
 

@@ -294,4 +294,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         "add-adapter": add_adapter,
         "remove-adapter": remove_adapter,
     }
-    return run(commands, argv, prog=PROG)
+    description = "List, switch and verify releases, and the adapters beside them."
+    return run(commands, argv, prog=PROG, description=description)

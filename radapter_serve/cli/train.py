@@ -30,11 +30,14 @@ class Defaults:
     Args:
         recipe: name of a recipe that comes with the package, or a YAML file; each option below
             replaces a field of it. If not given, small, or for another task the recipe of its name.
-        resume: folder of a stopped run to continue by its own recipe; it needs no other option.
+        resume: folder of a stopped run to continue with its own recipe; it needs no other option.
+        base: the model to start from, which sets --architecture and --pretrained: an open_clip
+            model with its weights, such as ViT-B-32:openai, local-dir:PATH or hf-hub:NAME.
     """
 
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
+    base: Annotated[str | None, tyro.conf.arg(metavar="NAME:TAG")] = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
