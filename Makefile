@@ -51,12 +51,12 @@ test-triton: $(VENV)/installed-$(call with,integrations)
 
 # Whole programs: every rival and a table of them, the demo's comparison, the playground and the engine,
 # a small /dev/shm, what each room may import, an export that is killed, other libraries that open a release
-# or ask the gateway, an index by a local Ray, and what a search loads.
+# or ask the gateway, an index by a local Ray, the tutorial, and what a search loads.
 SLOW := tests/cli tests/demo tests/engine tests/playground \
   tests/rivals tests/export/test_checkpoint.py tests/export/test_forms.py tests/export/test_graph.py tests/export/test_validation.py \
   tests/export/test_hub.py tests/export/test_release.py tests/faults/test_shared_memory.py tests/gateway/test_openai.py \
   tests/index/test_cluster.py tests/index/test_from_embeddings.py \
-  tests/test_house.py
+  tests/test_examples.py tests/test_house.py tests/test_tutorial.py
 # Of these there is time for some: SigLIP in every precision through TensorRT's parser and builder and as a release, the
 # same adapter from one process and from two, what is imported of each extra, attacks on the gateway's connections, and
 # hostile requests to an engine.

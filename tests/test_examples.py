@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import runpy
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +138,39 @@ def test_the_client_of_openai_finds_the_photo_of_a_text(
         for text, row in zip(texts, cosines, strict=True)
     ]
     assert capsys.readouterr().out.splitlines() == expected
+
+
+@pytest.mark.slow
+def test_the_script_for_photos_prints_its_table(tiny_clip_dir: str, tmp_path: Path) -> None:
+    """Photos of its own and a small base; only the download is left out."""
+    source = tmp_path / "eurosat"
+    for label in ("Highway", "forest"):
+        for number in range(25):
+            (source / label).mkdir(parents=True, exist_ok=True)
+            (source / label / f"{number}.png").write_bytes(png(number + len(label)))
+    flags = ["--base", tiny_clip_dir, "--steps", "3", "--batch-size", "8", "--workers", "0"]
+    result = subprocess.run(
+        ["bash", str(EXAMPLES / "photos.sh"), "eurosat", *flags],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = tmp_path / "photos-run"
+    for part, count in {"train": 20, "test": 5}.items():
+        for label in ("highway or road", "forest"):
+            assert len(list((run / part / label).iterdir())) == count
+    names = {
+        part: {path.name for path in (run / part / "forest").iterdir()}
+        for part in ("train", "test")
+    }
+    assert not names["train"] & names["test"]
+    [table] = re.findall(r"imagefolder:test: per cent.*?└", result.stdout, re.DOTALL)
+    assert re.findall(r"adapter │ +([\d.]+) │", table) == ["0", "0.5", "1"]
+    assert (run / "merged/open_clip_model.safetensors").is_file()
+    assert (run / "indexes/photos").is_dir()
 
 
 def test_ten_tenants(
