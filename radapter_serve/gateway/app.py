@@ -151,7 +151,7 @@ class Gateway:
             ("GET", facts, self.indexes, ["/v2/models/retrieve/indexes"]),
             ("GET", facts, self.metadata, [model, version]),
             ("GET", facts, self.prometheus, ["/metrics"]),
-            ("GET", facts, self.server, ["/v2"]),
+            ("GET", facts, self.server, ["/v2", "/v2/"]),
             ("GET", facts, self.openapi, ["/openapi.json"]),
             ("GET", facts, self.releases, ["/v1/models", "/v1/models/{model}"]),
         ]

@@ -40,7 +40,7 @@ Body = TypeVar("Body", bound=BaseModel)
 class Strict(BaseModel):
     """JSON without unknown fields and without type conversion."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
 class _InputParameters(Strict):
@@ -71,6 +71,7 @@ class _RequestParameters(Strict):
 
 class Header(Strict):
     id: Annotated[str, Field(max_length=128)] = ""
+    model_name: Name | None = None  # that of the path again, as KServe's own client sends it
     parameters: _RequestParameters = _RequestParameters()
     inputs: Annotated[list[_Input], Field(max_length=64)]
     outputs: Annotated[list[_Output], Field(max_length=64)] = []
@@ -141,6 +142,10 @@ def count_texts(text: bytes) -> int:
 def read(body: bytes, end: int, model: Model, version: str = "") -> Inference:
     """Parse and check the body of an inference: JSON up to `end`, then binary tensors."""
     header = from_json(Header, body[:end], "send tensors in binary")
+    if header.model_name not in (None, model.name):
+        raise bad_request(
+            f"model_name is {header.model_name!a:.80}, and the path names {model.name}"
+        )
 
     # Names, types and shapes, before any value is read
     declared = {tensor.name: (tensor.datatype, tensor.shape) for tensor in header.inputs}

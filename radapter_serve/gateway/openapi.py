@@ -98,11 +98,13 @@ def document() -> Schema:
         "Names of the indexes.",
         _object({"indexes": {"type": "array", "items": _TEXT}}),
     )
-    paths["/v2"] = _get(
-        "server",
-        "Name, version and extensions of the server.",
-        _object({"name": _TEXT, "version": _TEXT, "extensions": {"type": "array", "items": _TEXT}}),
-    )
+    for path, name in (("/v2", "server"), ("/v2/", "server_of_kserve")):
+        extensions = {"type": "array", "items": _TEXT}
+        paths[path] = _get(
+            name,
+            "Name, version and extensions of the server.",
+            _object({"name": _TEXT, "version": _TEXT, "extensions": extensions}),
+        )
 
     # OpenAI's API
     described = _object({"id": _TEXT, "object": {"const": "model"}, "created": _WHOLE}, open=True)
