@@ -120,6 +120,41 @@ def test_the_page_of_what_is_stable_names_it_all() -> None:
     assert set(re.findall(r"`(\w+)`", row)) <= {*radapter_client.__all__}
 
 
+def test_the_page_of_what_is_stable_and_those_of_the_api_have_the_same_names() -> None:
+    published: set[str] = set()
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        for name in re.findall(r"^::: ([\w.]+)$", page.read_text("utf-8"), re.MULTILINE):
+            package, _, last = name.rpartition(".")
+            value = getattr(importlib.import_module(package), last) if package else None
+            module = value if inspect.ismodule(value) else sys.modules.get(name)
+            published |= set(module.__all__) if module else {last}
+    text = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    part = text.partition("**Python.**")[2].partition("**On the wire.**")[0]
+    [may_change] = re.findall(r"\*\*Parts for your own programs\*\*:([^*]+)\.\n- ", text)
+    names = set(re.findall(r"`(\w+)`", part + may_change)) | set(radapter_client.__all__)
+    packages = {"radapter_serve", "radapter_export", "radapter_client"}
+    assert published | {*radapter_serve.__all__} == names - packages
+
+
+def test_every_variable_of_the_environment_has_its_row() -> None:
+    """Those that the code reads, and others of the same beginnings that it names or sets."""
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    beginnings = r"(RADAPTER|OTEL|HF|OMP|OPENBLAS|QDRANT|GRADIO)_[A-Z_]+"
+    named = set()
+    for folder in ("radapter_serve", "export", "clients", "model_repository"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                match node:
+                    case ast.Call(
+                        ast.Attribute(ast.Attribute(attr="environ")), [ast.Constant(name), *_]
+                    ):
+                        named.add(name)
+                    case ast.Constant(str() as name) if re.fullmatch(beginnings, name):
+                        named.add(name)
+    assert len(named) > 15
+    assert not named - set(re.findall(r"`([A-Z_]+)`", page))
+
+
 def test_one_version_everywhere() -> None:
     version = radapter_serve.__version__
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -178,8 +178,8 @@ def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> 
             if not server.config.endpoints.loopback:
                 _say(
                     f"warning: --trust-network: whoever reaches {server.config.endpoints.host} can"
-                    f" try the published weaknesses of Triton {version}; SECURITY.md says what"
-                    " closes each, and radapter-gateway and --engine process have none of them"
+                    f" try the published weaknesses of Triton {version}; docs/security.md says"
+                    " what closes each, and radapter-gateway and --engine process have none of them"
                 )
             urls = {
                 "Triton": version,

@@ -93,7 +93,7 @@ class Endpoints:
                 f"--host {self.host} lets other machines in, and asks nobody for a password: leave"
                 " --host out and put radapter-gateway in front of Triton, or add --api-keys KEYS"
                 " to --engine process, or --trust-network if you trust all who can reach this"
-                " address with a Triton whose published weaknesses SECURITY.md lists"
+                " address with a Triton whose published weaknesses docs/security.md lists"
             )
         ports = {
             "--http-port": self.http_port,
