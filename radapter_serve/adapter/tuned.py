@@ -183,7 +183,21 @@ def load_checkpoint(checkpoint: str, base: str | None = None) -> tuple[Base, Lin
     if base is None:
         return tuned, Line(None, weights, made_of)
     start = load_base(*split_name(base))
-    _check_same(checkpoint, tuned, start)
+    # Refuse models that compute differently, even if their weights have the same shapes. Compare
+    # the modules one by one, for activations and heads that no weight's shape shows.
+    for ours, theirs in zip(_modules_of(tuned.model), _modules_of(start.model), strict=False):
+        if ours != theirs:
+            raise RAdapterError(
+                f"{checkpoint} is of another architecture than its base: it has {ours}, and the"
+                f" base {theirs}"
+            )
+    for name in ("mean", "std"):
+        values = [[float(value) for value in of.preprocess[name]] for of in (tuned, start)]
+        if values[0] != values[1]:
+            raise RAdapterError(
+                f"{checkpoint} prepares images in another way than its base: {name} is {values[0]},"
+                f" and {values[1]} in the base"
+            )
     check_weights(checkpoint, weights, start.model.state_dict())
     start_weights = weights_of(start)
     tuned.model.load_state_dict(start_weights)
@@ -227,24 +241,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not weights:
         raise RAdapterError(f"{path} holds no state dict: weights by their names")
     return weights
-
-
-def _check_same(checkpoint: str, tuned: Base, base: Base) -> None:
-    """Refuse models that compute differently, even if their weights have the same shapes."""
-    # Compare the modules one by one, for activations and heads that no weight's shape shows.
-    for ours, theirs in zip(_modules_of(tuned.model), _modules_of(base.model), strict=False):
-        if ours != theirs:
-            raise RAdapterError(
-                f"{checkpoint} is of another architecture than its base: it has {ours}, and the"
-                f" base {theirs}"
-            )
-    for name in ("mean", "std"):
-        values = [[float(value) for value in of.preprocess[name]] for of in (tuned, base)]
-        if values[0] != values[1]:
-            raise RAdapterError(
-                f"{checkpoint} prepares images in another way than its base: {name} is {values[0]},"
-                f" and {values[1]} in the base"
-            )
 
 
 def _modules_of(model: nn.Module) -> list[str]:

@@ -67,33 +67,22 @@ def lessons(data: DemoData, scenes: SceneData) -> list[tuple[Suite, dict[str, An
     """Test sets and fields of the recipe of each task: on drawings, captions of scenes, and masks
     of scenes.
     """
-    captions = tuple(
+    captions: list[Entry] = []
+    masks: list[Entry] = []
+    of_masks: dict[str, Any] = {"task": "segmentation", "classes": scenes.classes}
+    for style, folder in scenes.test.items():
+        named: dict[str, Any] = {"name": style, "shift": "id" if style == FINE_TUNED else "ood"}
+        captions.append(Entry(f"csv:{folder / 'captions.csv'}", "retrieval", **named))
+        named |= {"dense": "proposals", "threshold": 0.0}
+        masks.append(Entry(f"masks:{folder}", **named, **of_masks))
+    masks.append(
         Entry(
-            f"csv:{folder / 'captions.csv'}",
-            "retrieval",
-            name=style,
-            shift="id" if style == FINE_TUNED else "ood",
+            f"masks:{scenes.test[FINE_TUNED]}",
+            name=f"{FINE_TUNED}, dense",
+            dense="naclip",
+            short_side=SHORT_SIDE,
+            **of_masks,
         )
-        for style, folder in scenes.test.items()
-    )
-    masks: dict[str, Any] = {"task": "segmentation", "classes": scenes.classes}
-    proposals = tuple(
-        Entry(
-            f"masks:{folder}",
-            name=style,
-            shift="id" if style == FINE_TUNED else "ood",
-            dense="proposals",
-            threshold=0.0,
-            **masks,
-        )
-        for style, folder in scenes.test.items()
-    )
-    dense = Entry(
-        f"masks:{scenes.test[FINE_TUNED]}",
-        name=f"{FINE_TUNED}, dense",
-        dense="naclip",
-        short_side=SHORT_SIDE,
-        **masks,
     )
     of_scenes = {
         "data": f"masks:{scenes.train}",
@@ -102,6 +91,6 @@ def lessons(data: DemoData, scenes: SceneData) -> list[tuple[Suite, dict[str, An
     }
     return [
         (suite_of(data), fields_of(data)),
-        (Suite("retrieval", captions), {"data": f"csv:{scenes.train / 'captions.csv'}"}),
-        (Suite("segmentation", (*proposals, dense)), of_scenes),
+        (Suite("retrieval", tuple(captions)), {"data": f"csv:{scenes.train / 'captions.csv'}"}),
+        (Suite("segmentation", tuple(masks)), of_scenes),
     ]

@@ -26,7 +26,6 @@ from radapter_serve.data.proposals import Proposals
 from radapter_serve.data.rows import ImageColumn
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import (
-    Floats,
     Interval,
     average_precisions,
     calibration_error,
@@ -261,15 +260,29 @@ class ClassificationSet(EvaluationSet):
     def measure(self, model: Candidate, answers: Answers) -> dict[str, Any]:
         embeds = model.embed_classes(self.classes, self.prompts(model))
         alike = indistinguishable(first_names(self.classes), embeds) or None
-        if self.several:
-            return {**self._measure_several(answers["scores"]), "indistinguishable": alike}
-        ranks = answers["ranks"]
         count = len(self.classes)
+        intervals: dict[str, Interval]
+        if self.several:
+            scores = answers["scores"]
+            precisions = average_precisions(scores, self.labels)
+            right = np.take_along_axis(self.labels, scores.argmax(axis=1)[:, None], axis=1)
+            metrics = {SEVERAL_METRIC: float(np.nanmean(precisions)), "acc1": float(right.mean())}
+            intervals = {"acc1": wilson(metrics["acc1"], len(scores))}
+            if (interval := precision_interval(scores, self.labels)) is not None:
+                intervals[SEVERAL_METRIC] = interval
+            n = self.labels.sum(axis=0)
+            return {
+                "metrics": metrics,
+                "intervals": intervals,
+                "per_class": by_class(self.classes, n, average_precision=precisions),
+                "indistinguishable": alike,
+            }
+        ranks = answers["ranks"]
         metrics = classification_metrics(ranks, self.labels, count)
         metrics["ece"] = calibration_error(answers["confidences"], ranks < 1)
         n = np.bincount(self.labels, minlength=count)
         hits = np.bincount(self.labels[ranks < 1], minlength=count)
-        intervals: dict[str, Interval] = {
+        intervals = {
             name: wilson(metrics[name], len(ranks)) for name in ("acc1", "acc5") if name in metrics
         }
         intervals["mean_per_class_recall"] = mean_recall_interval(hits[n > 0], n[n > 0])
@@ -285,17 +298,6 @@ class ClassificationSet(EvaluationSet):
             "indistinguishable": alike,
             "right": packed(ranks < k) if k else None,
         }
-
-    def _measure_several(self, scores: Floats) -> dict[str, Any]:
-        precisions = average_precisions(scores, self.labels)
-        best = np.take_along_axis(self.labels, scores.argmax(axis=1)[:, None], axis=1)
-        metrics = {SEVERAL_METRIC: float(np.nanmean(precisions)), "acc1": float(best.mean())}
-        intervals: dict[str, Interval] = {"acc1": wilson(metrics["acc1"], len(scores))}
-        if (interval := precision_interval(scores, self.labels)) is not None:
-            intervals[SEVERAL_METRIC] = interval
-        n = self.labels.sum(axis=0)
-        figures = by_class(self.classes, n, average_precision=precisions)
-        return {"metrics": metrics, "intervals": intervals, "per_class": figures}
 
 
 @dataclass(frozen=True)

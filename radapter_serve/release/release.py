@@ -132,20 +132,13 @@ class Release:
     @property
     def image_digest(self) -> str:
         """`sha256:` of the facts that decide an image's embedding at this α."""
-        return self._embedding_digest(self.image_tower, preprocess=self.preprocess)
-
-    @property
-    def text_digest(self) -> str:
-        """`sha256:` of the facts that decide a text's embedding at this α."""
-        return self._embedding_digest(self.text_tower, tokenizer=self.tokenizer)
-
-    def _embedding_digest(self, tower: Tower, **inputs: Mapping[str, Any]) -> str:
+        tower = self.image_tower
         facts: dict[str, Any] = {
             "base": tower.base,
             "embed_dim": self.embed_dim,
             "precision": self.precision,
             "quantization": self.quantization,
-            **inputs,
+            "preprocess": self.preprocess,
         }
         # At α 0 a tower is the base's.
         if tower.change is not None and self.alpha:
