@@ -34,15 +34,12 @@ from radapter_serve.encoders.encoder import Span, add_spans, collect_spans, span
 from radapter_serve.encoders.loaded import LoadedRelease, Need, load_release
 from radapter_serve.encoders.precision import AS_EXPORTED, choose
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index.facts import index_names
+from radapter_serve.index.facts import OPENING_SECONDS, index_names
 from radapter_serve.process import total
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import Release, release_parameters
 from radapter_serve.release.repository import Served, find_release, split_repository
-from radapter_serve.tasks.classify import ClassifyRequest
-from radapter_serve.tasks.embed import label_set_prompts
-from radapter_serve.tasks.segment import SegmentRequest
-from radapter_serve.tasks.table import PROBES, TASKS, Run, Tensors, forms
+from radapter_serve.tasks.table import PROBES, TASKS, Run, Tensors, embeds_label_set, forms
 
 SEGMENTED = 2  # images at once; each may take half a gigabyte for cosines
 TEXTS = 256  # texts of a batch, unless one caller has more
@@ -160,27 +157,22 @@ class ServedRelease:
         # Each may be a minute of work, which is cached for those that wait.
         self.label_sets = FifoLimit(1, max_waiting, "requests with label sets at another alpha")
         self._served = served
-        # A lock a task: while `retrieve` opens its indexes, others are answered.
+        # A lock a task: while `retrieve` imports its libraries, others are answered.
         self._locks = {name: threading.Lock() for name in TASKS}
         self._runs: dict[str, Run[Any, Any]] = {}
         weakref.finalize(self, loaded.close).atexit = False
 
-    def run(self, name: str, cancelled: Cancelled) -> Run[Any, Any]:
-        """Return a task, which is made at its first use."""
+    def run(self, name: str, seconds: float = 0.0) -> Run[Any, Any]:
+        """Return a task, which is made at its first use and may wait some seconds for indexes."""
         loaded = self.loaded
         served = self._served
-        lock = self._locks[name]
-        while not lock.acquire(timeout=POLL_SECONDS):
-            check_cancelled(cancelled)
-        try:
+        with self._locks[name]:
             if name not in self._runs:
                 # A task that refers to `self` would keep the release open.
                 self._runs[name] = TASKS[name].make(
-                    loaded, lambda: [other for other in served() if other is not loaded]
+                    loaded, lambda: [other for other in served() if other is not loaded], seconds
                 )
             return self._runs[name]
-        finally:
-            lock.release()
 
 
 class Engine:
@@ -245,6 +237,7 @@ class Engine:
             prepared[loaded.release.version] = served = known.get(loaded) or self._ready(loaded)
             for name, inputs in PROBES.items() if loaded not in known else ():
                 try:
+                    served.run(name, OPENING_SECONDS)
                     self._answer(served, name, inputs)
                 except TaskError as error:
                     # A refusal shows that the task works.
@@ -376,16 +369,12 @@ class Engine:
 
         # Run them in this thread.
         with contextlib.ExitStack() as stack:
-            if any(
-                isinstance(request, (ClassifyRequest, SegmentRequest))
-                and label_set_prompts(served.loaded, request.labels, request.point)
-                for request in requests
-            ):
+            if embeds_label_set(served.loaded, requests):
                 stack.enter_context(served.label_sets(cancelled))
             if model == "segment":
                 stack.enter_context(served.segmentations(cancelled))
             stack.enter_context(span(model))
-            run = served.run(model, cancelled)
+            run = served.run(model)
             encode = partial(self._encode, served)
             answers = run_together([run(request, cancelled) for request in requests], encode)
 

@@ -8,11 +8,13 @@ import contextlib
 import json
 import shlex
 import sys
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ from radapter_serve.contract.errors import (
     check_cancelled,
     invalid,
 )
+from radapter_serve.contract.images import POLL_SECONDS
 from radapter_serve.contract.labels import check_length
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_text, checker, first_problem
@@ -36,7 +39,37 @@ FORMAT = 7
 FACTS = "index.json"
 OnBroken = Literal["refuse", "skip"]
 MAX_TOP_K = 1000
+OPENING_SECONDS = 60.0  # that a server waits for its indexes before it is ready
 UNIT = 1e-3  # tolerance for unit length, and for the bounds of a cosine
+
+T = TypeVar("T")
+
+
+def in_thread(call: Callable[[], T]) -> Future[T]:
+    """Start a call in a thread of its own, which does not keep the process from its end."""
+    future: Future[T] = Future()
+    threading.Thread(target=_run, args=(future, call), daemon=True).start()
+    return future
+
+
+def _run(future: Future[T], call: Callable[[], T]) -> None:
+    try:
+        future.set_result(call())
+    except BaseException as error:
+        future.set_exception(error)
+    finally:
+        del future, call  # the error holds this frame, and would be in a circle with both
+
+
+def wait_for(future: Future[T], cancelled: Cancelled | None) -> T:
+    """Wait for a result that others may wait for, too, until the caller gives up."""
+    while not future.done():
+        check_cancelled(cancelled)
+        wait([future], POLL_SECONDS)
+    try:
+        return future.result()
+    finally:
+        del future  # as in `_run`
 
 
 def index_names(indexes: Path) -> list[str]:
@@ -303,7 +336,9 @@ class Index(ABC):
         """Find the nearest images, in any order."""
 
     @abstractmethod
-    def _embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
+    def _embeddings(
+        self, ids: list[str], cancelled: Cancelled | None
+    ) -> dict[str, NDArray[np.float32]]:
         """Get the embeddings, float32 [D], of those ids that the index has."""
 
     def search(
@@ -343,11 +378,13 @@ class Index(ABC):
             raise invalid(f"offset is {offset}, past the end; this search finds {len(hits)} images")
         return hits[offset : offset + top_k]
 
-    def embeddings(self, ids: Sequence[str]) -> list[NDArray[np.float32]]:
+    def embeddings(
+        self, ids: Sequence[str], cancelled: Cancelled | None = None
+    ) -> list[NDArray[np.float32]]:
         """Get the embeddings of images, float32 [D] each, unit length."""
         for id in ids:
             check_length(id, what="name of an image")
-        vectors = self._embeddings(list(dict.fromkeys(ids)))
+        vectors = self._embeddings(list(dict.fromkeys(ids)), cancelled)
         for id in ids:
             if id not in vectors:
                 raise invalid(f"the index {self.name!r} has no image {id!r:.200}")

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from radapter_serve.contract.errors import Cancelled, TaskError
+from radapter_serve.contract.errors import Cancelled, TaskError, check_cancelled
 from radapter_serve.contract.images import FifoLimit
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import digest_of, staged
@@ -242,11 +242,19 @@ class FolderIndex(Index):
                 hits.append(Hit(ids[row], float(scores[row]), metadata, image or b""))
             return hits
 
-    def _embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
+    def _embeddings(
+        self, ids: list[str], cancelled: Cancelled | None
+    ) -> dict[str, NDArray[np.float32]]:
+        wanted = text_array(ids)
+        vectors = {}
+        start = 0
         with self._search_errors():
-            paths = self._table["path"]
-            rows = pc.indices_nonzero(pc.is_in(paths, value_set=text_array(ids))).to_pylist()
-            return {paths[row].as_py(): np.array(self.vectors[row]) for row in rows}
+            for paths in self._table["path"].chunks:
+                check_cancelled(cancelled)
+                for row in pc.indices_nonzero(pc.is_in(paths, value_set=wanted)).to_pylist():
+                    vectors[paths[row].as_py()] = np.array(self.vectors[start + row])
+                start += len(paths)
+        return vectors
 
     def _rows_that_meet(self, where: str, cancelled: Cancelled | None) -> Met:
         """Evaluate a condition, or take its rows from the cache."""

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,21 +17,27 @@ from radapter_serve.contract.errors import (
     UNKNOWN_INDEX,
     Cancelled,
     TaskError,
-    check_cancelled,
     redact,
 )
-from radapter_serve.contract.images import POLL_SECONDS
 from radapter_serve.contract.labels import is_name, spellings, there_are
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
-from radapter_serve.index.facts import FACTS, Index, IndexFacts, MadeBy, index_names
+from radapter_serve.index.facts import (
+    FACTS,
+    OPENING_SECONDS,
+    Index,
+    IndexFacts,
+    MadeBy,
+    in_thread,
+    index_names,
+    wait_for,
+)
 from radapter_serve.index.folder import FolderIndex, read_pointer
 from radapter_serve.index.qdrant import Qdrant, QdrantIndex, link_of
 from radapter_serve.release.release import IN_BF16
 
 POLL = 5.0  # seconds between requests to Qdrant for the current generation
-OPENING = 60.0  # seconds that a server waits for its indexes before it is ready
 TRY_AGAIN = 10.0  # seconds before an index that could not be opened is tried again
 
 
@@ -69,8 +76,9 @@ class _Opened:
 
 
 class Indexes:
-    """The indexes in a release's folder, opened at the start and again when they are replaced. Each
-    was made by `loaded` or by one of the `others` that are served.
+    """The indexes in a release's folder, opened at the start, for which it waits `opening_seconds`,
+    and again when they are replaced. Each was made by `loaded` or by one of the `others` that are
+    served.
     """
 
     def __init__(
@@ -78,29 +86,22 @@ class Indexes:
         loaded: LoadedRelease,
         others: Callable[[], Iterable[LoadedRelease]] = tuple,
         clock: Callable[[], float] = time.monotonic,
-        opening: float = OPENING,
+        opening_seconds: float = OPENING_SECONDS,
     ) -> None:
         self._loaded = loaded
         self._others = others
         self._folder = loaded.indexes
         self._clock = clock
+        self._lock = threading.Lock()
         self._known: dict[str, _Opened] = {}
-        self._locks: dict[str, threading.Lock] = {}
+        self._openings: dict[str, Future[None]] = {}
         self._logged: set[str] = set()  # generations whose command the log has already
-
-        def open_one(name: str) -> None:
-            with contextlib.suppress(TaskError):
-                self._current(name)
-
-        threads = [
-            threading.Thread(target=open_one, args=(name,), daemon=True)
-            for name in index_names(self._folder)
-        ]
-        for thread in threads:
-            thread.start()
-        end = time.monotonic() + opening
-        for thread in threads:  # they go on, such as with a Qdrant that does not answer
-            thread.join(max(0.0, end - time.monotonic()))
+        openings = []
+        for name in index_names(self._folder):
+            with contextlib.suppress(TaskError):  # it was removed just now
+                openings.append(self._look(name))
+        # Some go on, such as with a Qdrant that does not answer.
+        wait([opening for opening in openings if isinstance(opening, Future)], opening_seconds)
 
     def get(self, name: str, cancelled: Cancelled | None = None) -> tuple[Index, LoadedRelease]:
         """Return the current index of a name, and the served release that made it."""
@@ -142,43 +143,51 @@ class Indexes:
 
     def _current(self, name: str, cancelled: Cancelled | None = None) -> Index:
         """Return the current generation of an index, by the pointer that each call reads."""
+        while isinstance(known := self._look(name), Future):
+            wait_for(known, cancelled)
+        if known.index is None:
+            raise TaskError(
+                UNKNOWN_INDEX, f"the index {name!r} can't be opened; the server's log says why"
+            )
+        return known.index
+
+    def _look(self, name: str) -> _Opened | Future[None]:
+        """Return an opened index, or its opening, for which requests to it wait."""
         pointer = None
         for spelling in spellings(name) if is_name(name) else ():
             folder = self._folder / as_name(spelling)
             with contextlib.suppress(OSError):
                 pointer = (folder / FACTS).read_bytes()
                 break
-        if pointer is None:
-            self._known.pop(name, None)
-            names = there_are(index_names(self._folder), "radapter-index build makes them")
-            raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}{names}")
-        # Requests to other indexes do not wait while this one is opened.
-        lock = self._locks.setdefault(name, threading.Lock())
-        while not lock.acquire(timeout=POLL_SECONDS):
-            check_cancelled(cancelled)
-        try:
+        with self._lock:
+            if pointer is None:
+                self._known.pop(name, None)
+                names = there_are(index_names(self._folder), "radapter-index build makes them")
+                raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}{names}")
             known = self._known.get(name)
-            index = None
-            pause = 0.0  # seconds after which the index is opened again
             if known is not None and known.pointer == pointer:
-                index = known.index
-                pause = TRY_AGAIN if index is None else math.inf
-                if isinstance(index, QdrantIndex):  # another generation may be published by now
+                pause = TRY_AGAIN if known.index is None else math.inf
+                if isinstance(known.index, QdrantIndex):  # another may be published by now
                     pause = POLL
-            if known is None or self._clock() - known.opened_at >= pause:
-                why = ""
-                try:
-                    index = open_index(folder)
-                except RAdapterError as error:
-                    # If the linked generation is broken, the one before stays open.
-                    why = str(error)
-                    if known is None or known.error != why:  # log each error once
-                        print(why, file=sys.stderr)
-                self._known[name] = _Opened(pointer, index, self._clock(), why)
+                if self._clock() - known.opened_at < pause:
+                    return known
+            if name not in self._openings:
+                self._openings[name] = in_thread(lambda: self._open(name, folder, pointer))
+            return self._openings[name]
+
+    def _open(self, name: str, folder: Path, pointer: bytes) -> None:
+        known = self._known.get(name)
+        # If the linked generation is broken, the one before stays open.
+        index = known.index if known is not None and known.pointer == pointer else None
+        why = ""
+        try:
+            try:
+                index = open_index(folder)
+            except RAdapterError as error:
+                why = str(error)
+                if known is None or known.error != why:  # log each error once
+                    print(why, file=sys.stderr)
+            self._known[name] = _Opened(pointer, index, self._clock(), why)
         finally:
-            lock.release()
-        if index is None:
-            raise TaskError(
-                UNKNOWN_INDEX, f"the index {name!r} can't be opened; the server's log says why"
-            )
-        return index
+            with self._lock:
+                del self._openings[name]

@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from sqlglot import exp
 
 from radapter_serve.contract.errors import UNKNOWN_INDEX, Cancelled, TaskError, invalid, redact
+from radapter_serve.contract.images import FifoLimit
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.files import lock
 from radapter_serve.index.collection import Progress
 from radapter_serve.index.conditions import parse_condition
-from radapter_serve.index.facts import FACTS, Hit, Index, IndexFacts
+from radapter_serve.index.facts import FACTS, Hit, Index, IndexFacts, in_thread, wait_for
 from radapter_serve.index.folder import (
     EXACT,
     GENERATION,
@@ -48,6 +49,9 @@ LINK = "at"  # the only key in the index.json of a folder that links to a publis
 KEYS = ("RADAPTER_QDRANT_API_KEY", "QDRANT_API_KEY")
 FACTS_KEY = "radapter_index"  # key of the facts, as JSON, in the collection's metadata
 TIMEOUT = 10  # seconds for a search
+# Requests of this process that Qdrant answers at a time, and those that wait. One whose caller has
+# given up ends within the time-out.
+TURNS = FifoLimit(32, 128, "searches in Qdrant")
 SCHEMAS = {"number": "float", "text": "keyword", "truth": "bool", "time": "datetime"}  # Qdrant's
 _POINTS = 64  # in a request, as Qdrant accepts 32 MB
 _TIMEOUT = 120  # seconds for a request with points, and to start indexing a column
@@ -143,8 +147,9 @@ class QdrantIndex(Index):
         met = None if where is None else to_filter(where, types)
         payload: Any = True if thumbnails else models.PayloadSelectorExclude(exclude=[THUMBNAIL])
         with self._search_errors():
-            answer = self._place.client().query_points(
-                self.generation,
+            answer = self._asked(
+                "query_points",
+                cancelled,
                 query=np.asarray(embedding, np.float32).tolist(),
                 query_filter=met,
                 search_params=models.SearchParams(
@@ -161,13 +166,16 @@ class QdrantIndex(Index):
                 hits.append(Hit(str(metadata["path"]), float(point.score), metadata, thumbnail))
             return hits
 
-    def _embeddings(self, ids: list[str]) -> dict[str, NDArray[np.float32]]:
+    def _embeddings(
+        self, ids: list[str], cancelled: Cancelled | None
+    ) -> dict[str, NDArray[np.float32]]:
         from qdrant_client import models
 
         any_of: Any = {"key": "path", "match": {"any": ids}}
         with self._search_errors():
-            points, _ = self._place.client().scroll(
-                self.generation,
+            points, _ = self._asked(
+                "scroll",
+                cancelled,
                 scroll_filter=models.Filter(must=[any_of]),
                 limit=len(ids),
                 with_payload=["path"],
@@ -179,12 +187,26 @@ class QdrantIndex(Index):
                 raise ValueError("a vector of another width")
             return {str(p.payload["path"]): v for p, v in zip(points, vectors, strict=True)}
 
+    def _asked(self, method: str, cancelled: Cancelled | None, **options: Any) -> Any:
+        """Call a method of the client, which asks no `cancelled`, in a thread of its own."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(TURNS(cancelled))
+            turn = stack.pop_all()  # is held until Qdrant has answered
+
+            def call() -> Any:
+                with turn:
+                    return getattr(self._place.client(), method)(self.generation, **options)
+
+            return wait_for(in_thread(call), cancelled)
+
     @contextlib.contextmanager
     def _search_errors(self) -> Iterator[None]:
         """Reword the error of a search for its caller, and log the reason."""
         try:
             with qdrant_errors(self._place.url):
                 yield
+        except TaskError:
+            raise
         except RAdapterError as error:
             print(f"the index {self._place.name}: {error}", file=sys.stderr)
             why = redact(str(error).partition(" can't be used: ")[2]) or "it is gone from Qdrant"

@@ -140,7 +140,7 @@ def retrieve(
         images = EmbedImagesRequest(query.images, images_at)
         vectors += list((yield from embed_images(loaded, images, cancelled)))
     if query.ids:
-        vectors += list(index.embeddings(list(query.ids)))
+        vectors += list(index.embeddings(list(query.ids), cancelled))
 
     # Take their weighted sum, scaled to unit length, unless they cancel out.
     wanted = vectors[0]

@@ -90,9 +90,9 @@ class Task(Generic[R, A]):
     # Makes a typed request from plain values by the names of the inputs, such as texts as `str`,
     # and from the wanted outputs; raises a `TaskError`.
     request: Callable[[dict[str, Any], Wants], R]
-    # Makes the task of a release, given the other served releases: `retrieve` searches their
-    # indexes, too.
-    make: Callable[[LoadedRelease, Callable[[], Sequence[LoadedRelease]]], Run[R, A]]
+    # Makes the task of a release, given the other served releases and how many seconds it may wait:
+    # `retrieve` searches indexes of all of them, which it opens.
+    make: Callable[[LoadedRelease, Callable[[], Sequence[LoadedRelease]], float], Run[R, A]]
     # Makes the outputs from the answers to the requests of `read`: plain values, which become
     # tensors at a server's edge.
     write: Callable[[Sequence[A]], Values]
@@ -265,6 +265,15 @@ def _classify_request(values: dict[str, Any], wants: Wants) -> ClassifyRequest:
     return ClassifyRequest(values.pop("image"), labels, point=point, examples=examples, **values)
 
 
+def embeds_label_set(loaded: LoadedRelease, requests: Sequence[Any]) -> bool:
+    """True if requests need a label set at an α that it was not exported at, and is not cached."""
+    return any(
+        isinstance(request, (ClassifyRequest, SegmentRequest))
+        and label_set_prompts(loaded, request.labels, request.point) is not None
+        for request in requests
+    )
+
+
 def _check_together(loaded: LoadedRelease, requests: Sequence[ClassifyRequest]) -> None:
     """Refuse too many prompts or examples over all rows of a request."""
     templates = loaded.release.templates
@@ -331,12 +340,12 @@ def _retrieve_request(values: dict[str, Any], wants: Wants) -> RetrieveRequest:
 
 
 def _make_retrieve(
-    loaded: LoadedRelease, others: Callable[[], Sequence[LoadedRelease]]
+    loaded: LoadedRelease, others: Callable[[], Sequence[LoadedRelease]], seconds: float
 ) -> Run[RetrieveRequest, Retrieved]:
     from radapter_serve.index.index import Indexes
     from radapter_serve.tasks.retrieve import retrieve
 
-    indexes = Indexes(loaded, others)
+    indexes = Indexes(loaded, others, opening_seconds=seconds)
 
     def run(
         request: RetrieveRequest, cancelled: Cancelled | None
@@ -363,7 +372,7 @@ def _write_hits(answers: Sequence[Retrieved]) -> Values:
 def _plain(task: Callable[..., TaskSteps[A]]) -> Callable[..., Run[Any, A]]:
     """The `make` of a task that needs only its release."""
 
-    def make(loaded: LoadedRelease, others: Any) -> Run[Any, A]:
+    def make(loaded: LoadedRelease, others: Any, seconds: float) -> Run[Any, A]:
         def run(request: Any, cancelled: Cancelled | None) -> TaskSteps[Answered[A]]:
             place = loaded.place(request.point)
             answer = yield from task(loaded, replace(request, point=place), cancelled)

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from radapter_serve.files import staged
@@ -36,6 +36,21 @@ class Surplus:
         """Read the file of this model from now on, if the environment names its folder."""
         folder = os.environ.get(SURPLUS)
         self._file = Path(folder, model) if folder else None
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Take the turn of all tasks' processes for the block; yields False if another has it."""
+        with contextlib.ExitStack() as stack:
+            taken = True
+            if self._file is not None:
+                import fcntl  # here: Windows lacks it
+
+                file = stack.enter_context(self._file.with_name("label-set.turn").open("wb"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    taken = False
+            yield taken
 
     def take(self, count: int) -> int:
         """Return how many of `count` waiting requests, the first ones, to reject."""

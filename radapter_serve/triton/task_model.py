@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from radapter_client.failures import read_failure
 from radapter_serve.contract.errors import (
     ENCODER_FAILED,
+    OVERLOADED,
     RETRYABLE,
     Alpha,
+    Cancelled,
     TaskError,
     redact,
     task_error,
@@ -27,13 +29,18 @@ from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.batcher import run_together
 from radapter_serve.encoders.labels import load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease, TaskSteps
+from radapter_serve.index.facts import OPENING_SECONDS
 from radapter_serve.process import INDEXES
 from radapter_serve.release.config import named_releases, read_config
 from radapter_serve.release.release import FILE
 from radapter_serve.release.repository import CONFIG
-from radapter_serve.tasks.table import TASKS, forms
+from radapter_serve.tasks.table import TASKS, embeds_label_set, forms
 from radapter_serve.triton import backlog
 from radapter_serve.triton.responses import answer, cancelled_by, trace_of_request
+
+_TOO_MANY_LABEL_SETS = TaskError(
+    OVERLOADED, "too many requests with label sets at another alpha; ask again later"
+)
 
 
 class TritonPythonModel:
@@ -58,7 +65,7 @@ class TritonPythonModel:
                     others[version] = load_version(task / str(version))
             return [others[version] for version in served if version in others]
 
-        self._run = TASKS[self.task].make(self.loaded, other_releases)
+        self._run = TASKS[self.task].make(self.loaded, other_releases, OPENING_SECONDS)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return answer(requests, self._answers)
@@ -68,8 +75,10 @@ class TritonPythonModel:
         task = TASKS[self.task]
 
         # From tensors to typed requests; one request may become several.
-        rows: list[TaskSteps[Any]] = []
-        owners: list[list[Any]] = []  # where the answer of each belongs
+        # A request that embeds a label set, which may be a minute of work, runs by itself, and in
+        # one process at a time: the others stay for everybody else.
+        together: list[tuple[list[Any], TaskSteps[Any]]] = []  # each with the place of its answer
+        alone: list[tuple[list[Any], list[Any], Cancelled]] = []
         parts: list[list[Any]] = [[] for _ in requests]  # answers and errors of each request
         for request, own in zip(requests, parts, strict=True):
             names = request.requested_output_names()
@@ -84,12 +93,21 @@ class TritonPythonModel:
                 own.append(task_error(error))
                 continue
             cancelled = cancelled_by(request)
-            rows += [self._run(row, cancelled) for row in typed]
-            owners += [own] * len(typed)
+            if embeds_label_set(self.loaded, typed):
+                alone.append((own, typed, cancelled))
+            else:
+                together += [(own, self._run(row, cancelled)) for row in typed]
 
-        # Run all of them together, and convert their answers to tensors.
-        for own, part in zip(owners, run_together(rows), strict=True):
-            own.append(part)
+        # Run them, and convert their answers to tensors.
+        answers = run_together([row for _, row in together])
+        for (place, _), part in zip(together, answers, strict=True):
+            place.append(part)
+        for place, typed, cancelled in alone:
+            with backlog.of_this_process.turn() as has_turn:
+                if has_turn or not embeds_label_set(self.loaded, typed):
+                    place += run_together([self._run(row, cancelled) for row in typed])
+                else:
+                    place.append(_TOO_MANY_LABEL_SETS)
         results: list[Mapping[str, NDArray[Any]] | TaskError] = []
         for own in parts:
             failed = next((part for part in own if isinstance(part, TaskError)), None)

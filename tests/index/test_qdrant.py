@@ -6,7 +6,10 @@ import dataclasses
 import datetime
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +20,14 @@ import pytest
 from pyarrow import parquet
 
 from radapter_serve.cli.index import main
-from radapter_serve.contract.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
+from radapter_serve.contract.errors import (
+    CANCELLED,
+    INVALID_ARGUMENT,
+    OVERLOADED,
+    UNKNOWN_INDEX,
+    TaskError,
+)
+from radapter_serve.contract.images import FifoLimit
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import FACTS
@@ -342,6 +352,32 @@ def test_qdrant_that_is_gone(
     with pytest.raises(TaskError, match="in Qdrant: it does not answer as it should") as error:
         indexes.get("photos")[0].search(QUERY)
     assert error.value.code == UNKNOWN_INDEX
+
+
+def test_a_caller_that_gives_up_does_not_wait_for_qdrant(
+    store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its request keeps the place until Qdrant has answered."""
+    index = open_index(put(store, str(photos), tmp_path))
+    turns = FifoLimit(1, 0, "searches in Qdrant")
+    monkeypatch.setattr("radapter_serve.index.qdrant.TURNS", turns)
+    answers = threading.Event()
+
+    def slow(path: str, result: Any) -> Any:
+        assert answers.wait(20)
+        return result
+
+    store.answer = slow
+    for code in (CANCELLED, OVERLOADED):
+        polls = iter([False] * 2)
+        with pytest.raises(TaskError) as error:
+            index.search(QUERY, cancelled=partial(next, polls, True))
+        assert error.value.code == code
+    answers.set()
+    while turns._queue:
+        time.sleep(0.01)
+    assert len(index.search(QUERY, cancelled=lambda: False)) == 8
+    assert len(index.embeddings(["0.png"], lambda: False)) == 1
 
 
 def native(one: Any) -> Any:

@@ -18,11 +18,13 @@ import pytest
 from radapter_export.repository import sources
 from radapter_serve.encoders.runtimes import load_graph, openvino_properties
 from radapter_serve.errors import RAdapterError
+from radapter_serve.process import SURPLUS
 from radapter_serve.release.agreement import Samples
 from radapter_serve.server.launch import OUR_BACKENDS
 from tests.helpers.asking import needs_triton
 from tests.helpers.fake_triton import Request, Response, Tensor, TritonError, install, load
 from tests.helpers.small_release import png, png_header
+from tests.tasks.test_request_alpha import Turned
 
 pytestmark = needs_triton
 # Of each model a right request, and wrong ones with the code that callers get.
@@ -98,6 +100,45 @@ def test_good_requests_between_bad_ones_are_answered_as_alone(model, name, capfd
         assert str(response.error()).startswith(f"[{code}] ") and "\n" not in response.error()
         assert response.error().code == "INVALID_ARG"
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_one_process_at_a_time_embeds_a_label_set_at_another_alpha(
+    model, local, tmp_path, monkeypatch
+):
+    import fcntl
+
+    from radapter_serve.tasks.table import TASKS
+
+    monkeypatch.setenv(SURPLUS, str(tmp_path))
+    made = model("classify")
+    turned = Turned(local)
+    made.loaded = turned.loaded
+    made._run = TASKS["classify"].make(turned.loaded, lambda: [], 0)
+
+    def request(alpha: float) -> Request:
+        at = np.array([[alpha]], np.float32)
+        name = np.array([[b"colours"]], object)
+        return Request(image=[[png(7)]], label_set=name, alpha=at)
+
+    plain = Request(image=[[png(7)]], labels=[[b"cat", b"dog"]])
+    with (tmp_path / "label-set.turn").open("wb") as other:  # another process
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused, answered = made.execute([request(0.6), plain])
+    assert not answered.has_error()
+    assert refused.error() == (
+        "[overloaded] too many requests with label sets at another alpha; ask again later"
+    )
+    assert refused.error().code == "UNAVAILABLE"
+    turned.calls.clear()
+    responses = made.execute([request(0.6), plain, request(0.7), request(0.6)])
+    assert not any(response.has_error() for response in responses)
+    same(responses[0], responses[3])
+    # Both sets of colours were embedded once, one after the other.
+    texts = [round(alphas[0], 6) for alphas in turned.calls if len(alphas) == 3]
+    with (tmp_path / "label-set.turn").open("wb") as other:  # what is cached needs no turn
+        fcntl.flock(other, fcntl.LOCK_EX)
+        same(made.execute([request(0.6)])[0], responses[0])
+    assert texts == [0.6, 0.7], turned.calls
 
 
 HANGS = """

@@ -284,7 +284,7 @@ def test_rows_of_a_request_may_differ_in_their_options(local: Local) -> None:
     task.check("classify", forms(inputs), 64)
     requests = task.read(local.loaded, inputs, lambda name: True)
     assert [len(one.images) for one in requests] == [2, 1, 1]
-    run = task.make(local.loaded, lambda: [])
+    run = task.make(local.loaded, lambda: [], 0)
     outputs = task.values(7, together([run(one, None) for one in requests]))
     assert outputs["label"].shape == outputs["score"].shape == (4, 3)
     for row, count in enumerate((2, 2, 3, 1)):

@@ -72,7 +72,7 @@ def column(*rows: Any, kind: Any = object) -> np.ndarray:
 def test_rows_of_several_alphas_share_a_batch(turned: Turned) -> None:
     """Rows of one request do so too, and become requests of one α each."""
     task = TASKS["embed_image"]
-    run = task.make(turned.loaded, lambda: [])
+    run = task.make(turned.loaded, lambda: [], 0)
     one = png(0)
     two = png(1)
 

@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_a_storage_that_does_not_answer_does_not_keep_a_server_from_being_ready(
     monkeypatch.setattr(opened, "open_index", slow)
     for name in ("photos", "slow"):
         build(str(photos), tmp_path / "indexes" / name, projecting())
-    indexes = Indexes(projecting(tmp_path / "indexes"), opening=0.1)
+    indexes = Indexes(projecting(tmp_path / "indexes"), opening_seconds=0.1)
     assert len(indexes.get("photos")[0]) == 4
     answers.set()
     assert len(indexes.get("slow")[0]) == 4
@@ -190,9 +191,35 @@ def test_a_caller_that_gives_up_waits_for_nothing(
         search(replace(request, where="path = '0.png'"), lambda: next(answers, True))
     assert error.value.code == CANCELLED and next(answers, None) is None
 
-    with search.indexes._locks["photos"], pytest.raises(TaskError) as error:  # it is being opened
-        search(RetrieveRequest("photos", A), lambda: True)
+    # One with ids ends before the embeddings are looked up.
+    answers = iter([False])
+    with pytest.raises(TaskError) as error:
+        search(RetrieveRequest("photos", Query(ids=["0.png"])), lambda: next(answers, True))
     assert error.value.code == CANCELLED
+
+
+def test_all_callers_of_an_index_that_opens_may_give_up_and_it_opens_once(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    folders = []
+
+    def slow(folder: Path) -> Any:
+        folders.append(folder.name)
+        assert answers.wait(20)
+        return open_index(folder)
+
+    monkeypatch.setattr(opened, "open_index", slow)
+    build(str(photos), tmp_path / "indexes" / "photos", projecting())
+    indexes = Indexes(projecting(tmp_path / "indexes"), opening_seconds=0)
+    for _ in range(3):
+        polls = iter([False])
+        with pytest.raises(TaskError) as error:
+            indexes.get("photos", partial(next, polls, True))
+        assert error.value.code == CANCELLED
+    answers.set()
+    assert len(indexes.get("photos", lambda: False)[0]) == 4
+    assert folders == ["photos"]
 
 
 def test_indexes_are_opened_before_the_first_search(
