@@ -54,6 +54,8 @@ class GatewayFlags:
         no_api_keys: accept everybody who reaches the gateway, also from other machines.
         tls_certificate: PEM file of the gateway's certificate and its chain, for https.
         tls_key: PEM file of the certificate's key.
+        recheck_seconds: from one stored sample to the next that an encoder is asked for, as a check
+            that it still answers as at its start; 0 for none.
         log: json writes a line for each request to the gateway to stderr. Traces go to the address
             in the environment variable OTEL_EXPORTER_OTLP_ENDPOINT.
     """
@@ -64,6 +66,7 @@ class GatewayFlags:
     no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    recheck_seconds: float = 15.0
     log: Literal["off", "json"] = "off"
 
     def settings(self, host: str, port: int, config: ServerConfig, triton: str = "") -> Settings:

@@ -16,6 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from radapter_client import Reply, Request, Values
 from radapter_client.failures import RAdapterClientError, from_server
 from radapter_serve.contract.errors import (
@@ -31,7 +34,7 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.images import FifoLimit, limit_large_images
 from radapter_serve.encoders.batcher import Result, encode_together, run_together
 from radapter_serve.encoders.encoder import Span, add_spans, collect_spans, span
-from radapter_serve.encoders.loaded import LoadedRelease, Need, load_release
+from radapter_serve.encoders.loaded import LoadedRelease, Need, Part, load_release
 from radapter_serve.encoders.precision import AS_EXPORTED, choose
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import OPENING_SECONDS, index_names
@@ -291,6 +294,29 @@ class Engine:
         with span("engine"):
             served = self._pick(model, version)
             return self._answer(served, model, inputs, outputs, deadline, cancelled)
+
+    def encode(
+        self, encoder: str, version: str, inputs: Tensors, *, cancelled: Cancelled = lambda: False
+    ) -> NDArray[Any]:
+        """Encode inputs of an encoder of a release, in its queue with those of callers."""
+        served = self._pick("classify", version)
+        part: Part = "tokens"
+        rows: Any = inputs.get("tokens")
+        if rows is None:
+            part = "images" if encoder == "image_encoder" else "patches"
+            rows = inputs["image"]
+        needs = []
+        for number in range(len(rows)):
+            alpha = float(inputs["alpha"][number, 0]) if "alpha" in inputs else None
+            row = rows[number : number + 1]
+            row = row.tolist() if part == "tokens" else row
+            needs.append(Need(served.loaded, part, row, alpha, cancelled))
+        embeds = []
+        for result in self._encode(served, needs):
+            if isinstance(result, TaskError):
+                raise result
+            embeds.append(result)
+        return np.concatenate(embeds)
 
     def releases(self, model: str, version: str = "") -> list[Release]:
         """The served releases, the newest last; refuses an unknown task or release."""

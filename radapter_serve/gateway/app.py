@@ -50,6 +50,7 @@ from radapter_serve.gateway.middleware import (
     RequireKey,
     open_spans,
 )
+from radapter_serve.gateway.rechecks import Rechecks
 from radapter_serve.gateway.settings import MIB, TIMEOUTS, Settings, Timeouts
 from radapter_serve.gateway.upstream import (
     NOT_FOUND,
@@ -170,13 +171,24 @@ class Gateway:
     async def opened(self) -> AsyncIterator[None]:
         """Connect to the upstream for the block, during which `app` answers."""
         self._upstream = self._connect()
-        self._health = Health(self._upstream)
-        self._openai = openai.OpenAI(
-            self._upstream, self._model, self._concurrency, self._settings.model_repository
-        )
+        repository = self._settings.model_repository
+        rechecks = None
+        asking = None
+        if repository is not None and self._settings.recheck_seconds:
+            rechecks = Rechecks(
+                self._upstream,
+                repository,
+                self._settings.recheck_seconds,
+                self._metrics.count_recheck,
+            )
+            asking = asyncio.ensure_future(rechecks.run())
+        self._health = Health(self._upstream, rechecks)
+        self._openai = openai.OpenAI(self._upstream, self._model, self._concurrency, repository)
         try:
             yield
         finally:
+            if asking is not None:
+                asking.cancel()
             await self._upstream.close()
             if self._spans is not None:
                 await asyncio.to_thread(self._spans.close, self._timeouts.spans)
@@ -415,10 +427,18 @@ class Gateway:
 
 
 class Health:
-    """Probes each task, unless it has answered a caller in the last `FRESH` seconds."""
+    """Probes each task, unless it has answered a caller in the last `FRESH` seconds; `rechecks`
+    says whether an encoder answers wrongly.
+    """
 
-    def __init__(self, upstream: Upstream, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        rechecks: Rechecks | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._upstream = upstream
+        self._rechecks = rechecks
         self._now = now
         self._answered = dict.fromkeys(TASKS, -FRESH)
         self._probing = asyncio.Lock()
@@ -430,6 +450,8 @@ class Health:
 
     async def trouble(self) -> str | None:
         """The reason why not all tasks work, or None; a failure is cached for `FRESH` seconds."""
+        if self._rechecks is not None and (wrong := self._rechecks.trouble) is not None:
+            return wrong
         async with self._probing:
             when, why = self._failed
             now = self._now()

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from radapter_client import Reply
-from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.errors import TaskError, until_deadline
 from radapter_serve.encoders.encoder import GraphEncoder, collect_spans
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.encoders.precision import AS_EXPORTED
@@ -25,7 +25,13 @@ from radapter_serve.gateway.upstream import LOG, Entry, Inference, Model, from_s
 from radapter_serve.release.config import encoders_of
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import TASKS, release_parameters
-from radapter_serve.release.repository import RUNTIMES, Served, check_repository, format_list
+from radapter_serve.release.repository import (
+    ENCODERS,
+    RUNTIMES,
+    Served,
+    check_repository,
+    format_list,
+)
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import server_folder
 from radapter_serve.server.models import check_agreement, configure
@@ -137,6 +143,14 @@ class InProcess:
         deadline = time.monotonic() + timeout
 
         def infer() -> Reply:
+            if request.model in ENCODERS:
+                embeds = self._engine.encode(
+                    request.model,
+                    request.version,
+                    request.inputs,
+                    cancelled=until_deadline(cancelled.is_set, deadline, "no answer in time"),
+                )
+                return Reply(int(request.version), {"embeds": embeds})
             with collect_spans(entry.spans):
                 return self._engine.infer(
                     request.model,

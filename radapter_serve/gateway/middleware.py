@@ -211,6 +211,12 @@ class Metrics:
             ["release", "precision", "runtime"],
             **registered,
         )
+        self._rechecks = Counter(
+            "rechecks",
+            "Stored samples that encoders were asked for again, by outcome",
+            ["encoder", "outcome"],
+            **registered,
+        )
         running = Gauge("running", "Requests that Triton or the engine works on", **registered)
         running.set_function(lambda: concurrency.running)
         waiting = Gauge("waiting", "Requests in the queue", **registered)
@@ -224,6 +230,10 @@ class Metrics:
         self._releases.clear()
         for version, facts in releases.items():
             self._releases.labels(version, facts.get("precision"), facts.get("runtime")).set(1)
+
+    def count_recheck(self, encoder: str, outcome: str) -> None:
+        """Count an answer of an encoder to a stored sample."""
+        self._rechecks.labels(encoder, outcome).inc()
 
     def count(self, entry: Entry, seconds: float) -> None:
         """Count an inference by its task, code and key."""

@@ -27,7 +27,9 @@ class Settings:
         indexes: folder of the server's indexes, to list their names; if not given, they are not
             listed.
         model_repository: folder of the served releases, to list the adapters beside them and take
-            their names as models of OpenAI's API.
+            their names as models of OpenAI's API, and to ask the encoders for stored samples again.
+        recheck_seconds: from one stored sample to the next that an encoder is asked for, as a check
+            that it still answers as at its start; 0 for none.
         api_keys: file of the API keys that callers need; --new-key makes a key.
         no_api_keys: accept callers without a key, also from other machines.
         tls_certificate: PEM file of the certificate and its chain, to serve HTTPS.
@@ -52,6 +54,7 @@ class Settings:
     server: str = "127.0.0.1:8001"
     indexes: Path | None = None
     model_repository: Path | None = None
+    recheck_seconds: float = 15.0
     api_keys: Path | None = None
     no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
     tls_certificate: Path | None = None
@@ -86,6 +89,11 @@ class Settings:
                 raise RAdapterError(f"{flag} is {value}; allowed are {lowest[name]} and more")
             if name not in lowest and not (value > 0 and math.isfinite(value)):
                 raise RAdapterError(f"{flag} is {value:g}; allowed are numbers above 0")
+        if not 0 <= self.recheck_seconds < math.inf:
+            raise RAdapterError(
+                f"--recheck-seconds is {self.recheck_seconds:g}; allowed are numbers from 0, which"
+                " is none"
+            )
         if self.max_memory < self.max_body:
             raise RAdapterError(
                 f"--max-memory is {self.max_memory:g} MiB; allowed are {self.max_body:g} MiB, which"

@@ -333,7 +333,7 @@ def test_answers_and_failures_count_for_some_seconds() -> None:
     async def main() -> None:
         upstream = FakeUpstream()
         clock = FakeClock()
-        health = Health(upstream, clock.monotonic)
+        health = Health(upstream, now=clock.monotonic)
         assert await health.trouble() is None
         assert sorted(one.model for one in upstream.asked) == sorted(TASKS)
         upstream.error = Refused(500, "internal_error", "")
