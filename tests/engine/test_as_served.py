@@ -112,12 +112,12 @@ def answer(client: Client, ask: Ask) -> Any:
         return type(error), error.code, str(error)
 
 
-def plain(found: Any) -> Any:
+def plain(answer: Any) -> Any:
     """Something to compare: arrays by their bytes, and what holds arrays by its parts."""
-    if isinstance(found, np.ndarray):
-        return found.dtype, found.shape, found.tobytes()
-    if isinstance(found, list):
-        return [plain(one) for one in found]
-    if hasattr(found, "__dict__"):
-        return {name: plain(value) for name, value in vars(found).items()}
-    return found
+    if isinstance(answer, np.ndarray):
+        return answer.dtype, answer.shape, answer.tobytes()
+    if isinstance(answer, list):
+        return [plain(item) for item in answer]
+    if hasattr(answer, "__dict__"):
+        return {name: plain(value) for name, value in vars(answer).items()}
+    return answer

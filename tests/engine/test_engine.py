@@ -90,9 +90,9 @@ def test_needs_of_callers_of_several_tasks_are_encoded_together(repository: Path
             return encode(pixels)
 
         local.images = images  # type: ignore[method-assign]
-        found = list(pool.map(lambda job: asked(engine, *job), jobs))
+        answers = list(pool.map(lambda job: asked(engine, *job), jobs))
     assert [shape[0] for shape in local.calls] == [1, 2]
-    for outputs, others in zip(found, expected, strict=True):
+    for outputs, others in zip(answers, expected, strict=True):
         for output, values in others.items():
             if values.dtype == object:
                 np.testing.assert_array_equal(outputs[output], values)
@@ -208,7 +208,7 @@ def test_a_closed_engine_says_so_and_leaves_no_thread(repository: Path) -> None:
         client.embed_texts(["a"])
     with pytest.raises(RAdapterClientError, match="the model is closed"):
         engine.send(Request("infer", "embed_text", inputs={"text": texts(b"a")}), 10)
-    assert not [one for one in set(threading.enumerate()) - before if one.is_alive()]
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.is_alive()]
 
 
 def test_a_release_that_is_broken_or_not_there_is_refused(repository: Path, tmp_path: Path) -> None:

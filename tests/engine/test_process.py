@@ -39,13 +39,13 @@ def test_every_way_in(releases: Path, tmp_path: Path) -> None:
     """tests/server/test_releases_served.py shows that the answers are right."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "index.json").touch()
-    with in_process(releases, tmp_path) as one, Client(one.url) as client:
+    with in_process(releases, tmp_path) as running, Client(running.url) as client:
         assert client.indexes() == ["photos"] and client.is_ready()
-        grpc = Client(one.url.replace("http", "grpc"), retries=0)
+        grpc = Client(running.url.replace("http", "grpc"), retries=0)
         with grpc, pytest.raises(ServerUnavailable, match="--engine process.* answers http://"):
             grpc.embed_texts(["a"])
         body = {"input": "a cat", "model": "radapter"}
-        answer = urllib3.request("POST", f"{one.url}/v1/embeddings", json=body)
+        answer = urllib3.request("POST", f"{running.url}/v1/embeddings", json=body)
         embedding = answer.json()["data"][0]["embedding"]
         np.testing.assert_allclose(embedding, client.embed_texts(["a cat"])[0], atol=1e-6)
 

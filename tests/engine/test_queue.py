@@ -27,7 +27,7 @@ def need(*rows: int, cancelled: Cancelled | None = None) -> Need:
 
 
 def doubled(needs: Sequence[Need]) -> list[Any]:
-    return [[2 * row for row in one.rows] for one in needs]
+    return [[2 * row for row in need.rows] for need in needs]
 
 
 class Held:
@@ -39,7 +39,7 @@ class Held:
         self.gate = threading.Event()
 
     def __call__(self, needs: Sequence[Need]) -> list[Any]:
-        self.batches.append([row for one in needs for row in one.rows])
+        self.batches.append([row for need in needs for row in need.rows])
         self.begun.release()
         assert self.gate.wait(WAIT)
         return doubled(needs)
@@ -133,9 +133,9 @@ def test_who_gives_up_with_a_batch_in_hand_encodes_it_for_the_others(
     assert asked.acquire(timeout=WAIT)
     callers.ask(2)
     held.gate.set()
-    found = callers.join()
-    assert found.pop(1).code == "cancelled"
-    assert found == answers([0, 2])
+    results = callers.join()
+    assert results.pop(1).code == "cancelled"
+    assert results == answers([0, 2])
 
 
 @pytest.mark.parametrize("interrupted", [0, 1])
@@ -144,20 +144,20 @@ def test_a_caller_who_is_interrupted_leaves_nobody_hanging(interrupted: int) -> 
     held = Held()
 
     def encode(needs: Sequence[Need]) -> list[Any]:
-        found = held(needs)
+        results = held(needs)
         if interrupted in held.batches[-1]:
             raise KeyboardInterrupt
-        return found
+        return results
 
     callers = Callers(Queue(encode, max_rows=2))
     callers.first(0, held.begun)
     callers.ask(1, 2, 3)
     held.gate.set()
-    found = callers.join()
-    assert isinstance(found.pop(interrupted), KeyboardInterrupt)
+    results = callers.join()
+    assert isinstance(results.pop(interrupted), KeyboardInterrupt)
     if interrupted == 1:
-        assert found.pop(2).code == "internal_error"
-    assert found == answers({1, 2} - {interrupted, 2 * interrupted} | {0, 3} - {interrupted})
+        assert results.pop(2).code == "internal_error"
+    assert results == answers({1, 2} - {interrupted, 2 * interrupted} | {0, 3} - {interrupted})
     assert [*callers.asked([need(interrupted + 10)])] == [[2 * interrupted + 20]]
 
 
@@ -177,13 +177,13 @@ def test_all_who_are_encoded_together_have_the_spans_of_their_batch() -> None:
 
     with collect_spans() as failed, pytest.raises(ValueError), span("failing"):
         raise ValueError
-    assert [one.name for one in failed] == ["failing"]
+    assert [part.name for part in failed] == ["failing"]
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(ask, 0)
         assert held.begun.acquire(timeout=WAIT)
         others = [pool.submit(ask, number) for number in (1, 2)]
         until(partial(has_waiting, asked, 2))
         held.gate.set()
-    assert [one.name for one in first.result()] == ["batch of 1"]
-    assert [one.name for one in others[0].result()] == ["batch of 2"]
+    assert [part.name for part in first.result()] == ["batch of 1"]
+    assert [part.name for part in others[0].result()] == ["batch of 2"]
     assert others[0].result() == others[1].result()

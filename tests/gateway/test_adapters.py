@@ -176,7 +176,9 @@ def test_embeddings_of_an_adapter(guarded: Served, model: str) -> None:
     assert [row["embedding"][0] for row in answer["data"]] == [3, 11]
     assert json.loads(headers["radapter-receipt"]) == answer["receipt"]
     assert answer["receipt"]["adapter"] == "anna"
-    assert all({*one.inputs["adapter"].ravel()} == {"anna"} for one in guarded.upstream.asked)
+    assert all(
+        {*request.inputs["adapter"].ravel()} == {"anna"} for request in guarded.upstream.asked
+    )
 
 
 def test_models_that_a_key_does_not_have(guarded: Served) -> None:

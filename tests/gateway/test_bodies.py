@@ -140,7 +140,7 @@ def test_the_event_loop_gets_its_turn_while_a_large_body_is_read(reading: Readin
         until(lambda: len(reading.threads) == 3)
         assert not large.done() and not second.done() and not middle.done()
         reading.go.set()
-        assert [one.result()[0] for one in (large, second, middle)] == [200] * 3
+        assert [caller.result()[0] for caller in (large, second, middle)] == [200] * 3
     large_, small, *others = reading.threads
     assert large_ == "large-bodies" and others == ["middle-bodies", "large-bodies"]
     assert not small.endswith("bodies")

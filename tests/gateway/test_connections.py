@@ -22,8 +22,8 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 @pytest.fixture
 def served() -> Iterator[Served]:
-    with serving(max_connections=8, max_connections_per_address=8) as one:
-        yield one
+    with serving(max_connections=8, max_connections_per_address=8) as gateway:
+        yield gateway
 
 
 def answers(it: socket.socket, request: bytes = ALIVE) -> bool:
@@ -239,7 +239,7 @@ def test_one_request_at_a_time_and_all_in_their_order(served: Served) -> None:
         served.let_go()
         for name in names:
             assert b'"model_name":"%s"' % name in heard(it)
-    assert [one.model.encode() for one in served.upstream.asked] == names
+    assert [request.model.encode() for request in served.upstream.asked] == names
 
 
 def test_what_comes_behind_a_request_does_not_cost_its_answer(served: Served) -> None:

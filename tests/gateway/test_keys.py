@@ -316,7 +316,7 @@ def test_an_id_comes_back_with_every_answer_and_in_exceptions(served: Served) ->
     for path, body in ((INFER, TEXT), ("/v1/embeddings", embeddings), ("/v2", None), ("/no", None)):
         assert answered(path, body, X_Request_Id="0af7651916cd43dd-8448") == "0af7651916cd43dd-8448"
         new = {answered(path, body) for _ in range(2)}
-        assert len(new) == 2 and all(re.fullmatch("[0-9a-f]{32}", one) for one in new)
+        assert len(new) == 2 and all(re.fullmatch("[0-9a-f]{32}", secret) for secret in new)
     for forged in ("", "a b", "a" * 129, 'x"}', "\xc3\xbc", "a,b", "a\tb"):
         assert re.fullmatch("[0-9a-f]{32}", answered("/v2", X_Request_Id=forged))
     served.upstream.error = Refused(400, "no_labels", "no labels")
@@ -343,9 +343,9 @@ def test_a_line_a_request(keys: Path, capsys: pytest.CaptureFixture[str]) -> Non
             until(lambda: "radapter_gateway_waiting 1.0" in served.metrics(**free))
             time.sleep(0.5)
             served.let_go()
-    lines = [json.loads(one) for one in said.splitlines()]
+    lines = [json.loads(line) for line in said.splitlines()]
     assert "secret" not in said and "wrong" not in said and "Bearer" not in said
-    assert [(one["key"], one["task"], one["status"], one["code"]) for one in lines] == [
+    assert [(line["key"], line["task"], line["status"], line["code"]) for line in lines] == [
         ("free", "embed_text", 200, "ok"),
         ("free", None, 404, "unknown_model"),
         (None, None, 401, "unauthorized"),
@@ -359,9 +359,9 @@ def test_a_line_a_request(keys: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (first["id"], first["release"], lines[3]["release"]) == ("my-id", "1", "1")
     assert first["bytes_in"] == len(BODY) and first["bytes_out"] > 0
     assert 0 <= first["queue_ms"] + first["model_ms"] <= first["ms"]
-    lines = [json.loads(one) for one in capsys.readouterr().err.splitlines()]
-    times = [one for one in lines if one["task"]]
-    ran, waited = sorted(times, key=lambda one: float(one["queue_ms"]))
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    times = [line for line in lines if line["task"]]
+    ran, waited = sorted(times, key=lambda line: float(line["queue_ms"]))
     assert ran["model_ms"] > 500 > ran["queue_ms"]
     assert waited["queue_ms"] > 500 > waited["model_ms"]
 

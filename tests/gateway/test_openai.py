@@ -53,13 +53,13 @@ def test_the_client_of_openai(served: Served) -> None:
 
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
         # It asks for base64 by itself.
-        found = client.embeddings.create(model="radapter", input=["abc", IMAGE, "ü"])
-        assert [one.index for one in found.data] == [0, 1, 2]
-        assert [one.embedding for one in found.data] == [[3, 97], OF_IMAGE, [2, 195]]
-        assert found.model == "radapter-1"
-        assert (found.usage.prompt_tokens, found.usage.total_tokens) == (2, 2)
-        one = client.embeddings.create(model="radapter-1", input="abc", encoding_format="float")
-        assert one.data[0].embedding == [3, 97]
+        answer = client.embeddings.create(model="radapter", input=["abc", IMAGE, "ü"])
+        assert [row.index for row in answer.data] == [0, 1, 2]
+        assert [row.embedding for row in answer.data] == [[3, 97], OF_IMAGE, [2, 195]]
+        assert answer.model == "radapter-1"
+        assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (2, 2)
+        plain = client.embeddings.create(model="radapter-1", input="abc", encoding_format="float")
+        assert plain.data[0].embedding == [3, 97]
         assert served.upstream.asked[-1].version == "1"
         assert [model.id for model in client.models.list()] == ["radapter", "radapter-1"]
         model = client.models.retrieve("radapter-1")
@@ -120,14 +120,17 @@ def test_a_release_without_a_width_is_none_of_ours(served: Served) -> None:
 
 def test_order_is_kept_over_several_batches(served: Served) -> None:
     inputs = ["x" * (place + 1) if place % 3 else IMAGE for place in range(200)]
-    status, found = ask(served, input=inputs)
+    status, answer = ask(served, input=inputs)
     expected = [[place + 1, ord("x")] if place % 3 else OF_IMAGE for place in range(200)]
-    assert (status, found["object"]) == (200, "list")
-    assert found["data"] == [
+    assert (status, answer["object"]) == (200, "list")
+    assert answer["data"] == [
         {"object": "embedding", "index": place, "embedding": embedding}
         for place, embedding in enumerate(expected)
     ]
-    rows = [(one.model, len(next(iter(one.inputs.values())))) for one in served.upstream.asked]
+    rows = [
+        (request.model, len(next(iter(request.inputs.values()))))
+        for request in served.upstream.asked
+    ]
     texts = [("embed_text", count) for count in (64, 64, 5)]
     assert rows == [*texts, ("embed_image", 64), ("embed_image", 3)]
 
@@ -143,8 +146,8 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
         calls.append((asked.model, asked.version))
         if len(calls) == 2:
             raise Refused(404, "unknown_model", "no version 1")
-        made = await answer(asked, timeout, entry)
-        return replace(made, version=1 if len(calls) == 1 else 2)
+        reply = await answer(asked, timeout, entry)
+        return replace(reply, version=1 if len(calls) == 1 else 2)
 
     served.upstream.infer = switching  # type: ignore[method-assign]
     served.upstream.older["embed_image", "2"] = served.upstream.configs["embed_image"]
@@ -156,7 +159,7 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
     served.upstream.infer = answer  # type: ignore[method-assign]
     configs = {name: config(name, release(1), release(2)) for name in served.upstream.configs}
     served.upstream.configs = configs
-    served.upstream.older = {(name, "2"): one for name, one in configs.items()}
+    served.upstream.older = {(name, "2"): config for name, config in configs.items()}
     assert ask(served, input="a", model="radapter-2")[1]["model"] == "radapter-2"
     models = served.ask("/v1/models")[1]["data"]
     assert [model["id"] for model in models] == ["radapter", "radapter-2", "radapter-1"]

@@ -57,7 +57,7 @@ def ask(model: str, inputs: list[Any], rest: bytes | None = None, **more: Any) -
 
 def values(inference: Inference) -> dict[str, tuple[str, Any]]:
     """Type and values of each input, nested as its shape is."""
-    return {name: (str(one.dtype), one.tolist()) for name, one in inference.inputs.items()}
+    return {name: (str(array.dtype), array.tolist()) for name, array in inference.inputs.items()}
 
 
 # Right requests
@@ -98,9 +98,13 @@ def test_a_request_of_the_client_passes_as_it_is() -> None:
         "proposal_scores": np.eye(2, dtype=np.float32),
     }
     body, headers = encode(Request("infer", "segment", inputs=inputs, outputs=("mask",)))
-    found = read(body, headers["Inference-Header-Content-Length"], MODELS["segment"], "7")
-    assert (found.version, found.outputs, set(found.binary)) == ("7", ("mask",), {"mask"})
-    assert values(found) == {
+    inference = read(body, headers["Inference-Header-Content-Length"], MODELS["segment"], "7")
+    assert (inference.version, inference.outputs, set(inference.binary)) == (
+        "7",
+        ("mask",),
+        {"mask"},
+    )
+    assert values(inference) == {
         "image": ("object", [b"\xff\0"]),
         "labels": ("object", ["a", "ü"]),
         "proposals": ("uint8", masks.tolist()),

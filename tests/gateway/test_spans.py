@@ -59,11 +59,11 @@ def test_a_span_of_each_request_in_the_trace_of_its_caller(
             told = served.upstream.entries[-2:]
             served.ask("/v2", **known)
     spans = collector.spans
-    assert {(one.trace, one.parent, one.service) for one in spans} == {
+    assert {(span.trace, span.parent, span.service) for span in spans} == {
         (TRACE, CALLER, "radapter-serve")
     }
     facts = ("radapter.task", "radapter.code", "radapter.release", "http.response.status_code")
-    assert [tuple(one.attributes.get(name) for name in facts) for one in spans] == [
+    assert [tuple(span.attributes.get(name) for name in facts) for span in spans] == [
         ("embed_text", "ok", "1", 200),
         ("none", "unknown_model", None, 404),
         ("embed_text", "server_unavailable", None, 503),
@@ -73,7 +73,7 @@ def test_a_span_of_each_request_in_the_trace_of_its_caller(
     assert asked == ["POST", "/v2/models/{model}/infer"]
     assert spans[0].attributes["radapter.request_id"] == "my-id"
     # Triton is told whose part its own spans are.
-    parents = [one.traceparent for one in told]
+    parents = [span.traceparent for span in told]
     assert parents == [f"00-{TRACE}-{span.id}-01" for span in (spans[0], spans[2])]
     sent = b"".join(collector.bodies)
     for secret in (b"private", key.encode(), b"the-name-of-a-key", b"Bearer"):
@@ -97,7 +97,7 @@ def test_a_traceparent_that_is_none_is_ignored_and_a_trace_that_is_not_kept_is_n
     spans.close(20)
     kept = exporter.get_finished_spans()
     assert len(kept) == len(wrong)
-    assert all(one.parent is None and one.context.trace_id != int(TRACE, 16) for one in kept)
+    assert all(span.parent is None and span.context.trace_id != int(TRACE, 16) for span in kept)
 
 
 def test_nobody_takes_the_spans(
@@ -155,8 +155,8 @@ def test_one_request_followed_through_an_engine(
 ) -> None:
     with collecting() as collector:
         monkeypatch.setenv(OTLP_ENDPOINTS[0], collector.url)
-        with in_process(repository, tmp_path, log="json") as one:
-            classify(one.url, **{**KEPT, "X-Request-Id": "my-id"})
+        with in_process(repository, tmp_path, log="json") as gateway:
+            classify(gateway.url, **{**KEPT, "X-Request-Id": "my-id"})
     spans = collector.spans
     names = ("POST /v2/models/{model}/infer", "engine", "classify", "image_encoder", "text_encoder")
     gateway_, engine, task, encoder, texts = (of_name(spans, name) for name in names)
@@ -212,8 +212,8 @@ def test_one_request_followed_through_triton(
         assert parent.start <= span.start <= min(span.end, parent.end)
     assert int(task.attributes["triton.model_version"]) == 2
     assert task.attributes["triton.request_id"] == "my-id"
-    assert len([one for one in spans if one.name == "compute" and one.parent == task.id]) == 1
-    assert len({one.trace for one in collector.spans} - set(traces)) == 1
+    assert len([span for span in spans if span.name == "compute" and span.parent == task.id]) == 1
+    assert len({span.trace for span in collector.spans} - set(traces)) == 1
     assert b"secret" not in b"".join(collector.bodies)
 
 

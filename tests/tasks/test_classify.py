@@ -68,12 +68,12 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-logits))
 
 
-def check(found: Sequence[Ranking], scores: np.ndarray, names: Sequence[str]) -> None:
+def check(rankings: Sequence[Ranking], scores: np.ndarray, names: Sequence[str]) -> None:
     """Each row has as many of the best labels as it has."""
-    for ranking, own in zip(found, scores, strict=True):
-        best = np.argsort(-own)[: len(ranking.labels)]
+    for ranking, row in zip(rankings, scores, strict=True):
+        best = np.argsort(-row)[: len(ranking.labels)]
         assert list(ranking.labels) == [names[place] for place in best]
-        np.testing.assert_allclose(ranking.scores, own[best], rtol=1e-4)
+        np.testing.assert_allclose(ranking.scores, row[best], rtol=1e-4)
 
 
 def test_the_headers_of_all_images_are_read_before_the_first_is_decoded(
@@ -104,13 +104,13 @@ def test_templates_of_the_request_and_a_label_set_of_the_release(local: Local) -
     embeds = complete(embed_images(local.loaded, EmbedImagesRequest(IMAGES))).astype(np.float64)
     templates = ["one {}", "two {}"]
     of_request = complete(embed_labels(local.loaded, NAMES, templates))
-    found = ask(local.loaded, labels=Labels(NAMES, templates=templates), top_k=100)
-    check(found, softmax(10 * embeds @ of_request.embeds.T), of_request.labels)
+    rankings = ask(local.loaded, labels=Labels(NAMES, templates=templates), top_k=100)
+    check(rankings, softmax(10 * embeds @ of_request.embeds.T), of_request.labels)
     of_release = complete(embed_labels(local.loaded, LABELS, ["a {}"]))
     local.calls.clear()
-    found = ask(local.loaded, labels=Labels(label_set="colours"))
-    assert [len(one.labels) for one in found] == [4] * 6
-    check(found, softmax(10 * embeds @ of_release.embeds.T), of_release.labels)
+    rankings = ask(local.loaded, labels=Labels(label_set="colours"))
+    assert [len(ranking.labels) for ranking in rankings] == [4] * 6
+    check(rankings, softmax(10 * embeds @ of_release.embeds.T), of_release.labels)
     assert local.calls == [(6, SIZE, SIZE, 3)]  # its labels were embedded when it was made
 
 
@@ -155,11 +155,11 @@ def test_labels_below_the_threshold_are_left_out(
     assert len(set(counts)) > 1
     cases: list[dict[str, Any]] = [{}, {"threshold": 0.5}]
     for options in cases:
-        found = ask(local.loaded, multi_label=True, **options)
-        assert [len(one.labels) for one in found] == counts
-        check(found, scores, label_set.labels)
+        rankings = ask(local.loaded, multi_label=True, **options)
+        assert [len(ranking.labels) for ranking in rankings] == counts
+        check(rankings, scores, label_set.labels)
     none = ask(local.loaded, multi_label=True, threshold=1.0)
-    assert not any(one.labels for one in none)
+    assert not any(ranking.labels for ranking in none)
     # On the wire, a row has one label at least.
     outputs = TASKS["classify"].write([none])
     assert outputs["label"].tolist() == [[b""]] * 6 and outputs["score"].tolist() == [[0]] * 6
@@ -175,12 +175,12 @@ def test_labels_are_ranked_by_their_cosines_and_of_equal_ones_the_first_comes_fi
     """
     values = np.random.default_rng(0).integers(0, 4, 50).astype(np.float32) / 4
     names = tuple(map(str, range(50)))
-    found = ScoreRule(top_k, scale, bias).ranking(values, LabelSet(names, values, names, ()))
+    ranking = ScoreRule(top_k, scale, bias).ranking(values, LabelSet(names, values, names, ()))
     expected = sorted(range(50), key=lambda place: -values[place])[:top_k]
-    assert [int(name) for name in found.labels] == expected
+    assert [int(name) for name in ranking.labels] == expected
     logits = scale * (values[None].astype(np.float64) - 1)
     scores = softmax(logits) if bias is None else sigmoid(logits + scale + bias)
-    np.testing.assert_allclose(found.scores, scores[0, expected], rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(ranking.scores, scores[0, expected], rtol=1e-5, atol=1e-9)
 
 
 def test_an_image_that_no_label_fits_is_unknown(local: Local, cosines: np.ndarray) -> None:
@@ -191,14 +191,14 @@ def test_an_image_that_no_label_fits_is_unknown(local: Local, cosines: np.ndarra
     cases: list[dict[str, Any]] = [{}, {"calibrated": True}]
     for options in cases:
         plain = ask(local.loaded, **options)
-        found = ask(local.loaded, unknown=least, **options)
-        for row, one in enumerate(found):
+        rankings = ask(local.loaded, unknown=least, **options)
+        for row, ranking in enumerate(rankings):
             if is_unknown[row]:
-                assert list(one.labels) == ["unknown"]
-                assert one.scores[0] == pytest.approx(1 - best[row], abs=1e-5)
+                assert list(ranking.labels) == ["unknown"]
+                assert ranking.scores[0] == pytest.approx(1 - best[row], abs=1e-5)
             else:
-                assert one.labels == plain[row].labels
-                np.testing.assert_array_equal(one.scores, plain[row].scores)
+                assert ranking.labels == plain[row].labels
+                np.testing.assert_array_equal(ranking.scores, plain[row].scores)
 
 
 def test_a_score_that_equals_its_limit_is_enough() -> None:
@@ -283,15 +283,15 @@ def test_rows_of_a_request_may_differ_in_their_options(local: Local) -> None:
     inputs["labels"][3] = [b"d", b"e", b"f"]
     task.check("classify", forms(inputs), 64)
     requests = task.read(local.loaded, inputs, lambda name: True)
-    assert [len(one.images) for one in requests] == [2, 1, 1]
+    assert [len(request.images) for request in requests] == [2, 1, 1]
     run = task.make(local.loaded, lambda: [], 0)
-    outputs = task.values(7, together([run(one, None) for one in requests]))
+    outputs = task.values(7, together([run(request, None) for request in requests]))
     assert outputs["label"].shape == outputs["score"].shape == (4, 3)
     for row, count in enumerate((2, 2, 3, 1)):
-        names = [one.decode() for one in inputs["labels"][row]]
+        names = [name.decode() for name in inputs["labels"][row]]
         [alone] = ask(local.loaded, [png(row)], Labels(names), top_k=count)
         wide = [*alone.labels, *[""] * (3 - count)]
-        assert [one.decode() for one in outputs["label"][row]] == wide
+        assert [name.decode() for name in outputs["label"][row]] == wide
         np.testing.assert_allclose(outputs["score"][row, :count], alone.scores, rtol=1e-5)
         assert not outputs["score"][row, count:].any()
         receipt = json.loads(outputs["receipt"][row, 0])
@@ -327,8 +327,8 @@ def shown_by(loaded: LoadedRelease, examples: Examples) -> list[Ranking]:
 
 
 def embeds(local: Local, images: Sequence[bytes]) -> np.ndarray:
-    found = complete(embed_images(local.loaded, EmbedImagesRequest(images)))
-    return found.astype(np.float64)
+    embeds = complete(embed_images(local.loaded, EmbedImagesRequest(images)))
+    return embeds.astype(np.float64)
 
 
 def texts_of(local: Local) -> np.ndarray:
@@ -381,10 +381,10 @@ def test_rows_have_examples_of_their_own_or_those_of_the_row_before(local: Local
         example_weight=column(*[[0.25]] * 4, kind=np.float32),
     )
     # Rows with the same examples are one request, which encodes them once.
-    assert [len(one.images) for one in requests] == [2, 2]
+    assert [len(request.images) for request in requests] == [2, 2]
     expected = [SHOWN, SHOWN[::-1]]
-    assert [one.examples for one in requests] == [
-        Examples(own, (0, 2, 0), (0.25,)) for own in expected
+    assert [request.examples for request in requests] == [
+        Examples(images, (0, 2, 0), (0.25,)) for images in expected
     ]
 
 
@@ -455,13 +455,13 @@ def by_example(local: Local) -> LoadedRelease:
 
 def test_a_label_set_by_example(local: Local, by_example: LoadedRelease) -> None:
     request = ClassifyRequest(FOUR, Labels(label_set="shown"))
-    found = complete(classify(by_example, request))
+    rankings = complete(classify(by_example, request))
     assert [shape[0] for shape in local.calls] == [4]  # its export mixed the examples in
     shown = embeds(local, SHOWN)
     expected = texts_of(local)
     for place, own in ((0, shown[0]), (2, shown[1])):
         expected[place] = unit(expected[place] + own)
-    check(found, softmax(10 * embeds(local, FOUR) @ expected.T), SOME)
+    check(rankings, softmax(10 * embeds(local, FOUR) @ expected.T), SOME)
 
 
 @pytest.mark.parametrize("options", [{"multi_label": True}, {"calibrated": True}, {"unknown": 0.5}])

@@ -54,10 +54,10 @@ def test_a_file_holds_a_label_set_with_no_more_examples_than_are_allowed(tmp_pat
 
 def test_embeddings_are_the_mean_over_names_and_templates(local):
     templates = ["a photo of a {}.", "a drawing of one {}"]
-    found = embed(local.loaded, ["cat, kitty", "a very long name of a dog"], templates)
-    assert found.labels == ("cat", "a very long name of a dog")
+    label_set = embed(local.loaded, ["cat, kitty", "a very long name of a dog"], templates)
+    assert label_set.labels == ("cat", "a very long name of a dog")
     for names, row in zip(
-        (["cat", "kitty"], ["a very long name of a dog"]), found.embeds, strict=True
+        (["cat", "kitty"], ["a very long name of a dog"]), label_set.embeds, strict=True
     ):
         prompts = [template.replace("{}", name) for name in names for template in templates]
         mean = np.mean([local.loaded.embed_texts([prompt])[0] for prompt in prompts], axis=0)
@@ -89,9 +89,9 @@ def test_the_cache_is_bounded_and_the_answers_are_still_right(local):
     small = with_cache(local, max_size=50)
     for count in (40, 7, 39, 1):
         for how in (SIMPLE, templates):
-            found = embed(small, words[:count], how)
+            label_set = embed(small, words[:count], how)
             expected = embed(local.loaded, words[:count], how)
-            np.testing.assert_allclose(found.embeds, expected.embeds, atol=1e-6)
+            np.testing.assert_allclose(label_set.embeds, expected.embeds, atol=1e-6)
             sizes = [size for _, size in small.label_cache._entries.values()]
             assert sum(sizes) == small.label_cache._size <= 50
     # A list by itself may be longer.
@@ -134,13 +134,13 @@ def test_threads_use_the_cache_one_after_the_other() -> None:
 
 def test_embeddings_of_another_template_alpha_or_release_are_others(local):
     loaded = local.changed(dynamic_alpha=True)
-    for one in (loaded, loaded.at(0.25)):
+    for release in (loaded, loaded.at(0.25)):
         elsewhere = {"place": loaded.place(Point(alpha=0.75))}
         for how in ({}, {"templates": ["a drawing of a {}."]}, elsewhere):
             local.calls.clear()
-            embed(one, ["cat"], **how)
+            embed(release, ["cat"], **how)
             assert len(local.calls) == 1
-            embed(one, ["cat"], **how)
+            embed(release, ["cat"], **how)
             assert len(local.calls) == 1
 
 
@@ -151,7 +151,7 @@ def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
         with pytest.raises(TaskError, match="cancelled"):
             embed(local.loaded, labels, cancelled=lambda: len(local.calls) == 4)
     local.calls.clear()
-    found = embed(local.loaded, labels)
+    label_set = embed(local.loaded, labels)
     assert len(local.calls) <= 2
     fresh = embed(with_cache(local), labels)
-    np.testing.assert_allclose(found.embeds, fresh.embeds, atol=1e-6)
+    np.testing.assert_allclose(label_set.embeds, fresh.embeds, atol=1e-6)

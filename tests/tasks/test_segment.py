@@ -140,9 +140,9 @@ def check(picture, labels, options, *, short_side=None, stride=None, maps=None) 
     full = interpolate(maps[None], picture.size[::-1], mode="bilinear", align_corners=False)[0]
     probabilities = (PATCH_SCALE * full).softmax(0)
     best, expected = (values.numpy() for values in probabilities.max(0))
-    found = Segmenter().dense(picture, labels, options)
-    assert found.mask.dtype == np.uint16
-    assert found.mask.shape == picture.size[::-1]
+    answer = Segmenter().dense(picture, labels, options)
+    assert answer.mask.dtype == np.uint16
+    assert answer.mask.shape == picture.size[::-1]
     top_two = (
         probabilities.topk(2, dim=0).values if len(labels) > 1 else torch.tensor([[1.0], [0.0]])
     )
@@ -151,13 +151,13 @@ def check(picture, labels, options, *, short_side=None, stride=None, maps=None) 
         expected = np.where(best < options.threshold, len(labels), expected)
         clear &= np.abs(best - options.threshold) > 1e-4
     assert clear.mean() > 0.9 or clear.size < 10
-    np.testing.assert_array_equal(np.where(clear, found.mask, 0), np.where(clear, expected, 0))
-    for label, score in enumerate(found.scores):
-        values = best[found.mask == label]
+    np.testing.assert_array_equal(np.where(clear, answer.mask, 0), np.where(clear, expected, 0))
+    for label, score in enumerate(answer.scores):
+        values = best[answer.mask == label]
         if label == len(labels):
             values = 1 - values
         assert score == pytest.approx(values.mean() if values.size else 0, abs=1e-4)
-    assert len(found.scores) == len(labels) + (options.threshold is not None)
+    assert len(answer.scores) == len(labels) + (options.threshold is not None)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +187,12 @@ def test_a_mask_is_that_of_float64_in_all_but_one_of_100000_pixels(count, bias):
         probabilities = 1 / (scale * (full - best)).exp_().sum(0)
     else:
         probabilities = (scale * best + bias).sigmoid()
-    found = Segmenter(bias=bias).dense(picture, labels)
-    assert (found.mask != expected.numpy()).mean() <= 1e-5
+    answer = Segmenter(bias=bias).dense(picture, labels)
+    assert (answer.mask != expected.numpy()).mean() <= 1e-5
     for label in range(count):
         own = probabilities[expected == label]
         mean = float(own.mean()) if len(own) else 0.0
-        assert found.scores[label] == pytest.approx(mean, abs=1e-4)
+        assert answer.scores[label] == pytest.approx(mean, abs=1e-4)
 
 
 def test_embeddings_that_are_not_finite_are_an_error():
@@ -201,11 +201,13 @@ def test_embeddings_that_are_not_finite_are_an_error():
         embeds[-1, ..., 0] = np.nan
         return embeds
 
-    made = Segmenter(broken, lambda pixels: np.full((len(pixels), 3), np.inf, np.float32))
+    segmenter = Segmenter(broken, lambda pixels: np.full((len(pixels), 3), np.inf, np.float32))
     with pytest.raises(TaskError, match=r"\[encoder_failed\] .* not finite"):
-        made.dense(image(40, 30), embeds(3))
+        segmenter.dense(image(40, 30), embeds(3))
     with pytest.raises(TaskError, match=r"\[encoder_failed\] .* not finite"):
-        made.from_proposals(image(20, 20), colour_labels(), np.full((1, 20, 20), 255, np.uint8))
+        segmenter.from_proposals(
+            image(20, 20), colour_labels(), np.full((1, 20, 20), 255, np.uint8)
+        )
 
 
 def torch_pamr(maps: torch.Tensor, pixels: np.ndarray, steps: int) -> torch.Tensor:
@@ -236,9 +238,9 @@ def test_refining_is_pamr():
     picture = image(90, 71)
     maps, working = reference(picture, embeds(20), 48, 16)
     expected = torch_pamr(maps.double(), working, 3)
-    found = maps.numpy().copy()
-    refine(found, working, 3)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    refined = maps.numpy().copy()
+    refine(refined, working, 3)
+    np.testing.assert_allclose(refined, expected, atol=1e-4)
     check(picture, embeds(20), SegmentOptions(refine=3), maps=expected.float())
 
 
@@ -263,26 +265,26 @@ def test_proposals_are_fused_as_computed_by_hand(threshold, last):
     scores = np.array([[0.8, 0.1], [0.2, 0.6]], np.float32)
     clip = iter([np.array([[0.6, 0.8], [1.0, 0.0]], np.float32)])
     labels = np.eye(2, dtype=np.float32)
-    made = Segmenter(images=lambda pixels: next(clip), scale=2.0)
+    segmenter = Segmenter(images=lambda pixels: next(clip), scale=2.0)
     options = SegmentOptions(proposal_weight=0.25, threshold=threshold)
-    found = made.from_proposals(image(5, 1), labels, masks, scores, options)
+    answer = segmenter.from_proposals(image(5, 1), labels, masks, scores, options)
     first = np.exp([1.2, 1.6]) / np.exp([1.2, 1.6]).sum()
     second = np.exp([2.0, 0.0]) / np.exp([2.0, 0.0]).sum()
     p = scores.astype(float) ** 0.75 * np.array([first, second]) ** 0.25
     overlap = (p[0] + 0.6 * p[1]) / 1.6
-    assert found.mask.tolist() == [[0, 0, 0, last, last]]
+    assert answer.mask.tolist() == [[0, 0, 0, last, last]]
     expected = np.array([(p[0, 0] + 2 * overlap[0]) / 3, 0, 0])
     expected[last] = 0.8 * p[1, 1] if last == 1 else 1 - 0.8 * p[1, 1]
-    np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
+    np.testing.assert_allclose(answer.scores, expected, rtol=1e-5)
 
 
 def test_proposals_that_a_sigmoid_can_not_tell_apart_get_the_label_of_the_greater_cosine():
     """In float32 a sigmoid is 1 for all logits above 17."""
     masks = np.array([[[255, 255, 0]], [[0, 255, 204]]], np.uint8)
     cosines = np.array([[0.7, 0.6, -1.0], [0.6, 0.75, -1.0]], np.float32)
-    made = Segmenter(images=lambda pixels: cosines, scale=100.0, bias=-10.0)
-    found = made.from_proposals(image(3, 1), np.eye(3, dtype=np.float32), masks)
-    assert found.mask.tolist() == [[0, 1, 1]]
+    segmenter = Segmenter(images=lambda pixels: cosines, scale=100.0, bias=-10.0)
+    answer = segmenter.from_proposals(image(3, 1), np.eye(3, dtype=np.float32), masks)
+    assert answer.mask.tolist() == [[0, 1, 1]]
 
 
 # what is refused
@@ -323,10 +325,10 @@ def test_memory_is_bounded():
         ),
     ):
         tracemalloc.start()
-        found = run()
+        answer = run()
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert found.mask.shape == (600, 800)
+        assert answer.mask.shape == (600, 800)
         assert peak < 80_000_000
 
 
@@ -369,10 +371,10 @@ def test_a_request_is_segmented_by_its_labels_and_options(
     templates = labels.templates or (["a {}"] if labels.label_set else ["a photo of a {}."])
     label_set = complete(embed_labels(local.loaded, names, templates))
     arrays = [options[name] for name in ("proposals", "proposal_scores") if name in options]
-    numbers = {name: one for name, one in options.items() if not isinstance(one, np.ndarray)}
+    numbers = {name: value for name, value in options.items() if not isinstance(value, np.ndarray)}
     # The same encoders, without the task.
-    made = Segmenter(local.patches, local.images, 16, crop=MaskCrop(), batch=64)
-    run = made.from_proposals if arrays else made.dense
+    segmenter = Segmenter(local.patches, local.images, 16, crop=MaskCrop(), batch=64)
+    run = segmenter.from_proposals if arrays else segmenter.dense
     picture = Image.open(io.BytesIO(png(3)))
     expected = run(picture, label_set.embeds, *arrays, SegmentOptions(**numbers))
     answer = ask(local.loaded, png(3), labels, **options)
@@ -411,7 +413,10 @@ OUT_OF_RANGE = [
     ("options", "message"),
     [
         ({"labels": Labels(label_set="colors")}, r"\[unknown_label_set\] .*there are: colours"),
-        *(({name: one}, rf"\[invalid_argument\] {name} is {one}") for name, one in OUT_OF_RANGE),
+        *(
+            ({name: value}, rf"\[invalid_argument\] {name} is {value}")
+            for name, value in OUT_OF_RANGE
+        ),
         ({"point": Point(alpha=0.9)}, r"\[invalid_argument\] alpha is 0.9"),
         ({**PROPOSALS, "proposal_scores": ONES, "proposal_weight": -1}, "is -1"),
         ({"proposal_scores": ONES}, "no effect here; send proposals with it"),
@@ -482,7 +487,7 @@ def test_what_asks_for_too_much_is_refused_before_anything_is_done(
 
 def test_proposals_fit_a_photo_that_is_turned(local):
     photo = png(3, kind="JPEG", turn=6)
-    found = ask(local.loaded, photo, **sized(1, 30, 20))
-    assert found.mask.shape == (30, 20)
+    answer = ask(local.loaded, photo, **sized(1, 30, 20))
+    assert answer.mask.shape == (30, 20)
     with pytest.raises(TaskError, match=r"proposals are uint8 \[1, 20, 30\]; .* 30, 20\]"):
         ask(local.loaded, photo, **sized(1, 20, 30))

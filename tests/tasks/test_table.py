@@ -29,11 +29,13 @@ def test_the_page_of_the_http_api_has_every_tensor() -> None:
             for names, kind, dims in re.findall(
                 rf"((?:`\w+`(?:, | or )?)+) ({kinds}) \[([^\]]*)\]", text
             ):
-                sizes = [int(one) if one == "1" else -1 for one in dims.split(", ")]
+                sizes = [int(dim) if dim == "1" else -1 for dim in dims.split(", ")]
                 named |= dict.fromkeys(re.findall(r"`(\w+)`", names), (kind, sizes))
             if name.startswith("embed_"):  # one row of the page has both
                 named = {key: value for key, value in named.items() if key in tensors}
-            expected = {key: (one.datatype, list(one.dims)) for key, one in tensors.items()}
+            expected = {
+                key: (tensor.datatype, list(tensor.dims)) for key, tensor in tensors.items()
+            }
             for common in ("adapter", "alpha", "receipt"):  # a paragraph has these
                 expected.pop(common, None)
             assert named == expected, name
@@ -83,8 +85,8 @@ def test_a_client_in_the_process_asks_what_its_tensors_would_ask(local: Local) -
 
     def facts(request: Any) -> dict[str, Any]:
         """Without the images, whose headers may have been read already."""
-        kept = {name: one for name, one in vars(request).items() if name != "images"}
-        return {name: np.asarray(one).tolist() for name, one in kept.items()}
+        kept = {name: value for name, value in vars(request).items() if name != "images"}
+        return {name: np.asarray(value).tolist() for name, value in kept.items()}
 
     assert len(recorder.inferences) == 8
     requests = []

@@ -44,7 +44,7 @@ CATS = ["cat, kitty", "dog", "bird"]
 def test_callers_who_give_up_do_not_hold_up_the_others(server, client, model):
     def encoded() -> int:
         models = client.get_inference_statistics(model).model_stats
-        return sum(one.inference_count for one in models)
+        return sum(model.inference_count for model in models)
 
     if model == "text_encoder":
         labels = [[f"nobody's label {index}".encode() for index in range(20_000)]]
@@ -85,7 +85,7 @@ def test_the_client_finds_the_releases_that_are_served(server, way):
         assert caught.value.code is None
     with Client(url, release=1) as pinned:
         assert pinned.is_ready() and pinned.release().version == 1
-        assert {one.release for one in pinned.classify([png(0, 4, 4)] * 40, CATS)} == {1}
+        assert {answer.release for answer in pinned.classify([png(0, 4, 4)] * 40, CATS)} == {1}
     with Client(url, release=7) as absent:
         assert not absent.is_ready()
         with pytest.raises(ModelNotFound, match="release 7; it serves 1, 2"):
@@ -110,9 +110,9 @@ def test_a_release_of_any_alpha_answers_as_those_with_it_folded_in(
 
     def call(image: bytes, alpha: float, labels: Labels) -> None:
         [expected] = complete(classify(fixed[alpha], ClassifyRequest([image], labels)))
-        found = client.classify(image, labels.names, label_set=labels.label_set, alpha=alpha)
-        assert found.labels == expected.labels
-        assert found.scores == pytest.approx(expected.scores.tolist(), rel=1e-3)
+        answer = client.classify(image, labels.names, label_set=labels.label_set, alpha=alpha)
+        assert answer.labels == expected.labels
+        assert answer.scores == pytest.approx(expected.scores.tolist(), rel=1e-3)
 
     with tritonserver(dynamic_tiny_clip) as server, Client(server.grpc_url, batch_size=3) as client:
         assert (client.release().alpha, client.release().dynamic_alpha) == (0.5, True)
@@ -121,9 +121,9 @@ def test_a_release_of_any_alpha_answers_as_those_with_it_folded_in(
             np.testing.assert_allclose(client.embed_images(images, alpha=alpha), pixels, atol=1e-5)
             rows = client.embed_texts(texts, alpha=alpha)
             np.testing.assert_allclose(rows, release.embed_texts(texts), atol=1e-5)
-        own = client.embed_texts(texts)
-        np.testing.assert_array_equal(own, client.embed_texts(texts, alpha=0.5))
-        assert np.abs(own - client.embed_texts(texts, alpha=0)).max() > 1e-3
+        embeds = client.embed_texts(texts)
+        np.testing.assert_array_equal(embeds, client.embed_texts(texts, alpha=0.5))
+        assert np.abs(embeds - client.embed_texts(texts, alpha=0)).max() > 1e-3
         jobs = itertools.product(images, fixed, [Labels(label_set="four"), Labels(LABELS)])
         with ThreadPoolExecutor(8) as pool:  # many α at once
             list(pool.map(lambda job: call(*job), [*jobs] * 2))
@@ -179,7 +179,7 @@ def test_code_in_the_folder_where_the_server_is_started_is_never_run(
     with tritonserver(Path("repository")) as server, Client(server.grpc_url) as client:
         assert len(client.embed_images([png(0)])) == 1
         process = psutil.Process(server.pid)
-        folders = {one.cwd() for one in (process, *process.children())}
+        folders = {child.cwd() for child in (process, *process.children())}
         assert folders == {str(server.folder)}
     assert not (tmp_path / "evil").exists()
 
@@ -218,9 +218,12 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
         ]
         children = [triton, *triton.children()]
         listening = [c for c in triton.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-        assert {one.laddr.port for one in listening} == set(ports)
+        assert {connection.laddr.port for connection in listening} == set(ports)
         # gRPC has IPv4 mapped into IPv6.
-        assert {one.laddr.ip for one in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}
+        assert {connection.laddr.ip for connection in listening} <= {
+            "127.0.0.1",
+            "::ffff:127.0.0.1",
+        }
         caller = stack.enter_context(socket.create_connection(("127.0.0.1", ports[0])))
         caller.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert caller.recv(100)
