@@ -54,9 +54,7 @@ from radapter_serve.release.repository import (
     ENCODERS,
     PATCH_ENCODER,
     RUNTIMES,
-    Served,
     find_release,
-    split_repository,
 )
 
 A = TypeVar("A")
@@ -386,7 +384,7 @@ def load_release(
     threads: int | None = None,
     choice: Choice = AS_EXPORTED,
 ) -> LoadedRelease:
-    """Load release N of `DIR@N`, `version`, or the newest, with the encoders that `choice` has
+    """Load release N of `DIR@N`, `version`, or the served one, with the encoders that `choice` has
     tried already, or by its runtime and precision.
     """
     folder = find_release(repository if version is None else f"{repository}@{version}")
@@ -420,9 +418,6 @@ def release_at(origin: Mapping[str, str], version: int | None = None) -> LoadedR
     """
     if "url" in origin:
         return served_release(origin["url"])
-    repository, number = split_repository(origin["model_repository"])
-    if version is None and not number:
-        version = max(Served.load(Path(repository)).releases, default=None)
     return load_release(origin["model_repository"], version)
 
 

@@ -113,7 +113,7 @@ class EvaluationSettings:
             With a model repository or a server, the name of an adapter beside the release.
         merged: folder of a merged checkpoint, instead of a run.
         model_repository: model repository, instead of a run; its own runtime runs the release.
-            PATH@N for release N, else the newest.
+            DIR@N for release N, else the served one.
         url: a live server, instead of a run, such as http://localhost:8000.
         checkpoint: a model that was tuned elsewhere, instead of a run: a .pt or .safetensors file,
             a model's folder, hf-hub:NAME or NAME:TAG; at any alpha on the line from --base.

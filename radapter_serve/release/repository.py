@@ -103,11 +103,13 @@ def split_repository(repository: str | Path) -> tuple[str, str]:
 
 
 def find_release(repository: str | Path) -> Path:
-    """Find the folder, in the task `classify`, of release N of `DIR@N`, or of the newest."""
+    """Find the folder, in the task `classify`, of release N of `DIR@N`, or of the served one (the
+    highest, if there are several).
+    """
     path, number = split_repository(repository)
     folder = Path(path)
-    [version] = require_known(folder, [int(number)] if number else releases_of(folder)[-1:])
-    return folder / MODELS[-1] / str(version)
+    served = [int(number)] if number else Served.load(folder).releases
+    return folder / MODELS[-1] / str(require_known(folder, served)[-1])
 
 
 def require_known(repository: Path, releases: Sequence[int]) -> list[int]:

@@ -75,6 +75,9 @@ def test_a_choice_that_can_not_be_served_is_refused(
 
 def test_a_release_is_found_by_its_number(repository: Path) -> None:
     assert find_release(repository) == repository / "classify" / "10"
+    (repository / SERVED).write_text('{"releases": [1, 2], "before": [10]}')
+    assert find_release(repository) == repository / "classify" / "2"
+    (repository / SERVED).unlink()
     assert find_release(f"{repository}@2") == repository / "classify" / "2"
     link = repository / "team@home"
     link.symlink_to(repository)
