@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import random
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,7 @@ import urllib3
 
 from radapter_client import Values
 from radapter_export import export
-from radapter_serve.adapter import Adapter, Metadata, base_digest, fold, save_adapter
-from radapter_serve.adapter.tuned import towers_of
+from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.release import main as command
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.contract.embeddings import Point
@@ -34,13 +30,11 @@ from radapter_serve.release import adapters
 from radapter_serve.release.release import Confidence
 from radapter_serve.tasks import embed
 from radapter_serve.tasks.embed import Labels, embed_label_set
-from tests.conftest import export_into
 from tests.helpers.asking import tritonserver
 from tests.helpers.graphs import quick_exports
 from tests.helpers.small_release import png
+from tests.helpers.text_adapters import TEXTS, WIDTH, encoded, export_base, folded, made
 
-TEXTS = ["a red bicycle", "猫", "two dogs in the snow", "a cat"]
-WIDTH = 32
 CONFIDENCE = Confidence(
     scale=7.0,
     bias=-1.0,
@@ -51,48 +45,6 @@ CONFIDENCE = Confidence(
     label_ece=0.1,
     min_score=0.2,
 )
-
-
-def made(base: Base, seed: int, rank: int | None = None, alpha: float = 0.5) -> Adapter:
-    """An adapter on the text's projection with random values."""
-    weights = base.model.state_dict()
-    generator = torch.Generator().manual_seed(seed)
-
-    def values(*shape: int) -> torch.Tensor:
-        return 0.3 * torch.randn(*shape, generator=generator)
-
-    key = "text_projection"
-    tensors = {key: values(WIDTH, WIDTH)}
-    if rank is not None:
-        tensors = {f"{key}.up": values(WIDTH, rank), f"{key}.down": values(rank, WIDTH)}
-    metadata = Metadata(
-        architecture=base.name,
-        base_digest=base_digest(weights, [key]),
-        rank=rank,
-        alpha=alpha,
-        templates=["a {}", "the {}, twice"],
-        recipe={"adapt": "text-projection"},
-        classes=["cat, kitty", "dog"],
-        text_tower=towers_of(base.model, {})["text_tower"].base,
-    )
-    return Adapter(tensors, metadata)
-
-
-@torch.no_grad()
-def encoded(base: Base, texts: list[str]) -> np.ndarray:
-    """Text embeddings by torch, [N, D]."""
-    model: Any = base.model
-    return np.asarray(model.encode_text(base.tokenizer(texts), normalize=True))
-
-
-def folded(base: Base, adapter: Adapter, alpha: float, texts: list[str]) -> np.ndarray:
-    """Text embeddings by torch, with the adapter folded into the weights, [N, D]."""
-    weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    base.model.load_state_dict(fold(weights, adapter, alpha))
-    try:
-        return encoded(base, texts)
-    finally:
-        base.model.load_state_dict(weights)
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +65,7 @@ def runs(base: Base, tmp_path: Path) -> dict[str, Adapter]:
 @pytest.fixture
 def repository(runs: dict[str, Adapter], tmp_path: Path, common: Path) -> Path:
     """A release of the base, α 0, with both adapters beside it."""
-    labels = tmp_path / "animals.txt"
-    labels.write_text("cow\nhorse, pony\nsheep\n")
-    export_into(tmp_path, common, tmp_path / "anna", [0.0], label_sets={"animals": labels})
-    repository = tmp_path / "model_repository"
+    repository = export_base(tmp_path, common, tmp_path / "anna")
     for name in runs:
         folder = str(tmp_path / name)
         assert command(["add-adapter", name, folder, "--model-repository", str(repository)]) == 0
@@ -352,59 +301,6 @@ def test_what_does_not_belong_is_refused(base, engine, repository, tmp_path, cap
     other = replace(meta, text_tower="sha256:" + "0" * 64)
     assert "--alpha 0" in refused(Adapter(made(base, 3).tensors, other))
     assert sorted(adapters.read_list(repository)) == ["anna", "bob"]
-
-
-def test_an_adapter_whose_matrix_is_another_is_never_answered_with(engine, repository, runs, base):
-    """Names are added, replaced and removed while many ask: each answer is of the adapter that its
-    receipt names.
-    """
-    names = [f"tenant-{number}" for number in range(8)]
-    kinds = [made(base, seed) for seed in range(10, 14)]
-    expected = {seed: folded(base, kind, 0.5, TEXTS) for seed, kind in enumerate(kinds)}
-    plain = np.asarray(ask(engine, "embed_text", text=TEXTS)["text_embeds"])
-    facts, _ = adapters.read_run(repository.parent / "anna")
-    history: dict[str, set[int]] = {name: set() for name in names}
-    stop = threading.Event()
-
-    def change() -> None:
-        dice = random.Random(0)
-        while not stop.is_set():
-            name = dice.choice(names)
-            seed = dice.randrange(len(kinds))
-            history[name].add(seed)
-            factors = (kinds[seed].tensors["text_projection"].numpy(),)
-            adapters.add(repository, name, facts, factors, replace=True)
-            if dice.random() < 0.2:
-                adapters.remove_adapter(repository, name)
-
-    def caller(number: int) -> int:
-        dice = random.Random(number)
-        answered = 0
-        for _ in range(20):
-            name = dice.choice([*names, ""])
-            values = {"adapter": name} if name else {}
-            try:
-                outputs = ask(engine, "embed_text", text=TEXTS, **values)
-            except TaskError as error:
-                assert error.code == "unknown_adapter"
-                continue
-            answered += 1
-            receipts = {json.loads(text)["adapter"] for text in outputs["receipt"].ravel()}
-            assert receipts == {name or None}
-            embeds = np.asarray(outputs["text_embeds"])
-            possible = [expected[seed] for seed in history[name]] if name else [plain]
-            assert any(np.abs(embeds - one).max() < 1e-6 for one in possible)
-        return answered
-
-    changer = threading.Thread(target=change)
-    changer.start()
-    try:
-        with ThreadPoolExecutor(16) as pool:
-            answered = sum(pool.map(caller, range(16)))
-    finally:
-        stop.set()
-        changer.join()
-    assert answered > 100
 
 
 @pytest.mark.triton
