@@ -187,19 +187,6 @@ class Decoder:
         results: dict[int, Future[None]] = {number: Future() for number in small}
         waiting = deque(small)
 
-        def take() -> None:
-            with contextlib.suppress(IndexError):  # all are taken
-                number = waiting.popleft()
-                try:
-                    fill(number)
-                    results[number].set_result(None)
-                except BaseException as error:
-                    results[number].set_exception(error)
-            # Queue up behind the images of other callers, so that no request waits for a whole
-            # other one.
-            if waiting:
-                self._submit(take)
-
         def finish() -> NDArray[np.uint8]:
             try:
                 for number in range(len(files)):
@@ -218,18 +205,36 @@ class Decoder:
             return pixels
 
         for _ in range(min(self._threads, len(small))):
-            self._submit(take)
+            self._submit(self._take, waiting, results, fill)
         return finish
 
     def close(self) -> None:
         """Shut down the threads."""
         self._pool.shutdown()
 
-    def _submit(self, work: Callable[[], None]) -> None:
+    def _take(
+        self, waiting: deque[int], results: dict[int, Future[None]], fill: Callable[[int], None]
+    ) -> None:
+        """Decode the next image of a request; a function in `start` would refer to itself, and keep
+        the pixels in that circle.
+        """
+        with contextlib.suppress(IndexError):  # all are taken
+            number = waiting.popleft()
+            try:
+                fill(number)
+                results[number].set_result(None)
+            except BaseException as error:
+                results[number].set_exception(error)
+        # Queue up behind the images of other callers, so that no request waits for a whole other
+        # one.
+        if waiting:
+            self._submit(self._take, waiting, results, fill)
+
+    def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
         try:
-            self._pool.submit(work)
+            self._pool.submit(work, *arguments)
         except RuntimeError:  # the pool is closed: finish the request in this thread
-            work()
+            work(*arguments)
 
 
 @dataclass(frozen=True)

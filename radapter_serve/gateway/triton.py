@@ -37,7 +37,7 @@ class Triton:
     def __init__(self, address: str, now: Callable[[], float] = time.monotonic) -> None:
         self._address = address
         self._now = now
-        self._encoding = Threads(1, "encode")
+        self._converting = Threads(1, "convert")
         self._closing: set[asyncio.Future[None]] = set()
         self._open()
 
@@ -60,11 +60,13 @@ class Triton:
 
     async def infer(self, request: Inference, timeout: float, entry: Entry) -> Reply:
         encoded = partial(encode, request.model, request.version, request.inputs, request.outputs)
-        message = encoded() if request.size <= SMALL else await self._encoding.run(encoded)
+        message = encoded() if request.size <= SMALL else await self._converting.run(encoded)
         message.id = entry.id
         trace = entry.traceparent
         metadata = () if trace is None else (("traceparent", trace),)
-        return decode(await self._ask(self._stub.ModelInfer, message, timeout, metadata))
+        answer = await self._ask(self._stub.ModelInfer, message, timeout, metadata)
+        decoded = partial(decode, answer)
+        return decoded() if answer.ByteSize() <= SMALL else await self._converting.run(decoded)
 
     async def config(self, model: str, version: str = "") -> Model:
         request = service_pb2.ModelConfigRequest(name=model, version=version)

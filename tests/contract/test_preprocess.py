@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -243,3 +245,16 @@ def test_images_of_several_callers_are_decoded_in_turns(
     # Behind the two that were begun, and at most one more that its thread took on at once.
     assert {order.index(image) for image in few} <= {2, 3, 4}
     assert len(order) == 14
+
+
+def test_pixels_are_freed_with_their_request(decoder: Decoder) -> None:
+    """And not only when Python looks for circles."""
+    gc.disable()
+    try:
+        wait = decoder.start(read_headers([png(seed) for seed in range(5)]))
+        pixels = weakref.ref(wait())
+        del wait
+        decoder.close()  # its threads have let go of the request
+        assert pixels() is None
+    finally:
+        gc.enable()

@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import json
 import struct
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from radapter_client import Reply
+from radapter_client.grpc import decode
 from radapter_serve.gateway.triton import RESOLVE_SECONDS, Triton
 from radapter_serve.gateway.upstream import Entry, Inference, Refused, from_status
 from tests.helpers.fake_clock import FakeClock
@@ -36,8 +38,9 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
     metadata: dict[str, str]
     seconds: float  # that the request may take
 
-    def __init__(self, version: int = 7, takes: float = 0.0) -> None:
+    def __init__(self, version: int = 7, takes: float = 0.0, texts: Sequence[bytes] = ()) -> None:
         self._version = version
+        self._texts = texts
         self._takes = takes
 
     async def ModelInfer(self, request: Any, context: Any) -> service_pb2.ModelInferResponse:
@@ -54,6 +57,8 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
             ("mask", "UINT16", [2, 1], struct.pack("<HH", 1, 2)),
             ("thumbnail", "BYTES", [0], b""),
         ]
+        if self._texts:
+            tensors = [("labels", "BYTES", [len(self._texts)], packed(self._texts))]
         for name, datatype, shape, values in tensors:
             answer.outputs.add(name=name, datatype=datatype, shape=shape)
             answer.raw_output_contents.append(values)
@@ -134,6 +139,32 @@ def test_arrays_are_sent_and_arrays_come_back() -> None:
     assert 20 < recorder.seconds < 31  # gRPC rounds the time that is left
     _, recorder = recorded(lambda triton: triton.infer(ASKED, 10, ENTRY))
     assert "traceparent" not in recorder.metadata
+
+
+@pytest.mark.parametrize(("count", "thread"), [(8, "MainThread"), (10_000, "convert")])
+def test_a_large_answer_is_decoded_in_a_thread(
+    monkeypatch: pytest.MonkeyPatch, count: int, thread: str
+) -> None:
+    threads = []
+
+    def noted(message: Any) -> Reply:
+        threads.append(threading.current_thread().name)
+        return decode(message)
+
+    monkeypatch.setattr("radapter_serve.gateway.triton.decode", noted)
+    texts = [b"a label of ten"] * count
+
+    async def run() -> Reply:
+        async with listening(Server(texts=texts)) as address:
+            triton = Triton(address)
+            try:
+                return await triton.infer(ASKED, 5, ENTRY)
+            finally:
+                await triton.close()
+
+    reply = asyncio.run(run())
+    assert reply.outputs["labels"].tolist() == texts
+    assert threads == [thread]
 
 
 def test_what_triton_says_of_a_model() -> None:
