@@ -40,7 +40,7 @@ from ._results import (
     Segmentation,
     read_releases,
 )
-from ._sending import Sender
+from ._sending import Limit, Sender
 from ._wire import DEFAULT_URLS, Reply, Request, Rows, Transport, Values, find_server, parse_url
 from .failures import (
     InvalidRequest,
@@ -229,7 +229,7 @@ class Client:
             example_weight: weight of a label's examples against its text, in [0, 1], for all labels
                 or by label; 1 leaves the text out. 0.5 if not given, also for a label that a
                 mapping leaves out.
-            timeout: seconds for each request of this call; None for the client's own.
+            timeout: seconds for the whole call; None for the client's own, for each request.
 
         Raises:
             InvalidRequest: bad arguments, or the release has no calibrated scores. InvalidImage, a
@@ -238,6 +238,7 @@ class Client:
         Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top`
         """
         # Check the arguments.
+        limit = self._sender.limit(timeout)
         items = several_images("images", images)
         names = list(examples) if labels is None and examples else labels
         options = checked(
@@ -261,7 +262,7 @@ class Client:
         rows = max(1, min(self._batch_size, MAX_STRINGS // max(1, strings)))
 
         # Ask in batches, and read the rows.
-        replies = self._in_batches("classify", "image", items, options, rows, timeout)
+        replies = self._in_batches("classify", "image", items, options, rows, limit)
         answers = []
         with reading():
             for reply in replies:
@@ -323,6 +324,7 @@ class Client:
         "sky"]).overlay().save("overlay.png")`
         """
         # Check the arguments.
+        limit = self._sender.limit(timeout)
         items = several_images("images", images)
         length = None if is_one_image(images) else len(items)
         options = checked(
@@ -348,12 +350,12 @@ class Client:
             return Request("infer", "segment", version, Values(values))
 
         parts = [partial(request, index) for index in range(len(items))]
-        replies = self._infer("segment", parts, timeout)
+        replies = self._infer("segment", parts, limit)
 
         # Read the masks, and note for `overlay` which releases turn images by EXIF.
         turned: dict[int, bool] = {}  # by release; asked for only if an image has to be turned
         if any(orientation(image) != 1 for image in items):
-            served = self._served(timeout)
+            served = self._served(limit)
             turned = {release.version: release.exif_orientation for release in served}
         answers = []
         with reading():
@@ -421,6 +423,7 @@ class Client:
         Example: `client.search("a red bicycle", index="photos", where="year > 2020")[0].id`
         """
         # Check the arguments.
+        limit = self._sender.limit(timeout)
         images = [] if image is None else several_images("image", image)
         by_release = isinstance(min_score, str) and min_score == "calibrated"
         options = checked(
@@ -455,13 +458,13 @@ class Client:
             return Request("infer", "retrieve", version, Values(values), outputs)
 
         try:
-            [reply] = self._infer("retrieve", [request], timeout)
+            [reply] = self._infer("retrieve", [request], limit)
         except InvalidRequest as error:
             # Only a server that is older than adapters refuses to give a receipt.
             if adapter is not None or RECEIPT not in str(error):
                 raise
             outputs.remove(RECEIPT)
-            [reply] = self._infer("retrieve", [request], timeout)
+            [reply] = self._infer("retrieve", [request], limit)
 
         # Read the hits.
         hits = Hits()
@@ -494,7 +497,9 @@ class Client:
         Example: `client.embed_images(["cat.jpg", "dog.jpg"]) @ client.embed_texts("a cat")`
         """
         options = checked(adapter=adapter, alpha=alpha)
-        embeds = self._embed("image", several_images("images", images), options, timeout)
+        embeds = self._embed(
+            "image", several_images("images", images), options, self._sender.limit(timeout)
+        )
         return embeds[0] if is_one_image(images) else embeds
 
     def embed_texts(
@@ -514,7 +519,7 @@ class Client:
         """
         items = several_texts("texts", [texts] if isinstance(texts, str) else texts)
         options = checked(adapter=adapter, alpha=alpha)
-        embeds = self._embed("text", items, options, timeout)
+        embeds = self._embed("text", items, options, self._sender.limit(timeout))
         return embeds[0] if isinstance(texts, str) else embeds
 
     # The method names of open_clip and sentence-transformers.
@@ -535,23 +540,14 @@ class Client:
 
         Example: `client.release().alpha`
         """
-        releases = self._served(timeout)
-        if self._version is None:
-            return releases[-1]
-        for release in releases:
-            if release.version == self._version:
-                return release
-        served = ", ".join(str(release.version) for release in releases)
-        raise ModelNotFound(
-            f"the server does not serve release {self._version}; it serves {served}"
-        )
+        return self._release(self._sender.limit(timeout))
 
     def releases(self, *, timeout: float | None = None) -> list[Release]:
         """List all releases that the server serves, oldest first.
 
         Example: `[release.version for release in client.releases()]`
         """
-        return self._served(timeout)
+        return self._served(self._sender.limit(timeout))
 
     def indexes(self, *, timeout: float | None = None) -> list[str]:
         """List the names of the indexes that `search` can search, in alphabetical order.
@@ -562,7 +558,8 @@ class Client:
         Example: `client.indexes()`
         """
         try:
-            [reply] = self._sender.ask([partial(Request, "indexes", "retrieve")], timeout)
+            limit = self._sender.limit(timeout)
+            [reply] = self._sender.ask([partial(Request, "indexes", "retrieve")], limit)
         except (InvalidRequest, ModelNotFound) as error:
             if error.code is not None:
                 raise
@@ -581,25 +578,35 @@ class Client:
         """
         version = "" if self._version is None else str(self._version)
         try:
-            return all(
-                self._sender.ask(
-                    [partial(Request, "ready", task, version) for task in TASKS], timeout
-                )
-            )
+            limit = self._sender.limit(timeout)
+            parts = [partial(Request, "ready", task, version) for task in TASKS]
+            return all(self._sender.ask(parts, limit))
         except (ServerUnavailable, Timeout, ModelNotFound):
             return False
 
     # Requests and replies that the methods share
 
+    def _release(self, limit: Limit) -> Release:
+        releases = self._served(limit)
+        if self._version is None:
+            return releases[-1]
+        for release in releases:
+            if release.version == self._version:
+                return release
+        served = ", ".join(str(release.version) for release in releases)
+        raise ModelNotFound(
+            f"the server does not serve release {self._version}; it serves {served}"
+        )
+
     def _embed(
-        self, kind: str, items: list[Any], options: dict[str, Any], timeout: float | None
+        self, kind: str, items: list[Any], options: dict[str, Any], limit: Limit
     ) -> Embeddings:
         if not items:
-            width = self.release(timeout=timeout).embed_dim
+            width = self._release(limit).embed_dim
             with reading():
                 return np.zeros((0, width), np.float32)
         size = self._batch_size
-        replies = self._in_batches(f"embed_{kind}", kind, items, options, size, timeout)
+        replies = self._in_batches(f"embed_{kind}", kind, items, options, size, limit)
         with reading():
             parts = []
             receipts: set[Receipt | None] = set()
@@ -625,7 +632,7 @@ class Client:
         items: list[Any],
         options: dict[str, Any],
         rows: int,
-        timeout: float | None,
+        limit: Limit,
     ) -> list[Reply]:
         """Ask for the items in batches of at most `rows`, all with the same options."""
         room = MAX_BYTES - sum(map(len, options.get("examples", ())))
@@ -638,10 +645,10 @@ class Client:
             return Request("infer", task, version, Rows(options | {name: values}, name))
 
         parts = [partial(request, run) for run in chunks(sizes, rows, room)]
-        return self._infer(task, parts, timeout)
+        return self._infer(task, parts, limit)
 
     def _infer(
-        self, task: str, parts: Sequence[Callable[[str], Request]], timeout: float | None
+        self, task: str, parts: Sequence[Callable[[str], Request]], limit: Limit
     ) -> list[Reply]:
         """Run inferences of a task, all in one release; each of `parts` makes a request for a
         version. Starts again if another release took over meanwhile.
@@ -649,17 +656,17 @@ class Client:
         version = self._version
         free = version is None and len(parts) > 1
         if free:
-            version = self._served(timeout, task)[-1].version
+            version = self._served(limit, task)[-1].version
         starts = MAX_STARTS if free else 1
         while True:
             starts -= 1
             number = "" if version is None else str(version)
             try:
-                replies = self._sender.ask([partial(part, number) for part in parts], timeout)
+                replies = self._sender.ask([partial(part, number) for part in parts], limit)
             except (ModelNotFound, ServerUnavailable):
                 before = version
                 if starts:
-                    version = self._served(timeout, task)[-1].version
+                    version = self._served(limit, task)[-1].version
                 if version == before:
                     raise
                 continue
@@ -670,9 +677,9 @@ class Client:
                     )
             return replies
 
-    def _served(self, timeout: float | None, task: str = TASKS[-1]) -> list[Release]:
+    def _served(self, limit: Limit, task: str = TASKS[-1]) -> list[Release]:
         # The configuration of the newest version names every release.
-        [config] = self._sender.ask([partial(Request, "config", task)], timeout)
+        [config] = self._sender.ask([partial(Request, "config", task)], limit)
         with reading():
             return read_releases(config)
 

@@ -12,6 +12,7 @@ import json
 import math
 import socket
 import ssl
+import threading
 import time
 from typing import Any
 from urllib.parse import quote
@@ -220,9 +221,47 @@ class _EndsInTime(HTTPConnection):
             self._deadline = time.monotonic() + seconds
 
     def _new_conn(self) -> socket.socket:
-        sock = super()._new_conn()
-        sock.settimeout(self.timeout)  # for the TLS handshake
-        return sock
+        """Connect to one of the host's addresses; each gets its share of the time that is left."""
+        error: OSError = TimeoutError()
+        addresses = self._resolve()
+        for number, (family, kind, protocol, _, address) in enumerate(addresses):
+            sock = socket.socket(family, kind, protocol)
+            try:
+                for option in self.socket_options or ():
+                    sock.setsockopt(*option)
+                sock.settimeout(self.timeout / (len(addresses) - number))
+                sock.connect(address)
+                sock.settimeout(self.timeout)  # for the TLS handshake
+                return sock
+            except OSError as failed:
+                sock.close()
+                error = failed
+        if isinstance(error, TimeoutError):
+            raise urllib3.exceptions.ConnectTimeoutError(self, "no connection in time") from error
+        raise urllib3.exceptions.NewConnectionError(self, str(error)) from error
+
+    def _resolve(self) -> list[Any]:
+        """Look up the host's addresses in a thread, as no resolver takes a time-out."""
+        results: list[Any] = []
+
+        def look_up() -> None:
+            try:
+                host = (self._dns_host.strip("[]"), self.port)
+                results.append(socket.getaddrinfo(*host, type=socket.SOCK_STREAM))
+            except (OSError, UnicodeError) as error:
+                results.append(error)
+
+        thread = threading.Thread(target=look_up, daemon=True)
+        thread.start()
+        thread.join(self.timeout)
+        if not results:
+            raise urllib3.exceptions.ConnectTimeoutError(self, f"{self.host} was not looked up")
+        if isinstance(results[0], socket.gaierror):
+            error = results[0]
+            raise urllib3.exceptions.NameResolutionError(self.host, self, error) from error
+        if isinstance(results[0], Exception):
+            raise urllib3.exceptions.NewConnectionError(self, str(results[0])) from results[0]
+        return results[0]  # type: ignore[no-any-return]
 
     def connect(self) -> None:
         super().connect()

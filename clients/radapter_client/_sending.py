@@ -13,9 +13,10 @@ from typing import Any
 
 from ._arguments import check_seconds
 from ._wire import Request, Transport
-from .failures import RAdapterClientError, ServerUnavailable
+from .failures import RAdapterClientError, ServerUnavailable, Timeout
 
 Part = Callable[[], Request]  # makes a request, in the thread that sends it
+Limit = Callable[[], float]  # seconds that a request which begins now may take
 FIRST_WAIT = 0.1  # seconds before the first retry; doubled for each further one, up to
 LAST_WAIT = 5.0
 # Set when a call of `AsyncClient` is cancelled; each call has its own event.
@@ -51,12 +52,20 @@ class Sender:
         if self._closed:
             raise RAdapterClientError("the client is closed; make a new one")
 
-    def ask(self, parts: Sequence[Part], timeout: float | None) -> list[Any]:
-        """Send requests and return their replies, in order, within `timeout` seconds each."""
+    def limit(self, timeout: float | None) -> Limit:
+        """The limit of a call's requests: what is left of the call's time-out, and without one the
+        client's own for each, as a list may take hours.
+        """
+        if timeout is None:
+            return lambda: self._timeout
+        end = time.monotonic() + check_seconds(timeout)
+        return lambda: end - time.monotonic()
+
+    def ask(self, parts: Sequence[Part], limit: Limit) -> list[Any]:
+        """Send requests and return their replies, in order, each within the limit."""
         self.check_open()
-        seconds = self._timeout if timeout is None else check_seconds(timeout)
         cancelled = CANCELLED.get()
-        send = partial(self._send, seconds=seconds, cancelled=cancelled)
+        send = partial(self._send, limit=limit, cancelled=cancelled)
         try:
             # A single request is sent in the caller's thread, so that `concurrency` is for lists.
             if len(parts) == 1:
@@ -79,13 +88,16 @@ class Sender:
                 ) from error
             raise
 
-    def _send(self, part: Part, seconds: float, cancelled: threading.Event | None) -> Any:
+    def _send(self, part: Part, limit: Limit, cancelled: threading.Event | None) -> Any:
         """Send a request, which only reads, and again while no server answers; a time-out is not
         retried.
         """
         if cancelled is not None and cancelled.is_set():
             raise RAdapterClientError("the call was cancelled")
         request = part()
+        seconds = limit()
+        if seconds <= 0:
+            raise Timeout("the call's time-out is over, and not all of it was answered")
         # That no server answers is an answer to "ready".
         retries = 0 if request.action == "ready" else self._retries
         wait = FIRST_WAIT

@@ -8,6 +8,7 @@ import io
 import itertools
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from radapter_client import (
     Request,
     Segmentation,
     ServerUnavailable,
+    Timeout,
     _wire,
 )
 from radapter_client._results import read_releases
@@ -83,7 +85,8 @@ def test_the_asynchronous_client_has_the_same_methods_and_asks_the_same():
     with Client(transport=recorder, **options) as client:
         assert [str(call()) for call in calls(client)] == asyncio.run(main())
     assert list(map(str, recorder.requests)) == list(map(str, other.requests))
-    assert recorder.timeouts == other.timeouts and set(recorder.timeouts) == {3, 7}
+    for seconds in (recorder.timeouts, other.timeouts):  # a call's own is that of the whole call
+        assert 2 < seconds[0] < 3 and set(seconds[1:]) == {7}
     # Of one call, from one release.
     assert [request.version for request in recorder.inferences[1:3]] == ["1", "1"]
 
@@ -101,15 +104,33 @@ def test_waits_between_tries_grow_and_end(monkeypatch: pytest.MonkeyPatch) -> No
     sender = Sender(transport, retries=10, **options)
     part = lambda: Request("config", "classify")  # noqa: E731
     with pytest.raises(ServerUnavailable):
-        sender.ask([part], None)
+        sender.ask([part], sender.limit(None))
     for wait, most in zip(waits, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5, 5], strict=True):
         assert most / 2 <= wait <= most
     assert transport.timeouts[0] == 1000 and len(transport.timeouts) == 11
     for wait, left in zip(waits, transport.timeouts[1:], strict=True):
         assert left <= 1000 - wait  # a retry has what is left of the time-out
     with pytest.raises(ServerUnavailable):  # a wait beyond the time-out is not begun
-        sender.ask([part], 0.01)
+        sender.ask([part], sender.limit(0.01))
     assert len(waits) == 10
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_calls_time_out_is_for_all_of_its_requests(kind: type) -> None:
+    class Slow(Recorder):
+        def send(self, request: Request, timeout: float) -> Any:
+            if request.action == "infer":
+                time.sleep(0.1)
+            return super().send(request, timeout)
+
+    async def main(**options: Any) -> int:
+        client = kind(transport=Slow(), batch_size=1, concurrency=2, timeout=5)
+        answer = client.embed_texts(["a"] * 12, **options)
+        return len(await answer if kind is AsyncClient else answer)
+
+    assert asyncio.run(main()) == asyncio.run(main(timeout=30)) == 12
+    with pytest.raises(Timeout, match="the call's time-out is over"):
+        asyncio.run(main(timeout=0.25))  # of 0.6 s
 
 
 def test_the_concurrency_of_an_asynchronous_client_is_for_lists() -> None:

@@ -9,6 +9,7 @@ import re
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -284,6 +285,36 @@ def test_an_answer_that_comes_byte_by_byte_is_late(start: bytes, keep: bytes):
         begin = time.monotonic()
         assert type(attempt(url, embed, timeout=0.15)) is Timeout
         assert time.monotonic() - begin < 2
+
+
+def test_a_name_that_is_looked_up_for_long_is_late(monkeypatch: pytest.MonkeyPatch):
+    ended = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: ended.wait(20))
+    begin = time.monotonic()
+    assert type(attempt("http://far.example", embed, timeout=0.2)) is Timeout
+    ended.set()
+    assert time.monotonic() - begin < 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full queue answers nothing there alone")
+@pytest.mark.parametrize("good", [True, False])
+def test_each_address_has_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch, good: bool):
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            caller = stack.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(full.getsockname())
+        url, _ = stack.enter_context(http_server(200, GOOD, LENGTH))
+        addresses = [full.getsockname()] * 3
+        if good:
+            addresses.append(("127.0.0.1", int(url.rpartition(":")[2])))
+        infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: infos)
+        begin = time.monotonic()
+        answer = attempt("http://many.example", embed, timeout=1)
+        assert time.monotonic() - begin < 1.5
+        assert isinstance(answer, np.ndarray) if good else type(answer) is Timeout
 
 
 def test_a_slow_handshake_takes_from_the_time_of_the_answer(monkeypatch: pytest.MonkeyPatch):
