@@ -4,14 +4,14 @@
 #
 #   bash examples/photos.sh                        downloads EuroSAT (90 MB) and the base (605 MB)
 #   bash examples/photos.sh FOLDER                 photos of yours: a sub-folder for each class
-#   bash examples/photos.sh FOLDER --recipe quick  with more flags of radapter-train
+#   bash examples/photos.sh FOLDER --recipe quick  more flags of radapter-train
 #
 # It writes into the new folder ./photos-run.
 set -euo pipefail
 
 source=${1:-}
 [ $# = 0 ] || shift
-[ -z "$source" ] || source=$(realpath -- "$source")
+[ -z "$source" ] || source=$(cd -- "$source" && pwd)
 mkdir photos-run
 cd photos-run
 

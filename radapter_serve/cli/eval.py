@@ -57,15 +57,16 @@ def evaluate(
         screen.print(result.table())
         _print(screen, *prompts(result.rows))
     _print(Console(stderr=True), *result.notes)
-    if not result.measured:
+    rows = [file for file in result.files if file.suffix == ".jsonl"]
+    if rows and not result.measured:
         _print(
             screen,
             "all of this was measured before; --no-resume measures it again and replaces"
-            f" {result.files[0]}",
+            f" {rows[0]}",
         )
     _print(screen, *(f"wrote {file}" for file in result.files))
     if choice is not None:
-        adapter = result.files[1].parent
+        [adapter] = [file.parent for file in result.files if file.name == "alpha.json"]
         command = f"radapter-export --adapter {shlex.quote(str(adapter))} --alpha"
         _print(screen, f"auto is alpha {choice.alpha:g}, best is alpha {choice.best:g}")
         _print(screen, f"Next:   {command} auto")

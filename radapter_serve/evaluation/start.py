@@ -87,7 +87,7 @@ class Evaluation:
         suite = self.suite.name if self.suite else None
         return (
             f"Evaluation(suite={suite!r}, rows={len(self.rows)}, chosen_alpha={self.chosen_alpha},"
-            f" folder={str(self.files[0].parent)!r})"
+            f" folder={str(self.files[-1].parent)!r})"
         )
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -378,6 +378,7 @@ def evaluate(
             # Auto tests only a few α: their curve must not replace a whole one.
             files += draw(rows, folder, tests.name, curve_too=not auto)
         if choice:
+            folder.mkdir(parents=True, exist_ok=True)
             files.append(draw_choice(choice, folder))
     notes = [*(choice.notes if choice else kept_notes(rows))]
     if not settings.instead and "projection" in load_adapter(path).metadata.recipe.get("adapt", ""):
@@ -389,7 +390,8 @@ def evaluate(
         choice=choice,
         suite=tests,
         notes=(*notes, *overlaps, *warnings(rows)),
-        files=tuple(files),
+        # Nothing was evaluated where cross-validation has chosen and no test is named.
+        files=tuple(file for file in files if file.exists()),
         measured=results.measured,
     )
 

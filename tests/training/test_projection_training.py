@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from radapter_serve.adapter import average_adapters, fold, load_adapter
+from radapter_serve.cli.eval import main as eval_command
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image, encode_text
@@ -116,7 +117,15 @@ def test_a_run_learns_and_leaves_what_other_commands_read(
     for words in ("embedding 24 images", "chose learning rate 0.01", "next: radapter-export"):
         assert words in printed
 
-    # `radapter-eval --alpha auto` takes the choice, and measures what the folded model does.
+    # `radapter-eval --alpha auto` takes the choice, and draws it.
+    picture = tmp_path / "new" / "validation.png"
+    command = ["--adapter", str(run.folder), "--alpha", "auto", "--out", str(picture.parent)]
+    assert eval_command(command) == 0
+    assert [*picture.parent.iterdir()] == [picture]
+    printed = capsys.readouterr().out
+    assert f"Next:   radapter-export --adapter {run.folder} --alpha auto" in printed
+    assert "results.jsonl" not in printed and "--no-resume" not in printed
+    # On test data it measures what the folded model does.
     evaluation = evaluate(run, "auto", data=recipe.data, out=tmp_path / "results")
     assert evaluation.chosen_alpha == choice.alpha
     assert evaluation.files[1] == run.folder / "alpha.json"
