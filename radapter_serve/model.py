@@ -75,9 +75,9 @@ class Model(Client):
         place = name
         options = {"pretrained": pretrained, "base": base, "alpha": alpha, "dense": dense}
         if name.startswith(HUB) and all(value is None for value in options.values()):
-            from radapter_export.hub import take
+            from radapter_export.hub import download_release
 
-            place = str(take(name) or name)
+            place = str(download_release(name) or name)
         folder, number = split_repository(place)
         if releases_of(Path(folder)) or number:
             for what, value in options.items():

@@ -31,7 +31,7 @@ LOCAL = "local-dir:"
 HUB = "hf-hub:"
 CARD = "README.md"  # the model card in a model's folder
 TIMEOUT_SECONDS = 5
-_SAID = {
+_HUB_ERRORS = {
     401: "the hub does not know who asks, or has no such repository (401); look at the name, and"
     " log in with: hf auth login",
     403: "the hub does not allow that (403); log in with a token that may, by: hf auth login",
@@ -138,7 +138,7 @@ def refused(error: BaseException) -> str:
     for cause in _causes(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status is not None:
-            return _SAID.get(status, f"the hub answers {status}; try again later")
+            return _HUB_ERRORS.get(status, f"the hub answers {status}; try again later")
     if why := unreachable():
         return f"the hub can't be reached ({why}); try again with a connection"
     return reason(error)

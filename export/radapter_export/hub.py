@@ -117,7 +117,7 @@ def push(name: str, release: Release, settings: ExportSettings, card: str) -> st
     return f"{HUB}{name}@{commit.oid}"
 
 
-def take(name: str) -> Path | None:
+def download_release(name: str) -> Path | None:
     """Download a release from the hub, and build a model repository of its files in the cache; None
     if there is no release.
     """

@@ -18,7 +18,7 @@ from radapter_export.settings import ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.rows import metric_name
-from radapter_serve.release.release import MIN_SCORE_SHARE, NO_TEMPERATURE, Release
+from radapter_serve.release.release import MIN_SCORE_SHARE, WHY_NO_TEMPERATURE, Release
 from radapter_serve.release.repository import SERVED
 from radapter_serve.sources import CLASSES
 
@@ -168,7 +168,7 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
     before = f"ECE {100 * fitted['ece_before']:.2f} %"
     if fitted["ece_after"] is None:
         return (
-            f"scores are calibrated; {before}; no temperature can be fitted: {NO_TEMPERATURE};"
+            f"scores are calibrated; {before}; no temperature can be fitted: {WHY_NO_TEMPERATURE};"
             f" {labels}"
         )
     way = "a sigmoid"

@@ -130,9 +130,9 @@ def serve(
     # Fetch a release from the hub.
     name = config.model_repository.as_posix()
     if name.startswith(HUB):
-        from radapter_export.hub import take
+        from radapter_export.hub import download_release
 
-        folder = take(name)
+        folder = download_release(name)
         if folder is None:
             raise RAdapterError(
                 f"{name} holds no release; export one from it with radapter-export --checkpoint"

@@ -292,11 +292,6 @@ def known_as(name: str, names: Container[str]) -> str | None:
     return next((spelling for spelling in spellings(name) if spelling in names), None)
 
 
-def there_are(names: Iterable[str], how: str) -> str:
-    """The end of an error about an unknown name: the known names, or `how` to make a first one."""
-    return f"; there are: {', '.join(names) or f'none ({how})'}"
-
-
 def class_probabilities(
     cosines: NDArray[np.float32], logit_scale: float, logit_bias: float | None = None
 ) -> NDArray[np.float32]:

@@ -61,8 +61,8 @@ from radapter_serve.gateway.upstream import (
     UNSUPPORTED_TYPE,
     Entry,
     Inference,
-    Model,
     Refused,
+    ServedModel,
     Upstream,
     bad_request,
 )
@@ -110,7 +110,7 @@ class Gateway:
         self._settings = settings
         self._connect = connect
         self._timeouts = timeouts
-        self._models: dict[tuple[str, str], tuple[float, Model]] = {}
+        self._models: dict[tuple[str, str], tuple[float, ServedModel]] = {}
         self._concurrency = ConcurrencyLimit(settings.max_concurrent, settings.max_queue)
         self._max_body = int(settings.max_body * MIB)
         self._max_json = int(settings.max_body * MIB * JSON_SHARE)
@@ -416,7 +416,7 @@ class Gateway:
             quota.images(count)
             self._metrics.count_images(quota.key.name, count)
 
-    async def _model(self, name: str, version: str = "", fresh: float = FRESH) -> Model:
+    async def _model(self, name: str, version: str = "", fresh: float = FRESH) -> ServedModel:
         """The description of a task; a cached one if it is younger than `fresh` seconds."""
         now = time.monotonic()
         when, model = self._models.get((name, version), (now, None))

@@ -21,7 +21,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.access import Threads
 from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.gateway.upstream import LOG, Entry, Inference, Model, from_status
+from radapter_serve.gateway.upstream import LOG, Entry, Inference, ServedModel, from_status
 from radapter_serve.release.config import encoders_of
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import TASKS, release_parameters
@@ -171,12 +171,12 @@ class InProcess:
         finally:
             cancelled.set()
 
-    async def config(self, model: str, version: str = "") -> Model:
+    async def config(self, model: str, version: str = "") -> ServedModel:
         try:
             releases = self._engine.releases(model, version)
         except TaskError as error:
             raise from_status(error.status, str(error)) from None
-        return Model.of(model, release_parameters(releases))
+        return ServedModel.of(model, release_parameters(releases))
 
     async def ready(self, model: str, version: str = "") -> bool:
         return not version or int(version) in self._engine.versions()

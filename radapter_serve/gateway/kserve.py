@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from radapter_client import Reply
 from radapter_client.tensors import DATATYPES, NUMPY, pack, unpack
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.gateway.upstream import IMAGES, Inference, Model, Refused, bad_request
+from radapter_serve.gateway.upstream import IMAGES, Inference, Refused, ServedModel, bad_request
 from radapter_serve.tasks.table import RECEIPT, TASKS
 
 RECEIPT_HEADER = "Radapter-Receipt"
@@ -139,7 +139,7 @@ def count_texts(text: bytes) -> int:
     return sum(math.prod(tensor.shape) for tensor in header.inputs if tensor.datatype == "BYTES")
 
 
-def read(body: bytes, end: int, model: Model, version: str = "") -> Inference:
+def read(body: bytes, end: int, model: ServedModel, version: str = "") -> Inference:
     """Parse and check the body of an inference: JSON up to `end`, then binary tensors."""
     header = from_json(Header, body[:end], "send tensors in binary")
     if header.model_name not in (None, model.name):
@@ -269,7 +269,7 @@ def _check_finite(name: str, values: NDArray[Any]) -> None:
         raise bad_request(f"the input {name} holds a value that is not a finite number")
 
 
-def _outputs(header: Header, model: Model) -> tuple[tuple[str, ...], frozenset[str]]:
+def _outputs(header: Header, model: ServedModel) -> tuple[tuple[str, ...], frozenset[str]]:
     """Names of the requested outputs, and of the ones in binary; refuses files in JSON."""
     default = header.parameters.binary_data_output
     names: list[str] = []

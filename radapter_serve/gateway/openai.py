@@ -33,8 +33,8 @@ from radapter_serve.gateway.upstream import (
     SERVER_UNAVAILABLE,
     Entry,
     Inference,
-    Model,
     Refused,
+    ServedModel,
     Upstream,
     bad_request,
 )
@@ -196,7 +196,7 @@ class OpenAI:
     def __init__(
         self,
         upstream: Upstream,
-        model: Callable[..., Awaitable[Model]],
+        model: Callable[..., Awaitable[ServedModel]],
         concurrency: ConcurrencyLimit,
         repository: Path | None = None,  # with the list of adapters
     ) -> None:

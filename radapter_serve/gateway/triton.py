@@ -21,7 +21,7 @@ from radapter_serve.gateway.upstream import (
     SMALL,
     Entry,
     Inference,
-    Model,
+    ServedModel,
     from_status,
 )
 
@@ -68,7 +68,7 @@ class Triton:
         decoded = partial(decode, answer)
         return decoded() if answer.ByteSize() <= SMALL else await self._converting.run(decoded)
 
-    async def config(self, model: str, version: str = "") -> Model:
+    async def config(self, model: str, version: str = "") -> ServedModel:
         request = service_pb2.ModelConfigRequest(name=model, version=version)
         config = (await self._ask(self._stub.ModelConfig, request)).config
         releases = {
@@ -76,7 +76,7 @@ class Triton:
             for name, parameter in config.parameters.items()
             if name.partition(".")[0] == "release"
         }
-        return Model.of(model, releases)
+        return ServedModel.of(model, releases)
 
     async def ready(self, model: str, version: str = "") -> bool:
         request = service_pb2.ModelReadyRequest(name=model, version=version)

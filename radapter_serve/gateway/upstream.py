@@ -152,7 +152,7 @@ class Inference:
 
 
 @dataclass(frozen=True)
-class Model:
+class ServedModel:
     """A task as callers see it; `releases` maps names of config parameters to the facts of a
     release.
     """
@@ -163,7 +163,7 @@ class Model:
     releases: Mapping[str, dict[str, Any]]
 
     @classmethod
-    def of(cls, task: str, releases: Mapping[str, str]) -> Model:
+    def of(cls, task: str, releases: Mapping[str, str]) -> ServedModel:
         """Make the model of a task from its releases' facts in JSON; the newest is named `release`.
         Paths of the machine that exported them are cut to their last name.
         """
@@ -268,7 +268,7 @@ class Upstream(Protocol):
         spans of an engine.
         """
 
-    async def config(self, model: str, version: str = "") -> Model:
+    async def config(self, model: str, version: str = "") -> ServedModel:
         """Inputs, outputs and releases of a task."""
 
     async def ready(self, model: str, version: str = "") -> bool: ...

@@ -19,7 +19,7 @@ from radapter_serve.contract.errors import (
     TaskError,
     redact,
 )
-from radapter_serve.contract.labels import is_name, spellings, there_are
+from radapter_serve.contract.labels import is_name, spellings
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
@@ -162,8 +162,9 @@ class Indexes:
         with self._lock:
             if pointer is None:
                 self._known.pop(name, None)
-                names = there_are(index_names(self._folder), "radapter-index build makes them")
-                raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}{names}")
+                names = ", ".join(index_names(self._folder))
+                names = names or "none (radapter-index build makes them)"
+                raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}; there are: {names}")
             known = self._known.get(name)
             if known is not None and known.pointer == pointer:
                 pause = TRY_AGAIN if known.index is None else math.inf

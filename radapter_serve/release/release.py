@@ -27,9 +27,9 @@ _TOWERS = ("image_tower", "text_tower")
 # Largest distance from torch of an fp32 release that a server computes in bf16.
 IN_BF16 = Tolerance(TOLERANCES["bf16"].max_error, 1 - 2e-4)
 # Advice for a release without calibrated scores.
-HOW = "export one with radapter-export --validation DATA"
+HOW_TO_CALIBRATE = "export one with radapter-export --validation DATA"
 # Reason for a softmax without a best temperature.
-NO_TEMPERATURE = "every image was right, or scores are no higher for right answers"
+WHY_NO_TEMPERATURE = "every image was right, or scores are no higher for right answers"
 # Share of the images that the calibrated `min_score` of a search keeps.
 MIN_SCORE_SHARE = 0.95
 
@@ -40,8 +40,8 @@ class Confidence:
 
     `sigmoid(scale·cosine + bias)` is the probability that a label is right, independent of the
     other labels. The softmax over all labels takes logits divided by `temperature`, which is None
-    for models with a sigmoid loss and for `NO_TEMPERATURE`. `ece_before` and `ece_after` are the
-    calibration errors of the best label's score, in [0, 1], before and after calibration;
+    for models with a sigmoid loss and for `WHY_NO_TEMPERATURE`. `ece_before` and `ece_after` are
+    the calibration errors of the best label's score, in [0, 1], before and after calibration;
     `label_ece` is the error over all pairs of an image and a label. Each half of the images is
     scored by the fit on the other half. At least `MIN_SCORE_SHARE` of the images have a cosine of
     `min_score` with their own label; `false_answers` is the share of labels that reach it with an
@@ -263,7 +263,11 @@ def release_parameters(releases: Iterable[Release]) -> dict[str, str]:
 
 
 def fitted_at(
-    what: str, confidence: Confidence | None, fitted: float, alpha: float, how: str = HOW
+    what: str,
+    confidence: Confidence | None,
+    fitted: float,
+    alpha: float,
+    how: str = HOW_TO_CALIBRATE,
 ) -> Confidence:
     """The calibration of a release or an adapter, which `what` names; refuses another α of the
     embeddings than `fitted`. `how` says how to calibrate it.

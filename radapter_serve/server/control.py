@@ -114,7 +114,7 @@ class Control:
         return answer.body
 
 
-def in_json(tensors: Tensors) -> list[dict[str, Any]]:
+def as_json_inputs(tensors: Tensors) -> list[dict[str, Any]]:
     """Inputs of a request, texts and encoded images, in the form of its JSON body."""
     inputs = []
     for name, array in tensors.items():
@@ -133,7 +133,9 @@ def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: floa
         for version in versions if model in PROBES else ():
             path = f"models/{model}/versions/{version}/infer"
             try:
-                answer = control.ask(path, {"inputs": in_json(PROBES[model])}, timeout=timeout)
+                answer = control.ask(
+                    path, {"inputs": as_json_inputs(PROBES[model])}, timeout=timeout
+                )
             except NoAnswer:
                 raise RAdapterError(
                     f"{model} version {version} did not answer within {timeout:g} s; allow more"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import SYSTEM, Clock
 from radapter_serve.release.repository import ENCODERS
-from radapter_serve.server.control import Control, NoAnswer, in_json
+from radapter_serve.server.control import Control, NoAnswer, as_json_inputs
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER, Failure
 from radapter_serve.tasks.table import MINIMAL_REQUESTS
@@ -89,7 +89,7 @@ class Probe:
     def _answers(self, name: str) -> bool:
         """True if any answer comes: an error shows a living process, too."""
         path = "health/live" if name == SERVER else f"models/{name}/infer"
-        body = None if name == SERVER else {"inputs": in_json(MINIMAL_REQUESTS[name])}
+        body = None if name == SERVER else {"inputs": as_json_inputs(MINIMAL_REQUESTS[name])}
         try:
             self._control.ask(path, body, timeout=self._timeout)
         except NoAnswer:

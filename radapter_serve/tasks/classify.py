@@ -22,7 +22,7 @@ from radapter_serve.contract.images import ImageFile, read_header
 from radapter_serve.contract.labels import class_probabilities, known_as
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
 from radapter_serve.encoders.loaded import CHUNK, LoadedRelease, Place, TaskSteps
-from radapter_serve.release.release import HOW, NO_TEMPERATURE, Confidence
+from radapter_serve.release.release import HOW_TO_CALIBRATE, WHY_NO_TEMPERATURE, Confidence
 from radapter_serve.tasks.embed import (
     Labels,
     check_labels,
@@ -188,8 +188,10 @@ def _score_rule(loaded: LoadedRelease, request: ClassifyRequest, place: Place) -
         if bias is not None:
             scale, bias = sigmoid
         elif confidence.temperature is None:
-            why = f"in its validation data {NO_TEMPERATURE}"
-            raise TaskError(NOT_CALIBRATED, f"this release has no temperature: {why}; {HOW}")
+            why = f"in its validation data {WHY_NO_TEMPERATURE}"
+            raise TaskError(
+                NOT_CALIBRATED, f"this release has no temperature: {why}; {HOW_TO_CALIBRATE}"
+            )
         else:
             scale = release.logit_scale / confidence.temperature
     top_k = DEFAULT_TOP_K if request.top_k is None else request.top_k

@@ -20,7 +20,7 @@ from radapter_serve.contract.images import ImageFile
 from radapter_serve.encoders.loaded import Place, TaskSteps
 from radapter_serve.index.facts import Hit
 from radapter_serve.index.index import Indexes
-from radapter_serve.release.release import HOW
+from radapter_serve.release.release import HOW_TO_CALIBRATE
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
     EmbedTextsRequest,
@@ -128,7 +128,10 @@ def retrieve(
     if request.calibrated:
         min_score = loaded.confidence(place).min_score
         if min_score is None:
-            raise TaskError(NOT_CALIBRATED, f"this release has no calibrated least score; {HOW}")
+            raise TaskError(
+                NOT_CALIBRATED,
+                f"this release has no calibrated least score; {HOW_TO_CALIBRATE}",
+            )
 
     # Embed each part of the query.
     query = request.query

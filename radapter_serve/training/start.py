@@ -105,7 +105,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class Tried:
+class Trial:
     """A short run: its peak rate, whether each held-out image is right at the recipe's α, bool [N],
     and the share of the base's answers among common nouns that it keeps.
     """
@@ -154,7 +154,7 @@ def search_rate(
     assert isinstance(opened.data, LabelledImages)  # `Recipe.check` refuses auto for others
     nouns = common_nouns([name for line in opened.data.classes for name in split_label(line)])
     of_base: list[NDArray[np.int64]] = []  # answers of the base, from the first short run
-    tried: list[Tried] = []
+    tried: list[Trial] = []
 
     def short_run(rate: float) -> None:
         began = time.monotonic()
@@ -164,7 +164,7 @@ def search_rate(
             right, named = answers(learner, alphas, nouns)
             if not of_base:
                 of_base.append(named[0])
-            tried.append(Tried(rate, right[-1], float((named[-1] == of_base[0]).mean())))
+            tried.append(Trial(rate, right[-1], float((named[-1] == of_base[0]).mean())))
             return {}
 
         least = min(recipe.min_learning_rate, rate)
@@ -187,10 +187,10 @@ def search_rate(
     )
     for rate in START:
         short_run(rate)
-    beyond = wider(tried)
+    beyond = next_rate(tried)
     if beyond is not None:
         short_run(beyond)
-    chosen = gentlest(tried).learning_rate
+    chosen = most_conservative(tried).learning_rate
     best = _best(tried).learning_rate
     tried.sort(key=lambda run: run.learning_rate)
     notes = []
@@ -225,7 +225,7 @@ def search_rate(
     return dataclasses.replace(recipe, learning_rate=chosen, min_learning_rate=least), notes
 
 
-def wider(tried: Sequence[Tried]) -> float | None:
+def next_rate(tried: Sequence[Trial]) -> float | None:
     """The next rate of the grid if the best of the tried rates is at their edge, else None."""
     best = _best(tried).learning_rate
     place = GRID.index(best)
@@ -237,7 +237,7 @@ def wider(tried: Sequence[Tried]) -> float | None:
     return None
 
 
-def gentlest(tried: Sequence[Tried]) -> Tried:
+def most_conservative(tried: Sequence[Trial]) -> Trial:
     """The run that keeps most of the base's answers, of those within one standard error of the
     best: that of the paired difference over the held-out images (the one-standard-error rule of
     Breiman et al., Classification and Regression Trees, 1984). Its rate is not lower than both
@@ -255,7 +255,7 @@ def gentlest(tried: Sequence[Tried]) -> Tried:
     return max(equals, key=lambda run: (run.kept, run.worth))
 
 
-def _best(tried: Sequence[Tried]) -> Tried:
+def _best(tried: Sequence[Trial]) -> Trial:
     """The run with the most worth that keeps `KEPT` of what the paper's rate keeps."""
     of_paper = max((run.kept for run in tried if run.learning_rate == PAPER), default=0.0)
     return max((run for run in tried if run.kept >= KEPT * of_paper), key=lambda run: run.worth)

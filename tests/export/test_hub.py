@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 
 from radapter_export import ExportSettings
 from radapter_export.card import card_of
-from radapter_export.hub import BUILT, prepare_push, push, take
+from radapter_export.hub import BUILT, download_release, prepare_push, push
 from radapter_serve import Model, RAdapterError
 from radapter_serve.adapter import Metadata
 from radapter_serve.cli.export import main as export_command
@@ -273,7 +273,7 @@ def test_a_release_travels(
         assert (at_commit.segment(png(1), texts).mask == local.segment(png(1), texts).mask).all()
         assert model.release() == local.release()
     # The folder that comes back is the one that the export wrote, configs included.
-    there = take(pushed)
+    there = download_release(pushed)
     assert there is not None
     check(there, [2])
     for model_name in MODELS:
@@ -292,7 +292,7 @@ def test_a_release_travels(
 
 
 def test_a_model_repository_on_the_hub_is_never_served(pushed: str, hub: FakeHub) -> None:
-    theirs = take(pushed)
+    theirs = download_release(pushed)
     assert theirs is not None
     code = b"raise SystemExit('code of the hub')\n"
     hostile = {}
@@ -306,7 +306,7 @@ def test_a_model_repository_on_the_hub_is_never_served(pushed: str, hub: FakeHub
     folder = Path(snapshot_download(NAME))  # all of it, as `hf download` brings it
     assert folder.name == oid and (folder / "model_repository" / "classify").is_dir()
     for _ in range(2):  # built, and found again
-        there = take(f"hf-hub:{NAME}")
+        there = download_release(f"hf-hub:{NAME}")
         assert there is not None and there != theirs and not there.is_relative_to(folder)
         check(there, [2])
         assert code not in [path.read_bytes() for path in there.rglob("*.py")]
@@ -392,7 +392,7 @@ def test_a_push_that_cannot_be_is_refused_before_the_export(
         export(push=NAME)
     assert not (tmp_path / "merged").exists()
     with pytest.raises(RAdapterError, match="is not on this machine, and the Hugging Face hub"):
-        take(f"hf-hub:{NAME}")
+        download_release(f"hf-hub:{NAME}")
 
 
 @pytest.mark.parametrize(
@@ -473,5 +473,5 @@ def test_a_cache_on_a_full_disk(pushed: str, hub: FakeHub, monkeypatch: pytest.M
         patch.setattr(os, "link", full)
         patch.setattr(shutil, "copyfile", full)
         with pytest.raises(RAdapterError, match="No space left"):
-            take(pushed)
-    assert take(pushed) is not None
+            download_release(pushed)
+    assert download_release(pushed) is not None

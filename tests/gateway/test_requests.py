@@ -15,14 +15,14 @@ from radapter_client import Request
 from radapter_client._http import encode
 from radapter_serve.gateway import kserve
 from radapter_serve.gateway.kserve import MAX_JSON_VALUES
-from radapter_serve.gateway.upstream import Inference, Model, Refused
+from radapter_serve.gateway.upstream import Inference, Refused, ServedModel
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_upstream import config
 
 MODELS = {name: config(name) for name in TASKS}
 
 
-def read(body: bytes, length: str | None, model: Model, version: str = "") -> Inference:
+def read(body: bytes, length: str | None, model: ServedModel, version: str = "") -> Inference:
     return kserve.read(body, kserve.json_length(length, len(body)), model, version)
 
 

@@ -22,7 +22,7 @@ import urllib3
 from radapter_client import Reply
 from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
-from radapter_serve.gateway.upstream import Entry, Inference, Model, Refused
+from radapter_serve.gateway.upstream import Entry, Inference, Refused, ServedModel
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_server import release
 
@@ -30,11 +30,11 @@ INFER = "/v2/models/embed_text/infer"
 TEXT = {"inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["abc"]}]}
 
 
-def config(task: str, *releases: dict[str, Any]) -> Model:
+def config(task: str, *releases: dict[str, Any]) -> ServedModel:
     """A task with these releases, the newest last; with one if none are given."""
     facts = [json.dumps(one) for one in releases or [release(1)]]
     named = {f"release.{json.loads(one)['version']}": one for one in facts}
-    return Model.of(task, {**named, "release": facts[-1]})
+    return ServedModel.of(task, {**named, "release": facts[-1]})
 
 
 def packed(texts: Iterable[bytes]) -> bytes:
@@ -68,7 +68,7 @@ class FakeUpstream:
         self.hold.set()
         self.cancelled = 0  # requests
         self.configs = {name: config(name) for name in TASKS}  # of the newest release
-        self.older: dict[tuple[str, str], Model] = {}  # of others, by task and version
+        self.older: dict[tuple[str, str], ServedModel] = {}  # of others, by task and version
         self.outputs: dict[str, np.ndarray] | None = None  # of every answer
 
     async def infer(self, asked: Inference, timeout: float, entry: Entry) -> Reply:
@@ -95,7 +95,7 @@ class FakeUpstream:
             outputs["receipt"] = np.array([[text.encode()] for text in texts], object)
         return outputs
 
-    async def config(self, model: str, version: str = "") -> Model:
+    async def config(self, model: str, version: str = "") -> ServedModel:
         if (model, version) in self.older:
             return self.older[model, version]
         if version not in ("", "1"):

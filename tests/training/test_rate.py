@@ -13,15 +13,15 @@ import yaml
 
 from radapter_serve import RAdapterError, evaluate, load_adapter, train
 from radapter_serve.training import Recipe
-from radapter_serve.training.start import GRID, START, Tried, gentlest, wider
+from radapter_serve.training.start import GRID, START, Trial, most_conservative, next_rate
 from tests.helpers.by_hand import steps_taken
 from tests.helpers.short_run import short_run
 
 
-def tried(rate: float, right: int, first: int = 0, kept: float = 0.5) -> Tried:
+def tried(rate: float, right: int, first: int = 0, kept: float = 0.5) -> Trial:
     """A short run that is right on `right` of 100 images, from the `first` on."""
     number = np.arange(100)
-    return Tried(rate, (number >= first) & (number < first + right), kept)
+    return Trial(rate, (number >= first) & (number < first + right), kept)
 
 
 @pytest.mark.parametrize(
@@ -45,24 +45,28 @@ def tried(rate: float, right: int, first: int = 0, kept: float = 0.5) -> Tried:
     ],
 )
 def test_takes_what_keeps_most_within_one_standard_error_of_the_best(
-    runs: list[Tried], chosen: float
+    runs: list[Trial], chosen: float
 ) -> None:
-    assert gentlest(runs).learning_rate == gentlest(runs[::-1]).learning_rate == chosen
+    assert (
+        most_conservative(runs).learning_rate
+        == most_conservative(runs[::-1]).learning_rate
+        == chosen
+    )
 
 
 def test_the_grid_grows_to_the_side_where_the_best_is() -> None:
-    def best_at(best: float) -> list[Tried]:
+    def best_at(best: float) -> list[Trial]:
         return [tried(rate, 60 if rate == best else 50) for rate in START]
 
-    assert wider(best_at(5e-4)) is None
-    assert wider(best_at(1.5e-4)) == 5e-5
-    assert wider(best_at(1.5e-3)) == 5e-3
-    assert wider([*best_at(5e-3), tried(5e-3, 60)]) == 1.5e-2
-    assert wider([tried(5e-2, 60), tried(1.5e-2, 50)]) is None
-    assert wider([tried(rate, 60) for rate in START]) is None  # nothing tells where to go
-    assert wider([tried(rate, 60, kept=1 - 9 * rate) for rate in START]) is None
+    assert next_rate(best_at(5e-4)) is None
+    assert next_rate(best_at(1.5e-4)) == 5e-5
+    assert next_rate(best_at(1.5e-3)) == 5e-3
+    assert next_rate([*best_at(5e-3), tried(5e-3, 60)]) == 1.5e-2
+    assert next_rate([tried(5e-2, 60), tried(1.5e-2, 50)]) is None
+    assert next_rate([tried(rate, 60) for rate in START]) is None  # nothing tells where to go
+    assert next_rate([tried(rate, 60, kept=1 - 9 * rate) for rate in START]) is None
     # The best, at the upper edge, keeps too little.
-    assert wider([*best_at(5e-4)[:2], tried(1.5e-3, 70, kept=0.4)]) is None
+    assert next_rate([*best_at(5e-4)[:2], tried(1.5e-3, 70, kept=0.4)]) is None
 
 
 @pytest.fixture
@@ -108,7 +112,7 @@ def test_a_search_warns_where_the_best_is_at_the_edge_and_is_kept_by_a_resumed_r
 ) -> None:
     # Search among one rate.
     monkeypatch.setattr("radapter_serve.training.start.START", GRID[3:4])
-    monkeypatch.setattr("radapter_serve.training.start.wider", lambda tried: None)
+    monkeypatch.setattr("radapter_serve.training.start.next_rate", lambda tried: None)
     monkeypatch.setattr("radapter_serve.training.start.SHARE", 2)
     # A least rate above all that the search may choose.
     recipe = dataclasses.replace(recipe, steps=4, save_every=1, min_learning_rate=1.0)
