@@ -16,8 +16,10 @@ from rich.markup import escape
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.process import STOPPING, handled
+from radapter_serve.release.repository import Served
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import find_tritonserver
+from radapter_serve.server.models import expected_memory
 from radapter_serve.server.releases import ReleaseServer, admin_socket
 from radapter_serve.sources import HUB
 
@@ -34,7 +36,8 @@ FIRST = (
 )
 
 
-DEFAULTS = ServerConfig(instances=("2",))
+DEFAULTS = ServerConfig()
+FEW_RELEASES = 2  # with more, each task of a release has one process by default, not two
 
 
 def _changed(values: Any, defaults: Any, *names: str) -> list[str]:
@@ -140,6 +143,15 @@ def serve(
             )
         config = replace(config, model_repository=folder)
 
+    # Say what many releases take.
+    served: Sequence[int] = ()
+    with contextlib.suppress(RAdapterError, OSError):  # the server says what is wrong
+        served = Served.load(config.model_repository).releases
+    if chosen == "triton" and not config.instances:
+        config = replace(config, instances=("1" if len(served) > FEW_RELEASES else "2",))
+    if len(served) > 1:
+        _say(_memory_of(config, served, chosen))
+
     # Serve with tritonserver, or in this process.
     if chosen == "triton":
         from radapter_serve.server.triton_server import TritonServer
@@ -159,6 +171,22 @@ def serve(
             " alone; leave it out"
         )
     answer_in_process(config, gateway)
+
+
+def _memory_of(config: ServerConfig, releases: Sequence[int], engine: str) -> str:
+    """What memory releases will take, in one line."""
+    import psutil
+
+    by_triton, processes, by_engine = expected_memory(
+        config.model_repository, releases, config.instance_counts()
+    )
+    takes = by_triton if engine == "triton" else by_engine
+    free = psutil.virtual_memory().available
+    line = f"{len(releases)} releases take about {takes / 2**30:.1f} GiB of memory"
+    if engine == "triton":
+        line += f" in {processes} processes; --engine process takes {by_engine / 2**30:.1f} GiB"
+    more = ", which is less" if free < takes else ""
+    return f"{line}; {free / 2**30:.1f} GiB are free{more}"
 
 
 def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> None:

@@ -148,7 +148,8 @@ class ServerConfig:
         threads: number of threads that compute in an encoder, shared by its instances; one a core
             if not given.
         instances: processes of each task, so that a slow request does not hold up the others: a
-            number for all, and TASK=NUMBER for one, such as: 2 segment=4.
+            number for all, and TASK=NUMBER for one, such as: 2 segment=4. By default 2 in
+            radapter-serve, and 1 where it serves more than two releases.
         max_waiting: requests that may wait for a model; beyond this number, those that have waited
             longest are refused.
         timeout: seconds to wait until all models answer.

@@ -31,6 +31,7 @@ from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import (
     AUTO,
     CONFIG,
+    ENCODERS,
     MODELS,
     TENSORRT,
     releases_of,
@@ -38,6 +39,13 @@ from radapter_serve.release.repository import (
 )
 
 MIB = 2**20
+# Memory at rest, without the graphs: tritonserver with radapter-serve, a process of an encoder and
+# of a task; and an engine in one process, and each of its releases.
+_TRITON = 100 * MIB
+_ENCODER = 36 * MIB
+_TASK = 56 * MIB
+_ENGINE = 110 * MIB
+_RELEASE = 16 * MIB
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -218,6 +226,26 @@ def other_models(repository: Path, encoders: Mapping[str, str]) -> dict[str, Mod
         for path in sorted(repository.glob(f"*/{CONFIG}"))
         if path.parent.name not in released and (versions := versions_of(path.parent))
     }
+
+
+def expected_memory(
+    repository: Path, releases: Collection[int], instances: Mapping[str, int]
+) -> tuple[int, int, int]:
+    """About how much memory releases take: by Triton, with this number of processes of each task,
+    in bytes and processes, and by an engine in one process, in bytes. Measured at rest with ONNX
+    Runtime on Linux; large requests take more.
+    """
+    graphs = 0
+    encoders = 0
+    for model in ENCODERS:
+        for version in set(versions_of(repository / model)) & set(releases):
+            files = (repository / model / str(version)).glob("model.*")
+            graphs += sum(path.stat().st_size for path in files)
+            encoders += 1
+    tasks = len(releases) * sum(instances.get(task, 1) for task in TASKS)
+    by_triton = _TRITON + encoders * _ENCODER + tasks * _TASK + graphs
+    by_engine = _ENGINE + len(releases) * _RELEASE + int(1.15 * graphs)
+    return by_triton, encoders + tasks, by_engine
 
 
 def check_shared_memory(

@@ -19,6 +19,7 @@ from radapter_serve.cli.serve import keep_serving, main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import hold
 from radapter_serve.release.config import parsed
+from radapter_serve.release.repository import Served
 from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.launch import (
     OUR_BACKENDS,
@@ -30,7 +31,7 @@ from radapter_serve.server.launch import (
     server_folder,
     shm_prefix,
 )
-from radapter_serve.server.models import ModelEntry, check_shared_memory
+from radapter_serve.server.models import ModelEntry, check_shared_memory, expected_memory
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import tritonserver
 
@@ -263,3 +264,42 @@ def test_a_secret_is_taken_out_of_the_command_line_of_a_child():
         assert seen[-3:] == ["--flag=      ", "last one", ""]
         assert child.communicate("")[0] == "--flag=s3cret\n"  # what it has read, it keeps
     hide_argument(child.pid, "s3cret")  # a process that is gone has none
+
+
+def test_what_releases_take_is_known_beforehand(releases: Path) -> None:
+    """Two releases with three encoders each; their five tasks have two processes, one has three."""
+    counts = ServerConfig(releases, instances=("2", "segment=3")).instance_counts()
+    by_triton, processes, by_engine = expected_memory(releases, [1, 2], counts)
+    assert processes == 2 * (3 + 4 * 2 + 3)
+    graphs = sum(path.stat().st_size for path in releases.glob("*_encoder/*/model.onnx"))
+    fewer, *_ = expected_memory(releases, [1, 2], {})
+    assert (by_triton - fewer) / (processes - 2 * (3 + 5)) > 40 * 2**20  # a process of a task
+    assert graphs < by_engine < by_triton
+
+
+@pytest.mark.parametrize(
+    ("served", "flags", "instances"),
+    [
+        ([1], [], "2"),
+        ([1, 2, 3], [], "1"),
+        ([1, 2, 3], ["--instances", "2"], "2"),
+    ],
+)
+def test_many_releases_have_one_process_for_each_task_by_default(
+    monkeypatch, tmp_path, capsys, served, flags, instances
+):
+    for version in served:
+        (tmp_path / "classify" / str(version)).mkdir(parents=True)
+        (tmp_path / "classify" / str(version) / "release.json").touch()
+    Served(tuple(served)).save(tmp_path)
+    started: list[ServerConfig] = []
+
+    def start(config: ServerConfig) -> None:
+        started.append(config)
+        raise RAdapterError("it is enough")
+
+    monkeypatch.setattr("radapter_serve.server.triton_server.TritonServer", start)
+    assert main([str(tmp_path), "--engine", "triton", *flags]) == 2
+    assert started[0].instances == (instances,)
+    said = capsys.readouterr().err
+    assert ("GiB of memory" in said) == (len(served) > 1)
