@@ -164,10 +164,13 @@ def test_indexes_are_listed_where_their_folder_is_known(served: Served, tmp_path
 
 def test_closed_paths(served: Served) -> None:
     for path in (
-        *("/v2/repository/index", "//v2", "/", "/v2/", "/v2/models/stats"),
+        *("/v2/repository/index", "//v2", "/", "/v2/models/stats"),
         *("/v2/models/classify/infer/x", "/v2/models/image_encoder/infer"),
         *("/v2/models/image_encoder", "/v2/models/%2e%2e%2fclassify/config"),
-        *(f"/v2/models/classify/versions/{one}/config" for one in ("0", "x", "9" * 30, "7")),
+        *(
+            f"/v2/models/classify/versions/{version}/config"
+            for version in ("0", "x", "9" * 30, "7")
+        ),
     ):
         for body in (None, TEXT):
             status, code = served.refusal(path, body)
