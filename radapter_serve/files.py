@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import shutil
 import stat
 import sys
@@ -33,6 +34,10 @@ _checkers: dict[Any, TypeAdapter[Any]] = {}
 # AT_FDCWD of fcntl.h, RENAME_EXCHANGE of linux/fs.h
 _HERE = -100
 _EXCHANGE = 2
+# The first bytes of gzip, bzip2, xz, zip, Zstandard and LZ4
+_COMPRESSED = re.compile(
+    rb"\x1f\x8b|BZh[1-9]1AY|\xfd7zXZ|PK\x03\x04|\x28\xb5\x2f\xfd|\x04\x22\x4d\x18"
+)
 
 
 @contextlib.contextmanager
@@ -76,6 +81,19 @@ def open_regular(path: Path) -> BinaryIO:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file")
     return path.open("rb")
+
+
+def open_table(path: Path) -> BinaryIO:
+    """`open_regular`, but an error for a compressed file, which may unpack to any size."""
+    file = open_regular(path)
+    if _COMPRESSED.match(file.read(16)):
+        file.close()
+        raise RAdapterError(
+            f"{path} is compressed, and could unpack to any size; unpack it first, such as by:"
+            f" gunzip -k {shlex.quote(str(path))}"
+        )
+    file.seek(0)
+    return file
 
 
 def digest_of(*parts: Path | bytes) -> str:

@@ -25,6 +25,7 @@ from radapter_serve.contract.images import SUFFIXES, count_kinds, decode, is_ima
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.source import INDEX
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import open_table
 from radapter_serve.sources import from_hub_or_cache, how_to_bring, refused, unreachable
 
 SPLIT_FILES = ("coop", "karpathy")
@@ -199,10 +200,14 @@ def _load(place: str, split: str) -> Any:
     reader, _, path = place.partition(":")
     datasets.disable_progress_bars()
     if reader in READERS:
-        if "://" not in path and not glob.has_magic(path) and not Path(path).is_file():
+        is_local = "://" not in path
+        if is_local and not glob.has_magic(path) and not Path(path).is_file():
             raise RAdapterError(
                 f"could not read the data {place}: there is no file {path}; allowed: {_KINDS}"
             )
+        if is_local and reader != "webdataset":
+            for file in glob.glob(path) or [path]:  # noqa: PTH207 - the path may be absolute
+                open_table(Path(file)).close()
         return datasets.load_dataset(reader, split=split, data_files={split: [path]})
     if Path(place).exists():
         return datasets.load_dataset(place, split=split)

@@ -15,7 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, check_installed, reason
-from radapter_serve.release.repository import CUDA_OPTIONS, SPIN_MICROSECONDS, TENSORRT
+from radapter_serve.release.repository import CUDA_OPTIONS, RUNTIMES, SPIN_MICROSECONDS, TENSORRT
 
 CUDA = "CUDAExecutionProvider"
 # Sizes above which a run gives its memory back afterwards, which makes it somewhat slower: images,
@@ -127,11 +127,14 @@ def _load_onnxruntime(path: Path, parameters: Mapping[str, str], device: int | N
 def session_options(parameters: Mapping[str, str], version: str) -> dict[str, str]:
     """The `session.*` parameters as a version of ONNX Runtime knows them: it ignores others."""
     options = {key: value for key, value in parameters.items() if key.startswith("session.")}
+    spinning = "session.intra_op.allow_spinning"
+    if options == {spinning: "0"}:  # as version 1.0.0 exported
+        options = dict(RUNTIMES["onnxruntime"].parameters)
     release = tuple(int(part) for part in version.split(".")[:2])
     if SPIN_MICROSECONDS in options and release < (1, 26):
         # Without a limit, waiting threads would take the cores from everything else.
         del options[SPIN_MICROSECONDS]
-        options["session.intra_op.allow_spinning"] = "0"
+        options[spinning] = "0"
     return options
 
 

@@ -25,7 +25,7 @@ from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import MAX_BYTES, oriented, require_images
 from radapter_serve.encoders.loaded import LoadedRelease, release_at
 from radapter_serve.errors import RAdapterError, check_installed, reason
-from radapter_serve.files import digest_of, open_regular
+from radapter_serve.files import digest_of, open_regular, open_table
 from radapter_serve.process import THREADS
 
 # The columns of every index; a table may not have columns of these names.
@@ -100,7 +100,7 @@ def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
 
     kind = kind or ("csv" if path.suffix == ".csv" else "parquet")
     try:
-        with open_regular(path) as file:
+        with open_table(path) as file:
             table = csv.read_csv(file) if kind == "csv" else _read_parquet(path, file)
     except OSError as error:
         raise RAdapterError(f"cannot read {path}: {error.strerror or reason(error)}") from None

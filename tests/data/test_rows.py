@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
+import gzip
 import json
+import lzma
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from radapter_serve.data.rows import open_rows
 from radapter_serve.data.runs import validation_data
 from radapter_serve.data.source import DataSource, RunSource
 from radapter_serve.errors import RAdapterError
+from radapter_serve.index.collection import open_collection
 from radapter_serve.training.recipe import GROUPS, Recipe
 
 NAMES = ["Annual Crop_Land", "Forest", "River", "Sea or Lake"]
@@ -134,3 +139,19 @@ def test_an_adapter_files_recipe_is_read_into_one() -> None:
     for name, value in (("data", 3), ("val_fraction", 1), ("seed", True), ("images", 3)):
         with pytest.raises(ValidationError, match=name):
             RunSource.from_json({name: value}, "classification")
+
+
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, bz2.compress, lzma.compress], ids=lambda pack: pack.__module__
+)
+@pytest.mark.parametrize("name", ["photos.csv.gz", "photos.csv", "*.csv"])
+def test_a_compressed_table_is_refused_with_what_unpacks_it(
+    tmp_path: Path, pack: Callable[[bytes], bytes], name: str
+) -> None:
+    """It may unpack to any size, whatever its name."""
+    (tmp_path / name.replace("*", "any")).write_bytes(pack(b"image,label\n1.png,cat\n"))
+    with pytest.raises(RAdapterError, match=r"is compressed, .*: gunzip -k \S+/\w+\.csv"):
+        open_rows(f"csv:{tmp_path}/{name}", {})
+    if "*" not in name:
+        with pytest.raises(RAdapterError, match="is compressed, .* unpack it first"):
+            open_collection(f"csv:{tmp_path}/{name}")

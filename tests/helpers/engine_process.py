@@ -42,7 +42,7 @@ class Orders(Task[Any, Any]):
         return [ClassifyRequest(inputs["image"].ravel().tolist(), Labels())]
 
 
-ORDERS = Orders(**{**vars(TASKS["classify"]), "make": lambda loaded, others: ordered})
+ORDERS = Orders(**{**vars(TASKS["classify"]), "make": lambda loaded, others, seconds: ordered})
 
 
 def main(
