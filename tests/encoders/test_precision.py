@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from radapter_client import Client
 from radapter_serve import Model
 from radapter_serve.encoders import precision as module
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.precision import Choice, Trial, bf16_of_processor, choose
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.in_process import EngineServer
+from radapter_serve.gateway.rechecks import Rechecks
+from radapter_serve.gateway.triton import Triton
 from radapter_serve.release.agreement import Agreement
 from radapter_serve.release.config import encoders_of, parsed
 from radapter_serve.release.release import IN_BF16, Release
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.models import configure
+from tests.helpers.asking import tritonserver
 
 BF16 = ("openvino", "bf16")
 FP32 = ("openvino", "fp32")
@@ -171,3 +177,34 @@ def test_configure_holds_bf16_to_its_bounds(exported_tiny_clip: Path) -> None:
     arguments = (models, [2], "openvino", 1, ("openvino",), lambda line: None)
     _, configs = configure(*arguments, precision="bf16")
     assert "HINT_BF16" in configs["image_encoder"]
+
+
+@pytest.mark.triton
+@needs_bf16
+def test_triton_computes_in_bf16_says_so_and_is_asked_again(
+    exported_tiny_clip: Path, tmp_path: Path
+) -> None:
+    models = exported_tiny_clip / "model_repository"
+    texts = ["a cat", "a dog in the snow"]
+    with Model(models, threads=1, precision="bf16") as model:
+        expected = model.embed_texts(texts)
+    settings = {"precision": "bf16", "threads": 1, "instances": ("1",), "indexes": tmp_path}
+    with tritonserver(models, **settings) as server, Client(server.grpc_url) as client:
+        assert (server.runtime, server.precision) == BF16
+        release = client.release()
+        assert (release.precision, release.facts["runtime"]) == ("bf16", "openvino")
+        assert server.facts[release.version].to_dict() == release.facts
+        np.testing.assert_allclose(client.embed_texts(texts), expected, atol=1e-3)
+        counts: Counter[tuple[str, str]] = Counter()
+
+        async def recheck() -> None:
+            upstream = Triton(server.grpc_url.removeprefix("grpc://"))
+            rechecks = Rechecks(upstream, models, 1.0, lambda *each: counts.update([each]))
+            for _ in range(4):
+                await rechecks.step()
+            assert rechecks.trouble is None
+            await upstream.close()
+
+        asyncio.run(recheck())
+    count = 4 // 2
+    assert counts == {("image_encoder", "ok"): count, ("text_encoder", "ok"): count}
