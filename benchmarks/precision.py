@@ -62,10 +62,14 @@ def main(
         (place / "photos").mkdir(parents=True, exist_ok=True)
         for seed in range(64):
             (place / "photos" / f"{seed}.jpg").write_bytes(picture(640, 480, seed=1000 + seed))
-        how = {"calibration": place / "photos", "runtime": "openvino"} if name == "static" else {}
-        precision = "int8" if name == "static" else name
+        how: tuple[str, Path | None, str] = (name, None, "onnxruntime")
+        if name == "static":
+            how = ("int8", place / "photos", "openvino")
+        precision, calibration, runtime = how
         with Process() as process:
-            process.call(export, "ViT-B-32", precision, place, CLASS_NAMES, **how)
+            process.call(
+                export, "ViT-B-32", precision, place, CLASS_NAMES, "none", calibration, runtime
+            )
     if prepare:
         return
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
@@ -40,6 +40,7 @@ from radapter_serve.gateway.upstream import (
 )
 from radapter_serve.release.adapters import Adapters
 from radapter_serve.release.release import Tower
+from radapter_serve.tasks.retrieve import MIN_LENGTH
 
 PREFIX = "/v1/"
 NEWEST = "radapter"  # the newest release; NEWEST-N is release N
@@ -52,24 +53,41 @@ _MAX_URL_HEAD = 256  # characters of a data URL up to its comma
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 
 
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Body(Strict):
     model: Annotated[str, Field(max_length=200)]
     input: Any
     encoding_format: Literal["float", "base64"] = "float"
+    embed_dtype: Literal["float32", "float16"] = "float32"
     dimensions: int | None = None
     user: Annotated[str, Field(max_length=1000)] | None = None
     alpha: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     modality: Literal["text", "image"] | None = None
 
 
+class Both(Strict):
+    """A text with its image; their weights are in this order."""
+
+    text: str
+    image: str
+    weights: Annotated[list[Weight] | None, Field(min_length=2, max_length=2)] = None
+
+
 @dataclass
 class EmbeddingsRequest:
-    """A checked request; texts (UTF-8) and image files are keyed by their position in the input."""
+    """A checked request; texts (UTF-8) and image files are keyed by their position in the input, of
+    which one may have both.
+    """
 
     model: str  # name of the release
     texts: dict[int, bytes] = field(default_factory=dict)
     images: dict[int, bytes] = field(default_factory=dict)
+    # Of each position that has a text and an image
+    weights: dict[int, list[float]] = field(default_factory=dict)
     in_base64: bool = False  # encoding of the embeddings in the answer
+    in_float16: bool = False
     adapter: str = ""
     alpha: float | None = None
     dimensions: int | None = None  # width of the embeddings that the caller expects
@@ -98,9 +116,15 @@ def read(text: bytes) -> EmbeddingsRequest:
         raise bad_request(
             f"input has {len(values)} values; send at most {MAX_INPUTS} in a request", "input"
         )
+    if body.embed_dtype == "float16" and body.encoding_format != "base64":
+        raise bad_request(
+            "embed_dtype is float16, which numbers in JSON are not; set encoding_format to base64",
+            "embed_dtype",
+        )
     request = EmbeddingsRequest(
         body.model,
         in_base64=body.encoding_format == "base64",
+        in_float16=body.embed_dtype == "float16",
         alpha=body.alpha,
         dimensions=body.dimensions,
     )
@@ -108,6 +132,27 @@ def read(text: bytes) -> EmbeddingsRequest:
     for place in range(len(values)):
         value = values[place]
         values[place] = None  # frees the base64 of an image once it is decoded
+        if type(value) is dict and body.modality is None:
+            # A text and an image, of which the embedding is the weighted sum.
+            try:
+                both = Both.model_validate(value)
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_input=False)[0]
+                named = ascii(".".join(map(str, first["loc"])))[1:-1][:60]
+                raise _wrong(
+                    place, f"is not a text with its image: {named}: {first['msg']}"
+                ) from None
+            value.clear()
+            weights = both.weights or [1.0, 1.0]
+            largest = max(map(abs, weights))
+            if not largest:
+                raise _wrong(place, "has only weights of 0; change one")
+            if not _DATA_URL.match(both.image):
+                raise _wrong(place, "has an image that is no data URL; send the file as one")
+            request.images[place] = _decode_image(place, both.image)
+            request.weights[place] = [weight / largest for weight in weights]
+            _add_text(request, place, both.text)
+            continue
         if type(value) is not str:
             raise _wrong(place, "is not a text; send texts, or images as data URLs")
         if body.modality != "text" and _DATA_URL.match(value):
@@ -123,15 +168,19 @@ def read(text: bytes) -> EmbeddingsRequest:
             raise _wrong(
                 place, 'is not an image; send a data URL, such as "data:image/jpeg;base64,..."'
             )
-        if not value.strip():
-            raise _wrong(place, "is empty; give at least one word")
-        try:
-            check_length(value)
-        except TaskError as error:
-            raise bad_request(f"input[{place}]: {error.message}", f"input[{place}]") from None
-        request.texts[place] = value.encode()
-        request.tokens += -(-len(value) // CHARACTERS_PER_TOKEN)
+        _add_text(request, place, value)
     return request
+
+
+def _add_text(request: EmbeddingsRequest, place: int, text: str) -> None:
+    if not text.strip():
+        raise _wrong(place, "is empty; give at least one word")
+    try:
+        check_length(text)
+    except TaskError as error:
+        raise bad_request(f"input[{place}]: {error.message}", f"input[{place}]") from None
+    request.texts[place] = text.encode()
+    request.tokens += -(-len(text) // CHARACTERS_PER_TOKEN)
 
 
 def _decode_image(place: int, url: str) -> bytes:
@@ -170,7 +219,8 @@ async def write(
     for place, row in enumerate(rows):
         embedding: Any = row.tolist()
         if request.in_base64:
-            embedding = base64.b64encode(row.astype("<f4").tobytes()).decode()
+            kind = "<f2" if request.in_float16 else "<f4"
+            embedding = base64.b64encode(row.astype(kind).tobytes()).decode()
         part = {"object": "embedding", "index": place, "embedding": embedding}
         parts.append(json.dumps(part, allow_nan=False))
         if place % 8 == 7:
@@ -265,10 +315,10 @@ class OpenAI:
         if request.dimensions not in (None, width):
             raise bad_request(
                 f"dimensions is {request.dimensions}; embeddings of this release have {width}, and"
-                " are not cut: leave dimensions out",
+                " no base here was trained to be cut (Matryoshka): leave dimensions out",
                 "dimensions",
             )
-        count = len(request.texts) + len(request.images)
+        count = len(request.texts.keys() | request.images.keys())
         if not request.in_base64 and count * width > MAX_JSON_VALUES:
             raise bad_request(
                 f"{count} embeddings of {width} numbers are too many for JSON; send at most"
@@ -297,6 +347,7 @@ class OpenAI:
         """
         receipt = ""
         rows: dict[int, NDArray[np.float32]] = {}
+        sums: dict[int, NDArray[np.float64]] = {}  # of the positions with a text and an image
         for tensor, values in (("text", request.texts), ("image", request.images)):
             places = list(values)
             task = f"embed_{tensor}"
@@ -335,7 +386,16 @@ class OpenAI:
                         SERVER_UNAVAILABLE,
                         "the model server did not answer with an embedding of each input",
                     )
-                rows.update(zip(batch, embeds, strict=True))
+                for place, row in zip(batch, embeds, strict=True):
+                    rows[place] = row
+                    if place in request.weights:
+                        weight = request.weights[place][tensor == "image"]
+                        sums[place] = sums.get(place, 0.0) + weight * row.astype(np.float64)
+        for place, total in sums.items():
+            length = np.linalg.norm(total)
+            if length <= MIN_LENGTH * sum(map(abs, request.weights[place])):
+                raise _wrong(place, "has weights that cancel to nothing; change one")
+            rows[place] = (total / length).astype(np.float32)
         return [rows[place] for place in range(len(rows))], version, receipt
 
     async def _release(self, name: str, key: Key | None) -> tuple[str, str, dict[str, Any]]:

@@ -193,6 +193,46 @@ def test_options_reach_both_tasks_and_refusals_name_the_field(served: Served) ->
     assert refusal(served, input="a")[:2] == (503, "server_unavailable")
 
 
+def test_a_text_with_its_image_is_their_weighted_sum(served: Served) -> None:
+    """The stand-in embeds a text or an image as its length and its first byte."""
+    text = np.array([3.0, 97])
+    image = np.array(OF_IMAGE, np.float64)
+    both = {"text": "abc", "image": IMAGE}
+    inputs = ["ü", both, {**both, "weights": [0.25, -1]}, IMAGE, {**both, "weights": [0, 3]}]
+    answer = ask(served, input=inputs)[1]
+    rows = [row["embedding"] for row in answer["data"]]
+    assert (rows[0], rows[3]) == ([2, 195], OF_IMAGE)
+    for row, total in ((1, text + image), (2, text / 4 - image), (4, image)):
+        np.testing.assert_allclose(rows[row], total / np.linalg.norm(total), rtol=1e-6)
+    assert answer["usage"]["prompt_tokens"] == 4
+
+    for wrong in (
+        {"text": "abc"},
+        {**both, "image": "https://example.org/a.png"},
+        {**both, "image": "abc"},
+        {**both, "text": " "},
+        {**both, "weights": [1]},
+        {**both, "weights": [1, "1"]},
+        {**both, "weights": [0, 0]},
+        {**both, "other\n": 1},
+    ):
+        assert refusal(served, input=["a", wrong])[::2] == (400, "input[1]")
+    assert refusal(served, input=[both], modality="text")[0] == 400
+    served.upstream.outputs = {
+        f"{part}_embeds": np.array([[0.6, 0.8]], np.float32) for part in ("text", "image")
+    }
+    assert refusal(served, input=[{**both, "weights": [1, -1]}])[0] == 400
+
+
+def test_base64_has_32_bits_a_number_or_16_on_request(served: Served) -> None:
+    for dtype, kind in ((None, "<f4"), ("float32", "<f4"), ("float16", "<f2")):
+        asked = {"embed_dtype": dtype} if dtype else {}
+        [row] = ask(served, input="abc", encoding_format="base64", **asked)[1]["data"]
+        assert np.frombuffer(base64.b64decode(row["embedding"]), kind).tolist() == [3, 97]
+    for asked in ({"embed_dtype": "float16"}, {"embed_dtype": "int8"}):
+        assert refusal(served, input="abc", **asked)[::2] == (400, "embed_dtype")
+
+
 # The rules of the gateway hold here too
 
 
