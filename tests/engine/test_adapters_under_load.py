@@ -4,11 +4,9 @@ adapter computes that its receipt names.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,47 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radapter_client import Client, InvalidRequest, Reply, Request
+from radapter_client import InvalidRequest, Request
 from radapter_serve.adapter import save_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.encoders.loaded import load_release
-from radapter_serve.engine.engine import Engine
 from radapter_serve.release import adapters
-from tests.helpers.asking import tritonserver
 from tests.helpers.text_adapters import TEXTS, export_base, folded, made
-from tests.helpers.ways import in_process
+from tests.helpers.ways import ASKING, Ask
 
-Ask = Callable[[Request], Reply]
 KINDS = 3  # of each name's adapters
 STABLE = 5  # one name in so many is replaced, and never removed
-
-
-@contextlib.contextmanager
-def by_engine(repository: Path, tmp_path: Path) -> Iterator[Ask]:
-    with Engine([load_release(repository)]) as engine:
-        yield lambda request: engine.infer(request.model, "", request.inputs)
-
-
-@contextlib.contextmanager
-def by_client(url: str) -> Iterator[Ask]:
-    with Client(url, timeout=120) as client:
-        transport = client._sender._transport
-        yield lambda request: transport.send(request, 120)
-
-
-@contextlib.contextmanager
-def by_http(repository: Path, tmp_path: Path) -> Iterator[Ask]:
-    with in_process(repository, tmp_path) as running, by_client(running.url) as ask:
-        yield ask
-
-
-@contextlib.contextmanager
-def by_triton(scheme: str, repository: Path, tmp_path: Path) -> Iterator[Ask]:
-    with tritonserver(repository, indexes=tmp_path) as server:
-        url = server.http_url if scheme == "http" else server.grpc_url
-        with by_client(url) as ask:
-            yield ask
 
 
 @dataclass(frozen=True)
@@ -174,14 +141,8 @@ def test_each_answer_is_of_the_adapter_that_its_receipt_names(
             np.testing.assert_allclose(outputs["text_embeds"], expected, atol=1e-6)
         return asked, answered, unknown
 
-    ways: dict[str, Any] = {
-        "engine": by_engine,
-        "process": by_http,
-        "triton-http": lambda *paths: by_triton("http", *paths),
-        "triton-grpc": lambda *paths: by_triton("grpc", *paths),
-    }
     with (
-        ways[way](repository, tmp_path / "indexes") as ask,
+        ASKING[way](repository, tmp_path / "indexes") as ask,
         ThreadPoolExecutor(callers + 1) as pool,
     ):
         changing = pool.submit(change)

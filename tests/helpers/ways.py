@@ -6,9 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from radapter_client import Client, Reply, Request
+from radapter_serve.encoders.loaded import load_release
+from radapter_serve.engine.engine import Engine
 from radapter_serve.gateway.in_process import answering
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.config import Endpoints, ServerConfig, free_ports
@@ -49,4 +53,43 @@ def in_process(repository: Path, indexes: Path, **settings: Any) -> Iterator[Run
 WAYS: dict[str, Callable[..., AbstractContextManager[Running]]] = {
     "triton": by_triton,
     "process": in_process,
+}
+
+
+# Ask a server with a request of the client; a refusal is an `InvalidRequest` or a `TaskError`.
+Ask = Callable[[Request], Reply]
+
+
+@contextlib.contextmanager
+def by_engine(repository: Path, indexes: Path) -> Iterator[Ask]:
+    with Engine([load_release(repository)]) as engine:
+        yield lambda request: engine.infer(request.model, "", request.inputs)
+
+
+@contextlib.contextmanager
+def by_client(url: str) -> Iterator[Ask]:
+    with Client(url, timeout=120) as client:
+        transport = client._sender._transport
+        yield lambda request: transport.send(request, 120)
+
+
+@contextlib.contextmanager
+def by_process(repository: Path, indexes: Path) -> Iterator[Ask]:
+    with in_process(repository, indexes) as running, by_client(running.url) as ask:
+        yield ask
+
+
+@contextlib.contextmanager
+def by_triton_client(scheme: str, repository: Path, indexes: Path) -> Iterator[Ask]:
+    with tritonserver(repository, indexes=indexes) as server:
+        url = server.http_url if scheme == "http" else server.grpc_url
+        with by_client(url) as ask:
+            yield ask
+
+
+ASKING: dict[str, Callable[[Path, Path], AbstractContextManager[Ask]]] = {
+    "engine": by_engine,
+    "process": by_process,
+    "triton-http": partial(by_triton_client, "http"),
+    "triton-grpc": partial(by_triton_client, "grpc"),
 }
