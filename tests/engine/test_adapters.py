@@ -14,7 +14,7 @@ import pytest
 import torch
 import urllib3
 
-from radapter_client import Values
+from radapter_client import Client, Values
 from radapter_export import export
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.release import main as command
@@ -301,6 +301,24 @@ def test_what_does_not_belong_is_refused(base, engine, repository, tmp_path, cap
     other = replace(meta, text_tower="sha256:" + "0" * 64)
     assert "--alpha 0" in refused(Adapter(made(base, 3).tensors, other))
     assert sorted(adapters.read_list(repository)) == ["anna", "bob"]
+
+
+@pytest.mark.triton
+def test_triton_maps_stored_prompts(repository, tmp_path):
+    asked: dict[str, Any] = {"label_set": "animals", "adapter": "anna", "top_k": 3}
+    with Client(transport=Engine([load_release(repository)])) as client:
+        expected = client.classify(png(3), **asked)
+    path = repository / "text_encoder" / "1" / "animals.prompts.npy"
+    with tritonserver(repository, indexes=tmp_path) as server, Client(server.http_url) as client:
+        answer = client.classify(png(3), **asked)
+        # The rows that the processes have mapped are all that they read.
+        rows = np.load(path, mmap_mode="r+")
+        rows *= -1
+        rows.flush()
+        mapped = client.classify(png(3), **asked, alpha=0.9)
+    assert answer.labels == expected.labels
+    np.testing.assert_allclose(answer.scores, expected.scores, atol=1e-6)
+    assert mapped.labels == expected.labels[::-1]
 
 
 @pytest.mark.triton
