@@ -1,195 +1,308 @@
-"""Many adapters beside one release: requests a second and memory against none, and how soon a new
-one is served.
+"""Many adapters beside one release: answers a second, tails and memory against none, by both
+engines; how soon a new one is served; and many small releases in their place.
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import statistics
+import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
-from common import RESULTS, Process, Report, export, memory, picture, say
+from common import LABEL_SET, RESULTS, Process, Report, export, picture, say
+from engines import MIB, proportional, served
+from loop import Closed, Measured, Send
+from loop import measure as loop
 
-from radapter_client import Values
+from radapter_client import AsyncClient, Client
+from radapter_serve.encoders.labels import PROMPTS, LabelSet, written_prompts
 from radapter_serve.encoders.loaded import load_release
-from radapter_serve.engine.engine import Engine
+from radapter_serve.files import digest_of
 from radapter_serve.index.build import build
 from radapter_serve.release.adapters import AdapterFacts, add
-from radapter_serve.release.release import Release
-from radapter_serve.release.repository import find_release
+from radapter_serve.release.integrity import write_sums
+from radapter_serve.release.release import FILE, Release
+from radapter_serve.release.repository import CONFIG, Served, find_release
 
-WHAT = """{architecture} with random weights in {precision}, by the engine of one process. Adapters
-are random, {kind}; a request draws its own, uniformly or with a weight of 1/rank (skewed). Rows
-alternate with the same requests without one; a ratio is the median over rounds of
-{seconds:g} s. Texts are all different; classify has an image of 640 x 480 and a label set of
-100 labels; search is of {images} images."""
+sys.path.insert(0, str(Path(__file__).parents[1]))  # small releases are made as the tests make them
+
+from tests.helpers.small_release import write_release
+
+WHAT = """{architecture} with random weights in {precision}, served by `radapter-serve --engine
+process` and `--engine triton` and asked over HTTP by our own client on the same machine. Adapters
+are random, {kind}; a request draws its own, uniformly or with a weight of 1/rank (skewed). Each
+cell alternates with the same requests without an adapter; a ratio is the median over {rounds}
+rounds of {seconds:g} s each. Texts are all different; classify has an image of 640 x 480 and a
+label set of 100 labels; search is by a text, of {images} images. An engine has answered every
+adapter once before."""
+TASKS = ("texts", "classify", "search")
+LARGE = "thousand"  # a label set of 1,000 labels in 80 templates
+Way = Literal["process", "triton"]
 
 
-def add_many(repository: Path, count: int, rank: int | None) -> float:
-    """Put random adapters beside the newest release; the seconds that the last one took."""
+def add_many(repository: Path, numbers: Sequence[int], rank: int | None) -> None:
+    """Put random adapters beside the newest release, or replace them."""
     release = Release.load(find_release(repository))
     width = release.embed_dim
     facts = AdapterFacts(release.text_tower.digest(release.alpha), width, 1.0, rank)
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(time.time_ns())
     shapes = [(width, width)] if rank is None else [(width, rank), (rank, width)]
-    start = 0.0
-    for number in range(count):
+    for number in numbers:
         factors = tuple((0.02 * random.normal(size=size)).astype(np.float32) for size in shapes)
-        start = time.perf_counter()
         add(repository, f"a{number}", facts, factors, replace=True)  # type: ignore[arg-type]
-    return time.perf_counter() - start
 
 
-def rate(ask: Callable[[int], object], callers: int, seconds: float) -> tuple[float, float]:
-    """Requests a second, and the 99th percentile of their latency in ms, of a closed loop."""
-    end = time.perf_counter() + seconds
-    latencies: list[float] = []
-    lock = threading.Lock()
-    count = 0
+def add_large_label_set(repository: Path) -> None:
+    """Write a label set of 80,000 prompts as an export does, of random embeddings, as the text
+    encoder would take minutes.
+    """
+    from radapter_export.repository import TEMPLATE, config, sources  # as in `export`
 
-    def caller(_: int) -> None:
-        nonlocal count
-        while (start := time.perf_counter()) < end:
-            with lock:
-                count += 1
-                number = count
-            ask(number)
-            latencies.append(time.perf_counter() - start)
+    folder = find_release(repository)
+    release = Release.load(folder)
+    random = np.random.default_rng(0)
+    names = tuple(f"thing {number}" for number in range(1000))
+    templates = tuple(f"a photo {number} of a {{}}." for number in range(80))
+    path = repository / "text_encoder" / folder.name / f"{LARGE}{PROMPTS}"
+    shape = len(names) * len(templates), release.embed_dim
+    with written_prompts(path, shape) as write:
+        rows = random.normal(size=shape).astype(np.float32)
+        write(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    label_set = LabelSet(names, rows[: len(names)], names, templates)
+    facts = {"labels": len(names), "templates": list(templates), "prompts": digest_of(path)}
+    release = replace(release, label_sets={**release.label_sets, LARGE: facts})
+    for place in repository.glob(f"*/{folder.name}"):
+        model = place.parent
+        text = config(sources() / model.name / TEMPLATE, model.name, [release])
+        (model / CONFIG).write_text(text)
+        (place / CONFIG).write_text(text)
+        if (place / FILE).exists():
+            release.save(place)
+        if (place / "label_sets").is_dir():
+            label_set.save(place / "label_sets" / f"{LARGE}.npz")
+    write_sums(repository, release.version)
 
-    began = time.perf_counter()
-    with ThreadPoolExecutor(callers) as pool:
-        list(pool.map(caller, range(callers)))
-    return len(latencies) / (time.perf_counter() - began), 1e3 * float(np.quantile(latencies, 0.99))
+
+async def rate(
+    url: str, task: str, image: bytes, names: Iterator[str | None], callers: int, seconds: float
+) -> Measured:
+    """Measure a closed loop of a task, with the adapters in their order."""
+    first = time.time_ns() // 1_000_000  # texts are others each time
+    async with AsyncClient(url, batch_size=1, concurrency=callers, retries=0) as client:
+        sends: dict[str, Send] = {
+            "texts": lambda n: client.embed_texts([f"a photo {first + n}"], adapter=next(names)),
+            "classify": lambda _: client.classify(image, label_set=LABEL_SET, adapter=next(names)),
+            "search": lambda n: client.search(
+                f"a photo {first + n}", index="photos", adapter=next(names)
+            ),
+        }
+        await loop(sends[task], Closed(callers), 0.2)
+        measured = await loop(sends[task], Closed(callers), seconds)
+    if measured.errors:
+        say(f"{task}, {callers} callers: {dict(measured.errors)}")
+    return measured
 
 
 def compare(
-    ask: Callable[[int, str | None], object],
+    url: str,
+    task: str,
+    image: bytes,
     names: Sequence[str],
     callers: int,
     seconds: float,
     rounds: int,
 ) -> list[str]:
-    """Cells of a row: rates and tails without and with adapters, in turn, and the ratio."""
+    """Cells of a row: answers a second and tails, without and with adapters in turn."""
     pairs = []
     for turn in range(rounds):
-        first = 10_000_000 * turn + 1_000 * int(time.time())  # texts are others each time
+        draws: list[Iterator[str | None]] = [itertools.repeat(None), itertools.cycle(names)]
+        order = (0, 1) if turn % 2 == 0 else (1, 0)
+        both = {
+            place: asyncio.run(rate(url, task, image, draws[place], callers, seconds))
+            for place in order
+        }
+        pairs.append([both[0], both[1]])
+    rates = [[each.throughput for each in pair] for pair in pairs]
+    tails = [[1000 * each.percentiles(99)[0] for each in pair] for pair in pairs]
+    ratio = statistics.median(with_one / without for without, with_one in rates)
+    errors = sum(each.errors.total() for pair in pairs for each in pair)
+    tail = statistics.median(with_one / without for without, with_one in tails)
+    columns = np.median(np.array(rates), axis=0), np.median(np.array(tails), axis=0)
+    cells = [f"{value:.0f}" for value in columns[0]] + [f"{ratio:.2f}"]
+    return [*cells, *(f"{value:.1f}" for value in columns[1]), f"{tail:.2f}", str(errors)]
 
-        def plain(number: int, first: int = first) -> object:
-            return ask(first + number, None)
 
-        def named(number: int, first: int = first) -> object:
-            return ask(first + 500_000 + number, names[number % len(names)])
-
-        pairs.append((*rate(plain, callers, seconds), *rate(named, callers, seconds)))
-    ratio = statistics.median(with_one / without for without, _, with_one, _ in pairs)
-    middle = np.median(np.array(pairs), axis=0)
-    cells = [f"{middle[0]:.0f}", f"{middle[2]:.0f}", f"{ratio:.2f}"]
-    return [*cells, f"{middle[1]:.0f}", f"{middle[3]:.0f}"]
+def small_releases(folder: Path, count: int) -> str:
+    """Measure an engine of many tiny releases, which a fine-tune each would take."""
+    say(f"{count} small releases")
+    for number in range(1, count + 1):
+        write_release(folder, number, seed=number, dense=False)
+    Served(tuple(range(1, count + 1))).save(folder)
+    with served("process", folder) as (url, server, start):
+        idle = proportional(server)
+        begun = time.perf_counter()
+        for number in range(1, count + 1):
+            with Client(url, release=number) as client:
+                client.embed_texts(["a cat"])
+        first = time.perf_counter() - begun
+        after = proportional(server)
+    return (
+        f"In their place {count} releases with next to no weights, by the engine of one process:"
+        f" start {start:.1f} s, {idle / MIB:.0f} MiB, {after / MIB:.0f} MiB when each has answered,"
+        f" which took {1e3 * first / count:.1f} ms each."
+    )
 
 
 def measure(
     architecture: str = "ViT-B-32",
     precision: Literal["fp32", "int8"] = "fp32",
+    ways: tuple[Way, ...] = ("process", "triton"),
     adapters: tuple[int, ...] = (1, 10, 100, 1000),
     callers: tuple[int, ...] = (1, 8, 64),
     rank: int | None = None,
     seconds: float = 2.0,
     rounds: int = 3,
     images: int = 200,
+    releases: int = 100,
+    short: bool = False,
     results: Path = RESULTS,
 ) -> None:
-    """Measure an engine with adapters beside its release.
+    """Measure engines with adapters beside a release.
 
     Args:
         architecture: name in open_clip.
         precision: of the release.
-        adapters: numbers of adapters.
+        ways: engines of radapter-serve.
+        adapters: numbers of adapters, the last one the largest.
         callers: numbers of callers.
         rank: of the adapters; full rank if not given.
         seconds: of a round.
         rounds: of each cell.
         images: of the index.
+        releases: small releases to serve in place of adapters; 0 for none.
+        short: 1 and the largest number of adapters alone, 1 and 64 callers, two rounds of a second,
+            50 images and 20 releases: some minutes.
         results: folder of the report.
     """
+    if short:
+        adapters, callers = (1, adapters[-1]), (1, 64)
+        seconds, rounds, images, releases = 1.0, 2, 50, min(releases, 20)
     kind = "of full rank" if rank is None else f"of rank {rank}"
-    what = WHAT.format(
-        architecture=architecture, precision=precision, kind=kind, seconds=seconds, images=images
+    what = WHAT.replace("\n", " ").format(
+        architecture=architecture,
+        precision=precision,
+        kind=kind,
+        rounds=rounds,
+        seconds=seconds,
+        images=images,
     )
     file = f"adapters-{precision}"
     report = Report("adapters", "Adapters beside one release", what, timed=False, file=file)
     random = np.random.default_rng(1)
+    most = max(adapters)
+    image = picture()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         say("exporting")
         with Process() as process:
             process.call(export, architecture, precision, folder)
-        repository = folder / "repository"
-        photos = folder / "photos"
-        photos.mkdir()
-        for number in range(images):
-            (photos / f"{number}.jpg").write_bytes(picture(seed=number))
+            repository = folder / "repository"
+            process.call(add_large_label_set, repository)
         say("building the index")
-        loaded = load_release(repository, indexes=folder / "indexes")
-        build(str(photos), folder / "indexes" / "photos", loaded)
-        image = picture()
-        with Engine([loaded]) as engine:
+        indexes = folder / "indexes"
+        (folder / "photos").mkdir()
+        for number in range(images):
+            (folder / "photos" / f"{number}.jpg").write_bytes(picture(seed=number))
+        build(str(folder / "photos"), indexes / "photos", load_release(repository))
+        flags = ["--indexes", str(indexes)]
 
-            def ask(task: str, number: int, adapter: str | None) -> object:
-                text = f"a photo of {number} things"
-                values: dict[str, object] = {"text": (text,)}
-                if task == "classify":
-                    values = {"image": [image], "label_set": "names"}
-                if task == "search":
-                    values["index"] = "photos"
-                if adapter is not None:
-                    values["adapter"] = adapter
-                model = {"texts": "embed_text", "search": "retrieve"}.get(task, task)
-                return engine.infer(model, "", Values(values)).outputs["receipt"]
+        # Start and memory without adapters
+        starts: dict[Way, list[str]] = {}
+        bare: dict[Way, int] = {}
+        for way in ways:
+            say(f"starting {way} without adapters")
+            with served(way, repository, flags) as (url, server, start):
+                for task in TASKS:
+                    asyncio.run(rate(url, task, image, itertools.repeat(None), 1, 0.2))
+                bare[way] = proportional(server)
+                starts[way] = [way, f"{start:.1f}"]
 
-            # Throughput and tails, with and without adapters in turn
-            rows = []
-            before = memory("VmRSS")
-            for count in adapters:
-                add_many(repository, count, rank)
-                began = time.perf_counter()
-                for number in range(count):
-                    ask("texts", number, f"a{number}")
-                opened = time.perf_counter() - began
-                grown = (memory("VmRSS") - before) / count / 1e6
-                for task in ("texts", "classify", "search"):
-                    for at_once in callers:
-                        for draw in ("uniform", "skewed") if task == "texts" else ("uniform",):
-                            say(f"{task}, {count} adapters, {draw}, {at_once} callers")
-                            weights = np.ones(count)
-                            if draw == "skewed":
-                                weights = 1 / np.arange(1, count + 1)
-                            drawn = random.choice(count, 100_000, p=weights / weights.sum())
-                            names = [f"a{number}" for number in drawn]
-                            cells = compare(partial(ask, task), names, at_once, seconds, rounds)
-                            rows.append([f"{task}, {draw}", str(count), str(at_once), *cells])
-                report.note(
-                    f"{count} adapters: first requests of all {opened:.2f} s,"
-                    f" {1e3 * opened / count:.1f} ms each; {grown:.2f} MB of memory each, mapped"
-                    " pages and caches included."
-                )
-            head = ["requests", "adapters", "callers", "plain /s", "named /s", "ratio"]
-            report.table("Requests", [*head, "plain p99 ms", "named p99 ms"], rows)
+        say(f"adding {most} adapters")
+        begun = time.perf_counter()
+        add_many(repository, range(most), rank)
+        report.note(f"Adding an adapter took {1e3 * (time.perf_counter() - begun) / most:.0f} ms.")
 
-            # A new adapter, until it is served
-            facts_at = time.perf_counter()
-            add_many(repository, 1, rank)
-            ask("texts", 1, "a0")
-            report.note(
-                f"add-adapter until it has answered: {time.perf_counter() - facts_at:.3f} s."
-            )
+        rows = []
+        for way in ways:
+            say(f"starting {way} with {most} adapters")
+            with served(way, repository, flags) as (url, server, start), Client(url) as client:
+                client.embed_texts(["a cat"])
+                begun = time.perf_counter()
+                for number in range(most):
+                    client.embed_texts(["a cat"], adapter=f"a{number}")
+                opened = (time.perf_counter() - begun) / most
+                for task in TASKS:
+                    asyncio.run(rate(url, task, image, itertools.repeat("a0"), 1, 0.2))
+                each = (proportional(server) - bare[way]) / most
+
+                # Answers a second and tails, with and without adapters in turn
+                draws = itertools.product(adapters, ("uniform", "skewed"), TASKS, callers)
+                for count, draw, task, at_once in draws:
+                    if draw == "skewed" and (count == 1 or task != "texts"):
+                        continue
+                    say(f"{way}: {task}, {count} adapters, {draw}, {at_once} callers")
+                    weights = np.ones(count)
+                    if draw == "skewed":
+                        weights = 1 / np.arange(1, count + 1)
+                    drawn = random.choice(count, 100_000, p=weights / weights.sum())
+                    names = [f"a{number}" for number in drawn]
+                    cells = compare(url, task, image, names, at_once, seconds, rounds)
+                    rows.append([f"{way}, {task}, {draw}", str(count), str(at_once), *cells])
+
+                # A new adapter: until it has answered, and for the large label set
+                before = client.classify(image, label_set=LABEL_SET, adapter="a0").receipt
+                begun = time.perf_counter()
+                add_many(repository, [0], rank)
+                after = client.classify(image, label_set=LABEL_SET, adapter="a0").receipt
+                added = time.perf_counter() - begun
+                if before == after:
+                    raise SystemExit(f"{way} answered with the adapter that was replaced")
+                begun = time.perf_counter()
+                client.classify(image, label_set=LARGE, adapter="a0")
+                large = time.perf_counter() - begun
+                begun = time.perf_counter()
+                client.classify(image, label_set=LARGE, adapter="a0")
+                again = time.perf_counter() - begun
+                starts[way] += [
+                    f"{start:.1f}",
+                    f"{bare[way] / MIB:.0f}",
+                    f"{each / MIB:.2f}",
+                    f"{1e3 * opened:.1f}",
+                    f"{added:.3f}",
+                    f"{large:.2f}",
+                    f"{again:.2f}",
+                ]
+        head = ["engine, requests", "adapters", "callers", "plain /s", "named /s", "ratio"]
+        report.table("Requests", [*head, "plain p99 ms", "named p99 ms", "ratio", "errors"], rows)
+        head = ["engine", "start s", f"with {most}", "MiB without", "MiB for each", "first ms"]
+        head += ["until served s", "1,000 x 80 labels, first s", "again s"]
+        report.table("Start, memory, new adapters", head, list(starts.values()))
+        report.note(
+            "MiB are proportional (PSS), after requests of all tasks and adapters."
+            " First: the first request of an adapter. Until served: a replaced adapter is written,"
+            " and has answered classify. 1,000 x 80: classify with a label set of 80,000 stored"
+            " prompts (random) by an adapter that has not asked for it, and again."
+        )
+        if releases:
+            report.note(small_releases(folder / "small", releases))
     report.write(results)
 
 
