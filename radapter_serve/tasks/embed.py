@@ -182,6 +182,17 @@ def label_set_prompts(
     return _counted(loaded, lines, templates, place)
 
 
+def prompts_to_encode(loaded: LoadedRelease, labels: Labels, point: Point | Place) -> int:
+    """How many prompts of a label set have to be encoded for a request."""
+    if labels.label_set is None or label_set_prompts(loaded, labels, point) is None:
+        return 0
+    place = loaded.place(point)
+    lines, templates, _ = _label_set(loaded, labels.label_set, place)
+    if loaded.stored_prompts(lines, templates, place) is not None:
+        return 0
+    return sum(prompt_counts(lines, templates))
+
+
 def _counted(
     loaded: LoadedRelease, lines: Sequence[str], templates: Sequence[str], place: Place
 ) -> tuple[Sequence[str], Sequence[str]]:

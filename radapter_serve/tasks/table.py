@@ -38,6 +38,7 @@ from radapter_serve.tasks.embed import (
     embed_images,
     embed_texts,
     label_set_prompts,
+    prompts_to_encode,
 )
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 
@@ -50,6 +51,8 @@ Tensors = Mapping[str, NDArray[Any]]
 Form = tuple[str, Sequence[int]]  # KServe's datatype and the shape of an input
 Wants = Callable[[str], bool]  # whether a caller asks for an output
 
+# Prompts that any request may encode for its label set, a batch; more take seconds
+_FEW_PROMPTS = 256
 # examples to encode for one request; consecutive rows with the same options count once
 MAX_ENCODED = 256
 
@@ -266,10 +269,12 @@ def _classify_request(values: dict[str, Any], wants: Wants) -> ClassifyRequest:
 
 
 def embeds_label_set(loaded: LoadedRelease, requests: Sequence[Any]) -> bool:
-    """True if requests need a label set at an α that it was not exported at, and is not cached."""
+    """True if requests need a label set whose prompts take the text encoder seconds: at an α or of
+    an adapter that it was not exported for, neither stored nor cached, and more than a batch.
+    """
     return any(
         isinstance(request, (ClassifyRequest, SegmentRequest))
-        and label_set_prompts(loaded, request.labels, request.point) is not None
+        and prompts_to_encode(loaded, request.labels, request.point) > _FEW_PROMPTS
         for request in requests
     )
 
