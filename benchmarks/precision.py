@@ -35,8 +35,8 @@ WAYS = {
 def main(
     folder: Path = Path("/tmp/precision"),
     callers: tuple[int, ...] = (1, 8, 64),
-    seconds: float = 2.0,
-    longer: float = 4.5,
+    seconds: float = 1.5,
+    longer: float = 4.0,
     warmup: float = 0.5,
     passes: int = 2,
     prepare: bool = False,
