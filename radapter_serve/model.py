@@ -32,7 +32,7 @@ class Model(Client):
             model on the hub, in torch.
         pretrained: weights of an open_clip name: a tag such as `openai`, or a checkpoint's path.
         base: where a run's base is, if not where it was in training; `NAME:TAG` names its weights.
-        alpha: re-scaling of a run's adapter, in [0, 1]; None for its own.
+        alpha: α of a run's adapter, in [0, 1]; None for its own.
         dense: method of dense embeddings for `segment`, naclip or maskclip, of a model in torch;
             None for the method that its run was trained for.
         device: "cpu", "cuda" or "cuda:N"; None for the CPU, or in torch for a GPU if there is one.

@@ -34,7 +34,7 @@ TIMEOUT_SECONDS = 5
 _HUB_ERRORS = {
     401: "the hub does not know who asks, or has no such repository (401); look at the name, and"
     " log in with: hf auth login",
-    403: "the hub does not allow that (403); log in with a token that may, by: hf auth login",
+    403: "the hub does not allow that (403); log in with a token that may: hf auth login",
     404: "the hub has nothing of that name (404); look at it, and at the revision",
 }
 _FILES_OF_FOLDERS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -72,7 +72,7 @@ def check_base_is_named(checkpoint: str, base: str | None, alphas: Iterable[floa
     """Refuse a checkpoint that needs a base and has none: weights alone, or an α below 1."""
     if model_name(checkpoint) is None and base is None:
         raise RAdapterError(
-            f"{checkpoint} holds weights alone; name what was tuned with --base, such as --base"
+            f"{checkpoint} holds only weights; name what was tuned with --base, such as --base"
             " ViT-B-32:openai"
         )
     for alpha in alphas:

@@ -1,6 +1,6 @@
 """Arguments of the client's methods as plain values, keyed by the names of a task's inputs.
 
-Values that cannot be sent, such as a number in place of a text, are refused here. The server
+Values that cannot be sent, such as a number instead of a text, are refused here. The server
 checks ranges and combinations of arguments.
 """
 

@@ -110,7 +110,7 @@ class Client:
         concurrency: most requests under way at once for calls with lists, over all threads.
         api_key: the key that radapter-gateway asks for. Without TLS (https, grpcs) others can read
             it on the way.
-        transport: sends requests in place of gRPC or HTTP, such as a fake server in tests.
+        transport: sends requests instead of gRPC or HTTP, such as a fake server in tests.
         shrink_to: shorter side in pixels to which larger photos are reduced before they are sent,
             to classify, to embed and to search by: less to send, and less for the server to
             decode. Take twice the side of the model's input or more: answers change a little.
@@ -210,7 +210,7 @@ class Client:
                 label. A request with new labels waits until they are embedded; for more than some
                 hundred (times templates) that stay the same, a label set is better.
             label_set: name of a set that was exported with the release (radapter-export
-                --label-set), in place of labels.
+                --label-set), instead of labels.
             templates: prompts with {} for the label; None for the release's own.
             top_k: most labels to return; None for 5, or for all with multi_label.
             adapter: name of an adapter beside the release, whose map of the texts is applied; None

@@ -122,7 +122,7 @@ def card_of(
     if licence:
         terms = f"The base's licence is {licence}."
     kind = (
-        "It was fine-tuned by R-Adapter (Kim et al., ECCV 2024): linear adapters that are folded"
+        "It was fine-tuned with R-Adapter (Kim et al., ECCV 2024): linear adapters that are folded"
         f" into the weights with re-scaling α = {release.alpha:g}."
     )
     if release.made_of is not None:

@@ -160,7 +160,7 @@ def measure(
     if not drop <= max_drop:  # also for NaN
         raise RAdapterError(
             f"the encoders lose {drop:.2f} points of {entry.metric} on the {len(data)} images of"
-            f" {entry.data} ({by_torch:.2f} by torch, {by_release:.2f} by the release), and"
+            f" {entry.data} ({by_torch:.2f} with torch, {by_release:.2f} with the release), and"
             f" {max_drop:g} are allowed; nothing was written. Export with --precision fp32, or"
             " allow more with --max-drop"
         )
@@ -171,7 +171,7 @@ def measure(
         return accuracy, None
     if data.several:
         return accuracy, (
-            f"{entry.data} has several labels an image, by which scores are not calibrated: the"
+            f"{entry.data} has several labels per image, with which scores are not calibrated: the"
             " release has no calibrated scores"
         )
     try:

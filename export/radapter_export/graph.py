@@ -112,7 +112,7 @@ class Attention(nn.Module):
     def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__()
         self.num_heads = original.num_heads
-        # If keys have another width (`kdim`), there are three weights in place of `in_proj_weight`.
+        # If keys have another width (`kdim`), there are three weights instead of `in_proj_weight`.
         self._separate = original.in_proj_weight is None
         for name in [*(f"{part}_proj_weight" for part in ("in", "q", "k", "v")), "in_proj_bias"]:
             self.register_parameter(name, getattr(original, name))
@@ -162,7 +162,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def exportable(model: nn.Module, *, only: str = "", without: str = "") -> Any:
-    """Copy a model's structure with `Attention` in place of torch's, with one child `only` or
+    """Copy a model's structure with `Attention` instead of torch's, with one child `only` or
     `without` one. The copy shares the model's parameters and buffers, under the same names.
     """
     memo: dict[int, Any] = {

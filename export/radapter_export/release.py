@@ -150,7 +150,7 @@ def export_release(
     Args:
         adapter_path: adapter file, or the folder of a run; several of one base are averaged. Empty
             if the settings name a checkpoint or a LoRA.
-        alphas: re-scalings in [0, 1], each another release; the last is the newest, which clients
+        alphas: α in [0, 1], each another release; the last is the newest, which clients
             get by default. None: the one that `auto` chose on validation data for this very
             adapter, or else the adapter's own. "dynamic": one release whose encoders take α as an
             input, with the same default.
@@ -571,7 +571,7 @@ def _write_label_sets(
             more = f"; and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
             warnings.append(
                 f"label set {name} has labels that the model can't tell apart (cosine above"
-                f" {SAME}), so that an image scores them alike: {shown}{more}; name them by other"
+                f" {SAME}), so that an image scores them alike: {shown}{more}; name them with other"
                 " words"
             )
         elif shared := shared_name(file.labels):

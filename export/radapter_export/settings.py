@@ -25,7 +25,7 @@ except ModuleNotFoundError:  # when the command runs, `checker` reports this in 
     ValidationError = ValueError  # type: ignore[assignment,misc]
 
 OWN = "own"  # name of the run's validation data
-# Names in place of an α
+# Names instead of an α
 AUTO = "auto"
 BEST = "best"
 DYNAMIC = "dynamic"
@@ -36,10 +36,10 @@ class ExportSettings:
     """Settings of the releases.
 
     Args:
-        checkpoint: a model that was tuned elsewhere, in place of an adapter: a .pt or .safetensors
+        checkpoint: a model that was tuned elsewhere, instead of an adapter: a .pt or .safetensors
             file, a model's folder, hf-hub:NAME or NAME:TAG. Alpha 1 is the checkpoint as it is,
             less is on the line from --base to it (WiSE-FT).
-        lora: folder of a LoRA of peft for a CLIPModel, in place of an adapter; alpha scales its
+        lora: folder of a LoRA of peft for a CLIPModel, instead of an adapter; alpha scales its
             change of the weights.
         weights: of the adapters in their average, one each, with sum 1; equal if not given.
         base: the base that was tuned: an open_clip model with its weights, such as ViT-B-32:openai

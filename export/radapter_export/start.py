@@ -86,7 +86,7 @@ def export(
     Args:
         adapter: a run, as `train` returns it, its folder, or an adapter file; several are averaged.
             The newest run in ./runs if no adapter, `checkpoint` or `lora` is given.
-        alpha: re-scalings in [0, 1], each another release. If not given, the one that
+        alpha: α in [0, 1], each another release. If not given, the one that
             `evaluate(..., alpha="auto")` chose for this very adapter, or else the run's own, and 1
             for a checkpoint or a LoRA; the notes say which. `auto` requires that choice, `best`
             takes the one with the highest score; `dynamic` makes one release that takes any α with
@@ -112,8 +112,8 @@ def export(
     if format == "tensorrt":
         if chosen.runtime == "openvino":
             raise RAdapterError(
-                "--format tensorrt is served by --runtime tensorrt, and not by openvino; leave one"
-                " out"
+                "--format tensorrt is served with --runtime tensorrt, and not with openvino; leave"
+                " one out"
             )
         chosen = dataclasses.replace(chosen, runtime="tensorrt")
     elif format != "onnx":
@@ -153,7 +153,7 @@ def export(
     by_choice = [value for value in values if value in (AUTO, BEST)]
     if by_choice and (tuned is not None or len(paths) > 1):
         raise RAdapterError(
-            f"--alpha {by_choice[0]} is chosen for one run, by its validation data, and for no"
+            f"--alpha {by_choice[0]} is chosen for one run, on its validation data, and for no"
             " average, checkpoint or LoRA; give a number"
         )
     if chosen.checkpoint and not (paths or chosen.lora):

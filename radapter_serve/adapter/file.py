@@ -49,7 +49,7 @@ class Metadata:
         base_digest: digest of the base's adapted tensors, see `base_digest`.
         rank: rank of the adapters; None for full rank.
         task: `classification`, `retrieval` or `segmentation`.
-        alpha: default re-scaling α, in [0, 1].
+        alpha: default α, in [0, 1].
         templates: prompt templates with `{}` for the class name.
         recipe: the recipe of the training, as in `recipe.yaml`; `source` has its data.
         metrics: metrics on the validation data.
@@ -217,7 +217,7 @@ def load_adapter(path: str | PathLike[str]) -> Adapter:
     if not path.is_file():
         command = "make one with radapter-train --out"
         if (run / CHECKPOINT).is_file():
-            command = "finish the run by radapter-train --resume"
+            command = "finish the run with radapter-train --resume"
         raise RAdapterError(f"no adapter file at {path}; {command} {shlex.quote(str(run))}")
     try:
         with safe_open(path, framework="pt") as file:

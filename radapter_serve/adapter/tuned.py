@@ -223,7 +223,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             ) from error
         raise RAdapterError(
             f"{path} holds pickled objects beside its weights, and loading them could run foreign"
-            " code; save the state dict alone, by torch.save(model.state_dict(), 'tuned.pt')"
+            " code; save only the state dict, with torch.save(model.state_dict(), 'tuned.pt')"
         ) from error
     except Exception as error:  # torch and safetensors raise many kinds of errors
         raise RAdapterError(f"could not read the checkpoint {path}: {reason(error)}") from error
@@ -341,7 +341,7 @@ def _read_layers(folder: Path, config: dict[str, Any]) -> dict[str, tuple[Tensor
         if match is None or tensor.ndim != 2:
             raise RAdapterError(
                 f"{path} has the tensor {short(name)}; allowed are lora_A and lora_B of linear"
-                " layers: merge it by peft's merge_and_unload, and export that with --checkpoint"
+                " layers: merge it with peft's merge_and_unload, and export that with --checkpoint"
             )
         values = plain_values(tensor, f"{path} is damaged: {name}")
         halves.setdefault(match[1], {})[match[2]] = values
@@ -397,7 +397,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if start not in _PLAIN_STARTS:
         raise RAdapterError(
             f"{path} has init_lora_weights {short(start)}, which changes the base itself;"
-            " convert it by peft (path_initial_model_for_weight_conversion) first"
+            " convert it with peft (path_initial_model_for_weight_conversion) first"
         )
     for name, value in config.items():
         if value and name not in _KNOWN and (name, value) != ("bias", "none"):

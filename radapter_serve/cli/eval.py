@@ -37,14 +37,15 @@ def evaluate(
     Args:
         suite: data sets to evaluate on: a YAML file, or the name of a suite that comes with the
             package, such as pacs, imagenet or retrieval.
-        data: one data set in place of a suite, such as photos/test or csv:test.csv; it is
+        data: one data set instead of a suite, such as photos/test or csv:test.csv; it is
             opened as the run opened its own, with its columns, and among its classes.
-        alpha: re-scalings from 0 (the base) to 1 (all that was learned); if not given, 0, the run's
-            own and 1. auto takes the smallest that is statistically as good as the best on
-            validation data, and at most the run's own; where the images are too few to tell that
-            training helped, one that keeps what the base knows. That data is the suite's sets with
-            `split: validation`, else the run's. A release or a server takes other alphas than its
-            own only if requests may give them (radapter-export --alpha dynamic).
+        alpha: α, one or several, from 0 (the base) to 1 (all that was learned); if not
+            given, 0, the run's own and 1. auto takes the smallest that is statistically as good as
+            the best on validation data, and at most the run's own; where the images are too few to
+            show that training helped, one that keeps what the base knows. That data is the suite's
+            sets with `split: validation`, else the run's. A release or a server takes
+            other alphas than its own only if requests may give them (radapter-export --alpha
+            dynamic).
         settings: the model to evaluate, and settings of the evaluation.
     """
     screen = Console()

@@ -61,7 +61,7 @@ def export(
     repository, which radapter-serve serves. Nothing is written unless all of it succeeds.
 
     Args:
-        alpha: re-scaling from 0 (the base) to 1 (all that was learned). If not given, the one that
+        alpha: α, from 0 (the base) to 1 (all that was learned). If not given, the one that
             radapter-eval --alpha auto chose for this very adapter, or else the run's own, and 1 for
             a checkpoint or a LoRA. auto requires that choice; best takes the one with the highest
             score on validation data; dynamic makes one release that takes any alpha with each
@@ -137,7 +137,7 @@ def export(
     # The paths of all results, and the next commands
     merged = ", ".join(str(release.merged) for release in releases)
     if replaced is not None and replaced != done.alpha:
-        merged += f", in place of the one at alpha {replaced:g}"
+        merged += f", instead of the one at alpha {replaced:g}"
     lines.append(f"Merged: {merged}")
     if done.transformers is not None:
         lines.append(f"Transformers: {done.transformers}")
@@ -177,7 +177,7 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
     grows = round(fitted["ece_after"], 4) > round(fitted["ece_before"], 4)
     worse = " (worse, so do not ask for calibrated)" if grows else ""
     return (
-        f"scores are calibrated by {way}: {before} before, {100 * fitted['ece_after']:.2f} %"
+        f"scores are calibrated with {way}: {before} before, {100 * fitted['ece_after']:.2f} %"
         f" after{worse}; {labels}"
     )
 

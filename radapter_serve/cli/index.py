@@ -65,14 +65,14 @@ def build(
             of images; not with --from-embeddings.
         out: folder of the index, such as indexes/photos; radapter-serve serves the indexes in
             ./indexes.
-        from_embeddings: .npy file of embeddings by the release's image encoder, floats [N, D]; each
-            is made unit length, and no image is read. Needs --rows.
+        from_embeddings: .npy file of embeddings from the release's image encoder, floats [N, D];
+            each is made unit length, and no image is read. Needs --rows.
         rows: .parquet or .csv with one row for each embedding, in their order: ids such as paths in
             the column --image-column, and metadata.
         model_repository: its served release embeds the images (radapter-release list); DIR@N for
             release N.
         url: a live server that embeds the images instead, such as http://localhost:8000.
-        alpha: re-scaling from 0 to 1 of images and, later, queries, for a release that takes any
+        alpha: α from 0 to 1 of images and, later, queries, for a release that takes any
             (radapter-export --alpha dynamic); the release's own if not given.
         image_column: column of a table that holds the paths; the others become metadata.
         thumbnails: longest side of a thumbnail in px; 0 for none.
@@ -198,7 +198,7 @@ def map_(
     min_recall: float = 0.8,
     embed: bool = False,
 ) -> None:
-    """Map an index of another release to this one's image tower, in place of embedding all images.
+    """Map an index of another release to this one's image tower, instead of embedding all images.
 
     A sample of the images is embedded, and a linear map from the old embeddings to the new ones
     maps all others. Of images that the map was not fitted on, the command says how many of the ten
@@ -211,8 +211,8 @@ def map_(
         url: a live server that embeds the sample instead.
         alpha: as of radapter-index build.
         sample: images of the index to embed, from 100 to 10,000, drawn at random.
-        min_recall: least recall@10 by image and by text, from 0 to 1; the index stays as it is if
-            it is lower.
+        min_recall: least recall@10 with images and with texts, from 0 to 1; the index stays as it
+            is if it is lower.
         embed: then embed all images, and replace the mapped index when that is complete.
     """
     from radapter_serve.encoders.loaded import release_at
@@ -249,7 +249,7 @@ def _mapped(mapped: Mapped) -> str:
     made_by = mapped.release
     return (
         f"from {made_by.architecture} at alpha {made_by.alpha:g}, release {made_by.version}:"
-        f" recall@10 {mapped.by_image:.2f} by image, {mapped.by_text:.2f} by text, among"
+        f" recall@10 {mapped.by_image:.2f} with images, {mapped.by_text:.2f} with texts, among"
         f" {mapped.sample:,} images that were held out"
     )
 

@@ -173,7 +173,7 @@ def classify(
             without labels, the folders' names are the labels.
         example_weight: weight of a label's examples against its text, from 0 to 1; 1 leaves the
             text out; 0.5 if not given.
-        out: .csv file to write in place of printing, with one row for each label.
+        out: .csv file to write instead of printing, with one row for each label.
     """
     files = Images(images)
     options = labels.arguments(optional=examples is not None)
@@ -239,7 +239,7 @@ def segment(
             folder of pictures.
         save_mask: .png to write, with the index of each pixel's label. For several images, a folder
             of masks.
-        out: .csv file to write in place of printing, with one row for each label that occurs.
+        out: .csv file to write instead of printing, with one row for each label that occurs.
     """
     files = Images(images)
     options = {**labels.arguments(), **vars(point)}
@@ -406,13 +406,15 @@ def release(server: OmitArgPrefixes[Server]) -> None:
         templates = f"{len(used.templates)}, such as {templates!r}"
     facts = {
         "release": used.version,
-        "α": f"{used.alpha:g}, or any from 0 to 1 by request" if used.dynamic_alpha else used.alpha,
+        "α": f"{used.alpha:g}, or any from 0 to 1 in a request"
+        if used.dynamic_alpha
+        else used.alpha,
         "architecture": used.architecture,
         "precision": used.precision,
         "embedding width": used.embed_dim,
         "templates": templates,
         "label sets": ", ".join(sorted(used.label_sets)) or "none",
-        "EXIF orientation": "images are turned by it" if used.exif_orientation else "is ignored",
+        "EXIF orientation": "images are turned upright" if used.exif_orientation else "is ignored",
         "adapter": used.facts.get("adapter_digest", "unknown"),
         "exported": used.facts.get("created", "unknown"),
         "served": ", ".join(f"{release.version} (α = {release.alpha:g})" for release in served),

@@ -95,12 +95,12 @@ def load(
     model_repository: Path = REPOSITORY,
     url: str | None = None,
 ) -> None:
-    """Serve a release in place of the present one, without a pause: on a running server, or
+    """Serve a release instead of the present one, without a pause: on a running server, or
     from its next start on.
 
-    The release is checked first: its files by their digests, its encoders by torch's embeddings,
-    its tasks by one request each. If a check fails, the present release stays. An interrupted
-    command does not stop the server's work.
+    The release is checked first: its files against their digests, its encoders against torch's
+    embeddings, its tasks with one request each. If a check fails, the present release stays. An
+    interrupted command does not stop the server's work.
 
     Args:
         release: its number; several are served together, and the highest answers requests without
@@ -162,12 +162,12 @@ def add_adapter(
     take it with their next request.
 
     It belongs to the text tower that it was trained with: a release of the base, which
-    radapter-export --alpha 0 makes, or one whose adapters change the image tower alone.
+    radapter-export --alpha 0 makes, or one whose adapters change only the image tower.
 
     Args:
-        name: by which requests ask for it.
+        name: what requests call it.
         adapter: folder of a run of the recipe quick, or an adapter file.
-        alpha: of requests that give none, from 0 to 1; by default the one that the run chose.
+        alpha: for requests that give none, from 0 to 1; by default the one that the run chose.
         replace: take the place of an adapter of this name.
         model_repository: folder that radapter-export has filled.
     """
@@ -280,7 +280,7 @@ def lacking(
                 notes.append(
                     f"the index {name} is of release {able[-1]}, and cannot be searched without it;"
                     f" radapter-release load {both} serves both, until radapter-index has built it"
-                    f" again by release {new}"
+                    f" again with release {new}"
                 )
     return notes
 

@@ -272,7 +272,7 @@ def _show(server: ReleaseServer, urls: Mapping[str, str | None], url: str) -> No
         alpha = f"{release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
         line = f"release  {version}: {release.architecture} at alpha {alpha}, {release.precision}"
         if release.image_distance is not None:
-            line += f" by {release.runtime}, 1 - cosine of images {release.image_distance:.0e}"
+            line += f" with {release.runtime}, 1 - cosine of images {release.image_distance:.0e}"
         print(line)
     for name, value in {**urls, "indexes": config.indexes}.items():
         if value is not None:
@@ -290,7 +290,7 @@ def _say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Accept --model-repository, as in other commands, in place of the positional argument.
+    # Accept --model-repository, as in other commands, instead of the positional argument.
     arguments = [
         argument.removeprefix("--model-repository=")
         for argument in arguments

@@ -354,4 +354,4 @@ def _table(of: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _refused(path: Path, what: str, allowed: str) -> RAdapterError:
-    return RAdapterError(f"{path} has {what}, by which a library may run foreign code; {allowed}")
+    return RAdapterError(f"{path} has {what}, with which a library may run foreign code; {allowed}")

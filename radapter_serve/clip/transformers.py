@@ -148,7 +148,7 @@ def form_of(name: str, model: Any, tokenizer: Any) -> Form:
         layers = [f"{layer}.weight" for layer in _LAYERS[kind].values()]
         needed = {*_TENSORS[kind].values(), *layers}
         if lacking := sorted(needed - {name for theirs in names.values() for name in theirs}):
-            raise AttributeError(f"{lacking[0]} is a weight of one of the two alone")
+            raise AttributeError(f"{lacking[0]} is a weight of only one of the two")
     except Exception as error:  # modules of other families lack these attributes
         raise RAdapterError(
             f"{name} has no form in transformers: it is not built as a {_CLASSES[kind][1]}"
@@ -172,7 +172,7 @@ def _names_of(name: str, kind: str) -> tuple[str, ...]:
             return tuple(f"{block}.self_attn.{letter}_proj.{part}" for letter in "qkv")
         if layer in _BLOCK:
             return (f"{block}.{_BLOCK[layer]}.{part}",)
-    raise AttributeError(f"{name} is a weight of one of the two alone")
+    raise AttributeError(f"{name} is a weight of only one of the two")
 
 
 def _tower_config(tower: Any, norm: Any) -> dict[str, Any]:

@@ -124,8 +124,8 @@ class Labelled(ImageColumn, LabelledImages):
         kept, taken = (self.rows.select(np.flatnonzero(part)) for part in (~held, held))
         if not len(taken):
             raise RAdapterError(
-                f"val_fraction is {fraction} but no class has two images; name validation data by"
-                " --val-data, or hold out none by --val-fraction 0"
+                f"val_fraction is {fraction} but no class has two images; name validation data with"
+                " --val-data, or hold out none with --val-fraction 0"
             )
         return dataclasses.replace(self, rows=kept), dataclasses.replace(self, rows=taken)
 

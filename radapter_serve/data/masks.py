@@ -185,7 +185,7 @@ class Panoptic(MaskedImage):
             wrong = sorted(set(np.unique(ids).tolist()) - {0} ^ set(self.labels))
             raise RAdapterError(
                 f"the mask {self.mask_path} and its annotation do not belong together: the segments"
-                f" {', '.join(map(str, wrong[:5]))} are in one of them alone"
+                f" {', '.join(map(str, wrong[:5]))} are in only one of them"
             )
         return [segment for segment in segments if segment[0] != IGNORE]
 

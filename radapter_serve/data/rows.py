@@ -328,7 +328,7 @@ def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str]) -> Row
     if len(filled) < 2:
         has = "no images in sub-folders"
         if filled:
-            has = f"images in one folder alone, {next(iter(filled))!r}"
+            has = f"images in only one folder, {next(iter(filled))!r}"
         raise RAdapterError(
             f"{spec} has {has}; an image folder needs one sub-folder a class, and two classes;"
             f" images are {', '.join(SUFFIXES)}"

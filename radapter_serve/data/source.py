@@ -114,13 +114,13 @@ class RunSource(DataSource):
     Attributes:
         val_data: validation data, in the same forms; none skips validation.
         val_fraction: share of the training images (of each class, if there are classes) to hold
-            out for validation, drawn by the seed; instead of val_data. 0 holds out no images.
+            out for validation, drawn with the seed; instead of val_data. 0 holds out no images.
         captions_per_image: captions of an image in the same batch, each a positive of the image;
             with 1, captions of one image share a batch only by chance.
         templates: file with one prompt template a line ({} is the class); or `simple`, `openai` for
             the 80 of OpenAI, `vild` for the 63 of ViLD, or `ovseg`.
-        shots: images of each class to train with, drawn by the seed (a class with fewer gives all);
-            none takes all.
+        shots: images of each class to train with, drawn with the seed (a class with fewer gives
+            all); none takes all.
         on_broken: on a broken or missing image, skip takes the next image and counts it, refuse
             stops the run.
         mask_padding: border around the box of a segment on each side, as a share of its longer

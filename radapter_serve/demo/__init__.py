@@ -17,7 +17,7 @@ class DemoSettings:
             repository, index.
         seed: seed of the fine-tuning.
         steps: optimizer steps of each fine-tuning; the demo's own by default.
-        alpha: re-scaling of the exported release, from 0 to 1; the recipe's by default.
+        alpha: α of the exported release, from 0 to 1; the recipe's by default.
         limit: the most images of each data set to evaluate; all by default.
     """
 

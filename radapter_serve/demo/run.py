@@ -377,8 +377,8 @@ def ask_masks(client: Client, data: SceneData, path: Path, seed: int) -> str:
         axes.set_title(title, fontsize=8, loc="left")
     _save(figure, path, "each drawing by the label of most of its pixels")
     return (
-        f"masks: of {count} drawings in scenes {right[0]} right by proposals and"
-        f" {len(masked.classes)} labels, {right[1]} by dense patches and the scene's labels"
+        f"masks: of {count} drawings in scenes {right[0]} right with proposals and"
+        f" {len(masked.classes)} labels, {right[1]} with dense patches and the scene's labels"
     )
 
 

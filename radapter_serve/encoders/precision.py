@@ -117,8 +117,8 @@ def choose(
         if on_gpu or runtime not in (None, AUTO, "openvino"):
             where = "a GPU" if on_gpu else runtime
             raise RAdapterError(
-                f"--precision bf16 is computed by OpenVINO on the CPU, and not by {where}; leave it"
-                " out, or take --runtime openvino on the CPU"
+                f"--precision bf16 is computed with OpenVINO on the CPU, and not with {where};"
+                " leave it out, or take --runtime openvino on the CPU"
             )
         if not processor:
             raise RAdapterError(
@@ -126,7 +126,7 @@ def choose(
                 f" avx512_bf16 in {CPU_FACTS}); allowed here are fp32 and {AUTO}"
             )
         trial = try_encoders(repository, releases, "openvino", "bf16", threads)
-        note = f"precision bf16 by openvino: 1 - cosine at most {trial.distance:.0e}"
+        note = f"precision bf16 with openvino: 1 - cosine at most {trial.distance:.0e}"
         return Choice("openvino", "bf16", note, trial)
 
     # AUTO: try the release as it is, then OpenVINO in bf16, else in fp32; only the fastest encoders
@@ -153,11 +153,11 @@ def choose(
             best = way
             trial = other
         del other
-    note = f"precision {best[1]} by {best[0]}: "
+    note = f"precision {best[1]} with {best[0]}: "
     if best == first:
         return Choice(first[0], None, f"{note}nothing else was faster{reason}", trial)
     note += (
-        f"images {seconds / trial.seconds:.1f} times as fast as {first[1]} by {first[0]},"
+        f"images {seconds / trial.seconds:.1f} times as fast as {first[1]} with {first[0]},"
         f" 1 - cosine at most {trial.distance:.0e}{reason if best[1] == 'fp32' else ''}"
     )
     return Choice(best[0], "bf16" if best[1] == "bf16" else None, note, trial)

@@ -26,14 +26,14 @@ from radapter_serve.files import checker, first_problem, staged
 
 FILE = "alpha.json"
 RULE = (
-    "auto is the smallest alpha above 0 that can't be told from the best one by the same images"
-    " (their paired difference is within its 95 % interval; like the one-standard-error rule of"
-    " Breiman et al., 1984), and at most the run's own. Where alpha 0 can't be told from the best"
-    f" either, it is the largest of these alphas that keeps {KEPT_WELL:.0%} of the base's answers"
-    " among common nouns, or the smallest if that was not measured; 0 if there is none. It never"
-    f" keeps less than {LOST_MUCH:.0%} of them. best has the highest score; of equal ones it is the"
-    " smallest. The score is the mean over validation sets, and where some are shifted, the mean of"
-    " the two means"
+    "auto is the smallest alpha above 0 that is not significantly different from the best one on"
+    " the same images (their paired difference is within its 95 % interval; like the"
+    " one-standard-error rule of Breiman et al., 1984), and at most the run's own. Where alpha 0 is"
+    f" not different either, it is the largest of these alphas that keeps {KEPT_WELL:.0%} of the"
+    " base's answers among common nouns, or the smallest if that was not measured; 0 if there is"
+    f" none. It never keeps less than {LOST_MUCH:.0%} of them. best has the highest score; of"
+    " equal ones it is the smallest. The score is the mean over validation sets, and where some are"
+    " shifted, the mean of the two means"
 )
 _DIGITS = 8  # decimals to which scores are compared
 
@@ -118,15 +118,16 @@ class Choice:
             if self.kept is not None:
                 why = f"the largest as good that keeps {KEPT_WELL:.0%} of the base's answers"
             lines.append(
-                "alpha 0, the base as it was, can't be told from the best: these images are too few"
-                f" to tell that training helped, or it did not. So auto takes alpha {self.alpha:g},"
-                f" {why}; the run's own is {self.own_alpha:g}."
+                "alpha 0, the base as it was, is not significantly different from the best: these"
+                " images are too few to show that training helped, or it did not. So auto takes"
+                f" alpha {self.alpha:g}, {why}; the run's own is {self.own_alpha:g}."
             )
         elif base_is_as_good:
             lines.append(
-                "alpha 0, the base as it was, can't be told from the best, and no alpha up to the"
-                f" run's own {self.own_alpha:g} is as good and keeps {KEPT_WELL:.0%} of the base's"
-                " answers: auto takes 0, which is the base. Try a lower learning rate."
+                "alpha 0, the base as it was, is not significantly different from the best, and no"
+                f" alpha up to the run's own {self.own_alpha:g} is as good and keeps"
+                f" {KEPT_WELL:.0%} of the base's answers: auto takes 0, which is the base."
+                " Try a lower learning rate."
             )
         elif self.alpha < by_score:
             lines.append(
@@ -274,7 +275,7 @@ def save_choice(choice: Choice, adapter: str | Path) -> Path:
 def read_choice(adapter: str | Path, digest: str) -> Choice:
     """Read the choice for a run or an adapter file with this digest; refuses that of another."""
     path = choice_file(adapter)
-    again = f"choose by radapter-eval --adapter {path.parent} --alpha auto"
+    again = f"choose it with radapter-eval --adapter {path.parent} --alpha auto"
     try:
         choice = checker(Choice).validate_json(path.read_bytes())
     except FileNotFoundError:

@@ -362,7 +362,7 @@ class SegmentationSet(EvaluationSet):
     images: Sequence[MaskedImage]
     classes: list[str]  # by their number in the masks, with synonyms after commas
     templates: list[str] | None  # prompt templates; None takes the model's
-    proposals: Proposals | None = None  # masks of a network, in place of the true segments
+    proposals: Proposals | None = None  # masks of a network, instead of the true segments
 
     task = "zeroshot_segmentation"
     most = 4  # masks take much memory

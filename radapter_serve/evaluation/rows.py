@@ -277,7 +277,7 @@ def hardly_known(accuracy: float, classes: int) -> list[str]:
         return []
     return [
         f"the base has {100 * accuracy:.1f} % of the images of {classes} classes right, and guesses"
-        f" have {100 * chance:.1f} %: it hardly knows these images, and an adapter on a projection"
+        f" have {100 * chance:.1f} %: it barely knows these images, and an adapter on a projection"
         " learns no features. Train the towers with radapter-train --recipe small."
     ]
 

@@ -77,14 +77,14 @@ def evaluate_set(
 
     # Each batch of images goes to every model.
     by = models[0].name if len(models) == 1 else f"{len(models)} models"
-    say(f"{data.entry.name}: embedding its texts by {by}")
+    say(f"{data.entry.name}: embedding its texts with {by}")
     done = 0
     for items in _batches(models[0], data, min(batch_size, data.most or batch_size)):
         for number, model in enumerate(models):
             with turn(number):
                 parts[number].append(data.answer(model, done, items, keep))
         done += len(items)
-        say(f"{data.entry.name}: {done} of {len(data)} images by {by}")
+        say(f"{data.entry.name}: {done} of {len(data)} images with {by}")
 
     # A row for each model.
     answers = [

@@ -127,7 +127,7 @@ class EvaluationSettings:
             results/photos/pacs, and results/photos/validation where there is no suite.
         resume: keep the rows in OUT, and evaluate only what is missing or has changed; --no-resume
             evaluates all again, and replaces them.
-        limit: the most images of a data set, drawn by the seed.
+        limit: the most images of a data set, drawn with the seed.
         seed: seed of the draw of images.
         batch_size: images in a batch.
         threads: threads to compute with; by default one for each core. Fewer are faster while other
@@ -252,10 +252,10 @@ def evaluate(
             than the run's own. The validation data is the suite's sets with `split: validation`,
             else the run's; see `Choice`.
         suite: a YAML file, or the name of a suite that comes with the package.
-        data: one data set in place of a suite, such as `photos/test` or `csv:test.csv`; it is
+        data: one data set instead of a suite, such as `photos/test` or `csv:test.csv`; it is
             opened as the run opened its validation data, with the same columns and classes.
         progress: show progress on stderr; otherwise nothing is printed.
-        fields: any field of `EvaluationSettings`: another model in place of a run (`checkpoint`,
+        fields: any field of `EvaluationSettings`: another model instead of a run (`checkpoint`,
             `model_repository`, `url`, ...), `data_root`, `out`, `limit`, ...
 
     Returns:

@@ -129,7 +129,7 @@ def document() -> Schema:
     )
     paths["/v1/models/{model}"] = _get(
         "model",
-        "One release or adapter by its model name.",
+        "One release or adapter, named as a model.",
         described,
         [{"name": "model", "in": "path", "required": True, "schema": _TEXT}],
         error="OpenAIError",

@@ -108,7 +108,7 @@ def add(
         loaded = loaded.at(plan.release.alpha)
     if not plan.release.is_of(loaded.release):
         raise RAdapterError(
-            f"the index {out} {plan.release.differs_from(loaded.release)}; add to it by a release"
+            f"the index {out} {plan.release.differs_from(loaded.release)}; add to it with a release"
             f" that embeds images as it did, or build it again ({facts.cost}):"
             f" {plan.command(out, loaded)}"
         )

@@ -197,8 +197,8 @@ def _map(
     mapped = Mapped(plan.release, len(rows), by_image, by_text)
     if mapped.recall < min_recall:
         raise RAdapterError(
-            f"a map of the index {out} finds {by_image:.0%} of the ten nearest by image and"
-            f" {by_text:.0%} by text, and --min-recall is {min_recall:g}; {again}"
+            f"a map of the index {out} finds {by_image:.0%} of the ten nearest with images and"
+            f" {by_text:.0%} with texts, and --min-recall is {min_recall:g}; {again}"
         )
     linear = fit(old, new)
 

@@ -61,8 +61,8 @@ _PLACE = re.compile(
 )
 
 ALLOWED = (
-    "an index in Qdrant takes a column compared with a value by = <> < <= > >= IN BETWEEN (texts by"
-    " = <> IN), IS NULL, AND, OR, NOT and brackets"
+    "an index in Qdrant takes a column compared with a value with = <> < <= > >= IN BETWEEN (texts"
+    " with = <> IN), IS NULL, AND, OR, NOT and brackets"
 )
 # Arrow types of the columns that every index has.
 BASE_COLUMNS = {"path": "string", "width": "int32", "height": "int32", "digest": "string"}
@@ -114,7 +114,7 @@ class Qdrant:
             size = config.params.vectors.size
             if size != facts.plan.release.embed_dim:
                 raise ValueError(
-                    f"its vectors have the width {size} in place of {facts.plan.release.embed_dim}"
+                    f"its vectors have the width {size} instead of {facts.plan.release.embed_dim}"
                 )
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             why = f"it lacks {error}" if isinstance(error, KeyError) else f"{error}"

@@ -103,7 +103,7 @@ def build(client: Client) -> gradio.Blocks:
 def _classify(client: Client, picture: Any, alpha: Any, adapter: Any) -> Any:
     labels = gradio.Textbox(_LABELS, label="Labels, one a line", lines=5, elem_id="labels")
     sets = gradio.Dropdown(
-        [""], label="A label set of the release, in place of the labels above", visible=False
+        [""], label="A label set of the release, instead of the labels above", visible=False
     )
     button = gradio.Button("Classify", variant="primary")
     scores = gradio.Label(label="Scores", num_top_classes=10, elem_id="scores")

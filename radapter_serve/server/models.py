@@ -118,11 +118,11 @@ def configure(
                 if chosen == TENSORRT:
                     check_plan(file.parent)
             if check or not (compared or chosen == encoder.runtime):
-                progress(f"checking {encoder.name} by {chosen}")
+                progress(f"checking {encoder.name} with {chosen}")
                 try:
                     for version in encoder.versions:
                         graph = load_as_triton(encoder, version, chosen, per_instance)
-                        how = f", run by {chosen} on this machine,"
+                        how = f", run with {chosen} on this machine,"
                         check_agreement(encoder, version, graph, how)
                 except RAdapterError as error:
                     raise RAdapterError(

@@ -78,7 +78,7 @@ class ReleaseServer(ABC):
         return choice
 
     def load(self, releases: Sequence[int], say: Say = lambda line: None) -> str:
-        """Serve these releases in place of the present ones, which stay if a new one does not
+        """Serve these releases instead of the present ones, which stay if a new one does not
         answer correctly; returns a line about the result.
         """
         wanted = require_known(self.config.model_repository, releases)

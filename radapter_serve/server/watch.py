@@ -15,7 +15,7 @@ import psutil
 
 SERVER = "tritonserver"
 _SEGMENTATION_FAULT = (
-    "it ended by a segmentation fault, as a request of 4 MiB and more causes without the header "
+    "it ended with a segmentation fault, as a request of 4 MiB and more causes without the header "
     "Content-Type: application/json"
 )
 

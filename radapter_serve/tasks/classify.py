@@ -85,8 +85,8 @@ class ClassifyRequest:
         if wrong or not examples.weights:
             shown = f"{wrong[0]:g}" if wrong else "empty"
             raise invalid(
-                f"example_weight is {shown}; numbers from 0 (the text alone) to 1 (the examples"
-                " alone) are allowed, one for all labels or one for each"
+                f"example_weight is {shown}; numbers from 0 (only the text) to 1 (only the"
+                " examples) are allowed, one for all labels or one for each"
             )
 
 

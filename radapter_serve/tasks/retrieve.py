@@ -88,7 +88,7 @@ class RetrieveRequest:
         query = self.query
         is_one_text = len(query) == len(query.texts) == 1 and query.factors == [1.0]
         if self.calibrated and not is_one_text:
-            raise invalid("calibrated is for a search by one text; give a number as min_score")
+            raise invalid("calibrated is for a search with one text; give a number as min_score")
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
         same = [] if str(recipe.classes) == IMAGENET else equal_names(data)
         if same:
             problems.append(
-                f"CLIP reads these classes of {recipe.data} as one, because their names differ in"
-                " case, spaces and underscores alone; merge them, or name them apart with"
+                f"CLIP reads these classes of {recipe.data} as one, because their names differ only"
+                " in case, spaces and underscores; merge them, or name them apart with"
                 f" --classes FILE:{listed(same)}"
             )
     if isinstance(data, Labelled):

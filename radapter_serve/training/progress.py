@@ -80,8 +80,9 @@ class Progress:
                 line = f"the first two steps say: the rest of training takes about {rest}"
                 if self.to_embed is not None:
                     line += (
-                        "; by the projection (--recipe quick) it would take about"
-                        f" {in_words(self.to_embed)} to embed the images, and some seconds to train"
+                        "; the projection (--recipe quick) would take about"
+                        f" {in_words(self.to_embed)} to embed the images, and a few seconds to"
+                        " train"
                     )
                 self.say(line)
         speed = self.batch_size / seconds

@@ -75,11 +75,11 @@ _KEPT_IMAGES = 2000  # on which the base's answers are compared
 _SEARCHED = 1000  # images among which a caption of a fold is to find its own
 RULE = (
     "cross-validation over all training images in folds of equal classes. A setting is a learning"
-    " rate with preserve_words. Of the settings and alphas within one standard error of the best"
+    " rate with preserve_words. Among the settings and alphas within one standard error of the best"
     " (of the paired difference over images; Breiman et al., 1984), the setting is that which keeps"
-    " most of the base's answers among common nouns; of equal ones, that with the smallest alpha."
-    " Its alpha is by the rule of radapter-eval --alpha auto, with one standard error in place of"
-    " the 95 % interval: "
+    " most of the base's answers among common nouns; among equal ones, that with the smallest"
+    " alpha. Its alpha follows the rule of radapter-eval --alpha auto, with one standard error"
+    " instead of the 95 % interval: "
 )
 
 
@@ -183,7 +183,7 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
         notes.append(
             f"note: only {100 * in_folds:.0f} % of the images share their class with another one,"
             f" so too few can be held out: learning rate {chosen.peak_rate:g}, preserve_words"
-            f" {chosen.words_weight:g} and alpha {chosen.alpha:g} were not chosen by these images"
+            f" {chosen.words_weight:g} and alpha {chosen.alpha:g} were not chosen on these images"
         )
         say(notes[-1])
     else:
@@ -314,7 +314,7 @@ class Validated:
             f"chose learning rate {self.recipe.peak_rate:g}, preserve_words"
             f" {self.recipe.words_weight:g} and alpha {self.recipe.alpha:g}:"
             f" {100 * right[place].mean():.1f} % of {len(right[place]):,} held-out {items} right,"
-            f" {100 * right[0].mean():.1f} % by the base;"
+            f" {100 * right[0].mean():.1f} % with the base;"
             f" {100 * self.kept[self.setting][place]:.1f} % of the base's answers among other nouns"
             " kept"
         )

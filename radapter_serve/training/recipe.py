@@ -82,7 +82,7 @@ class Recipe(RunSource):
         pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir:
             and hf-hub:.
         rank: rank of the adapters; none is full rank.
-        adapt: place of the adapters. towers, or image-tower alone: after attention and feed-forward
+        adapt: place of the adapters. towers, or only image-tower: after attention and feed-forward
             of each block, trained with the images. text-projection, image-projection, or
             projections for both: after the last linear layer, trained with embeddings, which takes
             seconds.
@@ -95,7 +95,7 @@ class Recipe(RunSource):
             1-5/steps and at most 0.999. Also called ema_decay.
         bias_correction: correct the average for its start at zero; for runs of fewer than about
             5/(1-m) steps.
-        alpha: re-scaling α (Eq. 9) that validation uses and that the adapter file recommends, from
+        alpha: α (re-scaling, Eq. 9) that validation uses and that the adapter file recommends, from
             0 to 1.
         delta: margin δ on wrong pairs, in cosine; also called margin.
         epsilon: label smoothing ε; also called label_smoothing.
@@ -105,7 +105,7 @@ class Recipe(RunSource):
             whose prompts become negatives of all its images. Each is one more text in a step, or in
             each part of an accumulated step. 0 is the paper's.
         preserve: weight of the mean of 1 - cosine between an image's embedding and the base's; 0
-            turns it off, as in the paper. With it each step also embeds its images by the base.
+            turns it off, as in the paper. With it each step also embeds its images with the base.
         preserve_words: weight of the Kullback-Leibler divergence of an image's probabilities of 64
             of ImageNet's class names, drawn for each step, from the base's probabilities; 0 turns
             it off, as in the paper. For an adapter on a projection auto chooses it by
@@ -116,9 +116,9 @@ class Recipe(RunSource):
             within a part only.
         epochs: passes over the data; steps, if given, sets the length instead.
         steps: optimizer steps; none follows epochs.
-        learning_rate: peak learning rate of AdamW; auto finds a rate by held-out images and short
+        learning_rate: peak learning rate of AdamW; auto finds a rate with held-out images and short
             runs, which together have at most the steps of the run itself; for an adapter on a
-            projection by cross-validation over all images.
+            projection with cross-validation over all images.
         min_learning_rate: learning rate at the end of the cosine schedule.
         weight_decay: weight decay of AdamW.
         warmup_steps: steps of linear warm-up; none takes a fifth of the run, and 500 at most.
@@ -224,7 +224,7 @@ class Recipe(RunSource):
         ):
             add = "" if self.task == "retrieval" else "add --val-fraction 0.2, or "
             raise RAdapterError(
-                f"learning_rate auto chooses by held-out images with labels; {add}give a number"
+                f"learning_rate auto chooses on held-out images with labels; {add}give a number"
                 " such as --learning-rate 5e-4"
             )
         if self.val_fraction and self.val_data:
@@ -264,7 +264,7 @@ class Recipe(RunSource):
                 refused["task"] = f"adapt {self.adapt} is trained with whole images"
             held_out = [name for name in ("val_data", "val_fraction") if getattr(self, name)]
             for name in held_out if self.has_embeddings else ():
-                refused[name] = "embeddings are judged by cross-validation"
+                refused[name] = "embeddings are judged with cross-validation"
         else:
             if self.embeddings is not None:
                 refused["embeddings"] = (
@@ -437,7 +437,7 @@ def recipe_from(
         source = load_recipe(task if task in ready_recipes() else "small")
         if "architecture" in fields:  # its weights have other names
             source = dataclasses.replace(source, pretrained=None)
-        if "val_data" in fields:  # in place of a share of the training images
+        if "val_data" in fields:  # instead of a share of the training images
             source = dataclasses.replace(source, val_fraction=0.0)
     if isinstance(source, str | Path):
         source = load_recipe(source)

@@ -55,7 +55,7 @@ def train(
         resume: folder of a stopped run to continue, with its recipe; True continues `out`.
         progress: show a progress bar and the lines of the command; None shows them in a terminal
             and in a notebook.
-        fields: any field of a `Recipe`, in place of the recipe's: `data`, `epochs`, `out`, ...;
+        fields: any field of a `Recipe`, instead of the recipe's: `data`, `epochs`, `out`, ...;
             `base="NAME:TAG"` sets the model and its weights.
 
     Returns:
@@ -80,8 +80,8 @@ def train(
     out = chosen.out or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not chosen.resume and any((out / name).exists() for name in (CHECKPOINT, ADAPTER)):
         raise RAdapterError(
-            f"{out} holds a run; resume it by --resume {shlex.quote(str(out))}, or name another"
-            " folder by --out"
+            f"{out} holds a run; resume it with --resume {shlex.quote(str(out))}, or name another"
+            " folder with --out"
         )
     if chosen.learning_rate == "auto" and chosen.resume:  # the stopped run has found the rate
         earlier = recipe_from(resume=out)
@@ -182,7 +182,7 @@ def search_rate(
     # Try the rates around the paper's, and one more if the best rate is at an edge.
     most = len(START) + 1
     say(
-        f"choosing the learning rate by {len(START)} or {most} short runs, with"
+        f"choosing the learning rate with {len(START)} or {most} short runs, with"
         f" {len(START) / SHARE:.2g} to {most / SHARE:.2g} times the steps of the run itself"
     )
     for rate in START:

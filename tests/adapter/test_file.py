@@ -278,4 +278,4 @@ def test_a_missing_adapter_names_the_command_that_makes_it(tmp_path: Path) -> No
     run.mkdir()
     ends(run / "adapter.safetensors", f"make one with radapter-train --out '{run}'")
     (run / "checkpoint.pt").touch()
-    ends(run, f"finish the run by radapter-train --resume '{run}'")
+    ends(run, f"finish the run with radapter-train --resume '{run}'")

@@ -140,7 +140,7 @@ def test_what_is_no_checkpoint_or_has_no_architecture_is_refused(
     torch.save(tuned, tmp_path / "tuned.pt")
     for name, base, message in (
         (str(tmp_path / "none.pt"), None, "there is no checkpoint"),
-        (str(tmp_path / "tuned.pt"), None, "holds weights alone; name what was tuned with --base"),
+        (str(tmp_path / "tuned.pt"), None, "holds only weights; name what was tuned with --base"),
         (str(tmp_path), None, "is not a model folder"),
         ("ViT-B-32:nobody", None, "pretrained is 'nobody'"),
         (str(tmp_path / "tuned.pt"), "ViT-B-32:nobody", "pretrained is 'nobody'"),

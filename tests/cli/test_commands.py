@@ -123,7 +123,7 @@ def test_a_base_that_has_to_be_named_is_asked_for_before_torch_is_loaded(
         monkeypatch.setitem(sys.modules, module, None)
     lacks = "alpha is 0.5, which needs the weights that {} was tuned from; give them with --base"
     for arguments, message in (
-        (["tuned.pt"], "tuned.pt holds weights alone; name what was tuned with --base"),
+        (["tuned.pt"], "tuned.pt holds only weights; name what was tuned with --base"),
         (["folder", "--alpha", "0.5"], lacks.format("folder")),
         (["tuned.pt", "--base", "ViT-B-32", "--alpha", "0.5"], lacks.format("tuned.pt")),
         (["none.pt"], "there is no checkpoint"),

@@ -178,7 +178,10 @@ def test_auto_chooses_on_validation_data(
     out, err = capfd.readouterr()
     assert (here / "results" / "alpha.png").read_bytes() == b"the curve of an earlier call"
     assert (here / "results" / "validation.png").exists()
-    assert "rule: auto is the smallest alpha above 0 that can't be told from the best" in out
+    assert (
+        "rule: auto is the smallest alpha above 0 that is not significantly different from the best"
+        in out
+    )
     choice = read_choice("runs/tiny", load_adapter("runs/tiny").digest)
     # Lines of progress come before the notes on a slow machine.
     assert choice.notes and err.splitlines()[-len(choice.notes) :] == list(choice.notes)

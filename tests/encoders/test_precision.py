@@ -65,14 +65,14 @@ def test_auto_takes_the_fastest_that_agrees(
     fast = chosen(onnxruntime_fp32=3.6, openvino_fp32=3, openvino_bf16=1)
     assert (fast.runtime, fast.precision) == BF16
     assert fast.note == (
-        "precision bf16 by openvino: images 3.6 times as fast as fp32 by onnxruntime, 1 - cosine"
-        " at most 5e-05"
+        "precision bf16 with openvino: images 3.6 times as fast as fp32 with onnxruntime, 1 -"
+        " cosine at most 5e-05"
     )
     slow = chosen(onnxruntime_fp32=1, openvino_fp32=2, openvino_bf16=2)
     assert (slow.runtime, slow.precision) == ("onnxruntime", None)
     wrong = chosen(onnxruntime_fp32=3, openvino_fp32=2)
     assert (wrong.runtime, wrong.precision) == ("openvino", None)
-    assert "fp32 by openvino: images 1.5 times" in wrong.note
+    assert "fp32 with openvino: images 1.5 times" in wrong.note
     assert "it differs from torch" in wrong.note
     assert chosen("onnxruntime").runtime == "onnxruntime"  # nothing else is tried
     amx.write_text("flags : fpu avx512f\n")
@@ -93,9 +93,9 @@ def test_nothing_is_rounded_unless_asked_for(repository: Path, amx: Path) -> Non
 def test_what_cannot_be_computed_in_bf16_is_refused(
     repository: Path, amx: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RAdapterError, match="by OpenVINO on the CPU, and not by onnxruntime"):
+    with pytest.raises(RAdapterError, match="with OpenVINO on the CPU, and not with onnxruntime"):
         choose(repository, [1], "onnxruntime", "bf16", 2)
-    with pytest.raises(RAdapterError, match="not by a GPU"):
+    with pytest.raises(RAdapterError, match="not with a GPU"):
         choose(repository, [1], None, "bf16", 2, on_gpu=True)
     with pytest.raises(RAdapterError, match="allowed are fp32, bf16 and auto"):
         choose(repository, [1], None, "fp8", 2)
@@ -148,7 +148,7 @@ def test_each_encoder_is_loaded_once_and_the_fastest_are_kept(
     config = ServerConfig(models, precision="auto", threads=1)
     with EngineServer(config) as server:
         assert (server.runtime, server.precision) == BF16
-        assert "images 3.0 times as fast as fp32 by onnxruntime" in server.note
+        assert "images 3.0 times as fast as fp32 with onnxruntime" in server.note
         count = len(server.served.releases)
         assert len(loads) == len(set(loads)) == 4 * count  # two encoders in two ways
 

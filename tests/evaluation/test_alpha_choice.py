@@ -20,7 +20,7 @@ from radapter_serve.evaluation.run import as_trained, own_validation
 from tests.helpers.a_row import a_row
 
 UNSHIFTED = "No validation set is shifted"
-AS_GOOD = "alpha 0, the base as it was, can't be told from the best"
+AS_GOOD = "alpha 0, the base as it was, is not significantly different from the best"
 
 
 def images(right: Any, alpha: float, name: str = "a", shift: str = "id", **metrics: float) -> Row:

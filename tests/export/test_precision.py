@@ -345,7 +345,7 @@ def test_a_release_that_loses_points_is_refused(
         return measure(data, max_drop, base, loaded, lines.append)[0].drop
 
     points = drop(100)
-    assert any("30 of 30 images by release" in line for line in lines)
+    assert any("30 of 30 images with release" in line for line in lines)
     with pytest.raises(RAdapterError, match="or allow more with --max-drop"):
         drop(points - 0.01)
     with pytest.raises(RAdapterError, match="and nan are allowed"):

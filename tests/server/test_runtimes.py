@@ -61,7 +61,7 @@ def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
     samples = Samples.load(folder)
     Samples(samples.inputs, [-reference for reference in samples.references]).save(folder)
     way_out = "; leave --runtime out .* or export for it: radapter-export --runtime openvino"
-    message = "image_encoder of release 1, run by openvino on this machine, differs from torch"
+    message = "image_encoder of release 1, run with openvino on this machine, differs from torch"
     with pytest.raises(RAdapterError, match=f"{message}.*{way_out}"):
         start(own, "openvino")
 

@@ -357,7 +357,7 @@ def test_the_calibrated_least_score_is_the_releases(world: World) -> None:
         Query(ids=["00.png"]),
         Query(images=[world.files[0].read_bytes()]),
     ):
-        with pytest.raises(TaskError, match="calibrated is for a search by one text; give a numb"):
+        with pytest.raises(TaskError, match="calibrated is for a search with one text; give a num"):
             replace(request, query=query)
     with pytest.raises(TaskError, match="give min_score or calibrated, not both"):
         replace(request, min_score=0.1)

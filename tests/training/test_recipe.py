@@ -73,7 +73,7 @@ def test_any_bytes_give_a_recipe_or_one_line(path: Path, content: bytes) -> None
         ({"batch_size": 6, "accumulate": 4}, "accumulate is 4; allowed: divisors of batch_size 6"),
         ({"min_learning_rate": 1.0}, "min_learning_rate is 1.0; allowed: 0 to learning_rate"),
         ({"val_fraction": 0.1, "val_data": "csv:v.csv"}, "val_data names validation data"),
-        ({"learning_rate": "auto"}, "chooses by held-out images with labels; add --val-fraction"),
+        ({"learning_rate": "auto"}, "chooses on held-out images with labels; add --val-fraction"),
         ({"learning_rate": "auto", "task": "retrieval"}, "with labels; give a number such as"),
         ({"task": "retrieval", "shots": 4}, "which task retrieval does not use"),
         ({"task": "classification", "captions_per_image": 2}, "captions_per_image is 2, which"),

@@ -80,7 +80,7 @@ def test_a_run_learns_and_leaves_what_it_says(
         "% of the base's",
         "s left",
         "takes about",
-        "by the projection",
+        "; the projection",
         "next: radapter-eval",
     ):
         assert words in printed
@@ -272,7 +272,7 @@ def test_a_finished_run_is_kept_when_it_is_resumed_and_not_overwritten(
     assert again.metadata.metrics == before.metadata.metrics and before.metadata.metrics
     assert again.digest == before.digest and len(losses(run.folder)) == 8
 
-    with pytest.raises(RAdapterError, match="holds a run; resume it by --resume"):
+    with pytest.raises(RAdapterError, match="holds a run; resume it with --resume"):
         train(recipe)
     with pytest.raises(RAdapterError, match="delta was 0.05, is 0.1"):
         train(dataclasses.replace(recipe, resume=True, delta=0.1))
