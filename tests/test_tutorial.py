@@ -18,9 +18,7 @@ PAGE = ROOT / "docs" / "tutorial.md"
 # A block of code, and the block of what it prints.
 STEP = r"```(sh|python)\n(.*?)```\n(?:\n```text\n(.*?)```\n)?"
 # Lines of progress depend on the time, and only a processor with bf16 is offered it.
-PASSING = (
-    r"step \d|loading |folding |exporting |embedding |.*: \d+ of \d+ images|.*--precision auto"
-)
+PASSING = r"step \d|[a-z]+ing |.*: \d+ of \d+ images|.*--precision auto"
 READY = "Ctrl-C stops the server.\n"
 CUT = " ..."  # ends a line that is longer than the page shows
 
