@@ -182,7 +182,7 @@ from radapter_serve.release.release import TASKS
 
 class Endless:
     def infer(self, *arguments, **options):
-        print("working", flush=True)
+        print("working\\n", end="", flush=True)  # at once: two probes may print
         threading.Event().wait()
 
     def versions(self):
