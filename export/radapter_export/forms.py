@@ -203,13 +203,18 @@ def write_processor(folder: Path, base: Base) -> None:
         "image_mean": [float(value) for value in preprocess["mean"]],
         "image_std": [float(value) for value in preprocess["std"]],
     }
-    tokenizer: Any = base.tokenizer
+    (folder / PROCESSOR).write_text(json.dumps(image, indent=2), encoding="utf-8")
+    write_texts(folder, base.tokenizer)
+
+
+def write_texts(folder: Path, tokenizer: Any) -> None:
+    """Write the tokenizer."""
     is_hugging_face = isinstance(tokenizer, HFTokenizer)
     core, config = _hugging_face(tokenizer) if is_hugging_face else _clip(tokenizer)
     core.save(str(folder / "tokenizer.json"))
     config |= {"model_max_length": int(tokenizer.context_length), "padding_side": "right"}
-    for name, fields in ((PROCESSOR, image), ("tokenizer_config.json", config)):
-        (folder / name).write_text(json.dumps(fields, indent=2), encoding="utf-8")
+    text = json.dumps(config, indent=2)
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def _clip(tokenizer: Any) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:

@@ -62,6 +62,14 @@ class ImageTower(nn.Module):
         return ((image.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
 
 
+class PixelTower(ImageTower):
+    """The image tower for images that are normalised outside the graph."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """float32 [B, 3, S, S] to float32 [B, D] of unit length."""
+        return unit(self.model.encode_image(image, normalize=False))
+
+
 class PatchTower(ImageTower):
     """Images to embeddings of their patches: the image tower with its last block edited."""
 
@@ -316,6 +324,12 @@ def image_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
     `dynamic`, here and below, `alpha` float32 [B, 1] is a second input.
     """
     return _export("image", ImageTower(base), _pixels(base), dynamic)
+
+
+def pixels_graph(base: Base) -> Graph:
+    """Export the image tower from `image` float32 [B, 3, S, S], normalised."""
+    side = base.image_size
+    return _export("image", PixelTower(base), torch.zeros(2, 3, side, side, device="meta"), None)
 
 
 def patch_graph(base: Base, method: str, dynamic: Adapter | None = None) -> Graph:

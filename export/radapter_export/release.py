@@ -34,6 +34,13 @@ from radapter_export.forms import (
 )
 from radapter_export.graph import Graph, graph_weights, image_graph, patch_graph, text_graph
 from radapter_export.hub import prepare_push, push
+from radapter_export.immich import (
+    IMMICH,
+    IMMICH_FILES,
+    check_immich,
+    immich_graphs,
+    save_immich,
+)
 from radapter_export.precision import TYPES, Batches, calibrate, lower, quantize
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_export.settings import ExportSettings, checked
@@ -179,10 +186,12 @@ def export_source(source: Source, settings: ExportSettings, say: Say) -> list[Ex
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_errors(settings.model_repository, DISK_ADVICE, (SafetensorError,)))
         checkpoints = {"open_clip": stack.enter_context(staged_folder(settings.merged, WRITER))}
-        if settings.transformers is not None:
-            checkpoints["transformers"] = stack.enter_context(
-                staged_folder(settings.transformers, WRITER)
-            )
+        for library, folder in (
+            ("transformers", settings.transformers),
+            (IMMICH, settings.immich),
+        ):
+            if folder is not None:
+                checkpoints[library] = stack.enter_context(staged_folder(folder, WRITER))
         repository = stack.enter_context(prepared.repository)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work = Work(prepared, checkpoints, scratch / "tokenizer.json")
@@ -225,6 +234,7 @@ class Prepared:
     change: Fold | Line
     digests: Mapping[str, Any]  # of base, change and towers, as in a release
     form: Form | None  # of transformers
+    immich: Mapping[str, Graph] | None  # its graphs, by their folders
     models: Sequence[str]
     graphs: Sequence[Graph]  # without weights, so that one graph serves every α
     repository: Repository
@@ -268,6 +278,11 @@ def prepare(source: Source, settings: ExportSettings, say: Say) -> Prepared:
     if settings.transformers is not None:
         check_replaceable(settings.transformers.absolute(), "--transformers", FORM_FILES)
         form = base_form(base)
+    immich = None
+    if settings.immich is not None:
+        check_replaceable(settings.immich.absolute(), "--immich", IMMICH_FILES)
+        say("exporting the graphs of immich")
+        immich = immich_graphs(base)
     models = [model for model in MODELS if model != PATCH_ENCODER or source.dense is not None]
     repository = Repository(settings.model_repository, models)
 
@@ -292,6 +307,7 @@ def prepare(source: Source, settings: ExportSettings, say: Say) -> Prepared:
         change,
         digests,
         form,
+        immich,
         models,
         graphs,
         repository,
@@ -394,6 +410,11 @@ def write(work: Work, version: int, alpha: float, say: Say) -> Written:
         start = time.perf_counter()
         sizes["transformers"] = save_form(folders["transformers"], base, prepared.form, folded)
         seconds["transformers"] = time.perf_counter() - start
+    if prepared.immich is not None:  # in fp32, too
+        say(f"writing the form of immich at alpha {alpha:g}")
+        start = time.perf_counter()
+        sizes[IMMICH] = save_immich(folders[IMMICH], base, prepared.immich, folded)
+        seconds[IMMICH] = time.perf_counter() - start
     return Written(version, alpha, folders, samples, folded, sizes, seconds)
 
 
@@ -425,18 +446,23 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
         encoders[graph.name] = encoder
         graphs.append(exported(graph.name, start, agreement))
 
-    # Open the form of transformers as a user does.
+    # Open the forms of other libraries as they do.
     forms = []
+    samples = written.samples
+    bounds = settings.bounds if settings.precision == "fp32" else TOLERANCES["fp32"]
+    if source.dynamic_alpha and (prepared.form or prepared.immich):  # the samples mix several α
+        samples = samples_at(base, work.set_alpha, work.inputs, alpha)
     if prepared.form is not None:
         say(f"checking the form of transformers at alpha {alpha:g}")
         start = time.perf_counter()
-        samples = written.samples
-        if source.dynamic_alpha:  # these mix several α
-            samples = samples_at(base, work.set_alpha, work.inputs, alpha)
-        bounds = settings.bounds if settings.precision == "fp32" else TOLERANCES["fp32"]
         folder = written.folders["transformers"]
         agreement = check_form(folder, base, samples, bounds, prepared.form)
         forms.append(exported("transformers", start, agreement))
+    if prepared.immich is not None:
+        say(f"checking the form of immich at alpha {alpha:g}")
+        start = time.perf_counter()
+        agreement = check_immich(written.folders[IMMICH], base, samples, bounds)
+        forms.append(exported(IMMICH, start, agreement))
 
     # Facts of the release
     tools = [*_TOOLS, *(["openvino"] if settings.runtime == "openvino" else [])]
@@ -502,8 +528,9 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
         shutil.copyfile(work.tokens, repository.staged(model, version) / "tokenizer.json")
     for library, folder in written.folders.items():
         release.save(folder)
-        card = card_of(release, source.metadata, source.curve, library)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        if library != IMMICH:  # no library opens that folder
+            card = card_of(release, source.metadata, source.curve, library)
+            (folder / CARD).write_text(card, encoding="utf-8")
     merged = settings.merged.absolute() / written.folders["open_clip"].relative_to(
         work.checkpoints["open_clip"]
     )

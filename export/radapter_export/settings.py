@@ -52,6 +52,9 @@ class ExportSettings:
         transformers: folder for the merged weights as the library transformers opens them, with
             processor and tokenizer, replaced if it holds such a model; with several alphas, for a
             folder of each. Not written if not given.
+        immich: folder for the merged weights in the layout that immich loads, to take the place of
+            one of its models, replaced if it holds such a model; with several alphas, for a folder
+            of each. Not written if not given.
         label_sets: files of classes by the name of their label set, whose embeddings become part of
             the release: text, a class a line, or YAML, in which classes may have images. The run's
             own classes become the label set `classes`, unless a file of that name is given.
@@ -86,6 +89,7 @@ class ExportSettings:
     model_repository: Path = Path("model_repository")
     merged: Path = Path("merged")
     transformers: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    immich: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     label_sets: tyro.conf.Suppress[Mapping[str, Path]] = field(default_factory=dict)
     templates: str | Path | None = None
     dense: Annotated[str | None, tyro.conf.arg(metavar="METHOD")] = None
@@ -99,14 +103,19 @@ class ExportSettings:
     push: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
 
     def __post_init__(self) -> None:
-        if self.transformers is not None:
-            merged = self.merged.absolute()
-            form = self.transformers.absolute()
-            if merged == form or merged in form.parents or form in merged.parents:
-                raise RAdapterError(
-                    f"--merged {merged} and --transformers {form} are one folder, or one is inside"
-                    " the other; give each another folder"
-                )
+        named = {"--merged": self.merged}
+        for flag, form in (("--transformers", self.transformers), ("--immich", self.immich)):
+            if form is None:
+                continue
+            place = form.absolute()
+            for other, folder in named.items():
+                taken = folder.absolute()
+                if taken == place or taken in place.parents or place in taken.parents:
+                    raise RAdapterError(
+                        f"{other} {taken} and {flag} {place} are one folder, or one is inside the"
+                        " other; give each another folder"
+                    )
+            named[flag] = form
         if self.calibration is not None and self.precision != "int8":
             raise RAdapterError(
                 f"--calibration needs --precision int8, and the precision is {self.precision}"

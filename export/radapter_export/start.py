@@ -35,6 +35,7 @@ class Export:
         model_repository: folder that holds the releases, for `radapter-serve`.
         merged: folder of the merged checkpoint, or of one folder for each of several α.
         transformers: the same in the form of transformers; None if it was not asked for.
+        immich: the same in the layout of immich; None if it was not asked for.
         made_of: the adapters, the checkpoint or the LoRA.
         choice: the result of `radapter-eval --alpha auto`, if the export used it; else None.
         notes: information for the user, one line each.
@@ -44,6 +45,7 @@ class Export:
     model_repository: Path
     merged: Path
     transformers: Path | None
+    immich: Path | None
     made_of: tuple[str, ...]
     choice: Choice | None
     notes: tuple[str, ...]
@@ -193,6 +195,7 @@ def export(
         model_repository=chosen.model_repository,
         merged=chosen.merged,
         transformers=chosen.transformers,
+        immich=chosen.immich,
         made_of=tuple(map(str, paths)) or (str(tuned),),
         choice=choice,
         notes=(*notes, *dict.fromkeys(warnings)),

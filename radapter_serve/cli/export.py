@@ -141,6 +141,8 @@ def export(
     lines.append(f"Merged: {merged}")
     if done.transformers is not None:
         lines.append(f"Transformers: {done.transformers}")
+    if done.immich is not None:
+        lines.append(f"immich: {done.immich}")
     if releases[-1].pushed is not None:
         lines.append(f"Pushed: {releases[-1].pushed}")
     folder = done.model_repository
