@@ -104,7 +104,7 @@ async def rate(
                 f"a photo {first + n}", index="photos", adapter=next(names)
             ),
         }
-        await loop(sends[task], Closed(callers), 0.2)
+        await loop(sends[task], Closed(1), 0.2)
         measured = await loop(sends[task], Closed(callers), seconds)
     if measured.errors:
         say(f"{task}, {callers} callers: {dict(measured.errors)}")
