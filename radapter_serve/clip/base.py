@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import os
 import re
 import sys
@@ -65,6 +66,19 @@ class Base:
     config: dict[str, Any]
     preprocess: dict[str, Any]
     tokenizer: Callable[[list[str]], Tensor]
+
+    def __post_init__(self) -> None:
+        """Refuse a preprocessing that open_clip would only fail with at the first image."""
+        mean, std = (self.preprocess.get(field) for field in ("mean", "std"))
+        for field, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
+            numbers = values if isinstance(values, list | tuple) else []
+            good = [isinstance(v, int | float) and least < v < math.inf for v in numbers]
+            if good != [True] * 3:
+                above = " above 0" if field == "std" else ""
+                raise RAdapterError(
+                    f"{self.name}: {field} of its preprocess_cfg is {short(values)}; allowed: three"
+                    f" numbers{above}"
+                )
 
     @property
     def image_size(self) -> int:
@@ -284,7 +298,12 @@ def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a model's folder that could run code; the error names the field."""
+    """Refuse a model's folder that could run code, naming the field, or that holds a pipe or a
+    device, which may be read without an end.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise RAdapterError(f"{path} is not a regular file; take it out of the model's folder")
     _check_configs(folder)
     path = folder / "open_clip_config.json"
     config = _read(path) if path.is_file() else None

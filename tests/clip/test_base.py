@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -52,6 +53,40 @@ def architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def embeds(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model.encode_image(torch.ones(1, 3, 32, 32).cumsum(2))  # type: ignore[operator, no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("mean", "black", "mean of its preprocess_cfg is black; allowed: three numbers"),
+        ("mean", [0.5, 0.5], "mean of its preprocess_cfg"),
+        ("mean", [0.5, 0.5, float("nan")], "mean of its preprocess_cfg"),
+        ("std", [0.2, 0.0, 0.2], "std of its preprocess_cfg is .*; allowed: three numbers above 0"),
+    ],
+)
+def test_a_preprocessing_that_no_image_passes_is_refused(
+    field: str, value: object, words: str, tiny_clip_dir: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), folder)
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["preprocess_cfg"][field] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(RAdapterError, match=words):
+        load_base(f"local-dir:{folder}")
+
+
+@pytest.mark.parametrize("name", ["open_clip_config.json", "open_clip_model.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(
+    name: str, tiny_clip_dir: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(RAdapterError, match=f"{name} is not a regular file"):
+        load_base(f"local-dir:{folder}")
 
 
 @pytest.mark.parametrize(
