@@ -106,7 +106,7 @@ CHECKPOINT = "--checkpoint animals.txt --base ViT-B-32:openai"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--format tensorrt --runtime openvino", "is served by --runtime tensorrt"),
+        ("--format tensorrt --runtime openvino", "is served with --runtime tensorrt"),
         ("--format tensorrt --precision int8", "TensorRT takes only int8 with fixed ranges"),
         ("--alpha half", "alpha is 'half'; allowed: a number from 0 to 1"),
         ("--alpha auto", "no alpha was chosen"),

@@ -219,7 +219,7 @@ def no_processor(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"text_cfg": {**VIT.text, "no_causal_mask": True}}, "its text embeddings"),
         (
             {"text_cfg": {**VIT.text, "proj_bias": True}, "custom_text": True},
-            "text.text_projection.bias is a weight of one",
+            "text.text_projection.bias is a weight of only one",
         ),
         ({"vision_cfg": {**VIT.image, "pool_type": "avg"}}, "its image embeddings"),
     ],

@@ -214,7 +214,7 @@ def test_what_can_not_be_mapped_is_refused_and_the_index_stays(
     refused("--min-recall is nan", newer(), min_recall=float("nan"))
     refused("is of this release's image tower", projecting())
     refused(
-        r"finds .*% .* by text, .*--min-recall is 0.8; .*130 images.*-index build", newer(noise=9)
+        r"finds .*% .* with texts, .*min-recall is 0.8; .*130 images.*-index build", newer(noise=9)
     )
     with pytest.raises(RAdapterError, match="no index at"):
         map_index(tmp_path / "none", newer())

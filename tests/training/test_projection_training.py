@@ -322,7 +322,7 @@ def test_embeddings_that_do_not_fit_are_refused(
         ({"embeddings": Path("v.npy")}, "embeddings and rows belong together"),
         ({"adapt": "towers", "preserve_words": "auto"}, "preserve_words is auto; .*give a number"),
         ({"adapt": "towers", "data": "index:x"}, "data is index:x; it is for adapters on a proj"),
-        ({"data": "index:x", "val_fraction": 0.2}, "val_fraction is 0.2; embeddings are judged by"),
+        ({"data": "index:x", "val_fraction": 0.2}, "val_fraction is 0.2; embeddings are judged"),
         ({"negative_classes": 5}, "negative_classes is 5; adapt text-projection has in each step"),
         ({"accumulate": 2}, "accumulate is 2; adapt text-projection has in each step all classes"),
         ({"task": "segmentation"}, "task is segmentation; adapt text-projection is trained with"),
