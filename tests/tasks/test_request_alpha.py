@@ -206,8 +206,11 @@ def test_a_label_set_at_another_alpha_has_the_limit_of_labels(
     assert not turned.calls
 
 
-def test_one_label_set_at_a_time_is_embedded_again(turned: Turned) -> None:
+def test_one_label_set_at_a_time_is_embedded_again(
+    turned: Turned, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Others wait, and find those of their α in the cache."""
+    monkeypatch.setattr("radapter_serve.tasks.table._FEW_PROMPTS", 0)
     encode = turned.loaded.encoder.tokens
     gate = threading.Event()
     calls: list[float] = []
