@@ -102,7 +102,11 @@ def test_of_16_bits_of_gray_the_upper_8_are_kept():
     ("data", "message"),
     [
         (png(0, 8, 8, "GIF"), "GIF files are not read; send a JPEG, PNG or WebP"),
-        (b"\0\0\0\x18ftypheic" + bytes(16), "HEIC files are not read without the extra heic; send"),
+        pytest.param(
+            b"\0\0\0\x18ftypheic" + bytes(16),
+            "HEIC files are not read without the extra heic; send",
+            marks=pytest.mark.skipif("HEIF" in module.FORMATS, reason="the extra heic is there"),
+        ),
         (png_header(9_000, 9_000), r"^\[image_too_large\].* 64000000 "),
         (png_header(2**31 - 1, 2**31 - 1), r"^\[image_too_large\].* 64000000 "),
         (png_header(1, 65_536), r"^\[image_too_large\] the image has 1 x 65536 pixels"),
