@@ -146,7 +146,7 @@ def _doors() -> Iterator[Case]:
         "/v2/repository/index /v2/repository/models/classify/load /v2/models/classify/stats"
         " /v2/models/classify/versions/1/stats /v2/trace/setting /v2/models/classify/trace/setting"
         " /v2/systemsharedmemory/status /v2/cudasharedmemory/region/x/register /v2/logging /v2/.."
-        " /v2/metrics /v2/models/classify/../../metrics /v2/models/classify/generate /v2/"
+        " /v2/metrics /v2/models/classify/../../metrics /v2/models/classify/generate"
         " /v2/health /docs /v1/chat/completions /static/../../etc/passwd //"
     )
     for path in closed.split():

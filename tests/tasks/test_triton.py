@@ -217,7 +217,11 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
             if "tritonserver" in " ".join(child.cmdline())
         ]
         children = [triton, *triton.children()]
-        listening = [c for c in triton.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        listening = [
+            connection
+            for connection in psutil.net_connections("tcp")
+            if connection.pid == triton.pid and connection.status == psutil.CONN_LISTEN
+        ]
         assert {connection.laddr.port for connection in listening} == set(ports)
         # gRPC has IPv4 mapped into IPv6.
         assert {connection.laddr.ip for connection in listening} <= {
