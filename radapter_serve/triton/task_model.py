@@ -95,11 +95,12 @@ class TritonPythonModel:
                 }
                 task.check(self.task, forms(inputs), self.loaded.release.max_batch_size)
                 typed = task.read(self.loaded, inputs, names.__contains__)
+                runs_alone = embeds_label_set(self.loaded, typed)
             except Exception as error:
                 own.append(task_error(error))
                 continue
             cancelled = cancelled_by(request)
-            if embeds_label_set(self.loaded, typed):
+            if runs_alone:
                 alone.append((own, typed, cancelled))
             else:
                 together += [(own, self._run(row, cancelled)) for row in typed]

@@ -41,13 +41,17 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
         {"image": [[png(7)]], "labels": [[b"cat", b"dog"]]},
         [
             ({"image": [[png(7)]]}, "no_labels"),
+            ({"image": [[png(7)]], "label_set": [[b"nothing"]]}, "unknown_label_set"),
             ({"image": [[png_header(60_000, 60_000)]], "labels": [[b"a"]]}, "image_too_large"),
             ({"image": [[png(7)], [b"nonsense"]], "labels": [[b"a"]] * 2}, "invalid_image"),
         ],
     ),
     "segment": (
         {"image": [png(7)], "labels": [b"cat", b"dog"]},
-        [({"image": [b"nonsense"], "labels": [b"a"]}, "invalid_image")],
+        [
+            ({"image": [b"nonsense"], "labels": [b"a"]}, "invalid_image"),
+            ({"image": [png(7)], "label_set": [b"nothing"]}, "unknown_label_set"),
+        ],
     ),
 }
 
