@@ -25,6 +25,9 @@ class Point:
     alpha: float | None = None
 
 
+# Rows that are mapped without BLAS: its threads wait for each other where many callers ask at once,
+# which took 1 ms of CPU a row instead of 0.08.
+_FEW_ROWS = 4
 DEFAULT_POINT = Point()  # no adapter, at the release's α
 
 
@@ -43,11 +46,12 @@ def map_embeddings(
     """
     check_alpha(alpha)
     rows = np.asarray(embeds, np.float32)
-    if isinstance(change, tuple):
-        up, down = change
-        changed = (rows @ down.T) @ up.T
-    else:
-        changed = rows @ change.T
+    changed = rows
+    for factor in reversed(change if isinstance(change, tuple) else (change,)):
+        if len(rows) <= _FEW_ROWS:
+            changed = np.einsum("nd,ed->ne", changed, factor)
+        else:
+            changed = changed @ factor.T
     mapped = rows + np.float32(alpha) * changed
     lengths = np.linalg.norm(mapped, axis=1, keepdims=True)
     return np.asarray(mapped / np.maximum(lengths, 1e-12), np.float32)

@@ -281,3 +281,16 @@ def test_evaluation_scales_a_projection(load: Callable[[str], Base], tmp_path: P
 def test_a_place_that_there_is_not_is_refused(load: Callable[[str], Base]) -> None:
     with pytest.raises(RAdapterError, match="adapt is 'projection'; allowed: towers, image-tower"):
         attach(load("vit").model, adapt="projection")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 40])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_few_and_many_rows_are_mapped_alike(count: int, rank: int | None) -> None:
+    draw = np.random.default_rng(0)
+    rows = draw.standard_normal((count, 16)).astype(np.float32)
+    up, down = draw.standard_normal((2, 16, rank or 16)).astype(np.float32)
+    change = up if rank is None else (up, down.T)
+    f = up.astype(np.float64) if rank is None else up.astype(np.float64) @ down.T
+    expected = rows + 0.7 * rows @ f.T
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(map_embeddings(rows, change, 0.7), expected, atol=1e-6)
