@@ -301,6 +301,11 @@ def measure(
             " and has answered classify. 1,000 x 80: classify with a label set of 80,000 stored"
             " prompts (random) by an adapter that has not asked for it, and again."
         )
+        report.note(
+            "Published for LoRAs of language models on GPUs, so of another kind: vLLM serves 4 to"
+            " 34 % fewer requests a second with one (its issues 11267 and 11613), and S-LoRA up to"
+            " 2,000 of them on an A100."
+        )
         if releases:
             report.note(small_releases(folder / "small", releases))
     report.write(results)
