@@ -28,6 +28,8 @@ class Point:
 # Rows that are mapped without BLAS: its threads wait for each other where many callers ask at once,
 # which took 1 ms of CPU a row instead of 0.08.
 _FEW_ROWS = 4
+# A sum of embeddings that is shorter than this, relative to its parts, is mostly rounding errors.
+MIN_LENGTH = 1e-3
 DEFAULT_POINT = Point()  # no adapter, at the release's α
 
 

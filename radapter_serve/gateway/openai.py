@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from radapter_serve.contract.embeddings import MIN_LENGTH
 from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_ARGUMENT,
@@ -40,7 +41,6 @@ from radapter_serve.gateway.upstream import (
 )
 from radapter_serve.release.adapters import Adapters
 from radapter_serve.release.release import Tower
-from radapter_serve.tasks.retrieve import MIN_LENGTH
 
 PREFIX = "/v1/"
 NEWEST = "radapter"  # the newest release; NEWEST-N is release N

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.embeddings import DEFAULT_POINT, Point
+from radapter_serve.contract.embeddings import DEFAULT_POINT, MIN_LENGTH, Point
 from radapter_serve.contract.errors import (
     INDEX_REPLACED,
     NOT_CALIBRATED,
@@ -30,8 +30,6 @@ from radapter_serve.tasks.embed import (
 
 DEFAULT_TOP_K = 10
 MAX_PARTS = 16
-# A sum that is shorter than this, relative to its parts, is mostly rounding errors.
-MIN_LENGTH = 1e-3
 
 
 @dataclass(frozen=True)
