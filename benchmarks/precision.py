@@ -5,6 +5,7 @@ fp32.
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from pathlib import Path
 
@@ -33,7 +34,7 @@ WAYS = {
 
 
 def main(
-    folder: Path = Path("/tmp/precision"),
+    folder: Path = Path(tempfile.gettempdir(), "precision"),
     callers: tuple[int, ...] = (1, 8, 64),
     seconds: float = 1.5,
     longer: float = 4.0,
