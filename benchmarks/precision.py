@@ -23,6 +23,7 @@ in which the servers take turns, one at a time: {seconds:g} s a cell, and {longe
 callers, after {warmup:g} s that do not count. 1 - cosine is the largest of {images} other pictures
 and 100 texts, against fp32 by ONNX Runtime."""
 IMAGES = 32
+FOLDER = Path(tempfile.gettempdir(), "precision")
 # By name: the release, and the flags of radapter-serve
 WAYS = {
     "fp32 by ONNX Runtime, the default": ("fp32", ()),
@@ -34,7 +35,7 @@ WAYS = {
 
 
 def main(
-    folder: Path = Path(tempfile.gettempdir(), "precision"),
+    folder: Path = FOLDER,
     callers: tuple[int, ...] = (1, 8, 64),
     seconds: float = 1.5,
     longer: float = 4.0,
