@@ -184,9 +184,11 @@ def label_set_prompts(
 
 def prompts_to_encode(loaded: LoadedRelease, labels: Labels, point: Point | Place) -> int:
     """How many prompts of a label set have to be encoded for a request."""
-    if labels.label_set is None or label_set_prompts(loaded, labels, point) is None:
+    if labels.label_set is None:
         return 0
     place = loaded.place(point)
+    if label_set_prompts(loaded, labels, place) is None:
+        return 0
     lines, templates, _ = _label_set(loaded, labels.label_set, place)
     if loaded.stored_prompts(lines, templates, place) is not None:
         return 0
