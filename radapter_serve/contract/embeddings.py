@@ -4,6 +4,7 @@ embeddings that an adapter on a projection is, in numpy, for servers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,7 @@ class Point:
 # Rows that are mapped without BLAS: its threads wait for each other where many callers ask at once,
 # which took 1 ms of CPU a row instead of 0.08.
 _FEW_ROWS = 4
-# A sum of embeddings that is shorter than this, relative to its parts, is mostly rounding errors.
-MIN_LENGTH = 1e-3
+_MIN_LENGTH = 1e-3  # a sum that is shorter, relative to its parts, is mostly rounding errors
 DEFAULT_POINT = Point()  # no adapter, at the release's α
 
 
@@ -57,3 +57,16 @@ def map_embeddings(
     mapped = rows + np.float32(alpha) * changed
     lengths = np.linalg.norm(mapped, axis=1, keepdims=True)
     return np.asarray(mapped / np.maximum(lengths, 1e-12), np.float32)
+
+
+def weighted_sum(embeds: Sequence[Floats], weights: Sequence[float]) -> Floats | None:
+    """Add embeddings [N, D] by their weights [N], at unit length; None if they cancel out."""
+    factors = np.array(weights, np.float64)
+    largest = np.abs(factors).max()
+    if largest > 0:
+        factors /= largest
+    total = factors @ np.array(embeds, np.float64)
+    length = np.linalg.norm(total)
+    if length <= _MIN_LENGTH * max(np.abs(factors).sum(), 1.0):
+        return None
+    return np.asarray(total / length, np.float32)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from radapter_serve.contract.embeddings import MIN_LENGTH
+from radapter_serve.contract.embeddings import weighted_sum
 from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_ARGUMENT,
@@ -347,7 +347,8 @@ class OpenAI:
         """
         receipt = ""
         rows: dict[int, NDArray[np.float32]] = {}
-        sums: dict[int, NDArray[np.float64]] = {}  # of the positions with a text and an image
+        # The text and the image, each with its weight, of the positions that have both
+        parts: dict[int, list[tuple[NDArray[np.float32], float]]] = {}
         for tensor, values in (("text", request.texts), ("image", request.images)):
             places = list(values)
             task = f"embed_{tensor}"
@@ -390,12 +391,13 @@ class OpenAI:
                     rows[place] = row
                     if place in request.weights:
                         weight = request.weights[place][tensor == "image"]
-                        sums[place] = sums.get(place, 0.0) + weight * row.astype(np.float64)
-        for place, total in sums.items():
-            length = np.linalg.norm(total)
-            if length <= MIN_LENGTH * sum(map(abs, request.weights[place])):
+                        parts.setdefault(place, []).append((row, weight))
+        for place, of_place in parts.items():
+            both, weights = zip(*of_place, strict=True)
+            total = weighted_sum(both, weights)
+            if total is None:
                 raise _wrong(place, "has weights that cancel to nothing; change one")
-            rows[place] = (total / length).astype(np.float32)
+            rows[place] = total
         return [rows[place] for place in range(len(rows))], version, receipt
 
     async def _release(self, name: str, key: Key | None) -> tuple[str, str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.embeddings import DEFAULT_POINT, MIN_LENGTH, Point
+from radapter_serve.contract.embeddings import DEFAULT_POINT, Point, weighted_sum
 from radapter_serve.contract.errors import (
     INDEX_REPLACED,
     NOT_CALIBRATED,
@@ -146,18 +146,13 @@ def retrieve(
     # Take their weighted sum, scaled to unit length, unless they cancel out.
     wanted = vectors[0]
     if query.factors != [1.0]:
-        factors = np.array(query.factors, np.float64)
-        largest = np.abs(factors).max()
-        if largest > 0:
-            factors /= largest
-        total = factors @ np.array(vectors, np.float64)
-        length = np.linalg.norm(total)
-        if length <= MIN_LENGTH * max(np.abs(factors).sum(), 1.0):
+        total = weighted_sum(vectors, query.factors)
+        if total is None:
             shown = ", ".join(f"{weight:g}" for weight in query.factors)
             raise invalid(
                 f"the weights {shown} cancel to nothing; change one, so that a direction is left"
             )
-        wanted = np.asarray(total / length, np.float32)
+        wanted = total
 
     hits = index.search(
         wanted,
