@@ -14,13 +14,15 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from radapter_serve.errors import RAdapterError, short
+from radapter_serve.errors import RAdapterError, reason, short
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from pydantic import TypeAdapter, ValidationError
 
 fcntl: Any
@@ -31,6 +33,9 @@ except ImportError:  # Windows
 
 T = TypeVar("T")
 _checkers: dict[Any, TypeAdapter[Any]] = {}
+# NumPy reads a header with Python's parser, which counts its depth for all threads together in
+# Python 3.11: two that parse at once can fail with a SystemError.
+_PARSER = threading.Lock()
 # AT_FDCWD of fcntl.h, RENAME_EXCHANGE of linux/fs.h
 _HERE = -100
 _EXCHANGE = 2
@@ -94,6 +99,38 @@ def open_table(path: Path) -> BinaryIO:
         )
     file.seek(0)
     return file
+
+
+def map_array(path: Path) -> NDArray[Any]:
+    """Map an array of a `.npy` file from the disk; raises OSError or ValueError if it can't be."""
+    import numpy as np
+
+    open_regular(path).close()
+    with _PARSER, _numpy_errors():
+        # A slice of numpy.memmap is slow, so take a plain array.
+        return np.asarray(np.lib.format.open_memmap(path, mode="r"))  # type: ignore[no-untyped-call]
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read all arrays of a `.npz` file; raises OSError or ValueError if it can't be."""
+    import numpy as np
+
+    with open_regular(path) as file, _PARSER, _numpy_errors():
+        arrays: Any = np.load(file, allow_pickle=False)
+        if not hasattr(arrays, "files"):
+            raise ValueError("it holds one array, and not several")
+        return {name: arrays[name] for name in arrays.files}
+
+
+@contextlib.contextmanager
+def _numpy_errors() -> Iterator[None]:
+    """Raise ValueError for what NumPy and zipfile raise on broken files."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(reason(error)) from None
 
 
 def digest_of(*parts: Path | bytes) -> str:

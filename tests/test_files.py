@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import digest_of, staged, staged_folder
+from radapter_serve.files import digest_of, map_array, read_arrays, staged, staged_folder
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -126,3 +131,60 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         write(tmp_path / "other", "new")
         (first / "new").touch()
     assert names(tmp_path) == {"folder", "other"} and names(tmp_path / "folder") == {"new"}
+
+
+def test_arrays_are_what_numpy_reads(tmp_path: Path) -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.save(tmp_path / "one.npy", array)
+    np.savez(tmp_path / "two.npz", a=array, b=np.array(["x", "y"]))
+    np.testing.assert_array_equal(map_array(tmp_path / "one.npy"), array)
+    arrays = read_arrays(tmp_path / "two.npz")
+    assert list(arrays) == ["a", "b"] and arrays["b"].tolist() == ["x", "y"]
+    np.testing.assert_array_equal(arrays["a"], array)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00\x08\x00{'a':[[[", b"x" * 99]
+)
+def test_a_broken_array_is_a_value_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    for read in (map_array, read_arrays):
+        with pytest.raises(ValueError, match="."):
+            read(tmp_path / "file")
+
+
+def test_an_array_of_objects_is_never_unpickled(tmp_path: Path) -> None:
+    objects = np.array([{}, None], dtype=object)
+    np.save(tmp_path / "one.npy", objects, allow_pickle=True)
+    np.savez(tmp_path / "two.npz", a=objects)
+    with pytest.raises(ValueError, match="object"):
+        map_array(tmp_path / "one.npy")
+    with pytest.raises(ValueError, match="pickle"):
+        read_arrays(tmp_path / "two.npz")
+
+
+def test_headers_are_parsed_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 counts the parser's depth for all threads together."""
+    np.save(tmp_path / "one.npy", np.eye(2))
+    np.savez(tmp_path / "two.npz", a=np.eye(2))
+    parsing = threading.Semaphore(1)
+    parse = ast.parse
+    alone = []
+
+    def watched(*args: Any, **keywords: Any) -> Any:
+        is_alone = parsing.acquire(blocking=False)
+        alone.append(is_alone)
+        time.sleep(0.01)
+        if is_alone:
+            parsing.release()
+        return parse(*args, **keywords)
+
+    monkeypatch.setattr(ast, "parse", watched)
+    with ThreadPoolExecutor(4) as pool:
+        for future in [
+            pool.submit(read, tmp_path / name)
+            for _ in range(4)
+            for read, name in ((map_array, "one.npy"), (read_arrays, "two.npz"))
+        ]:
+            future.result()
+    assert len(alone) == 8 and all(alone)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import read_arrays
 
 MOST = 1000  # most masks of an image
 _KINDS = "bool, uint8 (255 inside) or float (probabilities from 0 to 1)"
@@ -76,10 +77,10 @@ class Proposals:
         """Read the masks of an image of this height and width, 255 inside, and their scores."""
         path = self._path(name)
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                masks = arrays["masks"]
-                scores = arrays["scores"].astype(np.float32) if self.scored else None
-        except Exception as error:  # zipfile and numpy raise many kinds of errors on broken files
+            arrays = read_arrays(path)
+            masks = arrays["masks"]
+            scores = arrays["scores"].astype(np.float32) if self.scored else None
+        except (OSError, ValueError, KeyError) as error:
             raise RAdapterError(f"the proposals {path} can't be read: {reason(error)}") from None
         if masks.shape[1:] != size:
             height, width = masks.shape[1:]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.labels import split_label
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import as_text, digest_of, staged
+from radapter_serve.files import as_text, digest_of, map_array, read_arrays, staged
 
 DEFAULT_WEIGHT = 0.5  # of a label's examples; its text has the rest
 MAX_EXAMPLES = 128  # of a request, and of a label set that is embedded again
@@ -74,23 +74,23 @@ class LabelSet:
     @classmethod
     def load(cls, path: str | Path) -> LabelSet:
         """Read a file of `save`; refuses more than `MAX_EXAMPLES` examples."""
-        with np.load(path, allow_pickle=False) as file:
-            values: dict[str, Any] = {name: tuple(file[name].tolist()) for name in _TEXTS}
-            embeds = np.ascontiguousarray(file["embeds"], np.float32)
-            if "examples" not in file:
-                return cls(embeds=embeds, **values)
-            sizes = file["example_sizes"]
-            if sizes.size > MAX_EXAMPLES:
-                raise RAdapterError(
-                    f"{path} has {sizes.size} examples; at most {MAX_EXAMPLES} are allowed; export"
-                    " it again with radapter-export"
-                )
-            whole = file["examples"].tobytes()
-            ends = np.cumsum(sizes).tolist()
-            images = tuple(whole[start:end] for start, end in itertools.pairwise([0, *ends]))
-            labels = tuple(file["example_labels"].tolist())
-            weights = tuple(file["example_weights"].tolist())
-            return cls(embeds=embeds, **values, examples=Examples(images, labels, weights))
+        arrays = read_arrays(Path(path))
+        values: dict[str, Any] = {name: tuple(arrays[name].tolist()) for name in _TEXTS}
+        embeds = np.ascontiguousarray(arrays["embeds"], np.float32)
+        if "examples" not in arrays:
+            return cls(embeds=embeds, **values)
+        sizes = arrays["example_sizes"]
+        if sizes.size > MAX_EXAMPLES:
+            raise RAdapterError(
+                f"{path} has {sizes.size} examples; at most {MAX_EXAMPLES} are allowed; export"
+                " it again with radapter-export"
+            )
+        whole = arrays["examples"].tobytes()
+        ends = np.cumsum(sizes).tolist()
+        images = tuple(whole[start:end] for start, end in itertools.pairwise([0, *ends]))
+        labels = tuple(arrays["example_labels"].tolist())
+        weights = tuple(arrays["example_weights"].tolist())
+        return cls(embeds=embeds, **values, examples=Examples(images, labels, weights))
 
 
 def load_label_sets(folder: Path) -> dict[str, LabelSet]:
@@ -127,7 +127,7 @@ def load_prompts(path: Path, label_set: LabelSet, digest: str) -> NDArray[np.flo
     try:
         if digest_of(path) != digest:
             raise ValueError("it differs from its digest")
-        embeds: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+        embeds: NDArray[np.float32] = map_array(path)
         count = sum(prompt_counts(label_set.lines, label_set.templates))
         shape = count, label_set.embeds.shape[1]
         if embeds.shape != shape or embeds.dtype != np.float32:

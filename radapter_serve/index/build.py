@@ -19,7 +19,7 @@ import pyarrow as pa
 from radapter_serve.contract.labels import RULE, is_name
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import digest_of, open_regular
+from radapter_serve.files import digest_of, map_array
 from radapter_serve.index.collection import Cluster, Progress, open_collection, read_rows
 from radapter_serve.index.facts import FACTS, MadeBy, OnBroken, Plan
 from radapter_serve.index.folder import (
@@ -171,12 +171,11 @@ def build_from_embeddings(
 
     # Map the vectors, and read their rows.
     try:
-        open_regular(vectors).close()
-        array = np.load(vectors, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # NumPy raises many kinds of errors on a broken header
+        array = map_array(vectors)
+    except (OSError, ValueError) as error:
         raise RAdapterError(f"{vectors} is not an array of NumPy's: {reason(error):.200}") from None
     dim = loaded.release.embed_dim
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+    if array.ndim != 2 or array.dtype.kind != "f":
         raise RAdapterError(f"{vectors} does not hold vectors; allowed: floats [N, {dim}] (.npy)")
     if array.shape[1] != dim:
         raise RAdapterError(

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from radapter_serve.contract.errors import Cancelled, TaskError, check_cancelled
 from radapter_serve.contract.images import FifoLimit
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import digest_of, staged
+from radapter_serve.files import digest_of, map_array, staged
 from radapter_serve.index.conditions import Met, evaluate, text_array
 from radapter_serve.index.facts import FACTS, FileFacts, Hit, Index, IndexFacts
 from radapter_serve.index.neighbours import CODES, Neighbours, Positions, near_best
@@ -179,8 +179,7 @@ class FolderIndex(Index):
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._table = pa.ipc.open_file(pa.py_buffer(mapping)).read_all()
             self._table.validate(full=True)
-            # numpy.memmap makes each slice slow, so take a plain array.
-            vectors = np.asarray(np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False))
+            vectors = map_array(folder / VECTORS)
             self._columns = self._table.select(self.facts.columns)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise RAdapterError(f"{folder} can't be read: {reason(error):.300}") from None

@@ -26,7 +26,7 @@ from pyarrow import parquet
 
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import checker, disk_errors, lock, staged
+from radapter_serve.files import checker, disk_errors, lock, map_array, staged
 from radapter_serve.index.collection import Cluster, Collection, Item, Progress, Read, read
 from radapter_serve.index.facts import IndexFacts, Plan
 from radapter_serve.index.folder import (
@@ -126,7 +126,7 @@ def write_generation(
     write_table(place, rows, (facts.count, facts.plan.release.embed_dim))
     nearest = None
     if facts.count > EXACT:
-        vectors = np.asarray(np.load(place / VECTORS, mmap_mode="r", allow_pickle=False))
+        vectors = map_array(place / VECTORS)
         nearest = write_neighbours(place, vectors, loaded.embed_texts)
     facts = dataclasses.replace(facts, files=describe_files(place), nearest=nearest, changed=_now())
     install(place, out, facts, KEEP)

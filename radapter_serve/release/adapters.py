@@ -34,6 +34,7 @@ from radapter_serve.files import (
     exchange,
     first_problem,
     lock,
+    map_array,
     remove,
     staged,
 )
@@ -305,9 +306,7 @@ def load(repository: Path, name: str, entry: Entry) -> TextAdapter:
         for file, digest in entry.sums.items():
             if digest_of(folder / file) != digest:
                 raise RAdapterError(f"{file} differs from its digest")
-        factors = tuple(
-            np.load(folder / file, mmap_mode="r", allow_pickle=False) for file in _files(facts)
-        )
+        factors: Any = tuple(map_array(folder / file) for file in _files(facts))
         check_factors(name, facts, factors)
     except ValidationError as error:
         why = first_problem(error)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import Alpha, Encode
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import read_arrays
 
 SAMPLES = "samples.npz"
 # Lower bound of every minimum cosine, however wide the tolerance: an embedding that points
@@ -91,11 +92,11 @@ class Samples:
     def load(cls, folder: Path) -> Samples:
         """Read `samples.npz` from a folder."""
         try:
-            with np.load(folder / SAMPLES) as file:
-                fields = []
-                for kind in ("input", "reference", "alpha"):
-                    count = sum(name.startswith(f"{kind}_") for name in file.files)
-                    fields.append([file[f"{kind}_{number}"] for number in range(count)])
+            arrays = read_arrays(folder / SAMPLES)
+            fields = []
+            for kind in ("input", "reference", "alpha"):
+                count = sum(name.startswith(f"{kind}_") for name in arrays)
+                fields.append([arrays[f"{kind}_{number}"] for number in range(count)])
             return cls(*fields)
         except (OSError, ValueError, KeyError) as error:
             raise RAdapterError(

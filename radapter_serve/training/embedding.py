@@ -9,7 +9,6 @@ import hashlib
 import json
 import secrets
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +28,7 @@ from radapter_serve.data.labelled import Labelled
 from radapter_serve.data.rows import BrokenImage, image_source, open_rows, tracked
 from radapter_serve.encoders.loaded import release_at
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import staged
+from radapter_serve.files import map_array, read_arrays, staged
 from radapter_serve.index.folder import FolderIndex
 from radapter_serve.process import decoders
 from radapter_serve.training.recipe import Recipe
@@ -60,13 +59,8 @@ def kept(ids: Sequence[str], width: int, embed: Embed, out: Path, facts: Any) ->
     rows = np.full((len(ids), width), np.nan, np.float32)
     for path in sorted(out.absolute().parent.glob(f"*/{FOLDER}/{key}-*.npz")):
         # A part that a full disk or a foreign hand has damaged is embedded again.
-        with (
-            contextlib.suppress(
-                OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile
-            ),
-            path.open("rb") as file,
-            np.load(file, allow_pickle=False) as part,
-        ):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            part = read_arrays(path)
             vectors = part["vectors"]
             for id, vector in zip(part["ids"].tolist(), vectors, strict=True):
                 if id in number_of and vector.shape == (width,):
@@ -206,12 +200,12 @@ def open_vectors(
     else:
         source = str(recipe.embeddings)
         try:
-            array = np.load(recipe.embeddings, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            array = map_array(recipe.embeddings)
+        except (OSError, ValueError) as error:
             raise RAdapterError(
                 f"{source} is not an array of NumPy's: {reason(error):.200}"
             ) from None
-        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+        if array.ndim != 2 or array.dtype.kind != "f":
             raise RAdapterError(
                 f"{source} does not hold vectors; allowed: floats [N, {width}] (.npy)"
             )

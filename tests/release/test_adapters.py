@@ -49,7 +49,7 @@ def test_an_adapter_maps_embeddings_as_its_matrix_says(tmp_path, rank):
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(adapter.map(embeds, 0.3), expected, atol=1e-6)
     np.testing.assert_allclose(adapter.map(embeds, 0.0), embeds, atol=1e-6)
-    assert all(isinstance(factor, np.memmap) for factor in adapter.factors)
+    assert all(isinstance(factor.base, np.memmap) for factor in adapter.factors)
 
 
 def test_what_is_added_replaced_and_removed_is_seen_by_the_next_request(tmp_path):
