@@ -394,8 +394,8 @@ class Adapters:
             except TaskError:  # of the encoder that the check asked
                 raise
             except RAdapterError as error:
-                # It may have been replaced or removed since the list was read.
-                if self.entries().get(known) != entries[known]:
+                # It may have been replaced or removed since the list was read, or added again.
+                if self.entries() is not entries:
                     return self.get(name)
                 print(error, file=sys.stderr)
                 loaded = TaskError(ADAPTER_FAILED, str(error))

@@ -9,6 +9,7 @@ import pytest
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
+from radapter_serve.release import adapters as adapters_module
 from radapter_serve.release.adapters import (
     FOLDER,
     LIST,
@@ -126,6 +127,29 @@ def test_a_damaged_adapter_is_named_and_the_others_serve(tmp_path, capsys):
     adapters.get("bob")
     put(tmp_path, "anna", replace=True)
     adapters.get("anna")
+
+
+def test_an_adapter_that_is_removed_and_added_again_while_it_is_read_is_served(
+    tmp_path, monkeypatch
+):
+    put(tmp_path, "anna")
+    adapters = Adapters(tmp_path, TOWER)
+    expected = adapters.get("anna").digest
+    adapters = Adapters(tmp_path, TOWER)
+    map_array = adapters_module.map_array
+    reads = []
+
+    def interrupted(path):
+        reads.append(path)
+        if len(reads) == 1:
+            remove_adapter(tmp_path, "anna")
+            put(tmp_path, "bob", seed=1)
+            put(tmp_path, "anna")
+            raise FileNotFoundError(2, "No such file or directory")
+        return map_array(path)
+
+    monkeypatch.setattr(adapters_module, "map_array", interrupted)
+    assert adapters.get("anna").digest == expected
 
 
 def test_a_pickle_in_place_of_a_matrix_is_not_loaded(tmp_path):
