@@ -8,7 +8,7 @@ import pytest
 
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import digest_of
+from radapter_serve.files import digest_of, map_array
 from radapter_serve.release import adapters as adapters_module
 from radapter_serve.release.adapters import (
     FOLDER,
@@ -136,7 +136,6 @@ def test_an_adapter_that_is_removed_and_added_again_while_it_is_read_is_served(
     adapters = Adapters(tmp_path, TOWER)
     expected = adapters.get("anna").digest
     adapters = Adapters(tmp_path, TOWER)
-    map_array = adapters_module.map_array
     reads = []
 
     def interrupted(path):
