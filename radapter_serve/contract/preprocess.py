@@ -21,6 +21,7 @@ from radapter_serve.contract.errors import (
     Cancelled,
     TaskError,
     invalid,
+    task_error,
 )
 from radapter_serve.contract.images import (
     ADVICE,
@@ -185,14 +186,15 @@ class Decoder:
         # thread decodes it, and no thread of the pool is blocked.
         small = [number for number, file in enumerate(files) if not file.is_large]
         results: dict[int, Future[None]] = {number: Future() for number in small}
-        waiting = deque(small)
+        waiting = deque(results.items())
 
         def finish() -> NDArray[np.uint8]:
             try:
                 for number in range(len(files)):
                     try:
                         if number in results:
-                            results[number].result()
+                            # An error holds this frame, which must not hold the error.
+                            results.pop(number).result()
                         else:
                             fill(number)
                     except TaskError as error:
@@ -205,30 +207,28 @@ class Decoder:
             return pixels
 
         for _ in range(min(self._threads, len(small))):
-            self._submit(self._take, waiting, results, fill)
+            self._submit(self._take, waiting, fill)
         return finish
 
     def close(self) -> None:
         """Shut down the threads."""
         self._pool.shutdown()
 
-    def _take(
-        self, waiting: deque[int], results: dict[int, Future[None]], fill: Callable[[int], None]
-    ) -> None:
+    def _take(self, waiting: deque[tuple[int, Future[None]]], fill: Callable[[int], None]) -> None:
         """Decode the next image of a request; a function in `start` would refer to itself, and keep
         the pixels in that circle.
         """
         with contextlib.suppress(IndexError):  # all are taken
-            number = waiting.popleft()
+            number, result = waiting.popleft()
             try:
                 fill(number)
-                results[number].set_result(None)
-            except BaseException as error:
-                results[number].set_exception(error)
+                result.set_result(None)
+            except Exception as error:  # without its frames, which hold the image and `result`
+                result.set_exception(task_error(error))
         # Queue up behind the images of other callers, so that no request waits for a whole other
         # one.
         if waiting:
-            self._submit(self._take, waiting, results, fill)
+            self._submit(self._take, waiting, fill)
 
     def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from radapter_serve.contract import images as files
 from radapter_serve.contract import preprocess as module
-from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.errors import TaskError, task_error
 from radapter_serve.contract.images import read_headers
 from radapter_serve.contract.preprocess import Decoder, MaskCrop, Preprocess, decode_pixels
 from tests.helpers.small_release import png
@@ -254,7 +254,19 @@ def test_pixels_are_freed_with_their_request(decoder: Decoder) -> None:
         wait = decoder.start(read_headers([png(seed) for seed in range(5)]))
         pixels = weakref.ref(wait())
         del wait
-        decoder.close()  # its threads have let go of the request
+        # Of a broken image, too: its error holds the frames that decoded it.
+        files = read_headers([png(0), png(1)[:-40]])
+        freed = [weakref.ref(file) for file in files]
+        wait = decoder.start(files)
+        del files
+        try:
+            wait()
+        except TaskError as error:
+            message = task_error(error).message
+        assert message.startswith("image 2 of 2: the image is broken")
+        del wait
+        decoder.close()  # its threads have let go of the requests
         assert pixels() is None
+        assert [file() for file in freed] == [None, None]
     finally:
         gc.enable()
