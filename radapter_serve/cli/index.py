@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from radapter_serve.cli import run
+from radapter_serve.encoders.precision import Precision
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.process import handled
 
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 PROG = "radapter-index"
 DESCRIPTION = "Build and maintain an index: the embeddings of a collection of images, to search."
 FIRST = {
-    "build": ("source", "out", "from_embeddings", "rows", "model_repository", "url", "on_broken"),
+    "build": (
+        *("source", "out", "from_embeddings", "rows", "model_repository", "url", "precision"),
+        "on_broken",
+    ),
     "add": ("source", "out", "prune", "on_broken"),
     "map": ("out", "model_repository", "url", "sample", "min_recall", "embed"),
 }
@@ -46,6 +50,7 @@ def build(
     rows: Path | None = None,
     model_repository: str = "model_repository",
     url: str | None = None,
+    precision: Precision | None = None,
     alpha: float | None = None,
     image_column: str = "image",
     thumbnails: int = 128,
@@ -72,6 +77,8 @@ def build(
         model_repository: its served release embeds the images (radapter-release list); DIR@N for
             release N.
         url: a live server that embeds the images instead, such as http://localhost:8000.
+        precision: of computing an fp32 release: bf16 takes OpenVINO on a processor that has bf16;
+            auto takes what encodes fastest; as exported if not given. The index keeps it.
         alpha: α from 0 to 1 of images and, later, queries, for a release that takes any
             (radapter-export --alpha dynamic); the release's own if not given.
         image_column: column of a table that holds the paths; the others become metadata.
@@ -85,7 +92,6 @@ def build(
         ray: address of a Ray cluster whose workers read and embed, or auto for the one of this
             machine; workers need the same paths. This machine reads and embeds if not given.
     """
-    from radapter_serve.encoders.loaded import release_at
     from radapter_serve.index.build import build, build_from_embeddings
     from radapter_serve.release.repository import split_repository
 
@@ -93,36 +99,35 @@ def build(
         raise RAdapterError("give a SOURCE of images, or --from-embeddings FILE.npy")
     if (rows is None) != (from_embeddings is None):
         raise RAdapterError("--from-embeddings FILE.npy and --rows TABLE go together")
-    with closing(release_at(_origin(url, model_repository))) as loaded:
-        if alpha is not None:
-            loaded = loaded.at(alpha)
-        _print_embedder(loaded)
-        with _progress("embedding" if source else "writing") as progress:
-            if source is not None:
-                summary = build(
-                    source,
-                    out,
-                    loaded,
-                    image_column=image_column,
-                    thumbnails=thumbnails,
-                    exif_orientation=exif_orientation,
-                    on_broken=on_broken,
-                    resume=resume,
-                    ray=ray,
-                    progress=progress,
-                )
-            else:
-                assert from_embeddings is not None
-                assert rows is not None
-                summary = build_from_embeddings(
-                    from_embeddings,
-                    rows,
-                    out,
-                    loaded,
-                    image_column=image_column,
-                    resume=resume,
-                    progress=progress,
-                )
+    with (
+        _embedder(url, model_repository, precision, alpha) as loaded,
+        _progress("embedding" if source else "writing") as progress,
+    ):
+        if source is not None:
+            summary = build(
+                source,
+                out,
+                loaded,
+                image_column=image_column,
+                thumbnails=thumbnails,
+                exif_orientation=exif_orientation,
+                on_broken=on_broken,
+                resume=resume,
+                ray=ray,
+                progress=progress,
+            )
+        else:
+            assert from_embeddings is not None
+            assert rows is not None
+            summary = build_from_embeddings(
+                from_embeddings,
+                rows,
+                out,
+                loaded,
+                image_column=image_column,
+                resume=resume,
+                progress=progress,
+            )
     _print_summary(summary, out)
 
     # Print the commands that serve the index and search it.
@@ -170,18 +175,22 @@ def add(
     plan = current(out)[1].plan
     origin = plan.origin
     version = None
+    made_by = plan.release
+    # A release in fp32 is computed in bf16 again; another precision is that of its export.
+    precision = "bf16" if made_by.precision == "bf16" else None
     repository, _ = split_repository(origin.get("model_repository", ""))
     if url:
         origin = {"url": url}
     elif model_repository:
         origin = {"model_repository": model_repository}
     elif repository:
-        made_by = plan.release
-        versions = releases_with_images(Path(repository), made_by.image_digest, made_by.alpha)
+        versions = releases_with_images(
+            Path(repository), made_by.image_digest, made_by.alpha, precision
+        )
         if versions:
             origin = {"model_repository": repository}
             version = max(versions)
-    with closing(release_at(origin, version)) as loaded:
+    with closing(release_at(origin, version, precision)) as loaded:
         _print_embedder(loaded)
         with _progress("embedding") as progress:
             summary = add(out, loaded, source, prune=prune, on_broken=on_broken, progress=progress)
@@ -193,6 +202,7 @@ def map_(
     *,
     model_repository: str = "model_repository",
     url: str | None = None,
+    precision: Precision | None = None,
     alpha: float | None = None,
     sample: int = 1000,
     min_recall: float = 0.8,
@@ -209,21 +219,18 @@ def map_(
         out: folder of the index.
         model_repository: its served release embeds the sample; DIR@N for release N.
         url: a live server that embeds the sample instead.
+        precision: as of radapter-index build.
         alpha: as of radapter-index build.
         sample: images of the index to embed, from 100 to 10,000, drawn at random.
         min_recall: least recall@10 with images and with texts, from 0 to 1; the index stays as it
             is if it is lower.
         embed: then embed all images, and replace the mapped index when that is complete.
     """
-    from radapter_serve.encoders.loaded import release_at
     from radapter_serve.index.build import build
     from radapter_serve.index.index import current
     from radapter_serve.index.mapping import map_index
 
-    with closing(release_at(_origin(url, model_repository))) as loaded:
-        if alpha is not None:
-            loaded = loaded.at(alpha)
-        _print_embedder(loaded)
+    with _embedder(url, model_repository, precision, alpha) as loaded:
         with _progress("embedding") as progress:
             mapped = map_index(out, loaded, sample=sample, min_recall=min_recall, progress=progress)
         plan = current(out)[1].plan
@@ -254,8 +261,24 @@ def _mapped(mapped: Mapped) -> str:
     )
 
 
-def _origin(url: str | None, model_repository: str) -> dict[str, str]:
-    return {"url": url} if url else {"model_repository": model_repository}
+@contextmanager
+def _embedder(
+    url: str | None, model_repository: str, precision: Precision | None, alpha: float | None
+) -> Iterator[LoadedRelease]:
+    """Yield the release that embeds, at its α and in its precision, and print what it is."""
+    from radapter_serve.encoders.loaded import release_at
+
+    if url and precision is not None:
+        raise RAdapterError(
+            f"--precision is {precision}, but {url} embeds in its own; leave it out, or start the"
+            " server with it"
+        )
+    origin = {"url": url} if url else {"model_repository": model_repository}
+    with closing(release_at(origin, None, precision, print)) as loaded:
+        if alpha is not None:
+            loaded = loaded.at(alpha)
+        _print_embedder(loaded)
+        yield loaded
 
 
 def info(out: tyro.conf.Positional[Path]) -> None:

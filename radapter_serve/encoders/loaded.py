@@ -38,7 +38,7 @@ from radapter_serve.encoders.labels import (
     load_label_sets,
     load_prompts,
 )
-from radapter_serve.encoders.precision import AS_EXPORTED, Choice
+from radapter_serve.encoders.precision import AS_EXPORTED, Choice, choose
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name
 from radapter_serve.process import decoders, total
@@ -412,13 +412,25 @@ def load_release(
     )
 
 
-def release_at(origin: Mapping[str, str], version: int | None = None) -> LoadedRelease:
-    """Load the release of an `origin`; of a repository without `@N`, `version`
-    or the served one.
+def release_at(
+    origin: Mapping[str, str],
+    version: int | None = None,
+    precision: str | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> LoadedRelease:
+    """Load the release of an `origin`; of a repository without `@N`, `version` or the served one,
+    computed in `precision`; `say` is called with what AUTO takes.
     """
     if "url" in origin:
         return served_release(origin["url"])
-    return load_release(origin["model_repository"], version)
+    repository = origin["model_repository"]
+    choice = AS_EXPORTED
+    if precision is not None:
+        folder = find_release(repository if version is None else f"{repository}@{version}")
+        choice = choose(folder.parents[1], [int(folder.name)], None, precision, total())
+        if choice.note:
+            say(choice.note)
+    return load_release(repository, version, choice=choice)
 
 
 def served_release(url: str) -> LoadedRelease:

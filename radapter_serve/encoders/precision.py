@@ -89,16 +89,20 @@ def choose(
     images fastest, of all that agree with torch's stored embeddings.
     """
     releases = [Release.load(repository / MODELS[-1] / str(version)) for version in versions]
-    if precision not in (None, "fp32", "bf16", AUTO):
-        raise RAdapterError(f"--precision is {precision}; allowed are fp32, bf16 and {AUTO}")
+    lowered = [release for release in releases if release.precision != "fp32"]
+    if precision == AUTO and lowered:
+        kept = lowered[-1]
+        note = f"precision as exported: release {kept.version} is in {kept.precision} already"
+        return Choice(runtime, note=note)
     for release in releases:
-        if precision not in (None, release.precision) and release.precision != "fp32":
+        own = release.precision
+        allowed = [own, "bf16", AUTO] if own == "fp32" else [own, AUTO]
+        if precision not in (None, *allowed):
             raise RAdapterError(
-                f"--precision is {precision}, but release {release.version} was exported in"
-                f" {release.precision}, which is all that is allowed for it; leave --precision out"
+                f"precision is {precision}, but release {release.version} was exported in {own};"
+                f" allowed for it are {', '.join(allowed)}"
             )
-    lowered = all(release.precision != "fp32" for release in releases)
-    if precision == "fp32" or lowered:
+    if precision == "fp32" or len(lowered) == len(releases):
         return Choice(runtime, precision if releases else None)
     exported = runtime or releases[-1].runtime
     processor = bf16_of_processor()

@@ -279,7 +279,7 @@ class Cluster:
         origin = dict(self._loaded.origin)
         turned = self._loaded.preprocess.exif_orientation
         workers = [
-            make.remote(origin, alpha, release.image_digest, thumbnails, turned)
+            make.remote(origin, release.precision, alpha, release.image_digest, thumbnails, turned)
             for _ in range(min(self._workers, len(batches)))
         ]
         try:
@@ -302,13 +302,14 @@ class _Worker:
     def __init__(
         self,
         origin: Mapping[str, str],
+        precision: str,
         alpha: float | None,
         image_digest: str,
         thumbnails: int,
         exif_orientation: bool,
     ) -> None:
         os.environ.setdefault(THREADS, "1")  # a worker has one core
-        loaded = release_at(origin)
+        loaded = release_at(origin, None, precision)
         if alpha is not None:
             loaded = loaded.at(alpha)
         if loaded.release.image_digest != image_digest:

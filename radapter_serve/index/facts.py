@@ -197,11 +197,14 @@ class Plan:
         return shlex.join(["radapter-index", "map", str(out), *self._flags(loaded)])
 
     def _flags(self, loaded: LoadedRelease | None) -> list[str]:
-        """Flags of a command that name the release."""
+        """Flags of a command that name the release, its precision and its α."""
         flags = []
         for name, place in (loaded.origin if loaded else self.origin).items():
             flags += [f"--{name.replace('_', '-')}", place]
-        if (loaded.release if loaded else self.release).dynamic_alpha:
+        made_by = loaded.release if loaded else self.release
+        if made_by.precision == "bf16" and "--url" not in flags:
+            flags += ["--precision", "bf16"]
+        if made_by.dynamic_alpha:
             flags += ["--alpha", f"{self.release.alpha:g}"]
         return flags
 

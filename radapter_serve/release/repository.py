@@ -132,14 +132,20 @@ def format_list(versions: Sequence[int]) -> str:
     return ", ".join(map(str, versions)) or "none"
 
 
-def releases_with_images(repository: Path, image_digest: str, alpha: float) -> list[int]:
-    """List the releases of a repository that embed images as a digest says, at an α."""
+def releases_with_images(
+    repository: Path, image_digest: str, alpha: float, precision: str | None
+) -> list[int]:
+    """List the releases of a repository that embed images as a digest says, at an α, if those in
+    fp32 are computed in a precision.
+    """
     versions = []
     for version in releases_of(repository):
         with contextlib.suppress(RAdapterError):
             release = Release.load(repository / MODELS[-1] / str(version))
             if release.dynamic_alpha:
                 release = release.at(alpha)
+            if release.precision == "fp32":
+                release = release.computed_in(precision)
             if release.image_digest == image_digest:
                 versions.append(version)
     return versions

@@ -228,7 +228,7 @@ def open_vectors(
         plan = index.facts.plan
         made_by = plan.release
         try:
-            loaded = release_at(plan.origin, made_by.version)
+            loaded = release_at(plan.origin, made_by.version, made_by.precision)
             if loaded.release.dynamic_alpha:
                 loaded = loaded.at(made_by.alpha)
         except RAdapterError as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from radapter_serve import Model
 from radapter_serve.cli import query
 from radapter_serve.cli import release as release_command
 from radapter_serve.cli.index import main
@@ -21,7 +22,7 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.index.index import current
 from radapter_serve.release.release import Release
 from tests.helpers.indexes import generation
-from tests.helpers.small_release import photos_in
+from tests.helpers.small_release import needs_bf16, photos_in
 
 
 @pytest.fixture
@@ -67,6 +68,7 @@ def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) ->
         ([*build, "--thumbnails", "-1"], "0 (none) to 1024"),
         ([*build, "--model-repository", "model_repository@9"], "it holds 1, 2"),
         ([*build, "--url", "grpc://127.0.0.1:9"], "127.0.0.1:9"),
+        ([*build, "--url", "grpc://127.0.0.1:9", "--precision", "bf16"], "embeds in its own"),
         (["add", "--out", "i"], "radapter-index build"),
         (["info", "i"], "no index at i"),
     ):
@@ -105,6 +107,33 @@ def test_build_at_an_alpha_without_torch(
     assert main(["build", "photos", "--out", "indexes/other", "--alpha", "0.5"]) == 2
     assert "exported at alpha 0.8; radapter-export --alpha dynamic" in capsys.readouterr().err
     assert not Path("indexes/other").exists()
+
+
+@needs_bf16
+def test_an_index_in_bf16_stays_in_bf16(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Path("indexes/photos")
+    assert main(["build", "photos", "--out", str(out), "--precision", "bf16"]) == 0
+    said = capsys.readouterr().out
+    assert "precision bf16 with openvino" in said and "at alpha 0.8, bf16" in said
+    made_by = current(out)[1].plan.release
+    assert made_by.precision == "bf16" and 0 < (made_by.image_distance or 0) < 2e-4
+
+    # What is added later has the same precision, by whichever command.
+    photos_in(Path("photos/more"), 1)
+    assert main(["add", "--out", str(out)]) == 0
+    photos_in(Path("photos/most"), 1)
+    assert main(["add", "--out", str(out), "--model-repository", "model_repository"]) == 0
+    capsys.readouterr()
+    command = shlex.split(current(out)[1].plan.command(out))
+    assert command[-2:] == ["--precision", "bf16"]
+    assert main(command[1:]) == 0
+    assert "up to date, 7 images" in capsys.readouterr().out
+    with Model("model_repository", precision="bf16") as rounded, Model("model_repository") as exact:
+        name = "most/0.png"
+        image = Path("photos", name).read_bytes()
+        query: dict[str, Any] = {"image": image, "index": "photos", "where": f"path = '{name}'"}
+        assert abs(1 - rounded.search(**query)[0].score) < 1e-6
+        assert 1e-6 < 1 - exact.search(**query)[0].score < 2e-4
 
 
 def test_map_then_the_printed_build(

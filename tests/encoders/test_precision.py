@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from radapter_client import Client
 from radapter_serve import Model
 from radapter_serve.encoders import precision as module
 from radapter_serve.encoders.encoder import EncoderGraph
-from radapter_serve.encoders.precision import Choice, Trial, bf16_of_processor, choose
+from radapter_serve.encoders.precision import Choice, Trial, choose
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.in_process import EngineServer
 from radapter_serve.gateway.rechecks import Rechecks
@@ -27,6 +26,7 @@ from radapter_serve.release.release import IN_BF16, Release
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.models import configure
 from tests.helpers.asking import tritonserver
+from tests.helpers.small_release import needs_bf16
 
 BF16 = ("openvino", "bf16")
 FP32 = ("openvino", "fp32")
@@ -97,14 +97,14 @@ def test_what_cannot_be_computed_in_bf16_is_refused(
         choose(repository, [1], "onnxruntime", "bf16", 2)
     with pytest.raises(RAdapterError, match="not with a GPU"):
         choose(repository, [1], None, "bf16", 2, on_gpu=True)
-    with pytest.raises(RAdapterError, match="allowed are fp32, bf16 and auto"):
+    with pytest.raises(RAdapterError, match="allowed for it are fp32, bf16, auto"):
         choose(repository, [1], None, "fp8", 2)
     facts = Release.load(repository / "classify" / "1")
     folder = tmp_path / "classify" / "1"
     folder.mkdir(parents=True)
     replace(facts, precision="int8").save(folder)
-    for asked in ("fp32", "bf16", "auto"):
-        with pytest.raises(RAdapterError, match="exported in int8, which is all that is allowed"):
+    for asked in ("fp32", "bf16"):
+        with pytest.raises(RAdapterError, match="exported in int8; allowed for it are int8, auto"):
             choose(tmp_path, [1], None, asked, 2)
     replace(facts, precision="bf16").save(folder)
     assert choose(tmp_path, [1], None, "bf16", 2) == Choice(None, "bf16")
@@ -113,10 +113,19 @@ def test_what_cannot_be_computed_in_bf16_is_refused(
         choose(repository, [1], None, "bf16", 2)
 
 
-needs_bf16 = pytest.mark.skipif(
-    not bf16_of_processor() or importlib.util.find_spec("openvino") is None,
-    reason="this processor has no bf16, or openvino is not installed",
-)
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_auto_leaves_a_release_that_was_exported_in_another_precision(
+    repository: Path, amx: Path, tmp_path: Path, precision: str
+) -> None:
+    facts = Release.load(repository / "classify" / "1")
+    for version, exported in ((1, "fp32"), (2, precision)):
+        folder = tmp_path / "classify" / str(version)
+        folder.mkdir(parents=True)
+        replace(facts, version=version, precision=exported).save(folder)
+    for versions in ([2], [1, 2]):
+        choice = choose(tmp_path, versions, "onnxruntime", "auto", 2)
+        note = f"precision as exported: release 2 is in {precision} already"
+        assert choice == Choice("onnxruntime", None, note)
 
 
 @needs_bf16

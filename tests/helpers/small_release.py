@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import io
 import shutil
 import struct
@@ -19,6 +20,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime
+import pytest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
@@ -28,6 +30,7 @@ from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.batcher import complete, run_together
 from radapter_serve.encoders.labels import load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.precision import bf16_of_processor
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.config import named_releases, read_config
 from radapter_serve.release.integrity import write_sums
@@ -36,6 +39,10 @@ from radapter_serve.release.repository import CONFIG, MODELS
 from radapter_serve.tasks.embed import embed_labels
 from tests.helpers.small_models import release as facts
 
+needs_bf16 = pytest.mark.skipif(
+    not bf16_of_processor() or importlib.util.find_spec("openvino") is None,
+    reason="this processor has no bf16, or openvino is not installed",
+)
 SIZE = 16
 GRID = 4
 WIDTH = 8

@@ -241,7 +241,7 @@ def test_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     release = projecting()
-    monkeypatch.setattr("radapter_serve.encoders.loaded.release_at", lambda origin: release)
+    monkeypatch.setattr("radapter_serve.encoders.loaded.release_at", lambda *_: release)
     csv.write_csv(parquet.read_table(files[1]).rename_columns(["year", "id", "share"]), "r.csv")
     call = ["build", "--from-embeddings", "v.npy", "--rows", "r.csv", "--image-column", "id"]
     assert main([*call, "--out", "indexes/photos"]) == 0

@@ -100,7 +100,7 @@ def test_the_commands(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("radapter_serve.encoders.loaded.release_at", lambda origin: projecting())
+    monkeypatch.setattr("radapter_serve.encoders.loaded.release_at", lambda *_: projecting())
     linked = tmp_path / "linked"
     url = f"{store.url}/photos"
     call = ["build", str(photos), "--out", str(tmp_path / "index")]
