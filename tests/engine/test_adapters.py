@@ -33,7 +33,7 @@ from radapter_serve.tasks.embed import Labels, embed_label_set
 from tests.helpers.asking import tritonserver
 from tests.helpers.graphs import quick_exports
 from tests.helpers.small_release import png
-from tests.helpers.text_adapters import TEXTS, WIDTH, encoded, export_base, folded, made
+from tests.helpers.text_adapters import TEXTS, WIDTH, encoded, export_base, folded, text_adapter
 
 CONFIDENCE = Confidence(
     scale=7.0,
@@ -55,7 +55,7 @@ def base(tiny_clip_dir: str) -> Base:
 @pytest.fixture
 def runs(base: Base, tmp_path: Path) -> dict[str, Adapter]:
     """Adapters by name, each in a folder of this name."""
-    kinds = {"anna": made(base, 1), "bob": made(base, 2, rank=3, alpha=1.0)}
+    kinds = {"anna": text_adapter(base, 1), "bob": text_adapter(base, 2, rank=3, alpha=1.0)}
     for name, adapter in kinds.items():
         (tmp_path / name).mkdir()
         save_adapter(adapter, tmp_path / name / "adapter.safetensors")
@@ -90,8 +90,8 @@ def test_texts_are_where_the_fold_has_them(base, runs, repository, engine, name,
     if alpha is not None:
         values["alpha"] = alpha
     outputs = ask(engine, "embed_text", **values)
-    used = runs[name].metadata.alpha if alpha is None else alpha
-    expected = folded(base, runs[name], used, TEXTS)
+    expected_alpha = runs[name].metadata.alpha if alpha is None else alpha
+    expected = folded(base, runs[name], expected_alpha, TEXTS)
     np.testing.assert_allclose(outputs["text_embeds"], expected, atol=1e-6)
     receipts = [json.loads(text) for text in outputs["receipt"].ravel()]
     folder = next((repository / "adapters").glob(f"{name}@*")).name
@@ -99,7 +99,7 @@ def test_texts_are_where_the_fold_has_them(base, runs, repository, engine, name,
         "release": 1,
         "adapter": name,
         "adapter_digest": folder.partition("@")[2],
-        "alpha": used,
+        "alpha": expected_alpha,
     }
     assert receipts == [receipt] * len(TEXTS)
 
@@ -163,8 +163,8 @@ def test_scores_are_calibrated_at_the_adapter_s_own_alpha(base, runs, engine, re
         return capsys.readouterr().out
 
     def scores(**values: Any) -> np.ndarray:
-        asked = {"image": [png(3)], "labels": ("cat", "dog"), "adapter": "anna", "top_k": 2}
-        outputs = ask(engine, "classify", multi_label=True, threshold=0.0, **asked, **values)
+        request = {"image": [png(3)], "labels": ("cat", "dog"), "adapter": "anna", "top_k": 2}
+        outputs = ask(engine, "classify", multi_label=True, threshold=0.0, **request, **values)
         return np.asarray(outputs["score"])
 
     with pytest.raises(TaskError, match=r"the adapter anna has no calibrated.*--recipe quick"):
@@ -201,8 +201,8 @@ class TestStoredPrompts:
     """The export stores the prompts of label sets, which the server maps one by one."""
 
     def scores(self, engine: Engine, **values: Any) -> np.ndarray:
-        asked = {"image": [png(3)], "label_set": "animals", "adapter": "anna", "top_k": 3}
-        outputs = ask(engine, "classify", **asked, **values)
+        request = {"image": [png(3)], "label_set": "animals", "adapter": "anna", "top_k": 3}
+        outputs = ask(engine, "classify", **request, **values)
         order = np.argsort(outputs["label"][0])
         return np.asarray(outputs["score"][0])[order]
 
@@ -271,12 +271,12 @@ class TestStoredPrompts:
 def test_an_export_of_adapters_alone_has_their_base_and_them(base, runs, tmp_path, common):
     folder = tmp_path / "model_repository"
     with quick_exports(common):
-        done = export(
+        summary = export(
             adapters={name: tmp_path / name for name in runs},
             model_repository=folder,
             merged=tmp_path / "merged",
         )
-    assert done.alpha == 0
+    assert summary.alpha == 0
     with Engine([load_release(folder)]) as engine:
         for name, adapter in runs.items():
             outputs = ask(engine, "embed_text", text=TEXTS, adapter=name)
@@ -297,28 +297,28 @@ def test_what_does_not_belong_is_refused(base, engine, repository, tmp_path, cap
         assert command(["add-adapter", "x", str(tmp_path / "x.safetensors"), *folder]) == 2
         return capsys.readouterr().err
 
-    meta = made(base, 3).metadata
+    meta = text_adapter(base, 3).metadata
     keys = ("visual.proj", "text_projection")
-    whole = {key: torch.zeros(WIDTH, WIDTH) for key in keys}
-    assert "radapter-export --adapter" in refused(Adapter(whole, meta))
+    tensors = {key: torch.zeros(WIDTH, WIDTH) for key in keys}
+    assert "radapter-export --adapter" in refused(Adapter(tensors, meta))
     other = replace(meta, text_tower="sha256:" + "0" * 64)
-    assert "--alpha 0" in refused(Adapter(made(base, 3).tensors, other))
+    assert "--alpha 0" in refused(Adapter(text_adapter(base, 3).tensors, other))
     assert sorted(adapters.read_list(repository)) == ["anna", "bob"]
 
 
 @pytest.mark.triton
 def test_triton_maps_stored_prompts(repository, tmp_path):
-    asked: dict[str, Any] = {"label_set": "animals", "adapter": "anna", "top_k": 3}
+    request: dict[str, Any] = {"label_set": "animals", "adapter": "anna", "top_k": 3}
     with Client(transport=Engine([load_release(repository)])) as client:
-        expected = client.classify(png(3), **asked)
+        expected = client.classify(png(3), **request)
     path = repository / "text_encoder" / "1" / "animals.prompts.npy"
     with tritonserver(repository, indexes=tmp_path) as server, Client(server.http_url) as client:
-        answer = client.classify(png(3), **asked)
+        answer = client.classify(png(3), **request)
         # The rows that the processes have mapped are all that they read.
         rows = np.load(path, mmap_mode="r+")
         rows *= -1
         rows.flush()
-        mapped = client.classify(png(3), **asked, alpha=0.9)
+        mapped = client.classify(png(3), **request, alpha=0.9)
     assert answer.labels == expected.labels
     np.testing.assert_allclose(answer.scores, expected.scores, atol=1e-6)
     assert mapped.labels == expected.labels[::-1]
@@ -354,7 +354,7 @@ def test_triton_answers_with_adapters_and_takes_new_ones(base, runs, repository,
 
 @pytest.mark.parametrize(("count", "expected"), [(10_000, True), (10_001, False)])
 def test_classes_with_too_many_prompts_are_no_label_set(base, tmp_path, count, expected):
-    adapter = made(base, 1)
+    adapter = text_adapter(base, 1)
     classes = [f"thing {number}" for number in range(count)]
     metadata = replace(adapter.metadata, classes=classes)
     save_adapter(Adapter(adapter.tensors, metadata), tmp_path / "adapter.safetensors")

@@ -37,13 +37,13 @@ def digest_of_anna(repository: Path) -> str:
 
 def check(client: Client, matrix: np.ndarray, digest: str) -> None:
     plain = client.embed_texts(TEXTS)
-    for alpha, used in ((None, 0.5), (0.25, 0.25)):
-        expected = plain + used * plain @ matrix.T.astype(np.float64)
+    for alpha, expected_alpha in ((None, 0.5), (0.25, 0.25)):
+        expected = plain + expected_alpha * plain @ matrix.T.astype(np.float64)
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
         embeds = client.embed_texts(TEXTS, adapter="anna", alpha=alpha)
         np.testing.assert_allclose(embeds, expected, atol=1e-6)
         answers = client.classify([png(0), png(1)], ["a cat", "a dog"], adapter="anna", alpha=alpha)
-        expected_receipt = Receipt(2, "anna", used, adapter_digest=digest)
+        expected_receipt = Receipt(2, "anna", expected_alpha, adapter_digest=digest)
         assert {answer.receipt for answer in answers} == {expected_receipt}
         segmentation = client.segment(png(0), ["a"], adapter="anna", alpha=alpha)
         assert segmentation.receipt == expected_receipt

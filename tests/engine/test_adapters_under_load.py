@@ -20,7 +20,7 @@ from radapter_serve.adapter import save_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.release import adapters
-from tests.helpers.text_adapters import TEXTS, export_base, folded, made
+from tests.helpers.text_adapters import TEXTS, export_base, folded, text_adapter
 from tests.helpers.ways import ASKING, Ask
 
 KINDS = 3  # of each name's adapters
@@ -43,7 +43,7 @@ def tenants_of(base: Base, count: int, scratch: Path) -> list[Tenant]:
         tenant = Tenant(f"tenant-{number}", [], {})
         for kind in range(KINDS):
             alpha = (0.3, 0.7, 1.0)[kind]
-            adapter = made(base, 1000 + KINDS * number + kind, (None, 3)[number % 2], alpha)
+            adapter = text_adapter(base, 1000 + KINDS * number + kind, (None, 3)[number % 2], alpha)
             names = ["text_projection"]
             if number % 2:
                 names = ["text_projection.up", "text_projection.down"]
@@ -69,7 +69,7 @@ def base(tiny_clip_dir: str) -> Base:
 def repository(base: Base, tmp_path: Path, common: Path) -> Path:
     run = tmp_path / "run"
     run.mkdir()
-    save_adapter(made(base, 0), run / "adapter.safetensors")
+    save_adapter(text_adapter(base, 0), run / "adapter.safetensors")
     return export_base(tmp_path, common, run)
 
 
@@ -119,9 +119,9 @@ def test_each_answer_is_of_the_adapter_that_its_receipt_names(
         how many names were unknown.
         """
         dice = random.Random(number)
-        asked = answered = unknown = 0
-        while asked < requests or (changes["put"] < 2 * names and not changing.done()):
-            asked += 1
+        calls = answers = unknown_names = 0
+        while calls < requests or (changes["put"] < 2 * names and not changing.done()):
+            calls += 1
             place = dice.randrange(len(tenants))
             tenant = tenants[place]
             column = np.full((len(TEXTS), 1), tenant.name.encode(), object)
@@ -131,15 +131,15 @@ def test_each_answer_is_of_the_adapter_that_its_receipt_names(
             except (TaskError, InvalidRequest) as error:
                 assert error.code == "unknown_adapter"
                 assert place % STABLE, "a name that is never removed was unknown"
-                unknown += 1
+                unknown_names += 1
                 continue
-            answered += 1
+            answers += 1
             [receipt] = {*np.ravel(outputs["receipt"]).tolist()}
             named = json.loads(receipt)
             assert named["adapter"] == tenant.name
             expected = tenant.folds[named["adapter_digest"]]
             np.testing.assert_allclose(outputs["text_embeds"], expected, atol=1e-6)
-        return asked, answered, unknown
+        return calls, answers, unknown_names
 
     with (
         ASKING[way](repository, tmp_path / "indexes") as ask,
@@ -151,7 +151,7 @@ def test_each_answer_is_of_the_adapter_that_its_receipt_names(
         finally:
             stop.set()
         changing.result()
-    asked, answered, unknown = (sum(each) for each in zip(*counts, strict=True))
-    assert asked == answered + unknown >= callers * requests
-    assert answered > callers * requests // 2
+    calls, answers, unknown_names = (sum(each) for each in zip(*counts, strict=True))
+    assert calls == answers + unknown_names >= callers * requests
+    assert answers > callers * requests // 2
     assert changes["put"] >= 2 * names and changes["removed"]

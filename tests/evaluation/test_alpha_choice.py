@@ -43,10 +43,10 @@ def test_sets_are_independent_and_a_shift_counts_as_much_as_all_others() -> None
     means: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     for name, n, shift in (("a", 40, "id"), ("b", 64, "id"), ("c", 90, "ood")):
-        zero = draw.random(n) < 0.5
-        whole: Any = draw.random(n) < 0.7
-        rows += [images(zero, 0.0, name, shift), images(whole, 1.0, name, shift)]
-        difference = whole.astype(float) - zero
+        base = draw.random(n) < 0.5
+        tuned: Any = draw.random(n) < 0.7
+        rows += [images(base, 0.0, name, shift), images(tuned, 1.0, name, shift)]
+        difference = tuned.astype(float) - base
         means[name] = difference.mean()
         errors[name] = difference.var(ddof=1) / n
     choice = choose(rows, 1.0)
@@ -109,8 +109,8 @@ def test_without_results_of_each_image_the_interval_of_the_best_decides() -> Non
 
 def choice_with(right: Mapping[float, str], *shares: float) -> Choice:
     """The choice by images for each α, and the share of the base's answers that each keeps."""
-    kept = zip(right.items(), shares, strict=True)
-    return choose([images(of, alpha, kept=share) for (alpha, of), share in kept], 0.5)
+    points = zip(right.items(), shares, strict=True)
+    return choose([images(of, alpha, kept=share) for (alpha, of), share in points], 0.5)
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ def test_auto_never_loses_much_of_what_the_base_answers(
     choice = choice_with(right, *shares)
     assert choice_of(right).alpha == choice.best == 0.5
     assert choice.alpha == alpha
-    told = "alpha 0.5 is better on these images, but keeps less than 50%" in choice.notes[0]
-    assert told == (alpha < 0.5)
+    is_noted = "alpha 0.5 is better on these images, but keeps less than 50%" in choice.notes[0]
+    assert is_noted == (alpha < 0.5)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, fl
     """First metric of each test set, and calibration errors, by open_clip and loops."""
     _, _, transform = open_clip.create_model_and_transforms(name)
     tokenize = open_clip.get_tokenizer(name)
-    found = {}
+    metrics = {}
 
     def embed(files: list[Path]) -> np.ndarray:
         pixels = torch.stack([transform(Image.open(file)) for file in files])
@@ -84,18 +84,18 @@ def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, fl
         cosines = torch.from_numpy(embed(files) @ np.stack(rows).T)
         sure, best = (model.logit_scale.exp() * cosines).softmax(1).max(1)  # type: ignore[operator]
         right = (best == torch.tensor(labels)).float()
-        found[data] = float(right.mean())
+        metrics[data] = float(right.mean())
         bins = torch.bucketize(sure, torch.linspace(0, 1, 16))
         gaps = [(right[bins == b] - sure[bins == b]).sum().abs() for b in bins.unique()]
-        found[f"{data} ece"] = float(sum(gaps)) / len(files)
+        metrics[f"{data} ece"] = float(sum(gaps)) / len(files)
     with (world / "captions.csv").open(encoding="utf-8") as file:
         pairs = list(csv.DictReader(file))
     images = sorted({pair["image"] for pair in pairs})
     texts = embed_texts([pair["caption"] for pair in pairs])
     best_images = (texts @ embed([world / name for name in images]).T).argmax(axis=1)
     hits = [images[of] == pair["image"] for of, pair in zip(best_images, pairs, strict=True)]
-    found["captioned"] = float(np.mean(hits))
-    return found
+    metrics["captioned"] = float(np.mean(hits))
+    return metrics
 
 
 @torch.no_grad()
@@ -119,9 +119,9 @@ def test_every_alpha_is_the_folded_model_in_open_clip(
         assert measured([*of_alpha.values()]) == pytest.approx(expected, abs=1e-5)
 
         # The share of images whose best noun is the base's.
-        seen = base.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
+        embeds = base.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
         texts = base.model.encode_text(tokens, normalize=True)  # type: ignore[operator]
-        best[alpha] = (seen @ texts.T).argmax(dim=1)
+        best[alpha] = (embeds @ texts.T).argmax(dim=1)
         kept = float((best[alpha] == best[0.0]).float().mean())
         assert of_alpha["plain"].metrics["kept"] == pytest.approx(kept)
         interval = scipy.stats.binomtest(round(24 * kept), 24).proportion_ci(method="wilson")

@@ -53,13 +53,13 @@ def test_average_precision_against_a_loop(n: int, seed: int, tied: bool) -> None
     times = generator.integers(0, 4, (2, n)) + (np.arange(n) == 0)  # one image at least
 
     def by_a_loop(scores: np.ndarray, right: np.ndarray) -> float:
-        own = [right[scores >= score].mean() for score in scores[right]]
-        return float(np.mean(own)) if own else float("nan")
+        precisions = [right[scores >= score].mean() for score in scores[right]]
+        return float(np.mean(precisions)) if precisions else float("nan")
 
-    found = average_precisions(scores, truth)
-    assert np.isnan(found[3])
+    precisions = average_precisions(scores, truth)
+    assert np.isnan(precisions[3])
     for label in range(4):
-        assert found[label] == pytest.approx(
+        assert precisions[label] == pytest.approx(
             by_a_loop(scores[:, label], truth[:, label]), nan_ok=True
         )
     for draw, of in zip(times, average_precisions(scores, truth, times), strict=True):
@@ -74,7 +74,7 @@ def test_classification_against_a_loop(n: int, classes: int, seed: int, tied: bo
     drawn = generator.integers(0, 3, (n, classes)) if tied else generator.normal(size=(n, classes))
     scores = drawn.astype(np.float32)
     labels = generator.integers(0, classes, n)
-    found = classification_metrics(true_ranks(scores, labels), labels, classes)
+    metrics = classification_metrics(true_ranks(scores, labels), labels, classes)
     ordered = [best_first(row) for row in scores]
     hits = np.array([of[0] == label for of, label in zip(ordered, labels, strict=True)])
     recalls = [hits[labels == label].mean() for label in np.unique(labels)]
@@ -82,7 +82,7 @@ def test_classification_against_a_loop(n: int, classes: int, seed: int, tied: bo
     if classes > 5:
         among = [label in of[:5] for of, label in zip(ordered, labels, strict=True)]
         expected["acc5"] = np.mean(among)
-    assert found == pytest.approx(expected)
+    assert metrics == pytest.approx(expected)
 
 
 @settings(max_examples=20, deadline=None)
@@ -116,17 +116,17 @@ def test_retrieval_against_a_loop(captions: list[int], seed: int, tied: bool) ->
         ).astype(np.float32)
         for n in (len(captions), len(image_of))
     )
-    found = recalls_of(retrieval_ranks(images, texts, image_of))
+    recalls = recalls_of(retrieval_ranks(images, texts, image_of))
     to_image = [best_first(row) for row in texts @ images.T]
     to_text = [best_first(row) for row in images @ texts.T]
     for k in (1, 5, 10):
         hits = [image_of[text] in ordered[:k] for text, ordered in enumerate(to_image)]
-        assert found[f"image_retrieval_recall@{k}"] == pytest.approx(np.mean(hits))
+        assert recalls[f"image_retrieval_recall@{k}"] == pytest.approx(np.mean(hits))
         hits = [
             any(image_of[text] == image for text in ordered[:k])
             for image, ordered in enumerate(to_text)
         ]
-        assert found[f"text_retrieval_recall@{k}"] == pytest.approx(np.mean(hits))
+        assert recalls[f"text_retrieval_recall@{k}"] == pytest.approx(np.mean(hits))
 
 
 def test_equal_captions_match_each_others_images_by_hand() -> None:
@@ -138,14 +138,14 @@ def test_equal_captions_match_each_others_images_by_hand() -> None:
         [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1]], np.float32
     )
     groups = caption_groups(captions)
-    found = recalls_of(retrieval_ranks(images, texts, image_of, groups), (1, 2))
+    recalls = recalls_of(retrieval_ranks(images, texts, image_of, groups), (1, 2))
     # By text: dogs find the images 1 and 2, a dog each; cat and last dog miss; a tree finds 3.
-    assert found["image_retrieval_recall@1"] == pytest.approx(3 / 5)
+    assert recalls["image_retrieval_recall@1"] == pytest.approx(3 / 5)
     # By image: 0 finds the first of equal texts, a dog; 1 and 2 their own; 3 a dog before the tree.
-    assert found["text_retrieval_recall@1"] == pytest.approx(3 / 4)
-    assert found["text_retrieval_recall@2"] == 1
-    alone = recalls_of(retrieval_ranks(images, texts, image_of), (1,))
-    assert alone == {"image_retrieval_recall@1": 1 / 5, "text_retrieval_recall@1": 1 / 4}
+    assert recalls["text_retrieval_recall@1"] == pytest.approx(3 / 4)
+    assert recalls["text_retrieval_recall@2"] == 1
+    without_groups = recalls_of(retrieval_ranks(images, texts, image_of), (1,))
+    assert without_groups == {"image_retrieval_recall@1": 1 / 5, "text_retrieval_recall@1": 1 / 4}
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
@@ -167,8 +167,8 @@ def test_intervals_of_a_share_and_of_a_mean_over_classes_of_one_image_are_scipys
 ) -> None:
     expected = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
     right = (np.arange(n) < hits).astype(int)
-    for found in (wilson(hits / n, n), mean_recall_interval(right, np.ones(n, int))):
-        assert found == pytest.approx((expected.low, expected.high), abs=1e-6)
+    for interval in (wilson(hits / n, n), mean_recall_interval(right, np.ones(n, int))):
+        assert interval == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def test_the_interval_of_a_mean_over_classes_by_hand() -> None:
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_metrics_against_sets_of_pixels(classes: int, images: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
-    used = generator.integers(1, classes + 1)  # some classes may be nowhere
-    truths = [generator.integers(-1, used, (3, 4)) for _ in range(images)]
+    class_count = generator.integers(1, classes + 1)  # some classes may be nowhere
+    truths = [generator.integers(-1, class_count, (3, 4)) for _ in range(images)]
     answers = [generator.integers(0, classes + 1, (3, 4)) for _ in range(images)]
     counts = np.zeros((classes, classes + 1), np.int64)
     for truth, answer in zip(truths, answers, strict=True):
@@ -224,11 +224,11 @@ def test_metrics_against_sets_of_pixels(classes: int, images: int, seed: int) ->
     ious = []
     recalls = []
     for label in range(classes):
-        both = ((true == label) & (answered == label)).sum()
-        if either := ((true == label) | (answered == label)).sum():
-            ious.append(both / either)
-        if own := (true == label).sum():
-            recalls.append(both / own)
+        intersection = ((true == label) & (answered == label)).sum()
+        if union := ((true == label) | (answered == label)).sum():
+            ious.append(intersection / union)
+        if pixel_count := (true == label).sum():
+            recalls.append(intersection / pixel_count)
     expected = {
         "miou": np.mean(ious) if ious else 0,
         "pixel_accuracy": (true == answered)[true >= 0].mean() if (true >= 0).any() else 0,
@@ -241,14 +241,16 @@ def test_images_are_drawn_for_segmentation() -> None:
     generator = np.random.default_rng(0)
     true = np.full((200, 2), 50)
     right = generator.binomial(true, 0.8)
-    found = right + (true - right)[:, ::-1]  # what is not one class is the other
-    sums = np.stack([right, true, found]).transpose(0, 1, 2)
+    predicted = right + (true - right)[:, ::-1]  # what is not one class is the other
+    sums = np.stack([right, true, predicted]).transpose(0, 1, 2)
     intervals = segmentation_intervals(sums)
     error = 1.96 * np.std(right.sum(1) / 100) / np.sqrt(200)
     mean = right.sum() / true.sum()
     assert intervals["pixel_accuracy"] == pytest.approx((mean - error, mean + error), abs=0.002)
     low, high = intervals["miou"]
-    assert low < (right.sum(0) / (true + found - right).sum(0)).mean() < high and high - low < 0.05
+    assert (
+        low < (right.sum(0) / (true + predicted - right).sum(0)).mean() < high and high - low < 0.05
+    )
     same = segmentation_intervals(np.repeat(sums[:, :1], 9, axis=1))
     assert all(high - low == pytest.approx(0) for low, high in same.values())
     assert segmentation_intervals(sums[:, :1]) == {}
@@ -262,12 +264,12 @@ def test_the_interval_of_a_mean_of_average_precisions_holds_the_truth() -> None:
         return (truth + generator.normal(size=(n, 3))).astype(np.float32), truth
 
     expected = average_precisions(*drawn(100_000)).mean()
-    held = 0
+    hits = 0
     for _ in range(30):
         interval = precision_interval(*drawn(150))
         assert interval is not None
-        held += interval[0] <= expected <= interval[1]
-    assert held >= 25  # of 28.5 on average; fewer once in 300 sets of 30
+        hits += interval[0] <= expected <= interval[1]
+    assert hits >= 25  # of 28.5 on average; fewer once in 300 sets of 30
     assert precision_interval(*drawn(1)) is None
 
 
@@ -339,9 +341,9 @@ def test_many_pairs_are_fitted_by_some_images(
     logits: np.ndarray, fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truth = drawn(logits, 1.0)
-    some, every = fit(logits[::2], truth[::2]), fit(logits, truth)
+    half_fit, full_fit = fit(logits[::2], truth[::2]), fit(logits, truth)
     monkeypatch.setattr(metrics, "MAX_PAIRS", N * CLASSES // 2)
-    assert fit(logits, truth) == some != every
+    assert fit(logits, truth) == half_fit != full_fit
 
 
 def test_each_half_is_judged_by_the_fit_of_the_other(logits: np.ndarray) -> None:
@@ -352,25 +354,25 @@ def test_each_half_is_judged_by_the_fit_of_the_other(logits: np.ndarray) -> None
     truth = np.where(surer, drawn(logits, 3.0), drawn(logits, 0.3))
     after = torch.zeros(N, dtype=torch.float64)
     pairs = torch.zeros(N, CLASSES, dtype=torch.float64)
-    for own, other in ((0, 1), (1, 0)):
-        temperature = fit_temperature(logits[other::2], truth[other::2])
+    for half, other_half in ((0, 1), (1, 0)):
+        temperature = fit_temperature(logits[other_half::2], truth[other_half::2])
         assert temperature is not None
-        values = torch.tensor(logits[own::2]).double()
-        after[own::2] = torch.softmax(values / temperature, 1).amax(1)
-        scale, bias = fit_sigmoid(logits[other::2] / 100, truth[other::2])
-        pairs[own::2] = torch.sigmoid(values / 100 * scale + bias)
+        values = torch.tensor(logits[half::2]).double()
+        after[half::2] = torch.softmax(values / temperature, 1).amax(1)
+        scale, bias = fit_sigmoid(logits[other_half::2] / 100, truth[other_half::2])
+        pairs[half::2] = torch.sigmoid(values / 100 * scale + bias)
     hits = logits.argmax(1) == truth
     right = np.eye(CLASSES, dtype=bool)[truth]
-    found = fit_confidence(logits / 100, truth, 100.0, None, "photos")
-    assert (found.dataset, found.n, found.classes) == ("photos", N, CLASSES)
-    assert found.temperature == pytest.approx(fit_temperature(logits, truth))
+    confidence = fit_confidence(logits / 100, truth, 100.0, None, "photos")
+    assert (confidence.dataset, confidence.n, confidence.classes) == ("photos", N, CLASSES)
+    assert confidence.temperature == pytest.approx(fit_temperature(logits, truth))
     plain = torch.softmax(torch.tensor(logits).double(), 1).amax(1)
-    for error, sure, wanted in (
-        (found.ece_before, plain, hits),
-        (found.ece_after, after, hits),
-        (found.label_ece, pairs, right),
+    for error, sure, outcome in (
+        (confidence.ece_before, plain, hits),
+        (confidence.ece_after, after, hits),
+        (confidence.label_ece, pairs, right),
     ):
-        expected = calibration_error(sure.numpy().ravel(), wanted.ravel())
+        expected = calibration_error(sure.numpy().ravel(), outcome.ravel())
         assert error == pytest.approx(expected, abs=1e-3)
 
 
@@ -380,12 +382,15 @@ def test_the_least_score_keeps_95_of_100_images_and_says_what_else_reaches_it(
 ) -> None:
     cosines = logits[:n] / 20
     truth = drawn(logits, 1.0)[:n]
-    found = fit_confidence(cosines, truth, 20.0, None, "photos")
-    own = cosines[np.arange(n), truth]
-    assert found.min_score in own
-    assert (own >= found.min_score).sum() == reach  # the least number of 95 % or more
-    others = np.where(np.arange(CLASSES) == truth[:, None], -np.inf, cosines)
-    assert found.false_answers == (others >= found.min_score).any(axis=0).sum() / CLASSES
+    confidence = fit_confidence(cosines, truth, 20.0, None, "photos")
+    true_scores = cosines[np.arange(n), truth]
+    assert confidence.min_score in true_scores
+    assert (true_scores >= confidence.min_score).sum() == reach  # the least number of 95 % or more
+    false_scores = np.where(np.arange(CLASSES) == truth[:, None], -np.inf, cosines)
+    assert (
+        confidence.false_answers
+        == (false_scores >= confidence.min_score).any(axis=0).sum() / CLASSES
+    )
 
 
 def test_models_without_a_temperature(logits: np.ndarray) -> None:
@@ -417,5 +422,5 @@ def test_the_nouns_are_every_third_of_imagenets_names(monkeypatch: pytest.Monkey
         ("SEA-LION", ["sea lion", "lion"]),
         ("!", []),
     ):
-        kept = common_nouns(["something else", name])
-        assert [noun for noun in names if noun not in kept] == left_out
+        nouns = common_nouns(["something else", name])
+        assert [noun for noun in names if noun not in nouns] == left_out

@@ -223,13 +223,13 @@ def test_mteb_through_openais_api(data: Data, exported: ExportedRelease, ours: F
         def encode(self, inputs: Any, **_: Any) -> Any:
             rows = []
             for batch in inputs:
-                asked = list(batch["text"]) if "text" in batch else []
+                texts_and_images = list(batch["text"]) if "text" in batch else []
                 for image in batch.get("image", ()):
                     content = io.BytesIO()
                     image.save(content, "png")
                     coded = base64.b64encode(content.getvalue()).decode()
-                    asked.append(f"data:image/png;base64,{coded}")
-                answer = self.client.embeddings.create(model="radapter", input=asked)
+                    texts_and_images.append(f"data:image/png;base64,{coded}")
+                answer = self.client.embeddings.create(model="radapter", input=texts_and_images)
                 rows += [each.embedding for each in answer.data]
             return np.array(rows, np.float32)
 

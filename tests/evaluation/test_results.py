@@ -74,7 +74,7 @@ def test_sets_that_are_measured_in_different_ways_have_no_common_mean(
 def test_rows_are_written_into_new_folders_and_replace_earlier_ones(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     results = Results(folder)
-    whole = a_row(
+    full_row = a_row(
         "bü",
         alpha=None,
         crop=MaskCrop(),
@@ -85,14 +85,14 @@ def test_rows_are_written_into_new_folders_and_replace_earlier_ones(tmp_path: Pa
         indistinguishable=[("a", "b")],
         right="8AAA",
     )
-    results.add([a_row("a", 0.5), whole])
+    results.add([a_row("a", 0.5), full_row])
     results.add([a_row("a", 0.75)])
-    again = Results(folder)
-    assert results.rows == again.rows == [whole, a_row("a", 0.75)]
-    assert (results.measured, again.measured) == (3, 0)
-    assert again.find(replace(whole, metrics={"acc1": 0.75}, runtime=9)) == whole
-    assert again.find(a_row("c", 0.5)) is None
-    values = whole.to_dict()
+    read_results = Results(folder)
+    assert results.rows == read_results.rows == [full_row, a_row("a", 0.75)]
+    assert (results.measured, read_results.measured) == (3, 0)
+    assert read_results.find(replace(full_row, metrics={"acc1": 0.75}, runtime=9)) == full_row
+    assert read_results.find(a_row("c", 0.5)) is None
+    values = full_row.to_dict()
     assert [name for name, value in values.items() if value is None] == ["alpha"]
     assert values["per_class"] == [{"class": "cat", "n": 3, "recall": 0.5}]
     assert values["crop"] == {"padding": 0.0, "square": True, "fill": [123, 117, 104]}
@@ -104,8 +104,8 @@ def test_a_row_has_what_each_image_adds_to_its_metric() -> None:
     assert row.right == base64.b64encode(bytes([0b10010010, 0b01000000])).decode()
     assert row.per_image is not None and row.per_image.tolist() == right.tolist()
     # Three images with six captions, of which four are right.
-    found = a_row(n=3, captions=6, right=[1, 3, 0]).per_image
-    assert found is not None and found.tolist() == [0.5, 1.5, 0] and found.mean() == 4 / 6
+    shares = a_row(n=3, captions=6, right=[1, 3, 0]).per_image
+    assert shares is not None and shares.tolist() == [0.5, 1.5, 0] and shares.mean() == 4 / 6
     assert a_row().per_image is None
 
 
@@ -156,8 +156,8 @@ def test_the_curve_has_another_method_and_what_is_kept(drawn: list[Any]) -> None
     folder = f"imagefolder:/{'long/' * 40}photos"  # leaves no room for the curve if shown whole
     named = [{"alpha": row["alpha"], folder: row["a"], "b": row["b"]} for row in rows]
     plot_alpha_curve(named, [folder], ["b"], "named.png", title=folder)
-    [shown, _] = drawn[2].axes[1].get_legend_handles_labels()[1]
-    assert shown == f"…{folder[-39:]}" == drawn[2].get_suptitle()
+    [label, _] = drawn[2].axes[1].get_legend_handles_labels()[1]
+    assert label == f"…{folder[-39:]}" == drawn[2].get_suptitle()
     for figure in drawn:
         figure.suptitle("a title that is as wide as the picture of this curve of alpha, by far")
         figure.draw_without_rendering()
@@ -169,8 +169,8 @@ def test_the_curve_has_another_method_and_what_is_kept(drawn: list[Any]) -> None
         "R-Adapter": [[50, 40], [60, 36.25], [70, 25]],
         "WiSE-FT": [[50, 40], [60, 20]],
     }
-    (alone,) = drawn[1].axes
-    for axes in (of_alpha, alone):
+    (only_axes,) = drawn[1].axes
+    for axes in (of_alpha, only_axes):
         assert axes.get_lines()[0].get_xydata().tolist() == [[0, 50], [0.5, 60], [1, 70]]
     assert right.get_lines()[0].get_xydata().tolist() == [[0, 100], [1, 71]]
     assert right.get_ylim()[0] < 71 and right.get_ylim()[1] > 100

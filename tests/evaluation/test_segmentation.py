@@ -135,8 +135,8 @@ def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
     counts = np.array(coarse.confusion)
     for label, of in enumerate(coarse.per_class):
         true = counts[label].sum()
-        found = counts[:, label].sum()
-        iou = counts[label, label] / (true + found - counts[label, label])
+        predicted = counts[:, label].sum()
+        iou = counts[label, label] / (true + predicted - counts[label, label])
         assert of.name == NAMES[label] and of.n == true
         assert of.iou == pytest.approx(iou, abs=1e-4)
         assert of.recall == pytest.approx(counts[label, label] / true, abs=1e-4)
@@ -145,8 +145,8 @@ def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
 
 
 def test_the_digest_covers_images_masks_and_proposals(proposed: Path) -> None:
-    given = "dense: proposals, proposals: found"
-    suite = suite_of(proposed, "dense: naclip", "dense: proposals", given)
+    entry = "dense: proposals, proposals: found"
+    suite = suite_of(proposed, "dense: naclip", "dense: proposals", entry)
 
     def digests() -> list[str]:
         return [open_set(suite, entry).set_digest for entry in suite.entries]
@@ -234,11 +234,11 @@ def by_ovseg(folder: Path, weight: float | None) -> list[list[int]]:
     clip = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     counts = np.zeros((4, 5), int)
     for file in (folder / "found").iterdir():
-        with np.load(file) as found:
+        with np.load(file) as proposals:
             classes = clip
             if weight is not None:
-                classes = found["scores"].astype(float) ** (1 - weight) * clip**weight
-            masks = found["masks"] / 255
+                classes = proposals["scores"].astype(float) ** (1 - weight) * clip**weight
+            masks = proposals["masks"] / 255
         best = np.einsum("qc,qhw->chw", classes, masks).argmax(0)
         truth = np.asarray(Image.open(folder / "data" / "masks" / f"{file.stem}.png"))
         np.add.at(counts, (truth[truth < 255], best[truth < 255]), 1)
@@ -246,10 +246,10 @@ def by_ovseg(folder: Path, weight: float | None) -> list[list[int]]:
 
 
 def test_scores_and_masks_are_fused_as_ovseg_does(proposed: Path) -> None:
-    found = "dense: proposals, proposals: found"
+    entry = "dense: proposals, proposals: found"
     weights = (0.0, 0.45, 1.0)
-    sets = [f"{found}, proposal_weight: {weight}" for weight in weights]
-    *rows, usual = rows_of(suite_of(proposed, *sets, found), fixed())
+    sets = [f"{entry}, proposal_weight: {weight}" for weight in weights]
+    *rows, usual = rows_of(suite_of(proposed, *sets, entry), fixed())
     for row, weight in zip(rows, weights, strict=True):
         assert row.confusion == by_ovseg(proposed, weight)
         assert (row.dense, row.proposals, row.proposal_weight) == ("proposals", "found", weight)
@@ -258,7 +258,7 @@ def test_scores_and_masks_are_fused_as_ovseg_does(proposed: Path) -> None:
 
     # Without scores, the classes are CLIP's.
     rewrite(proposed, lambda masks, scores: {"masks": masks})
-    (row,) = rows_of(suite_of(proposed, found), fixed())
+    (row,) = rows_of(suite_of(proposed, entry), fixed())
     assert row.confusion == by_ovseg(proposed, None) and row.proposal_weight is None
     with pytest.raises(RAdapterError, match="proposal_weight is 0.6 but found has no scores"):
         rows_of(suite_of(proposed, sets[0].replace("0.0", "0.6")), fixed())
@@ -268,10 +268,10 @@ def test_masks_that_are_empty_take_their_scores_along(proposed: Path) -> None:
     """The first mask has nothing above one half: the others keep the scores that they came with."""
     suite = suite_of(proposed, "dense: proposals, proposals: found")
     rewrite(proposed, lambda masks, scores: {"masks": [0 * masks[0], *masks[1:]], "scores": scores})
-    (whole,) = rows_of(suite, fixed())
+    (row,) = rows_of(suite, fixed())
     rewrite(proposed, lambda masks, scores: {"masks": masks[1:], "scores": scores[1:]})
-    (rest,) = rows_of(suite, fixed())
-    assert whole.confusion == rest.confusion
+    (expected,) = rows_of(suite, fixed())
+    assert row.confusion == expected.confusion
 
     # All pixels are background if all masks are empty.
     rewrite(proposed, lambda masks, scores: {"masks": np.full(masks.shape, 0.4)})
@@ -283,16 +283,16 @@ def test_masks_that_are_empty_take_their_scores_along(proposed: Path) -> None:
 def masks_of(models: Sequence[Candidate], suite: Suite) -> dict[str, list[NDArray[np.uint16]]]:
     """The masks themselves, of each set, by the last model."""
     model = models[-1]
-    found = {}
+    masks = {}
     for entry in suite.entries:
         data: Any = open_set(suite, entry)
         query = data.query(model)
         items = [data.prepare(model, number) for number in range(len(data))]
-        found[entry.name] = [
+        masks[entry.name] = [
             model.segment(item.data, query, item.masks, item.scores) for item in items
         ]
     model.close()
-    return found
+    return masks
 
 
 def test_a_run_its_checkpoint_its_release_and_a_server_give_the_same_masks(
@@ -390,10 +390,10 @@ def test_alpha_is_chosen_on_the_runs_own_validation_data(
     adapter = random_adapter(alpha=0.5, task=task, recipe=recipe)
     save_adapter(adapter, tmp_path / "adapter.safetensors")
     monkeypatch.setattr(start, "GRID", (0.0, 1.0))
-    found = start.evaluate(tmp_path, "auto", out=tmp_path / "out")
+    evaluation = start.evaluate(tmp_path, "auto", out=tmp_path / "out")
     results = Results(tmp_path / "out")
-    choice = found.choice
-    assert choice is not None and tmp_path / "alpha.json" in found.files
+    choice = evaluation.choice
+    assert choice is not None and tmp_path / "alpha.json" in evaluation.files
     assert [point.alpha for point in choice.curve] == [0.0, 0.5, 1.0]
     assert (choice.sets["validation"].metric, choice.sets["validation"].n) == (metric, n)
     scores = {row.alpha: row.metrics[metric] for row in results.rows}

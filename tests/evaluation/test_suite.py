@@ -93,8 +93,8 @@ def test_base_and_novel_classes_have_a_harmonic_mean(
     rows = evaluate_suite(models, suite, Results(tmp_path / "out"))
     models[0].close()
     columns = table(rows, "", suite.pairs()).columns
-    (shown,) = [list(of.cells) for of in columns if str(of.header).startswith("H")]
-    for alpha, cell in zip((0.0, 1.0), shown, strict=True):
+    (cells,) = [list(of.cells) for of in columns if str(of.header).startswith("H")]
+    for alpha, cell in zip((0.0, 1.0), cells, strict=True):
         a, b = (row.metrics["acc1"] for row in rows if row.alpha == alpha)
         assert cell == (f"{200 * a * b / (a + b):.2f}" if a and b else "0.00")
 
@@ -278,10 +278,10 @@ def test_the_digest_tells_images_and_draws_apart_and_a_large_limit_takes_all(
     shutil.copytree(world / "plain", tmp_path / "plain")
     suite = dataclasses.replace(load_suite(world / "suite.yaml", world), data_root=tmp_path)
     plain = suite.entries[0]
-    whole = open_set(suite, plain, limit=1000)
+    full_set = open_set(suite, plain, limit=1000)
     draws = [open_set(suite, plain, limit=5, seed=seed) for seed in (0, 0, 1)]
-    assert ([len(draw) for draw in draws], len(whole)) == ([5, 5, 5], 24)
-    digests = [data.set_digest for data in (whole, *draws)]
+    assert ([len(draw) for draw in draws], len(full_set)) == ([5, 5, 5], 24)
+    digests = [data.set_digest for data in (full_set, *draws)]
     assert digests[1] == digests[2] and len(set(digests)) == 3
     assert open_set(suite, plain).set_digest == digests[0]
     picture(np.random.default_rng(1)).save(tmp_path / "plain" / "cat" / "0.png")

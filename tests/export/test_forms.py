@@ -38,21 +38,21 @@ def test_open_clip_loads_it_equal_to_the_bit(
 ) -> None:
     folder, releases = exported
     assert {path.name for path in (folder / "merged").iterdir()} == {"alpha-0.3", "alpha-0.8"}
-    for written in releases:
+    for release in releases:
         weights = {"open_clip_config.json", "open_clip_model.safetensors"}
-        assert {path.name for path in (written.merged).iterdir()} == {
+        assert {path.name for path in (release.merged).iterdir()} == {
             *weights,
             "release.json",
             "README.md",
         }
-        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{written.merged}")
-        expected = fold(tiny_base.model.state_dict(), load_adapter(adapter_path), written.alpha)
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{release.merged}")
+        expected = fold(tiny_base.model.state_dict(), load_adapter(adapter_path), release.alpha)
         torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
         _, _, expected_preprocess = open_clip.create_model_and_transforms(tiny_base.name)
         assert repr(preprocess) == repr(expected_preprocess)
-        facts = json.loads((written.merged / "release.json").read_text(encoding="utf-8"))
-        assert facts == written.facts
-        assert load_base(f"local-dir:{written.merged}").config == tiny_base.config
+        facts = json.loads((release.merged / "release.json").read_text(encoding="utf-8"))
+        assert facts == release.facts
+        assert load_base(f"local-dir:{release.merged}").config == tiny_base.config
 
 
 TEXTS = ["a photo of a cat", "two dogs on a red sofa", "many words " * 60, ""]
@@ -236,12 +236,12 @@ def test_a_text_tower_by_itself_and_another_epsilon_have_the_form(
     no_processor: None, tmp_path: Path
 ) -> None:
     """By `custom_text` only the names of the weights differ."""
-    whole = load_base(make_base("vit", tmp_path / "whole"))
-    apart = load_base(make_base("vit", tmp_path / "apart", custom_text=True))
-    state = {name.removeprefix("text."): value for name, value in apart.model.state_dict().items()}
-    whole.model.load_state_dict(state)
+    plain = load_base(make_base("vit", tmp_path / "whole"))
+    custom = load_base(make_base("vit", tmp_path / "apart", custom_text=True))
+    state = {name.removeprefix("text."): value for name, value in custom.model.state_dict().items()}
+    plain.model.load_state_dict(state)
     weights, expected = (
-        to_transformers(base.model.state_dict(), base_form(base)) for base in (apart, whole)
+        to_transformers(base.model.state_dict(), base_form(base)) for base in (custom, plain)
     )
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)
     image = {**VIT.image, "norm_kwargs": {"eps": 1e-3}}
@@ -301,12 +301,12 @@ def test_the_crop_is_one_pixel_off_for_the_sizes_that_the_page_names(
         image = Image.fromarray(noise).resize((side + more, side), Image.Resampling.BICUBIC)
         ours = transform(image).numpy()
         theirs = np.asarray(processor(images=[image], return_tensors="pt")["pixel_values"][0])
-        apart = np.abs(ours - theirs).max(axis=(0, 1))
+        differences = np.abs(ours - theirs).max(axis=(0, 1))
         if more % 4 == 3:
-            assert apart.max() > 0.05
+            assert differences.max() > 0.05
             np.testing.assert_allclose(theirs[..., 1:], ours[..., :-1], atol=0.02)
         else:
-            assert apart.max() < 0.02
+            assert differences.max() < 0.02
 
 
 @pytest.mark.parametrize(

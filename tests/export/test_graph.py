@@ -112,9 +112,9 @@ def test_a_graph_does_not_depend_on_weights_and_leaves_them(
     structure = repr(base.model)
     image_graph(base).save(base.model.state_dict(), tmp_path / "model.onnx")
     graphs["image_encoder"].save(base.model.state_dict(), tmp_path / "expected.onnx")
-    made, expected = (onnx.load(tmp_path / f"{name}.onnx").graph for name in ("model", "expected"))
-    assert [node.op_type for node in made.node] == [node.op_type for node in expected.node]
-    stored = {tensor.name for tensor in made.initializer}
+    graph, expected = (onnx.load(tmp_path / f"{name}.onnx").graph for name in ("model", "expected"))
+    assert [node.op_type for node in graph.node] == [node.op_type for node in expected.node]
+    stored = {tensor.name for tensor in graph.initializer}
     assert stored == set(graphs["image_encoder"].model.graph.initializers)
     assert repr(base.model) == structure
     assert not any(isinstance(module, Attention) for module in base.model.modules())

@@ -49,7 +49,7 @@ class FakeHub:
         self.private: set[str] = set()
         # Statuses in place of an answer, by method and a pattern of the path
         self.answers: dict[tuple[str, str], int] = {}
-        self.asked: list[tuple[str, str]] = []  # method and path
+        self.requests: list[tuple[str, str]] = []  # method and path
 
     def files(self, name: str) -> dict[str, bytes]:
         """The newest files of a repository."""
@@ -62,9 +62,9 @@ class FakeHub:
         return oid
 
     def answer(self, method: str, path: str, headers: Message, body: bytes) -> Answer:
-        self.asked.append((method, path))
-        for (wanted, pattern), status in self.answers.items():
-            if method == wanted and re.search(pattern, path):
+        self.requests.append((method, path))
+        for (method_of_answer, pattern), status in self.answers.items():
+            if method == method_of_answer and re.search(pattern, path):
                 return status, {}, b""
         if path == "/":
             return 200, {}, b""
@@ -74,20 +74,20 @@ class FakeHub:
             return _json({})
         if path == "/api/repos/create":
             return self._create(json.loads(body))
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(\w+)/(.+)", path):
-            return self._of_model(found[1], found[2], found[3], body)
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
-            return self._of_model(found[1], "revision", "main", body)
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self._resolve(*found.groups())
+        if parts := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(\w+)/(.+)", path):
+            return self._of_model(parts[1], parts[2], parts[3], body)
+        if parts := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
+            return self._of_model(parts[1], "revision", "main", body)
+        if parts := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self._resolve(*parts.groups())
         return 404, {}, b""
 
-    def _create(self, asked: dict[str, Any]) -> Answer:
-        name = f"{asked['organization'] or 'someone'}/{asked['name']}"
+    def _create(self, request: dict[str, Any]) -> Answer:
+        name = f"{request['organization'] or 'someone'}/{request['name']}"
         known = name in self.repositories
         if not known:
             self.commit(name, {".gitattributes": b""})
-            if asked.get("private") or asked.get("visibility") == "private":
+            if request.get("private") or request.get("visibility") == "private":
                 self.private.add(name)
         return _json({"url": f"{self.url}/{name}"}, 409 if known else 200)
 
@@ -104,18 +104,18 @@ class FakeHub:
             entry = {"type": "file", "size": 1, "oid": "0" * 40}
             return _json([{**entry, "path": file} for file in files])
         if action == "preupload":
-            asked = json.loads(body)["files"]
-            known = [{"path": one["path"], "uploadMode": "regular"} for one in asked]
-            return _json({"files": [{**one, "shouldIgnore": False} for one in known]})
+            uploads = json.loads(body)["files"]
+            known = [{"path": upload["path"], "uploadMode": "regular"} for upload in uploads]
+            return _json({"files": [{**upload, "shouldIgnore": False} for upload in known]})
         changed = dict(files)
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 changed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             if line["key"] == "deletedFile":
                 del changed[line["value"]["path"]]
-        made = self.commit(name, changed)
-        url = f"{self.url}/{name}/commit/{made}"
-        return _json({"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""})
+        digest = self.commit(name, changed)
+        url = f"{self.url}/{name}/commit/{digest}"
+        return _json({"success": True, "commitOid": digest, "commitUrl": url, "hookOutput": ""})
 
     def _resolve(self, name: str, revision: str, file: str) -> Answer:
         commit = self._at(name, revision)
@@ -273,20 +273,20 @@ def test_a_release_travels(
         assert (at_commit.segment(png(1), texts).mask == local.segment(png(1), texts).mask).all()
         assert model.release() == local.release()
     # The folder that comes back is the one that the export wrote, configs included.
-    there = download_release(pushed)
-    assert there is not None
-    check(there, [2])
+    download = download_release(pushed)
+    assert download is not None
+    check(download, [2])
     for model_name in MODELS:
         config = read_config(repository / model_name / "2" / MODEL_CONFIG)
-        assert read_config(there / model_name / MODEL_CONFIG) == config
+        assert read_config(download / model_name / MODEL_CONFIG) == config
 
     # Without the hub the cache is enough, and what was never fetched is named.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     unreachable.cache_clear()
-    before = len(hub.asked)
+    before = len(hub.requests)
     with Model(f"hf-hub:{NAME}") as model:
         assert model.release().alpha == 0.5
-    assert len(hub.asked) == before
+    assert len(hub.requests) == before
     with pytest.raises(RAdapterError, match=r"hf-hub:a/b is not on this machine.*`hf download a/b"):
         Model("hf-hub:a/b")
 
@@ -306,10 +306,10 @@ def test_a_model_repository_on_the_hub_is_never_served(pushed: str, hub: FakeHub
     folder = Path(snapshot_download(NAME))  # all of it, as `hf download` brings it
     assert folder.name == oid and (folder / "model_repository" / "classify").is_dir()
     for _ in range(2):  # built, and found again
-        there = download_release(f"hf-hub:{NAME}")
-        assert there is not None and there != theirs and not there.is_relative_to(folder)
-        check(there, [2])
-        assert code not in [path.read_bytes() for path in there.rglob("*.py")]
+        download = download_release(f"hf-hub:{NAME}")
+        assert download is not None and download != theirs and not download.is_relative_to(folder)
+        check(download, [2])
+        assert code not in [path.read_bytes() for path in download.rglob("*.py")]
 
 
 def test_the_next_push_takes_the_place_of_the_last(

@@ -50,12 +50,12 @@ def test_the_gpu_is_found_and_keeps_what_it_is_given() -> None:
 
 def test_engines_agree_with_torch_and_are_refused_on_another_machine(repository: Path) -> None:
     pytest.importorskip("tensorrt")
-    built = build_engines(repository)
-    assert len(built) == 4
-    for one in built:
-        assert one.agreement.max_error < FP32.max_error
-        folder = repository / one.model / str(one.version)
-        agrees(one.model, EncoderGraph(folder / PLAN, "tensorrt"), folder)
+    engines = build_engines(repository)
+    assert len(engines) == 4
+    for engine in engines:
+        assert engine.agreement.max_error < FP32.max_error
+        folder = repository / engine.model / str(engine.version)
+        agrees(engine.model, EncoderGraph(folder / PLAN, "tensorrt"), folder)
         replace(check_plan(folder), compute_capability="1.0").save(folder)
         with pytest.raises(RAdapterError, match="compute capability 1.0"):
             check_plan(folder)

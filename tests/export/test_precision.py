@@ -130,7 +130,7 @@ PRODUCT = """<ir_version: 10, opset_import: ["" : 20]>
 product (float[B, 64] x) => (float[B, 2] y) <float[64, 2] weight = {0}> { y = MatMul(x, weight) }"""
 
 
-def written(path: Path, text: str, precision: str | None, **weights: np.ndarray) -> Path:
+def write_graph(path: Path, text: str, precision: str | None, **weights: np.ndarray) -> Path:
     """Write a graph in ONNX's text form, with weights, in a precision."""
     for name, array in weights.items():  # the text has to give each initializer some value
         text = text.replace(f"{name} = {{0}}", f"{name} = {{{', '.join(['0'] * array.size)}}}")
@@ -152,7 +152,7 @@ def test_a_norm_written_out_is_right_where_fp16_overflows(tmp_path: Path) -> Non
     gain = random.normal(size=4).astype(np.float32)
     square = random.normal(size=(4, 4)).astype(np.float32) * 300
     weight = random.normal(size=(8, 4)).astype(np.float32) * 4
-    path = written(tmp_path / "m.onnx", NORM, "fp16", gain=gain, square=square, weight=weight)
+    path = write_graph(tmp_path / "m.onnx", NORM, "fp16", gain=gain, square=square, weight=weight)
     image = random.integers(0, 256, (5, 8), dtype=np.uint8)
     rounded = [array.astype(np.float16).astype(np.float64) for array in (weight, square)]
     y = image.astype(np.float64) @ rounded[0]
@@ -168,7 +168,7 @@ def test_a_norm_written_out_is_right_where_fp16_overflows(tmp_path: Path) -> Non
 def test_a_mask_beyond_fp16_hides_and_gives_no_nan(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     weight, value = random.normal(size=(2, 4, 4)).astype(np.float32) * 0.01
-    path = written(tmp_path / "m.onnx", MASK, "fp16", weight=weight, value=value)
+    path = write_graph(tmp_path / "m.onnx", MASK, "fp16", weight=weight, value=value)
     image = np.array([[1, 2, 200, 3], [255, 255, 255, 255], [9, 8, 7, 6]], np.uint8)
     shares = np.exp(image.astype(np.float64) @ weight) * (image <= 100)
     shares[1] = 1  # all hidden: all alike, where minus infinity would give NaN
@@ -184,7 +184,7 @@ def test_a_sum_is_right_beyond_fp16_whatever_takes_it(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     weight = random.uniform(0.3, 0.7, (64, 64)).astype(np.float32)
     value = random.normal(size=(64, 2)).astype(np.float32)
-    path = written(tmp_path / "m.onnx", SHARES, "fp16", weight=weight, value=value)
+    path = write_graph(tmp_path / "m.onnx", SHARES, "fp16", weight=weight, value=value)
     image = random.integers(100, 150, (5, 64), dtype=np.uint8)
     y = image.astype(np.float64) @ weight
     assert y.max() < np.finfo(np.float16).max < y.sum(-1).min()  # what the test is about
@@ -206,7 +206,7 @@ def test_int8_products_are_right_on_every_cpu(tmp_path: Path, static: bool, larg
     if large:
         weight = np.repeat(np.array([[1, 0.5]], np.float32), 64, axis=0)
         x = np.linspace(0.9, 1, 3 * 64, dtype=np.float32).reshape(3, 64)
-    path = written(tmp_path / "model.onnx", PRODUCT, None, weight=weight)
+    path = write_graph(tmp_path / "model.onnx", PRODUCT, None, weight=weight)
     quantize(path, [x] if static else ())
     np.testing.assert_allclose(EncoderGraph(path)(x), x @ weight, rtol=0.02)
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx"}

@@ -133,7 +133,7 @@ def put(folder: Path, models: Sequence[str], moves: int | None = None) -> int:
 def served(folder: Path) -> dict[str, str]:
     """The release that each model's config names."""
     configs = {path.parent.name: read_config(path) for path in folder.glob("*/config.pbtxt")}
-    return {name: one.parameters["release"].string_value for name, one in configs.items()}
+    return {name: config.parameters["release"].string_value for name, config in configs.items()}
 
 
 def test_a_model_that_the_new_release_lacks_is_served_no_more_and_its_old_versions_stay(
@@ -164,5 +164,5 @@ def test_an_export_killed_while_it_puts_versions_in_place_serves_no_half_release
     # The next export removes versions that lack a model.
     assert put(tmp_path, MODELS) == (2 if moves < len(MODELS) else 3)
     for model in MODELS:
-        kept = {path.name for path in (tmp_path / model).iterdir()}
-        assert kept == {"config.pbtxt", *("12" if moves < len(MODELS) else "123")}
+        names = {path.name for path in (tmp_path / model).iterdir()}
+        assert names == {"config.pbtxt", *("12" if moves < len(MODELS) else "123")}

@@ -39,8 +39,8 @@ def run(random_adapter: Callable[..., Adapter], tmp_path: Path) -> Callable[...,
 
 
 def test_the_runs_classes_are_a_label_set(run: Callable[..., Path], tmp_path: Path) -> None:
-    own = tmp_path / "own.txt"
-    own.write_text("zebra\nhorse\n", encoding="utf-8")
+    file = tmp_path / "own.txt"
+    file.write_text("zebra\nhorse\n", encoding="utf-8")
 
     def label_sets(names: list[str] | None, **paths: Path) -> dict[str, list[str]]:
         source = read_source([run(classes=names)], None, ExportSettings(label_sets=paths))
@@ -48,15 +48,15 @@ def test_the_runs_classes_are_a_label_set(run: Callable[..., Path], tmp_path: Pa
 
     twice = ["dog", "cat, kitty", "dog", "zebra", "cat, tom"]
     assert label_sets(twice) == {"classes": ["dog", "cat, kitty", "zebra"]}
-    both = {"classes": ["dog"], "animals": ["zebra", "horse"]}
-    assert label_sets(["dog"], animals=own) == both
-    assert label_sets(["dog"], classes=own) == {"classes": ["zebra", "horse"]}
+    expected = {"classes": ["dog"], "animals": ["zebra", "horse"]}
+    assert label_sets(["dog"], animals=file) == expected
+    assert label_sets(["dog"], classes=file) == {"classes": ["zebra", "horse"]}
     assert label_sets(None) == {}
     # Data may have classes that share a name; a label set that a person writes may not.
     assert label_sets(["Crane", "crane", "bird, crane"])["classes"][1:] == ["crane", "bird, crane"]
-    own.write_text("# birds\nCrane\ncrane\n", encoding="utf-8")
+    file.write_text("# birds\nCrane\ncrane\n", encoding="utf-8")
     with pytest.raises(RAdapterError, match=r"own\.txt: label 2, 'crane', is the .* 1, 'Crane'"):
-        label_sets(None, birds=own)
+        label_sets(None, birds=file)
 
 
 def test_an_export_says_which_alpha_it_takes(
@@ -147,11 +147,11 @@ def test_a_release_has_labels_by_example(
     images: dict[str, Any] = {
         label: [label_file.parent / name for name in names] for label, names in SHOWN.items()
     }
-    asked: dict[str, Any] = {"examples": images, "example_weight": {CAT: 0.5, DOG: 0.25, WALL: 1}}
+    options: dict[str, Any] = {"examples": images, "example_weight": {CAT: 0.5, DOG: 0.25, WALL: 1}}
     with Model(repository) as model:
         for alpha in (None, 0.2) if is_dynamic else (None,):
             answer = model.classify(png(9), label_set="animals", alpha=alpha)
-            expected = model.classify(png(9), LABELS, alpha=alpha, **asked)
+            expected = model.classify(png(9), LABELS, alpha=alpha, **options)
             assert answer.labels == expected.labels
             np.testing.assert_allclose(answer.scores, expected.scores, rtol=1e-4)
 
@@ -164,8 +164,8 @@ def test_validation_fits_scores_to_labels_by_text_alone(
     (exported,) = export([0.7], label_sets={"animals": label_file}, **how)
     confidence = exported.release.confidence
     assert confidence is not None and confidence == plain.release.confidence
-    found = (confidence["dataset"], confidence["n"], confidence["classes"])
-    assert found == (how["validation"], 100, 5)
+    facts = (confidence["dataset"], confidence["n"], confidence["classes"])
+    assert facts == (how["validation"], 100, 5)
     image = sorted(many_photos.rglob("*.png"))[0]
     with Model(tmp_path / "repository") as model:
         with pytest.raises(InvalidRequest, match="not calibrated for labels by example"):

@@ -55,9 +55,9 @@ def test_graphs_that_tensorrt_cannot_read_are_explained(tmp_path: Path) -> None:
     with pytest.raises(RAdapterError, match=r"TensorRT \S+ cannot read .*none.onnx: "):
         build(trt, tmp_path / "none.onnx", **LIMITS)
     floats = onnx.helper.make_tensor_value_info("floats", onnx.TensorProto.FLOAT, [-1, 4])
-    whole = onnx.helper.make_tensor_value_info("whole", onnx.TensorProto.UINT8, [-1, 4])
+    integers = onnx.helper.make_tensor_value_info("whole", onnx.TensorProto.UINT8, [-1, 4])
     node = onnx.helper.make_node("DynamicQuantizeLinear", ["floats"], ["whole", "scale", "zero"])
-    graph = onnx.helper.make_graph([node], "quantized", [floats], [whole])
+    graph = onnx.helper.make_graph([node], "quantized", [floats], [integers])
     onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
     with pytest.raises(RAdapterError, match=r"DynamicQuantizeLinear.*; .*--calibration DATA"):
         build(trt, tmp_path / "model.onnx", **LIMITS)
@@ -69,7 +69,7 @@ def test_ctrl_c_ends_a_build(
     graphs["image_encoder"].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
     lines: list[str] = []
     build(trt, tmp_path / "model.onnx", **LIMITS, progress=lines.append)
-    whole = len(lines)
+    line_count = len(lines)
 
     def interrupt(line: str) -> None:
         lines.append(line)
@@ -79,7 +79,7 @@ def test_ctrl_c_ends_a_build(
     lines.clear()
     with pytest.raises(KeyboardInterrupt):
         build(trt, tmp_path / "model.onnx", **LIMITS, progress=interrupt)
-    assert 1 <= len(lines) < whole
+    assert 1 <= len(lines) < line_count
 
 
 @pytest.mark.slow

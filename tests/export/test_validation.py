@@ -51,7 +51,7 @@ RUN = (
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder: 12 `photos` of three classes, and in `masked` the same with masks."""
     for folder in ("masked/images", "masked/masks", *(f"photos/{name}" for name in COLOURS)):
         (tmp_path / folder).mkdir(parents=True)
@@ -86,7 +86,7 @@ def evaluated(metadata: Metadata) -> list[str]:
 def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
     task: str,
     tiny_clip_dir: str,
-    here: Path,
+    workdir: Path,
     quick: None,
     monkeypatch: pytest.MonkeyPatch,
     capfd: Any,
@@ -105,16 +105,16 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
         command += " --mask-min-area 1"
     assert train_command(command.split()) == 0
     metadata = load_adapter("run").metadata
-    held = evaluated(metadata)
-    names = held
+    image_names = evaluated(metadata)
+    names = image_names
     if task == "classification":
-        names = [f"{sorted(COLOURS)[int(Path(name).stem) % 3]}/{name}" for name in held]
+        names = [f"{sorted(COLOURS)[int(Path(name).stem) % 3]}/{name}" for name in image_names]
     assert metadata.held_out == digest(names)
 
     assert evaluate(["--adapter", "run", "--alpha", "auto", "--out", "results"]) == 0
     choice = json.loads(Path("run/alpha.json").read_text())["sets"]["validation"]
     assert choice["n"] == 3
-    assert len(held) == 3
+    assert len(image_names) == 3
     settings = ExportSettings(precision="fp16", max_drop=100)
     (release,) = export_release("run", None, settings)
     assert not {"a photo of a red.", "red"} & set(embedded)  # the label set has them
@@ -123,11 +123,11 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
 
     # The same images in another place are the same; with one more they are others.
     folder = DATA[task].partition(":")[2]
-    shutil.copytree(here / folder, here / "elsewhere" / folder)
-    monkeypatch.chdir(here / "elsewhere")
-    assert evaluated(metadata) == held
-    monkeypatch.chdir(here)
-    for path in here.joinpath(folder).rglob("11.png"):
+    shutil.copytree(workdir / folder, workdir / "elsewhere" / folder)
+    monkeypatch.chdir(workdir / "elsewhere")
+    assert evaluated(metadata) == image_names
+    monkeypatch.chdir(workdir)
+    for path in workdir.joinpath(folder).rglob("11.png"):
         shutil.copy(path, path.with_name("99.png"))
     capfd.readouterr()
     assert evaluate(["--adapter", "run", "--alpha", "auto", "--out", "other"]) == 2
@@ -136,8 +136,8 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
         export_release("run", None, ExportSettings(precision="fp16"))
     assert open_validation(metadata, "none", None, "fp16") is None
     assert open_validation(metadata, None, None, "fp32") is None  # unless it is asked for
-    shutil.rmtree(here / folder)
-    shutil.copytree(here / "elsewhere" / folder, here / folder)
+    shutil.rmtree(workdir / folder)
+    shutil.copytree(workdir / "elsewhere" / folder, workdir / folder)
     asked_for = open_validation(metadata, "own", None, "fp32")
     assert asked_for is not None and len(asked_for) == 3
     with pytest.raises(RAdapterError, match="is what the run was trained with"):
@@ -145,18 +145,20 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
 
 
 def test_a_run_is_not_resumed_with_another_share(
-    tiny_clip_dir: str, here: Path, capfd: Any
+    tiny_clip_dir: str, workdir: Path, capfd: Any
 ) -> None:
     command = f"--architecture {tiny_clip_dir} --data imagefolder:photos --save-every 2 {RUN}"
     assert train_command(command.split()) == 0
-    shutil.copy(here / "photos" / "blue" / "0.png", here / "photos" / "blue" / "00.png")
+    shutil.copy(workdir / "photos" / "blue" / "0.png", workdir / "photos" / "blue" / "00.png")
     assert train_command(["--resume", "run"]) == 2
     error = capfd.readouterr().err
     assert "imagefolder:photos has changed since run/checkpoint.pt was written" in error
 
 
-def test_images_in_a_table_are_known_by_their_bytes_and_captions_by_their_image(here: Path) -> None:
-    files = sorted(here.glob("photos/*/*.png"))[:3]  # all of one class, and so in one folder
+def test_images_in_a_table_are_known_by_their_bytes_and_captions_by_their_image(
+    workdir: Path,
+) -> None:
+    files = sorted(workdir.glob("photos/*/*.png"))[:3]  # all of one class, and so in one folder
     rows = [(str(file), f"{file.name} {word}") for file in files for word in ("one", "two")]
     pd.DataFrame(rows, columns=["image", "caption"]).to_csv("texts.csv", index=False)
     expected = digest([file.name for file in files])

@@ -142,11 +142,11 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
     answer = served.upstream.infer
     calls = []
 
-    async def switching(asked: Inference, timeout: float, entry: Any) -> Reply:
-        calls.append((asked.model, asked.version))
+    async def switching(inference: Inference, timeout: float, entry: Any) -> Reply:
+        calls.append((inference.model, inference.version))
         if len(calls) == 2:
             raise Refused(404, "unknown_model", "no version 1")
-        reply = await answer(asked, timeout, entry)
+        reply = await answer(inference, timeout, entry)
         return replace(reply, version=1 if len(calls) == 1 else 2)
 
     served.upstream.infer = switching  # type: ignore[method-assign]

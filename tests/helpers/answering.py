@@ -69,8 +69,8 @@ def listening(answer: Callable[[BaseHTTPRequestHandler, bytes], Answer | None]) 
 def answering(answer: Callable[[str, str, Message, bytes], Answer]) -> Iterator[int]:
     """Serve what a function answers to a method, a path, headers and a body; yields the port."""
     with listening(
-        lambda asked, body: answer(
-            asked.command, unquote(urlsplit(asked.path).path), asked.headers, body
+        lambda handler, body: answer(
+            handler.command, unquote(urlsplit(handler.path).path), handler.headers, body
         )
     ) as port:
         yield port

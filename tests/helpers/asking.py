@@ -37,9 +37,9 @@ def tensor(name: str, value: Any) -> grpc.InferInput:
     if not isinstance(value, np.ndarray):
         kind = {int: np.int32, float: np.float32}.get(type(value), object)
         value = np.array(value if isinstance(value, list) else [value], kind)
-    made = grpc.InferInput(name, value.shape, np_to_triton_dtype(value.dtype))
-    made.set_data_from_numpy(value)
-    return made
+    result = grpc.InferInput(name, value.shape, np_to_triton_dtype(value.dtype))
+    result.set_data_from_numpy(value)
+    return result
 
 
 def tensors(**values: Any) -> list[grpc.InferInput]:

@@ -105,8 +105,8 @@ def mpm_nce_by_hand(
 
     y = y.float()
     logits = scale * (f @ g.T + delta * (1 - y))
-    asked = [number for number in range(y.shape[1]) if y[:, number].any()]
-    return (one_way(logits, y) + one_way(logits.T[asked], y.T[asked])) / 2
+    texts = [number for number in range(y.shape[1]) if y[:, number].any()]
+    return (one_way(logits, y) + one_way(logits.T[texts], y.T[texts])) / 2
 
 
 def pairwise_by_hand(
@@ -122,9 +122,9 @@ def pairwise_by_hand(
 
 def words_without(classes: Sequence[str]) -> list[str]:
     """ImageNet's names but for those in which one of some names stands as words."""
-    own = [re.compile(rf"(?<!\S){re.escape(name)}(?!\S)", re.IGNORECASE) for name in classes]
+    names = [re.compile(rf"(?<!\S){re.escape(name)}(?!\S)", re.IGNORECASE) for name in classes]
     every = dict.fromkeys(open_clip.IMAGENET_CLASSNAMES)
-    return [word for word in every if not any(name.search(word) for name in own)]
+    return [word for word in every if not any(name.search(word) for name in names)]
 
 
 def train_by_hand(
@@ -176,10 +176,10 @@ def train_by_hand(
             if recipe.preserve_words:
                 words = words_without(words_of)
                 chosen = torch.randperm(len(words), generator=draw)[:words_drawn].tolist()
-                some = [words[place] for place in chosen]
+                drawn_words = [words[place] for place in chosen]
                 with clip.at(0.0):
-                    of_base = torch.softmax(scale * base @ clip.texts(some).T, dim=1)
-                q = torch.softmax(scale * f @ clip.texts(some).T, dim=1)
+                    of_base = torch.softmax(scale * base @ clip.texts(drawn_words).T, dim=1)
+                q = torch.softmax(scale * f @ clip.texts(drawn_words).T, dim=1)
                 divergence = (of_base * (of_base.log() - q.log())).sum(dim=1).mean()
                 loss = loss + recipe.words_weight * divergence
             (loss / recipe.accumulate).backward()
@@ -199,16 +199,16 @@ def train_by_hand(
     return average
 
 
-def assert_same(found: Weights, expected: Weights) -> None:
+def assert_same(weights: Weights, expected: Weights) -> None:
     """Refuse adapters that differ by more than rounding.
 
     AdamW's first step is the sign of the gradient, however small that is. Rounding decides it where
     the gradient is next to nothing, and another processor rounds in another way. So a few weights
     may be far from what is expected, and all the others together are near.
     """
-    assert found.keys() == expected.keys()
+    assert weights.keys() == expected.keys()
     for name, value in expected.items():
-        difference = found[name] - value
+        difference = weights[name] - value
         far = difference.abs() > 0.05 * value.abs().max()
         assert far.sum() <= max(2, value.numel() // 1000), name
         assert (difference * ~far).norm() <= 5e-3 * value.norm(), name
@@ -240,13 +240,13 @@ def steps_taken() -> Iterator[list[Step]]:
         handle.remove()
 
 
-def assert_same_steps(found: Sequence[Step], expected: Sequence[Step]) -> None:
+def assert_same_steps(steps: Sequence[Step], expected: Sequence[Step]) -> None:
     """Refuse steps that differ by more than rounding, and what it does to the steps after it."""
-    assert len(found) == len(expected)
-    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-        assert math.isclose(one.rate, other.rate, rel_tol=1e-6), number
-        assert one.weight_decay == other.weight_decay, number
-        for gradient, value in zip(one.gradients, other.gradients, strict=True):
+    assert len(steps) == len(expected)
+    for number, (step, reference) in enumerate(zip(steps, expected, strict=True)):
+        assert math.isclose(step.rate, reference.rate, rel_tol=1e-6), number
+        assert step.weight_decay == reference.weight_decay, number
+        for gradient, value in zip(step.gradients, reference.gradients, strict=True):
             assert (gradient - value).norm() <= 2e-2 * value.norm(), number
 
 
@@ -333,8 +333,8 @@ def accuracy_by_hand(
     """Zero-shot accuracy at α, per cent: a class is the mean of the embeddings of its prompts."""
     with clip.at(alpha):
         classes = torch.stack([F.normalize(clip.texts(texts).mean(0), dim=0) for texts in prompts])
-        found = (clip.images(_prepared(clip, pairs)) @ classes.T).argmax(1)
-    return 100 * (found == torch.tensor([pair.label for pair in pairs])).float().mean().item()
+        answers = (clip.images(_prepared(clip, pairs)) @ classes.T).argmax(1)
+    return 100 * (answers == torch.tensor([pair.label for pair in pairs])).float().mean().item()
 
 
 def recall_by_hand(

@@ -71,8 +71,8 @@ class Collector:
 @contextlib.contextmanager
 def collecting() -> Iterator[Collector]:
     """A collector on a free port, until the end of the block."""
-    with http_server(200, b"") as (url, seen):
-        yield Collector(url, seen)
+    with http_server(200, b"") as (url, requests):
+        yield Collector(url, requests)
 
 
 def _read(body: bytes) -> Iterator[Span]:

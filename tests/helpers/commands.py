@@ -17,11 +17,11 @@ COMMANDS = {
 @cache
 def help_of(command: str, *subcommand: str) -> str:
     """The help of a command with all its options."""
-    short = _said(command, *subcommand, "--help")
-    return _said(command, *subcommand, "--help-all") if "--help-all" in short else short
+    short = _output_of(command, *subcommand, "--help")
+    return _output_of(command, *subcommand, "--help-all") if "--help-all" in short else short
 
 
-def _said(command: str, *arguments: str) -> str:
+def _output_of(command: str, *arguments: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         COMMANDS[command].load()(list(arguments))

@@ -28,7 +28,7 @@ class FakeQdrant:
         self.key: str | None = None
         # Of the path and the true result; bytes are sent as such.
         self.answer: Callable[[str, Any], Any] | None = None
-        self.asked: list[tuple[str, str, Any]] = []
+        self.requests: list[tuple[str, str, Any]] = []
         self.url = ""
 
     def result(self, method: str, path: str, body: Any) -> Any:
@@ -44,8 +44,8 @@ class FakeQdrant:
         if rest == "exists":
             return {"exists": local.collection_exists(name)}
         if (method, rest) == ("PUT", ""):
-            asked = models.CreateCollection.model_validate(body)
-            return local.create_collection(name, asked.vectors, metadata=asked.metadata)
+            collection = models.CreateCollection.model_validate(body)
+            return local.create_collection(name, collection.vectors, metadata=collection.metadata)
         if (method, rest) == ("DELETE", ""):
             return local.delete_collection(name)
         info = local.get_collection(name)
@@ -56,13 +56,13 @@ class FakeQdrant:
         if rest == "points/count":
             return local.count(name)
         if rest == "points/query":
-            asked_for = models.QueryRequest.model_validate(body)
+            query = models.QueryRequest.model_validate(body)
             return local.query_points(
                 name,
-                query=getattr(asked_for.query, "nearest", asked_for.query),
-                query_filter=asked_for.filter,
-                limit=asked_for.limit or 10,
-                with_payload=asked_for.with_payload or False,
+                query=getattr(query.query, "nearest", query.query),
+                query_filter=query.filter,
+                limit=query.limit or 10,
+                with_payload=query.with_payload or False,
             )
         if rest == "points/scroll":
             scroll = models.ScrollRequest.model_validate(body)
@@ -85,7 +85,7 @@ def fake_qdrant() -> Iterator[FakeQdrant]:
 
     def answer(method: str, path: str, headers: Message, data: bytes) -> Answer:
         body = json.loads(data) if data else None
-        fake.asked.append((method, path, body))
+        fake.requests.append((method, path, body))
         if fake.key is not None and headers.get("api-key") != fake.key:
             return 401, JSON, b'{"status": {"error": "who are you?"}}'
         try:

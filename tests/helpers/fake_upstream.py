@@ -32,9 +32,10 @@ TEXT = {"inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data"
 
 def config(task: str, *releases: dict[str, Any]) -> ServedModel:
     """A task with these releases, the newest last; with one if none are given."""
-    facts = [json.dumps(one) for one in releases or [release(1)]]
-    named = {f"release.{json.loads(one)['version']}": one for one in facts}
-    return ServedModel.of(task, {**named, "release": facts[-1]})
+    known = releases or (release(1),)
+    parameters = {f"release.{facts['version']}": json.dumps(facts) for facts in known}
+    parameters["release"] = json.dumps(known[-1])
+    return ServedModel.of(task, parameters)
 
 
 def packed(texts: Iterable[bytes]) -> bytes:
@@ -44,7 +45,7 @@ def packed(texts: Iterable[bytes]) -> bytes:
 
 def as_bytes(array: np.ndarray) -> list[bytes]:
     """The values of a tensor of type BYTES; texts come as str or as UTF-8."""
-    return [one.encode() if isinstance(one, str) else one for one in array.ravel()]
+    return [value.encode() if isinstance(value, str) else value for value in array.ravel()]
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -71,8 +72,8 @@ class FakeUpstream:
         self.older: dict[tuple[str, str], ServedModel] = {}  # of others, by task and version
         self.outputs: dict[str, np.ndarray] | None = None  # of every answer
 
-    async def infer(self, asked: Inference, timeout: float, entry: Entry) -> Reply:
-        self.asked.append(asked)
+    async def infer(self, inference: Inference, timeout: float, entry: Entry) -> Reply:
+        self.asked.append(inference)
         self.entries.append(entry)
         self.timeouts.append(timeout)
         try:
@@ -82,15 +83,15 @@ class FakeUpstream:
             raise
         if self.error is not None:
             raise self.error
-        return Reply(int(asked.version or 1), self.outputs or self._answer(asked))
+        return Reply(int(inference.version or 1), self.outputs or self._answer(inference))
 
-    def _answer(self, asked: Inference) -> dict[str, np.ndarray]:
-        kind = asked.model.removeprefix("embed_")
-        values = as_bytes(asked.inputs.get(kind, next(iter(asked.inputs.values()))))
-        embeds = np.array([[len(one), *one[:1]] for one in values], np.float32)
+    def _answer(self, inference: Inference) -> dict[str, np.ndarray]:
+        kind = inference.model.removeprefix("embed_")
+        values = as_bytes(inference.inputs.get(kind, next(iter(inference.inputs.values()))))
+        embeds = np.array([[len(value), *value[:1]] for value in values], np.float32)
         outputs = {f"{kind}_embeds": embeds}
-        if "adapter" in asked.inputs:
-            names = asked.inputs["adapter"].ravel().tolist()
+        if "adapter" in inference.inputs:
+            names = inference.inputs["adapter"].ravel().tolist()
             texts = [json.dumps({"release": 1, "adapter": name, "alpha": 0.5}) for name in names]
             outputs["receipt"] = np.array([[text.encode()] for text in texts], object)
         return outputs
@@ -135,11 +136,11 @@ class Served:
         """Status, JSON or bytes, and headers of an answer; of a name in `headers` each underscore
         is a hyphen.
         """
-        sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         answer = urllib3.request(
             method or ("GET" if body is None else "POST"),
             self.url + path,
-            body=sent,
+            body=data,
             headers={name.replace("_", "-"): value for name, value in headers.items()},
             retries=False,
             timeout=20,
@@ -163,9 +164,10 @@ class Served:
     def connection(self, data: bytes = b"", address: str = "127.0.0.1") -> Iterator[socket.socket]:
         """A connection from an address of this machine, on which `data` has been sent."""
         place = (address, 0)
-        with socket.create_connection(("127.0.0.1", self.port), 30, source_address=place) as it:
-            it.sendall(data)
-            yield it
+        server = ("127.0.0.1", self.port)
+        with socket.create_connection(server, 30, source_address=place) as connection:
+            connection.sendall(data)
+            yield connection
 
 
 @contextlib.contextmanager
@@ -192,10 +194,10 @@ def serving(
 class BigAnswers(FakeUpstream):
     """A stand-in that answers the text "big" with 16 MiB."""
 
-    def _answer(self, asked: Inference) -> dict[str, np.ndarray]:
-        if as_bytes(asked.inputs["text"]) == [b"big"]:
+    def _answer(self, inference: Inference) -> dict[str, np.ndarray]:
+        if as_bytes(inference.inputs["text"]) == [b"big"]:
             return {"text_embeds": np.zeros((1, 2**22), np.float32)}
-        return super()._answer(asked)
+        return super()._answer(inference)
 
 
 def main(

@@ -48,7 +48,7 @@ def until_asked(command: Callable[[], int], ask: Callable[[], None]) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with handled(lambda *_: None, signal.SIGTERM), ThreadPoolExecutor(1) as thread:
-        asked = thread.submit(asking)
+        answer = thread.submit(asking)
         status = command()
-        asked.result()
+        answer.result()
     return status

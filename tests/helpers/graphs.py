@@ -85,7 +85,7 @@ def graph_of(common: Path, make: Callable[..., Graph], base: Base, *rest: Any) -
         graph.save(state, folder / "model.onnx")
         torch.save((graph.name, weights, graph.constants), folder / "rest.pt")
 
-    folder = shared(_kept(common), name, write)
+    folder = shared(_cache_folder(common), name, write)
     if folder not in _read:
         model_name, weights, constants = torch.load(folder / "rest.pt")
         model = onnx_ir.load(folder / "model.onnx")
@@ -107,7 +107,7 @@ def _tower(base: Base, text: bool) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _kept(common: Path) -> Path:
+def _cache_folder(common: Path) -> Path:
     """The folder that keeps graphs from one run to the next, while the code and the tools that make
     them are the same. Each environment has a folder of its own: `.ci/run` tests in two at a time,
     whose tools differ.
@@ -119,9 +119,9 @@ def _kept(common: Path) -> Path:
     for tool in TOOLS:
         digest.update(f"{tool} {importlib.metadata.version(tool)}".encode())
     place = ROOT / ".pytest_cache" / "graphs" / Path(sys.prefix).name
-    own = place / digest.hexdigest()[:16]
+    folder_of_code = place / digest.hexdigest()[:16]
     with FileLock(common / "graphs.lock"):
-        if not own.is_dir():
+        if not folder_of_code.is_dir():
             shutil.rmtree(place, ignore_errors=True)  # of other code
-            own.mkdir(parents=True)
-    return own
+            folder_of_code.mkdir(parents=True)
+    return folder_of_code

@@ -15,13 +15,13 @@ def generation(out: Path) -> Path:
     return out / str(json.loads((out / FACTS).read_text())["generation"])
 
 
-def said(out: Path) -> dict[str, Any]:
+def index_facts(out: Path) -> dict[str, Any]:
     """The content of its `index.json`."""
     facts: dict[str, Any] = json.loads((generation(out) / FACTS).read_text())
     return facts
 
 
-def say(out: Path, facts: dict[str, Any]) -> None:
+def write_index_facts(out: Path, facts: dict[str, Any]) -> None:
     """Write other facts into it."""
     (generation(out) / FACTS).write_text(json.dumps(facts))
 
@@ -30,8 +30,8 @@ def write_facts(out: Path, digest: str) -> None:
     """Make an index of nothing but its facts, as a release of this digest would make it at alpha
     0.5.
     """
-    made = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", 16, Tower("sha256:1"), {}, digest)
-    plan = Plan("photos", "/photos", "image", {}, 128, True, "refuse", made, {})
+    made_by = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", 16, Tower("sha256:1"), {}, digest)
+    plan = Plan("photos", "/photos", "image", {}, 128, True, "refuse", made_by, {})
     facts = IndexFacts(plan, 0, ["path"], {}, None, None, "", "")
     (out / "g-0123456789abcdef").mkdir(parents=True)
     (out / "g-0123456789abcdef" / FACTS).write_text(facts.to_json())

@@ -13,8 +13,8 @@ from filelock import FileLock
 
 def common_folder(factory: pytest.TempPathFactory) -> Path:
     """The folder that all workers of this run have in common."""
-    own = factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "common"
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "common"
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -24,11 +24,11 @@ def shared(common: Path, name: str, make: Callable[[Path], object]) -> Path:
     it, and workers that ask meanwhile wait for that.
     """
     folder = common / name
-    made = common / f"{name}.made"
+    marker = common / f"{name}.made"
     with FileLock(common / f"{name}.lock"):
-        if not made.exists():
+        if not marker.exists():
             shutil.rmtree(folder, ignore_errors=True)  # another worker failed at it
             folder.mkdir()
             make(folder)
-            made.touch()
+            marker.touch()
     return folder

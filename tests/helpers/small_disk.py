@@ -21,8 +21,8 @@ class SmallDisk:
 
     def fill(self, leave: int = 0) -> None:
         """Fill it with one file, `ballast`, but for so many bytes."""
-        found = os.statvfs(self.folder)
-        free = found.f_bavail * found.f_frsize - leave
+        status = os.statvfs(self.folder)
+        free = status.f_bavail * status.f_frsize - leave
         with (self.folder / "ballast").open("wb") as file:
             file.write(bytes(free))
 
@@ -45,6 +45,6 @@ def small_disk(folder: Path, size: str) -> Iterator[SmallDisk]:
 
 
 def _mount(*words: str) -> None:
-    done = subprocess.run(["mount", *words], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no disk can be mounted here, which takes root: {done.stderr.strip()}")
+    process = subprocess.run(["mount", *words], capture_output=True, text=True)
+    if process.returncode:
+        pytest.skip(f"no disk can be mounted here, which takes root: {process.stderr.strip()}")

@@ -199,9 +199,9 @@ def make_base(family: str, folder: Path, **model_cfg: Any) -> str:
     from safetensors.torch import save_file
 
     _register()
-    made = FAMILIES[family]
+    family_config = FAMILIES[family]
     folder.mkdir(parents=True, exist_ok=True)
-    text = dict(made.text)
+    text = dict(family_config.text)
     if "model" in text:
         text["hf_model_name"] = str(folder / "text")
         (folder / "text").mkdir()
@@ -213,15 +213,15 @@ def make_base(family: str, folder: Path, **model_cfg: Any) -> str:
     preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
     config = {
         # Without a projection it is the tower's own width.
-        "embed_dim": 64 if made.image.get("timm_proj") == "none" else 32,
-        "vision_cfg": made.image,
+        "embed_dim": 64 if family_config.image.get("timm_proj") == "none" else 32,
+        "vision_cfg": family_config.image,
         "text_cfg": text,
-        **made.config,
+        **family_config.config,
         **model_cfg,
     }
     config = {
         "model_cfg": config,
-        "preprocess_cfg": {**preprocess, "resize_mode": "shortest", **made.preprocess},
+        "preprocess_cfg": {**preprocess, "resize_mode": "shortest", **family_config.preprocess},
     }
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     name = f"local-dir:{folder}"

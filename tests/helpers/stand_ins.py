@@ -133,16 +133,18 @@ def http_server(
     """A server that gives one answer to all; its URL, and its requests: (method, path, headers,
     body, caller). The first requests get the answers `first`, where None breaks the connection.
     """
-    left = list(first)
-    seen: list[Any] = []
+    replies = list(first)
+    requests: list[Any] = []
 
-    def answer(asked: BaseHTTPRequestHandler, data: bytes) -> Answer | None:
-        seen.append((asked.command, asked.path, asked.headers, data, asked.client_address))
-        reply = left.pop(0) if left else (status, body, headers or {})
+    def answer(handler: BaseHTTPRequestHandler, data: bytes) -> Answer | None:
+        requests.append(
+            (handler.command, handler.path, handler.headers, data, handler.client_address)
+        )
+        reply = replies.pop(0) if replies else (status, body, headers or {})
         return reply and (reply[0], reply[2], reply[1])
 
     with listening(answer) as port:
-        yield f"http://127.0.0.1:{port}", seen
+        yield f"http://127.0.0.1:{port}", requests
 
 
 @contextmanager
@@ -152,13 +154,13 @@ def grpc_server(
     """A server that fails in these ways, one a call, and then gives an answer; without one, every
     call fails in the first way. Its URL, and the metadata of its calls.
     """
-    left = list(failures)
-    seen: list[Any] = []
+    rest = list(failures)
+    calls: list[Any] = []
 
     def call(request: bytes, context: grpc.ServicerContext) -> bytes | None:
-        seen.append(dict(context.invocation_metadata()))
-        if answer is None or left:
-            context.abort(*(left.pop(0) if answer is not None else left[0]))
+        calls.append(dict(context.invocation_metadata()))
+        if answer is None or rest:
+            context.abort(*(rest.pop(0) if answer is not None else rest[0]))
         return answer
 
     class Service(grpc.GenericRpcHandler):
@@ -169,6 +171,6 @@ def grpc_server(
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        yield f"grpc://127.0.0.1:{port}", seen
+        yield f"grpc://127.0.0.1:{port}", calls
     finally:
         server.stop(None).wait()

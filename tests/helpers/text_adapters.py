@@ -17,7 +17,7 @@ TEXTS = ["a red bicycle", "猫", "two dogs in the snow", "a cat"]
 WIDTH = 32
 
 
-def made(base: Base, seed: int, rank: int | None = None, alpha: float = 0.5) -> Adapter:
+def text_adapter(base: Base, seed: int, rank: int | None = None, alpha: float = 0.5) -> Adapter:
     """An adapter on the text's projection with random values."""
     weights = base.model.state_dict()
     generator = torch.Generator().manual_seed(seed)

@@ -23,7 +23,7 @@ async def use(url: str, image: Path, texts: list[str]) -> list[Any]:
     assert await client.is_server_ready(url)
     assert await client.is_model_ready(url, "embed_text")
     assert not await client.is_model_ready(url, "embed_sound")
-    found = []
+    embeddings = []
     for name, values, binary in (
         ("text", texts, False),
         ("text", texts, True),
@@ -35,9 +35,9 @@ async def use(url: str, image: Path, texts: list[str]) -> list[Any]:
         model = f"embed_{name}"
         answer = await client.infer(url, InferRequest(model, [tensor]), model_name=model)
         [embeds] = [each for each in answer.outputs if each.name == f"{name}_embeds"]
-        found.append(embeds.as_numpy().tolist())
+        embeddings.append(embeds.as_numpy().tolist())
     await client.close()
-    return found
+    return embeddings
 
 
 if __name__ == "__main__":

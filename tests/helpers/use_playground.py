@@ -55,15 +55,15 @@ def use(page: Any, picture: str, scene: str, shot: str = "", *, moves: bool = Fa
     page.set_input_files("#picture input[type=file]", picture)
     page.locator("#scores-took", has_text="release").wait_for()
     page.wait_for_function(ANSWERED, arg="")
-    seen = [page.locator("#scores").inner_text()]
+    scores = [page.locator("#scores").inner_text()]
     slider = page.locator("#alpha input[type=range]")
     for key in ("Home", "End"):  # α = 0 and α = 1
         slider.focus()
         page.keyboard.press(key)
-        page.wait_for_function(ANSWERED, arg=seen[-1] if moves else "")
-        seen.append(page.locator("#scores").inner_text())
-    assert len(set(seen)) == 3 or not moves, seen
-    print("classified", seen[-1].replace("\n", " "), page.locator("#scores-took").inner_text())
+        page.wait_for_function(ANSWERED, arg=scores[-1] if moves else "")
+        scores.append(page.locator("#scores").inner_text())
+    assert len(set(scores)) == 3 or not moves, scores
+    print("classified", scores[-1].replace("\n", " "), page.locator("#scores-took").inner_text())
     if shot:
         page.screenshot(path=shot)
     page.get_by_role("tab", name="Search").click()

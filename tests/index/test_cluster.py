@@ -67,11 +67,11 @@ def test_rows_are_those_of_a_local_build(
 ) -> None:
     release = load_release(exported_tiny_clip / "model_repository")
     source = f"parquet:{place / 'table.parquet'}"
-    here = build(source, place / "here", release)
-    there = build(source, place / "there", release, ray="auto")
+    local = build(source, place / "here", release)
+    spread = build(source, place / "there", release, ray="auto")
     assert (
-        (there.count, there.embedded, there.copies)
-        == (here.count, here.embedded, here.copies)
+        (spread.count, spread.embedded, spread.copies)
+        == (local.count, local.embedded, local.copies)
         == (COUNT, COUNT - 1, 1)
     )
     rows, vectors = rows_of(place / "here")
@@ -79,8 +79,8 @@ def test_rows_are_those_of_a_local_build(
     assert rows == same
     np.testing.assert_allclose(vectors, close, atol=1e-6)
     (place / "photos" / "1é.png").write_bytes(png(77, 50, 40))
-    again = build(source, place / "there", release, ray="auto")
-    assert (again.embedded, again.kept) == (1, COUNT - 1)
+    second_build = build(source, place / "there", release, ray="auto")
+    assert (second_build.embedded, second_build.kept) == (1, COUNT - 1)
 
 
 def test_a_killed_worker_costs_nothing(

@@ -17,12 +17,12 @@ from radapter_serve.contract.errors import CANCELLED, INVALID_ARGUMENT, TaskErro
 from radapter_serve.index.conditions import evaluate, parse_condition
 
 TEXTS = ["", "a", "A", "a/x.jpg", "b%c", "c_d", "line\nbreak", "it's"]
-WHOLE = [-3, 0, 1, 2, 7, 2020]
-PARTS = [-1.5, 0.25, 1.0, 7.0, 2020.5]
+INTEGERS = [-3, 0, 1, 2, 7, 2020]
+FRACTIONS = [-1.5, 0.25, 1.0, 7.0, 2020.5]
 Rows = list[tuple[str | None, str | None, int | None, int | None, float | None, bool | None]]
 
 
-COLUMNS: list[list[Any]] = [TEXTS, TEXTS, WHOLE, WHOLE, PARTS, [True, False]]
+COLUMNS: list[list[Any]] = [TEXTS, TEXTS, INTEGERS, INTEGERS, FRACTIONS, [True, False]]
 ROWS = st.lists(
     st.tuples(*(st.none() | st.sampled_from(values) for values in COLUMNS)), min_size=1, max_size=12
 )
@@ -46,13 +46,13 @@ def some_of(values: list[str]) -> st.SearchStrategy[str]:
 
 texts = one_of("path", "`other`", *map(quoted, TEXTS))
 columns = one_of("year", "small", "part")
-numbers = columns | one_of(*map(str, WHOLE + PARTS))
+numbers = columns | one_of(*map(str, INTEGERS + FRACTIONS))
 computed = st.recursive(
     numbers,
-    lambda one: (
-        filled("({} {} {})", one, one_of(*"+-*"), one)
-        | filled("-({})", one)
-        | filled("coalesce({}, {})", one, one)
+    lambda part: (
+        filled("({} {} {})", part, one_of(*"+-*"), part)
+        | filled("-({})", part)
+        | filled("coalesce({}, {})", part, part)
     ),
     max_leaves=4,
 ) | st.just("length(path)")
@@ -65,14 +65,16 @@ simple = (
     | filled("{} IS {}NULL", one_of("path", "other"), perhaps)
     | filled("path {}LIKE {}", perhaps, patterns)
     | filled("{} {}BETWEEN {} AND {}", numbers, perhaps, numbers, numbers)
-    | filled("{} {}IN ({})", columns, perhaps, some_of([str(one) for one in WHOLE + PARTS]))
+    | filled(
+        "{} {}IN ({})", columns, perhaps, some_of([str(number) for number in INTEGERS + FRACTIONS])
+    )
     | filled("path {}IN ({})", perhaps, some_of([quoted(text) for text in TEXTS]))
     | one_of("flag", "flag = true", "flag IS TRUE", "flag IS NOT FALSE", "flag IS NULL")
     | st.just("year = NULL")
 )
 conditions = st.recursive(
     simple,
-    lambda one: filled("({} {} {})", one, one_of("AND", "OR"), one) | filled("NOT ({})", one),
+    lambda part: filled("({} {} {})", part, one_of("AND", "OR"), part) | filled("NOT ({})", part),
     max_leaves=6,
 )
 
@@ -103,12 +105,12 @@ def test_any_condition_is_met_by_the_rows_that_sqlite_names(
     rows: Rows, where: str, chunk: int
 ) -> None:
     try:
-        met = evaluate(where, table_of(rows, chunk))
+        matches = evaluate(where, table_of(rows, chunk))
     except TaskError as error:  # what is drawn may be nested deeper than is allowed
         assert "in each other" in str(error)
         reject()
-    assert met.positions.tolist() == by_sqlite(rows, where)
-    assert met.count == len(met.positions)
+    assert matches.positions.tolist() == by_sqlite(rows, where)
+    assert matches.count == len(matches.positions)
 
 
 DAYS = [datetime.date(2020, 1, 1), datetime.date(2021, 1, 1), None]

@@ -25,7 +25,7 @@ from radapter_serve.index import writer
 from radapter_serve.index.build import add, build, build_from_embeddings, verify
 from radapter_serve.index.facts import FACTS
 from radapter_serve.index.index import current, open_index
-from tests.helpers.indexes import generation, said, say, write_facts
+from tests.helpers.indexes import generation, index_facts, write_facts, write_index_facts
 from tests.helpers.projection import DIM, TEXTS, Projection, embeds_of, projecting
 
 
@@ -163,9 +163,9 @@ def test_equal_vectors_come_in_the_order_of_their_ids(
         monkeypatch.setattr(writer, "EXACT", 100)
     build_from_embeddings(tmp_path / "v.npy", tmp_path / "r.parquet", out, release)
     if not exact:  # a search looks into one cell, for one candidate
-        facts = said(out)
+        facts = index_facts(out)
         facts["nearest"] |= {"nprobes": 1, "candidates": 1}
-        say(out, facts)
+        write_index_facts(out, facts)
     index = open_index(out)
     for kind in range(3):
         of_kind = [f"{number:03}" for number in range(kind, 120, 3)]
@@ -194,15 +194,15 @@ def test_an_addition_embeds_what_is_new_or_changed(
 ) -> None:
     build(str(photos), out, release)
     long_ago = "2020-02-29T12:00:00+00:00"
-    say(out, said(out) | {"created": long_ago, "changed": long_ago})
+    write_index_facts(out, index_facts(out) | {"created": long_ago, "changed": long_ago})
     unchanged = add(out, release)
     assert (unchanged.kept, unchanged.embedded, unchanged.changed) == (12, 0, False)
     write(photos / "new.png", 50)
     write(photos / "a.jpg", 51)
     os.utime(photos / "it's.png")
     (photos / DEEP[0]).unlink()
-    found = verify(out)
-    assert (found.new, found.changed, found.missing) == (["new.png"], ["a.jpg"], DEEP[:1])
+    report = verify(out)
+    assert (report.new, report.changed, report.missing) == (["new.png"], ["a.jpg"], DEEP[:1])
     changed = add(out, release)
     assert (changed.count, changed.embedded, changed.kept, changed.removed) == (13, 2, 10, 0)
     assert verify(out).missing == DEEP[:1]
@@ -211,9 +211,9 @@ def test_an_addition_embeds_what_is_new_or_changed(
     assert verify(out).ok
     query = embeds_of([photos / "a.jpg"])[0]
     assert open_index(out).search(query, 1)[0].score == pytest.approx(1, abs=1e-5)
-    assert said(out)["created"] == long_ago < said(out)["changed"]
+    assert index_facts(out)["created"] == long_ago < index_facts(out)["changed"]
     build(str(photos), out, release, resume=False)
-    assert said(out)["created"] > long_ago
+    assert index_facts(out)["created"] > long_ago
 
 
 def test_an_addition_from_elsewhere_prunes_files_that_are_gone_and_no_others(
@@ -235,10 +235,10 @@ def test_an_addition_from_elsewhere_prunes_files_that_are_gone_and_no_others(
     shutil.rmtree(photos)
     (other / "x.png").unlink()
     (other / "z.png").write_bytes(b"broken")
-    before = said(out)
+    before = index_facts(out)
     with pytest.raises(RAdapterError, match="every image of the index .* is gone"):
         add(out, release, str(other), prune=True, on_broken="skip")
-    assert said(out) == before and len(open_index(out)) == 12
+    assert index_facts(out) == before and len(open_index(out)) == 12
     assert names(tmp_path) == {"index", "other"}
 
 
@@ -278,11 +278,11 @@ def test_a_stopped_build_goes_on_unasked(
 ) -> None:
     error = stop_a_build(photos, out, release)
     assert "'deep/er/z.png' can't be indexed" in error
-    again = projecting()
+    later = projecting()
     with pytest.raises(KeyboardInterrupt, match="so far are kept: give the same command again"):
-        build(str(photos), out, again, progress=Mock(side_effect=KeyboardInterrupt))
-    summary = build(str(photos), out, again)
-    assert (summary.count, summary.kept, embedded(again)) == (12, 12, 0)
+        build(str(photos), out, later, progress=Mock(side_effect=KeyboardInterrupt))
+    summary = build(str(photos), out, later)
+    assert (summary.count, summary.kept, embedded(later)) == (12, 12, 0)
     assert names(tmp_path) == {"photos", "index"}
     assert names(out) == {FACTS, "broken.txt", generation(out).name}
     assert names(generation(out)) == {FACTS, "rows.arrow", "vectors.npy"}
@@ -310,10 +310,10 @@ def test_a_finished_index_is_not_embedded_again(
     photos: Path, tmp_path: Path, out: Path, release: LoadedRelease
 ) -> None:
     assert build(str(photos), out, release).changed
-    before = said(out)
+    before = index_facts(out)
     summary = build(str(photos), out, release)
     assert (summary.changed, summary.kept, embedded(release)) == (False, 12, 12)
-    assert said(out) == before
+    assert index_facts(out) == before
     (photos / "a.jpg").unlink()
     assert build(str(photos), out, release).removed == 1 and len(ids(out)) == 11
     assert build(str(photos), out, release, thumbnails=64).embedded == 11
@@ -328,7 +328,7 @@ def test_an_index_that_is_damaged_or_of_another_format_is_built_again(
     assert build(str(photos), out, projecting()).embedded == 12
     (generation(out) / "vectors.npy").unlink()
     assert build(str(photos), out, projecting()).embedded == 12
-    say(out, said(out) | {"format": 3})
+    write_index_facts(out, index_facts(out) | {"format": 3})
     with pytest.raises(RAdapterError, match="the format 3 .* reads 7.*: radapter-index build"):
         open_index(out)
     assert build(str(photos), out, projecting()).embedded == 12 and verify(out).ok

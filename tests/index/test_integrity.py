@@ -19,7 +19,7 @@ from radapter_serve.index.build import add, build, build_from_embeddings, verify
 from radapter_serve.index.folder import ROWS, VECTORS
 from radapter_serve.index.index import current, open_index
 from radapter_serve.index.neighbours import CODES
-from tests.helpers.indexes import generation, said, say
+from tests.helpers.indexes import generation, index_facts, write_index_facts
 from tests.helpers.projection import DIM, embeds_of, projecting
 from tests.index.test_index import embedded, write
 
@@ -44,9 +44,9 @@ def test_one_flipped_bit_of_any_file_is_refused_and_named(
     name: str, out: Path, tmp_path: Path
 ) -> None:
     flip(generation(out) / name, -1)
-    for tried in (verify, open_index, lambda out: add(out, projecting())):
+    for action in (verify, open_index, lambda out: add(out, projecting())):
         with pytest.raises(RAdapterError, match=f"{name} in g-.* is not.*build it"):
-            tried(out)
+            action(out)
     assert not (tmp_path / ".index.building").exists()
 
 
@@ -100,7 +100,7 @@ def test_codes_that_are_damaged_are_made_again_of_the_vectors(tmp_path: Path) ->
         add(out, release)
     summary = build(photos, out, release)
     assert (summary.changed, summary.kept, embedded(release)) == (True, 20, 20)
-    assert verify(out).ok and said(out)["nearest"]
+    assert verify(out).ok and index_facts(out)["nearest"]
 
 
 @pytest.mark.parametrize(("value", "exact"), [(1e35, True), (np.nan, True), (np.nan, False)])
@@ -111,7 +111,7 @@ def test_scores_that_no_cosine_has_are_refused(
     if not exact:
         request.getfixturevalue("approximate")
         build(str(tmp_path / "photos"), out, projecting())
-        assert said(out)["nearest"]
+        assert index_facts(out)["nearest"]
     query = embeds_of([tmp_path / "photos" / "1.png"])[0]
     path = generation(out) / VECTORS
     data = path.read_bytes()
@@ -119,9 +119,9 @@ def test_scores_that_no_cosine_has_are_refused(
     vector = query.copy()
     vector[3] = value
     path.write_bytes(data.replace(query.tobytes(), vector.tobytes()))
-    facts = said(out)
+    facts = index_facts(out)
     facts["files"][VECTORS]["digest"] = digest_of(path)
-    say(out, facts)
+    write_index_facts(out, facts)
     with pytest.raises(TaskError, match="a file is damaged; the server's log says why") as refused:
         open_index(out).search(query, 3)
     assert refused.value.code == UNKNOWN_INDEX

@@ -57,8 +57,8 @@ def unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of photos, with the index of an older release in `indexes/photos`."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos in `photos`, with the index of an older release in `indexes/photos`."""
     folder = tmp_path_factory.mktemp("mapping")
     photos_in(folder / "photos", COUNT, 8, 8)
     build(str(folder / "photos"), folder / "indexes" / "photos", projecting())
@@ -66,9 +66,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def out(made: Path, tmp_path: Path) -> Path:
+def out(folder: Path, tmp_path: Path) -> Path:
     """A copy of that index; its photos are shared."""
-    shutil.copytree(made / "indexes", tmp_path / "indexes")
+    shutil.copytree(folder / "indexes", tmp_path / "indexes")
     return tmp_path / "indexes" / "photos"
 
 
@@ -108,14 +108,14 @@ def test_the_recall_counts_the_ten_nearest_as_a_search_of_all_does() -> None:
     texts = unit(draw.standard_normal((20, 8)))
     mapped = np.zeros_like(new)
     for number in range(150):
-        seen = np.arange(150) % 5 != number % 5
-        mapped[number] = fit(old[seen], new[seen])(old[number : number + 1])[0]
+        fitted = np.arange(150) % 5 != number % 5
+        mapped[number] = fit(old[fitted], new[fitted])(old[number : number + 1])[0]
     shares = []
     for query in range(150):
         others = np.array([row for row in range(150) if row != query])
-        near = others[np.argsort(-new[others] @ new[query])[:10]]
-        found = others[np.argsort(-mapped[others] @ new[query])[:10]]
-        shares.append(len({*near} & {*found}) / 10)
+        nearest = others[np.argsort(-new[others] @ new[query])[:10]]
+        answer = others[np.argsort(-mapped[others] @ new[query])[:10]]
+        shares.append(len({*nearest} & {*answer}) / 10)
     by_text = [
         len({*np.argsort(-new @ text)[:10]} & {*np.argsort(-mapped @ text)[:10]}) / 10
         for text in texts
@@ -124,7 +124,7 @@ def test_the_recall_counts_the_ten_nearest_as_a_search_of_all_does() -> None:
 
 
 def test_a_mapped_index_is_searched_as_one_of_the_new_tower_and_says_its_recall(
-    made: Path, out: Path
+    folder: Path, out: Path
 ) -> None:
     search = Searching.of(newer(out.parent))
     with pytest.raises(TaskError) as error:
@@ -136,7 +136,7 @@ def test_a_mapped_index_is_searched_as_one_of_the_new_tower_and_says_its_recall(
     assert mapped.recall == min(mapped.by_image, mapped.by_text) > 0.99
 
     # The embeddings are those of the new tower; the columns and the pictures stay.
-    build(str(made / "photos"), out.with_name("exact"), newer())
+    build(str(folder / "photos"), out.with_name("exact"), newer())
     exact, index = FolderIndex(out.with_name("exact")), FolderIndex(out, complete=True)
     np.testing.assert_allclose(index.vectors, exact.vectors, atol=1e-4)
     names = index.schema.names
@@ -153,7 +153,7 @@ def test_a_mapped_index_is_searched_as_one_of_the_new_tower_and_says_its_recall(
 
 
 def test_a_build_embeds_a_mapped_index_piece_by_piece(
-    made: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("radapter_serve.index.writer.BATCH", 50)
     map_index(out, newer(noise=0.01))
@@ -164,13 +164,13 @@ def test_a_build_embeds_a_mapped_index_piece_by_piece(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt, match="so far are kept"):
-        build(str(made / "photos"), out, newer(noise=0.01), progress=stop)
+        build(str(folder / "photos"), out, newer(noise=0.01), progress=stop)
     assert current(out) == mapped  # searched until all images are embedded
-    summary = build(str(made / "photos"), out, newer(noise=0.01))
+    summary = build(str(folder / "photos"), out, newer(noise=0.01))
     assert (summary.embedded, summary.kept) == (COUNT - 100, 100)
     facts = current(out)[1]
     assert facts.mapped is None
-    assert not build(str(made / "photos"), out, newer(noise=0.01)).changed
+    assert not build(str(folder / "photos"), out, newer(noise=0.01)).changed
 
 
 def test_an_addition_embeds_new_images_and_the_index_stays_mapped(
@@ -191,45 +191,45 @@ def test_an_addition_embeds_new_images_and_the_index_stays_mapped(
     np.testing.assert_allclose(index.embeddings(names), exact, atol=1e-6)
 
 
-def test_mapping_keeps_a_stopped_build(made: Path, out: Path) -> None:
+def test_mapping_keeps_a_stopped_build(folder: Path, out: Path) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(str(made / "photos"), out, newer(), progress=stop)
+        build(str(folder / "photos"), out, newer(), progress=stop)
     map_index(out, newer())
-    assert build(str(made / "photos"), out, newer()).embedded == 0
+    assert build(str(folder / "photos"), out, newer()).embedded == 0
 
 
 def test_what_can_not_be_mapped_is_refused_and_the_index_stays(
-    made: Path, out: Path, tmp_path: Path
+    folder: Path, out: Path, tmp_path: Path
 ) -> None:
-    def refused(message: str, loaded: LoadedRelease, **options: Any) -> None:
+    def assert_refused(message: str, loaded: LoadedRelease, **options: Any) -> None:
         before = current(out)
         with pytest.raises(RAdapterError, match=message):
             map_index(out, loaded, **options)
         assert current(out) == before and not list(out.parent.glob(".*"))
 
-    refused("--sample is 9; allowed: 100 to 10,000", newer(), sample=9)
-    refused("--min-recall is nan", newer(), min_recall=float("nan"))
-    refused("is of this release's image tower", projecting())
-    refused(
+    assert_refused("--sample is 9; allowed: 100 to 10,000", newer(), sample=9)
+    assert_refused("--min-recall is nan", newer(), min_recall=float("nan"))
+    assert_refused("is of this release's image tower", projecting())
+    assert_refused(
         r"finds .*% .* with texts, .*min-recall is 0.8; .*130 images.*-index build", newer(noise=9)
     )
     with pytest.raises(RAdapterError, match="no index at"):
         map_index(tmp_path / "none", newer())
 
     # Files that changed since the build, and copies, are no pairs.
-    shutil.copytree(made / "photos", tmp_path / "changing")
+    shutil.copytree(folder / "photos", tmp_path / "changing")
     shutil.copy(tmp_path / "changing" / "128.png", tmp_path / "changing" / "129.png")
     build(str(tmp_path / "changing"), out, projecting(), resume=False)
     (tmp_path / "changing" / "0.png").unlink()
     for number in range(1, 40):
         (tmp_path / "changing" / f"{number}.png").write_bytes(png(500 + number))
-    refused("of 130 images .* 89 can be read.*a map needs 100; build", newer())
+    assert_refused("of 130 images .* 89 can be read.*a map needs 100; build", newer())
 
     vectors = tmp_path / "vectors.npy"
     np.save(vectors, FolderIndex(out).vectors)
     (tmp_path / "rows.csv").write_text("image\n" + "".join(f"{n}.png\n" for n in range(COUNT)))
     build_from_embeddings(vectors, tmp_path / "rows.csv", out, projecting())
-    refused("made of embeddings, without images", newer())
+    assert_refused("made of embeddings, without images", newer())

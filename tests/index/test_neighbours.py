@@ -25,7 +25,7 @@ from radapter_serve.index.facts import Index
 from radapter_serve.index.folder import ROWS, VECTORS
 from radapter_serve.index.index import open_index
 from radapter_serve.index.neighbours import CODES, Neighbours, tune, write_neighbours
-from tests.helpers.indexes import generation, said, say
+from tests.helpers.indexes import generation, index_facts, write_index_facts
 from tests.helpers.projection import embeds_of, projecting
 from tests.index.test_index import embedded, write
 
@@ -75,7 +75,7 @@ def numbers_of(index: Index, query: Array, top_k: int = 10, where: str | None = 
     return [int(hit.id[:6]) for hit in index.search(query, top_k, where)]
 
 
-class Built(NamedTuple):
+class Corpus(NamedTuple):
     """An index of 3,000 vectors whose approximate search begins at 200, and queries."""
 
     out: Path
@@ -85,25 +85,25 @@ class Built(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     vectors, texts = clustered(COUNT + 400, DIM, 60)
     out = make(tmp_path_factory.mktemp("neighbours"), vectors[:COUNT], texts[:100])
-    return Built(out, vectors[:COUNT], vectors[COUNT:], texts[100:])
+    return Corpus(out, vectors[:COUNT], vectors[COUNT:], texts[100:])
 
 
-def test_images_and_texts_are_found_with_their_own_scores(built: Built) -> None:
-    index = open_index(built.out)
-    for queries in (built.images[:50], built.texts[:50]):
-        found = 0
+def test_images_and_texts_are_found_with_their_own_scores(corpus: Corpus) -> None:
+    index = open_index(corpus.out)
+    for queries in (corpus.images[:50], corpus.texts[:50]):
+        hits_in_common = 0
         for query in queries:
-            best = np.argsort(-(built.vectors @ query))[:10]
-            found += len(set(best) & set(numbers_of(index, query)))
-        assert found / (10 * len(queries)) >= 0.96
-    query = built.vectors[7]
+            best = np.argsort(-(corpus.vectors @ query))[:10]
+            hits_in_common += len(set(best) & set(numbers_of(index, query)))
+        assert hits_in_common / (10 * len(queries)) >= 0.96
+    query = corpus.vectors[7]
     hits = index.search(query, 10)
     numbers = [int(hit.id[:6]) for hit in hits]
     np.testing.assert_allclose(
-        [hit.score for hit in hits], built.vectors[numbers] @ query, atol=1e-6
+        [hit.score for hit in hits], corpus.vectors[numbers] @ query, atol=1e-6
     )
     assert numbers[0] == 7 and hits[0].metadata["year"] == 2
     assert len(set(numbers_of(index, query, 1000))) == 1000
@@ -116,37 +116,39 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("where", [None, "path < '002000.jpg'", "path < '000150.jpg'"])
-def test_pages_put_together_are_one_large_page(built: Built, few: None, where: str | None) -> None:
-    index = open_index(built.out)
-    query = built.texts[3]
-    whole = index.search(query, 100, where, offset=0)
+def test_pages_put_together_are_one_large_page(
+    corpus: Corpus, few: None, where: str | None
+) -> None:
+    index = open_index(corpus.out)
+    query = corpus.texts[3]
+    large_page = index.search(query, 100, where, offset=0)
     pages = [index.search(query, 25, where, offset=offset) for offset in range(0, 100, 25)]
-    assert [hit for page in pages for hit in page] == whole and len(whole) == 100
+    assert [hit for page in pages for hit in page] == large_page and len(large_page) == 100
     rest = index.search(query, 1000, where, offset=100)
-    assert [*whole, *rest] == index.search(query, 1000, where, offset=0)
+    assert [*large_page, *rest] == index.search(query, 1000, where, offset=0)
 
 
 def test_few_rows_are_compared_exactly(
-    built: Built, few: None, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, few: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index = open_index(built.out)
-    query = built.images[0]
+    index = open_index(corpus.out)
+    query = corpus.images[0]
     in_doubles = index.search(query.astype(np.float64), 10, "path < '000150.jpg'")
     assert [hit.id for hit in in_doubles] == [
         hit.id for hit in index.search(query, 10, "path < '000150.jpg'")
     ]
-    scores = np.where(np.arange(COUNT) % 5 == 3, built.vectors @ query, -1)
+    scores = np.where(np.arange(COUNT) % 5 == 3, corpus.vectors @ query, -1)
     assert set(numbers_of(index, query, 10, "year = 3")) == set(np.argsort(-scores)[:10])
     assert index.search(query, 10, "width > 5") == []
     monkeypatch.setattr(Neighbours, "nearest", lambda *_: pytest.fail("FAISS was asked"))
-    best = np.argsort(-(built.vectors[:FEW] @ query))[:10]
+    best = np.argsort(-(corpus.vectors[:FEW] @ query))[:10]
     assert numbers_of(index, query, 10, f"path < '{FEW:06}.jpg'") == list(best)
     with pytest.raises(pytest.fail.Exception, match="FAISS was asked"):
         index.search(query, 10)
     # So is one in 64 of a large index.
     monkeypatch.setattr(folder, "FEW", 10)
     share = COUNT // 64
-    best = np.argsort(-(built.vectors[:share] @ query))[:10]
+    best = np.argsort(-(corpus.vectors[:share] @ query))[:10]
     assert numbers_of(index, query, 10, f"path < '{share:06}.jpg'") == list(best)
 
 
@@ -207,52 +209,52 @@ NOISE = np.random.default_rng(0).bytes(5000)
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_whatever_the_digests_say(
-    name: str, content: Any, built: Built, tmp_path: Path
+    name: str, content: Any, corpus: Corpus, tmp_path: Path
 ) -> None:
-    out = shutil.copytree(built.out, tmp_path / "index")
+    out = shutil.copytree(corpus.out, tmp_path / "index")
     path = generation(out) / name
     harm = content()
     if isinstance(harm, bytes):
         path.write_bytes(harm)
     else:
         np.save(path, harm)
-    facts = said(out)
+    facts = index_facts(out)
     facts["files"][name] = {"size": path.stat().st_size, "digest": digest_of(path)}
-    say(out, facts)
+    write_index_facts(out, facts)
     with pytest.raises(RAdapterError, match="can't be used.*radapter-index build") as error:
         open_index(out)
     assert "\n" not in str(error.value)
 
 
 def test_codes_that_can_not_be_written_leave_nothing(
-    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import faiss
 
     full = Mock(side_effect=RuntimeError("No space left on device"))
     monkeypatch.setattr(faiss, "write_index", full)
     with pytest.raises(RAdapterError, match="cannot write .*: No space left on device"):
-        make(tmp_path, built.vectors[:300], built.texts)
+        make(tmp_path, corpus.vectors[:300], corpus.texts)
     assert not list(tmp_path.glob("*index*"))
 
 
-def test_more_hits_than_the_cells_hold_are_found_in_others(built: Built) -> None:
-    near = Neighbours(generation(built.out), built.vectors)
-    positions, scores = near.nearest(built.images[0], 1000, 1, 1)
+def test_more_hits_than_the_cells_hold_are_found_in_others(corpus: Corpus) -> None:
+    near = Neighbours(generation(corpus.out), corpus.vectors)
+    positions, scores = near.nearest(corpus.images[0], 1000, 1, 1)
     assert len(set(positions.tolist())) == len(positions) >= 1000
     assert (np.diff(scores) <= 0).all()
     assert near.nearest(near.vectors[3], 1, 1, 1)[0][0] == 3
 
 
-@pytest.mark.parametrize("kept", ["share 0.9", "share 0.005", "beyond 0.02", "beyond 0.8"])
-def test_the_recall_holds_under_any_condition(kept: str, built: Built) -> None:
+@pytest.mark.parametrize("condition", ["share 0.9", "share 0.005", "beyond 0.02", "beyond 0.8"])
+def test_the_recall_holds_under_any_condition(condition: str, corpus: Corpus) -> None:
     """A share of all, drawn at random; or all beyond the nearest share."""
-    near = Neighbours(generation(built.out), built.vectors)
-    effort = open_index(built.out).facts.nearest
+    near = Neighbours(generation(corpus.out), corpus.vectors)
+    effort = open_index(corpus.out).facts.nearest
     assert effort is not None
-    queries = [*built.images[:20], *built.texts[:10]]
+    queries = [*corpus.images[:20], *corpus.texts[:10]]
     random = np.random.default_rng(3)
-    name, number = kept.split()
+    name, number = condition.split()
     hits = 0
     for query in queries:
         order = np.argsort(-(near.vectors @ query))
@@ -277,28 +279,28 @@ def test_equals_that_rounding_does_not_tell_apart_are_all_given(tmp_path: Path) 
     level = np.where(np.arange(600) % 3 == 0, 0.6, 0.5)[:, None]
     turn = np.linalg.qr(random.standard_normal((DIM, DIM)))[0]
     vectors = ((level * query + (1 - level**2) ** 0.5 * aside) @ turn).astype(np.float32)
-    asked = (query @ turn).astype(np.float32)
+    turned_query = (query @ turn).astype(np.float32)
     write_neighbours(tmp_path, vectors, lambda _: vectors[:1])
     near = Neighbours(tmp_path, vectors)
     with pytest.raises(TaskError, match="the caller gave up"):
-        near.nearest(asked, 10, near.cells, 600, cancelled=lambda: True)
+        near.nearest(turned_query, 10, near.cells, 600, cancelled=lambda: True)
     equal = list(range(0, 600, 3))
-    assert len(set((vectors[equal] @ asked).tolist())) > 1
+    assert len(set((vectors[equal] @ turned_query).tolist())) > 1
     for among in (None, Met(np.ones(600, bool))):
-        assert sorted(near.nearest(asked, 10, near.cells, 600, among)[0].tolist()) == equal
+        assert sorted(near.nearest(turned_query, 10, near.cells, 600, among)[0].tolist()) == equal
     # Copies of one vector, more than the candidates
-    vectors[:400] = asked
+    vectors[:400] = turned_query
     write_neighbours(tmp_path, vectors, lambda _: vectors[:1])
     near = Neighbours(tmp_path, vectors)
-    assert sorted(near.nearest(asked, 10, near.cells, 10)[0].tolist()) == list(range(400))
+    assert sorted(near.nearest(turned_query, 10, near.cells, 10)[0].tolist()) == list(range(400))
 
 
 class Exact(Neighbours):
     """Compares all vectors but one, and finds nothing for `bad` queries in less than 64 cells."""
 
-    def __init__(self, vectors: Array, lost: int = -1, bad: Any = lambda query: False) -> None:
+    def __init__(self, vectors: Array, lost_row: int = -1, bad: Any = lambda query: False) -> None:
         self.vectors = vectors
-        self.lost = lost
+        self.lost_row = lost_row
         self.bad = bad
 
     def nearest(
@@ -306,7 +308,7 @@ class Exact(Neighbours):
     ) -> tuple[Any, Array]:
         scores = self.vectors @ query
         order = np.argsort(-scores)
-        order = order[order != self.lost][20 if nprobes < 64 and self.bad(query) else 0 :]
+        order = order[order != self.lost_row][20 if nprobes < 64 and self.bad(query) else 0 :]
         return order[:top_k], scores[order[:top_k]]
 
 
@@ -316,13 +318,13 @@ def test_recall_is_of_the_worse_kind_of_query_and_against_every_vector(
     random = np.random.default_rng(0)
     vectors, texts = (unit(random.standard_normal((count, 8))) for count in (300, 40))
     monkeypatch.setattr(neighbours, "_BLOCK", 100)
-    twice = vectors.copy()
-    twice[150:] = vectors[:150]  # equal ones are as good as each other
+    pairs = vectors.copy()
+    pairs[150:] = vectors[:150]  # equal ones are as good as each other
     for worse in (True, False):
-        exact = Exact(twice, bad=lambda q, worse=worse: (q == texts).all(1).any() == worse)
+        exact = Exact(pairs, bad=lambda q, worse=worse: (q == texts).all(1).any() == worse)
         assert tune(exact, texts) == (64, 400, 1.0)
     # One vector of three blocks is never found, which each text has among its ten nearest.
     monkeypatch.setattr(neighbours, "EFFORTS", [(1, 10)])
-    for lost in (0, 99, 100, 299):
-        texts = np.repeat(vectors[[lost]], 3, axis=0)
-        assert tune(Exact(vectors, lost), texts)[2] == pytest.approx(0.9)
+    for lost_row in (0, 99, 100, 299):
+        texts = np.repeat(vectors[[lost_row]], 3, axis=0)
+        assert tune(Exact(vectors, lost_row), texts)[2] == pytest.approx(0.9)

@@ -116,26 +116,26 @@ def test_the_commands(
 def test_hits_and_embeddings_are_those_of_the_folder(
     linked: Path, store: FakeQdrant, tmp_path: Path
 ) -> None:
-    here = open_index(tmp_path / "index")
-    there = open_index(linked)
-    for query in (QUERY, -here.embeddings(["5.png"])[0]):
-        found, expected = (index.search(query, 8, thumbnails=True) for index in (there, here))
-        assert store.asked[-1][2]["params"]["exact"] is True
-        assert [(hit.id, hit.metadata, hit.thumbnail) for hit in found] == [
+    local = open_index(tmp_path / "index")
+    published = open_index(linked)
+    for query in (QUERY, -local.embeddings(["5.png"])[0]):
+        hits, expected = (index.search(query, 8, thumbnails=True) for index in (published, local))
+        assert store.requests[-1][2]["params"]["exact"] is True
+        assert [(hit.id, hit.metadata, hit.thumbnail) for hit in hits] == [
             (hit.id, hit.metadata, hit.thumbnail) for hit in expected
         ]
-        scores, wanted = ([hit.score for hit in hits] for hits in (found, expected))
-        np.testing.assert_allclose(scores, wanted, atol=1e-6)
-    assert found[0].thumbnail.startswith(b"\xff\xd8") and len(there) == 8
-    assert not any(hit.thumbnail for hit in there.search(QUERY, 5))
+        scores, expected_scores = ([hit.score for hit in page] for page in (hits, expected))
+        np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+    assert hits[0].thumbnail.startswith(b"\xff\xd8") and len(published) == 8
+    assert not any(hit.thumbnail for hit in published.search(QUERY, 5))
     ids = ["3.png", "5.png", "3.png"]
-    np.testing.assert_allclose(there.embeddings(ids), here.embeddings(ids), atol=1e-6)
+    np.testing.assert_allclose(published.embeddings(ids), local.embeddings(ids), atol=1e-6)
     with pytest.raises(TaskError, match="has no image 'no.png'"):
-        there.embeddings(["no.png"])
+        published.embeddings(["no.png"])
     broken = {"points": [{"id": 1, "payload": {"path": "3.png"}, "vector": [1.0]}]}
     store.answer = lambda path, true: broken if "scroll" in path else true
     with pytest.raises(TaskError, match=r"\[unknown_index\].*can't be searched in Qdrant"):
-        there.embeddings(["3.png"])
+        published.embeddings(["3.png"])
 
 
 CONDITIONS = [
@@ -172,13 +172,13 @@ def table(photos: Path, tmp_path: Path) -> str:
         "flag": [True, False, None, True, False, True, None, False],
         "tags": [["a"], [], None, ["b"], [], [], [], []],
     }
-    made = pa.table(rows)
-    made = made.append_column(
+    table = pa.table(rows)
+    table = table.append_column(
         "share", pa.array([0.1, 0.2, 0.3, None, 0.1, 0.5, 0.0, 0.4], pa.float32())
     )
     days = [None if number == 4 else start + datetime.timedelta(days=number) for number in range(8)]
     parquet.write_table(
-        made.append_column("day", pa.array(days, pa.timestamp("us"))), tmp_path / "t.parquet"
+        table.append_column("day", pa.array(days, pa.timestamp("us"))), tmp_path / "t.parquet"
     )
     return f"parquet:{tmp_path / 't.parquet'}"
 
@@ -189,9 +189,9 @@ def test_conditions_are_met_as_in_sql_or_refused(
     index = open_index(put(store, table, tmp_path))
     local = open_index(tmp_path / "index")
     for where in CONDITIONS:
-        wanted = {hit.id: hit.metadata for hit in local.search(QUERY, 100, where)}
-        assert 0 < len(wanted) < 8, where
-        assert {hit.id: hit.metadata for hit in index.search(QUERY, 100, where)} == wanted, where
+        expected = {hit.id: hit.metadata for hit in local.search(QUERY, 100, where)}
+        assert 0 < len(expected) < 8, where
+        assert {hit.id: hit.metadata for hit in index.search(QUERY, 100, where)} == expected, where
     for where, message in (
         *((where, "an index in Qdrant takes a column") for where in REFUSED),
         *((f"year = {value}", "'year', a number, with") for value in ("'2000'", "NULL", 2**53 + 1)),
@@ -259,8 +259,10 @@ def test_the_key_comes_from_the_environment(
     monkeypatch.setenv("RADAPTER_QDRANT_API_KEY", "wrong")
     with pytest.raises(RAdapterError, match="HTTP 401"):
         open_index(tmp_path / "indexes" / "photos")
-    kept = "".join(path.read_text() for path in tmp_path.rglob("index.json")) + repr(store.asked)
-    assert "secret" not in kept and "wrong" not in kept
+    files_and_requests = "".join(path.read_text() for path in tmp_path.rglob("index.json")) + repr(
+        store.requests
+    )
+    assert "secret" not in files_and_requests and "wrong" not in files_and_requests
 
 
 @pytest.mark.parametrize(
@@ -301,15 +303,15 @@ def test_facts_that_make_no_sense(linked: Path, store: FakeQdrant) -> None:
         {"plan": dataclasses.asdict(dataclasses.replace(facts.plan, release=wider))},
     ]
     texts = [json.dumps({**values, **change}) for change in changes]
-    said: list[Any] = [None]
+    metadata: list[Any] = [None]
 
     def answer(_: str, result: Any) -> Any:
-        result["config"]["metadata"] = {FACTS_KEY: said[0]}
+        result["config"]["metadata"] = {FACTS_KEY: metadata[0]}
         return result
 
     store.answer = answer
     for text in (*texts, "", "[]", "[" * 50_000, None):
-        said[0] = text
+        metadata[0] = text
         with pytest.raises(RAdapterError, match="can't be used|no index that can be read"):
             open_index(linked)
 
@@ -380,24 +382,26 @@ def test_a_caller_that_gives_up_does_not_wait_for_qdrant(
     assert len(index.embeddings(["0.png"], lambda: False)) == 1
 
 
-def native(one: Any) -> Any:
+def native(condition: Any) -> Any:
     """A filter of the client's as one of the library's."""
     import qdrant_edge as edge
     from qdrant_client import models
 
-    if isinstance(one, models.Filter):
+    if isinstance(condition, models.Filter):
         parts: list[Any] = [
-            [native(each) for each in some] if some else None
-            for some in (one.must, one.should, one.must_not)
+            [native(each) for each in group] if group else None
+            for group in (condition.must, condition.should, condition.must_not)
         ]
         return edge.Filter(*parts)
-    if isinstance(one, models.IsNullCondition):
-        return edge.IsNullCondition(one.is_null.key)
-    if isinstance(one.match, models.MatchAny):
-        return edge.FieldCondition(one.key, match=edge.MatchAny(one.match.any))
-    kind = edge.RangeDateTime if isinstance(one.range, models.DatetimeRange) else edge.RangeFloat
+    if isinstance(condition, models.IsNullCondition):
+        return edge.IsNullCondition(condition.is_null.key)
+    if isinstance(condition.match, models.MatchAny):
+        return edge.FieldCondition(condition.key, match=edge.MatchAny(condition.match.any))
+    kind = (
+        edge.RangeDateTime if isinstance(condition.range, models.DatetimeRange) else edge.RangeFloat
+    )
     return edge.FieldCondition(
-        one.key, range=kind(**one.range.model_dump(mode="json", exclude_none=True))
+        condition.key, range=kind(**condition.range.model_dump(mode="json", exclude_none=True))
     )
 
 
@@ -428,12 +432,14 @@ def test_qdrants_own_engine_meets_the_conditions(table: str, tmp_path: Path, ind
             with_payload=edge.PayloadSelector.Exclude([THUMBNAIL]),
             params=edge.SearchParams(exact=True),
         )
-        found = {dict(point.payload or {})["path"]: point for point in shard.query(request)}
-        wanted = {hit.id: hit for hit in local.search(QUERY, 100, where)}
-        assert {id: point.payload for id, point in found.items()} == {
-            id: hit.metadata for id, hit in wanted.items()
+        points = {dict(point.payload or {})["path"]: point for point in shard.query(request)}
+        expected = {hit.id: hit for hit in local.search(QUERY, 100, where)}
+        assert {id: point.payload for id, point in points.items()} == {
+            id: hit.metadata for id, hit in expected.items()
         }
         np.testing.assert_allclose(
-            [found[id].score for id in wanted], [hit.score for hit in wanted.values()], atol=1e-5
+            [points[id].score for id in expected],
+            [hit.score for hit in expected.values()],
+            atol=1e-5,
         )
     shard.close()

@@ -153,8 +153,8 @@ def test_an_index_in_a_near_precision_is_searched_and_told_apart(
         return
     for _ in range(2):
         assert len(searching(request).hits) == 4
-    said = f"embedded in {of_index[0]}, and release 1 computes in {of_release[0]}"
-    assert capsys.readouterr().err.count(said) == 1
+    message = f"embedded in {of_index[0]}, and release 1 computes in {of_release[0]}"
+    assert capsys.readouterr().err.count(message) == 1
     # Its images stay of one precision, and another tower's are not near.
     with pytest.raises(RAdapterError, match="another precision"):
         add(out, other)

@@ -72,18 +72,18 @@ def model(repository, local, monkeypatch):
     install(monkeypatch, encode)
 
     def make(name: str) -> Any:
-        made = load(sources() / name / "model.py")
-        made.initialize({"model_repository": str(repository / name), "model_version": "2"})
-        return made
+        instance = load(sources() / name / "model.py")
+        instance.initialize({"model_repository": str(repository / name), "model_version": "2"})
+        return instance
 
     return make
 
 
-def same(one: Response, other: Response) -> None:
-    assert one.error() == other.error()
-    if not one.has_error():
-        for name, values in one.outputs().items():
-            expected = other.outputs()[name]
+def assert_same(response: Response, expected_response: Response) -> None:
+    assert response.error() == expected_response.error()
+    if not response.has_error():
+        for name, values in response.outputs().items():
+            expected = expected_response.outputs()[name]
             if values.dtype == np.float32:
                 np.testing.assert_allclose(values, expected, atol=1e-6)
             else:
@@ -92,15 +92,17 @@ def same(one: Response, other: Response) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_good_requests_between_bad_ones_are_answered_as_alone(model, name, capfd):
-    made = model(name)
+    instance = model(name)
     good, bad = CASES[name]
-    together = made.execute([Request(**one) for wrong, _ in bad for one in (good, wrong)])
-    [expected] = made.execute([Request(**good)])
-    for response in together[::2]:
-        same(response, expected)
-    for response, (wrong, code) in zip(together[1::2], bad, strict=True):
-        [alone] = made.execute([Request(**wrong)])
-        same(response, alone)
+    responses = instance.execute(
+        [Request(**request) for wrong, _ in bad for request in (good, wrong)]
+    )
+    [expected] = instance.execute([Request(**good)])
+    for response in responses[::2]:
+        assert_same(response, expected)
+    for response, (wrong, code) in zip(responses[1::2], bad, strict=True):
+        [single_response] = instance.execute([Request(**wrong)])
+        assert_same(response, single_response)
         assert str(response.error()).startswith(f"[{code}] ") and "\n" not in response.error()
         assert response.error().code == "INVALID_ARG"
     assert "Traceback" not in capfd.readouterr().err
@@ -114,10 +116,10 @@ def test_one_process_at_a_time_embeds_a_label_set_at_another_alpha(
     from radapter_serve.tasks.table import TASKS
 
     monkeypatch.setenv(SURPLUS, str(tmp_path))
-    made = model("classify")
+    instance = model("classify")
     turned = Turned(local)
-    made.loaded = turned.loaded
-    made._run = TASKS["classify"].make(turned.loaded, lambda: [], 0)
+    instance.loaded = turned.loaded
+    instance._run = TASKS["classify"].make(turned.loaded, lambda: [], 0)
 
     def request(alpha: float) -> Request:
         at = np.array([[alpha]], np.float32)
@@ -127,23 +129,23 @@ def test_one_process_at_a_time_embeds_a_label_set_at_another_alpha(
     plain = Request(image=[[png(7)]], labels=[[b"cat", b"dog"]])
     with (tmp_path / "label-set.turn").open("wb") as other:  # another process
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert not made.execute([request(0.9)])[0].has_error()  # few prompts take no time
+        assert not instance.execute([request(0.9)])[0].has_error()  # few prompts take no time
         monkeypatch.setattr("radapter_serve.tasks.table._FEW_PROMPTS", 2)
-        refused, answered = made.execute([request(0.6), plain])
+        refused, answered = instance.execute([request(0.6), plain])
     assert not answered.has_error()
     assert refused.error() == (
         "[overloaded] too many requests with label sets at another alpha; ask again later"
     )
     assert refused.error().code == "UNAVAILABLE"
     turned.calls.clear()
-    responses = made.execute([request(0.6), plain, request(0.7), request(0.6)])
+    responses = instance.execute([request(0.6), plain, request(0.7), request(0.6)])
     assert not any(response.has_error() for response in responses)
-    same(responses[0], responses[3])
+    assert_same(responses[0], responses[3])
     # Both sets of colours were embedded once, one after the other.
     texts = [round(alphas[0], 6) for alphas in turned.calls if len(alphas) == 3]
     with (tmp_path / "label-set.turn").open("wb") as other:  # what is cached needs no turn
         fcntl.flock(other, fcntl.LOCK_EX)
-        same(made.execute([request(0.6)])[0], responses[0])
+        assert_same(instance.execute([request(0.6)])[0], responses[0])
     assert texts == [0.6, 0.7], turned.calls
 
 
@@ -164,26 +166,28 @@ responses.answer(requests, lambda some: threading.Event().wait())
 
 def test_what_hangs_ends_its_process_and_says_where() -> None:
     command = [sys.executable, "-c", HANGS]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60
     )
-    assert (done.returncode, done.stdout) == (1, "1\n")
-    assert "in answer" in done.stderr and "in wait" in done.stderr
+    assert (process.returncode, process.stdout) == (1, "1\n")
+    assert "in answer" in process.stderr and "in wait" in process.stderr
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("message", "answer"),
     [
         ("Failed to increase the shared memory pool size for key '/x7_1' to 9", "[overloaded] ima"),
         ("Stub process 'image_encoder_0_0' is not healthy.", "[restarting] image_encoder is being"),
         ("no /home/me/file.onnx here", "[encoder_failed] image_encoder version 2 failed: no ... h"),
     ],
 )
-def test_what_an_encoder_says_names_no_path_and_no_shared_memory(model, monkeypatch, said, told):
-    install(monkeypatch, lambda name, inputs: Response(error=TritonError(said, "INTERNAL")))
+def test_what_an_encoder_says_names_no_path_and_no_shared_memory(
+    model, monkeypatch, message, answer
+):
+    install(monkeypatch, lambda name, inputs: Response(error=TritonError(message, "INTERNAL")))
     [response] = model("embed_image").execute([Request(image=[[png(7)]])])
-    assert response.error().startswith(told) and "/" not in response.error()
-    retryable = re.match(r"\[(restarting|overloaded|server_stopping)\]", told)
+    assert response.error().startswith(answer) and "/" not in response.error()
+    retryable = re.match(r"\[(restarting|overloaded|server_stopping)\]", answer)
     assert (response.error().code == "UNAVAILABLE") == bool(retryable)
 
 
@@ -197,7 +201,7 @@ def backend(request, repository, monkeypatch):
     def start(name="image_encoder", kind="CPU", **config):
         source = "image" if name == "image_encoder" else "tokens"
         output = name.replace("encoder", "embeds")
-        whole = {
+        settings = {
             "backend": request.param,
             "max_batch_size": 64,
             "input": [{"name": source, "data_type": "not read"}],
@@ -209,7 +213,7 @@ def backend(request, repository, monkeypatch):
         model = load(OUR_BACKENDS[request.param] / "model.py")
         model.initialize(
             {
-                "model_config": json.dumps(whole),
+                "model_config": json.dumps(settings),
                 "model_name": name,
                 "model_repository": str(repository / name),
                 "model_version": "1",
@@ -239,8 +243,8 @@ def test_tokens_that_no_text_has_are_refused_alone(backend):
         rows.append([[1, 10**6, 3]])
     good = [[1, 2, 3]]
     tokens = [np.array(row, np.int32) for row in (good, *rows, good)]
-    first, *refused, last = model.execute([Request(tokens=one) for one in tokens])
-    same(first, last)
+    first, *refused, last = model.execute([Request(tokens=row) for row in tokens])
+    assert_same(first, last)
     assert first.outputs()["text_embeds"].shape == (1, 8)
     for response in refused:
         assert re.match(r"\[(invalid_argument|encoder_failed)\] ", response.error())
@@ -271,5 +275,7 @@ def test_runtimes_heed_the_parameters_of_the_official_backends(repository, monke
     graph = repository / "image_encoder" / "1" / "model.onnx"
     with contextlib.suppress(Exception):  # of a session that is none
         load_graph(graph, "onnxruntime", {"intra_op_thread_count": "1"})
-    [options] = [one for one in session.call_args.args if hasattr(one, "intra_op_num_threads")]
+    [options] = [
+        argument for argument in session.call_args.args if hasattr(argument, "intra_op_num_threads")
+    ]
     assert options.intra_op_num_threads == 1

@@ -73,26 +73,26 @@ def test_rows_of_several_alphas_share_a_batch(turned: Turned) -> None:
     """Rows of one request do so too, and become requests of one α each."""
     task = TASKS["embed_image"]
     run = task.make(turned.loaded, lambda: [], 0)
-    one = png(0)
-    two = png(1)
+    image = png(0)
+    other = png(1)
 
     def answer(*rows: bytes, alphas: Sequence[float] = ()) -> np.ndarray:
         inputs = {"image": column(*rows)}
         if alphas:
             inputs["alpha"] = column(*alphas, kind=np.float32)
         requests = task.read(turned.loaded, inputs, lambda name: True)
-        outputs = task.values(1, together([run(one, None) for one in requests]))
-        asked = [round(alpha, 6) for alpha in alphas] or [0.3] * len(rows)
-        assert [json.loads(one)["alpha"] for one in outputs["receipt"].ravel()] == asked
+        outputs = task.values(1, together([run(image, None) for image in requests]))
+        expected = [round(alpha, 6) for alpha in alphas] or [0.3] * len(rows)
+        assert [json.loads(image)["alpha"] for image in outputs["receipt"].ravel()] == expected
         return outputs["image_embeds"]
 
-    low, own, high = (answer(one, two, alphas=[a, a]) for a in (0, 0.3, 1))
+    low, middle, high = (answer(image, other, alphas=[a, a]) for a in (0, 0.3, 1))
     assert np.abs(low - high).max() > 0.01
     turned.calls.clear()
-    mixed = answer(one, two, one, two, two, alphas=[0, 1, 1, 1, 0.3])
+    mixed = answer(image, other, image, other, other, alphas=[0, 1, 1, 1, 0.3])
     assert len(turned.calls) == 1
-    np.testing.assert_allclose(mixed, [low[0], high[1], high[0], high[1], own[1]], atol=1e-6)
-    np.testing.assert_allclose(answer(two), own[1:], atol=1e-6)
+    np.testing.assert_allclose(mixed, [low[0], high[1], high[0], high[1], middle[1]], atol=1e-6)
+    np.testing.assert_allclose(answer(other), middle[1:], atol=1e-6)
 
 
 # Examples of a request, and of a label set of the release
@@ -106,15 +106,15 @@ BOTH_WAYS = pytest.mark.parametrize("way", BY_EXAMPLE)
 @BOTH_WAYS
 def test_examples_are_encoded_once_for_each_alpha(turned: Turned, way: str) -> None:
     labels, examples = BY_EXAMPLE[way]
-    alone = []
+    scores = []
     for count, alpha in enumerate((0.5, 0.75, 0.5, 0.75), 1):
         request = ClassifyRequest([png(0)], labels, point=Point(alpha=alpha), examples=examples)
         [ranking] = complete(classify(turned.loaded, request))
-        alone.append(ranking.scores)
+        scores.append(ranking.scores)
         # At each α three texts and the examples; then the image.
         assert sum(map(len, turned.calls)) == min(count, 2) * (3 + len(SHOWN)) + count
-    np.testing.assert_array_equal(alone[0], alone[2])
-    assert np.abs(alone[0] - alone[1]).max() > 1e-4
+    np.testing.assert_array_equal(scores[0], scores[2])
+    assert np.abs(scores[0] - scores[1]).max() > 1e-4
 
 
 @BOTH_WAYS
@@ -143,17 +143,17 @@ def test_examples_at_too_many_alphas_are_refused(turned: Turned, way: str) -> No
 
 def test_segment_takes_every_encoder_at_one_alpha(turned: Turned) -> None:
     masks = np.full((1, 20, 30), 255, np.uint8)
-    found = []
+    answers = []
     for alpha in (0.0, 0.5):
         turned.calls.clear()
         labelled = SegmentRequest(png(3), Labels(label_set="colours"), Point(alpha=alpha))
-        found.append(complete(segment(turned.loaded, labelled)))
-        two = Labels(["a", "b"])
-        proposed = SegmentRequest(png(3), two, Point(alpha=alpha), proposals=masks)
+        answers.append(complete(segment(turned.loaded, labelled)))
+        labels = Labels(["a", "b"])
+        proposed = SegmentRequest(png(3), labels, Point(alpha=alpha), proposals=masks)
         complete(segment(turned.loaded, proposed))
-        assert {one for call in turned.calls for one in call} == {alpha}
+        assert {value for call in turned.calls for value in call} == {alpha}
         assert len(turned.calls) >= 3
-    assert np.abs(found[0].scores - found[1].scores).max() > 1e-4
+    assert np.abs(answers[0].scores - answers[1].scores).max() > 1e-4
 
 
 def test_an_index_belongs_to_one_alpha(tmp_path: Path) -> None:

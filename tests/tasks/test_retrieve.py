@@ -78,7 +78,7 @@ def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
     build(str(photos), tmp_path / "indexes" / "photos", projecting())
     assert index_names(tmp_path / "indexes") == ["photos"]
     assert count() == 4 and search.index("photos") is search.index("photos")
-    held = search.index("photos")
+    index = search.index("photos")
     write(photos / "new.png", 9)
     add(tmp_path / "indexes" / "photos", projecting())
     assert count() == 5
@@ -86,7 +86,7 @@ def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
     build(str(photos), tmp_path / "indexes" / "photos", projecting(), resume=False)
     assert count() == 4
     # An index that is held stays whole.
-    hits = held.search(np.eye(DIM, dtype=np.float32)[0], 10, "width > 1")
+    hits = index.search(np.eye(DIM, dtype=np.float32)[0], 10, "width > 1")
     assert sorted(hit.id for hit in hits) == [f"{number}.png" for number in range(4)]
     (tmp_path / "indexes" / "photos" / "index.json").write_text("{")
     with pytest.raises(TaskError, match="can't be opened"):
@@ -295,8 +295,10 @@ def test_a_query_of_several_parts_is_numpys_sum(
     np.testing.assert_allclose(
         scores, np.sort(world.embeds @ expected)[::-1], atol=1e-6, err_msg=str(ids)
     )
-    found = dict(zip(ids, scores, strict=True))
-    np.testing.assert_allclose([found[id] for id in world.ids], world.embeds @ expected, atol=1e-6)
+    score_of = dict(zip(ids, scores, strict=True))
+    np.testing.assert_allclose(
+        [score_of[id] for id in world.ids], world.embeds @ expected, atol=1e-6
+    )
 
 
 def test_an_image_of_the_index_asks_by_its_id(world: World) -> None:
@@ -311,13 +313,13 @@ def test_an_image_of_the_index_asks_by_its_id(world: World) -> None:
 def test_a_least_score_leaves_out_what_is_below_it(world: World) -> None:
     all_ids, scores = world.find(Query(["3"]), top_k=45)
     for least in (-1.0, 0.0, scores[4], np.nextafter(np.float32(scores[4]), np.float32(2)), 1.0):
-        kept = [id for id, score in zip(all_ids, scores, strict=True) if score >= least]
+        expected = [id for id, score in zip(all_ids, scores, strict=True) if score >= least]
         value = np.float32(least)
-        assert world.find(Query(["3"]), top_k=45, min_score=value)[0] == kept
-        assert world.find(Query(["3"]), top_k=3, min_score=value)[0] == kept[:3]
-        assert world.find(Query(["3"]), top_k=3, min_score=value, offset=len(kept))[0] == []
-        page = world.find(Query(["3"]), top_k=3, min_score=value, offset=min(2, len(kept)))
-        assert page[0] == kept[2:5]
+        assert world.find(Query(["3"]), top_k=45, min_score=value)[0] == expected
+        assert world.find(Query(["3"]), top_k=3, min_score=value)[0] == expected[:3]
+        assert world.find(Query(["3"]), top_k=3, min_score=value, offset=len(expected))[0] == []
+        page = world.find(Query(["3"]), top_k=3, min_score=value, offset=min(2, len(expected)))
+        assert page[0] == expected[2:5]
 
 
 def test_a_page_of_another_version_is_refused(world: World, tmp_path: Path) -> None:
@@ -342,8 +344,8 @@ def calibrated(world: World, *, alpha: float = 0.5, **confidence: Any) -> Search
     """The task of a release that was fitted to validation data."""
     fitted: dict[str, Any] = dict.fromkeys(("scale", "bias", "ece_before", "label_ece"), 0.0)
     fitted |= {"dataset": "photos", "n": 100, "classes": 2, **confidence}
-    own = projecting(world.folder, alpha=alpha, dynamic_alpha=True, confidence=fitted)
-    return Searching.of(own)
+    release = projecting(world.folder, alpha=alpha, dynamic_alpha=True, confidence=fitted)
+    return Searching.of(release)
 
 
 def test_the_calibrated_least_score_is_the_releases(world: World) -> None:

@@ -44,7 +44,7 @@ from radapter_serve.training.projection import (
     learn,
 )
 from tests.helpers.by_hand import mpm_nce_by_hand, pairwise_by_hand
-from tests.helpers.indexes import said, say
+from tests.helpers.indexes import index_facts, write_index_facts
 from tests.helpers.small_models import make_base
 from tests.training.test_several_labels import several
 from tests.training.test_wiring import captioned
@@ -111,8 +111,8 @@ def test_a_run_learns_and_leaves_what_other_commands_read(
     assert [point.alpha for point in choice.curve] == list(ALPHAS)
     assert run.metrics[f"acc1@alpha={choice.alpha:g}"] > 0.9 > run.metrics["acc1@alpha=0"]
     assert choice.curve[0].score == pytest.approx(run.metrics["acc1@alpha=0"], abs=1e-4)
-    written = yaml.safe_load((run.folder / "recipe.yaml").read_text())
-    assert written == adapter.metadata.recipe
+    stored_recipe = yaml.safe_load((run.folder / "recipe.yaml").read_text())
+    assert stored_recipe == adapter.metadata.recipe
     printed = capsys.readouterr().out
     for words in ("embedding 24 images", "chose learning rate 0.01", "next: radapter-export"):
         assert words in printed
@@ -215,8 +215,8 @@ def test_images_are_embedded_once_and_again_if_they_change(
     first = load_adapter(train(recipe))
     assert sum(counted) == 24
     counted.clear()
-    again = dataclasses.replace(recipe, out=tmp_path / "runs" / "second")
-    assert load_adapter(train(again)).digest == first.digest
+    second_recipe = dataclasses.replace(recipe, out=tmp_path / "runs" / "second")
+    assert load_adapter(train(second_recipe)).digest == first.digest
     assert counted == []
     # Another image, another precision, and a part that is damaged.
     Image.new("RGB", (9, 9), "white").save(images / "red" / "0.png")
@@ -361,14 +361,14 @@ def test_an_index_trains_for_the_model_that_made_it_alone(
         out = tmp_path / "refused"
         with pytest.raises(RAdapterError, match="made by another model: release 1 of .* alpha 0.3"):
             train(dataclasses.replace(of_index, architecture=other, out=out))
-    facts = said(tmp_path / "index")
+    facts = index_facts(tmp_path / "index")
     mapped = {"release": facts["plan"]["release"], "sample": 100, "by_image": 1, "by_text": 1}
-    say(tmp_path / "index", {**facts, "mapped": mapped})
+    write_index_facts(tmp_path / "index", {**facts, "mapped": mapped})
     with pytest.raises(
         RAdapterError, match="is mapped, .*; embed its images: radapter-index build"
     ):
         train(dataclasses.replace(of_index, out=tmp_path / "refused"))
-    say(tmp_path / "index", facts)
+    write_index_facts(tmp_path / "index", facts)
     words = "has no column 'colour'; its columns: .*, label; see --label-column"
     with pytest.raises(RAdapterError, match=words):
         train(dataclasses.replace(of_index, label_column="colour", out=tmp_path / "refused"))
@@ -476,8 +476,8 @@ def test_scores_are_calibrated_by_images_that_were_not_trained_with(
     images, texts = by_open_clip(recipe.architecture, folder)
     matrix = adapter.matrix("text_projection")
     moved = F.normalize(texts + adapter.metadata.alpha * texts @ matrix.T, dim=-1)
-    own = (images @ moved.T)[torch.arange(120), torch.arange(120) // 60]
-    assert confidence["min_score"] == pytest.approx(own.quantile(0.05).item(), abs=0.05)
+    class_scores = (images @ moved.T)[torch.arange(120), torch.arange(120) // 60]
+    assert confidence["min_score"] == pytest.approx(class_scores.quantile(0.05).item(), abs=0.05)
     assert average_adapters([adapter, adapter]).metadata.confidence is None
 
     few = train(dataclasses.replace(recipe, out=tmp_path / "runs" / "few"))

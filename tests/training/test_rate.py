@@ -18,7 +18,7 @@ from tests.helpers.by_hand import steps_taken
 from tests.helpers.short_run import short_run
 
 
-def tried(rate: float, right: int, first: int = 0, kept: float = 0.5) -> Trial:
+def trial(rate: float, right: int, first: int = 0, kept: float = 0.5) -> Trial:
     """A short run that is right on `right` of 100 images, from the `first` on."""
     number = np.arange(100)
     return Trial(rate, (number >= first) & (number < first + right), kept)
@@ -28,20 +28,20 @@ def tried(rate: float, right: int, first: int = 0, kept: float = 0.5) -> Trial:
     ("runs", "chosen"),
     [
         # 1 of 100 paired images differs: 0.01 against √(0.01·0.99/100) = 0.00995, just outside
-        ([tried(5e-4, 59, kept=0.52), tried(1.5e-3, 60), tried(5e-3, 58, kept=1)], 1.5e-3),
+        ([trial(5e-4, 59, kept=0.52), trial(1.5e-3, 60), trial(5e-3, 58, kept=1)], 1.5e-3),
         # 45 against 40 that are others: 0.05 against √(0.85 − 0.0025)/10 = 0.092
-        ([tried(5e-4, 40, first=60, kept=0.51), tried(1.5e-2, 45)], 5e-4),
-        ([tried(5e-4, 40, first=60, kept=0.49), tried(1.5e-2, 45)], 1.5e-2),
+        ([trial(5e-4, 40, first=60, kept=0.51), trial(1.5e-2, 45)], 5e-4),
+        ([trial(5e-4, 40, first=60, kept=0.49), trial(1.5e-2, 45)], 1.5e-2),
         # of equals in both the more accurate, the nearest to the paper's, the lower
-        ([tried(5e-4, 40, first=60), tried(1.5e-2, 45)], 1.5e-2),
-        ([tried(rate, 60) for rate in GRID], 5e-4),
-        ([tried(rate, 60) for rate in GRID if rate != 5e-4], 1.5e-4),
+        ([trial(5e-4, 40, first=60), trial(1.5e-2, 45)], 1.5e-2),
+        ([trial(rate, 60) for rate in GRID], 5e-4),
+        ([trial(rate, 60) for rate in GRID if rate != 5e-4], 1.5e-4),
         # not below the paper's, where little is learned and all is kept, unless the best is
-        ([*(tried(r, 40, 60, 1 - r) for r in (1.5e-4, 5e-4)), tried(1.5e-3, 45, kept=0.95)], 5e-4),
-        ([tried(5e-5, 40, first=60, kept=0.9), tried(1.5e-4, 45), tried(5e-4, 9)], 1.5e-4),
+        ([*(trial(r, 40, 60, 1 - r) for r in (1.5e-4, 5e-4)), trial(1.5e-3, 45, kept=0.95)], 5e-4),
+        ([trial(5e-5, 40, first=60, kept=0.9), trial(1.5e-4, 45), trial(5e-4, 9)], 1.5e-4),
         # none that keeps less than nine tenths of what the paper's keeps, however accurate it is
-        ([tried(5e-4, 40, kept=0.8), tried(1.5e-3, 50, kept=0.73), tried(5e-3, 90)], 1.5e-3),
-        ([tried(5e-4, 40, kept=0.8), tried(1.5e-3, 50, kept=0.71), tried(5e-3, 90)], 5e-4),
+        ([trial(5e-4, 40, kept=0.8), trial(1.5e-3, 50, kept=0.73), trial(5e-3, 90)], 1.5e-3),
+        ([trial(5e-4, 40, kept=0.8), trial(1.5e-3, 50, kept=0.71), trial(5e-3, 90)], 5e-4),
     ],
 )
 def test_takes_what_keeps_most_within_one_standard_error_of_the_best(
@@ -56,17 +56,17 @@ def test_takes_what_keeps_most_within_one_standard_error_of_the_best(
 
 def test_the_grid_grows_to_the_side_where_the_best_is() -> None:
     def best_at(best: float) -> list[Trial]:
-        return [tried(rate, 60 if rate == best else 50) for rate in START]
+        return [trial(rate, 60 if rate == best else 50) for rate in START]
 
     assert next_rate(best_at(5e-4)) is None
     assert next_rate(best_at(1.5e-4)) == 5e-5
     assert next_rate(best_at(1.5e-3)) == 5e-3
-    assert next_rate([*best_at(5e-3), tried(5e-3, 60)]) == 1.5e-2
-    assert next_rate([tried(5e-2, 60), tried(1.5e-2, 50)]) is None
-    assert next_rate([tried(rate, 60) for rate in START]) is None  # nothing tells where to go
-    assert next_rate([tried(rate, 60, kept=1 - 9 * rate) for rate in START]) is None
+    assert next_rate([*best_at(5e-3), trial(5e-3, 60)]) == 1.5e-2
+    assert next_rate([trial(5e-2, 60), trial(1.5e-2, 50)]) is None
+    assert next_rate([trial(rate, 60) for rate in START]) is None  # nothing tells where to go
+    assert next_rate([trial(rate, 60, kept=1 - 9 * rate) for rate in START]) is None
     # The best, at the upper edge, keeps too little.
-    assert next_rate([*best_at(5e-4)[:2], tried(1.5e-3, 70, kept=0.4)]) is None
+    assert next_rate([*best_at(5e-4)[:2], trial(1.5e-3, 70, kept=0.4)]) is None
 
 
 @pytest.fixture
@@ -86,10 +86,10 @@ def test_a_run_finds_its_rate_by_short_runs(
     run = train(recipe)
     assert capsys.readouterr().out == ""
     table = json.loads((run.folder / "rates.json").read_text())
-    written = yaml.safe_load((run.folder / "recipe.yaml").read_text())
+    stored_recipe = yaml.safe_load((run.folder / "recipe.yaml").read_text())
     stored = load_adapter(run).metadata.recipe
-    for found in (run.recipe.learning_rate, written["learning_rate"], stored["learning_rate"]):
-        assert found == table["chosen"]
+    for rate in (run.recipe.learning_rate, stored_recipe["learning_rate"], stored["learning_rate"]):
+        assert rate == table["chosen"]
     rates = [row["learning_rate"] for row in table["tried"]]
     assert set(START) <= set(rates) and rates == sorted(rates) and len(rates) <= 4
 
@@ -101,8 +101,8 @@ def test_a_run_finds_its_rate_by_short_runs(
         short = train(dataclasses.replace(recipe, learning_rate=rate, out=out, **length))
         assert row["accuracy"] == pytest.approx(100 * short.metrics["acc1@alpha=0.6"], abs=0.01)
         rows = evaluate(short, [0.0, 0.6], data=recipe.data, out=tmp_path / f"r{number}").rows
-        kept = next(result.metrics["kept"] for result in rows if result.alpha == 0.6)
-        assert row["images"] == 24 and row["base_answers_kept"] == pytest.approx(100 * kept, 0.01)
+        share = next(result.metrics["kept"] for result in rows if result.alpha == 0.6)
+        assert row["images"] == 24 and row["base_answers_kept"] == pytest.approx(100 * share, 0.01)
     same = dataclasses.replace(recipe, learning_rate=table["chosen"], out=tmp_path / "same")
     assert load_adapter(train(same)).digest == load_adapter(run).digest
 
@@ -112,7 +112,7 @@ def test_a_search_warns_where_the_best_is_at_the_edge_and_is_kept_by_a_resumed_r
 ) -> None:
     # Search among one rate.
     monkeypatch.setattr("radapter_serve.training.start.START", GRID[3:4])
-    monkeypatch.setattr("radapter_serve.training.start.next_rate", lambda tried: None)
+    monkeypatch.setattr("radapter_serve.training.start.next_rate", lambda trials: None)
     monkeypatch.setattr("radapter_serve.training.start.SHARE", 2)
     # A least rate above all that the search may choose.
     recipe = dataclasses.replace(recipe, steps=4, save_every=1, min_learning_rate=1.0)
@@ -127,8 +127,8 @@ def test_a_search_warns_where_the_best_is_at_the_edge_and_is_kept_by_a_resumed_r
 
     run.adapter.unlink()
     searched = (run.folder / "rates.json").stat().st_mtime_ns
-    again = train(recipe, resume=True)
-    assert again.recipe.learning_rate == GRID[3] and again.adapter.is_file()
+    resumed_run = train(recipe, resume=True)
+    assert resumed_run.recipe.learning_rate == GRID[3] and resumed_run.adapter.is_file()
     assert (run.folder / "rates.json").stat().st_mtime_ns == searched
 
 

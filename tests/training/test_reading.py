@@ -114,15 +114,15 @@ def test_processes_take_equal_shares_of_images_that_they_cannot_divide(
     """23 images: a process with a batch more than another would wait for it for ever."""
     (images / "red" / "7.png").unlink()
     examples = Examples(load_labelled(DataSource(f"imagefolder:{images}")), transform, 0)
-    seen: list[bytes] = []
+    drawn_images: list[bytes] = []
     for rank in range(world):
         source = endless(examples, 4, rank=rank, world=world, workers=0)
         for (epoch, _), batch in source:
             if epoch:
                 break
-            seen += [image.numpy().tobytes() for image in batch["pixels"]]
-        assert len(seen) == (rank + 1) * (23 // world // 4) * 4
-    assert len(set(seen)) == len(seen)
+            drawn_images += [image.numpy().tobytes() for image in batch["pixels"]]
+        assert len(drawn_images) == (rank + 1) * (23 // world // 4) * 4
+    assert len(set(drawn_images)) == len(drawn_images)
     with pytest.raises(RAdapterError, match="fewer images that can be read than a batch of 24"):
         next(endless(examples, 24, workers=0))
 
@@ -134,9 +134,9 @@ def test_an_image_that_breaks_after_it_was_checked(images: Path) -> None:
     with pytest.raises(RAdapterError, match=r"red/[34]\.png can't be read.*--on-broken skip"):
         list(islice(endless(Examples(data, transform, 0), 4, workers=0), 6))
     skipping = Examples(data, transform, 0, refuse=False)
-    seen = [batch for _, batch in islice(endless(skipping, 4, workers=0), 6)]
-    assert all(len(batch["labels"]) == 4 for batch in seen)
-    names = {name.split(" can't")[0][-5:] for batch in seen for name in batch["broken"]}
+    batches = [batch for _, batch in islice(endless(skipping, 4, workers=0), 6)]
+    assert all(len(batch["labels"]) == 4 for batch in batches)
+    names = {name.split(" can't")[0][-5:] for batch in batches for name in batch["broken"]}
     assert names == {"3.png", "4.png"}
 
 
@@ -175,8 +175,8 @@ def test_a_share_of_each_class_is_held_out_for_validation(images: Path) -> None:
     assert np.bincount(data.labels()).tolist() == [2, 2, 1]
     assert np.bincount(val.labels()).tolist() == [2, 2]
     assert names(opened(recipe)[1]) == names(val) != names(opened(recipe, seed=1)[1])
-    whole, _ = opened(recipe, shots=None)
-    assert np.bincount(whole.labels()).tolist() == [6, 6, 1]
+    all_images, _ = opened(recipe, shots=None)
+    assert np.bincount(all_images.labels()).tolist() == [6, 6, 1]
     draws = [names(opened(recipe, val_fraction=0.0, seed=seed)[0]) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     for folder in images.iterdir():
@@ -195,9 +195,9 @@ def test_held_out_captions_and_segments_keep_an_image_together(tmp_path: Path) -
     captions = [text for image in (*data.images, *val.images) for text in image.captions]
     assert sorted(captions) == sorted(text for _, text in rows)
     masked: Any = Masked(list("abcde"), ["x", "y"])  # type: ignore[arg-type]
-    kept, held = masked.held_out(0.4, 0)
-    assert sorted([*kept.images, *held.images]) == masked.images
-    assert (len(kept.images), len(held.images)) == (3, 2)
+    rest, validation = masked.held_out(0.4, 0)
+    assert sorted([*rest.images, *validation.images]) == masked.images
+    assert (len(rest.images), len(validation.images)) == (3, 2)
 
 
 def validation_set(recipe: Recipe, classes: list[str] | None) -> Any:
@@ -251,9 +251,9 @@ def test_the_share_that_training_held_out_is_the_run_s_own_validation_data(
     data = f"csv:{tmp_path}/t.csv" if task == "retrieval" else f"imagefolder:{images}"
     recipe = Recipe(task=task, data=data, val_fraction=0.25, seed=3)
     _, val = opened(recipe)
-    held = val.rows if task == "classification" else [val.table[of.row] for of in val.images]
+    held_out = val.rows if task == "classification" else [val.table[of.row] for of in val.images]
     evaluated = validation_set(recipe, getattr(val, "classes", None))
-    assert [of.name for of in evaluated.images] == [val.name(row) for row in held]
+    assert [of.name for of in evaluated.images] == [val.name(row) for row in held_out]
     assert len(evaluated) == 6
 
 

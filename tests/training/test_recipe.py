@@ -159,9 +159,9 @@ def test_a_run_is_resumed_by_its_own_recipe(tmp_path: Path) -> None:
     with pytest.raises(RAdapterError, match="no run to resume in .*: it has no recipe.yaml"):
         recipe_from(resume=tmp_path)
     (tmp_path / "recipe.yaml").write_text("data: csv:t.csv\ndelta: 0.2\n")
-    own = Recipe(data="csv:t.csv", delta=0.2, out=tmp_path, resume=True)
-    assert recipe_from(resume=tmp_path) == own
-    assert recipe_from(resume=str(tmp_path), workers=0) == dataclasses.replace(own, workers=0)
+    recipe = Recipe(data="csv:t.csv", delta=0.2, out=tmp_path, resume=True)
+    assert recipe_from(resume=tmp_path) == recipe
+    assert recipe_from(resume=str(tmp_path), workers=0) == dataclasses.replace(recipe, workers=0)
 
 
 @pytest.mark.parametrize(
@@ -175,13 +175,13 @@ def test_warm_up_and_averaging_follow_the_length(steps: int, warmup: int, moment
         Recipe(steps=steps, warmup_steps=steps).resolved(None)
 
 
-@pytest.mark.parametrize(("momentum", "steps", "kept"), [(0.999, 105, 10), (0.99, 229, 90)])
+@pytest.mark.parametrize(("momentum", "steps", "share"), [(0.999, 105, 10), (0.99, 229, 90)])
 def test_an_average_that_keeps_little_of_a_run_is_warned_of(
-    momentum: float, steps: int, kept: int
+    momentum: float, steps: int, share: int
 ) -> None:
     recipe = Recipe(steps=steps, momentum=momentum)
     (note,) = recipe.resolved(None).notes
-    assert f"keeps {kept}.0% of what a run of {steps} steps learns" in note
+    assert f"keeps {share}.0% of what a run of {steps} steps learns" in note
     assert not dataclasses.replace(recipe, bias_correction=True).resolved(None).notes
 
 

@@ -80,8 +80,8 @@ def test_validation_masks_have_the_classes_of_the_run(scenes: Path) -> None:
     ):
         (scenes / "classes.txt").write_text("\n".join(names))
         if message is None:
-            held = validation_data(recipe, CLASSES)
-            assert isinstance(held, Masked) and held.classes == names
+            validation = validation_data(recipe, CLASSES)
+            assert isinstance(validation, Masked) and validation.classes == names
         else:
             with pytest.raises(RAdapterError, match=message):
                 validation_data(recipe, CLASSES)

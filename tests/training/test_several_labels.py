@@ -41,8 +41,8 @@ def several(folder: Path, kind: str, seed: int = 0) -> tuple[str, list[Pair]]:
     data, images = tabled(folder, "label", texts, seed)
     pairs = []
     for image, labels in zip(images, SETS, strict=True):
-        own = {label: prompts(CLASSES[label]) for label in labels}
-        pairs.append(Pair(image, labels[0], own[labels[0]], own))
+        prompts_of = {label: prompts(CLASSES[label]) for label in labels}
+        pairs.append(Pair(image, labels[0], prompts_of[labels[0]], prompts_of))
     if kind == "lists":
         files = [f"{number}.png" for number in range(len(SETS))]
         pd.DataFrame({"image": files, "label": names}).to_parquet(folder / "rows.parquet")
@@ -103,9 +103,9 @@ def test_what_is_held_out_leaves_every_class_an_image(tmp_path: Path) -> None:
     assert data.classes == ["all", "often", "one", "rare"]
     assert data.labels().tolist() == [3, 3, *[1] * 10, 2]  # the rarest of each
     for seed in range(8):
-        kept, held = data.held_out(0.5, seed)
-        assert {label for of in kept.label_sets() for label in of} == {0, 1, 2, 3}
-        assert len(kept.rows) + len(held.rows) == 13 and len(held.rows) >= 5
+        rest, validation = data.held_out(0.5, seed)
+        assert {label for of in rest.label_sets() for label in of} == {0, 1, 2, 3}
+        assert len(rest.rows) + len(validation.rows) == 13 and len(validation.rows) >= 5
         few = few_shot(data, 2, seed)
         assert np.bincount(few.labels(), minlength=4).tolist()[1:] == [2, 1, 2]
 
@@ -130,9 +130,9 @@ def test_few_shots_leave_every_class_an_image(tmp_path: Path) -> None:
 def test_what_is_refused_or_noted(tmp_path: Path) -> None:
     data, _ = several(tmp_path / "data", "text")
     # A semicolon is a part of a name unless it separates.
-    whole = Recipe(data=data)
-    assert len(load_labelled(whole).classes) == len({";".join(map(str, of)) for of in SETS})
-    notes = open_run(whole, progress=False).notes
+    recipe = Recipe(data=data)
+    assert len(load_labelled(recipe).classes) == len({";".join(map(str, of)) for of in SETS})
+    notes = open_run(recipe, progress=False).notes
     assert any("hold a semicolon" in note and "--label-separator ';'" in note for note in notes)
     with pytest.raises(RAdapterError, match="class_split base needs one label an image"):
         class_split(load_labelled(DataSource(data, label_separator=";")), "base")

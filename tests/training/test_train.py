@@ -70,8 +70,8 @@ def test_a_run_learns_and_leaves_what_it_says(
     metadata = load_adapter(out).metadata
     assert metadata.metrics["acc1@alpha=1"] == 1.0
     assert metadata.classes == ["blue", "green", "red"]
-    written = yaml.safe_load((out / "recipe.yaml").read_text())
-    assert metadata.recipe == written == recipe.to_dict()
+    stored_recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert metadata.recipe == stored_recipe == recipe.to_dict()
     files = {"adapter.safetensors", "checkpoint.pt", "metrics.jsonl", "recipe.yaml"}
     assert {path.name for path in out.iterdir()} == {*files, "radapter"}
     assert list((out / "radapter").rglob("events*"))
@@ -98,7 +98,7 @@ def test_a_run_that_is_stopped_is_resumed_to_the_same_result(
 ) -> None:
     fields: dict[str, Any] = {"accumulate": 2, "flip": True, "rank": 2, "bias_correction": True}
     recipe = dataclasses.replace(recipe, val_data=None, **fields)
-    whole = load_adapter(train(recipe)).tensors
+    expected = load_adapter(train(recipe)).tensors
     update = Average.update
 
     def stopped(out: Path, save_every: int | None, stop: Callable[[], object]) -> BaseException:
@@ -122,23 +122,23 @@ def test_a_run_that_is_stopped_is_resumed_to_the_same_result(
     assert isinstance(stopped(killed, 4, kill), SystemError)
     assert not (killed / "adapter.safetensors").exists()
     resumed = load_adapter(train(dataclasses.replace(recipe, out=killed, resume=True)))
-    torch.testing.assert_close(resumed.tensors, whole, rtol=0, atol=1e-7)
+    torch.testing.assert_close(resumed.tensors, expected, rtol=0, atol=1e-7)
 
     # A run that gets a signal saves a checkpoint, from which its folder alone goes on.
     for number in (signal.SIGTERM, signal.SIGINT):
-        cut = tmp_path / f"the {number.name}"
-        error = stopped(cut, None, functools.partial(os.kill, os.getpid(), number))
+        folder = tmp_path / f"the {number.name}"
+        error = stopped(folder, None, functools.partial(os.kill, os.getpid(), number))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if number == signal.SIGTERM:
             assert isinstance(error, SystemExit) and error.code == 143
     assert isinstance(error, KeyboardInterrupt)
-    files = {path.name for path in cut.iterdir()}
+    files = {path.name for path in folder.iterdir()}
     assert files == {"checkpoint.pt", "metrics.jsonl", "recipe.yaml"}
     printed = capsys.readouterr().out.replace("\n", " ")
-    assert f"after step 7; continue with radapter-train --resume '{cut}'" in printed
-    assert main(["--resume", str(cut)]) == 0
-    assert len(losses(cut)) == 8
-    torch.testing.assert_close(load_adapter(cut).tensors, whole, rtol=0, atol=1e-7)
+    assert f"after step 7; continue with radapter-train --resume '{folder}'" in printed
+    assert main(["--resume", str(folder)]) == 0
+    assert len(losses(folder)) == 8
+    torch.testing.assert_close(load_adapter(folder).tensors, expected, rtol=0, atol=1e-7)
 
 
 def test_times_are_told_as_people_say_them() -> None:
@@ -187,10 +187,10 @@ def test_two_processes_train_to_the_same_adapter_as_one(
         data, _ = several(tmp_path / "several", "text")
         fields = {**FIELDS, "label_separator": ";", "negative_classes": 2}
         recipe = short_run(tiny_clip_dir, tmp_path, data=data, **fields)
-    alone = load_adapter(train(recipe))
-    together = train_in_two_processes(recipe, tmp_path)
-    assert together.metadata.metrics == alone.metadata.metrics
-    assert_same(together.tensors, alone.tensors)
+    expected = load_adapter(train(recipe))
+    adapter = train_in_two_processes(recipe, tmp_path)
+    assert adapter.metadata.metrics == expected.metadata.metrics
+    assert_same(adapter.tensors, expected.tensors)
 
 
 def test_the_form_follows_the_batch(tiny_clip_dir: str) -> None:
@@ -265,12 +265,12 @@ def test_a_finished_run_is_kept_when_it_is_resumed_and_not_overwritten(
 ) -> None:
     run = train(recipe)
     before = load_adapter(run)
-    again = load_adapter(train(dataclasses.replace(recipe, resume=True), progress=True))
+    after = load_adapter(train(dataclasses.replace(recipe, resume=True), progress=True))
     printed = capsys.readouterr().out
     assert f"{recipe.out} was finished already, after step 8 of 8; this trains nothing" in printed
     assert "steps of 8 images" not in printed and "images/s" not in printed
-    assert again.metadata.metrics == before.metadata.metrics and before.metadata.metrics
-    assert again.digest == before.digest and len(losses(run.folder)) == 8
+    assert after.metadata.metrics == before.metadata.metrics and before.metadata.metrics
+    assert after.digest == before.digest and len(losses(run.folder)) == 8
 
     with pytest.raises(RAdapterError, match="holds a run; resume it with --resume"):
         train(recipe)

@@ -246,8 +246,8 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
         scores = {
             alpha: accuracy_by_hand(clip, alpha, val, classes) for alpha in (0.0, 0.3, 0.6, 1.0)
         }
-        found = {name: value for name, value in row.items() if name != "step"}
-        assert found == pytest.approx(
+        metrics = {name: value for name, value in row.items() if name != "step"}
+        assert metrics == pytest.approx(
             {"acc1@alpha=0.6": scores[0.6] / 100, "acc1@alpha=1": scores[1.0] / 100}, abs=1e-4
         ), row
     # The base may lie elsewhere by now.
