@@ -134,12 +134,8 @@ class FifoLimit:
             turn.set()
 
 
-def limit_large_images(max_waiting: int = 32) -> FifoLimit:
-    """Make the limit of those that decode large images: one at a time."""
-    return FifoLimit(1, max_waiting, "requests with large images")
-
-
-LARGE_IMAGES = limit_large_images()  # of this process, without those of an engine
+LARGE = "requests with large images"
+LARGE_IMAGES = FifoLimit(1, 32, LARGE)  # of this process, without those of an engine
 
 
 @contextlib.contextmanager

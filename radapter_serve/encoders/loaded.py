@@ -187,7 +187,7 @@ class LoadedRelease:
         self, lines: Sequence[str], templates: Sequence[str], place: Place
     ) -> NDArray[np.float32] | None:
         """Embeddings by the base of all prompts of a label set with these labels and templates, in
-        the order of `written_prompts`; None if the export has stored none for this place.
+        the order of `load_prompts`; None if the export has stored none for this place.
         """
         if place.adapter is None or self.adapters is None:
             return None
@@ -277,16 +277,9 @@ class LoadedRelease:
     def _changed(self, **fields: Any) -> LoadedRelease:
         # Drop the cached properties, which depend on the fields.
         changed = copy.copy(self)
-        for name in (
-            "adapters",
-            "decoder",
-            "label_cache",
-            "prompt_cache",
-            "label_sets",
-            "_samples",
-            "_stored_prompts",
-        ):
-            changed.__dict__.pop(name, None)
+        for name, attribute in vars(LoadedRelease).items():
+            if isinstance(attribute, cached_property):
+                changed.__dict__.pop(name, None)
         changed.__dict__.update(fields)
         return changed
 

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from radapter_client import Reply, Request, Values
@@ -31,7 +30,7 @@ from radapter_serve.contract.errors import (
     check_cancelled,
     until_deadline,
 )
-from radapter_serve.contract.images import FifoLimit, limit_large_images
+from radapter_serve.contract.images import LARGE, FifoLimit
 from radapter_serve.encoders.batcher import Result, encode_together, run_together
 from radapter_serve.encoders.encoder import Span, add_spans, collect_spans, span
 from radapter_serve.encoders.loaded import LoadedRelease, Need, Part, load_release
@@ -187,7 +186,7 @@ class Engine:
         self._closed = False
         self._max_waiting = max_waiting
         # Large images take at most a quarter of the waiting places.
-        self.large_images = limit_large_images(max(1, max_waiting // 4))
+        self.large_images = FifoLimit(1, max(1, max_waiting // 4), LARGE)
         # Replaced as a whole, so that a request sees either the old or the new releases.
         self._served: Mapping[int, ServedRelease] = {
             loaded.release.version: self._ready(loaded) for loaded in releases
@@ -298,25 +297,18 @@ class Engine:
     def encode(
         self, encoder: str, version: str, inputs: Tensors, *, cancelled: Cancelled = lambda: False
     ) -> NDArray[Any]:
-        """Encode inputs of an encoder of a release, in its queue with those of callers."""
+        """Encode rows of an encoder of a release at one α, in its queue with those of callers."""
         served = self._pick("classify", version)
-        part: Part = "tokens"
-        rows: Any = inputs.get("tokens")
+        part: Part = "images" if encoder == "image_encoder" else "patches"
+        rows: Any = inputs.get("image")
         if rows is None:
-            part = "images" if encoder == "image_encoder" else "patches"
-            rows = inputs["image"]
-        needs = []
-        for number in range(len(rows)):
-            alpha = float(inputs["alpha"][number, 0]) if "alpha" in inputs else None
-            row = rows[number : number + 1]
-            row = row.tolist() if part == "tokens" else row
-            needs.append(Need(served.loaded, part, row, alpha, cancelled))
-        embeds = []
-        for result in self._encode(served, needs):
-            if isinstance(result, TaskError):
-                raise result
-            embeds.append(result)
-        return np.concatenate(embeds)
+            part = "tokens"
+            rows = inputs["tokens"].tolist()
+        alpha = float(inputs["alpha"][0, 0]) if "alpha" in inputs else None
+        [result] = self._encode(served, [Need(served.loaded, part, rows, alpha, cancelled)])
+        if isinstance(result, TaskError):
+            raise result
+        return result
 
     def releases(self, model: str, version: str = "") -> list[Release]:
         """The served releases, the newest last; refuses an unknown task or release."""

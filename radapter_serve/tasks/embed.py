@@ -123,42 +123,34 @@ def check_labels(
     loaded: LoadedRelease, labels: Labels, place: Place, *, by_example: bool = False
 ) -> int:
     """Check and count the labels of a request; only `classify` takes some `by_example`."""
-    if labels.label_set is not None:
-        lines, templates, exported = _label_set(loaded, labels.label_set, place)
-        if exported is not None and exported.examples is not None and not by_example:
-            raise invalid(
-                f"the label set {labels.label_set!r:.80} has labels by example, which are for"
-                " classify; give labels, or another label set"
-            )
-        by_examples = known_as(labels.label_set, loaded.release.sets_by_example)
-        is_mixed = exported is not None and exported.examples is None and by_examples is not None
-        if is_mixed and place.adapter is not None:
-            raise invalid(
-                f"the label set {labels.label_set!r:.80} has labels by example, which the export"
-                " has mixed with their texts, so no adapter moves it; leave adapter out"
-            )
-        if not _is_exported(loaded, exported, place):
-            check_prompts([_counted(loaded, lines, templates, place)], OTHER_POINT)
+    lines, templates, exported = _resolve(loaded, labels, place)
+    if labels.label_set is None:
+        check_prompts([(lines, templates)])
+        if loaded.label_cache.get((tuple(lines), tuple(templates), place.key)) is None:
+            check_names(lines)
         return len(lines)
-    if labels.names is None:
-        sets = _names_of_label_sets(loaded, place)
-        raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {sets}")
-    templates = _templates(loaded, place) if labels.templates is None else labels.templates
-    check_prompts([(labels.names, templates)])
-    if loaded.label_cache.get((tuple(labels.names), tuple(templates), place.key)) is None:
-        check_names(labels.names)
-    return len(labels.names)
+    if exported is not None and exported.examples is not None and not by_example:
+        raise invalid(
+            f"the label set {labels.label_set!r:.80} has labels by example, which are for"
+            " classify; give labels, or another label set"
+        )
+    by_examples = known_as(labels.label_set, loaded.release.sets_by_example)
+    is_mixed = exported is not None and exported.examples is None and by_examples is not None
+    if is_mixed and place.adapter is not None:
+        raise invalid(
+            f"the label set {labels.label_set!r:.80} has labels by example, which the export"
+            " has mixed with their texts, so no adapter moves it; leave adapter out"
+        )
+    if not _is_exported(loaded, exported, place):
+        check_prompts([_counted(loaded, lines, templates, place)], OTHER_POINT)
+    return len(lines)
 
 
 def embed_label_set(
     loaded: LoadedRelease, labels: Labels, place: Place, cancelled: Cancelled | None
 ) -> TaskSteps[LabelSet]:
     """Return the label set of a checked request, with its examples not mixed in yet."""
-    if labels.label_set is None:
-        names = labels.names or ()
-        templates = _templates(loaded, place) if labels.templates is None else labels.templates
-        return (yield from embed_labels(loaded, names, templates, place=place, cancelled=cancelled))
-    lines, templates, exported = _label_set(loaded, labels.label_set, place)
+    lines, templates, exported = _resolve(loaded, labels, place)
     if exported is not None and _is_exported(loaded, exported, place):
         return replace(exported, examples=None)  # the export has mixed them in
     embedded = yield from embed_labels(loaded, lines, templates, place=place, cancelled=cancelled)
@@ -175,7 +167,7 @@ def label_set_prompts(
     if labels.label_set is None:
         return None
     place = loaded.place(point)
-    lines, templates, exported = _label_set(loaded, labels.label_set, place)
+    lines, templates, exported = _resolve(loaded, labels, place)
     is_cached = loaded.label_cache.get((tuple(lines), tuple(templates), place.key)) is not None
     if is_cached or _is_exported(loaded, exported, place):
         return None
@@ -184,12 +176,10 @@ def label_set_prompts(
 
 def prompts_to_encode(loaded: LoadedRelease, labels: Labels, point: Point | Place) -> int:
     """How many prompts of a label set have to be encoded for a request."""
-    if labels.label_set is None:
-        return 0
     place = loaded.place(point)
     if label_set_prompts(loaded, labels, place) is None:
         return 0
-    lines, templates, _ = _label_set(loaded, labels.label_set, place)
+    lines, templates, _ = _resolve(loaded, labels, place)
     if loaded.stored_prompts(lines, templates, place) is not None:
         return 0
     return sum(prompt_counts(lines, templates))
@@ -210,36 +200,36 @@ def _is_exported(loaded: LoadedRelease, label_set: LabelSet | None, place: Place
     return label_set is not None and place.key in (None, loaded.exported_alpha)
 
 
-def _label_set(
-    loaded: LoadedRelease, name: str, place: Place
+def _resolve(
+    loaded: LoadedRelease, labels: Labels, place: Place
 ) -> tuple[Sequence[str], Sequence[str], LabelSet | None]:
-    """The labels and templates of a label set, of the adapter or else of the release; and the
-    label set as it was exported, None for an adapter's.
+    """The labels and templates of a request, those of its label set by the adapter or else by the
+    release; and the label set as it was exported, None for a list and for an adapter's.
     """
-    if place.adapter is not None:
-        facts = place.adapter.facts
-        known = known_as(name, facts.label_sets)
-        if known is not None:
-            return facts.label_sets[known], facts.templates, None
+    facts = None if place.adapter is None else place.adapter.facts
+    if labels.names is not None:
+        templates = labels.templates
+        if templates is None:
+            templates = (facts or loaded.release).templates
+        return labels.names, templates, None
+
+    # Look the label set up.
+    name = labels.label_set or ""
+    sets = {} if facts is None else facts.label_sets
+    known = known_as(name, sets)
+    if facts is not None and known is not None:
+        return sets[known], facts.templates, None
     known = known_as(name, loaded.label_sets)
     if known is None:
-        sets = _names_of_label_sets(loaded, place)
+        names = ", ".join(sorted({*loaded.label_sets, *sets}))
+        names = names or "none (radapter-export --label-set NAME=FILE makes one)"
+        if labels.label_set is None:
+            raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {names}")
         raise TaskError(
-            UNKNOWN_LABEL_SET, f"no label set {name!r:.80} in this release; there are: {sets}"
+            UNKNOWN_LABEL_SET, f"no label set {name!r:.80} in this release; there are: {names}"
         )
     exported = loaded.label_sets[known]
     return exported.lines, exported.templates, exported
-
-
-def _names_of_label_sets(loaded: LoadedRelease, place: Place) -> str:
-    sets = {} if place.adapter is None else place.adapter.facts.label_sets
-    names = ", ".join(sorted({*loaded.label_sets, *sets}))
-    return names or "none (radapter-export --label-set NAME=FILE makes one)"
-
-
-def _templates(loaded: LoadedRelease, place: Place) -> Sequence[str]:
-    """The templates of labels that come without any: the adapter's, or the release's."""
-    return (loaded.release if place.adapter is None else place.adapter.facts).templates
 
 
 def embed_prompts(
@@ -273,11 +263,11 @@ def embed_labels(
     place: Place | None = None,
     cancelled: Cancelled | None = None,
     progress: Callable[[int], None] | None = None,
-    keep: Callable[[NDArray[np.float32]], None] | None = None,
+    keep: Callable[[NDArray[np.float32]], object] | None = None,
 ) -> TaskSteps[LabelSet]:
     """Embed checked labels, the mean over all prompts scaled to unit length; each is cached by
     place and templates. `progress` is called with the number of labels so far; `keep` takes the
-    embeddings of all prompts, in parts and in the order of `written_prompts`.
+    embeddings of all prompts, in parts and in the order of `load_prompts`.
     """
     place = place or loaded.place()
     cache = loaded.label_cache
