@@ -23,9 +23,9 @@ from loop import Closed, Measured, Send
 from loop import measure as loop
 
 from radapter_client import AsyncClient, Client
-from radapter_serve.encoders.labels import PROMPTS, LabelSet, written_prompts
+from radapter_serve.encoders.labels import PROMPTS, LabelSet
 from radapter_serve.encoders.loaded import load_release
-from radapter_serve.files import digest_of
+from radapter_serve.files import digest_of, written_array
 from radapter_serve.index.build import build
 from radapter_serve.release.adapters import AdapterFacts, add
 from radapter_serve.release.integrity import write_sums
@@ -73,7 +73,7 @@ def add_large_label_set(repository: Path) -> None:
     templates = tuple(f"a photo {number} of a {{}}." for number in range(80))
     path = repository / "text_encoder" / folder.name / f"{LARGE}{PROMPTS}"
     shape = len(names) * len(templates), release.embed_dim
-    with written_prompts(path, shape) as write:
+    with written_array(path, shape) as write:
         rows = random.normal(size=shape).astype(np.float32)
         write(rows / np.linalg.norm(rows, axis=1, keepdims=True))
     label_set = LabelSet(names, rows[: len(names)], names, templates)

@@ -15,13 +15,14 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from radapter_serve.errors import RAdapterError, reason, short
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from pydantic import TypeAdapter, ValidationError
 
@@ -109,6 +110,21 @@ def map_array(path: Path) -> NDArray[Any]:
     with _PARSER, _numpy_errors():
         # A slice of numpy.memmap is slow, so take a plain array.
         return np.asarray(np.lib.format.open_memmap(path, mode="r"))  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def written_array(
+    path: Path, shape: tuple[int, int]
+) -> Iterator[Callable[[NDArray[np.float32]], object]]:
+    """Write a float32 array [N, D] as `.npy` in parts; yields a function that takes the next rows.
+    Without a mapping: on a full disk a mapped write would kill the process.
+    """
+    import numpy as np
+
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+        yield lambda rows: file.write(np.ascontiguousarray(rows, "<f4").tobytes())
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -61,7 +61,6 @@ from radapter_serve.encoders.labels import (
     MAX_PROMPTS_BYTES,
     PROMPTS,
     prompt_counts,
-    written_prompts,
 )
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.plans import PLAN, write_plan
@@ -70,7 +69,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import kept_at
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.rows import what_is_kept
-from radapter_serve.files import digest_of, disk_errors, staged_folder
+from radapter_serve.files import digest_of, disk_errors, staged_folder, written_array
 from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, compare
 from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
@@ -568,7 +567,7 @@ def _write_label_sets(
         kept_in: Path | None = None
         if is_base and not file.images and 4 * math.prod(prompts) <= MAX_PROMPTS_BYTES:
             kept_in = text_encoder / f"{name}{PROMPTS}"
-            with written_prompts(kept_in, prompts) as keep:
+            with written_array(kept_in, prompts) as keep:
                 label_set = complete(steps(keep=keep))
         else:
             label_set = complete(steps())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,26 +102,9 @@ def prompt_counts(lines: Sequence[str], templates: Sequence[str]) -> list[int]:
     return [len(split_label(line)) * len(templates) for line in lines]
 
 
-@contextlib.contextmanager
-def written_prompts(
-    path: Path, shape: tuple[int, int]
-) -> Iterator[Callable[[NDArray[np.float32]], None]]:
-    """Write the embeddings [P, D] of all prompts of a label set, label by label and for each of its
-    names the templates; yields a function that takes the next rows.
-    """
-    with path.open("wb") as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
-
-        def write(rows: NDArray[np.float32]) -> None:
-            file.write(np.ascontiguousarray(rows, "<f4").tobytes())
-
-        yield write
-
-
 def load_prompts(path: Path, label_set: LabelSet, digest: str) -> NDArray[np.float32] | None:
-    """Map a file of `written_prompts` from the disk; None if it is damaged: then its prompts are
-    encoded.
+    """Map the stored prompts of a label set from the disk, label by label and for each of its names
+    the templates; None if the file is damaged: then its prompts are encoded.
     """
     try:
         if digest_of(path) != digest:

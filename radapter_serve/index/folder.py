@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from radapter_serve.contract.errors import Cancelled, TaskError, check_cancelled
 from radapter_serve.contract.images import FifoLimit
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import digest_of, map_array, staged
+from radapter_serve.files import digest_of, map_array, staged, written_array
 from radapter_serve.index.conditions import Met, evaluate, text_array
 from radapter_serve.index.facts import FACTS, FileFacts, Hit, Index, IndexFacts
 from radapter_serve.index.neighbours import CODES, Neighbours, Positions, near_best
@@ -309,10 +309,7 @@ def write_table(folder: Path, batches: Iterable[pa.RecordBatch], shape: tuple[in
     count = 0
     waiting: list[pa.RecordBatch] = []
     writer: pa.RecordBatchFileWriter | None = None
-    with (folder / ROWS).open("wb") as rows, (folder / VECTORS).open("wb") as vectors:
-        # Write without a mapping: on a full disk a mapped write would kill the process.
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(vectors, header)  # type: ignore[no-untyped-call]
+    with (folder / ROWS).open("wb") as rows, written_array(folder / VECTORS, shape) as put:
 
         def flush() -> None:
             assert writer is not None
@@ -321,7 +318,7 @@ def write_table(folder: Path, batches: Iterable[pa.RecordBatch], shape: tuple[in
 
         for batch in batches:
             count += len(batch)
-            vectors.write(np.ascontiguousarray(vectors_of(batch[VECTOR])).tobytes())
+            put(vectors_of(batch[VECTOR]))
             part = batch.drop_columns([VECTOR])
             place = part.schema.get_field_index(THUMBNAIL)
             large = part.column(place).cast(pa.large_binary())
