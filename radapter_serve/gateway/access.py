@@ -71,12 +71,27 @@ class Key(BaseModel):
             if not self.allows(name):
                 raise self.unknown(name)
 
+    @contextlib.contextmanager
+    def hiding_others(self, name: str) -> Iterator[None]:
+        """Reword the refusal of an unknown adapter, which names the nearest: they may be of other
+        keys.
+        """
+        try:
+            yield
+        except Refused as error:
+            if error.code != UNKNOWN_ADAPTER or self.adapters is None:
+                raise
+            raise self.unknown(name) from None
+
     def unknown(self, name: str) -> Refused:
         """The refusal of an adapter that is not served, or not to this key."""
         others = dict.fromkeys(sorted((self.adapters or frozenset()) - {BASE, name}))
         if name:
             return Refused(400, UNKNOWN_ADAPTER, unknown_name(name, others))
         return Refused(400, UNKNOWN_ADAPTER, "this key asks adapters only; name one")
+
+
+ANYONE = Key(name="", digest="")  # a caller where no keys are asked
 
 
 class Keys:

@@ -26,11 +26,11 @@ from radapter_serve.contract.errors import (
     RESTARTING,
     SERVER_STOPPING,
     TIMED_OUT,
-    UNKNOWN_ADAPTER,
     UNKNOWN_MODEL,
 )
 from radapter_serve.gateway import kserve, openai, openapi
 from radapter_serve.gateway.access import (
+    ANYONE,
     ConcurrencyLimit,
     Key,
     Keys,
@@ -251,8 +251,8 @@ class Gateway:
         """The releases as OpenAI's list of models, or one of them."""
         name = request.path_params.get("model")
         if name is None:
-            return JSONResponse(await self._openai.models(request.scope["state"].get("key")))
-        return JSONResponse(await self._openai.model(name, request.scope["state"].get("key")))
+            return JSONResponse(await self._openai.models(_key(request)))
+        return JSONResponse(await self._openai.model(name, _key(request)))
 
     # Inferences
 
@@ -285,12 +285,11 @@ class Gateway:
         # Many short texts, or a text with an emoji, take more memory than in the body.
         lease.hold(max(inference.size, len(body)))
         del body, read
-        key: Key | None = request.scope["state"].get("key")
+        key = _key(request)
         adapters = inference.adapters
         if adapters != {""}:
             entry.adapter = min(adapters)[:200] if len(adapters) == 1 else "several"
-        if key is not None:
-            key.check_adapters(adapters)
+        key.check_adapters(adapters)
         self._count_images(request, inference.images)
 
         # Ask the upstream, once a slot is free
@@ -299,13 +298,8 @@ class Gateway:
         async def ask() -> Reply:
             async with self._concurrency.slot(entry):
                 left = max(end - time.monotonic(), 1e-3)
-                try:
+                with key.hiding_others(max(adapters)):
                     return await self._upstream.infer(inference, left, entry)
-                except Refused as error:
-                    # The error names the nearest adapters, which may be of other keys.
-                    if error.code != UNKNOWN_ADAPTER or key is None or key.adapters is None:
-                        raise
-                    raise key.unknown(max(adapters)) from None
 
         reply = await _run_until_disconnect(request, ask(), end)
         entry.release = str(reply.version)
@@ -336,8 +330,8 @@ class Gateway:
         request.state.lease.hold(len(body))
         del body, read
         self._count_images(request, len(asked.images))
-        key: Key | None = request.scope["state"].get("key")
-        work = self._openai.embed(asked, end - time.monotonic(), request.state.entry, key)
+        left = end - time.monotonic()
+        work = self._openai.embed(asked, left, request.state.entry, _key(request))
         answer, receipt = await _run_until_disconnect(request, work, end)
         request.state.lease.hold(len(answer))
         headers = {kserve.RECEIPT_HEADER: receipt} if receipt else {}
@@ -487,6 +481,11 @@ async def _closed(request: Request, error: Exception) -> NoReturn:
         " /health/live and /ready"
     )
     raise Refused(getattr(error, "status_code", 404), NOT_FOUND, message)
+
+
+def _key(request: Request) -> Key:
+    key: Key = request.scope["state"].get("key", ANYONE)
+    return key
 
 
 def _named(request: Request) -> tuple[str, str]:

@@ -43,28 +43,28 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
-class _InputParameters(Strict):
+class InputParameters(Strict):
     binary_data_size: Annotated[int, Field(ge=0, lt=2**40)] | None = None
 
 
-class _Input(Strict):
+class Input(Strict):
     name: Name
     shape: Annotated[list[Annotated[int, Field(gt=0, lt=2**31)]], Field(max_length=8)]
     datatype: Name
-    parameters: _InputParameters = _InputParameters()
+    parameters: InputParameters = InputParameters()
     data: list[Any] | None = None
 
 
-class _OutputParameters(Strict):
+class OutputParameters(Strict):
     binary_data: bool | None = None
 
 
-class _Output(Strict):
+class Output(Strict):
     name: Name
-    parameters: _OutputParameters = _OutputParameters()
+    parameters: OutputParameters = OutputParameters()
 
 
-class _RequestParameters(Strict):
+class RequestParameters(Strict):
     binary_data_output: bool = False
     timeout: Annotated[int, Field(gt=0, lt=2**60)] | None = None  # microseconds
 
@@ -72,9 +72,9 @@ class _RequestParameters(Strict):
 class Header(Strict):
     id: Annotated[str, Field(max_length=128)] = ""
     model_name: Name | None = None  # that of the path again, as KServe's own client sends it
-    parameters: _RequestParameters = _RequestParameters()
-    inputs: Annotated[list[_Input], Field(max_length=64)]
-    outputs: Annotated[list[_Output], Field(max_length=64)] = []
+    parameters: RequestParameters = RequestParameters()
+    inputs: Annotated[list[Input], Field(max_length=64)]
+    outputs: Annotated[list[Output], Field(max_length=64)] = []
 
 
 def from_json(kind: type[Body], text: bytes, advice: str) -> Body:
@@ -193,7 +193,7 @@ def read(body: bytes, end: int, model: ServedModel, version: str = "") -> Infere
     return Inference(model.name, version, inputs, outputs, header.id, binary, seconds, size)
 
 
-def _from_binary(tensor: _Input, data: memoryview) -> NDArray[Any]:
+def _from_binary(tensor: Input, data: memoryview) -> NDArray[Any]:
     name = tensor.name
     if tensor.datatype == "BYTES":
         # Texts, or the bytes of images
@@ -222,7 +222,7 @@ def _from_binary(tensor: _Input, data: memoryview) -> NDArray[Any]:
     return numbers.reshape(tensor.shape)
 
 
-def _from_json(tensor: _Input) -> NDArray[Any]:
+def _from_json(tensor: Input) -> NDArray[Any]:
     """Read the data of a tensor, flat or nested according to its shape."""
     name = tensor.name
     shape = tensor.shape

@@ -23,7 +23,6 @@ from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_ARGUMENT,
     INVALID_IMAGE,
-    UNKNOWN_ADAPTER,
     UNKNOWN_MODEL,
     TaskError,
 )
@@ -255,13 +254,13 @@ class OpenAI:
         self._concurrency = concurrency
         self._adapters = None if repository is None else Adapters(repository, None)
 
-    async def models(self, key: Key | None = None) -> dict[str, Any]:
+    async def models(self, key: Key) -> dict[str, Any]:
         """The list of releases, the newest first, and of adapters; a key sees its own."""
         releases = (await self._model("embed_text", fresh=0)).facts()
         versions = sorted(releases, reverse=True)
         data = [_described(NEWEST, releases[version]) for version in versions[:1]]
         data += [_described(f"{NEWEST}-{version}", releases[version]) for version in versions]
-        if key is not None and not key.allows(""):
+        if not key.allows(""):
             data = []
         # An adapter of an older release alone is asked with this release.
         seen: set[str] = set()
@@ -275,7 +274,7 @@ class OpenAI:
                     seen.add(name)
         return {"object": "list", "data": data}
 
-    async def model(self, name: str, key: Key | None = None) -> dict[str, Any]:
+    async def model(self, name: str, key: Key) -> dict[str, Any]:
         """One release or adapter by its name."""
         version, adapter, facts = await self._release(name, key)
         if not adapter:
@@ -283,7 +282,7 @@ class OpenAI:
         parent = f"{NEWEST}-{version}" if version else NEWEST
         return _of_adapter(name, adapter, parent, facts)
 
-    async def _adapters_beside(self, facts: dict[str, Any], key: Key | None) -> list[str]:
+    async def _adapters_beside(self, facts: dict[str, Any], key: Key) -> list[str]:
         """Names of the adapters beside a release that a key sees."""
         if self._adapters is None:
             return []
@@ -292,11 +291,11 @@ class OpenAI:
         return [
             name
             for name, entry in sorted(entries.items())
-            if entry.text_tower == text_tower and (key is None or key.allows(name))
+            if entry.text_tower == text_tower and key.allows(name)
         ]
 
     async def embed(
-        self, request: EmbeddingsRequest, seconds: float, entry: Entry, key: Key | None = None
+        self, request: EmbeddingsRequest, seconds: float, entry: Entry, key: Key
     ) -> tuple[bytes, str]:
         """Answer a request within `seconds`, all of it by one release, which `entry` notes; returns
         the answer and its receipt.
@@ -326,15 +325,14 @@ class OpenAI:
                 "encoding_format",
             )
         async with self._concurrency.slot(entry):
-            try:
-                rows, answered, receipt = await self._rows(request, version, end, entry)
-            except Refused as error:
-                if error.code == UNKNOWN_ADAPTER and key is not None and key.adapters is not None:
-                    raise key.unknown(adapter) from None
-                if version or error.code != UNKNOWN_MODEL:
-                    raise
-                # The release was replaced between two batches: start again with the new one.
-                rows, answered, receipt = await self._rows(request, version, end, entry)
+            with key.hiding_others(adapter):
+                try:
+                    rows, answered, receipt = await self._rows(request, version, end, entry)
+                except Refused as error:
+                    if version or error.code != UNKNOWN_MODEL:
+                        raise
+                    # The release was replaced between two batches: start again with the new one.
+                    rows, answered, receipt = await self._rows(request, version, end, entry)
         entry.release = answered
         model = request.model if adapter else f"{NEWEST}-{answered}"
         return await write(rows, model, request, receipt), receipt
@@ -400,14 +398,14 @@ class OpenAI:
             rows[place] = total
         return [rows[place] for place in range(len(rows))], version, receipt
 
-    async def _release(self, name: str, key: Key | None) -> tuple[str, str, dict[str, Any]]:
+    async def _release(self, name: str, key: Key) -> tuple[str, str, dict[str, Any]]:
         """The version, empty for the newest, the adapter, empty for none, and the facts of a
         release, by the name of a model: a release, an adapter, or both with a colon.
         """
         wanted = re.fullmatch(f"{NEWEST}(?:-([1-9][0-9]{{0,17}}))?(?::(.{{1,200}}))?", name)
         version = "" if wanted is None else wanted[1] or ""
         adapter = "" if wanted is None else wanted[2] or ""
-        if key is not None and wanted is not None:
+        if wanted is not None:
             key.check_adapters([adapter])
         releases: dict[int, dict[str, Any]] = {}
         names: list[str] = []

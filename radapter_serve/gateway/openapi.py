@@ -156,7 +156,12 @@ def document() -> Schema:
     schemas["Error"] = _object(
         {"error": {"type": "string", "description": f"[code] message; codes: {code['enum']}"}}
     )
-    error = {"message": _TEXT, "type": _TEXT, "param": _or_null(_TEXT), "code": code}
+    error = {
+        "message": _TEXT,
+        "type": _TEXT,
+        "param": {"anyOf": [_TEXT, {"type": "null"}]},
+        "code": code,
+    }
     schemas["OpenAIError"] = _object({"error": _object(error)})
     return {
         "openapi": "3.1.0",
@@ -232,10 +237,6 @@ def _object(properties: Mapping[str, Schema], *, open: bool = False) -> Schema:
     return schema if open else {**schema, "additionalProperties": False}
 
 
-def _or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
 def _flag(name: str) -> Schema:
     return _object({name: {"const": True}})
 
@@ -281,19 +282,8 @@ def _responses(
 def _of(model: type[BaseModel], schemas: dict[str, Schema]) -> Schema:
     """The schema of a body that pydantic checks; the models inside it are added to `schemas`."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    for name, inner in schema.pop("$defs", {}).items():
-        schemas[name.lstrip("_")] = _renamed(inner)
-    renamed: Schema = _renamed(schema)
-    return renamed
-
-
-def _renamed(value: Any) -> Any:
-    """Drop the underscores of private models in references and titles."""
-    if isinstance(value, dict):
-        return {key: _renamed(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_renamed(item) for item in value]
-    return value.replace("/schemas/_", "/schemas/") if isinstance(value, str) else value
+    schemas.update(schema.pop("$defs", {}))
+    return schema
 
 
 def _asked(name: str, task: Task[Any, Any], schemas: dict[str, Schema]) -> Schema:

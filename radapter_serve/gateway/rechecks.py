@@ -20,12 +20,11 @@ from radapter_serve.release.repository import ENCODERS
 
 ROWS = 2  # of each encoder, which take turns
 TRIES = 3  # an encoder that deviates is asked again at once, and fails if it does so each time
-OUTCOMES = ("ok", "deviates", "no_answer")
 
 
 class Rechecks:
     """Asks one encoder of a served release every `interval` seconds, in turn, within the bounds of
-    the release as it is computed; `count` gets each encoder and one of `OUTCOMES`.
+    the release as it is computed; `count` gets each encoder and ok, deviates or no_answer.
     """
 
     def __init__(
