@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +119,17 @@ class Place:
 
 
 TaskSteps: TypeAlias = Generator[Need, Any, A]  # the way of a task to its answer, an `A`
+
+
+@dataclass(frozen=True)
+class Answered(Generic[A]):
+    """An answer, and the place where it was computed; for a search of a mapped index, with its
+    recall.
+    """
+
+    answer: A
+    place: Place
+    mapped: float | None = None
 
 
 class LoadedRelease:
@@ -382,7 +393,7 @@ def load_release(
     """
     folder = find_release(repository if version is None else f"{repository}@{version}")
     release = choice.facts(Release.load(folder))
-    graphs = dict(choice.graphs(release.version) or {})
+    graphs = dict(choice.graphs.get(release.version, {}))
     for name in ENCODERS if not graphs else ():
         if name == PATCH_ENCODER and not release.dense:
             continue

@@ -8,7 +8,7 @@ import importlib.util
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,40 +24,28 @@ RUNS = 3  # timed, of which the quickest counts: other programs only slow a run 
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Encoders of releases in one runtime and precision, by number and name: the loaded graphs,
-    their agreement with torch, and the seconds that a batch of images took.
-    """
-
-    seconds: float
-    graphs: Mapping[int, Mapping[str, EncoderGraph]]
-    agreements: Mapping[int, Mapping[str, Agreement]]
-
-    @property
-    def distance(self) -> float:
-        """The largest 1 - cosine of any encoder."""
-        encoders = [of for each in self.agreements.values() for of in each.values()]
-        return max((1 - agreement.min_cosine for agreement in encoders), default=0.0)
-
-
-@dataclass(frozen=True)
 class Choice:
     """A runtime and a precision for all encoders, each None if it is that of the export; `note`
-    says why, for people. `trial` has the encoders, if they were tried.
+    says why, for people. If they were tried, by the numbers of releases and the encoders' names:
+    the loaded graphs and their agreement with torch; and the seconds that a batch of images took.
     """
 
     runtime: str | None
     precision: str | None = None
     note: str = ""
-    trial: Trial | None = None
+    graphs: Mapping[int, Mapping[str, EncoderGraph]] = field(default_factory=dict)
+    agreements: Mapping[int, Mapping[str, Agreement]] = field(default_factory=dict)
+    seconds: float = 0.0
 
-    def graphs(self, version: int) -> Mapping[str, EncoderGraph] | None:
-        """The encoders of a release, compared with torch; None if they were not tried."""
-        return None if self.trial is None else self.trial.graphs.get(version)
+    @property
+    def distance(self) -> float:
+        """The largest 1 - cosine of any encoder that was tried."""
+        encoders = [of for each in self.agreements.values() for of in each.values()]
+        return max((1 - agreement.min_cosine for agreement in encoders), default=0.0)
 
     def facts(self, release: Release) -> Release:
         """A release as it is computed by this choice, with the agreement that was measured."""
-        measured = {} if self.trial is None else self.trial.agreements.get(release.version, {})
+        measured = self.agreements.get(release.version, {})
         return release.computed_in(self.precision, self.runtime, measured)
 
 
@@ -129,9 +117,9 @@ def choose(
                 "--precision is bf16, but this processor has no bf16 (neither amx_bf16 nor"
                 f" avx512_bf16 in {CPU_FACTS}); allowed here are fp32 and {AUTO}"
             )
-        trial = try_encoders(repository, releases, "openvino", "bf16", threads)
-        note = f"precision bf16 with openvino: 1 - cosine at most {trial.distance:.0e}"
-        return Choice("openvino", "bf16", note, trial)
+        choice = try_encoders(repository, releases, "openvino", "bf16", threads)
+        note = f"precision bf16 with openvino: 1 - cosine at most {choice.distance:.0e}"
+        return replace(choice, note=note)
 
     # AUTO: try the release as it is, then OpenVINO in bf16, else in fp32; only the fastest encoders
     # stay in memory.
@@ -140,36 +128,37 @@ def choose(
             runtime, note="precision fp32: bf16 needs a processor with bf16, and OpenVINO on it"
         )
     first = (releases[-1].runtime if exported == AUTO else exported, "fp32")
-    best = first
-    trial = try_encoders(repository, releases, *first, threads)
-    seconds = trial.seconds
+    best = try_encoders(repository, releases, *first, threads)
+    seconds = best.seconds
     reason = ""
     for way in (("openvino", "bf16"), ("openvino", "fp32")):
         # Where bf16 is faster, fp32 by the same runtime is not tried.
-        if way == first or best[1] == "bf16":
+        if way == first or best.precision == "bf16":
             continue
         try:
             other = try_encoders(repository, releases, *way, threads)
         except RAdapterError as error:
             reason = f"; {error}"
             continue
-        if other.seconds < trial.seconds:
-            best = way
-            trial = other
+        if other.seconds < best.seconds:
+            best = other
         del other
-    note = f"precision {best[1]} with {best[0]}: "
-    if best == first:
-        return Choice(first[0], None, f"{note}nothing else was faster{reason}", trial)
-    note += (
-        f"images {seconds / trial.seconds:.1f} times as fast as {first[1]} with {first[0]},"
-        f" 1 - cosine at most {trial.distance:.0e}{reason if best[1] == 'fp32' else ''}"
-    )
-    return Choice(best[0], "bf16" if best[1] == "bf16" else None, note, trial)
+    note = f"precision {best.precision} with {best.runtime}: "
+    if best.precision == "bf16":
+        reason = ""
+    if (best.runtime, best.precision) == first:
+        note += f"nothing else was faster{reason}"
+    else:
+        note += (
+            f"images {seconds / best.seconds:.1f} times as fast as {first[1]} with {first[0]},"
+            f" 1 - cosine at most {best.distance:.0e}{reason}"
+        )
+    return replace(best, precision="bf16" if best.precision == "bf16" else None, note=note)
 
 
 def try_encoders(
     repository: Path, releases: Sequence[Release], runtime: str, precision: str, threads: int
-) -> Trial:
+) -> Choice:
     """Load the encoders of releases, compare them with torch, and time the images of the last."""
     seconds = 0.0
     graphs: dict[int, dict[str, EncoderGraph]] = {}
@@ -196,7 +185,7 @@ def try_encoders(
             graphs[number][name] = graph
             if name == "image_encoder" and release is releases[-1]:
                 seconds = quickest(graph, samples)
-    return Trial(seconds, graphs, agreements)
+    return Choice(runtime, precision, "", graphs, agreements, seconds)
 
 
 def quickest(graph: Callable[..., object], samples: Samples) -> float:

@@ -80,7 +80,7 @@ class EngineServer(ReleaseServer):
                 releases[number] = self._releases[number]
                 continue
             asked = choice.runtime
-            if choice.graphs(number) is None:
+            if number not in choice.graphs:
                 runtime, _ = configure(  # resolves AUTO once, for all releases
                     config.model_repository,
                     [number],
@@ -102,7 +102,7 @@ class EngineServer(ReleaseServer):
             assert isinstance(loaded.encoder, GraphEncoder)
             for encoder in encoders_of(config.model_repository, [number]):
                 # Some are compared already, by `_choose` or by `configure`.
-                if choice.graphs(number) or asked not in (None, encoder.runtime):
+                if number in choice.graphs or asked not in (None, encoder.runtime):
                     continue
                 say(f"comparing {encoder.name} of release {number} with torch's embeddings")
                 check_agreement(encoder, number, loaded.encoder.graphs[encoder.name])

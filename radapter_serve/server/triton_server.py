@@ -255,7 +255,7 @@ class TritonServer(ReleaseServer):
             backends,
             progress,
             precision=self.precision,
-            compared=choice.trial is not None,
+            compared=bool(choice.graphs),
         )
         choice = replace(choice, runtime=self.runtime)
         for version in releases:

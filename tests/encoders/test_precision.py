@@ -15,7 +15,7 @@ from radapter_client import Client
 from radapter_serve import Model
 from radapter_serve.encoders import precision as module
 from radapter_serve.encoders.encoder import EncoderGraph
-from radapter_serve.encoders.precision import Choice, Trial, choose
+from radapter_serve.encoders.precision import Choice, choose
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.in_process import EngineServer
 from radapter_serve.gateway.rechecks import Rechecks
@@ -45,9 +45,11 @@ def amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_auto_takes_the_fastest_that_agrees(
     repository: Path, amx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trials: dict[tuple[str, str], Trial] = {}
+    trials: dict[tuple[str, str], Choice] = {}
 
-    def tried(repository: Path, releases: Any, runtime: str, precision: str, threads: int) -> Trial:
+    def tried(
+        repository: Path, releases: Any, runtime: str, precision: str, threads: int
+    ) -> Choice:
         if (runtime, precision) not in trials:
             raise RAdapterError("it differs from torch")
         return trials[runtime, precision]
@@ -59,7 +61,7 @@ def test_auto_takes_the_fastest_that_agrees(
         for way in (OWN, FP32, BF16):
             if "_".join(way) in seconds:
                 agreements = {1: {"image_encoder": Agreement(1e-3, 1 - 5e-5)}}
-                trials[way] = Trial(seconds["_".join(way)], {}, agreements)
+                trials[way] = Choice(*way, "", {}, agreements, seconds["_".join(way)])
         return choose(repository, [1, 2], runtime, "auto", 2)
 
     fast = chosen(onnxruntime_fp32=3.6, openvino_fp32=3, openvino_bf16=1)
