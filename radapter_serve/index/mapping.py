@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +18,12 @@ from numpy.typing import NDArray
 
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import disk_errors, lock
 from radapter_serve.index.collection import Progress, Read, read
 from radapter_serve.index.facts import MadeBy, Mapped
 from radapter_serve.index.folder import VECTOR, FolderIndex, vector_column, vectors_of
 from radapter_serve.index.neighbours import TEXTS, TOP_K
 from radapter_serve.index.qdrant import refuse_link
-from radapter_serve.index.writer import BATCH, parts_in, write_generation
+from radapter_serve.index.writer import BATCH, building, write_generation
 from radapter_serve.process import decoders
 
 SAMPLE = 1000  # images embedded by both towers
@@ -130,13 +128,8 @@ def map_index(
     if not 0 <= min_recall <= 1:
         raise RAdapterError(f"--min-recall is {min_recall:g}; allowed: 0 to 1")
     refuse_link(out)
-    folder = out.with_name(f".{out.name}.building")
-    with disk_errors(out), lock(folder, "radapter-index"):
-        try:
-            return _map(out, folder / "new", loaded, sample, min_recall, progress)
-        finally:
-            if not parts_in(folder):  # of a stopped build, which goes on later
-                shutil.rmtree(folder, ignore_errors=True)
+    with building(out) as folder:
+        return _map(out, folder / "new", loaded, sample, min_recall, progress)
 
 
 def _map(

@@ -71,6 +71,20 @@ class Summary:
     recall: float | None = None  # recall@10; None if every vector is compared
 
 
+@contextlib.contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """Yield the folder where one command at a time writes the next generation of an index; it goes
+    at the end, unless it has the files of a stopped build, which goes on later.
+    """
+    folder = out.with_name(f".{out.name}.building")
+    with disk_errors(out), lock(folder, "radapter-index"):
+        try:
+            yield folder
+        finally:
+            if not parts_in(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 class NotResumed(RAdapterError):
     """The files of a stopped command can't be used; the message says how to discard them."""
 
@@ -88,15 +102,13 @@ def writing(
     """Write the next generation of an index, alone. The rows of a current generation with the same
     plan, and of a stopped command, are taken over unless `resume` is False.
     """
-    folder = out.with_name(f".{out.name}.building")
-    with disk_errors(out), lock(folder, "radapter-index"):
+    with building(out) as folder:
         try:
             with disk_errors(out):
                 yield Writer(folder, plan, loaded, out, columns, resume=resume, extend=extend)
                 shutil.rmtree(folder)
         except BaseException as error:
             if not parts_in(folder):
-                shutil.rmtree(folder, ignore_errors=True)
                 raise
             kept = "the embeddings so far are kept: give the same command again to continue"
             if isinstance(error, KeyboardInterrupt):

@@ -17,7 +17,7 @@ from radapter_serve.contract.errors import (
     invalid,
 )
 from radapter_serve.contract.images import ImageFile
-from radapter_serve.encoders.loaded import Place, TaskSteps
+from radapter_serve.encoders.loaded import Answered, TaskSteps
 from radapter_serve.index.facts import Hit
 from radapter_serve.index.index import Indexes
 from radapter_serve.release.release import HOW_TO_CALIBRATE
@@ -96,14 +96,14 @@ class Retrieved:
     hits: Sequence[Hit]
     index_version: str
     thumbnails: bool
-    place: Place  # of the texts
-    mapped: float | None = None  # recall@10 of a mapped index
 
 
 def retrieve(
     indexes: Indexes, request: RetrieveRequest, cancelled: Cancelled | None = None
-) -> TaskSteps[Retrieved]:
-    """Search an index for the images nearest to a query; raises a `TaskError` on failure."""
+) -> TaskSteps[Answered[Retrieved]]:
+    """Search an index for the images nearest to a query, at the place of its texts; raises a
+    `TaskError` on failure.
+    """
     index, loaded = indexes.get(request.index, cancelled)
     if request.index_version not in (None, index.generation):
         raise TaskError(
@@ -165,4 +165,4 @@ def retrieve(
     )
     mapped = index.facts.mapped
     recall = None if mapped is None else mapped.recall
-    return Retrieved(hits, index.generation, request.thumbnails, place, recall)
+    return Answered(Retrieved(hits, index.generation, request.thumbnails), place, recall)

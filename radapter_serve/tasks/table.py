@@ -13,6 +13,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from radapter_serve.contract.errors import Cancelled, invalid
 from radapter_serve.contract.images import read_headers
 from radapter_serve.contract.labels import check_prompts, known_as
 from radapter_serve.encoders.labels import DEFAULT_WEIGHT, Examples
-from radapter_serve.encoders.loaded import LoadedRelease, Place, TaskSteps
+from radapter_serve.encoders.loaded import Answered, LoadedRelease, TaskSteps
 from radapter_serve.release.adapters import shortened
 from radapter_serve.release.release import TASKS as NAMES
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
@@ -55,17 +56,6 @@ Wants = Callable[[str], bool]  # whether a caller asks for an output
 _FEW_PROMPTS = 256
 # examples to encode for one request; consecutive rows with the same options count once
 MAX_ENCODED = 256
-
-
-@dataclass(frozen=True)
-class Answered(Generic[A]):
-    """An answer, and the place where it was computed; for a search of a mapped index, with its
-    recall.
-    """
-
-    answer: A
-    place: Place
-    mapped: float | None = None
 
 
 # A task of one release: runs a request, with the steps to its answer.
@@ -350,15 +340,7 @@ def _make_retrieve(
     from radapter_serve.index.index import Indexes
     from radapter_serve.tasks.retrieve import retrieve
 
-    indexes = Indexes(loaded, others, opening_seconds=seconds)
-
-    def run(
-        request: RetrieveRequest, cancelled: Cancelled | None
-    ) -> TaskSteps[Answered[Retrieved]]:
-        answer = yield from retrieve(indexes, request, cancelled)
-        return Answered(answer, answer.place, answer.mapped)
-
-    return run
+    return partial(retrieve, Indexes(loaded, others, opening_seconds=seconds))
 
 
 def _write_hits(answers: Sequence[Retrieved]) -> Values:

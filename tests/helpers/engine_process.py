@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from radapter_serve.contract.errors import Cancelled
-from radapter_serve.encoders.loaded import LoadedRelease, Place, TaskSteps
+from radapter_serve.encoders.loaded import Answered, LoadedRelease, Place, TaskSteps
 from radapter_serve.engine import engine as engines
 from radapter_serve.engine.engine import Engine
 from radapter_serve.gateway.in_process import InProcess
@@ -20,7 +20,7 @@ from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking
 from radapter_serve.tasks.embed import Labels
-from radapter_serve.tasks.table import TASKS, Answered, Task, Tensors, Wants
+from radapter_serve.tasks.table import TASKS, Task, Tensors, Wants
 from tests.helpers.fake_model import obey
 
 

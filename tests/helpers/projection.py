@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import Cancelled
 from radapter_serve.encoders.batcher import complete
-from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.encoders.loaded import Answered, LoadedRelease
 from radapter_serve.index.facts import Index
 from radapter_serve.index.index import Indexes
 from radapter_serve.tasks.retrieve import Retrieved, RetrieveRequest, retrieve
@@ -83,6 +83,12 @@ class Searching:
         return cls(Indexes(release, clock=clock))
 
     def __call__(self, request: RetrieveRequest, cancelled: Cancelled | None = None) -> Retrieved:
+        return self.answered(request, cancelled).answer
+
+    def answered(
+        self, request: RetrieveRequest, cancelled: Cancelled | None = None
+    ) -> Answered[Retrieved]:
+        """The answer with its place, as receipts have it."""
         return complete(retrieve(self.indexes, request, cancelled))
 
     def ids(self, request: RetrieveRequest) -> list[str]:

@@ -20,7 +20,7 @@ from radapter_serve.index.index import current
 from radapter_serve.index.mapping import fit, held_out_recall, map_index
 from radapter_serve.release.release import Tower
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
-from radapter_serve.tasks.table import TASKS, Answered
+from radapter_serve.tasks.table import TASKS
 from tests.helpers.projection import DIM, Projection, Searching, projecting
 from tests.helpers.small_release import photos_in, png
 
@@ -142,13 +142,13 @@ def test_a_mapped_index_is_searched_as_one_of_the_new_tower_and_says_its_recall(
     names = index.schema.names
     assert index.table(names) == before.table(names) == exact.table(names)
     assert index.facts.plan.release == exact.facts.plan.release
-    answer = search(RetrieveRequest("photos", Query(["1"])))
-    exactly = search(RetrieveRequest("exact", Query(["1"])))
-    assert [hit.id for hit in answer.hits] == [hit.id for hit in exactly.hits]
+    answer = search.answered(RetrieveRequest("photos", Query(["1"])))
+    exactly = search.answered(RetrieveRequest("exact", Query(["1"])))
+    assert [hit.id for hit in answer.answer.hits] == [hit.id for hit in exactly.answer.hits]
 
     # The receipt of an answer has the recall.
     for each, recall in ((answer, f'"mapped": {round(mapped.recall, 4)}'), (exactly, None)):
-        values = TASKS["retrieve"].values(2, [Answered(each, each.place, each.mapped)])
+        values = TASKS["retrieve"].values(2, [each])
         assert (recall in str(values.plain["receipt"])) if recall else each.mapped is None
 
 
