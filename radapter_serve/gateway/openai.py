@@ -80,16 +80,12 @@ class EmbeddingsRequest:
     which one may have both.
     """
 
-    model: str  # name of the release
+    body: Body  # without its input
     texts: dict[int, bytes] = field(default_factory=dict)
     images: dict[int, bytes] = field(default_factory=dict)
     # Of each position that has a text and an image
     weights: dict[int, list[float]] = field(default_factory=dict)
-    in_base64: bool = False  # encoding of the embeddings in the answer
-    in_float16: bool = False
     adapter: str = ""
-    alpha: float | None = None
-    dimensions: int | None = None  # width of the embeddings that the caller expects
     tokens: int = 0  # an estimate
 
 
@@ -120,13 +116,8 @@ def read(text: bytes) -> EmbeddingsRequest:
             "embed_dtype is float16, which numbers in JSON are not; set encoding_format to base64",
             "embed_dtype",
         )
-    request = EmbeddingsRequest(
-        body.model,
-        in_base64=body.encoding_format == "base64",
-        in_float16=body.embed_dtype == "float16",
-        alpha=body.alpha,
-        dimensions=body.dimensions,
-    )
+    request = EmbeddingsRequest(body)
+    body.input = None
     # Each value: an image, or a text
     for place in range(len(values)):
         value = values[place]
@@ -217,8 +208,8 @@ async def write(
     parts = []
     for place, row in enumerate(rows):
         embedding: Any = row.tolist()
-        if request.in_base64:
-            kind = "<f2" if request.in_float16 else "<f4"
+        if request.body.encoding_format == "base64":
+            kind = "<f2" if request.body.embed_dtype == "float16" else "<f4"
             embedding = base64.b64encode(row.astype(kind).tobytes()).decode()
         part = {"object": "embedding", "index": place, "embedding": embedding}
         parts.append(json.dumps(part, allow_nan=False))
@@ -301,7 +292,7 @@ class OpenAI:
         the answer and its receipt.
         """
         end = time.monotonic() + seconds
-        version, adapter, facts = await self._release(request.model, key)
+        version, adapter, facts = await self._release(request.body.model, key)
         request.adapter = adapter
         entry.adapter = adapter or None
         width = facts.get("embed_dim")
@@ -311,14 +302,15 @@ class OpenAI:
                 SERVER_UNAVAILABLE,
                 "the release does not say its embed_dim; export it again with radapter-export",
             )
-        if request.dimensions not in (None, width):
+        dimensions = request.body.dimensions
+        if dimensions not in (None, width):
             raise bad_request(
-                f"dimensions is {request.dimensions}; embeddings of this release have {width}, and"
+                f"dimensions is {dimensions}; embeddings of this release have {width}, and"
                 " no base here was trained to be cut (Matryoshka): leave dimensions out",
                 "dimensions",
             )
         count = len(request.texts.keys() | request.images.keys())
-        if not request.in_base64 and count * width > MAX_JSON_VALUES:
+        if request.body.encoding_format == "float" and count * width > MAX_JSON_VALUES:
             raise bad_request(
                 f"{count} embeddings of {width} numbers are too many for JSON; send at most"
                 f" {MAX_JSON_VALUES // width} inputs, or ask for encoding_format base64",
@@ -334,7 +326,7 @@ class OpenAI:
                     # The release was replaced between two batches: start again with the new one.
                     rows, answered, receipt = await self._rows(request, version, end, entry)
         entry.release = answered
-        model = request.model if adapter else f"{NEWEST}-{answered}"
+        model = request.body.model if adapter else f"{NEWEST}-{answered}"
         return await write(rows, model, request, receipt), receipt
 
     async def _rows(
@@ -358,8 +350,8 @@ class OpenAI:
                 inputs: dict[str, NDArray[Any]] = {tensor: column}
                 if request.adapter:
                     inputs["adapter"] = np.full((len(batch), 1), request.adapter, object)
-                if request.alpha is not None:
-                    inputs["alpha"] = np.full((len(batch), 1), request.alpha, np.float32)
+                if request.body.alpha is not None:
+                    inputs["alpha"] = np.full((len(batch), 1), request.body.alpha, np.float32)
                 left = max(end - time.monotonic(), 1e-3)
                 try:
                     reply = await self._upstream.infer(
@@ -378,14 +370,7 @@ class OpenAI:
                         "the model server did not answer all inputs with the same adapter as asked;"
                         " try again",
                     )
-                embeds = reply.outputs.get(f"{tensor}_embeds")
-                if embeds is None or len(embeds) != len(batch):
-                    raise Refused(
-                        503,
-                        SERVER_UNAVAILABLE,
-                        "the model server did not answer with an embedding of each input",
-                    )
-                for place, row in zip(batch, embeds, strict=True):
+                for place, row in zip(batch, reply.outputs[f"{tensor}_embeds"], strict=True):
                     rows[place] = row
                     if place in request.weights:
                         weight = request.weights[place][tensor == "image"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import difflib
+import io
 import json
 import re
 import sys
@@ -31,12 +32,12 @@ from radapter_serve.files import (
     checker,
     digest_of,
     disk_errors,
-    exchange,
     first_problem,
     lock,
     map_array,
     remove,
     staged,
+    staged_folder,
 )
 from radapter_serve.release.release import Confidence, Release
 from radapter_serve.release.repository import MODELS, releases_of, require_known
@@ -216,23 +217,19 @@ def add(
                 " name"
             )
 
-        # Write the files into a new folder, whose name has their digest.
-        temporary = folder / ".new"
-        remove(temporary)
-        temporary.mkdir()
-        (temporary / FACTS).write_text(json.dumps(asdict(facts), indent=2), encoding="utf-8")
+        # Write the files into a folder whose name has their digest. One of the same digest may be
+        # served: its files are there at every moment.
+        files = {FACTS: json.dumps(asdict(facts), indent=2).encode()}
         for file, array in zip(_files(facts), factors, strict=True):
-            np.save(temporary / file, np.ascontiguousarray(array, np.float32))
-        sums = {file: digest_of(temporary / file) for file in (FACTS, *_files(facts))}
+            buffer = io.BytesIO()
+            np.save(buffer, np.ascontiguousarray(array, np.float32))
+            files[file] = buffer.getvalue()
+        sums = {file: digest_of(content) for file, content in files.items()}
         entry = Entry("", facts.text_tower, sums)
         entry = Entry(f"{name}@{shortened(entry.digest)}", facts.text_tower, sums)
-        # One of the same digest may be served: its files are there at every moment.
-        if not (folder / entry.folder).exists():
-            temporary.rename(folder / entry.folder)
-        elif not exchange(temporary, folder / entry.folder):
-            remove(folder / entry.folder)
-            temporary.rename(folder / entry.folder)
-        remove(temporary)
+        with staged_folder(folder / entry.folder, "radapter-release") as temporary:
+            for file, content in files.items():
+                (temporary / file).write_bytes(content)
 
         _write_list(folder, {**entries, name: entry})
         if before is not None and before.folder != entry.folder:

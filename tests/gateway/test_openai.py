@@ -188,9 +188,6 @@ def test_options_reach_both_tasks_and_refusals_name_the_field(served: Served) ->
         assert refusal(served, input=inputs) == (400, code, param)
     served.upstream.error = RuntimeError("a bug at /home/x")
     assert refusal(served, input="a")[:2] == (500, "internal_error")
-    served.upstream.error = None
-    served.upstream.outputs = {"image_embeds": np.zeros((1, 2), np.float32)}
-    assert refusal(served, input="a")[:2] == (503, "server_unavailable")
 
 
 def test_a_text_with_its_image_is_their_weighted_sum(served: Served) -> None:
@@ -286,7 +283,7 @@ def test_texts_and_images_find_their_places() -> None:
     request = read_inputs(inputs, alpha=1, user="ann")
     assert request.texts == {0: b"a cat", 2: b"\xc3\xbc\0"}
     assert request.images == {1: PNG, 3: JPEG, 4: WEBP}
-    assert (request.model, request.alpha) == ("radapter", 1.0)
+    assert (request.body.model, request.body.alpha) == ("radapter", 1.0)
     assert request.tokens == 2 + 1  # "a cat" has five characters
     # A file counts, not what it is called.
     assert read_inputs(url(JPEG, "image/png")).images == {0: JPEG}
