@@ -15,6 +15,7 @@ from common import RESULTS, Process, Report, clocked, say
 from radapter_serve.adapter import attach
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.training.loss import distance_to_base, mpm_nce, pairwise_sigmoid
+from radapter_serve.training.setup import flatten_projections
 
 NAMES = (
     *("ViT-B-32", "ViT-B-32-256", "ViT-B-16", "ViT-B-32-SigLIP2-256", "ViT-B-16-SigLIP2-256"),
@@ -23,8 +24,9 @@ NAMES = (
 WORDS = 10  # of a text
 WHAT = """open_clip's models with random weights, in torch. An image and a text are one of a batch
 of 8 in fp32, without decoding; each text has {words} tokens, padded where the model asks for it. A
-step is one of `small`: 32 images with their texts, adapters of full rank in both towers, forward,
-the loss with what keeps the base, backward and AdamW, in bf16; the median of {repeats}."""
+step is one of `small` without its data and its words: 32 images with their texts, adapters of full
+rank in both towers, forward, the loss with what keeps the base, backward and AdamW, in bf16; the
+median of {repeats}."""
 
 
 def measure_model(name: str, repeats: int) -> tuple[float, float, float]:
@@ -45,6 +47,7 @@ def measure_model(name: str, repeats: int) -> tuple[float, float, float]:
             clocked(lambda: encode_text(model, tokens[:8]))() for _ in range(3)
         )
 
+    flatten_projections(model)  # as training does
     adapters = attach(model, None, drop=0.0)
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-5)
     bias = getattr(model, "logit_bias", None)
@@ -81,7 +84,7 @@ def main(names: tuple[str, ...] = NAMES, repeats: int = 3, out: Path = RESULTS) 
         out: folder of the table.
     """
     what = WHAT.format(words=WORDS, repeats=repeats)
-    report = Report("models", "The time of an image, a text and a step", what)
+    report = Report("models", "The time of an image, a text and a step", what, timed=False)
     rows = []
     for name in names:
         say(name)
