@@ -130,7 +130,7 @@ class Recipe(RunSource):
         rows: table (.parquet, .csv, .json) with a row for each of the embeddings, instead of data:
             the column of images has their names.
         precision: no, fp16 or bf16 mixed precision; auto takes bf16 if a GPU, AMX or AVX512_BF16
-            computes with it, else no. On a CPU with AMX, bf16 takes about 0.6 of the time; no GPU
+            computes with it, else no. On a CPU with AMX, bf16 takes about 0.4 of the time; no GPU
             was measured.
         workers: processes that read images, for each training process.
         threads: compute threads of each training process; none uses one per core. Fewer are faster
