@@ -21,6 +21,7 @@ from radapter_serve.cli.index import main
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.index.index import current
 from radapter_serve.release.release import Release
+from radapter_serve.release.repository import releases_with_images
 from tests.helpers.indexes import generation
 from tests.helpers.small_release import needs_bf16, photos_in
 
@@ -119,6 +120,9 @@ def test_an_index_in_bf16_stays_in_bf16(place: Path, capsys: pytest.CaptureFixtu
     assert made_by.precision == "bf16" and 0 < (made_by.image_distance or 0) < 2e-4
 
     # What is added later has the same precision, by whichever command.
+    of_images = Path("model_repository"), made_by.image_digest, made_by.alpha
+    assert releases_with_images(*of_images, "bf16") == [made_by.version]
+    assert not releases_with_images(*of_images, None)
     photos_in(Path("photos/more"), 1)
     assert main(["add", "--out", str(out)]) == 0
     photos_in(Path("photos/most"), 1)
