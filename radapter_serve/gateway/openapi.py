@@ -78,8 +78,18 @@ def document() -> Schema:
             }
 
     # Facts about the tasks
+    tensors = _list(_object({"name": _TEXT, "datatype": _TEXT, "shape": _list(_WHOLE)}))
+    metadata = _object(
+        {
+            "name": _TEXT,
+            "versions": _list(_TEXT),
+            "platform": _TEXT,
+            "inputs": tensors,
+            "outputs": tensors,
+        }
+    )
     facts: Sequence[tuple[str, str, str, Schema]] = (
-        ("", "metadata", "Inputs, outputs and releases of a task.", _metadata()),
+        ("", "metadata", "Inputs, outputs and releases of a task.", metadata),
         ("/config", "config", "Inputs, outputs and facts of the releases.", {"type": "object"}),
         ("/ready", "model_ready", "Whether a task is ready.", _flag("ready")),
     )
@@ -93,21 +103,19 @@ def document() -> Schema:
                 # A task that is not ready answers 400, as Triton does.
                 [400] if end == "/ready" else [],
             )
-    paths["/v2/models/retrieve/indexes"] = _get(
-        "indexes",
-        "Names of the indexes.",
-        _object({"indexes": {"type": "array", "items": _TEXT}}),
-    )
-    for path, name in (("/v2", "server"), ("/v2/", "server_of_kserve")):
-        extensions = {"type": "array", "items": _TEXT}
-        paths[path] = _get(
-            name,
-            "Name, version and extensions of the server.",
-            _object({"name": _TEXT, "version": _TEXT, "extensions": extensions}),
-        )
 
     # OpenAI's API
-    described = _object({"id": _TEXT, "object": {"const": "model"}, "created": _WHOLE}, open=True)
+    vector: Schema = {"anyOf": [_TEXT, _list({"type": "number"})]}
+    row = _object({"object": {"const": "embedding"}, "index": _WHOLE, "embedding": vector})
+    embeddings = _object(
+        {
+            "object": {"const": "list"},
+            "model": _TEXT,
+            "usage": _object({"prompt_tokens": _WHOLE, "total_tokens": _WHOLE}),
+            "data": _list(row),
+        },
+        open=True,
+    )
     paths["/v1/embeddings"] = {
         "post": {
             "operationId": "embeddings",
@@ -117,40 +125,45 @@ def document() -> Schema:
                 "content": {_JSON: {"schema": _of(openai.Body, schemas)}},
             },
             "responses": _responses(
-                {_JSON: _embeddings()}, list(_ERRORS), "OpenAIError", has_receipt=True
+                {_JSON: embeddings}, list(_ERRORS), "OpenAIError", has_receipt=True
             ),
         }
     }
+    described = _object({"id": _TEXT, "object": {"const": "model"}, "created": _WHOLE}, open=True)
     paths["/v1/models"] = _get(
         "models",
         "The releases and the adapters that the key sees, as OpenAI's list of models.",
-        _object({"object": {"const": "list"}, "data": {"type": "array", "items": described}}),
+        _object({"object": {"const": "list"}, "data": _list(described)}),
         error="OpenAIError",
     )
     paths["/v1/models/{model}"] = _get(
         "model",
         "One release or adapter, named as a model.",
         described,
-        [{"name": "model", "in": "path", "required": True, "schema": _TEXT}],
+        [{**_MODEL, "schema": _TEXT}],
         error="OpenAIError",
     )
 
-    # Health, metrics, and this document
-    for prefix in ("", "/v2"):
-        for what, summary in (
-            ("live", "Whether the server runs."),
-            ("ready", "Whether every task answers."),
-        ):
-            paths[f"{prefix}/health/{what}"] = {
-                "get": {
-                    **_get(f"{what}{prefix[1:]}", summary, _flag(what))["get"],
-                    "security": [],
-                }
-            }
-    metrics = _get("metrics", "What Prometheus reads.", _TEXT)
-    metrics["get"]["responses"]["200"]["content"] = {"text/plain": {"schema": _TEXT}}
-    paths["/metrics"] = metrics
-    paths["/openapi.json"] = _get("openapi", "This document.", {"type": "object"})
+    # The indexes, the server, its metrics and health, and this document
+    server = _object({"name": _TEXT, "version": _TEXT, "extensions": _list(_TEXT)})
+    about = "Name, version and extensions of the server."
+    indexes = _object({"indexes": _list(_TEXT)})
+    others: Sequence[tuple[str, str, str, Schema]] = (
+        ("/v2/models/retrieve/indexes", "indexes", "Names of the indexes.", indexes),
+        ("/v2", "server", about, server),
+        ("/v2/", "server_of_kserve", about, server),
+        ("/metrics", "metrics", "What Prometheus reads.", _TEXT),
+        ("/openapi.json", "openapi", "This document.", {"type": "object"}),
+        ("/health/live", "live", "Whether the server runs.", _flag("live")),
+        ("/health/ready", "ready", "Whether every task answers.", _flag("ready")),
+        ("/v2/health/live", "livev2", "Whether the server runs.", _flag("live")),
+        ("/v2/health/ready", "readyv2", "Whether every task answers.", _flag("ready")),
+    )
+    for path, operation, summary, schema in others:
+        paths[path] = _get(operation, summary, schema)
+        if "/health/" in path:
+            paths[path]["get"]["security"] = []
+    paths["/metrics"]["get"]["responses"]["200"]["content"] = {"text/plain": {"schema": _TEXT}}
 
     code = {"enum": sorted(CODES)}
     schemas["Error"] = _object(
@@ -237,6 +250,10 @@ def _object(properties: Mapping[str, Schema], *, open: bool = False) -> Schema:
     return schema if open else {**schema, "additionalProperties": False}
 
 
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
 def _flag(name: str) -> Schema:
     return _object({name: {"const": True}})
 
@@ -305,8 +322,8 @@ def _tensor(tensor: Tensor, batch: int) -> Schema:
     fields: dict[str, Schema] = {
         "name": {"const": tensor.name},
         "datatype": {"const": tensor.datatype},
-        "shape": {"type": "array", "items": dims, "minItems": size, "maxItems": size},
-        "data": {"type": "array", "items": {"type": [kind, "array"]}},
+        "shape": {**_list(dims), "minItems": size, "maxItems": size},
+        "data": _list({"type": [kind, "array"]}),
     }
     schema = _object(fields)
     sizes = {"binary_data_size": {"type": "integer", "minimum": 0}}
@@ -322,7 +339,7 @@ def _answer(name: str, task: Task[Any, Any]) -> Schema:
             {
                 "name": {"const": tensor.name},
                 "datatype": {"const": tensor.datatype},
-                "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                "shape": _list({"type": "integer", "minimum": 0}),
                 "data": {"type": "array"},
             }
         )
@@ -332,37 +349,7 @@ def _answer(name: str, task: Task[Any, Any]) -> Schema:
         {
             "model_name": {"const": name},
             "model_version": _TEXT,
-            "outputs": {"type": "array", "items": {"oneOf": outputs}},
-        },
-        open=True,
-    )
-
-
-def _metadata() -> Schema:
-    tensor = _object(
-        {"name": _TEXT, "datatype": _TEXT, "shape": {"type": "array", "items": _WHOLE}}
-    )
-    tensors: Schema = {"type": "array", "items": tensor}
-    return _object(
-        {
-            "name": _TEXT,
-            "versions": {"type": "array", "items": _TEXT},
-            "platform": _TEXT,
-            "inputs": tensors,
-            "outputs": tensors,
-        }
-    )
-
-
-def _embeddings() -> Schema:
-    vector: Schema = {"anyOf": [_TEXT, {"type": "array", "items": {"type": "number"}}]}
-    row = _object({"object": {"const": "embedding"}, "index": _WHOLE, "embedding": vector})
-    return _object(
-        {
-            "object": {"const": "list"},
-            "model": _TEXT,
-            "usage": _object({"prompt_tokens": _WHOLE, "total_tokens": _WHOLE}),
-            "data": {"type": "array", "items": row},
+            "outputs": _list({"oneOf": outputs}),
         },
         open=True,
     )
