@@ -95,7 +95,7 @@ def open_table(path: Path) -> BinaryIO:
     if _COMPRESSED.match(file.read(16)):
         file.close()
         raise RAdapterError(
-            f"{path} is compressed, and could unpack to any size; unpack it first, such as by:"
+            f"{path} is compressed, and could unpack to any size; unpack it first, such as with:"
             f" gunzip -k {shlex.quote(str(path))}"
         )
     file.seek(0)

@@ -52,7 +52,9 @@ def otlp_endpoint() -> str | None:
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, Any], Any] | signal.Handlers, *numbers: int) -> Iterator[None]:
-    """Handle signals by `handler` within the block; ignored ones, as under nohup, stay ignored."""
+    """Handle signals with `handler` within the block; ignored ones, as under nohup, stay
+    ignored.
+    """
     before = {number: signal.getsignal(number) for number in numbers}
     if threading.current_thread() is not threading.main_thread():  # handlers run only there
         before = {}
@@ -67,7 +69,7 @@ def handled(handler: Callable[[int, Any], Any] | signal.Handlers, *numbers: int)
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Number of cores that this process may use, by its affinity and control groups."""
+    """Number of cores that this process may use, according to its affinity and control groups."""
     # Hyper-threads of one core share its arithmetic units, so they count once.
     allowed = (
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
@@ -106,7 +108,7 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def total() -> int:
-    """Number of threads that an encoder computes with: by --threads, else one a core."""
+    """Number of threads that an encoder computes with: --threads, else one a core."""
     return int(os.environ.get(THREADS) or cores())
 
 

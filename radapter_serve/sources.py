@@ -56,7 +56,7 @@ def newest_run() -> Path:
 
 
 def model_name(checkpoint: str) -> str | None:
-    """Name by which `load_base` loads a whole checkpoint; None for a file of weights."""
+    """Name with which `load_base` loads a whole checkpoint; None for a file of weights."""
     path = Path(checkpoint)
     if path.is_dir():
         return f"{LOCAL}{path}"

@@ -112,7 +112,7 @@ class Client:
             it on the way.
         transport: sends requests instead of gRPC or HTTP, such as a fake server in tests.
         shrink_to: shorter side in pixels to which larger photos are reduced before they are sent,
-            to classify, to embed and to search by: less to send, and less for the server to
+            to classify, to embed and to search with: less to send, and less for the server to
             decode. Take twice the side of the model's input or more: answers change a little.
             `segment` sends images as they are.
         progress: show a bar on stderr while a call takes several requests.
@@ -217,12 +217,12 @@ class Client:
                 for the release itself. An answer of another adapter raises a ServerError.
             alpha: weight in [0, 1] of the adapter that is named, None for its own; else of the
                 release's, if it takes any (`release().dynamic_alpha`), None for its own.
-            multi_label: score each label by itself, so that several or no labels can be right.
+            multi_label: score each label alone, so that several or no labels can be right.
                 Needs a release with calibrated scores (`release().facts["confidence"]`).
             threshold: least score in [0, 1] of a label that multi_label returns; None for 0.5.
-            calibrated: return scores that say how often a label is right, as fitted on the
+            calibrated: return scores that are probabilities of being right, as fitted on the
                 release's validation data. The labels and their order stay the same.
-            unknown: score in [0, 1], of a label by itself as with multi_label, below which no label
+            unknown: score in [0, 1], of a label alone as with multi_label, below which no label
                 fits: the answer is then "unknown" alone. Needs calibrated scores.
             examples: images that show some of the labels, by label; without `labels`, the keys are
                 the labels. A server keeps their embeddings, so they may be sent each time.
@@ -399,15 +399,15 @@ class Client:
 
         Args:
             text: text to search for, or several.
-            image: image to search by (as in `classify`), or several.
-            id: id of an image of the index to search by, or several.
+            image: image to search with (as in `classify`), or several.
+            id: id of an image of the index to search with, or several.
             weights: of texts, images and ids, in this order; negative weights lead away. None for 1
                 each.
             index: name of an index that `radapter-index build` wrote and the server has.
             top_k: most hits to return.
             where: condition in SQL on the index's metadata, such as "year > 2020".
             min_score: least cosine of a hit, in [-1, 1]; "calibrated" for the one that was exported
-                with the release, for a search by one text.
+                with the release, for a search with one text.
             offset: number of best hits to skip, 0 to 1000. Start paging with 0, and pass the
                 `index_version` of the first page to the next ones.
             index_version: refuse to search another version of the index, as after it was replaced.

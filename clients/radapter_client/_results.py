@@ -91,7 +91,7 @@ class Classification(_OneLine):
     Args:
         labels: best first; empty if no label of `multi_label` reached the threshold.
         scores: of these labels, in [0, 1]; over all labels of the request they sum to 1, unless the
-            model was trained with a sigmoid or `multi_label` scores each label by itself.
+            model was trained with a sigmoid or `multi_label` scores each label alone.
         release: version of the release that answered.
         receipt: release, adapter and alpha; None of a server that is older than adapters.
 
@@ -122,7 +122,7 @@ class Segmentation(_OneLine):
         release: version of the release that answered.
         background: index of the background in `labels`; None without a threshold and proposals.
         image: the segmented image, for `overlay`.
-        exif_orientation: True if the release turns images by their EXIF orientation.
+        exif_orientation: True if the release turns images according to their EXIF orientation.
         receipt: as of a `Classification`.
 
     Example: `client.segment("street.jpg", ["road", "car", "sky"]).overlay().save("overlay.png")`
@@ -157,8 +157,8 @@ class Segmentation(_OneLine):
         Args:
             image: to draw on, of the mask's size; None for the segmented image.
             opacity: of the colours, in [0, 1]; outlines are always opaque.
-            legend: list the labels that occur, with their share of the pixels, below the image; a
-                small image is enlarged to fit. Without a legend, the result has the mask's size.
+            legend: list the labels that occur, with their fraction of the pixels, below the image;
+                a small image is enlarged to fit. Without a legend, the result has the mask's size.
             font: TrueType or OpenType file for labels beyond the Latin alphabet, which are
                 otherwise written as code points.
 
@@ -264,7 +264,9 @@ class Release(_OneLine):
 
     @property
     def exif_orientation(self) -> bool:
-        """True if the release turns images by their EXIF orientation before it embeds them."""
+        """True if the release turns images according to their EXIF orientation before it embeds
+        them.
+        """
         preprocess = self.facts.get("preprocess")
         return not isinstance(preprocess, dict) or bool(preprocess.get("exif_orientation", True))
 

@@ -111,7 +111,7 @@ class ExportedRelease:
         release: its facts, by name.
         graphs: the encoders.
         merged: folder of the merged checkpoint.
-        accuracy: on validation data, by torch and by the encoders; None if it was not measured.
+        accuracy: on validation data, with torch and with the encoders; None if it was not measured.
         warnings: information for the user, one line each.
         forms: the weights in the forms of other libraries that were asked for.
         pushed: `hf-hub:NAME@COMMIT` on the hub; None if it was not pushed.

@@ -52,8 +52,8 @@ class ExportSettings:
         transformers: folder for the merged weights as the library transformers opens them, with
             processor and tokenizer, replaced if it holds such a model; with several alphas, for a
             folder of each. Not written if not given.
-        immich: folder for the merged weights in the layout that immich loads, to take the place of
-            one of its models, replaced if it holds such a model; with several alphas, for a folder
+        immich: folder for the merged weights in the layout that immich loads, to replace one of
+            its models; it is replaced if it holds such a model; with several alphas, for a folder
             of each. Not written if not given.
         label_sets: files of classes by the name of their label set, whose embeddings become part of
             the release: text, a class a line, or YAML, in which classes may have images. The run's

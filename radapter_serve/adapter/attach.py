@@ -330,7 +330,7 @@ class Adapters(nn.Module):
                     parametrize.remove_parametrizations(site.layer, name, leave_parametrized=False)
 
     def summary(self, model: nn.Module) -> str:
-        """One line with the trained share of a model's parameters, and the layers left out."""
+        """One line with the trained fraction of a model's parameters, and the layers left out."""
         trained = sum(p.numel() for p in self.parameters())
         base = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         share = 100 * trained / base

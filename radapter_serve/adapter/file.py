@@ -231,7 +231,7 @@ def load_adapter(path: str | PathLike[str]) -> Adapter:
 
 
 def _metadata(header: Mapping[str, str]) -> Metadata:
-    """Read metadata from the JSON of a header, checked by the types and ranges of `Metadata`."""
+    """Read metadata from the JSON of a header, checked with the types and ranges of `Metadata`."""
     known = {field.name for field in dataclasses.fields(Metadata)}
     values = {}
     for name in known & set(header):

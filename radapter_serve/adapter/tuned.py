@@ -1,8 +1,8 @@
 """The base of an adapter; and models that were tuned elsewhere: a checkpoint or a LoRA, and the
 line of models between it and its base, as in WiSE-FT.
 
-The folder of a LoRA is not trusted, so it is not read by peft: that would import a module that the
-configuration names, allocate any rank, and match any regular expression.
+The folder of a LoRA is not trusted, so it is not read with peft: that would import a module that
+the configuration names, allocate any rank, and match any regular expression.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def _modules_of(model: nn.Module) -> list[str]:
 
 
 def towers_of(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tower]:
-    """The facts `image_tower` and `text_tower` of a release, by the base and what α scales in it:
+    """The facts `image_tower` and `text_tower` of a release, from the base and what α scales in it:
     the tensors of an adapter, or `Line.changes`.
     """
     weights = model.state_dict()
@@ -356,7 +356,7 @@ def _read_layers(folder: Path, config: dict[str, Any]) -> dict[str, tuple[Tensor
         rank = int(_value_of(layer, config.get("rank_pattern"), config.get("r")))
         if rank != len(down):
             raise RAdapterError(
-                f"{path} is damaged: {layer} has rank {len(down)}, and {rank} by {CONFIG}"
+                f"{path} is damaged: {layer} has rank {len(down)}, and {rank} according to {CONFIG}"
             )
         alpha = _value_of(layer, config.get("alpha_pattern"), config.get("lora_alpha"))
         layers[layer] = (up, down, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
@@ -403,7 +403,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         if value and name not in _KNOWN and (name, value) != ("bias", "none"):
             raise RAdapterError(
                 f"{path} has {short(name)} {short(value)}, which is more than a plain LoRA; merge"
-                " it by peft's merge_and_unload, and export that with --checkpoint"
+                " it with peft's merge_and_unload, and export that with --checkpoint"
             )
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(name) or {}, dict):

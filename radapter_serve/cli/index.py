@@ -211,16 +211,16 @@ def map_(
     """Map an index of another release to this one's image tower, instead of embedding all images.
 
     A sample of the images is embedded, and a linear map from the old embeddings to the new ones
-    maps all others. Of images that the map was not fitted on, the command says how many of the ten
-    nearest a search finds (recall@10). `radapter-index build` embeds all images when you give it,
+    maps all others. The command prints how many of the ten nearest a search finds (recall@10),
+    among images that the map was not fitted on. `radapter-index build` embeds all images when you give it,
     and the mapped index is searched until it is complete.
 
     Args:
         out: folder of the index.
         model_repository: its served release embeds the sample; DIR@N for release N.
         url: a live server that embeds the sample instead.
-        precision: as of radapter-index build.
-        alpha: as of radapter-index build.
+        precision: as for radapter-index build.
+        alpha: as for radapter-index build.
         sample: images of the index to embed, from 100 to 10,000, drawn at random.
         min_recall: least recall@10 with images and with texts, from 0 to 1; the index stays as it
             is if it is lower.

@@ -163,11 +163,11 @@ def classify(
         images: JPEG, PNG or WebP files, and folders of them; unreadable files in a folder are left
             out.
         top_k: labels to show; if not given, 5, or all with --multi-label.
-        multi_label: score each label by itself, so that several or no labels can be right.
+        multi_label: score each label alone, so that several or no labels can be right.
         threshold: with --multi-label, least score of a shown label, from 0 to 1; 0.5 if not given.
-        calibrated: show scores that say how often a label is right, for a release that was exported
-            with validation data.
-        unknown: answer "unknown" if the best label scores less than this by itself, from 0 to 1,
+        calibrated: show scores that are probabilities of being right, for a release that was
+            exported with validation data.
+        unknown: answer "unknown" if the best label scores less than this alone, from 0 to 1,
             for a release that was exported with validation data.
         examples: folder with one folder of images for each label that has some, named as the label;
             without labels, the folders' names are the labels.
@@ -299,14 +299,14 @@ def search(
     Args:
         index: name of an index that radapter-index build wrote.
         text: text to search for, such as "a red bicycle".
-        image: image files to search by.
-        id: ids of images in the index to search by.
+        image: image files to search with.
+        id: ids of images in the index to search with.
         weights: of texts, images and ids, in this order; negative weights lead away. 1 each if not
             given.
         top_k: hits to show.
         where: condition on the metadata, such as "year > 2020".
         min_score: least cosine of a shown image, from -1 to 1, or calibrated for the one that was
-            exported with the release, for a search by one text.
+            exported with the release, for a search with one text.
         save: .html file to write, a page of thumbnails.
     """
     if save is not None:
@@ -336,7 +336,7 @@ def search(
         about = {"index": index, "where": where, "hits": len(hits), "release": used}
         about |= {"adapter": point.adapter}
         known = {name: str(value) for name, value in about.items() if value is not None}
-        # Show the picture of a query by one image, else the names of all parts.
+        # Show the picture of a query with one image, else the names of all parts.
         names = [*text, *(Path(file).name for file in image), *id]
         alone = Path(image[0]).read_bytes() if len(names) == len(image) == 1 else None
         content = page(hits, " + ".join(names), alone, known)

@@ -95,11 +95,11 @@ def load(
     model_repository: Path = REPOSITORY,
     url: str | None = None,
 ) -> None:
-    """Serve a release instead of the present one, without a pause: on a running server, or
+    """Serve a release instead of the current one, without a pause: on a running server, or
     from its next start on.
 
     The release is checked first: its files against their digests, its encoders against torch's
-    embeddings, its tasks with one request each. If a check fails, the present release stays. An
+    embeddings, its tasks with one request each. If a check fails, the current release stays. An
     interrupted command does not stop the server's work.
 
     Args:
@@ -167,8 +167,8 @@ def add_adapter(
     Args:
         name: what requests call it.
         adapter: folder of a run of the recipe quick, or an adapter file.
-        alpha: for requests that give none, from 0 to 1; by default the one that the run chose.
-        replace: take the place of an adapter of this name.
+        alpha: α of requests without one, from 0 to 1; the run's choice by default.
+        replace: replace an adapter of this name.
         model_repository: folder that radapter-export has filled.
     """
     facts, factors = adapters.read_run(adapter, alpha)

@@ -54,11 +54,11 @@ class GatewayFlags:
         gateway_port: port of a gateway, the entry for untrusted callers; no gateway if not given.
         gateway_host: address or name that the gateway listens on.
         api_keys: file of the keys that the gateway accepts; radapter-gateway --new-key makes a key.
-        no_api_keys: accept everybody who reaches the gateway, also from other machines.
+        no_api_keys: accept everyone who reaches the gateway, also from other machines.
         tls_certificate: PEM file of the gateway's certificate and its chain, for https.
         tls_key: PEM file of the certificate's key.
-        recheck_seconds: from one stored sample to the next that an encoder is asked for, as a check
-            that it still answers as at its start; 0 for none.
+        recheck_seconds: between checks that an encoder still embeds stored samples as it did at
+            its start; 0 for no checks.
         log: json writes a line for each request to the gateway to stderr. Traces go to the address
             in the environment variable OTEL_EXPORTER_OTLP_ENDPOINT.
     """

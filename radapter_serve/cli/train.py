@@ -1,4 +1,4 @@
-"""`radapter-train`: train adapters by a recipe."""
+"""`radapter-train`: train adapters with a recipe."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _in_groups(recipe: Recipe, names: Collection[str]) -> type:
 
 
 def _by_names(arguments: list[str]) -> list[str]:
-    """Replace other names of flags, such as --label-smoothing, by the fields' names."""
+    """Replace other names of flags, such as --label-smoothing, with the fields' names."""
     from radapter_serve.training.recipe import ALIASES
 
     flags = []

@@ -270,7 +270,9 @@ def _local_config(folder: Path) -> dict[str, Any]:
 
 
 def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
-    """True if a checkpoint was trained with QuickGELU, by its configuration or its name."""
+    """True if a checkpoint was trained with QuickGELU, according to its configuration or its
+    name.
+    """
     if (checkpoint.parent / "open_clip_config.json").is_file():
         quick = bool(_local_config(checkpoint.parent).get("quick_gelu", False))
     else:

@@ -58,7 +58,7 @@ def _clip(tokenizer: clip.SimpleTokenizer) -> tuple[str, dict[str, Any]]:
         )
     )
     core.add_special_tokens(special)
-    # The server splits texts exactly, by its own code; normalizer and pre-tokenizer approximate
+    # The server splits texts exactly, with its own code; normalizer and pre-tokenizer approximate
     # this for users who open the file with the library alone.
     core.normalizer = tokenizers.normalizers.Sequence(
         [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]

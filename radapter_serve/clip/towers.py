@@ -104,7 +104,7 @@ class TorchEncoder:
 
 
 def normalised(pixels: NDArray[np.uint8], preprocess: Mapping[str, Any], device: Any) -> Tensor:
-    """Normalise pixels, uint8 [B, S, S, 3] in RGB, to float32 [B, 3, S, S], by mean and std."""
+    """Normalise pixels, uint8 [B, S, S, 3] in RGB, to float32 [B, 3, S, S], with mean and std."""
     scaled = (
         torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float() / 255
     )

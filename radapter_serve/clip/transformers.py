@@ -1,8 +1,8 @@
 """CLIPs in the form of the library `transformers`: `CLIPModel`, and `SiglipModel` for SigLIP.
 
 A map gives the library's name of each weight of open_clip. Differences that a map can't express,
-such as in pooling, activations and resizing, are found by a comparison of the outputs: a model that
-differs is refused.
+such as in pooling, activations and resizing, are found with a comparison of the outputs: a model
+that differs is refused.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ NAFLEX = (
     " ViT-B-16-SigLIP2-256, in transformers google/siglip2-base-patch16-256"
 )
 _CLASSES = {"clip": ("CLIPConfig", "CLIPModel"), "siglip": ("SiglipConfig", "SiglipModel")}
-# Largest difference of a pixel, of 255: transformers resizes by torchvision, open_clip by Pillow.
+# Largest difference of a pixel, of 255: transformers resizes with torchvision, open_clip with
+# Pillow.
 _LEVELS = 3
 # Largest difference of a component of unit-length embeddings.
 _MAX_ERROR = 1e-4
-# Of a SigLIP that is read: timm computes GELU exactly where transformers approximates it by tanh.
+# Of a SigLIP that is read: timm computes GELU exactly where transformers approximates it with tanh.
 _MAX_ERROR_OF_GELU = 1e-3
 _TEXTS = ["a photo of a cat.", "Don't  KNOW: it's 12345 l'été ÉÈ 猫 😀!!", "", "many words " * 60]
 
@@ -437,7 +438,7 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, Any], Any]:
         }
         set_model_preprocess_cfg(model, preprocess)
 
-        # Check everything else by its outputs.
+        # Check everything else with its outputs.
         theirs = theirs.float().eval()
         if kind == "clip":
             check_processor(processor, their_tokenizer, preprocess, tokenizer)

@@ -60,7 +60,7 @@ def map_embeddings(
 
 
 def weighted_sum(embeds: Sequence[Floats], weights: Sequence[float]) -> Floats | None:
-    """Add embeddings [N, D] by their weights [N], at unit length; None if they cancel out."""
+    """Add embeddings [N, D] with their weights [N], at unit length; None if they cancel out."""
     factors = np.array(weights, np.float64)
     largest = np.abs(factors).max()
     if largest > 0:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 
-# The codes are part of the interface: clients tell errors apart by them.
+# The codes are part of the interface: clients tell errors apart with them.
 INVALID_IMAGE = "invalid_image"
 IMAGE_TOO_LARGE = "image_too_large"
 UNKNOWN_LABEL_SET = "unknown_label_set"

@@ -88,7 +88,7 @@ class ImageFile:
     """An encoded image; only its header has been read."""
 
     data: bytes = field(repr=False)
-    width: int  # in pixels, before turning by EXIF
+    width: int  # in pixels, before turning according to EXIF
     height: int
     memory: int  # most bytes that decoding takes, besides the file
 

@@ -49,7 +49,7 @@ class Preprocess:
     # changes the aspect ratio) or "longest" (longer side to `size`, padded with `fill_color`).
     resize_mode: str = "shortest"
     fill_color: int = 0  # of the padding, 0 to 255
-    exif_orientation: bool = True  # turn images by their EXIF, unlike open_clip
+    exif_orientation: bool = True  # turn images according to their EXIF, unlike open_clip
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocess:
@@ -240,7 +240,7 @@ class Decoder:
 class MaskCrop:
     """Crops an image to the box of a mask, and fills it outside the mask (OVSeg's crop)."""
 
-    padding: float = 0.0  # border around the box on each side, as a share of its longer side
+    padding: float = 0.0  # border around the box on each side, as a fraction of its longer side
     # Extend the box to a square about its centre, which keeps the aspect ratio; else stretch it.
     square: bool = True
     # RGB outside the mask and the image: the mean that the encoder subtracts, so that the filling

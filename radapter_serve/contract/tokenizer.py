@@ -70,7 +70,7 @@ class Tokenizer:
 
 
 def _clip_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
-    """open_clip's `SimpleTokenizer`: words by `regex`, then byte-level BPE of each."""
+    """open_clip's `SimpleTokenizer`: words with `regex`, then byte-level BPE of each."""
     added = sorted(core.get_added_tokens_decoder().items())
     special = {token.content: index for index, token in added}
     # The file's pre-tokenizer is not used: in its regex engine, \p{L} follows another version of

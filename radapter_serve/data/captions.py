@@ -65,7 +65,7 @@ class Captioned(ImageColumn):
         return image, label, [texts[index % len(texts)] for index in range(count)]
 
     def held_out(self, fraction: float, seed: int) -> tuple[Captioned, Captioned]:
-        """Split off a share of the images, drawn by the seed, with their captions."""
+        """Split off a fraction of the images, drawn with the seed, with their captions."""
         images = random.Random(seed).sample(list(self.images), len(self.images))
         count = check_share(len(images), fraction)
         kept = dataclasses.replace(self, images=images[count:])

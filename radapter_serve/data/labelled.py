@@ -110,7 +110,7 @@ class Labelled(ImageColumn, LabelledImages):
         return np.fromiter(rarest, np.int64, len(sets))
 
     def held_out(self, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
-        """Split off a share of each class of two or more images, at least one and not all."""
+        """Split off a fraction of each class of two or more images, at least one and not all."""
         order = np.random.default_rng(seed).permutation(len(self.rows))
         labels = self.labels()[order]
         held = np.zeros(len(self.rows), bool)
@@ -190,7 +190,7 @@ def class_split(data: Labelled, split: str) -> Labelled:
 
 
 def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
-    """Draw a few images of each class by the seed, as in CoOp; more shots
+    """Draw a few images of each class with the seed, as in CoOp; more shots
     include those of fewer.
     """
     order = np.random.default_rng(seed).permutation(len(data.rows))

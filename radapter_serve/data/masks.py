@@ -49,7 +49,7 @@ class MaskedImage(ABC):
     """An image with a mask."""
 
     path: Path
-    exif_orientation: bool = field(default=True, kw_only=True)  # turn image and mask by EXIF
+    exif_orientation: bool = field(default=True, kw_only=True)  # turn both as EXIF says
 
     @property
     def name(self) -> str:
@@ -101,7 +101,7 @@ class MaskedImage(ABC):
         if upright.size != (stored[::-1] if orientation in (5, 6, 7, 8) else stored):
             raise RAdapterError(
                 f"{what} has {mask.width} x {mask.height} pixels but the image {self.path} has"
-                f" {stored[0]} x {stored[1]}; make them the same size, or turn both by EXIF"
+                f" {stored[0]} x {stored[1]}; make them the same size, or turn both with EXIF"
             )
         return upright
 
@@ -130,7 +130,7 @@ class Masked:
     classes: list[str]  # with synonyms after commas
 
     def held_out(self, fraction: float, seed: int) -> tuple[Masked, Masked]:
-        """Split off a share of the images, drawn by the seed; returns kept and held-out data."""
+        """Split off a fraction of the images, drawn with the seed; returns both parts."""
         order = np.random.default_rng(seed).permutation(len(self.images))
         count = check_share(len(order), fraction)
         kept, held = (
@@ -201,7 +201,7 @@ class Panoptic(MaskedImage):
 class Instances(MaskedImage):
     """A mask of run lengths for each object; where objects overlap, the smaller is on top."""
 
-    size: list[int]  # height and width of the image by the annotation file
+    size: list[int]  # height and width of the image according to the annotation file
     # Class and compressed run lengths; COCO's 860,000 polygons would fill gigabytes.
     objects: list[tuple[int, bytes]]
 

@@ -40,7 +40,7 @@ class Proposals:
         return self._folder / f"{Path(name).stem}.npz"
 
     def _check(self, path: Path) -> bool:
-        """Check a file by its headers, before its arrays are read; True if it has scores."""
+        """Check a file with its headers, before its arrays are read; True if it has scores."""
         headers = {}
         read_header = {
             (1, 0): np.lib.format.read_array_header_1_0,

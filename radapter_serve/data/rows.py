@@ -90,7 +90,7 @@ class ImageColumn:
 
     image_column: str
     folder: Path  # relative paths start here
-    exif_orientation: bool  # turn images by their EXIF
+    exif_orientation: bool  # turn images according to their EXIF
 
     def image(self, row: dict[str, Any]) -> Image.Image:
         """The image of a row, decoded as in the server."""

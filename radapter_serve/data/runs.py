@@ -41,7 +41,7 @@ def open_source(
     every_class: bool = False,
     broken: list[str] | None = None,
 ) -> Images:
-    """Open data by its task; the arguments are those of `load_captioned` and `load_labelled`."""
+    """Open data for its task; the arguments are those of `load_captioned` and `load_labelled`."""
     if source.task == "segmentation":
         return load_masked(source)
     if source.task == "retrieval":

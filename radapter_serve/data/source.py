@@ -91,8 +91,8 @@ class DataSource:
             segmentation one name a line, the first is id 0; or JSON or YAML that maps id to name.
         class_split: base or novel, the first or second half of the classes, for training and
             validation; all takes all.
-        exif_orientation: rotate images upright by their EXIF orientation; false keeps the pixels of
-            the file, as open_clip does. An export of this adapter does the same.
+        exif_orientation: rotate images upright according to their EXIF orientation; false keeps the
+            pixels of the file, as open_clip does. An export of this adapter does the same.
     """
 
     data: str = ""
@@ -113,7 +113,7 @@ class RunSource(DataSource):
 
     Attributes:
         val_data: validation data, in the same forms; none skips validation.
-        val_fraction: share of the training images (of each class, if there are classes) to hold
+        val_fraction: fraction of the training images (of each class, if there are classes) to hold
             out for validation, drawn with the seed; instead of val_data. 0 holds out no images.
         captions_per_image: captions of an image in the same batch, each a positive of the image;
             with 1, captions of one image share a batch only by chance.
@@ -123,10 +123,10 @@ class RunSource(DataSource):
             all); none takes all.
         on_broken: on a broken or missing image, skip takes the next image and counts it, refuse
             stops the run.
-        mask_padding: border around the box of a segment on each side, as a share of its longer
+        mask_padding: border around the box of a segment on each side, as a fraction of its longer
             side; it is filled like everything outside the segment, so a wider border only makes the
             segment smaller.
-        mask_square: keep the aspect ratio of a segment, by extending its box to a square; false
+        mask_square: keep the aspect ratio of a segment, with its box extended to a square; false
             stretches the box, as OVSeg does.
         mask_min_area: smallest segment that is used, in pixels; 1024, COCO's limit of small
             objects, is 32 x 32.

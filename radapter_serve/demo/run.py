@@ -61,9 +61,9 @@ from radapter_serve.server.config import Endpoints, ServerConfig, free_ports
 from radapter_serve.training import Recipe, load_recipe, train
 
 RECIPES = Path(__file__).parent / "recipes"
-OTHERS = SHIFTS[:3]  # the first three styles that are not trained on, not chosen by results
+OTHERS = SHIFTS[:3]  # the first three styles that are not trained on, not chosen with results
 # Half of the recipe's steps at twice its rate. With seed 0 and α = 0.5, 45.5 % of the 325
-# validation drawings are labelled right; 44.9 % with the recipe itself, 43.1 % by the base.
+# validation drawings are labelled right; 44.9 % with the recipe itself, 43.1 % with the base.
 STEPS = 40
 RATE = 1e-3
 INDEX = "drawings"
@@ -338,7 +338,7 @@ def ask_search(client: Client, names: Sequence[str], path: Path) -> str:
 
 
 def ask_masks(client: Client, data: SceneData, path: Path, seed: int) -> str:
-    """Segment scenes by their masks as proposals, and densely, and draw them; returns a line."""
+    """Segment scenes with their masks as proposals, and densely, and draw them; returns a line."""
     masked = load_masked(DataSource(f"masks:{data.test[FINE_TUNED]}", classes=data.classes))
     images = random.Random(seed).sample(list(masked.images), min(SCENES, len(masked.images)))
     figure = Figure(figsize=(9, 5.9), dpi=100, layout="constrained")

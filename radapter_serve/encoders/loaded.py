@@ -197,7 +197,7 @@ class LoadedRelease:
     def stored_prompts(
         self, lines: Sequence[str], templates: Sequence[str], place: Place
     ) -> NDArray[np.float32] | None:
-        """Embeddings by the base of all prompts of a label set with these labels and templates, in
+        """Embeddings of the base for all prompts of a label set with these labels and templates, in
         the order of `load_prompts`; None if the export has stored none for this place.
         """
         if place.adapter is None or self.adapters is None:
@@ -247,7 +247,7 @@ class LoadedRelease:
 
     @cached_property
     def _samples(self) -> tuple[Samples, list[NDArray[np.float32]]]:
-        """The texts that the export has embedded by torch, and their embeddings by this encoder."""
+        """The texts that the export has embedded with torch, and their embeddings with this encoder."""
         samples = Samples.load(self._text_encoder)
         return samples, [self.encoder.tokens(*inputs) for inputs, _ in samples.batches()]
 
@@ -389,7 +389,7 @@ def load_release(
     choice: Choice = AS_EXPORTED,
 ) -> LoadedRelease:
     """Load release N of `DIR@N`, `version`, or the served one, with the encoders that `choice` has
-    tried already, or by its runtime and precision.
+    tried already, or with its runtime and precision.
     """
     folder = find_release(repository if version is None else f"{repository}@{version}")
     release = choice.facts(Release.load(folder))

@@ -1,4 +1,4 @@
-"""The precision that fp32 graphs are computed in: as exported, or in bf16 by OpenVINO where the
+"""The precision that fp32 graphs are computed in: as exported, or in bf16 with OpenVINO where the
 processor has bf16.
 """
 
@@ -132,7 +132,7 @@ def choose(
     seconds = best.seconds
     reason = ""
     for way in (("openvino", "bf16"), ("openvino", "fp32")):
-        # Where bf16 is faster, fp32 by the same runtime is not tried.
+        # Where bf16 is faster, fp32 with the same runtime is not tried.
         if way == first or best.precision == "bf16":
             continue
         try:
@@ -180,7 +180,7 @@ def try_encoders(
                 parameters=RUNTIMES[runtime].parameters,
             )
             samples = Samples.load(folder)
-            how = f"{name} of release {number} in {precision} by {runtime}"
+            how = f"{name} of release {number} in {precision} with {runtime}"
             agreements[number][name] = compare(how, graph, samples, bounds)
             graphs[number][name] = graph
             if name == "image_encoder" and release is releases[-1]:

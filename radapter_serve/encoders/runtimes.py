@@ -27,7 +27,7 @@ _OPENVINO_PARAMETERS = ("INFERENCE_NUM_THREADS", "NUM_STREAMS", "PERFORMANCE_HIN
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph loaded by a runtime: the names of its inputs and outputs, in order, and a function
+    """A graph loaded with a runtime: the names of its inputs and outputs, in order, and a function
     that runs it, from inputs by name and names of outputs to output arrays.
     """
 

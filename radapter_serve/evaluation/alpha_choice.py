@@ -54,7 +54,7 @@ class Point:
 
     Attributes:
         alpha: the α.
-        score: by the rule of the choice.
+        score: according to the rule of the choice.
         behind: distance from the best score.
         plus_minus: half-width of the 95 % interval of `behind`.
         kept: mean of the rows' `kept`; None if it was not measured.
@@ -104,7 +104,9 @@ class Choice:
 
     @property
     def kept(self) -> float | None:
-        """The share of the base's answers that the chosen α keeps, in [0, 1]; None if unknown."""
+        """The fraction of the base's answers that the chosen α keeps, in [0, 1]; None if
+        unknown.
+        """
         return kept_at(self.curve, self.alpha)
 
     @property
@@ -171,7 +173,7 @@ class Choice:
 
 
 def kept_at(curve: Sequence[Point], alpha: float) -> float | None:
-    """The share of the base's answers that an α keeps, in [0, 1]; None if unknown."""
+    """The fraction of the base's answers that an α keeps, in [0, 1]; None if unknown."""
     return next((point.kept for point in curve if point.alpha == alpha), None)
 
 
@@ -227,7 +229,7 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
 
 def pick(curve: Sequence[Point], own_alpha: float) -> float:
     """The α that `RULE` takes from figures by rising α, the first of them 0 if it is measured. An α
-    whose share of kept answers is unknown is not limited by it.
+    whose fraction of kept answers is unknown is not limited by it.
     """
     limited = [point for point in curve if point.alpha <= own_alpha]
     equal = [point for point in limited if point.alpha and point.as_good]

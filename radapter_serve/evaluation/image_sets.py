@@ -120,7 +120,9 @@ class EvaluationSet(ABC):
         return model.loaded.pixels(self.as_seen(model, self.images[number]()))
 
     def as_seen(self, model: Candidate, data: bytes) -> bytes:
-        """Encode the image again where the suite and the model differ in turning it by EXIF."""
+        """Encode the image again where the suite and the model differ in turning it according to
+        EXIF.
+        """
         wanted = self.entry.exif_orientation
         if wanted == model.loaded.preprocess.exif_orientation:
             return data
@@ -542,7 +544,7 @@ def png_of(image: Pictures.Image) -> bytes:
 
 
 def drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
-    """Indices of the images to use of `count`, ascending: all, or `limit` drawn by the seed."""
+    """Indices of the images to use of `count`, ascending: all, or `limit` drawn with the seed."""
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).permutation(count)[:limit])

@@ -213,7 +213,7 @@ def _mean_of_known(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def wilson(share: float, n: float) -> Interval:
-    """Wilson's interval of a share of n cases; an effective n need not be whole."""
+    """Wilson's interval of a fraction of n cases; an effective n need not be whole."""
     middle = share + _Z**2 / (2 * n)
     spread = _Z * sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
     low, high = ((middle + sign * spread) / (1 + _Z**2 / n) for sign in (-1, 1))
@@ -276,8 +276,8 @@ def paired_difference(
 
 
 def segmentation_intervals(sums: NDArray[Any]) -> dict[str, Interval]:
-    """Intervals of `segmentation_metrics` by a bootstrap over images, from the `pixel_sums` of each
-    image, [3, N, C]; empty for a single image.
+    """Intervals of `segmentation_metrics` from a bootstrap over images, from the `pixel_sums` of
+    each image, [3, N, C]; empty for a single image.
     """
     _, n, classes = sums.shape
     if n < 2:
@@ -315,7 +315,7 @@ def fit_confidence(
     plain = class_probabilities(cosines, logit_scale, logit_bias)
     best = cosines.argmax(axis=1)
 
-    # Cross-validation: score each half of the images by a fit to the other half.
+    # Cross-validation: score each half of the images with a fit to the other half.
     halves = [np.arange(n) % 2 == number for number in (0, 1)]
     after = np.full(n, np.nan, np.float32)
     pairs = np.empty_like(plain)

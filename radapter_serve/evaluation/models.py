@@ -1,4 +1,4 @@
-"""Models to evaluate: loaded releases at one α each, encoded by torch, a runtime or a server."""
+"""Models to evaluate: loaded releases at one α each, encoded with torch, a runtime or a server."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class TorchCandidate(Candidate):
 
 
 class ServerCandidate(Candidate):
-    """A release of a live server, which segments by itself."""
+    """A release of a live server, which segments alone."""
 
     def segment(
         self,

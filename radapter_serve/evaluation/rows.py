@@ -22,7 +22,7 @@ from radapter_serve.files import checker, first_problem, staged
 
 FILE = "results.jsonl"
 KEPT_METRIC = "kept"  # name of a metric; see `Row`
-# What a share of the base's answers means for labels and searches that were not trained; the
+# What a fraction of the base's answers means for labels and searches that were not trained; the
 # figures behind these bounds are in docs/choose-alpha.md.
 KEPT_WELL = 0.8  # from here on no loss was measured
 LOST_MUCH = 0.5  # below this much of it was lost
@@ -85,8 +85,8 @@ class Row:
         crop: how the masks of proposals are cropped.
         templates: prompt templates; None if there are no prompts.
         metrics: figures in [0, 1] by name. Classification also has `kept`, if the base is known:
-            the share of images for which the model and alpha 0 choose the same one of some hundred
-            common nouns that are not classes of the set.
+            the fraction of images for which the model and alpha 0 choose the same one of some
+            hundred common nouns that are not classes of the set.
         intervals: the two ends of each metric's 95 % interval.
         per_class: figures of each class.
         confusion: cases by true and answered class, if the classes are few.
@@ -252,7 +252,7 @@ def own_metric(row: Any) -> float:
 
 
 def what_is_kept(alpha: float, share: float) -> str:
-    """A sentence about the share of the base's answers that an α keeps, in [0, 1]."""
+    """A sentence about the fraction of the base's answers that an α keeps, in [0, 1]."""
     if share >= KEPT_WELL:
         grade = "no loss of labels and searches that you did not train is to be expected"
     elif share >= LOST_MUCH:

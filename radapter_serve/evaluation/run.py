@@ -193,7 +193,7 @@ def warn_of_overlap(
 def open_set(
     suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0
 ) -> EvaluationSet:
-    """Open one data set of a suite, with at most `limit` images, drawn by the seed."""
+    """Open one data set of a suite, with at most `limit` images, drawn with the seed."""
     run = suite.run
     mapping = None
     data: Images | None

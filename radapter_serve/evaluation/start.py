@@ -334,7 +334,7 @@ def evaluate(
             adapter_file = load_adapter(path)
             metadata = adapter_file.metadata
             alphas = sorted({*alphas, metadata.alpha})
-            # A run without validation data may have chosen α by cross-validation.
+            # A run without validation data may have chosen α with cross-validation.
             own = metadata.source
             validation = tests is not None and tests.of_split("validation")
             if not (validation or own.val_data or own.val_fraction):

@@ -227,7 +227,7 @@ class Gateway:
         return JSONResponse(model.metadata())
 
     async def config(self, request: Request) -> Response:
-        """The configuration of a task, never cached: clients choose their release by it."""
+        """The configuration of a task, never cached: clients choose their release with it."""
         name, version = _named(request)
         return JSONResponse((await self._model(name, version, fresh=0)).config())
 

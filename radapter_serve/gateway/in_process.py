@@ -41,7 +41,7 @@ CLOSE_SECONDS = 5.0  # for cancelled work to end, when the process stops
 
 
 class EngineServer(ReleaseServer):
-    """Serves releases by an `Engine` in this process; `radapter-release` finds its `folder`."""
+    """Serves releases with an `Engine` in this process; `radapter-release` finds its `folder`."""
 
     engine: Engine
     folder: Path

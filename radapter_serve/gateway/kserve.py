@@ -134,7 +134,7 @@ def _count(text: bytes, characters: bytes, limit: int) -> int:
 
 
 def count_texts(text: bytes) -> int:
-    """Number of texts and images that a body has by its JSON."""
+    """Number of texts and images that a body has according to its JSON."""
     header = from_json(Header, text, "send tensors in binary")
     return sum(math.prod(tensor.shape) for tensor in header.inputs if tensor.datatype == "BYTES")
 

@@ -143,7 +143,9 @@ class Errors:
 
 @dataclass(frozen=True)
 class BrowserRule:
-    """Refuses requests from web pages of other sites, by `Host`, `Origin` and `Sec-Fetch-Site`."""
+    """Refuses requests from web pages of other sites, according to `Host`, `Origin` and
+    `Sec-Fetch-Site`.
+    """
 
     app: ASGIApp
     host: str | None  # that the gateway listens on; None allows any `Host`

@@ -288,8 +288,8 @@ class OpenAI:
     async def embed(
         self, request: EmbeddingsRequest, seconds: float, entry: Entry, key: Key
     ) -> tuple[bytes, str]:
-        """Answer a request within `seconds`, all of it by one release, which `entry` notes; returns
-        the answer and its receipt.
+        """Answer a request within `seconds`, all of it from one release, which `entry` notes;
+        returns the answer and its receipt.
         """
         end = time.monotonic() + seconds
         version, adapter, facts = await self._release(request.body.model, key)

@@ -1,4 +1,4 @@
-"""Trace spans of requests, exported by OTLP over HTTP. Imported only if tracing is on;
+"""Trace spans of requests, exported with OTLP over HTTP. Imported only if tracing is on;
 OpenTelemetry's environment variables choose the endpoint and the sampling.
 """
 

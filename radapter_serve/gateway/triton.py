@@ -1,4 +1,4 @@
-"""`Triton`: the upstream that asks tritonserver by gRPC, in the event loop of the gateway."""
+"""`Triton`: the upstream that asks tritonserver over gRPC, in the event loop of the gateway."""
 
 from __future__ import annotations
 

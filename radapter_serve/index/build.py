@@ -93,8 +93,8 @@ def add(
     on_broken: OnBroken | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Embed new images and those with other bytes, atomically, by the release that made the index;
-    `prune` removes images whose files are gone.
+    """Embed new images and those with other bytes, atomically, with the release that made the
+    index; `prune` removes images whose files are gone.
     """
     out = out.absolute()
     refuse_link(out)

@@ -1,4 +1,4 @@
-"""Conditions on an index's columns: SQL comparisons only, computed by Arrow.
+"""Conditions on an index's columns: SQL comparisons only, computed with Arrow.
 
 A comparison with NULL is neither true nor false, as in SQL. Python values become Arrow values as
 texts that Arrow casts (`text_array`): pyarrow's own conversion imports pandas, some 30 MB in every

@@ -176,7 +176,7 @@ class Plan:
         return words if is_same else ["image tower", *words]
 
     def command(self, out: Path, loaded: LoadedRelease | None = None) -> str:
-        """Command that builds the index again, by the release that made it or by `loaded`."""
+        """Command that builds the index again, with the release that made it or by `loaded`."""
         command = ["radapter-index", "build"]
         if self.rows:
             command += ["--from-embeddings", self.source, "--rows", self.rows, "--out", str(out)]
@@ -243,8 +243,8 @@ class Mapped:
 
     release: MadeBy  # embedded the images
     sample: int  # images that were embedded again, to fit and to measure the map
-    by_image: float  # recall@10 of a search by image, on images that the fit did not see
-    by_text: float  # the same of a search by text
+    by_image: float  # recall@10 of a search with an image, on images that the fit did not see
+    by_text: float  # the same of a search with a text
 
     @property
     def recall(self) -> float:

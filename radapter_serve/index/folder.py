@@ -46,7 +46,7 @@ VECTORS = "vectors.npy"
 VECTOR = "vector"  # the column that `vectors.npy` holds
 THUMBNAIL = "thumbnail"
 EXACT = 20_000  # images up to which a search compares every vector; above, FAISS finds candidates
-# Images that meet a condition, and their share of all, up to which a search compares each; above
+# Images that meet a condition, and their fraction of all, up to which a search compares each; above
 # both, FAISS finds candidates.
 FEW = 4_096
 FEW_OF_ALL = 1 / 64
@@ -133,7 +133,7 @@ def write_text(path: Path, text: str) -> None:
 
 class FolderIndex(Index):
     """An index whose files are mapped from a folder's current generation. `complete` verifies all
-    files by their digests; `codes` False ignores FAISS's codes.
+    files with their digests; `codes` False ignores FAISS's codes.
     """
 
     def __init__(self, folder: Path, *, complete: bool = False, codes: bool = True) -> None:

@@ -142,7 +142,7 @@ class Indexes:
         )
 
     def _current(self, name: str, cancelled: Cancelled | None = None) -> Index:
-        """Return the current generation of an index, by the pointer that each call reads."""
+        """Return the current generation of an index, through the pointer that each call reads."""
         while isinstance(known := self._look(name), Future):
             wait_for(known, cancelled)
         if known.index is None:

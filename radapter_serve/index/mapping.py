@@ -1,4 +1,4 @@
-"""Maps an index to another image tower by a linear map, fitted on a sample of its images, so that
+"""Maps an index to another image tower with a linear map, fitted on a sample of its images, so that
 it is searched before all images are embedded again.
 """
 
@@ -34,7 +34,7 @@ _FOLDS = 5
 # Weight of the distance from the orthogonal map, relative to the mean variance of a direction;
 # at infinity the map is orthogonal, near 0 that of least squares.
 _STRENGTHS = (math.inf, 1.0, 0.1, 0.01)
-_QUERIES = 1000  # most images of the sample that the recall searches by
+_QUERIES = 1000  # most images of the sample that the recall searches with
 _ROUNDING = 1e-5  # of a cosine in float32
 _ROWS = 4096  # rows mapped at once
 
@@ -56,7 +56,7 @@ class LinearMap:
 
 
 def fit(old: Floats, new: Floats) -> LinearMap:
-    """Fit the map from embeddings [N, D] to those of the same images by another tower [N, E]: ridge
+    """Fit the map from embeddings [N, D] to those of the same images in another tower [N, E]: ridge
     around the orthogonal map, as strong as is best on a fifth of the pairs.
     """
     held = len(old) // _FOLDS
@@ -88,8 +88,8 @@ def _fit_each(old: Floats, new: Floats) -> list[LinearMap]:
 
 
 def held_out_recall(old: Floats, new: Floats, texts: Floats) -> tuple[float, float]:
-    """Recall@10 of a search by image and by text among mapped embeddings of images that the fit did
-    not see, against the search among the embeddings by the new tower.
+    """Recall@10 of a search with an image and with a text among mapped embeddings of images that
+    the fit did not see, against the search among the embeddings of the new tower.
     """
     mapped = np.empty_like(new)
     fold = np.arange(len(old)) % _FOLDS

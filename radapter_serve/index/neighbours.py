@@ -1,4 +1,4 @@
-"""Nearest vectors of a big index: FAISS finds candidates by short codes in memory, and exact
+"""Nearest vectors of a big index: FAISS finds candidates with short codes in memory, and exact
 cosines with the mapped vectors sort them.
 """
 
@@ -26,8 +26,8 @@ _SAMPLE = 32  # training vectors for each cell's centre
 _ROUNDS = 10  # of k-means; more change little
 _CANDIDATES = 8  # least number for each hit
 _SEEN = 25  # least number of vectors in the searched cells, for each hit
-# Exponent by which the effort grows with the number of hits. Ten hits among a tenth of all vectors
-# are as far away as a hundred among all.
+# Exponent with which the effort grows with the number of hits. Ten hits among a tenth of all
+# vectors are as far away as a hundred among all.
 _DEPTH = 0.3
 _DEVIATIONS = 4  # standard deviations of the codes' errors within which a search looks
 _ROUNDING = 1e-5  # of a cosine in float32
@@ -148,7 +148,8 @@ class Neighbours:
                 break
             lowest = approximate.min()
             if correlated:
-                # Stop if no vector beyond the candidates can be a hit, by the codes' errors so far.
+                # Stop if no vector beyond the candidates can be a hit, according to the codes'
+                # errors so far.
                 errors = scores - approximate
                 if lowest + errors.mean() + _DEVIATIONS * errors.std() < scores[best].min():
                     break
@@ -164,7 +165,7 @@ class Neighbours:
         return positions[best][order], scores[best][order]
 
     def cosines(self, query: NDArray[np.float32], of: Positions) -> NDArray[np.float32]:
-        """Compute cosines with some vectors by FAISS, which does not copy them."""
+        """Compute cosines with some vectors in FAISS, which does not copy them."""
         scores = np.empty(len(of), np.float32)
         places = np.ascontiguousarray(of, np.int64)
         asked = np.ascontiguousarray(query, np.float32)
@@ -191,7 +192,7 @@ def write_neighbours(
     vectors: NDArray[np.float32],
     embed_texts: Callable[[list[str]], NDArray[np.float32]],
 ) -> NearestFacts:
-    """Write the codes of vectors, [N, D], and tune the effort of a search by the text encoder."""
+    """Write the codes of vectors, [N, D], and tune the effort of a search with the text encoder."""
     faiss = load_faiss()
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or total()))

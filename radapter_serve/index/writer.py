@@ -335,7 +335,7 @@ class Writer:
             yield from part.cast(self.schema).combine_chunks().to_batches()
 
     def _read_images(self, items: list[Item], cluster: Cluster | None) -> Iterator[list[Read]]:
-        """Read files in batches, by threads of this process or by a cluster."""
+        """Read files in batches, with threads of this process or with a cluster."""
         size = self._plan.thumbnails
 
         def before(item: Item) -> str:

@@ -208,7 +208,7 @@ def _batch(config: Any, max_batch_size: int) -> None:
 def check(
     repository: Path, versions: Iterable[int], progress: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Check releases before they are served, by `verify` and `check_configs`."""
+    """Check releases before they are served, with `verify` and `check_configs`."""
     for version in versions:
         verify(repository, version, progress)
         check_configs(repository, version)

@@ -43,9 +43,9 @@ class Confidence:
     for models with a sigmoid loss and for `WHY_NO_TEMPERATURE`. `ece_before` and `ece_after` are
     the calibration errors of the best label's score, in [0, 1], before and after calibration;
     `label_ece` is the error over all pairs of an image and a label. Each half of the images is
-    scored by the fit on the other half. At least `MIN_SCORE_SHARE` of the images have a cosine of
-    `min_score` with their own label; `false_answers` is the share of labels that reach it with an
-    image of another label. `dataset` has `n` images and `classes` labels.
+    scored with the fit on the other half. At least `MIN_SCORE_SHARE` of the images have a cosine of
+    `min_score` with their own label; `false_answers` is the fraction of labels that reach it with
+    an image of another label. `dataset` has `n` images and `classes` labels.
     """
 
     scale: float
@@ -125,7 +125,7 @@ class Release:
     max_batch_size: int = 64
     tools: dict[str, str] = field(default_factory=dict)  # versions of the libraries of the export
     created: str = ""  # in UTC, ISO 8601
-    accuracy: dict[str, Any] | None = None  # on validation data, by torch and by the encoders
+    accuracy: dict[str, Any] | None = None  # on validation data, with torch and with the encoders
     confidence: dict[str, Any] | None = None  # the fields of `Confidence`
     format: int = FORMAT
 

@@ -1,4 +1,4 @@
-"""Client of Triton's model control API, and `switch`, which replaces the served releases by it.
+"""Client of Triton's model control API, and `switch`, which replaces the served releases with it.
 
 The API can load code into the server, so it refuses requests without the server's secret.
 """
@@ -184,9 +184,9 @@ def switch(
     say: Callable[[str], None],
     clock: Clock = SYSTEM,
 ) -> None:
-    """Replace the models of a server by those of other releases, without a gap for callers: the new
-    encoders are loaded next to the old ones, then the tasks switch, and last the old encoders go.
-    If loading fails, its steps are undone.
+    """Replace the models of a server with those of other releases, without a gap for callers: the
+    new encoders are loaded next to the old ones, then the tasks switch, and last the old encoders
+    go. If loading fails, its steps are undone.
     """
     old = dict(server.offered)
     encoders = [name for name in new if name in ENCODERS]

@@ -231,8 +231,8 @@ def other_models(repository: Path, encoders: Mapping[str, str]) -> dict[str, Mod
 def expected_memory(
     repository: Path, releases: Collection[int], instances: Mapping[str, int]
 ) -> tuple[int, int, int]:
-    """About how much memory releases take: by Triton, with this number of processes of each task,
-    in bytes and processes, and by an engine in one process, in bytes. Measured at rest with ONNX
+    """About how much memory releases take: in Triton, with this number of processes of each task,
+    in bytes and processes, and in an engine in one process, in bytes. Measured at rest with ONNX
     Runtime on Linux; large requests take more.
     """
     graphs = 0

@@ -1,4 +1,4 @@
-"""`ReleaseServer`, whose releases can change while it runs, and `admin_socket`, by which
+"""`ReleaseServer`, whose releases can change while it runs, and `admin_socket`, through which
 `radapter-release` changes them.
 
 The socket listens on this machine only. Its port, and the secret of each request, are in the name
@@ -188,8 +188,8 @@ def _answer(caller: socketserver.StreamRequestHandler, server: ReleaseServer, se
 
 
 def ask(folder: Path, request: dict[str, Any], say: Say = lambda line: None) -> Any:
-    """Ask the server of a folder, which refuses by `RAdapterError`; an `OSError` if none listens.
-    `say` is called with the lines before the answer.
+    """Ask the server of a folder, which refuses with an `RAdapterError`; an `OSError` if none
+    listens. `say` is called with the lines before the answer.
     """
     files = list(folder.glob(FILE.format(port="*", secret="*")))
     if not files:

@@ -142,4 +142,4 @@ def how_it_ended(code: int) -> str:
         return "it was killed by SIGKILL, as the kernel does where memory runs out"
     if code < 0:
         return f"it was killed by {signal.Signals(-code).name}"
-    return f"it ended by itself with status {code}"
+    return f"it ended with status {code}"

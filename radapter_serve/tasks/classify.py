@@ -42,7 +42,7 @@ _BY_EXAMPLE = (
 
 @dataclass(frozen=True)
 class ClassifyRequest:
-    """Image files to classify by the same labels; values are checked on creation."""
+    """Image files to classify with the same labels; values are checked on creation."""
 
     images: Sequence[bytes | ImageFile]
     labels: Labels
@@ -61,9 +61,7 @@ class ClassifyRequest:
             if value is not None and not 0 <= value <= 1:
                 raise invalid(f"{name} is {value:g}; allowed: numbers from 0 to 1")
         if self.threshold is not None and not self.multi_label:
-            raise invalid(
-                "threshold leaves out labels that are scored by themselves; send multi_label too"
-            )
+            raise invalid("threshold leaves out labels that are scored alone; send multi_label too")
         if self.unknown is not None and self.multi_label:
             raise invalid("unknown does not go with multi_label, whose threshold says the same")
         examples = self.examples

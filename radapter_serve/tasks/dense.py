@@ -1,5 +1,5 @@
 """Dense segmentation: cosines of labels with the patches of windows over an image, mapped to its
-pixels. Also has the options and the result of segmentation by proposals.
+pixels. Also has the options and the result of segmentation with proposals.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def segment_densely(
     rows: int,
     cancelled: Cancelled | None = None,
 ) -> Windows[ScoredMask]:
-    """Label each pixel of an image by the cosines of patches with labels, whose text embeddings,
+    """Label each pixel of an image with the cosines of patches with labels, whose text embeddings,
     float32 [C, D], have unit length; yields batches of up to `rows` windows, and is sent their
     patches' embeddings.
     """
@@ -368,7 +368,7 @@ def _bands(axis: Axis, step: int) -> tuple[tuple[slice, slice, NDArray[np.float3
 def _between(
     positions: NDArray[np.intp], size: int, source: int
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
-    """The two source pixels of each pixel of a resized axis, and the share of the second."""
+    """The two source pixels of each pixel of a resized axis, and the fraction of the second."""
     at: NDArray[np.float64] = np.clip((positions + 0.5) * source / size - 0.5, 0, source - 1)
     low = np.floor(at).astype(np.intp)
     return low, np.minimum(low + 1, source - 1), at - low

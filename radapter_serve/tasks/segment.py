@@ -1,5 +1,5 @@
-"""The task `segment`: an image and labels in, a mask with the names of its labels out; by dense
-patches, or by proposals (OVSeg): the masks of the request are classified, and pixels get their
+"""The task `segment`: an image and labels in, a mask with the names of its labels out; with dense
+patches, or with proposals (OVSeg): the masks of the request are classified, and pixels get their
 classes.
 """
 
@@ -51,7 +51,7 @@ BINARY = 102
 
 @dataclass(frozen=True, eq=False)
 class SegmentRequest:
-    """An image file to segment, densely or by proposals; values are checked on creation."""
+    """An image file to segment, densely or with proposals; values are checked on creation."""
 
     image: bytes | ImageFile
     labels: Labels
@@ -100,7 +100,7 @@ class LabelledMask:
 def segment(
     loaded: LoadedRelease, request: SegmentRequest, cancelled: Cancelled | None = None
 ) -> TaskSteps[LabelledMask]:
-    """Label each pixel of an image, by dense patches or by the proposals of the request."""
+    """Label each pixel of an image, with dense patches or with the proposals of the request."""
     # Check values and the header, before anything is encoded.
     release = loaded.release
     options = request.options
@@ -222,9 +222,9 @@ def segment_proposals(
     *,
     cancelled: Cancelled | None = None,
 ) -> Windows[ScoredMask]:
-    """Label each pixel of an image by the classes of the masks, uint8 [N, H, W], that cover it, as
-    OVSeg does; yields batches of crops, and is sent their embeddings. The probabilities of a mask
-    with `scores`, float32 [N, C], are scores^(1-w) p_clip^w.
+    """Label each pixel of an image with the classes of the masks, uint8 [N, H, W], that cover it,
+    as OVSeg does; yields batches of crops, and is sent their embeddings. The probabilities of a
+    mask with `scores`, float32 [N, C], are scores^(1-w) p_clip^w.
     """
     finite(embeds)
     check_proposals(loaded, masks, scores, [image.size], len(embeds))
@@ -251,7 +251,7 @@ def segment_proposals(
         weight = options.proposal_weight
         classes = scores[used] ** np.float32(1 - weight) * classes ** np.float32(weight)
 
-    # Take the best label of each pixel, by sums over its masks.
+    # Take the best label of each pixel, with sums over its masks.
     flat = masks.reshape(len(masks), -1)
     tally = MaskTally((flat.shape[1],), len(embeds), True, options.threshold)
     step = max(1, BLOCK // max(len(masks), len(embeds)))

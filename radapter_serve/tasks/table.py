@@ -1,7 +1,7 @@
 """The wire form of the tasks: the tensors of each task, their conversion to typed requests, and of
 answers to tensors.
 
-Every request, by KServe's JSON or binary form, by gRPC or in Triton's processes, becomes a typed
+Every request, in KServe's JSON or binary form, over gRPC or in Triton's processes, becomes a typed
 request here. The configs of Triton's models, the metadata of the HTTP API and the tables of
 docs/http-api.md follow from this table.
 """
@@ -499,7 +499,7 @@ def _probes(image: bytes, text: bytes, **labels: NDArray[Any]) -> dict[str, Tens
 
 
 # `PROBES` are the smallest requests that run a task's encoders, so that no caller waits for their
-# first run. `MINIMAL_REQUESTS` are answered at once, usually by a refusal.
+# first run. `MINIMAL_REQUESTS` are answered at once, usually with a refusal.
 _file = io.BytesIO()
 Image.new("RGB", (8, 8), "grey").save(_file, "PNG")
 PROBES: Mapping[str, Tensors] = _probes(_file.getvalue(), b"a", labels=np.array([b"a"], object))

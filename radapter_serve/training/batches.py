@@ -55,7 +55,7 @@ class Examples(Dataset[dict[str, Any]]):
                 return {"error": str(error)}
             else:
                 with torch.random.fork_rng(devices=[]):
-                    # Not by `torch.manual_seed`, which formats a stack trace for each GPU.
+                    # Not with `torch.manual_seed`, which formats a stack trace for each GPU.
                     torch.default_generator.manual_seed(augmentation)
                     pixels = self.transform(image)
                 return {

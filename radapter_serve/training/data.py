@@ -52,7 +52,7 @@ class RunData:
 
 
 def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> RunData:
-    """Open the data of a recipe by its task, and report all problems in one error."""
+    """Open the data of a recipe for its task, and report all problems in one error."""
     problems: list[str] = []
     notes: list[str] = []
     broken: list[str] = []

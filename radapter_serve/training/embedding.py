@@ -1,4 +1,4 @@
-"""Embeddings to train a projection with: made once by the base, and kept in the run's folder; or
+"""Embeddings to train a projection with: made once with the base, and kept in the run's folder; or
 those of an index, or of a NumPy file.
 """
 
@@ -37,7 +37,7 @@ FOLDER = "embeddings"  # in a run's folder
 SECONDS = 10.0  # between two parts of embeddings that are written
 _IMAGES = 32  # of a batch
 _TEXTS = 1024  # that are written together
-# Texts by which a release is compared with a base, and the least cosine of the two
+# Texts with which a release is compared with a base, and the least cosine of the two
 _PROBES = ["a photo of a cat", "two red bicycles near a wall", "!?"]
 _SAME = 0.999
 
@@ -47,7 +47,7 @@ Embed = Callable[[Sequence[int]], Iterator[tuple[list[int], Floats]]]
 
 
 def kept(ids: Sequence[str], width: int, embed: Embed, out: Path, facts: Any) -> Floats:
-    """Embed items by their ids, [N, D]: each once for the same facts, by this run or by another one
+    """Embed items by their ids, [N, D]: each once for the same facts, in this run or in another one
     beside it; NaN for items that `embed` leaves out. What is embedded is written every
     `SECONDS`, so that after an interruption the next run goes on where this one stopped.
     """

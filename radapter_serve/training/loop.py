@@ -57,7 +57,7 @@ def fit(
     show: bool = True,
     measure: Callable[[Learner], dict[str, float]] = validate,
 ) -> Run:
-    """Train by a recipe on its opened data, and write the average of the adapters."""
+    """Train with a recipe on its opened data, and write the average of the adapters."""
     learner = build(recipe, opened, out)
     accelerator = learner.accelerator
     adapters = learner.adapters

@@ -1,5 +1,5 @@
 """MPM-NCE: a contrastive loss with several positives a row, a margin on the negatives, and smoothed
-targets; its form with pairwise sigmoids, for bases that are scored by sigmoids; and penalties that
+targets; its form with pairwise sigmoids, for bases with sigmoid scores; and penalties that
 keep embeddings close to the base's.
 """
 
@@ -104,7 +104,7 @@ def positives_of(of_images: Tensor, of_texts: Tensor) -> Tensor:
 
 
 def distance_to_base(image_embeds: Tensor, base_embeds: Tensor) -> Tensor:
-    """Mean distance `1 − f·f₀` of images from their embeddings by the base, float [B, D]."""
+    """Mean distance `1 − f·f₀` of images from their embeddings with the base, float [B, D]."""
     return (1 - (image_embeds.float() * base_embeds.float()).sum(dim=1)).mean()
 
 
@@ -132,7 +132,7 @@ def divergence_from_base(
     logit_scale: float | Tensor,
 ) -> Tensor:
     """Mean over images of the Kullback-Leibler divergence of their probabilities of words from
-    those by the base; images are float [N, D], words [W, D], of unit length.
+    those of the base; images are float [N, D], words [W, D], of unit length.
     """
     base = F.log_softmax(logit_scale * base_images.float() @ base_words.float().T, dim=1)
     tuned = F.log_softmax(logit_scale * image_embeds.float() @ word_embeds.float().T, dim=1)

@@ -65,12 +65,12 @@ WEIGHTS_TRIED = (1.0, 3.0, 10.0)  # by preserve_words auto
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FOLDS = 3
 WITHOUT_FOLDS = 0.5  # the α of a run whose images form no folds
-LEAST_IN_FOLDS = 0.5  # share of the images that must have a fold
+LEAST_IN_FOLDS = 0.5  # fraction of the images that must have a fold
 ACCURACY = "acc1"
 SET = "cross-validation"  # the name of its validation set
 _CLASSES = 1000  # of a step; of more, those that no image of the batch has are drawn
 HELD_OUT = "validation"  # images of calibrated scores, if a run has any
-_CALIBRATED = 2000  # images at most, by which scores are calibrated
+_CALIBRATED = 2000  # images at most, with which scores are calibrated
 _KEPT_IMAGES = 2000  # on which the base's answers are compared
 _SEARCHED = 1000  # images among which a caption of a fold is to find its own
 RULE = (
@@ -85,7 +85,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Vectors:
-    """Embeddings by the base, of unit length, and what belongs together.
+    """Embeddings of the base, of unit length, and what belongs together.
 
     An owner is a class with its prompts, or an image with its captions.
     """
@@ -94,9 +94,9 @@ class Vectors:
     owners: Tensor  # of each image, integer [N, K], padded with NO_LABEL
     texts: Tensor  # of all prompts or captions [T, D]
     texts_of: list[list[int]]  # the texts of each owner that a step draws from
-    names: list[list[int]]  # the texts of each owner by which it is found: of all names of a class
+    names: list[list[int]]  # the texts that find each owner: of all names of a class
     words: Tensor  # of the vocabulary [W, D], for which the base's answers are kept
-    nouns: Tensor  # by which it is measured how many answers are kept [M, D]
+    nouns: Tensor  # with which it is measured how many answers are kept [M, D]
     of_classes: bool
 
     @property
@@ -117,13 +117,13 @@ def moved(maps: Maps, tower: str, vectors: Tensor, alpha: float = 1.0) -> Tensor
 
 
 def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = True) -> Run:
-    """Train adapters on projections by a recipe on its opened data, and write them, the choice of α
-    and the table of what was tried.
+    """Train adapters on projections with a recipe on its opened data, and write them, the choice of
+    α and the table of what was tried.
     """
     say = partial(Console(quiet=not show).print, highlight=False, soft_wrap=True, markup=False)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RAdapterError(
-            f"adapt {recipe.adapt} trains in one process; start radapter-train by itself"
+            f"adapt {recipe.adapt} trains in one process; start radapter-train alone"
         )
     recipe = with_precision(recipe)
     base = load_base(recipe.architecture, recipe.pretrained)
@@ -160,7 +160,7 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
     for line in notes:
         say(line)
 
-    # Choose by cross-validation.
+    # Choose with cross-validation.
     rates = RATES_TRIED if recipe.learning_rate == "auto" else (recipe.peak_rate,)
     weights = WEIGHTS_TRIED if recipe.preserve_words == "auto" else (recipe.words_weight,)
     settings = [
@@ -286,12 +286,12 @@ def folds_of(vectors: Vectors, seed: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Validated:
-    """What cross-validation chose of S settings at `ALPHAS`, and by which figures."""
+    """What cross-validation chose of S settings at `ALPHAS`, and the figures of the choice."""
 
     recipe: Recipe  # the chosen setting, at the chosen α
     metric: str
     right: list[list[NDArray[np.bool_]]]  # [S, A] of each held-out image or caption
-    kept: list[list[float]]  # [S, A], the share of the base's answers
+    kept: list[list[float]]  # [S, A], the fraction of the base's answers
     settings: list[Recipe]
     setting: int
     curve: list[Point]  # of the chosen setting
@@ -354,7 +354,7 @@ def cross_validate(
     folds: NDArray[np.int64],
     train: Callable[..., dict[str, LinearAdapter]],
 ) -> Validated:
-    """Train each setting without each fold, judge it there at `ALPHAS`, and choose by `RULE`."""
+    """Train each setting without each fold, judge it there at `ALPHAS`, and choose with `RULE`."""
     right: list[list[NDArray[np.bool_]]] = []
     kept: list[list[float]] = []
     for setting in settings:
@@ -529,7 +529,7 @@ def judge(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Whether each of some images, as a server sees it, is of the owner that it is nearest to, or,
     for captions, whether each caption of these images is nearest to its own image; and whether
-    images have the same nearest noun as by the base.
+    images have the same nearest noun as with the base.
     """
     places = torch.from_numpy(rows if vectors.of_classes else rows[:_SEARCHED])
     base_images = vectors.images[places]

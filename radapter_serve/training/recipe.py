@@ -74,7 +74,7 @@ ALIASES = {
 @dataclass(frozen=True)
 class Recipe(RunSource):
     """Every choice of a training run, which writes OUT/adapter.safetensors; a base that is scored
-    by sigmoids (SigLIP) takes the pairwise sigmoid loss.
+    with sigmoids (SigLIP) takes the pairwise sigmoid loss.
 
     Attributes:
         architecture: open_clip model such as ViT-B-32; or local-dir:PATH or hf-hub:NAME, a model of
@@ -123,7 +123,7 @@ class Recipe(RunSource):
         weight_decay: weight decay of AdamW.
         warmup_steps: steps of linear warm-up; none takes a fifth of the run, and 500 at most.
         grad_clip: largest gradient norm; none does not clip.
-        crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
+        crop_scale: smallest fraction of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
         embeddings: NumPy file with an embedding of each image, float [N, D], for an adapter on a
             projection; no image is read.
@@ -437,7 +437,7 @@ def recipe_from(
         source = load_recipe(task if task in ready_recipes() else "small")
         if "architecture" in fields:  # its weights have other names
             source = dataclasses.replace(source, pretrained=None)
-        if "val_data" in fields:  # instead of a share of the training images
+        if "val_data" in fields:  # instead of a fraction of the training images
             source = dataclasses.replace(source, val_fraction=0.0)
     if isinstance(source, str | Path):
         source = load_recipe(source)

@@ -124,7 +124,7 @@ def with_precision(recipe: Recipe) -> Recipe:
 
 
 def loss_of(base: Base, recipe: Recipe) -> partial[Tensor]:
-    """The loss of a recipe: by softmax, or by sigmoids if the base is scored by sigmoids."""
+    """The loss of a recipe: with a softmax, or with sigmoids if the base has them."""
     scale, bias = logit_scale_and_bias(base.model.state_dict())
     loss = partial(mpm_nce) if bias is None else partial(pairwise_sigmoid, logit_bias=bias)
     return partial(loss, logit_scale=scale, delta=recipe.delta, epsilon=recipe.epsilon)
@@ -284,8 +284,8 @@ def flatten_projections(model: nn.Module) -> None:
     """Make the in-projection of each `nn.MultiheadAttention` a product of two matrices.
 
     With `batch_first`, torch transposes its input [N, L, D] into a view [L, N, D], and multiplies
-    the view as a batch of L matrices by L copies of the weight: in bf16 that took half of a step. A
-    contiguous [L, N, D] is multiplied as one matrix [L·N, D]; the values are the same.
+    the view as a batch of L matrices with L copies of the weight: in bf16 that took half of a step.
+    A contiguous [L, N, D] is multiplied as one matrix [L·N, D]; the values are the same.
     """
 
     def contiguous(attention: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

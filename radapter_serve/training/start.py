@@ -107,7 +107,7 @@ def train(
 @dataclass(frozen=True)
 class Trial:
     """A short run: its peak rate, whether each held-out image is right at the recipe's α, bool [N],
-    and the share of the base's answers among common nouns that it keeps.
+    and the fraction of the base's answers among common nouns that it keeps.
     """
 
     learning_rate: float
@@ -116,7 +116,7 @@ class Trial:
 
     @property
     def accuracy(self) -> float:
-        """The share of images that are right."""
+        """The fraction of images that are right."""
         return float(self.right.mean())
 
     @property
@@ -138,7 +138,7 @@ def search_rate(
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RAdapterError(
-            "learning_rate auto searches in one process; start radapter-train by itself, stop it"
+            "learning_rate auto searches in one process; start radapter-train alone, stop it"
             " once it has printed the rate, and start several processes with --learning-rate RATE"
         )
     # Let warm-up and average follow the length of a short run.

@@ -81,7 +81,7 @@ class TritonPythonModel:
         task = TASKS[self.task]
 
         # From tensors to typed requests; one request may become several.
-        # A request that embeds a label set, which may be a minute of work, runs by itself, and in
+        # A request that embeds a label set, which may be a minute of work, runs alone, and in
         # one process at a time: the others stay for everybody else.
         together: list[tuple[list[Any], TaskSteps[Any]]] = []  # each with the place of its answer
         alone: list[tuple[list[Any], list[Any], Cancelled]] = []

@@ -309,7 +309,7 @@ _Q = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weigh
         (_edited("init_lora_weights", "pissa"), "init_lora_weights pissa, which changes the base"),
         (_edited("alpha_pattern", {"(a+)+$": 1}), "allowed are names of layers"),
         (_edited("lora_alpha", float("nan")), "rank or alpha nan; allowed"),
-        (_edited("r", 3), "has rank 4, and 3 by adapter_config.json"),
+        (_edited("r", 3), "has rank 4, and 3 according to adapter_config.json"),
         (
             lambda folder: (folder / "adapter_config.json").write_text("["),
             "is not a folder of peft",

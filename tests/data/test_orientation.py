@@ -77,7 +77,7 @@ def test_a_mask_turns_with_its_image(orientation: int, upright: bool, tmp_path: 
     check(load_masked(DataSource(spec)).images[0], MASK, UPRIGHT)
     (raw,) = load_masked(DataSource(spec, exif_orientation=False)).images
     if upright:
-        with pytest.raises(RAdapterError, match="or turn both by EXIF"):
+        with pytest.raises(RAdapterError, match="or turn both with EXIF"):
             raw.mask()
     else:
         check(raw, mask, stored(UPRIGHT, orientation))

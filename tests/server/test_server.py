@@ -193,7 +193,7 @@ def pids(folder: Path) -> list[int]:
     ("end", "message", "starts"),
     [
         ("sleep 60", "was not ready after 60 s: no memory; .*; allow more with --timeout", 1),
-        ("exit 1", "did not start: it ended by itself with status 1: no memory; all its", 1),
+        ("exit 1", "did not start: it ended with status 1: no memory; all its", 1),
         ("kill -ABRT $$", "did not start: it was killed by SIGABRT: no memory; all its", 2),
         # As the kernel does where memory is short: another try would take it from others.
         ("kill -KILL $$", "did not start: it was killed by SIGKILL.*: no memory; all its", 1),
