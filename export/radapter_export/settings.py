@@ -53,8 +53,8 @@ class ExportSettings:
             processor and tokenizer, replaced if it holds such a model; with several alphas, for a
             folder of each. Not written if not given.
         immich: folder for the merged weights in the layout that immich loads, to replace one of
-            its models; it is replaced if it holds such a model; with several alphas, for a folder
-            of each. Not written if not given.
+            its models; the folder is replaced if it holds such a model; with several alphas, for a
+            folder of each. Not written if not given.
         label_sets: files of classes by the name of their label set, whose embeddings become part of
             the release: text, a class a line, or YAML, in which classes may have images. The run's
             own classes become the label set `classes`, unless a file of that name is given.

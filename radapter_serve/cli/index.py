@@ -212,8 +212,8 @@ def map_(
 
     A sample of the images is embedded, and a linear map from the old embeddings to the new ones
     maps all others. The command prints how many of the ten nearest a search finds (recall@10),
-    among images that the map was not fitted on. `radapter-index build` embeds all images when you give it,
-    and the mapped index is searched until it is complete.
+    among images that the map was not fitted on. `radapter-index build` embeds all images when you
+    give it, and the mapped index is searched until it is complete.
 
     Args:
         out: folder of the index.

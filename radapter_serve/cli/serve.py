@@ -57,8 +57,8 @@ class GatewayFlags:
         no_api_keys: accept everyone who reaches the gateway, also from other machines.
         tls_certificate: PEM file of the gateway's certificate and its chain, for https.
         tls_key: PEM file of the certificate's key.
-        recheck_seconds: between checks that an encoder still embeds stored samples as it did at
-            its start; 0 for no checks.
+        recheck_seconds: seconds between checks that an encoder still embeds stored samples as it
+            did at its start; 0 for no checks.
         log: json writes a line for each request to the gateway to stderr. Traces go to the address
             in the environment variable OTEL_EXPORTER_OTLP_ENDPOINT.
     """

@@ -247,7 +247,9 @@ class LoadedRelease:
 
     @cached_property
     def _samples(self) -> tuple[Samples, list[NDArray[np.float32]]]:
-        """The texts that the export has embedded with torch, and their embeddings with this encoder."""
+        """The texts that the export has embedded with torch, and their embeddings with this
+        encoder.
+        """
         samples = Samples.load(self._text_encoder)
         return samples, [self.encoder.tokens(*inputs) for inputs, _ in samples.batches()]
 

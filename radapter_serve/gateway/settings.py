@@ -28,8 +28,8 @@ class Settings:
             listed.
         model_repository: folder of the served releases, to list the adapters beside them and take
             their names as models of OpenAI's API, and to ask the encoders for stored samples again.
-        recheck_seconds: between checks that an encoder still embeds stored samples as it did at
-            its start; 0 for no checks.
+        recheck_seconds: seconds between checks that an encoder still embeds stored samples as it
+            did at its start; 0 for no checks.
         api_keys: file of the API keys that callers need; --new-key makes a key.
         no_api_keys: accept callers without a key, also from other machines.
         tls_certificate: PEM file of the certificate and its chain, to serve HTTPS.

@@ -143,7 +143,8 @@ class ServerConfig:
         runtime: runtime of the encoders, which are first checked against torch's embeddings; auto
             takes the one that is usually fastest on such a machine; as exported if not given.
         precision: in which fp32 releases are computed: bf16 takes OpenVINO on a processor that has
-            bf16, if cosines with torch stay within 2e-4; auto takes the fastest with the samples;
+            bf16, if cosines with torch stay within 2e-4; auto takes what encodes the stored samples
+            fastest;
             as exported if not given.
         threads: number of threads that compute in an encoder, shared by its instances; one a core
             if not given.
