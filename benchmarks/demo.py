@@ -2,7 +2,7 @@
 full fine-tuning and WiSE-FT (Wortsman et al., CVPR 2022) of the same batches.
 
 python benchmarks/demo.py                                        # the tables
-python benchmarks/demo.py --choose full --rates 1e-4 2e-4 4e-4   # a rate, by validation drawings
+python benchmarks/demo.py --choose full --rates 1e-4 2e-4 4e-4   # a rate, with validation drawings
 """
 
 from __future__ import annotations

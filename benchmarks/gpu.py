@@ -234,7 +234,7 @@ class Towers:
         return images if case == IMAGES else texts
 
     def flops(self, case: str) -> float:
-        """Operations a row, counted by torch without computing anything."""
+        """Operations a row, counted with torch without computing anything."""
         model = deepcopy(self.reference).to("meta")
         # With gradients, for the fused attention that torch takes without them is not counted.
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:

@@ -21,7 +21,7 @@ own client on the same machine. Images are JPEG files of 640 x 480 pixels, again
 100 labels; every text is another one. A cell has the answers a second of each of {passes} passes,
 in which the servers take turns, one at a time: {seconds:g} s a cell, and {longer:g} s with 64
 callers, after {warmup:g} s that do not count. 1 - cosine is the largest of {images} other pictures
-and 100 texts, against fp32 by ONNX Runtime."""
+and 100 texts, against fp32 with ONNX Runtime."""
 IMAGES = 32
 FOLDER = Path(tempfile.gettempdir(), "precision")
 # By name: the release, and the flags of radapter-serve

@@ -147,7 +147,7 @@ def shots(
 
     Args:
         flags: of all methods.
-        shots: images of each class, drawn by the seed; larger numbers contain the smaller ones.
+        shots: images of each class, drawn with the seed; larger numbers contain the smaller ones.
         images: total number of images, in place of shots.
         unequal: with --images, the largest class has ten times as many as the smallest.
         seeds: each method is trained once for each seed.

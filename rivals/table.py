@@ -305,8 +305,8 @@ def _conditions(
     *,
     alpha: bool,
 ) -> str:
-    """Describe the command, the machine, and the choices by the seeds `choosing`; `alpha` is set if
-    α was chosen.
+    """Describe the command, the machine, and the choices with the seeds `choosing`; `alpha` is set
+    if α was chosen.
     """
     hidden = {"data", "images", "classes", "templates"}
     if "steps" in benchmark.fields:

@@ -1,4 +1,4 @@
-"""TensorRT and a GPU for a machine without: an engine is the ONNX itself, run by ONNX Runtime."""
+"""TensorRT and a GPU for a machine without: an engine is the ONNX itself, run with ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 
 class Local:
-    """An encoder in this process, by ONNX Runtime alone, which notes in `calls` the shapes that it
+    """An encoder in this process, with only ONNX Runtime, which notes in `calls` the shapes that it
     got; `loaded` is the release with this encoder.
     """
 

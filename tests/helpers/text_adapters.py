@@ -1,4 +1,4 @@
-"""Random adapters on the text's projection, and what their folds compute by torch."""
+"""Random adapters on the text's projection, and what their folds compute with torch."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def text_adapter(base: Base, seed: int, rank: int | None = None, alpha: float = 
 
 @torch.no_grad()
 def encoded(base: Base, texts: list[str]) -> np.ndarray:
-    """Text embeddings by torch, [N, D]."""
+    """Text embeddings with torch, [N, D]."""
     model: Any = base.model
     return np.asarray(model.encode_text(base.tokenizer(texts), normalize=True))
 
 
 def folded(base: Base, adapter: Adapter, alpha: float, texts: list[str]) -> np.ndarray:
-    """Text embeddings by torch, with the adapter folded into the weights, [N, D]."""
+    """Text embeddings with torch, with the adapter folded into the weights, [N, D]."""
     weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     base.model.load_state_dict(fold(weights, adapter, alpha))
     try:
