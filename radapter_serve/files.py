@@ -102,6 +102,15 @@ def open_table(path: Path) -> BinaryIO:
     return file
 
 
+def state_of(path: Path) -> object:
+    """Inode, size and modification time of a file; None if it cannot be accessed."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def map_array(path: Path) -> NDArray[Any]:
     """Map an array of a `.npy` file from the disk; raises OSError or ValueError if it can't be."""
     import numpy as np

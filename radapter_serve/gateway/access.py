@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from radapter_serve.contract.errors import OVERLOADED, UNKNOWN_ADAPTER
 from radapter_serve.contract.labels import known_as
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import first_problem, staged
+from radapter_serve.files import first_problem, staged, state_of
 from radapter_serve.gateway.upstream import LOG, RATE_LIMITED, UNAUTHORIZED, Entry, Refused
 from radapter_serve.release.adapters import unknown_name
 
@@ -99,13 +99,13 @@ class Keys:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._state = _state(path)
+        self._state = state_of(path)
         self._keys = _parse(path, _text(path))
         self._trouble = ""  # why no key is accepted
 
     def check(self, authorization: str | None) -> Key:
         """The valid key in a header `Authorization: Bearer KEY`; raises `Refused` without it."""
-        if (state := _state(self._path)) != self._state:
+        if (state := state_of(self._path)) != self._state:
             try:
                 self._keys = _parse(self._path, _text(self._path))
                 self._state = state
@@ -193,15 +193,6 @@ def _parse(path: Path, text: str) -> dict[str, Key]:
         except ValidationError as error:
             raise RAdapterError(f"{where}: {first_problem(error)}") from None
     return keys
-
-
-def _state(path: Path) -> object:
-    """Inode, size and modification time of a file; None if it cannot be accessed."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class TokenBucket:

@@ -8,7 +8,6 @@ added or removed with its next request.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import difflib
 import io
 import json
@@ -18,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from radapter_serve.files import (
     remove,
     staged,
     staged_folder,
+    state_of,
 )
 from radapter_serve.release.release import Confidence, Release
 from radapter_serve.release.repository import MODELS, releases_of, require_known
@@ -79,7 +80,7 @@ class Entry:
         if not all(map(_DIGEST.fullmatch, (self.text_tower, *self.sums.values()))):
             raise ValueError("a digest is sha256: and 64 hexadecimal digits")
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Digest of the adapter: of the digests of its files."""
         return digest_of(json.dumps(self.sums, sort_keys=True).encode())
@@ -323,7 +324,8 @@ class Adapters:
     """The adapters that one process serves beside one release. Thread-safe.
 
     The list is read again whenever its file has changed. An adapter is loaded, and `check` called
-    with it, at its first request; one that is damaged is refused, and the others serve.
+    with it, at its first request and when its files have changed; one that is damaged is refused,
+    and the others serve.
 
     Args:
         repository: model repository with the list.
@@ -342,16 +344,14 @@ class Adapters:
         self._text_tower = text_tower
         self._check = check
         self._lock = threading.Lock()
-        self._state: tuple[int, ...] | None = None  # of the list's file
+        self._state: object = ()  # of the list's file
         self._entries: Mapping[str, Entry] = {}
-        self._loaded: dict[tuple[str, str], TextAdapter | TaskError] = {}  # by name and digest
+        # By name and digest, with the state of its files
+        self._loaded: dict[tuple[str, str], tuple[object, TextAdapter | TaskError]] = {}
 
     def entries(self) -> Mapping[str, Entry]:
         """The served adapters of the text tower by name, as the list says now."""
-        state: tuple[int, ...] = ()
-        with contextlib.suppress(OSError):
-            status = self._path.stat()
-            state = (status.st_mtime_ns, status.st_size, status.st_ino)
+        state = state_of(self._path)
         with self._lock:
             if state == self._state:
                 return self._entries
@@ -368,9 +368,9 @@ class Adapters:
                 }
                 kept = {(name, entry.digest) for name, entry in own.items()}
                 self._loaded = {
-                    key: adapter
-                    for key, adapter in self._loaded.items()
-                    if key in kept and isinstance(adapter, TextAdapter)
+                    key: loaded
+                    for key, loaded in self._loaded.items()
+                    if key in kept and isinstance(loaded[1], TextAdapter)
                 }
                 self._entries = own
             self._state = state
@@ -382,11 +382,15 @@ class Adapters:
         known = known_as(name, entries)
         if known is None:
             raise TaskError(UNKNOWN_ADAPTER, unknown_name(name, entries))
-        key = known, entries[known].digest
-        loaded = self._loaded.get(key)
-        if loaded is None:
+        entry = entries[known]
+        key = known, entry.digest
+        # Its matrices are mapped, so a file that was written in place would change the answers.
+        folder = self.repository / FOLDER / entry.folder
+        state = [state_of(folder / file) for file in entry.sums]
+        before, loaded = self._loaded.get(key, (None, None))
+        if loaded is None or before != state:
             try:
-                loaded = load(self.repository, known, entries[known])
+                loaded = load(self.repository, known, entry)
                 self._check(loaded)
             except TaskError:  # of the encoder that the check asked
                 raise
@@ -397,7 +401,7 @@ class Adapters:
                 print(error, file=sys.stderr)
                 loaded = TaskError(ADAPTER_FAILED, str(error))
             with self._lock:
-                loaded = self._loaded.setdefault(key, loaded)
+                self._loaded[key] = state, loaded
         if isinstance(loaded, TaskError):
             raise TaskError(loaded.code, loaded.what)
         return loaded

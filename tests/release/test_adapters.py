@@ -129,6 +129,23 @@ def test_a_damaged_adapter_is_named_and_the_others_serve(tmp_path, capsys):
     adapters.get("anna")
 
 
+def test_a_matrix_that_is_written_in_place_is_not_answered_with(tmp_path):
+    """It is mapped: without a look at its file, its digest would be told for other values."""
+    [factor] = put(tmp_path, "anna")
+    adapters = Adapters(tmp_path, TOWER)
+    before = adapters.get("anna")
+    matrix = tmp_path / FOLDER / read_list(tmp_path)["anna"].folder / "matrix.npy"
+    whole = matrix.read_bytes()
+    for data in (whole[:-4] + b"abcd", whole[:200], b""):
+        matrix.write_bytes(data)
+        with pytest.raises(TaskError, match="'anna' is damaged: matrix.npy differs"):
+            adapters.get("anna")
+    matrix.write_bytes(whole)  # a backup is copied back
+    after = adapters.get("anna")
+    assert after.digest == before.digest
+    np.testing.assert_array_equal(after.factors[0], factor)
+
+
 def test_an_adapter_that_is_removed_and_added_again_while_it_is_read_is_served(
     tmp_path, monkeypatch
 ):
