@@ -82,29 +82,48 @@ def cores(root: Path = Path("/")) -> int:
         except OSError:
             siblings.add(str(number))
 
-    # Quotas of control groups, versions 1 and 2; those of parent groups apply, too.
     limits = [len(siblings)]
+    for folder, version in _groups(root, "cpu"):
+        try:
+            if version == 1:
+                quota = (folder / "cpu.cfs_quota_us").read_text()
+                period = (folder / "cpu.cfs_period_us").read_text()
+            else:
+                quota, period = (folder / "cpu.max").read_text().split()
+            if float(quota) > 0:  # "max" raises a ValueError, and -1 means no quota
+                limits.append(math.ceil(float(quota) / float(period)))
+        except (OSError, ValueError):
+            continue
+    return max(1, min(limits))
+
+
+def memory_limit(root: Path = Path("/")) -> float:
+    """Bytes that the control groups of this process allow, such as a container's; infinite for
+    none.
+    """
+    limits = [math.inf]
+    for folder, version in _groups(root, "memory"):
+        name = "memory.limit_in_bytes" if version == 1 else "memory.max"
+        with contextlib.suppress(OSError, ValueError):  # "max" raises a ValueError
+            limits.append(int((folder / name).read_text()))
+    return min(limits)
+
+
+def _groups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
+    """Folders of the control groups that limit this process, with the version of their kind:
+    those of parent groups apply, too.
+    """
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        groups = []
+        return
     for _, controllers, path in (line.split(":", 2) for line in groups):
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         top = root / "sys/fs/cgroup" / controllers
         group = top / path.strip("/")
         for folder in [group, *group.parents][: len(group.parts) - len(top.parts) + 1]:
-            try:
-                if controllers:
-                    quota = (folder / "cpu.cfs_quota_us").read_text()
-                    period = (folder / "cpu.cfs_period_us").read_text()
-                else:
-                    quota, period = (folder / "cpu.max").read_text().split()
-                if float(quota) > 0:  # "max" raises a ValueError, and -1 means no quota
-                    limits.append(math.ceil(float(quota) / float(period)))
-            except (OSError, ValueError):
-                continue
-    return max(1, min(limits))
+            yield folder, 1 if controllers else 2
 
 
 def total() -> int:

@@ -1,12 +1,20 @@
-"""Cores are counted and divided, against figures worked out by hand."""
+"""Cores and memory are counted and divided, against figures worked out by hand."""
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
 
-from radapter_serve.process import THREADS, cores, decoders, environment, total
+from radapter_serve.process import (
+    THREADS,
+    cores,
+    decoders,
+    environment,
+    memory_limit,
+    total,
+)
 
 GROUPS = "proc/self/cgroup"
 TOP = "sys/fs/cgroup"
@@ -54,6 +62,39 @@ def test_cores_are_those_that_are_allowed_and_no_more_than_the_quota(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert cores(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, math.inf),
+        ({GROUPS: "0::/a\n", f"{TOP}/a/memory.max": "max\n"}, math.inf),
+        (
+            {
+                GROUPS: "0::/a/b\n",
+                f"{TOP}/a/b/memory.max": "9000\n",
+                f"{TOP}/a/memory.max": "7000\n",
+            },
+            7000,
+        ),
+        ({GROUPS: "0::/gone\n", f"{TOP}/memory.max": "5000\n"}, 5000),
+        (
+            {
+                GROUPS: "5:memory:/x\n4:cpu:/y\n0::/\n",
+                f"{TOP}/memory/x/memory.limit_in_bytes": "4000\n",
+                f"{TOP}/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                f"{TOP}/cpu/y/memory.limit_in_bytes": "1\n",
+            },
+            4000,
+        ),
+    ],
+)
+def test_memory_is_limited_by_the_control_groups(files, expected, tmp_path):
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert memory_limit(tmp_path) == expected
 
 
 def test_what_is_given_counts_in_the_processes_of_the_server(monkeypatch):

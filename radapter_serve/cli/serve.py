@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError, check_installed
-from radapter_serve.process import STOPPING, handled
+from radapter_serve.process import STOPPING, handled, memory_limit
 from radapter_serve.release.repository import Served
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import find_tritonserver
@@ -181,7 +181,7 @@ def _memory_of(config: ServerConfig, releases: Sequence[int], engine: str) -> st
         config.model_repository, releases, config.instance_counts()
     )
     takes = by_triton if engine == "triton" else by_engine
-    free = psutil.virtual_memory().available
+    free = min(psutil.virtual_memory().available, memory_limit())
     line = f"{len(releases)} releases take about {takes / 2**30:.1f} GiB of memory"
     if engine == "triton":
         line += f" in {processes} processes; --engine process takes {by_engine / 2**30:.1f} GiB"

@@ -299,7 +299,9 @@ def test_many_releases_have_one_process_for_each_task_by_default(
         raise RAdapterError("it is enough")
 
     monkeypatch.setattr("radapter_serve.server.triton_server.TritonServer", start)
+    monkeypatch.setattr("radapter_serve.cli.serve.memory_limit", lambda: 2**28)
     assert main([str(tmp_path), "--engine", "triton", *flags]) == 2
     assert started[0].instances == (instances,)
     said = capsys.readouterr().err
     assert ("GiB of memory" in said) == (len(served) > 1)
+    assert ("0.2 GiB are free, which is less" in said) == (len(served) > 1)
