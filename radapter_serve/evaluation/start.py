@@ -180,9 +180,14 @@ class EvaluationSettings:
             run_options.remove("adapter")
         if self.base and (self.checkpoint or self.lora):  # these have a base, too
             run_options.remove("base")
-        if auto:
-            run_options.append("alpha auto")
-        elif alphas and self.merged:  # a release checks α when it is loaded
+        if auto and self.instead:
+            raise RAdapterError(
+                f"alpha auto chooses for a run, not for {', '.join(self.instead)}: run"
+                " radapter-eval --adapter RUN --alpha auto, whose choice radapter-export and"
+                " radapter-release add-adapter NAME RUN --alpha A take; or give values here, such"
+                " as --alpha 0 0.5 1"
+            )
+        if alphas and self.merged:  # a release checks α when it is loaded
             run_options.append("alpha")
         if len(self.instead) > 1 or (self.instead and run_options):
             raise RAdapterError(

@@ -244,6 +244,10 @@ EARLY = [
     ([*COMMON, "--alpha", "0.5", "0.5"], "given twice"),
     ([*COMMON, "--alpha", "auto", "0.5"], "takes no other alpha"),
     ([*COMMON, "--merged", "a", "--alpha", "0.5"], "merged, alpha don't go together"),
+    (
+        [*COMMON, "--model-repository", "a", "--adapter", "anna", "--alpha", "auto"],
+        "not for model_repository: run radapter-eval --adapter RUN --alpha auto,",
+    ),
     ([*COMMON, "--limit", "0"], "limit is 0; allowed: 1 or more"),
 ]
 LATE = [

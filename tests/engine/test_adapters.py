@@ -26,6 +26,7 @@ from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.encoders.precision import bf16_of_processor
 from radapter_serve.engine.engine import Engine
+from radapter_serve.index.build import build
 from radapter_serve.release import adapters
 from radapter_serve.release.release import Confidence
 from radapter_serve.tasks import embed
@@ -181,6 +182,32 @@ def test_scores_are_calibrated_at_the_adapter_s_own_alpha(base, runs, engine, re
     assert "not calibrated" in add("--alpha", "0.3")
     with pytest.raises(TaskError, match="the adapter anna has no calibrated"):
         scores()
+
+
+def test_a_search_has_the_least_score_of_its_adapter(base, runs, repository, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(20):
+        (photos / f"{number:02}.png").write_bytes(png(number))
+    indexes = tmp_path / "indexes"
+    build(str(photos), indexes / "photos", load_release(repository))
+    [text] = folded(base, runs["anna"], 0.5, ["a red bicycle"])
+    with Engine([load_release(repository, indexes=indexes)]) as engine:
+        images = [png(number) for number in range(20)]
+        cosines = np.sort(ask(engine, "embed_image", image=images)["image_embeds"] @ text)[::-1]
+        least = float((cosines[6] + cosines[7]) / 2)
+        confidence = asdict(replace(CONFIDENCE, min_score=least))
+        meta = replace(runs["anna"].metadata, confidence=confidence)
+        save_adapter(Adapter(runs["anna"].tensors, meta), tmp_path / "anna/adapter.safetensors")
+        folder = ["--model-repository", str(repository), "--replace"]
+        assert command(["add-adapter", "anna", str(tmp_path / "anna"), *folder]) == 0
+        query: dict[str, Any] = {"index": "photos", "text": ["a red bicycle"], "top_k": 20}
+        outputs = ask(engine, "retrieve", adapter="anna", calibrated=True, **query)
+        np.testing.assert_allclose(outputs["score"], cosines[:7], atol=1e-6)
+        with pytest.raises(TaskError, match="the scores of the adapter anna.*0.5, not at 0.25"):
+            ask(engine, "retrieve", adapter="anna", calibrated=True, alpha=0.25, **query)
+        with pytest.raises(TaskError, match="the adapter bob has no calibrated scores"):
+            ask(engine, "retrieve", adapter="bob", calibrated=True, **query)
 
 
 def test_the_next_adapter_encodes_no_prompt_again(engine):
