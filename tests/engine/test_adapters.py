@@ -86,7 +86,7 @@ def ask(engine: Engine, model: str, **values: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["anna", "bob"])
 @pytest.mark.parametrize("alpha", [None, 0.3])
-def test_texts_are_where_the_fold_has_them(base, runs, repository, engine, name, alpha):
+def test_texts_equal_those_of_the_folded_adapter(base, runs, repository, engine, name, alpha):
     values: dict[str, Any] = {"text": TEXTS, "adapter": name}
     if alpha is not None:
         values["alpha"] = alpha
@@ -105,7 +105,7 @@ def test_texts_are_where_the_fold_has_them(base, runs, repository, engine, name,
     assert receipts == [receipt] * len(TEXTS)
 
 
-def test_an_adapter_is_held_to_the_precision_that_serves(base, runs, repository):
+def test_an_adapter_is_checked_in_the_serving_precision(base, runs, repository):
     """Texts in bf16 are farther from torch than those of an fp32 release may be."""
     if not (bf16_of_processor() and importlib.util.find_spec("openvino")):
         pytest.skip("this processor has no bf16, or openvino is not installed")
@@ -115,7 +115,7 @@ def test_an_adapter_is_held_to_the_precision_that_serves(base, runs, repository)
     np.testing.assert_allclose(embeds, expected, atol=2e-2)
 
 
-def test_images_and_requests_without_an_adapter_stay_the_base_s(base, engine):
+def test_images_and_requests_without_an_adapter_equal_the_bases(base, engine):
     images = [png(0), png(1)]
     embeds = [
         ask(engine, "embed_image", image=images, **point)["image_embeds"]
@@ -311,7 +311,9 @@ def test_an_export_of_adapters_alone_has_their_base_and_them(base, runs, tmp_pat
             np.testing.assert_allclose(outputs["text_embeds"], expected, atol=1e-6)
 
 
-def test_what_does_not_belong_is_refused(base, engine, repository, tmp_path, capsys):
+def test_unknown_names_and_adapters_of_another_base_are_refused(
+    base, engine, repository, tmp_path, capsys
+):
     for name, message in (("ana", "nearest are: anna"), ("../anna", "unknown_adapter")):
         with pytest.raises(TaskError, match=message):
             ask(engine, "embed_text", text=["a"], adapter=name)

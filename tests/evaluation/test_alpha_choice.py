@@ -122,7 +122,7 @@ def choice_with(right: Mapping[float, str], *shares: float) -> Choice:
         ((1.0, 0.7, 0.5, 0.18), 0.0),
     ],
 )
-def test_where_images_can_not_tell_that_training_helped_auto_keeps_what_the_base_knows(
+def test_without_evidence_that_training_helped_auto_keeps_what_the_base_knows(
     shares: tuple[float, ...], alpha: float
 ) -> None:
     right = {0.0: "0011111111", 0.1: "0011111111", 0.3: "0011111111", 0.5: "0111111111"}
@@ -184,7 +184,9 @@ def test_the_table_and_the_notes_say_what_is_kept() -> None:
         ([{"shift": "ood"}], "without an in-distribution validation set"),
     ],
 )
-def test_sets_that_choose_nothing(rows: list[dict[str, Any]], message: str) -> None:
+def test_validation_sets_that_cannot_choose_alpha_are_refused(
+    rows: list[dict[str, Any]], message: str
+) -> None:
     with pytest.raises(RAdapterError, match=message):
         choose([a_row(f"{number}", **fields) for number, fields in enumerate(rows)], 0.5)
 

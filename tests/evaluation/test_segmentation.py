@@ -353,7 +353,7 @@ def test_a_set_that_a_model_can_not_be_evaluated_on_is_refused(
         ("dense: proposals, proposals: found, background: cow", "float [4, 3], a column for"),
     ],
 )
-def test_bad_entries(masked: Path, fields: str, message: str) -> None:
+def test_invalid_entries_are_refused(masked: Path, fields: str, message: str) -> None:
     with pytest.raises(RAdapterError) as error:
         rows_of(suite_of(masked, fields))
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -169,7 +169,7 @@ MASKED = "sets: [{name: a, data: x, task: segmentation"
         ("sets: {", "could not read the suite"),
     ],
 )
-def test_bad_suites(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_suites_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RAdapterError) as error:
         suite_of(text, tmp_path)
     assert message in str(error.value)

@@ -267,7 +267,7 @@ def test_a_form_that_differs_from_torch_leaves_nothing(
     assert {path.name for path in tmp_path.iterdir()} == {"adapter.safetensors"}
 
 
-def test_another_way_to_resize_or_to_read_is_seen(
+def test_another_resizing_or_tokenizer_is_refused(
     tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_processor(tmp_path, tiny_base)

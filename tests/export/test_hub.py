@@ -186,7 +186,7 @@ def test_a_card_is_read_by_the_hub_and_says_what_the_release_is(library: str) ->
     assert "secret" not in card.content
 
 
-def test_what_is_not_known_is_left_out() -> None:
+def test_a_card_leaves_out_unknown_facts() -> None:
     name = "local-dir:/srv/secret/base"
     bare = replace(RELEASE, accuracy=None, confidence=None, architecture=name)
     text = card_of(bare, Metadata(name, "sha256:1"), [], "open_clip")
@@ -246,7 +246,7 @@ def pushed(hub: FakeHub, repository: Path, merged: Path) -> str:
     return send(repository, 2, merged)
 
 
-def test_a_release_travels(
+def test_a_pushed_release_is_downloaded_and_opened(
     pushed: str, hub: FakeHub, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # It is sent with the merged weights and the card, to a private repository.

@@ -96,7 +96,7 @@ def test_a_base_whose_texts_it_would_pad_otherwise_is_refused(
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter.safetensors"}
 
 
-def test_folders_that_meet_are_refused(common: Path, tmp_path: Path) -> None:
+def test_equal_and_nested_folders_are_refused(common: Path, tmp_path: Path) -> None:
     places = {"transformers": tmp_path / "hf", "immich": tmp_path / "hf" / "immich"}
     with pytest.raises(RAdapterError, match="--transformers .* and --immich .* are one folder"):
         export_into(tmp_path, common, tmp_path, [1.0], **places)

@@ -136,7 +136,7 @@ def served(folder: Path) -> dict[str, str]:
     return {name: config.parameters["release"].string_value for name, config in configs.items()}
 
 
-def test_a_model_that_the_new_release_lacks_is_served_no_more_and_its_old_versions_stay(
+def test_a_model_that_the_new_release_lacks_loses_its_config_and_keeps_its_versions(
     tmp_path: Path,
 ) -> None:
     for number, models in enumerate([MODELS, WITHOUT_PATCHES, WITHOUT_PATCHES] * 2, 1):

@@ -200,7 +200,7 @@ def test_files_of_another_form_are_refused_in_a_line(
 
 
 @pytest.mark.parametrize(("dynamic", "most"), [(False, "MAX_SHOWN"), (True, "MAX_EXAMPLES")])
-def test_as_many_images_as_are_allowed(
+def test_the_number_of_images_is_limited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynamic: bool, most: str
 ) -> None:
     monkeypatch.setattr(f"radapter_export.source.{most}", 3)

@@ -102,7 +102,9 @@ def test_a_killed_worker_costs_nothing(
     np.testing.assert_allclose(rows_of(place / "index")[1], rows_of(place / "here")[1], atol=1e-6)
 
 
-def test_what_can_not_be_read_is_said(cluster: None, place: Path, exported_tiny_clip: Path) -> None:
+def test_images_that_cannot_be_read_are_named(
+    cluster: None, place: Path, exported_tiny_clip: Path
+) -> None:
     release = load_release(exported_tiny_clip / "model_repository")
     (place / "photos" / "bad.png").write_bytes(b"no image")
     (place / "photos" / "gone.png").symlink_to(place / "nowhere")
@@ -118,7 +120,7 @@ def test_what_can_not_be_read_is_said(cluster: None, place: Path, exported_tiny_
     assert "\n" not in str(error.value)
 
 
-def test_no_cluster_is_one_line(
+def test_a_missing_cluster_is_an_error_of_one_line(
     place: Path,
     exported_tiny_clip: Path,
     capsys: pytest.CaptureFixture[str],

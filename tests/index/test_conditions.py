@@ -172,7 +172,7 @@ SPECIAL = pa.table(
         ("Year = 5 AND Year" + " + 0" * 140 + " = 5", [0]),
     ],
 )
-def test_what_sqlite_has_not(where: str, rows: list[int]) -> None:
+def test_conditions_that_sqlite_cannot_check(where: str, rows: list[int]) -> None:
     assert evaluate(where, SPECIAL).positions.tolist() == rows
 
 
@@ -280,6 +280,6 @@ def test_what_is_nested_deeper_than_ten_is_refused_at_once(deep: str) -> None:
         "path = '\x00' \\",
     ],
 )
-def test_what_no_comparison_needs_is_refused(where: str) -> None:
+def test_syntax_that_is_not_allowed_is_refused(where: str) -> None:
     with pytest.raises(TaskError, match="^.invalid_argument. where "):
         parse_condition(where)

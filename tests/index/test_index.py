@@ -273,7 +273,7 @@ def stop_a_build(photos: Path, out: Path, release: LoadedRelease) -> str:
     return str(error.value)
 
 
-def test_a_stopped_build_goes_on_unasked(
+def test_a_stopped_build_continues_by_default(
     photos: Path, tmp_path: Path, out: Path, release: LoadedRelease
 ) -> None:
     error = stop_a_build(photos, out, release)
@@ -289,7 +289,7 @@ def test_a_stopped_build_goes_on_unasked(
 
 
 @pytest.mark.parametrize("what", ["image tower", "columns", "size of thumbnails", "folder"])
-def test_a_stopped_build_with_other_arguments_is_not_discarded_unasked(
+def test_a_stopped_build_with_other_arguments_is_kept(
     what: str, photos: Path, tmp_path: Path, out: Path, release: LoadedRelease
 ) -> None:
     stop_a_build(photos, out, release)
@@ -339,7 +339,7 @@ def test_an_index_that_is_damaged_or_of_another_format_is_built_again(
     ("text", "inside"),
     [("[1, 2]", False), ('{"plan": 3}', True), ("[" * 200_000, False), ("\x00\udcff", True)],
 )
-def test_broken_facts_are_refused_in_a_line(text: str, inside: bool, out: Path) -> None:
+def test_broken_facts_are_an_error_of_one_line(text: str, inside: bool, out: Path) -> None:
     with pytest.raises(RAdapterError, match=f"make one: radapter-index build PHOTOS --out {out}"):
         open_index(out)
     write_facts(out, "sha256:1")

@@ -152,7 +152,7 @@ def test_a_mapped_index_is_searched_as_one_of_the_new_tower_and_says_its_recall(
         assert (recall in str(values.plain["receipt"])) if recall else each.mapped is None
 
 
-def test_a_build_embeds_a_mapped_index_piece_by_piece(
+def test_a_build_embeds_a_mapped_index_in_parts(
     folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("radapter_serve.index.writer.BATCH", 50)

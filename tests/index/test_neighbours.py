@@ -269,7 +269,7 @@ def test_the_recall_holds_under_any_condition(condition: str, corpus: Corpus) ->
     assert hits / (10 * len(queries)) >= 0.97
 
 
-def test_equals_that_rounding_does_not_tell_apart_are_all_given(tmp_path: Path) -> None:
+def test_vectors_whose_cosines_differ_by_rounding_are_all_returned(tmp_path: Path) -> None:
     """Of 600 vectors 200 have the same cosine with the query, which float32 tells apart."""
     random = np.random.default_rng(0)
     query = np.eye(DIM)[0]

@@ -209,7 +209,7 @@ def test_conditions_are_met_as_in_sql_or_refused(
 REFUSED = ("path LIKE 'a%'", "year + 1 > 2000", "path < 'b'", "1 = 1")
 
 
-def test_a_server_goes_over_to_what_was_published_last(
+def test_a_server_switches_to_the_newest_publication(
     linked: Path, store: FakeQdrant, photos: Path, tmp_path: Path
 ) -> None:
     clock = FakeClock()
@@ -268,7 +268,7 @@ def test_the_key_comes_from_the_environment(
 @pytest.mark.parametrize(
     "hit", [b"", b'{"result": null}', {"score": "x"}, {"payload": None}, {"payload": {}}]
 )
-def test_answers_that_make_no_sense(hit: Any, linked: Path, store: FakeQdrant) -> None:
+def test_malformed_answers_are_refused(hit: Any, linked: Path, store: FakeQdrant) -> None:
     """Bytes are the whole answer; else the first hit is changed."""
     retrieve = Searching.of(projecting(linked.parent))
     request = RetrieveRequest("photos", Query(["a"]), top_k=8, thumbnails=True)
@@ -292,7 +292,7 @@ def test_answers_that_make_no_sense(hit: Any, linked: Path, store: FakeQdrant) -
     assert len(retrieve(request).hits) == 8
 
 
-def test_facts_that_make_no_sense(linked: Path, store: FakeQdrant) -> None:
+def test_malformed_facts_are_refused(linked: Path, store: FakeQdrant) -> None:
     generation, facts = Qdrant(f"{store.url}/photos").current()
     wider = dataclasses.replace(facts.plan.release, embed_dim=DIM + 1)
     values = {**dataclasses.asdict(facts), "generation": generation}
@@ -316,7 +316,9 @@ def test_facts_that_make_no_sense(linked: Path, store: FakeQdrant) -> None:
             open_index(linked)
 
 
-def test_refusals(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
+def test_wrong_addresses_and_collections_are_refused(
+    store: FakeQdrant, photos: Path, tmp_path: Path
+) -> None:
     for place in ("//", "//h", "//h:1/../x", "//k:secret@h/x", "//h:0/x", "x"):
         with pytest.raises(RAdapterError, match="is not the address of an index") as error:
             link(f"qdrant:{place}", tmp_path / "linked")
@@ -336,7 +338,7 @@ def test_refusals(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
         publish(tmp_path / "index", f"{store.url}/mine")
 
 
-def test_qdrant_that_is_gone(
+def test_an_open_index_stays_open_while_qdrant_is_down(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An open index stays open, and the log has one line, however often it is asked for."""

@@ -96,7 +96,7 @@ def test_an_index_of_an_unchanged_image_tower_is_one_of_the_base(
         ({"preprocess": {"size": 4, "resize_mode": "shortest"}}, "another preprocessing"),
     ],
 )
-def test_another_image_tower_is_told_what_to_embed_again(
+def test_the_error_for_another_image_tower_says_what_to_embed_again(
     photos: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -163,7 +163,7 @@ def test_an_index_in_a_near_precision_is_searched_and_told_apart(
         Searching.of(tower)(request)
 
 
-def test_the_cost_is_the_builds_own(photos: str, tmp_path: Path) -> None:
+def test_the_cost_follows_the_rate_of_the_build(photos: str, tmp_path: Path) -> None:
     build(photos, tmp_path / "index", projecting())
     facts = current(tmp_path / "index")[1]
     costs = [

@@ -164,7 +164,7 @@ responses.answer(requests, lambda some: threading.Event().wait())
 """
 
 
-def test_what_hangs_ends_its_process_and_says_where() -> None:
+def test_a_call_that_hangs_ends_its_process_with_a_traceback() -> None:
     command = [sys.executable, "-c", HANGS]
     process = subprocess.run(
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60
@@ -181,7 +181,7 @@ def test_what_hangs_ends_its_process_and_says_where() -> None:
         ("no /home/me/file.onnx here", "[encoder_failed] image_encoder version 2 failed: no ... h"),
     ],
 )
-def test_what_an_encoder_says_names_no_path_and_no_shared_memory(
+def test_errors_of_an_encoder_name_no_path_and_no_shared_memory(
     model, monkeypatch, message, answer
 ):
     install(monkeypatch, lambda name, inputs: Response(error=TritonError(message, "INTERNAL")))
@@ -265,7 +265,7 @@ def test_a_gpu_that_is_not_there_is_refused(backend):
         backend(kind="GPU")
 
 
-def test_runtimes_heed_the_parameters_of_the_official_backends(repository, monkeypatch):
+def test_runtimes_follow_the_parameters_of_the_official_backends(repository, monkeypatch):
     properties = openvino_properties({"INFERENCE_NUM_THREADS": "1", "NUM_STREAMS": "1"})
     assert properties["INFERENCE_NUM_THREADS"] == "1"
     assert properties["INFERENCE_PRECISION_HINT"] == "f32"  # also on a processor with bf16

@@ -49,7 +49,7 @@ def task(folder: Path, **facts: Any) -> Searching:
 A = Query(["1"])
 
 
-def test_answers_and_what_they_cost(photos: Path, tmp_path: Path) -> None:
+def test_answers_equal_numpys(photos: Path, tmp_path: Path) -> None:
     build(str(photos), tmp_path / "indexes" / "photos", projecting())
     search = task(tmp_path / "indexes")
     scores = embeds_of(sorted(photos.iterdir())) @ TEXTS[3]
@@ -66,7 +66,7 @@ def test_answers_and_what_they_cost(photos: Path, tmp_path: Path) -> None:
     assert search.ids(RetrieveRequest("photos", A, where="path = 'x'")) == []
 
 
-def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
+def test_indexes_are_added_changed_and_removed(photos: Path, tmp_path: Path) -> None:
     search = task(tmp_path / "indexes")
 
     def count() -> int:
@@ -116,7 +116,9 @@ def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(
     assert len(indexes.get("photos")[0]) == 4
 
 
-def test_refusals(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_indexes_and_values_out_of_range_are_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     build(str(photos), tmp_path / "indexes" / "photos", projecting())
     build(str(photos), tmp_path / "outside", projecting())
     (tmp_path / "indexes" / "broken").mkdir()
@@ -301,7 +303,7 @@ def test_a_query_of_several_parts_is_numpys_sum(
     )
 
 
-def test_an_image_of_the_index_asks_by_its_id(world: World) -> None:
+def test_an_image_of_the_index_is_a_query_by_its_id(world: World) -> None:
     for name in (*ODD, "07.png"):
         row = world.ids.index(name)
         ids, scores = world.find(Query(ids=[name]), top_k=45)
@@ -407,7 +409,7 @@ NAN = float("nan")
         (ONE, {"min_score": 1.5}, "min_score is 1.5; allowed"),
     ],
 )
-def test_bad_queries(
+def test_invalid_queries_are_refused(
     world: World, query: dict[str, Any], options: dict[str, Any], why: str
 ) -> None:
     others = {**options}

@@ -92,7 +92,7 @@ def test_a_rate_is_chosen_by_whatever_is_held_out(held_out: dict[str, Any]) -> N
     Recipe(data="csv:t.csv", learning_rate="auto", **held_out).check()
 
 
-def test_files_recipes_by_name_and_yaml_s_own_ways_with_numbers_and_no(path: Path) -> None:
+def test_recipes_are_read_by_name_and_from_yaml(path: Path) -> None:
     path.write_text("learning_rate: 5e-4\nprecision: no\nclasses: c.txt\ndrop: 0\n")
     recipe = load_recipe(path)
     assert (recipe.learning_rate, recipe.precision) == (5e-4, "no")
@@ -143,7 +143,7 @@ def test_other_names_of_fields(path: Path, trained: list[Recipe]) -> None:
     assert trained == [dataclasses.replace(expected, data=f"imagefolder:{path.parent}")]
 
 
-def test_the_recipe_that_comes_without_one(trained: list[Recipe]) -> None:
+def test_the_default_recipe_follows_the_task(trained: list[Recipe]) -> None:
     cases: list[tuple[list[str], str, dict[str, Any]]] = [
         ([], "small", {}),
         (["--task", "retrieval"], "retrieval", {}),

@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_is_resumed_to_the_same_result(
     torch.testing.assert_close(load_adapter(folder).tensors, expected, rtol=0, atol=1e-7)
 
 
-def test_times_are_told_as_people_say_them() -> None:
+def test_times_are_written_in_words() -> None:
     for seconds, words in ((1.2, "1 second"), (100, "100 seconds"), (170, "3 minutes")):
         assert in_words(seconds) == words
     assert in_words(2 * 3600) == "2 hours"
@@ -231,7 +231,7 @@ def test_bad_input_is_one_line(refused: Callable[..., str], tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_a_broken_image_is_one_line_with_workers_too(
+def test_a_broken_image_is_an_error_of_one_line_with_workers(
     recipe: Recipe,
     images: Path,
     tmp_path: Path,
