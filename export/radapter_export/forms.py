@@ -172,14 +172,11 @@ def check_form(
         embeds = torch.nn.functional.normalize(features(output).float(), dim=-1)
         return np.asarray(embeds.numpy())
 
-    agreements = [
+    agreements = (
         compare(f"{name} in the form of transformers", encode, samples[name], bounds, is_fixed=True)
         for name in ("image_encoder", "text_encoder")
-    ]
-    return Agreement(
-        max(agreement.max_error for agreement in agreements),
-        min(agreement.min_cosine for agreement in agreements),
     )
+    return Agreement.worst(*agreements)
 
 
 def write_processor(folder: Path, base: Base) -> None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from radapter_serve.adapter.file import Adapter, tensors_digest
+from radapter_serve.adapter.file import Adapter, tensors_digest, tower_of
 from radapter_serve.clip.base import Base, load_base, split_name
 from radapter_serve.clip.towers import pool_type
 from radapter_serve.clip.transformers import form_of, to_open_clip, to_transformers
@@ -45,7 +45,6 @@ _KNOWN = (
     "init_lora_weights",
 )
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # which keep the base
-_SCALES = ("logit_scale", "logit_bias")  # tensors of no tower
 _LAYER = re.compile(r"(?:base_model\.model\.)?([\w.]+)\.lora_([AB])\.weight")
 _PATTERN = re.compile(r"\^?[\w.]+")
 
@@ -264,21 +263,17 @@ def towers_of(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Towe
     weights = model.state_dict()
     modules = _modules_of(model)
 
-    def tower(is_image: bool) -> Tower:
-        def of_tower(names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {
-                name: tensor
-                for name, tensor in names.items()
-                if name not in _SCALES and name.startswith("visual.") == is_image
-            }
-
+    towers = {}
+    for tower in ("image", "text"):
+        tensors_of_tower, changed = (
+            {name: tensor for name, tensor in tensors.items() if tower_of(name) == tower}
+            for tensors in (weights, changes)
+        )
         # Activations and heads show in no tensor.
-        parts = [line for line in modules if line.startswith("visual") == is_image]
-        base = digest_of("\n".join([*parts, tensors_digest(of_tower(weights))]).encode())
-        changed = of_tower(changes)
-        return Tower(base, tensors_digest(changed) if changed else None)
-
-    return {"image_tower": tower(True), "text_tower": tower(False)}
+        parts = [line for line in modules if line.startswith("visual") == (tower == "image")]
+        base = digest_of("\n".join([*parts, tensors_digest(tensors_of_tower)]).encode())
+        towers[f"{tower}_tower"] = Tower(base, tensors_digest(changed) if changed else None)
+    return towers
 
 
 def load_lora(folder: str | Path, base: str | None = None) -> tuple[Base, Line]:

@@ -369,33 +369,34 @@ def from_release(
     if loaded.release.quantization:  # of int8: kind and source of the ranges
         facts["quantization"] = loaded.release.quantization
     kind = ServerCandidate if source == "server" else Candidate
-    if adapter:
-        # All α embed images once, and share a cache of the base's prompts.
-        encoder = loaded.encoder
-        last: list[Any] = []
-        candidates: list[Candidate] = []
-        for alpha in alphas:
-            check_alpha(alpha)
-        if isinstance(encoder, ServerEncoder):  # the server maps the texts
-            black = np.zeros((32, 32, 3), np.uint8)
-            receipt = encoder.ask(encoder.client.classify, black, ["a"], adapter=adapter).receipt
-            facts |= {"adapter": adapter, "adapter_digest": receipt.adapter_digest}
-            for alpha in alphas or sorted({0.0, receipt.alpha, 1.0}):
-                point = copy.copy(loaded)
-                point.encoder = encoder.at(Point(adapter, alpha))
-                candidates.append(kind(source, alpha, facts, point, last=last))
-            return candidates
-        own = loaded.place(Point(adapter))
-        assert own.adapter is not None
-        facts |= {"adapter": adapter, "adapter_digest": shortened(own.adapter.digest)}
-        beside = copy.copy(loaded)
-        beside.release = replace(loaded.release, templates=own.adapter.facts.templates)
-        for alpha in alphas or sorted({0.0, own.alpha, 1.0}):
-            place = loaded.place(Point(adapter, alpha))
-            candidates.append(kind(source, alpha, facts, beside, place=place, last=last))
+    if not adapter:
+        points = [loaded.at(alpha) for alpha in alphas] or [loaded]
+        return [kind(source, point.release.alpha, facts, point) for point in points]
+
+    # All α embed images once, and share a cache of the base's prompts.
+    last: list[Any] = []
+    for alpha in alphas:
+        check_alpha(alpha)
+    encoder = loaded.encoder
+    candidates: list[Candidate] = []
+    if isinstance(encoder, ServerEncoder):  # the server maps the texts
+        black = np.zeros((32, 32, 3), np.uint8)
+        receipt = encoder.ask(encoder.client.classify, black, ["a"], adapter=adapter).receipt
+        facts |= {"adapter": adapter, "adapter_digest": receipt.adapter_digest}
+        for alpha in alphas or sorted({0.0, receipt.alpha, 1.0}):
+            point = copy.copy(loaded)
+            point.encoder = encoder.at(Point(adapter, alpha))
+            candidates.append(kind(source, alpha, facts, point, last=last))
         return candidates
-    points = [loaded.at(alpha) for alpha in alphas] or [loaded]
-    return [kind(source, point.release.alpha, facts, point) for point in points]
+    own = loaded.place(Point(adapter))
+    assert own.adapter is not None
+    facts |= {"adapter": adapter, "adapter_digest": shortened(own.adapter.digest)}
+    beside = copy.copy(loaded)
+    beside.release = replace(loaded.release, templates=own.adapter.facts.templates)
+    for alpha in alphas or sorted({0.0, own.alpha, 1.0}):
+        place = loaded.place(Point(adapter, alpha))
+        candidates.append(kind(source, alpha, facts, beside, place=place, last=last))
+    return candidates
 
 
 def release_facts(release: Release) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class Agreement:
     max_error: float
     min_cosine: float
 
+    @classmethod
+    def worst(cls, *parts: Agreement) -> Agreement:
+        """The largest distance of several graphs."""
+        return cls(max(part.max_error for part in parts), min(part.min_cosine for part in parts))
+
 
 @dataclass(frozen=True)
 class Samples:

@@ -143,20 +143,14 @@ def in_words(seconds: float) -> str:
     return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
 
 
-class Interruption:
+class Interruption(contextlib.ExitStack):
     """Notes the first Ctrl-C or SIGTERM inside the block; a second signal works as usual."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
         self._say = say
         self._signal = 0
-        self._handled = contextlib.ExitStack()
-
-    def __enter__(self) -> Interruption:
-        self._handled.enter_context(handled(self._note, signal.SIGINT, signal.SIGTERM))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handled.close()
+        self.enter_context(handled(self._note, signal.SIGINT, signal.SIGTERM))
 
     def asked(self, accelerator: Accelerator) -> bool:
         """True if any process got a signal; every process calls it, and gets the same answer."""
@@ -171,7 +165,7 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        self._handled.close()
+        self.close()
         # Printing fails if the signal has interrupted another print.
         with contextlib.suppress(RuntimeError):
             self._say("finishing this step and saving a checkpoint; press Ctrl-C again to quit now")
