@@ -104,3 +104,8 @@ def test_samples_are_saved_and_loaded(alphas: tuple[np.ndarray, ...], tmp_path: 
             np.testing.assert_array_equal(batch, expected)
     with pytest.raises(RAdapterError, match=r"samples.npz.*radapter-export"):
         Samples.load(tmp_path / "none")
+
+
+def test_the_worst_of_several_agreements_has_the_largest_distances() -> None:
+    worst = Agreement.worst(Agreement(1e-5, 0.9), Agreement(1e-4, 0.99))
+    assert worst == Agreement(1e-4, 0.9)
