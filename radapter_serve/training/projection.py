@@ -213,12 +213,11 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
     # Calibrate scores for a server that has the adapter beside a release.
     confidence: Confidence | None = None
     if list(keys) == ["text"] and vectors.of_classes and vectors.owners.shape[1] == 1:
-        parts = []
+        parts: list[tuple[Vectors, NDArray[np.int64], Maps]] = []
         if held is not None:
             parts.append((held, np.arange(len(held.images)), maps))
         elif validated is not None:
-            for fold in range(FOLDS):
-                without = train(vectors, np.flatnonzero(folds != fold), chosen)
+            for fold, without in enumerate(validated.maps):
                 parts.append((vectors, np.flatnonzero(folds == fold), without))
         try:
             if parts:
@@ -295,6 +294,7 @@ class Validated:
     settings: list[Recipe]
     setting: int
     curve: list[Point]  # of the chosen setting
+    maps: list[Maps]  # of the chosen setting, by the fold that they were not trained with
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -357,12 +357,15 @@ def cross_validate(
     """Train each setting without each fold, judge it there at `ALPHAS`, and choose with `RULE`."""
     right: list[list[NDArray[np.bool_]]] = []
     kept: list[list[float]] = []
+    trained: list[list[Maps]] = []
     for setting in settings:
         parts = []
+        trained.append([])
         for fold in range(FOLDS):
             held_out = np.flatnonzero(folds == fold)
+            maps = train(vectors, np.flatnonzero(folds != fold), setting) if len(held_out) else {}
+            trained[-1].append(maps)
             if len(held_out):
-                maps = train(vectors, np.flatnonzero(folds != fold), setting)
                 parts.append([judge(vectors, held_out, maps, alpha) for alpha in ALPHAS])
         joined = [
             [np.concatenate(each) for each in zip(*at, strict=True)]
@@ -395,7 +398,8 @@ def cross_validate(
         curve.append(Point(alpha, measured, behind, error, share, {SET: measured}))
     recipe = settings[number]
     recipe = dataclasses.replace(recipe, alpha=pick(curve, recipe.alpha))
-    return Validated(recipe, vectors.metric, right, kept, settings, number, curve)
+    metric = vectors.metric
+    return Validated(recipe, metric, right, kept, settings, number, curve, trained[number])
 
 
 def _behind(best: NDArray[np.bool_], other: NDArray[np.bool_]) -> tuple[float, float]:
