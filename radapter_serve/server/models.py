@@ -43,7 +43,7 @@ MIB = 2**20
 # of a task; and an engine in one process, and each of its releases.
 _TRITON = 100 * MIB
 _ENCODER = 36 * MIB
-_TASK = 56 * MIB
+_TASK = 50 * MIB
 _ENGINE = 110 * MIB
 _RELEASE = 16 * MIB
 SHARED_MEMORY = Path("/dev/shm")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,8 +34,7 @@ from radapter_serve.encoders.labels import load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease, TaskSteps
 from radapter_serve.index.facts import OPENING_SECONDS
 from radapter_serve.process import INDEXES
-from radapter_serve.release.config import named_releases, read_config
-from radapter_serve.release.release import FILE
+from radapter_serve.release.release import FILE, Release
 from radapter_serve.release.repository import CONFIG
 from radapter_serve.tasks.table import TASKS, embeds_label_set, forms
 from radapter_serve.triton import backlog
@@ -55,17 +55,25 @@ class TritonPythonModel:
         folder = Path(args["model_repository"])
         self.task = folder.name
         backlog.of_this_process.open(self.task)
-        self.loaded = load_version(folder / args["model_version"])
+        # The release as the server computes it, which the config says.
+        version = args["model_version"]
+        text = json.loads(args["model_config"])["parameters"][f"release.{version}"]["string_value"]
+        self.loaded = load_version(folder / version, Release.from_dict(json.loads(text)))
         others: dict[int, LoadedRelease] = {}
 
         def other_releases() -> list[LoadedRelease]:
             """The other served releases: one of them may have built an index."""
+            # Imported here: gRPC with it takes 7 MB, which each task's process would have.
+            from radapter_serve.release.config import named_releases, read_config
+
             task = folder.parent / "embed_text"
-            served = read_config(task / CONFIG).version_policy.specific.versions
-            for version in served:
-                if version != self.loaded.release.version and version not in others:
-                    others[version] = load_version(task / str(version))
-            return [others[version] for version in served if version in others]
+            config = read_config(task / CONFIG)
+            named = named_releases(config)
+            served = config.version_policy.specific.versions
+            for number in served:
+                if number != self.loaded.release.version and number not in others:
+                    others[number] = load_version(task / str(number), named[number])
+            return [others[number] for number in served if number in others]
 
         self._run = TASKS[self.task].make(self.loaded, other_releases, OPENING_SECONDS)
         # Loading a tokenizer takes 13 MB more than it keeps. Give them back: a server has a process
@@ -125,10 +133,8 @@ class TritonPythonModel:
         return results
 
 
-def load_version(folder: Path) -> LoadedRelease:
+def load_version(folder: Path, release: Release) -> LoadedRelease:
     """Load the release of a task model's version, with the encoders of the same server."""
-    # As the server computes it, which its config says.
-    release = named_releases(read_config(folder.parent / CONFIG))[int(folder.name)]
     # The server's folder has links to the files of the model repository.
     repository = (folder / FILE).resolve().parents[2]
     # Only tasks that embed labels or texts have a tokenizer.

@@ -14,12 +14,15 @@ from unittest.mock import Mock
 import numpy as np
 import onnxruntime
 import pytest
+from google.protobuf.json_format import MessageToJson
 
 from radapter_export.repository import sources
 from radapter_serve.encoders.runtimes import load_graph, openvino_properties
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import SURPLUS
 from radapter_serve.release.agreement import Samples
+from radapter_serve.release.config import read_config
+from radapter_serve.release.repository import CONFIG
 from radapter_serve.server.launch import OUR_BACKENDS
 from tests.helpers.asking import needs_triton
 from tests.helpers.fake_triton import Request, Response, Tensor, TritonError, install, load
@@ -73,7 +76,14 @@ def model(repository, local, monkeypatch):
 
     def make(name: str) -> Any:
         instance = load(sources() / name / "model.py")
-        instance.initialize({"model_repository": str(repository / name), "model_version": "2"})
+        config = read_config(repository / name / CONFIG)
+        instance.initialize(
+            {
+                "model_repository": str(repository / name),
+                "model_version": "2",
+                "model_config": MessageToJson(config, preserving_proto_field_name=True),
+            }
+        )
         return instance
 
     return make
@@ -162,6 +172,18 @@ time.sleep(0.8)
 print(len(answered), flush=True)
 responses.answer(requests, lambda some: threading.Event().wait())
 """
+
+
+def test_the_process_of_a_task_imports_no_library_of_the_other_end() -> None:
+    """A server has a process for each task, release and instance."""
+    code = (
+        "import sys, types\n"
+        "sys.modules['triton_python_backend_utils'] = types.ModuleType('pb')\n"
+        "import radapter_serve.triton.task_model\n"
+        "heavy = {'grpc', 'google.protobuf', 'pydantic', 'pyarrow', 'faiss', 'onnxruntime'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_call_that_hangs_ends_its_process_with_a_traceback() -> None:
