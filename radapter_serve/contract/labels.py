@@ -236,6 +236,8 @@ def check_prompts(
     prompts = characters = 0
     for labels, templates in lists:
         check_templates(templates)
+        for label in labels:
+            check_length(label, MAX_LABEL_LENGTH, "label")
         names = sum(label.count(",") + 1 for label in labels)
         length = sum(map(len, labels))
         prompts += names * len(templates)

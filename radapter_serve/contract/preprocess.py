@@ -140,6 +140,7 @@ def decode_into(
     """Decode and preprocess an image into `out`; large images take turns."""
     try:
         file = read_header(data)
+        preprocess.check(file.width, file.height)
         with turn(file, cancelled, limit):
             preprocess(decode(file, exif_orientation=preprocess.exif_orientation), out=out)
     except TaskError:

@@ -370,7 +370,14 @@ class OpenAI:
                         "the model server did not answer all inputs with the same adapter as asked;"
                         " try again",
                     )
-                for place, row in zip(batch, reply.outputs[f"{tensor}_embeds"], strict=True):
+                embeds = reply.outputs.get(f"{tensor}_embeds")
+                if embeds is None or len(embeds) != len(batch):
+                    raise Refused(
+                        503,
+                        SERVER_UNAVAILABLE,
+                        "the model server did not answer with an embedding of each input",
+                    )
+                for place, row in zip(batch, embeds, strict=True):
                     rows[place] = row
                     if place in request.weights:
                         weight = request.weights[place][tensor == "image"]

@@ -188,6 +188,9 @@ def test_options_reach_both_tasks_and_refusals_name_the_field(served: Served) ->
         assert refusal(served, input=inputs) == (400, code, param)
     served.upstream.error = RuntimeError("a bug at /home/x")
     assert refusal(served, input="a")[:2] == (500, "internal_error")
+    served.upstream.error = None
+    served.upstream.outputs = {"image_embeds": np.zeros((1, 2), np.float32)}
+    assert refusal(served, input="a")[:2] == (503, "server_unavailable")
 
 
 def test_a_text_with_its_image_is_their_weighted_sum(served: Served) -> None:
