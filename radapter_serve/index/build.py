@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from radapter_serve.contract.labels import RULE, is_name
 from radapter_serve.encoders.loaded import LoadedRelease
-from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import digest_of, map_array
+from radapter_serve.errors import RAdapterError
+from radapter_serve.files import digest_of
 from radapter_serve.index.collection import Cluster, Progress, open_collection, read_rows
 from radapter_serve.index.facts import FACTS, MadeBy, OnBroken, Plan
 from radapter_serve.index.folder import (
@@ -27,6 +27,7 @@ from radapter_serve.index.folder import (
     VECTOR,
     FolderIndex,
     generations_of,
+    map_vectors,
     read_pointer,
     vector_column,
 )
@@ -170,13 +171,8 @@ def build_from_embeddings(
     _check_place(out)
 
     # Map the vectors, and read their rows.
-    try:
-        array = map_array(vectors)
-    except (OSError, ValueError) as error:
-        raise RAdapterError(f"{vectors} is not an array of NumPy's: {reason(error):.200}") from None
     dim = loaded.release.embed_dim
-    if array.ndim != 2 or array.dtype.kind != "f":
-        raise RAdapterError(f"{vectors} does not hold vectors; allowed: floats [N, {dim}] (.npy)")
+    array = map_vectors(vectors, dim)
     if array.shape[1] != dim:
         raise RAdapterError(
             f"the vectors of {vectors} have the width {array.shape[1]}, and the embeddings of"

@@ -131,6 +131,19 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def map_vectors(path: Path, width: int) -> NDArray[Any]:
+    """Map a user's vectors, floats [N, D], from a `.npy` file; the refusal of anything else names
+    the allowed `width`.
+    """
+    try:
+        vectors = map_array(path)
+    except (OSError, ValueError) as error:
+        raise RAdapterError(f"{path} is not an array of NumPy's: {reason(error):.200}") from None
+    if vectors.ndim != 2 or vectors.dtype.kind != "f":
+        raise RAdapterError(f"{path} does not hold vectors; allowed: floats [N, {width}] (.npy)")
+    return vectors
+
+
 class FolderIndex(Index):
     """An index whose files are mapped from a folder's current generation. `complete` verifies all
     files with their digests; `codes` False ignores FAISS's codes.

@@ -35,6 +35,7 @@ from radapter_serve.files import (
     first_problem,
     lock,
     map_array,
+    open_regular,
     remove,
     staged,
     staged_folder,
@@ -431,7 +432,7 @@ def _files(facts: AdapterFacts) -> tuple[str, ...]:
 
 
 def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         text = file.read(MAX_BYTES + 1)
     if len(text) > MAX_BYTES:
         raise RAdapterError(f"{path} has more than {MAX_BYTES:,} bytes")

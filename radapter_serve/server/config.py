@@ -144,8 +144,7 @@ class ServerConfig:
             takes the one that is usually fastest on such a machine; as exported if not given.
         precision: in which fp32 releases are computed: bf16 takes OpenVINO on a processor that has
             bf16, if cosines with torch stay within 2e-4; auto takes what encodes the stored samples
-            fastest;
-            as exported if not given.
+            fastest; as exported if not given.
         threads: number of threads that compute in an encoder, shared by its instances; one a core
             if not given.
         instances: processes of each task, so that a slow request does not hold up the others: a

@@ -27,9 +27,9 @@ from radapter_serve.data.captions import Captioned
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.data.rows import BrokenImage, image_source, open_rows, tracked
 from radapter_serve.encoders.loaded import release_at
-from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import map_array, read_arrays, staged
-from radapter_serve.index.folder import FolderIndex
+from radapter_serve.errors import RAdapterError
+from radapter_serve.files import read_arrays, staged
+from radapter_serve.index.folder import FolderIndex, map_vectors
 from radapter_serve.process import decoders
 from radapter_serve.training.recipe import Recipe
 
@@ -199,16 +199,7 @@ def open_vectors(
         ids = [id for batch in index.rows(["path"], 1000) for id in batch["path"].to_pylist()]
     else:
         source = str(recipe.embeddings)
-        try:
-            array = map_array(recipe.embeddings)
-        except (OSError, ValueError) as error:
-            raise RAdapterError(
-                f"{source} is not an array of NumPy's: {reason(error):.200}"
-            ) from None
-        if array.ndim != 2 or array.dtype.kind != "f":
-            raise RAdapterError(
-                f"{source} does not hold vectors; allowed: floats [N, {width}] (.npy)"
-            )
+        array = map_vectors(recipe.embeddings, width)
         table = open_rows(recipe.data, {recipe.image_column: "--image-column"}).table
         ids = [str(image_source(value)) for value in table[recipe.image_column]]
     if array.shape[1] != width:
