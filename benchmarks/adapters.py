@@ -5,12 +5,13 @@ engines; how soon a new one is served; and many small releases in their place.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from engines import MIB, proportional, served
 from loop import Closed, Measured, Send
 from loop import measure as loop
 
-from radapter_client import AsyncClient, Client
+from radapter_client import AsyncClient, Client, InvalidRequest
 from radapter_serve.encoders.labels import PROMPTS, LabelSet
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.files import digest_of, written_array
@@ -41,11 +42,12 @@ process` and `--engine triton` and asked over HTTP by our own client on the same
 are random, {kind}; a request draws its own, uniformly or with a weight of 1/rank (skewed). Each
 cell alternates with the same requests without an adapter; a ratio is the median over {rounds}
 rounds of {seconds:g} s each. Texts are all different; classify has an image of 640 x 480 and a
-label set of 100 labels; search is by a text, of {images} images. An engine has answered every
-adapter once before."""
+label set of 100 labels; search is by a text, of {images} images. Each task has been asked for each
+adapter before, {passes} times by Triton, whose processes of a task each load it."""
 TASKS = ("texts", "classify", "search")
 LARGE = "thousand"  # a label set of 1,000 labels in 80 templates
 Way = Literal["process", "triton"]
+PASSES = 6  # a task has two processes by default: 97 % have loaded an adapter then
 
 
 def add_many(repository: Path, numbers: Sequence[int], rank: int | None) -> None:
@@ -89,6 +91,28 @@ def add_large_label_set(repository: Path) -> None:
         if (place / "label_sets").is_dir():
             label_set.save(place / "label_sets" / f"{LARGE}.npz")
     write_sums(repository, release.version)
+
+
+async def open_all(url: str, image: bytes, names: Sequence[str]) -> None:
+    """Ask each task for each adapter, with requests that are refused after it is loaded."""
+    async with AsyncClient(url, batch_size=1, concurrency=8, retries=0) as client:
+
+        async def refused(request: Awaitable[object]) -> None:
+            with contextlib.suppress(InvalidRequest):
+                await request
+
+        for start in range(0, len(names), 8):
+            some = names[start : start + 8]
+            await asyncio.gather(
+                *(client.embed_texts(["a cat"], adapter=name) for name in some),
+                *(refused(client.classify(image, label_set="-", adapter=name)) for name in some),
+                *(
+                    refused(
+                        client.search("-", index="photos", adapter=name, min_score="calibrated")
+                    )
+                    for name in some
+                ),
+            )
 
 
 async def rate(
@@ -203,6 +227,7 @@ def measure(
         rounds=rounds,
         seconds=seconds,
         images=images,
+        passes=PASSES,
     )
     file = f"adapters-{precision}"
     report = Report("adapters", "Adapters beside one release", what, timed=False, file=file)
@@ -249,8 +274,8 @@ def measure(
                 for number in range(most):
                     client.embed_texts(["a cat"], adapter=f"a{number}")
                 opened = (time.perf_counter() - begun) / most
-                for task in TASKS:
-                    asyncio.run(rate(url, task, image, itertools.repeat("a0"), 1, 0.2))
+                for _ in range(PASSES if way == "triton" else 1):
+                    asyncio.run(open_all(url, image, [f"a{number}" for number in range(most)]))
                 each = (proportional(server) - bare[way]) / most
 
                 # Answers a second and tails, with and without adapters in turn
