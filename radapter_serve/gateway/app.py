@@ -58,6 +58,7 @@ from radapter_serve.gateway.upstream import (
     SHORT_TIMEOUT,
     SMALL,
     TOO_LARGE,
+    UNAUTHORIZED,
     UNSUPPORTED_TYPE,
     Entry,
     Inference,
@@ -204,6 +205,12 @@ class Gateway:
         return JSONResponse({"ready": True})
 
     async def prometheus(self, request: Request) -> Response:
+        if _key(request).adapters is not None:
+            raise Refused(
+                401,
+                UNAUTHORIZED,
+                "this key is for some adapters, and the metrics name all; take another key",
+            )
         # Without an answer of the upstream, the metrics name the releases of the time before.
         with contextlib.suppress(Refused), anyio.move_on_after(1.0):
             self._metrics.name_releases((await self._model(TASKS[-1])).facts())

@@ -386,7 +386,7 @@ class Adapters:
         entry = entries[known]
         key = known, entry.digest
         # Its matrices are mapped, so a file that was written in place would change the answers.
-        folder = self.repository / FOLDER / entry.folder
+        folder = self._path.parent / entry.folder
         state = [state_of(folder / file) for file in entry.sums]
         before, loaded = self._loaded.get(key, (None, None))
         if loaded is None or before != state:

@@ -214,6 +214,14 @@ def test_log_and_metrics_name_the_adapter(capfd: pytest.CaptureFixture[str]) -> 
     assert "made up" not in metrics
 
 
+def test_a_key_of_some_adapters_reads_no_metrics_which_name_all(guarded: Served) -> None:
+    guarded.ask(INFER, asking("anna"), Authorization="Bearer root")
+    for key in ("ann", "bob"):
+        status, answer, _ = guarded.ask("/metrics", Authorization=f"Bearer {key}")
+        assert status == 401 and answer["error"].startswith("[unauthorized] this key is for some")
+    assert 'adapter="anna"' in guarded.metrics(Authorization="Bearer root")
+
+
 def test_labels_of_metrics_are_few() -> None:
     with serving() as served:
         for number in range(105):
