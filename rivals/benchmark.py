@@ -104,7 +104,7 @@ def table_of(images: Mapping[str, Iterable[Path]], folder: Path) -> str:
     return f"csv:{path}"
 
 
-TableName = Literal["main", "1", "2", "3", "4", "5", "hyper", "why", "fig3", "all"]
+TableName = Literal["main", "1", "2", "3", "4", "5", "why", "fig3", "all"]
 
 
 @dataclass(frozen=True)

@@ -156,20 +156,26 @@ def default(
     check_seeds(seeds)
     limit_threads(threads)
 
-    # Evaluate the base.
+    # Read the images, and the runs that the file has.
     base = load_base(f"{LOCAL}{BASE}")
     images = collection(set_name, data_root)
     other = collection(ELSEWHERE[set_name], data_root)
     tests = Tests(images, read_tests(images, base), other, read_tests(other, base))
-    system = System(base).eval()
-    before = [row for split in images.splits for row in tests.judged(system, "base", split, 0, 0.0)]
-
-    # Train and evaluate, except for runs that the file has.
     path = out / "default.jsonl"
     kept = read_cells(
         path, lambda cell: Outcome(**{**cell, "rows": [Judged(*row) for row in cell["rows"]]})
     )
     done = {(run.candidate, run.split, run.seed): run for run in kept}
+
+    # Evaluate the base; train and evaluate the rest.
+    before = []
+    for split in images.splits:
+        place = ("base", split, 0)
+        if place not in done:
+            rows = tests.judged(System(base).eval(), "base", split, 0, 0.0)
+            done[place] = Outcome(*place, rate=0.0, alphas={}, kept=1.0, seconds=0.0, rows=rows)
+            keep_cell(path, {**vars(done[place]), "rows": [astuple(row) for row in rows]})
+        before += done[place].rows
     candidates = [name for name in CANDIDATES if not only or name in only]
     for candidate, seed, split in product(candidates, seeds, images.splits):
         if (candidate, split, seed) in done:

@@ -8,7 +8,7 @@ import base64
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import product
 from pathlib import Path
@@ -37,11 +37,13 @@ from rivals.layout import markdown, origin, publish, say
 from rivals.method import Method, Run, System, learned, with_rate
 from rivals.preserve import ImageTowerFineTuning, preserving
 from rivals.radapter import r_adapter
-from rivals.statistics import corrected, lead_of
-from rivals.tables import AT_CHOSEN_RATE, METHODS, NO_STOP, PRESERVE
+from rivals.statistics import Lead, corrected, lead_of
+from rivals.tables import AT_CHOSEN_RATE, PRESERVE
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 BATCH = 64  # images a step
+SEEDS = 3  # of most rows; others say how many they have
+SMALL = ("preserve, words", "0.5")  # the row with the fields of the recipe `small`, and its α
 OTHER_DATA = "other data"
 OTHER_COLOURS = (
     "tab:blue",
@@ -133,14 +135,22 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
 
 
 def methods() -> dict[str, Method]:
-    """List the rows at fixed rates: the paper's, the rate that `auto` finds on photos, and for
-    rivals those that validation chose for the main table of the drawings.
+    """List the rows at fixed rates: the recipe's for R-Adapter, and for rivals those that
+    validation chose. Rows named "kept" are rivals with our regularizers.
 
-    Full fine-tuning, WiSE-FT and Mask-Fill learn a head for the trained classes, so they cannot
-    recognise others.
+    Full fine-tuning trains the image tower under the base's text tower here. WiSE-FT and Mask-Fill
+    learn a head for the trained classes, so they cannot recognise others.
     """
     closed: dict[str, Any] = {"negative_classes": 1000}
     words: dict[str, Any] = {"preserve_words": 3.0}
+    rivals = {
+        f"FT, image tower, {name}": with_rate(ImageTowerFineTuning(), rate)
+        for name, rate in (("2.7e-4", 2.7e-4), ("9e-4", 9e-4))
+    }
+    rivals |= {
+        name: AT_CHOSEN_RATE[name]
+        for name in ("WiSE-FLYP", "FLYP, 3e-4", "LoRA", "LoRA, 0.019", "CLIP-SVD")
+    }
     return {
         "R-Adapter": r_adapter("imagenet"),
         "rank 4": r_adapter("imagenet", rank=4),
@@ -149,37 +159,13 @@ def methods() -> dict[str, Method]:
         "preserve, all classes": r_adapter("imagenet", **PRESERVE, **closed),
         "preserve, words": r_adapter("imagenet", **PRESERVE, **words),
         "preserve, all classes, words": r_adapter("imagenet", **PRESERVE, **words, **closed),
-        **{name: AT_CHOSEN_RATE[name] for name in ("WiSE-FLYP", "LoRA", "LoRA, 0.019", "CLIP-SVD")},
-        **NO_STOP,
-        "CLIPood": METHODS["clipood"],
-        **_fair(),
-    }
-
-
-def _fair() -> dict[str, Method]:
-    """List rivals at the rates that validation chose, on drawings or, if the name says so, on
-    photos of PACS, and four of them with our regularizers, named "kept".
-    """
-    full = ImageTowerFineTuning()
-    rows = {
-        "FT, image tower, 2.7e-4": with_rate(full, 2.7e-4),
-        "FT, image tower, 9e-4": with_rate(full, 9e-4),
-        "FLYP, 3e-4": with_rate(METHODS["flyp"], 3e-4),
-    }
-    bases = {
-        **rows,
-        **{name: AT_CHOSEN_RATE[name] for name in ("WiSE-FLYP", "LoRA", "LoRA, 0.019", "CLIP-SVD")},
-    }
-    prompts = {
-        f"{name}, {rate:g}": with_rate(NO_STOP[f"{name}, no full stop"], rate)
-        for name, rate in (("CoOp", 0.02), ("CoOp", 0.2), ("MaPLe", 0.35))
-    }
-    return {
-        **rows,
-        **{f"{name}, kept": preserving(method) for name, method in bases.items()},
-        **prompts,
-        "CLIPood, 1.5e-4": with_rate(METHODS["clipood"], 1.5e-4),
-        "CLIPood, 5e-4": with_rate(METHODS["clipood"], 5e-4),
+        **rivals,
+        **{f"{name}, kept": preserving(method) for name, method in rivals.items()},
+        **{
+            name: method
+            for name, method in AT_CHOSEN_RATE.items()
+            if name.startswith(("CoOp", "MaPLe", "CLIPood"))
+        },
     }
 
 
@@ -345,6 +331,45 @@ def averaged(images: Collection, base: Sequence[Judged], own: str) -> list[tuple
     return [tuple(images.splits)]
 
 
+def selected(
+    rows: Sequence[Judged], splits: tuple[str, ...], kind: str, own: str, where: str
+) -> list[Judged]:
+    """Select rows of a kind in the trained style, or in the others; only of seeds that all splits
+    have, in their order.
+    """
+    seeds = set.intersection(
+        *({row.seed for row in rows if row.split == split} for split in splits)
+    )
+    return sorted(
+        (
+            row
+            for row in rows
+            if row.split in splits
+            and row.seed in seeds
+            and row.kind == kind
+            and (row.style == own) == (where == "own")
+        ),
+        key=lambda row: row.seed,
+    )
+
+
+def lead(
+    rows: Sequence[Judged],
+    over: Callable[[Judged], NDArray[np.float64]],
+    names: Mapping[tuple[str, str, str], NDArray[Any]],
+) -> Lead:
+    """Compute the mean lead of rows of one kind, over splits and styles of equal weight; `over` has
+    the values that a row is compared with.
+    """
+    sets: dict[tuple[str, str], list[NDArray[np.float64]]] = defaultdict(list)
+    for row in rows:
+        sets[row.split, row.style].append(row.each - over(row))
+    return lead_of(
+        [np.stack(seeds) for seeds in sets.values()],
+        [names[split, rows[0].kind, style] for split, style in sets],
+    )
+
+
 def table(
     grouped: Mapping[tuple[str, str], Sequence[Judged]],
     base: Sequence[Judged],
@@ -359,46 +384,90 @@ def table(
     judged = {(row.kind, "own" if row.style == own else "others") for row in base}
     columns = [place for place in product(KINDS, ("own", "others")) if place in judged]
     leads = {}
+    seeds = {}
     for splits, (key, rows) in product(groups, grouped.items()):
         for kind, where in columns:
-            sets: dict[tuple[str, str], list[NDArray[np.float64]]] = defaultdict(list)
-            for row in rows:
-                if (
-                    row.split in splits
-                    and row.kind == kind
-                    and (row.style == own) == (where == "own")
-                ):
-                    place = (row.split, row.style)
-                    sets[place].append(row.each - before[row.split, row.style, kind])
-            leads[splits, key, kind, where] = lead_of(
-                [np.stack(seeds) for seeds in sets.values()],
-                [names[split, kind, style] for split, style in sets],
-            )
+            of_kind = selected(rows, splits, kind, own, where)
+            if of_kind:
+                seeds[splits, key] = len({row.seed for row in of_kind})
+                leads[splits, key, kind, where] = lead(
+                    of_kind, lambda row: before[row.split, row.style, row.kind], names
+                )
     shown = corrected(leads)
-    head = ["method", "α"]
-    head += [
-        f"{KINDS[kind]}, {'own style' if w == 'own' else 'other styles'}" for kind, w in columns
-    ]
+    head = ["method", "α", *map(_titled, columns)]
     tables = []
     for splits in groups:
         level = ["base", "0"]
         for kind, where in columns:
-            values = [
-                row.each.mean()
-                for row in base
-                if row.split in splits
-                and row.kind == kind
-                and (row.style == own) == (where == "own")
-            ]
+            values = [row.each.mean() for row in selected(base, splits, kind, own, where)]
             level.append(f"{100 * float(np.mean(values)):.1f}")
-        lines = [
-            [*key, *(shown[splits, key, kind, where] for kind, where in columns)] for key in grouped
-        ]
+        lines = []
+        for method, alpha in grouped:
+            key = (method, alpha)
+            if (splits, key) in seeds:
+                line = [_counted(method, seeds[splits, key]), alpha]
+                lines.append([*line, *(shown[splits, key, kind, w] for kind, w in columns)])
         text = markdown(head, [level, *lines])
         if len(groups) > 1:
             text = f"**Trained: the {' and the '.join(splits)} of the classes.**\n\n{text}"
         tables.append(text)
     return tables
+
+
+def _counted(method: str, seeds: int) -> str:
+    """Name a row, with the number of its seeds if it is not the usual one."""
+    return method if seeds == SEEDS else f"{method} ({seeds} {'seed' if seeds == 1 else 'seeds'})"
+
+
+def _titled(column: tuple[str, str]) -> str:
+    kind, where = column
+    return f"{KINDS[kind]}, {'own style' if where == 'own' else 'other styles'}"
+
+
+def at_equal_gain(
+    grouped: Mapping[tuple[str, str], Sequence[Judged]],
+    own: str,
+    names: Mapping[tuple[str, str, str], NDArray[Any]],
+    splits: tuple[str, ...],
+) -> str:
+    """Make a table of what each method leads the fields of `small` by, at that of its α whose gain
+    of trained classes in their own style is nearest; empty without a run of `small`.
+    """
+    of_small = grouped.get(SMALL, ())
+    small = {(row.split, row.style, row.kind, row.seed): row.each for row in of_small}
+    seeds = {row.seed for row in of_small}
+
+    def over_small(rows: Sequence[Judged], kind: str, where: str) -> Lead:
+        paired = [row for row in selected(rows, splits, kind, own, where) if row.seed in seeds]
+        return lead(paired, lambda row: small[row.split, row.style, row.kind, row.seed], names)
+
+    # Choose each method's α.
+    nearest: dict[str, tuple[float, str]] = {}
+    for (method, alpha), rows in grouped.items():
+        if method != SMALL[0] and selected(rows, splits, "trained", own, "own"):
+            distance = abs(over_small(rows, "trained", "own").points)
+            nearest[method] = min(nearest.get(method, (distance, alpha)), (distance, alpha))
+    columns = list(product(("trained", "others, all labels"), ("own", "others")))
+    leads = {
+        (method, kind, where): over_small(grouped[method, alpha], kind, where)
+        for method, (_, alpha) in nearest.items()
+        for kind, where in columns
+    }
+    if not leads:
+        return ""
+    shown = corrected(leads)
+    lines = []
+    for method, (_, alpha) in nearest.items():
+        rows = selected(grouped[method, alpha], splits, "trained", own, "own")
+        line = [_counted(method, len({row.seed for row in rows} & seeds)), alpha]
+        lines.append([*line, *(shown[method, kind, where] for kind, where in columns)])
+    head = ["method", "α", *map(_titled, columns)]
+    return (
+        f"**At equal gain, trained: the {' and the '.join(splits)} of the classes.** What each"
+        " method leads the fields of `small` (preserve, words; α 0.5) by, each at that of its α"
+        " whose gain of trained classes in their own style is nearest, by the test images. **Bold**"
+        f" survives Holm's correction over this table.\n\n{markdown(head, lines)}"
+    )
 
 
 def base_to_novel(
@@ -477,6 +546,7 @@ def others(
     seeds: tuple[int, ...] = (0, 1, 2),
     steps: int = 105,
     only: tuple[str, ...] = (),
+    training: bool = True,
     threads: int | None = None,
 ) -> None:
     """Train on one half of the classes, and evaluate both, at every α; print and write Markdown.
@@ -489,36 +559,40 @@ def others(
         seeds: each method is trained once for each seed and half.
         steps: of a run.
         only: rows to make; by default all.
+        training: make the runs that others.jsonl lacks; without, the page has those that are there.
         threads: to compute with; by default one a core.
     """
     check_seeds(seeds)
     limit_threads(threads)
 
-    # Evaluate the base.
+    # Read the images, and the runs that the file has.
     images = collection(set_name, data_root)
     base = load_base(f"{LOCAL}{BASE}")
     tests = read_tests(images, base)
-    system = System(base).eval()
     own = next(iter(images.tests))
-    before = [
-        row
-        for split in images.splits
-        for row in judged_rows(judge(system, images, split, tests), "base", "", split, 0, 0.0)
-    ]
-
-    # Train and evaluate the methods, except for runs that the file has.
     known = methods()
     path = out / "others.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     done = read_cells(path, lambda cell: [Judged(*cell["run"], *row) for row in cell["rows"]])
     rows = [row for of_run in done for row in of_run]
-    fields = {"steps": steps, "workers": 0, "threads": threads}
     kept = {(row.method, row.settings, row.split, row.seed) for row in rows}
+
+    # Evaluate the base.
+    for split in images.splits:
+        key = ("base", "", split, 0)
+        if key not in kept:
+            judged = judged_rows(judge(System(base).eval(), images, split, tests), *key, 0.0)
+            rows += judged
+            keep_cell(path, {"run": key, "rows": [astuple(row)[4:] for row in judged]})
+    before = [row for row in rows if row.method == "base"]
+
+    # Train and evaluate the methods.
+    fields = {"steps": steps, "workers": 0, "threads": threads}
     for seed in seeds:
         for split in images.splits:
             for name, method in known.items():
                 key = (name, repr(method), split, seed)
-                if key in kept or (only and name not in only):
+                if key in kept or not training or (only and name not in only):
                     continue
                 say(f"{name}, {split}, seed {seed}")
                 learned_in = out / "learned"
@@ -539,6 +613,7 @@ def others(
     for row in shown:
         grouped[row.method, f"{row.alpha:g}"].append(row)
     groups = averaged(images, before, own)
+    names = names_of(images, tests)
     parts = [
         "# What happens to the other classes",
         f"{origin('rivals.others')}\n"
@@ -546,8 +621,11 @@ def others(
         f" style ({own}) and the other half is judged too, then the other way round; seeds"
         f" {', '.join(map(str, seeds))}, {steps} steps of {BATCH} images. The base has accuracies"
         " in %, the others what they lead it by, in points. Splits and styles count alike.",
-        f"{INTERVALS} Nothing was chosen here: the rates were fixed before, and every α is shown.",
-        *table(grouped, before, own, names_of(images, tests), groups),
+        f"{INTERVALS} Nothing was chosen here: the rates were fixed before, those of rivals by"
+        " validation on the same data, and every α is shown. Rows named kept have our"
+        " regularizers.",
+        *table(grouped, before, own, names, groups),
+        *filter(None, (at_equal_gain(grouped, own, names, splits) for splits in groups)),
         "**From base to novel classes**: accuracies in the trained style in %, H is their harmonic"
         " mean.",
         base_to_novel([*before, *shown], own, out / "others.png", groups),

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan, sqrt
-from statistics import mean
 from typing import Any, TypeVar
 
 import numpy as np
@@ -126,14 +125,6 @@ def lead_over(
             for number in range(len(pairs[0][0][head]))
         ]
     )
-
-
-def with_interval(values: Sequence[float], sign: str = "") -> str:
-    """Format a mean, ± half of its 95 % interval if there are several values."""
-    middle = f"{mean(values):{sign}.1f}"
-    if len(values) < 2:
-        return middle
-    return f"{middle} ± {stats.t.isf(0.025, len(values) - 1) * stats.sem(values):.1f}"
 
 
 def holm(values: Sequence[float], level: float = 0.05) -> list[bool]:

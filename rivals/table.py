@@ -8,6 +8,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal
@@ -34,7 +35,7 @@ from rivals.layout import (
     spread,
 )
 from rivals.method import Method, at_rate, with_rate
-from rivals.statistics import Images, Lead, corrected, lead_over, with_interval
+from rivals.statistics import Images, corrected, lead_over
 from rivals.tables import TABLES, Table, figures, images_of
 
 CHOICES = (0.25, 0.5, 0.75, 1.0)  # few α suffice, as curves are smooth, and each is an evaluation
@@ -200,55 +201,39 @@ def _rows(cells: Cells, methods: Methods, seeds: Sequence[int], picture: Path) -
     heads = list(next(iter(values.values()))[0])
     others = [head for head in heads if head.startswith("mean of")] or heads[1:]
     dots(values, [*heads[:1], *others[-1:]], picture)
-    return markdown(["method", *COST, "α", *_counted(heads, ns)], lines) + leads(values, images)
+    return markdown(["method", *COST, "α", *_counted(heads, ns)], lines) + leads(heads, images)
 
 
-def leads(
-    values: Mapping[str, Sequence[Mapping[str, float]]],
-    images: Mapping[str, Sequence[Mapping[str, Images]]],
-) -> str:
-    """Make a table of the leads over each row of `BASES`, if there are several seeds. By method and
-    seed, `values` holds the figures in % by column, and `images` each image's part, as from
-    `images_of`.
+def leads(heads: Sequence[str], images: Mapping[str, Sequence[Mapping[str, Images]]]) -> str:
+    """Make a table of the leads over each row of `BASES`, if there are several seeds. `images` has
+    each image's part, as from `images_of`, by method and seed.
     """
-    seeds = len(next(iter(values.values())))
-    if len(values) == 1 or seeds < 2:
+    # A column without the images' parts, as of old cells and of mIoU, has no interval and no lead.
+    heads = [head for head in heads if all(head in row for rows in images.values() for row in rows)]
+    bases = [name for name in images if name.lower() in BASES]
+    shown = corrected(
+        {
+            (base, name, head): lead_over(images[name], images[base], head)
+            for base, name, head in product(bases, images, heads)
+            if name != base
+        }
+    )
+    if not shown or len(images[bases[0]]) < 2:
         return ""
-    bases = [name for name in values if name.lower() in BASES]
-    heads = list(next(iter(values.values()))[0])
-    # Leads are over images and seeds in columns with the images' parts, else over seeds alone.
-    paired = [
-        head for head in heads if all(head in row for rows in images.values() for row in rows)
-    ]
-    shown: dict[tuple[str, str, str], str] = {}
-    over_images: dict[tuple[str, str, str], Lead] = {}
-    for base in bases:
-        for name in values:
-            for head in heads if name != base else ():
-                place = (base, name, head)
-                if head in paired:
-                    over_images[place] = lead_over(images[name], images[base], head)
-                else:
-                    pairs = zip(values[name], values[base], strict=True)
-                    shown[place] = with_interval([a[head] - b[head] for a, b in pairs], "+")
-    shown |= corrected(over_images)
     parts = []
     for base in bases:
         lines = [
-            [name, *(shown[base, name, head] for head in heads)] for name in values if name != base
+            [name, *(shown[base, name, head] for head in heads)] for name in images if name != base
         ]
         parts += [
             f"What each method leads {base} by, in points: the mean over the seeds of the paired"
             " differences with its interval of 95 %.",
             markdown(["method", *heads], lines),
         ]
-    if paired:
-        rest = "" if len(paired) == len(heads) else ", and over seeds alone of the others'"
-        parts.append(
-            f"± is over images and seeds, of {', '.join(paired)}{rest}. **Bold** survives Holm's"
-            " correction over these tables, where a copied row or a lead seen from the other system"
-            " counts once."
-        )
+    parts.append(
+        "± is over images and seeds. **Bold** survives Holm's correction over these tables, where a"
+        " copied row or a lead seen from the other system counts once."
+    )
     return "".join(f"\n\n{part}" for part in parts)
 
 
@@ -360,12 +345,12 @@ def _trials(chosen: Mapping[str, Choice]) -> list[str]:
             if marks and choice.at_edge:
                 marks.append("the best is at the edge of the grid")
             setting = differing(methods, trial.method)
-            shown = with_interval(trial.scores)
+            shown = spread(trial.scores)
             facts = (f"{trial.rate:.2g}", setting, _shown_alpha(trial.method), shown)
             lines.append([name, *facts, ", ".join(marks)])
     if not lines:
         return []
-    head = ["method", "rate", "setting", "α", "validation, % ± 95 % interval", ""]
+    head = ["method", "rate", "setting", "α", "validation, % ± SD", ""]
     title = "What was tried: the score is the mean of the two means, in distribution and shifted."
     return [title, markdown(head, lines)]
 

@@ -120,13 +120,13 @@ def test_the_table_is_written_and_no_run_made_twice(
     of = collection_of(images, ("own", "other"), 6, fields)
     monkeypatch.setattr(others, "collection", lambda name, root: of)
     call = ["--set-name", "drawings", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]
-    known = {"preserve", "preserve, words", "CoOp, no full stop"}
+    known = {"preserve", "preserve, words", "CoOp, 0.2"}
     call += ["--seeds", "0", "--steps", "2", "--only", *known]
     assert others.main(call) == 0
     page = (tmp_path / "out" / "others.md").read_text(encoding="utf-8")
     # In both tables by halves, as the base is near chance; CoOp has no line to its base.
     assert page.count("| preserve, words |") == 2 * 2 * len(others.ALPHAS)
-    assert page.count("| CoOp, no full stop | 1 |") == page.count("| CoOp, no full stop |") == 4
+    assert page.count("| CoOp, 0.2 | 1 |") == page.count("| CoOp, 0.2 |") == 4
     assert "| base | 0 |" in page
     assert (tmp_path / "out" / "others.png").stat().st_size > 10_000
     assert capsys.readouterr().err.count("seed 0") == 6  # three methods on two halves

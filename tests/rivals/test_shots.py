@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from radapter_serve.errors import RAdapterError
 from rivals import shots
 from rivals.method import Run
-from rivals.shots import LabelsByExample, drawn_table
+from rivals.shots import LabelsByExample
 
 
 def test_a_label_by_example_is_the_mean_of_its_text_and_its_images(
@@ -39,30 +36,6 @@ def test_a_label_by_example_is_the_mean_of_its_text_and_its_images(
             texts = model.encode_text(tokenizer([f"a photo of a {name}."]), normalize=True)
         expected = F.normalize(shown + texts[0], dim=0)
         np.testing.assert_allclose(mixed.numpy(), expected.numpy(), atol=1e-5)
-
-
-@pytest.mark.parametrize(("unequal", "sizes"), [(False, [10, 10, 10]), (True, [21, 7, 2])])
-def test_drawn_images_are_as_many_as_asked_for(
-    tmp_path: Path, unequal: bool, sizes: list[int]
-) -> None:
-    table = tmp_path / "all.csv"
-    rows = [f"{label}/{number}.png,{label}" for label in "abc" for number in range(25)]
-    table.write_text("\n".join(["image,label", *rows]), encoding="utf-8")
-
-    def draw(seed: int, images: int = 30) -> list[dict[str, str]]:
-        out = tmp_path / "drawn"
-        data = drawn_table(f"csv:{table}", images, unequal=unequal, seed=seed, folder=out)
-        text = Path(data.removeprefix("csv:")).read_text(encoding="utf-8")
-        return list(csv.DictReader(text.splitlines()))
-
-    drawn = draw(0)
-    assert drawn == draw(0) != draw(1)
-    assert len({row["image"] for row in drawn}) == 30
-    counts = Counter(row["label"] for row in drawn)
-    assert sorted(counts.values(), reverse=True) == sizes
-    assert all(Path(row["image"]).parent == tmp_path / row["label"] for row in drawn)
-    with pytest.raises(RAdapterError, match="of a class"):
-        draw(0, 80)
 
 
 @pytest.mark.slow

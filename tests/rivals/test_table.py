@@ -28,7 +28,6 @@ from rivals.layout import spread
 from rivals.method import Cost, Run, at_rate, with_rate
 from rivals.pacs import main as pacs
 from rivals.radapter import r_adapter
-from rivals.statistics import with_interval
 from rivals.table import CHOICES, choose, differing, leads, main
 from rivals.tables import METHODS, figures, images_of
 from tests.helpers.a_row import a_row
@@ -277,37 +276,16 @@ def test_the_sets_of_another_suite_judge_what_validation_chose(
     assert names == {"test": ["elsewhere"], "validation": ["chosen by"]}
 
 
-def test_an_interval_of_five_seeds_by_hand() -> None:
-    # The standard deviation is √2.5, and Student's t for five seeds is 2.776: 2.776 √2.5 / √5.
-    assert with_interval([1, 2, 3, 4, 5], "+") == "+3.0 ± 2.0"
-    assert with_interval([0, 20]) == "10.0 ± 127.1"
-    assert with_interval([7]) == "7.0"
-
-
-def test_leads_are_paired_over_seeds() -> None:
-    found = {
-        "Zero-shot": [{"id": 40.0}, {"id": 40.0}],
-        "FT": [{"id": 50.0}, {"id": 60.0}],
-        "R-Adapter": [{"id": 51.0}, {"id": 62.0}],
-    }
-    none: dict[str, Any] = {name: [{}, {}] for name in found}
-    _, over_zero_shot, _, over_ours = leads(found, none).strip().split("\n\n")
-    assert with_interval([10, 20], "+") in over_zero_shot.splitlines()[2]
-    assert over_ours.splitlines()[3] == f"| FT | {with_interval([-1, -2], '+')} |"
-    assert "R-Adapter" not in over_ours
-    assert leads({name: of[:1] for name, of in found.items()}, none) == ""
-
-
-def test_leads_are_paired_over_images_where_these_are_kept() -> None:
+def test_leads_are_paired_over_images_and_need_them() -> None:
     def of(name: str, right: list[int], shift: str = "ood") -> Judged:
         return row(name, shift, sum(right) / len(right), right=packed(np.array(right, bool)))
 
     base = [of("own", [0] * 20, "id"), of("a", [1, 0] * 10), of("b", [0, 1] * 10)]
     better = [of("own", [1] * 19 + [0], "id"), of("a", [1, 1] * 10), of("b", [0, 1] * 10)]
-    found = {"Zero-shot": [figures(base)] * 2, "FT": [figures(better)] * 2}
+    heads = list(figures(base))
     assert images_of(better)["mean of 2 shifts"][1].tolist() == [0, 1] * 10
     images = {"Zero-shot": [images_of(base)] * 2, "FT": [images_of(better)] * 2}
-    text = leads(found, images)
+    text = leads(heads, images)
     # Both seeds are alike, so the interval is that of the images; the other set stays as it was.
     quantile = 100 * scipy.stats.t.isf(0.025, 19)
     half = quantile * scipy.stats.sem([1] * 19 + [0])
@@ -315,9 +293,11 @@ def test_leads_are_paired_over_images_where_these_are_kept() -> None:
     (line,) = [line for line in text.splitlines() if line.startswith("| FT |")]
     assert f"**+95.0 ± {half:.1f}**" in line
     assert f"+25.0 ± {of_mean:.1f}" in line
-    assert text.count("over images and seeds, of own, mean of 2 shifts, a, b.") == 1
+    assert "| method | own | mean of 2 shifts | a | b |" in text
     without = {**images, "FT": [{"own": images["FT"][0]["own"]}] * 2}
-    assert "over images and seeds, of own, and over seeds alone" in leads(found, without)
+    assert "| method | own |\n" in leads(heads, without)
+    assert leads(heads, {name: [{}, {}] for name in images}) == ""
+    assert leads(heads, {name: of[:1] for name, of in images.items()}) == ""
 
 
 def row(dataset: str, shift: str, value: float, **fields: Any) -> Judged:
