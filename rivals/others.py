@@ -42,7 +42,6 @@ from rivals.tables import AT_CHOSEN_RATE, PRESERVE
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 BATCH = 64  # images a step
-SEEDS = 3  # of most rows; others say how many they have
 SMALL = ("preserve, words", "0.5")  # the row with the fields of the recipe `small`, and its α
 OTHER_DATA = "other data"
 OTHER_COLOURS = (
@@ -405,7 +404,7 @@ def table(
         for method, alpha in grouped:
             key = (method, alpha)
             if (splits, key) in seeds:
-                line = [_counted(method, seeds[splits, key]), alpha]
+                line = [_counted(method, seeds[splits, key], max(seeds.values())), alpha]
                 lines.append([*line, *(shown[splits, key, kind, w] for kind, w in columns)])
         text = markdown(head, [level, *lines])
         if len(groups) > 1:
@@ -414,9 +413,9 @@ def table(
     return tables
 
 
-def _counted(method: str, seeds: int) -> str:
-    """Name a row, with the number of its seeds if it is not the usual one."""
-    return method if seeds == SEEDS else f"{method} ({seeds} {'seed' if seeds == 1 else 'seeds'})"
+def _counted(method: str, seeds: int, most: int) -> str:
+    """Name a row, with the number of its seeds if other rows have more."""
+    return method if seeds == most else f"{method} ({seeds} {'seed' if seeds == 1 else 'seeds'})"
 
 
 def _titled(column: tuple[str, str]) -> str:
@@ -433,7 +432,9 @@ def at_equal_gain(
     """Make a table of what each method leads the fields of `small` by, at that of its α whose gain
     of trained classes in their own style is nearest; empty without a run of `small`.
     """
-    of_small = grouped.get(SMALL, ())
+    of_small = grouped.get(SMALL)
+    if not of_small:
+        return ""
     small = {(row.split, row.style, row.kind, row.seed): row.each for row in of_small}
     seeds = {row.seed for row in of_small}
 
@@ -459,7 +460,7 @@ def at_equal_gain(
     lines = []
     for method, (_, alpha) in nearest.items():
         rows = selected(grouped[method, alpha], splits, "trained", own, "own")
-        line = [_counted(method, len({row.seed for row in rows} & seeds)), alpha]
+        line = [_counted(method, len({row.seed for row in rows} & seeds), len(seeds)), alpha]
         lines.append([*line, *(shown[method, kind, where] for kind, where in columns)])
     head = ["method", "α", *map(_titled, columns)]
     return (

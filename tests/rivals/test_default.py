@@ -55,8 +55,9 @@ def test_all_three_kinds_at_each_choice_and_no_run_twice(
     for name in ("auto", "best", "0.5", "1"):
         assert f"| small | {name} |" in page
     lines = (out / "default.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == len(adapters) == len(chosen) == 2  # both halves
-    cell = json.loads(lines[0])
+    assert len(adapters) == len(chosen) == 2  # both halves
+    assert [json.loads(line)["candidate"] for line in lines] == ["base"] * 2 + ["small"] * 2
+    cell = json.loads(lines[2])
     choice = chosen[0].choice
     assert choice is not None
     assert cell["alphas"] == {"auto": choice.alpha, "best": choice.best, "0.5": 0.5, "1": 1.0}

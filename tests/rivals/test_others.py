@@ -16,6 +16,7 @@ from rivals.others import (
     Collection,
     Images,
     Judged,
+    at_equal_gain,
     averaged,
     base_to_novel,
     judge,
@@ -109,6 +110,31 @@ def test_no_mean_is_taken_with_a_half_that_has_nothing_to_lose(tmp_path: Path) -
     assert lines[-1].startswith("| m | 0.5 | last half | 100.0 | 100.0 | 100.0 |")
 
 
+def test_at_equal_gain_each_method_stands_at_its_nearest_alpha() -> None:
+    of = Collection(CLASSES, ("{}",), {}, {}, {})
+    names = names_of(of, {style: Images(torch.zeros(8, 3), np.arange(8) // 2) for style in "xy"})
+    kinds = ("trained", "others, all labels")
+
+    def rows(method: str, alpha: float, rights: list[list[int]], seeds: int = 2) -> list[Judged]:
+        return [
+            Judged(method, "", "first half", seed, alpha, style, kind, 4, packed(np.array(r, bool)))
+            for seed in range(seeds)
+            for style in "xy"
+            for kind, r in zip(kinds, rights, strict=True)
+        ]
+
+    grouped = {
+        others.SMALL: rows("preserve, words", 0.5, [[1, 1, 0, 0], [1, 1, 1, 0]]),
+        ("m", "0.5"): rows("m", 0.5, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        ("m", "1"): rows("m", 1.0, [[1, 1, 1, 0], [1, 0, 0, 0]], seeds=1),
+    }
+    text = at_equal_gain(grouped, "x", names, ("first half",))
+    (line,) = [line for line in text.splitlines() if line.startswith("| m ")]
+    assert line.startswith("| m (1 seed) | 1 | +25.0 ± ")
+    assert "| -50.0 ± " in line
+    assert at_equal_gain({("m", "1"): grouped["m", "1"]}, "x", names, ("first half",)) == ""
+
+
 @pytest.mark.slow
 def test_the_table_is_written_and_no_run_made_twice(
     images: Path,
@@ -126,9 +152,9 @@ def test_the_table_is_written_and_no_run_made_twice(
     page = (tmp_path / "out" / "others.md").read_text(encoding="utf-8")
     # In both tables by halves, as the base is near chance; CoOp has no line to its base.
     assert page.count("| preserve, words |") == 2 * 2 * len(others.ALPHAS)
-    assert page.count("| CoOp, 0.2 | 1 |") == page.count("| CoOp, 0.2 |") == 4
+    assert page.count("| CoOp, 0.2 | 1 |") == page.count("| CoOp, 0.2 |") == 6  # at equal gain, too
     assert "| base | 0 |" in page
     assert (tmp_path / "out" / "others.png").stat().st_size > 10_000
     assert capsys.readouterr().err.count("seed 0") == 6  # three methods on two halves
-    assert others.main(call) == 0
-    assert "seed 0" not in capsys.readouterr().err
+    assert others.main([*call, "--no-training", "--seeds", "0", "1"]) == 0
+    assert "seed" not in capsys.readouterr().err
