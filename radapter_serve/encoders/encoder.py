@@ -124,9 +124,7 @@ class ServerEncoder:
 
 
 class EncoderGraph:
-    """A graph of an encoder in one of `RUNTIMES`, on GPU `device` or, for None, on the CPU;
-    `parameters` are those of the encoder's config.pbtxt.
-    """
+    """A graph of an encoder in one of `RUNTIMES`, on GPU `device` or, for None, on the CPU."""
 
     def __init__(
         self,
@@ -136,9 +134,8 @@ class EncoderGraph:
         precision: str = "fp32",
         threads: int | None = None,
         device: int | None = None,
-        parameters: Mapping[str, str] | None = None,
     ) -> None:
-        options = dict(parameters or {})
+        options = dict(RUNTIMES[runtime].parameters)
         if precision == "bf16":  # for OpenVINO, if the CPU has it; others have it in the graph
             options["HINT_BF16"] = "YES"
         name = RUNTIMES[runtime].threads

@@ -30,7 +30,7 @@ from radapter_serve.contract.errors import (
 from radapter_serve.contract.images import LARGE_IMAGES, ImageFile
 from radapter_serve.contract.preprocess import Decoder, Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
-from radapter_serve.encoders.encoder import Encoder, EncoderGraph, GraphEncoder, ServerEncoder
+from radapter_serve.encoders.encoder import Encoder, GraphEncoder, ServerEncoder
 from radapter_serve.encoders.labels import (
     PROMPTS,
     LabelCache,
@@ -38,7 +38,7 @@ from radapter_serve.encoders.labels import (
     load_label_sets,
     load_prompts,
 )
-from radapter_serve.encoders.precision import AS_EXPORTED, Choice, choose
+from radapter_serve.encoders.precision import AS_EXPORTED, Choice, choose, load_graphs
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name
 from radapter_serve.process import decoders, total
@@ -50,12 +50,7 @@ from radapter_serve.release.adapters import (
 )
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.release import Confidence, Release, fitted_at
-from radapter_serve.release.repository import (
-    ENCODERS,
-    PATCH_ENCODER,
-    RUNTIMES,
-    find_release,
-)
+from radapter_serve.release.repository import find_release
 
 A = TypeVar("A")
 Part: TypeAlias = Literal["pixels", "images", "patches", "tokens"]
@@ -395,18 +390,10 @@ def load_release(
     """
     folder = find_release(repository if version is None else f"{repository}@{version}")
     release = choice.facts(Release.load(folder))
-    graphs = dict(choice.graphs.get(release.version, {}))
-    for name in ENCODERS if not graphs else ():
-        if name == PATCH_ENCODER and not release.dense:
-            continue
-        graphs[name] = EncoderGraph(
-            folder.parents[1] / name / folder.name / RUNTIMES[release.runtime].file,
-            release.runtime,
-            precision=release.precision,
-            threads=total() if threads is None else threads,
-            device=device if release.runtime == "onnxruntime" else None,
-            parameters=RUNTIMES[release.runtime].parameters,
-        )
+    graphs = choice.graphs.get(release.version)
+    if graphs is None:
+        threads = total() if threads is None else threads
+        graphs = load_graphs(folder.parents[1], release, threads, device)
     return LoadedRelease(
         release,
         GraphEncoder(graphs),

@@ -10,24 +10,32 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Agreement, Samples, compare
 from radapter_serve.release.release import IN_BF16, Release
-from radapter_serve.release.repository import AUTO, ENCODERS, MODELS, RUNTIMES, TENSORRT
+from radapter_serve.release.repository import (
+    AUTO,
+    ENCODERS,
+    MODELS,
+    PATCH_ENCODER,
+    RUNTIMES,
+    TENSORRT,
+)
 
 Precision = Literal["fp32", "bf16", "auto"]
 CPU_FACTS = Path("/proc/cpuinfo")
+T = TypeVar("T")
 RUNS = 3  # timed, of which the quickest counts: other programs only slow a run down
 
 
 @dataclass(frozen=True)
 class Choice:
     """A runtime and a precision for all encoders, each None if it is that of the export; `note`
-    says why, for people. If they were tried, by the numbers of releases and the encoders' names:
-    the loaded graphs and their agreement with torch; and the seconds that a batch of images took.
+    says why, for people. If they were tried, it has by the numbers of releases and the encoders'
+    names the loaded graphs and their agreement with torch.
     """
 
     runtime: str | None
@@ -35,7 +43,6 @@ class Choice:
     note: str = ""
     graphs: Mapping[int, Mapping[str, EncoderGraph]] = field(default_factory=dict)
     agreements: Mapping[int, Mapping[str, Agreement]] = field(default_factory=dict)
-    seconds: float = 0.0
 
     @property
     def distance(self) -> float:
@@ -129,7 +136,7 @@ def choose(
         )
     first = (releases[-1].runtime if exported == AUTO else exported, "fp32")
     best = try_encoders(repository, releases, *first, threads)
-    seconds = best.seconds
+    seconds = least = quickest(repository, best)
     reason = ""
     for way in (("openvino", "bf16"), ("openvino", "fp32")):
         # Where bf16 is faster, fp32 with the same runtime is not tried.
@@ -140,8 +147,10 @@ def choose(
         except RAdapterError as error:
             reason = f"; {error}"
             continue
-        if other.seconds < best.seconds:
+        taken = quickest(repository, other)
+        if taken < least:
             best = other
+            least = taken
         del other
     note = f"precision {best.precision} with {best.runtime}: "
     if best.precision == "bf16":
@@ -150,50 +159,95 @@ def choose(
         note += f"nothing else was faster{reason}"
     else:
         note += (
-            f"images {seconds / best.seconds:.1f} times as fast as {first[1]} with {first[0]},"
+            f"images {seconds / least:.1f} times as fast as {first[1]} with {first[0]},"
             f" 1 - cosine at most {best.distance:.0e}{reason}"
         )
     return replace(best, precision="bf16" if best.precision == "bf16" else None, note=note)
 
 
+def load_graphs(
+    repository: Path, release: Release, threads: int, device: int | None = None
+) -> dict[str, EncoderGraph]:
+    """Load the encoders of a release in its runtime and precision; ONNX Runtime's on a GPU if
+    `device` is given.
+    """
+    return {
+        name: EncoderGraph(
+            repository / name / str(release.version) / RUNTIMES[release.runtime].file,
+            release.runtime,
+            precision=release.precision,
+            threads=threads,
+            device=device if release.runtime == "onnxruntime" else None,
+        )
+        for name in ENCODERS
+        if release.dense or name != PATCH_ENCODER
+    }
+
+
 def try_encoders(
-    repository: Path, releases: Sequence[Release], runtime: str, precision: str, threads: int
+    repository: Path,
+    releases: Sequence[Release],
+    runtime: str | None,
+    precision: str | None,
+    threads: int,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Choice:
-    """Load the encoders of releases, compare them with torch, and time the images of the last."""
-    seconds = 0.0
+    """Load the encoders of releases, and compare them with torch."""
     graphs: dict[int, dict[str, EncoderGraph]] = {}
     agreements: dict[int, dict[str, Agreement]] = {}
     for release in releases:
         number = release.version
-        graphs[number] = {}
+        computed = release.computed_in(precision, runtime)
+        say(f"loading release {number}")
+        graphs[number] = load_graphs(repository, computed, threads)
         agreements[number] = {}
-        bounds = IN_BF16 if precision == "bf16" else release.bounds
-        for name in ENCODERS:
-            folder = repository / name / str(number)
-            if not folder.is_dir():
-                continue
-            graph = EncoderGraph(
-                folder / RUNTIMES[runtime].file,
-                runtime,
-                precision=precision,
-                threads=threads,
-                parameters=RUNTIMES[runtime].parameters,
-            )
-            samples = Samples.load(folder)
-            how = f"{name} of release {number} in {precision} with {runtime}"
-            agreements[number][name] = compare(how, graph, samples, bounds)
-            graphs[number][name] = graph
-            if name == "image_encoder" and release is releases[-1]:
-                seconds = quickest(graph, samples)
-    return Choice(runtime, precision, "", graphs, agreements, seconds)
+        for name, graph in graphs[number].items():
+            how = f"{name} of release {number} in {computed.precision} with {computed.runtime}"
+            say(f"comparing {how} with torch's embeddings")
+            samples = Samples.load(repository / name / str(number))
+            agreements[number][name] = compare(how, graph, samples, computed.bounds)
+    return Choice(runtime, precision, "", graphs, agreements)
 
 
-def quickest(graph: Callable[..., object], samples: Samples) -> float:
-    """Seconds of the quickest of some runs on all batches of the samples."""
+def quickest(repository: Path, choice: Choice) -> float:
+    """Seconds of the quickest of some runs of the newest image encoder on all its samples."""
+    newest = max(choice.graphs)
+    samples = Samples.load(repository / "image_encoder" / str(newest))
     times = []
     for _ in range(RUNS):
         start = time.perf_counter()
         for inputs, _reference in samples.batches():
-            graph(*inputs)
+            choice.graphs[newest]["image_encoder"](*inputs)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def take_runtime(
+    asked: str | None, release: Release, on_gpu: bool, take: Callable[[str | None], T]
+) -> T:
+    """Call `take` with a runtime, which raises an error if that can't be used; with AUTO, with the
+    usually fastest first (docs/export.md) until one can.
+    """
+    if asked is None:
+        return take(None)
+    if asked != AUTO:
+        try:
+            return take(asked)
+        except RAdapterError as error:
+            raise RAdapterError(
+                f"{error}; leave --runtime out (release {release.version} was exported for"
+                f" {release.runtime}), or export for it: radapter-export --runtime {asked}"
+            ) from error
+    order = ["openvino", "onnxruntime"]
+    if on_gpu:
+        order = [TENSORRT, "onnxruntime", "openvino"]
+    elif (release.quantization or {}).get("kind") == "dynamic":
+        # int8 with ranges found at run time
+        order = ["onnxruntime", "openvino"]
+    reasons = []
+    for runtime in order:
+        try:
+            return take(runtime)
+        except RAdapterError as error:
+            reasons.append(str(error))
+    raise RAdapterError(f"no runtime can run all encoders: {'; '.join(reasons)}")

@@ -13,28 +13,27 @@ from pathlib import Path
 
 from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError, until_deadline
-from radapter_serve.encoders.encoder import GraphEncoder, collect_spans
+from radapter_serve.encoders.encoder import collect_spans
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
-from radapter_serve.encoders.precision import AS_EXPORTED
+from radapter_serve.encoders.precision import AS_EXPORTED, take_runtime, try_encoders
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.access import Threads
 from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import LOG, Entry, Inference, ServedModel, from_status
-from radapter_serve.release.config import encoders_of
 from radapter_serve.release.integrity import verify
-from radapter_serve.release.release import TASKS, release_parameters
+from radapter_serve.release.release import TASKS, Release, release_parameters
 from radapter_serve.release.repository import (
     ENCODERS,
-    RUNTIMES,
+    MODELS,
     Served,
     check_repository,
     format_list,
 )
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import server_folder
-from radapter_serve.server.models import check_agreement, configure
+from radapter_serve.server.models import gpu
 from radapter_serve.server.releases import ReleaseServer, Say
 
 CLOSE_SECONDS = 5.0  # for cancelled work to end, when the process stops
@@ -72,41 +71,26 @@ class EngineServer(ReleaseServer):
     def _take_over(self, wanted: Served, say: Say) -> None:
         # Load and check the releases that are not loaded yet.
         config = self.config
+        repository = config.model_repository
         new = [number for number in wanted.releases if number not in self._releases]
         choice = self._choose(new, say) if new else AS_EXPORTED
         releases: dict[int, LoadedRelease] = {}
-        for number in wanted.releases:
-            if number in self._releases:
-                releases[number] = self._releases[number]
-                continue
-            asked = choice.runtime
-            if number not in choice.graphs:
-                runtime, _ = configure(  # resolves AUTO once, for all releases
-                    config.model_repository,
-                    [number],
-                    asked,
-                    config.encoder_threads,
-                    RUNTIMES,
-                    say,
-                    precision=choice.precision,
-                )
-                choice = replace(choice, runtime=runtime)
-            say(f"loading release {number}")
-            loaded = load_release(
-                config.model_repository,
-                number,
-                indexes=config.indexes,
-                threads=config.encoder_threads,
-                choice=choice,
+        if new and not choice.graphs:
+            facts = [Release.load(repository / MODELS[-1] / str(number)) for number in new]
+            tried = take_runtime(
+                choice.runtime,
+                facts[-1],
+                gpu() is not None,
+                lambda runtime: try_encoders(
+                    repository, facts, runtime, choice.precision, config.encoder_threads, say
+                ),
             )
-            assert isinstance(loaded.encoder, GraphEncoder)
-            for encoder in encoders_of(config.model_repository, [number]):
-                # Some are compared already, by `_choose` or by `configure`.
-                if number in choice.graphs or asked not in (None, encoder.runtime):
-                    continue
-                say(f"comparing {encoder.name} of release {number} with torch's embeddings")
-                check_agreement(encoder, number, loaded.encoder.graphs[encoder.name])
-            releases[number] = loaded
+            # The facts keep the agreement of the export.
+            choice = replace(choice, runtime=tried.runtime, graphs=tried.graphs)
+        for number in wanted.releases:
+            releases[number] = self._releases.get(number) or load_release(
+                repository, number, indexes=config.indexes, choice=choice
+            )
         say(f"asking the tasks of release {format_list(wanted.releases)}")
         try:
             prepared = self.engine.prepare(list(releases.values()))

@@ -17,6 +17,7 @@ from tritonclient.grpc import model_config_pb2
 from radapter_serve.contract.errors import Encode
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.plans import check_plan
+from radapter_serve.encoders.precision import Choice, take_runtime
 from radapter_serve.encoders.tensorrt import find_gpu
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
@@ -82,26 +83,25 @@ def processes_of(model: ModelEntry) -> int:
 def configure(
     repository: Path,
     releases: Sequence[int],
-    runtime: str | None,
+    choice: Choice,
     threads: int,
     backends: Collection[str],
-    progress: Callable[[str], None],
-    *,
-    precision: str | None = None,
-    compared: bool = False,
+    say: Callable[[str], None],
 ) -> tuple[str | None, dict[str, str]]:
-    """Choose the runtime of all encoders, by default each its own, and check that it agrees with
-    torch; returns it and each encoder's config. The instances of an encoder share `threads`.
-    `precision` is that of a `Choice`, which may have `compared` the encoders already.
+    """Configure all encoders for the runtime and precision of a choice, by default those of their
+    export, once another one agrees with torch here; returns the runtime and each encoder's config.
+    The instances of an encoder share `threads`.
     """
-    encoders = [encoder.computed_in(precision) for encoder in encoders_of(repository, releases)]
-    if runtime is not None and not encoders:
+    encoders = [
+        encoder.computed_in(choice.precision) for encoder in encoders_of(repository, releases)
+    ]
+    if choice.runtime is not None and not encoders:
         raise RAdapterError(
-            f"{repository} holds no encoder of radapter-export; leave --runtime {runtime} out"
+            f"{repository} holds no encoder of radapter-export; leave --runtime {choice.runtime}"
+            " out"
         )
 
-    def configured(runtime: str | None, *, check: bool) -> tuple[str | None, dict[str, str]]:
-        """Configure the encoders for one runtime, or that of their export; `check` compares all."""
+    def configured(runtime: str | None) -> tuple[str | None, dict[str, str]]:
         configs = {}
         for encoder in encoders:
             chosen = runtime or encoder.runtime
@@ -117,40 +117,18 @@ def configure(
                 file = encoder.file(version, chosen)
                 if chosen == TENSORRT:
                     check_plan(file.parent)
-            if check or not (compared or chosen == encoder.runtime):
-                progress(f"checking {encoder.name} with {chosen}")
-                try:
-                    for version in encoder.versions:
-                        graph = load_as_triton(encoder, version, chosen, per_instance)
-                        how = f", run with {chosen} on this machine,"
-                        check_agreement(encoder, version, graph, how)
-                except RAdapterError as error:
-                    raise RAdapterError(
-                        f"{error}; leave --runtime out ({encoder.name} was exported for"
-                        f" {encoder.runtime}), or export for it: radapter-export --runtime {chosen}"
-                    ) from error
+            if choice.runtime == AUTO or not (choice.graphs or chosen == encoder.runtime):
+                say(f"checking {encoder.name} with {chosen}")
+                for version in encoder.versions:
+                    graph = load_as_triton(encoder, version, chosen, per_instance)
+                    how = f" in {encoder.facts.precision} with {chosen}"
+                    check_agreement(encoder, version, graph, how)
             configs[encoder.name] = encoder.configured(chosen, per_instance)
         return runtime, configs
 
-    if runtime != AUTO:
-        return configured(runtime, check=False)
-
-    # AUTO: take the first runtime that is installed and agrees with torch, beginning with the
-    # usually fastest (docs/export.md): on a CPU OpenVINO, except for int8 with ranges found at run
-    # time.
-    quantization = encoders[0].facts.quantization or {}
-    order = ["openvino", "onnxruntime"]
-    if gpu() is not None:
-        order = [TENSORRT, "onnxruntime", "openvino"]
-    elif quantization.get("kind") == "dynamic":
-        order = ["onnxruntime", "openvino"]
-    reasons = []
-    for candidate in order:
-        try:
-            return configured(candidate, check=True)
-        except RAdapterError as error:
-            reasons.append(str(error))
-    raise RAdapterError(f"no runtime can run all encoders: {'; '.join(reasons)}")
+    if not encoders:
+        return None, {}
+    return take_runtime(choice.runtime, encoders[0].facts, gpu() is not None, configured)
 
 
 def load_as_triton(

@@ -244,18 +244,14 @@ class TritonServer(ReleaseServer):
         """Models of releases, and `others` of the repository, configured for this machine."""
         assert self._installation is not None
         repository = self.config.model_repository
-        backends = self._installation.backends
-        threads = self.config.encoder_threads
         choice = self._choose(releases, progress)
         self.runtime, encoders = configure(
             repository,
             releases,
-            self.runtime,
-            threads,
-            backends,
+            choice,
+            self.config.encoder_threads,
+            self._installation.backends,
             progress,
-            precision=self.precision,
-            compared=bool(choice.graphs),
         )
         choice = replace(choice, runtime=self.runtime)
         for version in releases:

@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from radapter_serve.encoders import loaded as module
+from radapter_serve.encoders import precision as module
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.encoders.precision import Choice

@@ -46,6 +46,7 @@ def test_auto_takes_the_fastest_that_agrees(
     repository: Path, amx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials: dict[tuple[str, str], Choice] = {}
+    times: dict[tuple[str | None, str | None], float] = {}
 
     def tried(
         repository: Path, releases: Any, runtime: str, precision: str, threads: int
@@ -55,13 +56,17 @@ def test_auto_takes_the_fastest_that_agrees(
         return trials[runtime, precision]
 
     monkeypatch.setattr(module, "try_encoders", tried)
+    monkeypatch.setattr(
+        module, "quickest", lambda _, choice: times[choice.runtime, choice.precision]
+    )
 
     def chosen(runtime: str | None = None, **seconds: float) -> Choice:
         trials.clear()
         for way in (OWN, FP32, BF16):
             if "_".join(way) in seconds:
                 agreements = {1: {"image_encoder": Agreement(1e-3, 1 - 5e-5)}}
-                trials[way] = Choice(*way, "", {}, agreements, seconds["_".join(way)])
+                trials[way] = Choice(*way, "", {}, agreements)
+                times[way] = seconds["_".join(way)]
         return choose(repository, [1, 2], runtime, "auto", 2)
 
     fast = chosen(onnxruntime_fp32=3.6, openvino_fp32=3, openvino_bf16=1)
@@ -141,11 +146,9 @@ def test_a_small_release_is_computed_in_bf16(exported_tiny_clip: Path) -> None:
     assert 1e-8 < (1 - cosines).max() < 2e-4  # rounded, and within the bound
 
 
-@needs_bf16
-def test_each_encoder_is_loaded_once_and_the_fastest_are_kept(
-    exported_tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models = exported_tiny_clip / "model_repository"
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Every encoder that is loaded: its name, release, runtime and precision."""
     loads: list[tuple[str, ...]] = []
     load = EncoderGraph.__init__
 
@@ -153,8 +156,36 @@ def test_each_encoder_is_loaded_once_and_the_fastest_are_kept(
         loads.append((path.parent.parent.name, path.parent.name, runtime, how["precision"]))
         load(graph, path, runtime, **how)
 
-    times = iter([3.0, 1.0])
     monkeypatch.setattr(EncoderGraph, "__init__", counted)
+    return loads
+
+
+@pytest.mark.parametrize("runtime", [None, "openvino", "auto"])
+def test_an_engine_loads_each_encoder_once(
+    exported_tiny_clip: Path, loads: list[tuple[str, ...]], runtime: Any
+) -> None:
+    pytest.importorskip("openvino")
+    models = exported_tiny_clip / "model_repository"
+    exported = Release.load(models / "classify" / "1").agreement
+    with EngineServer(ServerConfig(models, runtime=runtime, threads=1)) as server:
+        used = "onnxruntime" if runtime is None else "openvino"
+        assert server.runtime == (None if runtime is None else "openvino")
+        assert {facts.runtime for facts in server.facts.values()} == {used}
+        expected = [
+            (name, str(number), used, "fp32")
+            for number in server.served.releases
+            for name in ("image_encoder", "text_encoder")
+        ]
+        assert loads == expected
+        assert server.facts[server.served.releases[0]].agreement == exported
+
+
+@needs_bf16
+def test_each_encoder_is_loaded_once_and_the_fastest_are_kept(
+    exported_tiny_clip: Path, loads: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = exported_tiny_clip / "model_repository"
+    times = iter([3.0, 1.0])
     monkeypatch.setattr(module, "quickest", lambda *_: next(times))
     config = ServerConfig(models, precision="auto", threads=1)
     with EngineServer(config) as server:
@@ -185,8 +216,8 @@ def test_triton_gets_the_hint(exported_tiny_clip: Path, exported: str) -> None:
 @needs_bf16
 def test_configure_holds_bf16_to_its_bounds(exported_tiny_clip: Path) -> None:
     models = exported_tiny_clip / "model_repository"
-    arguments = (models, [2], "openvino", 1, ("openvino",), lambda line: None)
-    _, configs = configure(*arguments, precision="bf16")
+    choice = Choice("openvino", "bf16")
+    _, configs = configure(models, [2], choice, 1, ("openvino",), lambda line: None)
     assert "HINT_BF16" in configs["image_encoder"]
 
 

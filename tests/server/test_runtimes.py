@@ -11,6 +11,7 @@ import pytest
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.encoders.encoder import EncoderGraph
+from radapter_serve.encoders.precision import Choice
 from radapter_serve.encoders.runtimes import cuda_provider
 from radapter_serve.encoders.tensorrt import Gpu
 from radapter_serve.errors import RAdapterError
@@ -61,7 +62,7 @@ def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
     samples = Samples.load(folder)
     Samples(samples.inputs, [-reference for reference in samples.references]).save(folder)
     way_out = "; leave --runtime out .* or export for it: radapter-export --runtime openvino"
-    message = "image_encoder of release 1, run with openvino on this machine, differs from torch"
+    message = "image_encoder of release 1 in fp32 with openvino differs from torch"
     with pytest.raises(RAdapterError, match=f"{message}.*{way_out}"):
         start(own, "openvino")
 
@@ -106,7 +107,7 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(own):
 
 def test_auto_takes_the_first_that_is_there_and_agrees(own, monkeypatch):
     def chosen(*backends):
-        return models.configure(own, [], "auto", 2, backends, lambda line: None)
+        return models.configure(own, [], Choice("auto"), 2, backends, lambda line: None)
 
     runtime, configs = chosen(ORT, "openvino")
     assert runtime == parsed(configs["image_encoder"]).backend == "openvino"
