@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -15,6 +14,7 @@ from rich.markup import escape
 
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError, check_installed
+from radapter_serve.gateway.settings import GatewayOptions, Settings
 from radapter_serve.process import STOPPING, handled, memory_limit
 from radapter_serve.release.repository import Served
 from radapter_serve.server.config import ServerConfig
@@ -25,7 +25,6 @@ from radapter_serve.sources import HUB
 
 if TYPE_CHECKING:
     from radapter_serve.gateway.run import GatewayServer
-    from radapter_serve.gateway.settings import Settings
     from radapter_serve.server.triton_server import TritonServer
 
 PROG = "radapter-serve"
@@ -47,35 +46,19 @@ def _changed(values: Any, defaults: Any, *names: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class GatewayFlags:
+class GatewayFlags(GatewayOptions):
     """A gateway in front of the server; radapter-gateway has all its settings.
 
-    Args:
+    Attributes:
         gateway_port: port of a gateway, the entry for untrusted callers; no gateway if not given.
         gateway_host: address or name that the gateway listens on.
-        api_keys: file of the keys that the gateway accepts; radapter-gateway --new-key makes a key.
-        no_api_keys: accept everyone who reaches the gateway, also from other machines.
-        tls_certificate: PEM file of the gateway's certificate and its chain, for https.
-        tls_key: PEM file of the certificate's key.
-        recheck_seconds: seconds between checks that an encoder still embeds stored samples as it
-            did at its start; 0 for no checks.
-        log: json writes a line for each request to the gateway to stderr. Traces go to the address
-            in the environment variable OTEL_EXPORTER_OTLP_ENDPOINT.
     """
 
     gateway_port: int | None = None
     gateway_host: str = "127.0.0.1"
-    api_keys: Path | None = None
-    no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
-    tls_certificate: Path | None = None
-    tls_key: Path | None = None
-    recheck_seconds: float = 15.0
-    log: Literal["off", "json"] = "off"
 
     def settings(self, host: str, port: int, config: ServerConfig, triton: str = "") -> Settings:
         """Settings of a gateway at a host and a port."""
-        from radapter_serve.gateway.settings import Settings  # not for Triton alone
-
         same = {name: value for name, value in vars(self).items() if "gateway" not in name}
         return Settings(
             host=host,

@@ -17,7 +17,30 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Settings:
+class GatewayOptions:
+    """Options of every gateway, also of one that radapter-serve opens.
+
+    Attributes:
+        api_keys: file of the API keys that callers need; radapter-gateway --new-key makes a key.
+        no_api_keys: accept callers without a key, also from other machines.
+        tls_certificate: PEM file of the certificate and its chain, to serve HTTPS.
+        tls_key: PEM file of the certificate's private key.
+        recheck_seconds: seconds between checks that an encoder still embeds stored samples as it
+            did at its start; 0 for no checks.
+        log: json writes a line of JSON for each request to stderr. Traces go to the endpoint in the
+            variable OTEL_EXPORTER_OTLP_ENDPOINT.
+    """
+
+    api_keys: Path | None = None
+    no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    recheck_seconds: float = 15.0
+    log: Literal["off", "json"] = "off"
+
+
+@dataclass(frozen=True)
+class Settings(GatewayOptions):
     """Address, upstream and limits of a gateway.
 
     Args:
@@ -28,12 +51,6 @@ class Settings:
             listed.
         model_repository: folder of the served releases, to list the adapters beside them and take
             their names as models of OpenAI's API, and to ask the encoders for stored samples again.
-        recheck_seconds: seconds between checks that an encoder still embeds stored samples as it
-            did at its start; 0 for no checks.
-        api_keys: file of the API keys that callers need; --new-key makes a key.
-        no_api_keys: accept callers without a key, also from other machines.
-        tls_certificate: PEM file of the certificate and its chain, to serve HTTPS.
-        tls_key: PEM file of the certificate's private key.
         max_body: largest body of a request, in MiB; JSON may have a quarter of it.
         max_memory: memory for the bodies and answers of all requests under way, and for parsing
             large bodies, in MiB.
@@ -45,8 +62,6 @@ class Settings:
             network; a quarter of --max-connections if not given. Behind a proxy, where all callers
             have one address, set it to the number of --max-connections.
         timeout: seconds that a request may take, including the upload of its body.
-        log: json writes a line of JSON for each request to stderr. Traces go to the endpoint in the
-            variable OTEL_EXPORTER_OTLP_ENDPOINT.
     """
 
     host: str = "127.0.0.1"
@@ -54,11 +69,6 @@ class Settings:
     server: str = "127.0.0.1:8001"
     indexes: Path | None = None
     model_repository: Path | None = None
-    recheck_seconds: float = 15.0
-    api_keys: Path | None = None
-    no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
-    tls_certificate: Path | None = None
-    tls_key: Path | None = None
     max_body: float = 64.0
     max_memory: float = 1024.0
     max_concurrent: int = 64
@@ -66,7 +76,6 @@ class Settings:
     max_connections: int = 2048
     max_connections_per_address: int | None = None
     timeout: float = 60.0
-    log: Literal["off", "json"] = "off"
 
     def check(self) -> str:
         """Check the values; returns the address to listen on. Others than this machine get in only

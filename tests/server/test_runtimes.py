@@ -120,7 +120,7 @@ def test_auto_takes_the_first_that_is_there_and_agrees(own, monkeypatch):
 
     monkeypatch.setattr(models, "load_as_triton", only_onnxruntime)
     assert chosen(ORT, "openvino")[0] == ORT
-    with pytest.raises(RAdapterError, match="run all encoders: no kernel; .*; this server"):
+    with pytest.raises(RAdapterError, match="run all encoders: no kernel; this server"):
         chosen("openvino")
 
 
