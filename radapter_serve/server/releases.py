@@ -27,7 +27,13 @@ from radapter_serve.encoders.precision import Choice, choose
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import check
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import Served, format_list, require_known
+from radapter_serve.release.repository import (
+    AUTO,
+    MODELS,
+    Served,
+    format_list,
+    require_known,
+)
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import FOLDER_PREFIX
 from radapter_serve.server.models import gpu
@@ -63,17 +69,22 @@ class ReleaseServer(ABC):
     def _choose(self, releases: Sequence[int], say: Say) -> Choice:
         """Choose the precision and its runtime for this machine; `auto` becomes what is chosen."""
         say("choosing the precision")
-        repository = self.config.model_repository
+        config = self.config
+        folder = config.model_repository / MODELS[-1]
+        exported = {Release.load(folder / str(number)).precision for number in releases}
+        # What `auto` took is for fp32: releases in another precision stay as they were exported.
+        stays = config.precision == AUTO and exported - {"fp32"}
         choice = choose(
-            repository,
+            config.model_repository,
             releases,
-            self.runtime,
-            self.precision,
-            self.config.encoder_threads,
+            config.runtime if stays else self.runtime,
+            AUTO if stays else self.precision,
+            config.encoder_threads,
             on_gpu=gpu() is not None,
         )
-        self.runtime = choice.runtime
-        self.precision = choice.precision
+        if not (stays and self.facts):
+            self.runtime = choice.runtime
+            self.precision = choice.precision
         self.note = self.note or choice.note
         return choice
 

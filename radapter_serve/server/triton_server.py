@@ -26,7 +26,7 @@ from radapter_serve.files import disk_errors
 from radapter_serve.process import STOPPING, SYSTEM, Clock, handled
 from radapter_serve.release.config import ServedEncoder, check, encoders_of
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import MODELS, Served, check_repository
+from radapter_serve.release.repository import AUTO, MODELS, Served, check_repository
 from radapter_serve.server import launch
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import Control, check_side_by_side, switch, warm_up
@@ -245,7 +245,7 @@ class TritonServer(ReleaseServer):
         assert self._installation is not None
         repository = self.config.model_repository
         choice = self._choose(releases, progress)
-        self.runtime, encoders = configure(
+        runtime, encoders = configure(
             repository,
             releases,
             choice,
@@ -253,7 +253,9 @@ class TritonServer(ReleaseServer):
             self._installation.backends,
             progress,
         )
-        choice = replace(choice, runtime=self.runtime)
+        if self.runtime == AUTO:
+            self.runtime = runtime
+        choice = replace(choice, runtime=runtime)
         for version in releases:
             known = Release.load(repository / MODELS[-1] / str(version))
             # What was measured at the start holds for a release that goes on.
@@ -268,10 +270,11 @@ class TritonServer(ReleaseServer):
         address = self.grpc_url.removeprefix("grpc://")
         with tritonclient.grpc.InferenceServerClient(address) as client:
             encoders = encoders_of(self.config.model_repository, releases) if releases else []
-            for encoder in [encoder.computed_in(self.precision) for encoder in encoders]:
+            for encoder in encoders:
                 for version in encoder.versions:
                     say(f"comparing {encoder.name} of release {version} with torch's embeddings")
-                    check_agreement(encoder, version, partial(_encode, client, encoder, version))
+                    computed = replace(encoder, facts=self.facts[version])
+                    check_agreement(computed, version, partial(_encode, client, encoder, version))
 
     def _run(self, mode: Literal["wb", "ab"]) -> None:
         """Start the process, and wait until all tasks have answered; `mode` begins the log or

@@ -23,10 +23,11 @@ from radapter_serve.gateway.triton import Triton
 from radapter_serve.release.agreement import Agreement
 from radapter_serve.release.config import encoders_of, parsed
 from radapter_serve.release.release import IN_BF16, Release
+from radapter_serve.release.repository import Served
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.models import configure
 from tests.helpers.asking import tritonserver
-from tests.helpers.small_release import needs_bf16
+from tests.helpers.small_release import needs_bf16, write_release
 
 BF16 = ("openvino", "bf16")
 FP32 = ("openvino", "fp32")
@@ -200,6 +201,27 @@ def test_each_encoder_is_loaded_once_and_the_fastest_are_kept(
         assert 0 < (facts.image_distance or 0) < 2e-4
         assert facts.bounds == IN_BF16
         assert server.facts[facts.version] == facts
+
+
+@needs_bf16
+def test_auto_that_took_bf16_serves_an_int8_release_as_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version, precision in ((1, "fp32"), (2, "int8"), (3, "fp32")):
+        write_release(tmp_path, version, seed=version, dense=False, precision=precision)
+    Served((1,)).save(tmp_path)
+    times = iter([3.0, 1.0])
+    monkeypatch.setattr(module, "quickest", lambda *_: next(times, 1.0))
+    with EngineServer(ServerConfig(tmp_path, precision="auto", threads=1)) as server:
+        for version, how in (
+            (2, ("onnxruntime", "int8")),
+            (1, BF16),
+            (3, BF16),
+        ):
+            assert server.load([version]) == f"release {version} is served"
+            [facts] = server.engine.releases("classify")
+            assert (facts.runtime, facts.precision) == how
+            assert server.facts == {version: facts}
 
 
 @pytest.mark.parametrize("exported", ["onnxruntime", "openvino"])

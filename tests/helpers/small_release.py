@@ -118,7 +118,9 @@ def clip_tokenizer() -> tuple[bytes, dict[str, Any]]:
         return path.read_bytes(), spec
 
 
-def write_release(repository: Path, version: int, seed: int, *, dense: bool = True) -> None:
+def write_release(
+    repository: Path, version: int, seed: int, *, dense: bool = True, precision: str = "fp32"
+) -> None:
     random = np.random.default_rng(seed)
     tokenizer, spec = clip_tokenizer()
     release = facts(
@@ -133,6 +135,7 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
         logit_scale=10.0,
         dense={"method": "naclip", "grid": GRID} if dense else None,
         confidence=CONFIDENCE,
+        precision=precision,
     )
     models = [name for name in MODELS if dense or name != "patch_encoder"]
     for name in models:
