@@ -121,6 +121,15 @@ def map_array(path: Path) -> NDArray[Any]:
         return np.asarray(np.lib.format.open_memmap(path, mode="r"))  # type: ignore[no-untyped-call]
 
 
+def parse_array(content: bytes) -> NDArray[Any]:
+    """Parse the bytes of a `.npy` file; raises ValueError if they are none."""
+    import numpy as np
+
+    with _PARSER, _numpy_errors():
+        array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)  # type: ignore[no-untyped-call]
+        return array
+
+
 @contextlib.contextmanager
 def written_array(
     path: Path, shape: tuple[int, int]

@@ -142,6 +142,7 @@ class LoadedRelease:
         indexes: Path = Path("indexes"),
         origin: Mapping[str, str] | None = None,
         adapters: Path | None = None,
+        maps_adapters: bool = False,
     ) -> None:
         self.release = release
         self.exported_alpha = float(np.float32(release.alpha))  # `at` does not change it
@@ -153,6 +154,7 @@ class LoadedRelease:
         self.origin = dict(origin or {})
         self._read_label_sets = read_label_sets
         self._adapters = adapters
+        self._maps_adapters = maps_adapters
 
     @cached_property
     def adapters(self) -> Adapters | None:
@@ -162,7 +164,7 @@ class LoadedRelease:
         text_tower = self.release.text_tower.digest(self.release.alpha)
         # A weak reference: a release that nobody uses any more is freed at once.
         check = partial(LoadedRelease._check, weakref.proxy(self))
-        return Adapters(self._adapters, text_tower, check)
+        return Adapters(self._adapters, text_tower, check, mapped=self._maps_adapters)
 
     @cached_property
     def label_sets(self) -> Mapping[str, LabelSet]:

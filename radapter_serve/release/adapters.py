@@ -36,6 +36,7 @@ from radapter_serve.files import (
     lock,
     map_array,
     open_regular,
+    parse_array,
     remove,
     staged,
     staged_folder,
@@ -111,7 +112,7 @@ class AdapterFacts:
 
 @dataclass(frozen=True, eq=False)
 class TextAdapter:
-    """A served adapter: its facts, and its matrix or thin matrices, mapped from the disk."""
+    """A served adapter: its facts, and its matrix or thin matrices."""
 
     name: str
     digest: str
@@ -292,20 +293,23 @@ def check_factors(name: str, facts: AdapterFacts, factors: Factors) -> None:
         raise RAdapterError(f"the adapter {name!r} has values that are not finite")
 
 
-def load(repository: Path, name: str, entry: Entry) -> TextAdapter:
-    """Map an adapter from the disk, and compare its files with their digests."""
+def load(repository: Path, name: str, entry: Entry, *, mapped: bool = False) -> TextAdapter:
+    """Read an adapter, or map its matrices from the disk; compare its files with their digests."""
     from pydantic import ValidationError
 
     folder = repository / FOLDER / entry.folder
     try:
-        text = _read(folder / FACTS)
-        facts = checker(AdapterFacts).validate_json(text)
+        facts = checker(AdapterFacts).validate_json(_read(folder / FACTS))
         if entry.sums.keys() != {FACTS, *_files(facts)} or facts.text_tower != entry.text_tower:
             raise RAdapterError("its files are not those of the list")
+        contents = {file: _read(folder / file) for file in entry.sums}
         for file, digest in entry.sums.items():
-            if digest_of(folder / file) != digest:
+            if digest_of(contents[file]) != digest:
                 raise RAdapterError(f"{file} differs from its digest")
-        factors: Any = tuple(map_array(folder / file) for file in _files(facts))
+        factors: Any = tuple(
+            map_array(folder / file) if mapped else parse_array(contents[file])
+            for file in _files(facts)
+        )
         check_factors(name, facts, factors)
     except ValidationError as error:
         why = first_problem(error)
@@ -325,13 +329,15 @@ class Adapters:
     """The adapters that one process serves beside one release. Thread-safe.
 
     The list is read again whenever its file has changed. An adapter is loaded, and `check` called
-    with it, at its first request and when its files have changed; one that is damaged is refused,
-    and the others serve.
+    with it, at its first request; one that is damaged is refused, and the others serve.
 
     Args:
         repository: model repository with the list.
         text_tower: digest of the release's text tower; None takes the adapters of all towers.
         check: raises an `RAdapterError` for an adapter that does not fit the release.
+        mapped: map matrices from the disk, so that processes share their memory, and load an
+            adapter again when its files have changed. A file that is cut while its matrix is in
+            use ends the process.
     """
 
     def __init__(
@@ -339,11 +345,14 @@ class Adapters:
         repository: Path,
         text_tower: str | None,
         check: Callable[[TextAdapter], None] = lambda adapter: None,
+        *,
+        mapped: bool = False,
     ) -> None:
         self.repository = repository
         self._path = repository / FOLDER / LIST
         self._text_tower = text_tower
         self._check = check
+        self._mapped = mapped
         self._lock = threading.Lock()
         self._state: object = ()  # of the list's file
         self._entries: Mapping[str, Entry] = {}
@@ -385,13 +394,15 @@ class Adapters:
             raise TaskError(UNKNOWN_ADAPTER, unknown_name(name, entries))
         entry = entries[known]
         key = known, entry.digest
-        # Its matrices are mapped, so a file that was written in place would change the answers.
+        before, loaded = self._loaded.get(key, (None, None))
+        if isinstance(loaded, TextAdapter) and not self._mapped:
+            return loaded
+        # A file that is written in place changes the answers if it is mapped.
         folder = self._path.parent / entry.folder
         state = [state_of(folder / file) for file in entry.sums]
-        before, loaded = self._loaded.get(key, (None, None))
         if loaded is None or before != state:
             try:
-                loaded = load(self.repository, known, entry)
+                loaded = load(self.repository, known, entry, mapped=self._mapped)
                 self._check(loaded)
             except TaskError:  # of the encoder that the check asked
                 raise

@@ -149,6 +149,7 @@ def load_version(folder: Path, release: Release) -> LoadedRelease:
         indexes=Path(os.environ.get(INDEXES, "indexes")),
         origin={"model_repository": f"{repository}@{release.version}"},
         adapters=repository,
+        maps_adapters=True,  # the processes of all tasks share the memory
     )
 
 

@@ -1,5 +1,5 @@
-"""Names of adapters that nobody has, and foreign files beside the adapters: a request gets
-`unknown_adapter`, and learns nothing of the disk.
+"""Names of adapters that nobody has, and broken or foreign files beside the adapters: a request is
+refused, and learns nothing of the disk, while others are answered.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +72,7 @@ def repository(sealed: Path) -> Path:
     return sealed
 
 
-@pytest.mark.parametrize(
+each_way = pytest.mark.parametrize(
     "way",
     [
         "engine",
@@ -79,6 +81,9 @@ def repository(sealed: Path) -> Path:
         pytest.param("triton-grpc", marks=pytest.mark.triton),
     ],
 )
+
+
+@each_way
 def test_a_name_that_nobody_has_is_unknown(repository: Path, tmp_path: Path, way: str) -> None:
     digest = read_list(repository)["anna"].folder.partition("@")[2]
     with ASKING[way](repository, tmp_path / "indexes") as ask:
@@ -95,6 +100,59 @@ def test_a_name_that_nobody_has_is_unknown(repository: Path, tmp_path: Path, way
                 assert not any(word in said for word in (str(repository), "etc", "Traceback"))
         np.testing.assert_array_equal(ask_for(ask, "anna"), expected)
     assert {*read_list(repository)} == {"anna"}
+
+
+def _link(target: str, path: Path) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: os.truncate(path, 0),
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 4),
+    "longer": lambda path: os.truncate(path, path.stat().st_size + 4),
+    "endless": lambda path: os.truncate(path, 2**40),
+    "a link": partial(_link, "/etc/passwd"),
+    "a device": partial(_link, "/dev/zero"),
+    "a circle": partial(_link, "matrix.npy"),
+    "a pipe": _pipe,
+    "a folder": _folder,
+    "gone": Path.unlink,
+}
+
+
+@each_way
+def test_an_adapter_with_broken_files_is_refused_alone(
+    repository: Path, tmp_path: Path, way: str
+) -> None:
+    entry = read_list(repository)["anna"]
+    factor = np.load(repository / "adapters" / entry.folder / "matrix.npy")
+    facts = AdapterFacts(entry.text_tower, len(factor), alpha=0.5)
+    with ASKING[way](repository, tmp_path / "indexes") as ask:
+        expected = ask_for(ask, "anna")
+        for file in ("matrix.npy", "adapter.json"):
+            for damage, spoil in DAMAGES.items():
+                added = add(repository, "bob", facts, (factor,), replace=True)
+                spoil(repository / "adapters" / added.folder / file)
+                with pytest.raises((TaskError, RAdapterClientError)) as error:
+                    ask_for(ask, "bob")
+                said = str(error.value)
+                assert getattr(error.value, "code", None) == "adapter_failed", (file, damage, said)
+                assert "'bob' is damaged" in said and len(said) < 400
+                assert not any(word in said for word in (str(repository), "etc", "Traceback"))
+                np.testing.assert_array_equal(ask_for(ask, "anna"), expected)
+        add(repository, "bob", facts, (factor,), replace=True)
+        np.testing.assert_array_equal(ask_for(ask, "bob"), expected)
 
 
 def test_a_key_can_not_tell_an_adapter_of_others_from_none(tmp_path: Path) -> None:

@@ -41,17 +41,18 @@ def units(count, seed=9):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("rank", [None, 2])
-def test_an_adapter_maps_embeddings_as_its_matrix_says(tmp_path, rank):
+def test_an_adapter_maps_embeddings_as_its_matrix_says(tmp_path, rank, mapped):
     factors = put(tmp_path, "anna", rank=rank)
     matrix = factors[0] if rank is None else factors[0] @ factors[1]
     embeds = units(5)
-    adapter = Adapters(tmp_path, TOWER).get("anna")
+    adapter = Adapters(tmp_path, TOWER, mapped=mapped).get("anna")
     expected = embeds @ (np.eye(WIDTH) + 0.3 * matrix.T.astype(np.float64))
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(adapter.map(embeds, 0.3), expected, atol=1e-6)
     np.testing.assert_allclose(adapter.map(embeds, 0.0), embeds, atol=1e-6)
-    assert all(isinstance(factor.base, np.memmap) for factor in adapter.factors)
+    assert {isinstance(factor.base, np.memmap) for factor in adapter.factors} == {mapped}
 
 
 def test_what_is_added_replaced_and_removed_is_seen_by_the_next_request(tmp_path):
@@ -131,9 +132,9 @@ def test_a_damaged_adapter_is_named_and_the_others_serve(tmp_path, capsys):
 
 
 def test_a_matrix_that_is_written_in_place_is_not_answered_with(tmp_path):
-    """It is mapped: without a look at its file, its digest would be told for other values."""
+    """Where it is mapped, its digest would be told for other values without a look at its file."""
     [factor] = put(tmp_path, "anna")
-    adapters = Adapters(tmp_path, TOWER)
+    adapters = Adapters(tmp_path, TOWER, mapped=True)
     before = adapters.get("anna")
     matrix = tmp_path / FOLDER / read_list(tmp_path)["anna"].folder / "matrix.npy"
     whole = matrix.read_bytes()
@@ -147,13 +148,40 @@ def test_a_matrix_that_is_written_in_place_is_not_answered_with(tmp_path):
     np.testing.assert_array_equal(after.factors[0], factor)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_file_that_is_cut_or_overwritten_changes_no_answer_of_one_process(tmp_path, rank):
+    """A request holds its adapter: a mapped matrix that is cut would end the process (SIGBUS)."""
+    factors = put(tmp_path, "anna", rank=rank)
+    adapters = Adapters(tmp_path, TOWER)
+    kept = adapters.get("anna")
+    for path in (tmp_path / FOLDER / read_list(tmp_path)["anna"].folder).glob("*.npy"):
+        path.write_bytes(b"x" * path.stat().st_size)
+        os.truncate(path, 0)
+    for adapter in (kept, adapters.get("anna")):
+        for held, factor in zip(adapter.factors, factors, strict=True):
+            np.testing.assert_array_equal(held, factor)
+    with pytest.raises(TaskError, match="'anna' is damaged"):
+        Adapters(tmp_path, TOWER).get("anna")
+
+
+def test_a_damaged_adapter_serves_again_once_its_file_is_whole(tmp_path):
+    put(tmp_path, "anna")
+    adapters = Adapters(tmp_path, TOWER)
+    matrix = tmp_path / FOLDER / read_list(tmp_path)["anna"].folder / "matrix.npy"
+    whole = matrix.read_bytes()
+    matrix.write_bytes(whole[:100])
+    with pytest.raises(TaskError, match="'anna' is damaged"):
+        adapters.get("anna")
+    matrix.write_bytes(whole)
+    adapters.get("anna")
+
+
 def test_an_adapter_that_is_removed_and_added_again_while_it_is_read_is_served(
     tmp_path, monkeypatch
 ):
     put(tmp_path, "anna")
-    adapters = Adapters(tmp_path, TOWER)
-    expected = adapters.get("anna").digest
-    adapters = Adapters(tmp_path, TOWER)
+    expected = Adapters(tmp_path, TOWER).get("anna").digest
+    adapters = Adapters(tmp_path, TOWER, mapped=True)
     reads = []
 
     def interrupted(path):
