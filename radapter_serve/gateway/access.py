@@ -72,7 +72,7 @@ class Key(BaseModel):
                 raise self.unknown(name)
 
     @contextlib.contextmanager
-    def hiding_others(self, name: str) -> Iterator[None]:
+    def hiding_others(self, names: Iterable[str]) -> Iterator[None]:
         """Reword the refusal of an unknown adapter, which names the nearest: they may be of other
         keys.
         """
@@ -81,7 +81,9 @@ class Key(BaseModel):
         except Refused as error:
             if error.code != UNKNOWN_ADAPTER or self.adapters is None:
                 raise
-            raise self.unknown(name) from None
+            asked = sorted(names)
+            refused = [name for name in asked if f" {name!a:.80} " in error.message]
+            raise self.unknown((refused or asked)[0]) from None
 
     def unknown(self, name: str) -> Refused:
         """The refusal of an adapter that is not served, or not to this key."""

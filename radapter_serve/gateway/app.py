@@ -305,7 +305,7 @@ class Gateway:
         async def ask() -> Reply:
             async with self._concurrency.slot(entry):
                 left = max(end - time.monotonic(), 1e-3)
-                with key.hiding_others(max(adapters)):
+                with key.hiding_others(adapters):
                     return await self._upstream.infer(inference, left, entry)
 
         reply = await _run_until_disconnect(request, ask(), end)

@@ -317,7 +317,7 @@ class OpenAI:
                 "encoding_format",
             )
         async with self._concurrency.slot(entry):
-            with key.hiding_others(adapter):
+            with key.hiding_others([adapter]):
                 try:
                     rows, answered, receipt = await self._rows(request, version, end, entry)
                 except Refused as error:
