@@ -29,11 +29,12 @@ _ERRORS = {
     413: "The body is too large.",
     415: "The content type is another one, or the body is compressed.",
     429: "Too many requests are under way, or a limit of the key is reached.",
+    431: "The path and the headers are too large.",
     500: "The server failed on the request.",
     503: "A part of the server starts, stops or does not answer.",
     504: "The request took longer than it may.",
 }
-_OF_ANY_PATH = (401, 403, 404, 405, 500, 503)
+_OF_ANY_PATH = (401, 403, 404, 405, 431, 500, 503, 504)
 _SUMMARIES = {
     "embed_image": "Embed images.",
     "embed_text": "Embed texts.",
@@ -292,7 +293,8 @@ def _responses(
         "200": {**answer, "content": {kind: {"schema": one} for kind, one in contents.items()}}
     }
     for status in sorted(errors):
-        responses[str(status)] = {"$ref": f"#/components/responses/{error}{status}"}
+        kind = "Error" if status == 431 else error  # it is refused before its path is read
+        responses[str(status)] = {"$ref": f"#/components/responses/{kind}{status}"}
     return responses
 
 

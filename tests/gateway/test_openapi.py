@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from radapter_serve.contract.errors import TIMED_OUT
 from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.openapi import document
 from radapter_serve.gateway.settings import Settings
+from radapter_serve.gateway.upstream import Refused
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_upstream import FakeUpstream
 from tests.helpers.gateway import gateway
@@ -39,6 +41,29 @@ def test_the_document_is_served_and_published_as_it_is_made(served):
     assert json.loads(PUBLISHED.read_text(encoding="utf-8")) == document(), (
         "the API has changed: python -m radapter_serve.gateway.openapi > docs/openapi.json"
     )
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v2/models/classify", "/v2/models/classify/ready"])
+@pytest.mark.parametrize("status", [431, 504])
+def test_what_the_connection_or_a_silent_triton_refuses_is_documented(
+    served, monkeypatch, path, status
+):
+    async def silent(*_: Any) -> Any:
+        raise Refused(504, TIMED_OUT, "Triton does not answer")
+
+    for name in ("config", "ready"):
+        monkeypatch.setattr(served.upstream, name, silent)
+    headers = {"X": "a" * 40_000} if status == 431 else {}
+    answered, answer, _ = served.ask(path, **headers)
+    assert answered == status
+    place = path.replace("classify", "{model}")
+    described: Any = document()["paths"][place]["get"]["responses"][str(status)]
+    for name in ("responses", "schemas"):
+        described = document()["components"][name][described["$ref"].rpartition("/")[2]]
+        if name == "responses":
+            described = described["content"]["application/json"]["schema"]
+    kind = {"string": str}.get(described["properties"]["error"].get("type", ""), dict)
+    assert isinstance(answer["error"], kind)
 
 
 @pytest.mark.integration
