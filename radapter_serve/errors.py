@@ -63,6 +63,17 @@ def listed(lines: Sequence[str]) -> str:
     )
 
 
+def in_words(seconds: float) -> str:
+    """A time as people say it, such as "50 seconds", "3 minutes" or "5 hours"."""
+    count = round(seconds)
+    unit = "second"
+    for size, name in ((60, "minute"), (3600, "hour")):
+        if seconds >= 2 * size:
+            count = round(seconds / size)
+            unit = name
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+
+
 @contextmanager
 def one_line(extra: str | None = None) -> Iterator[None]:
     """Raise an `RAdapterError` for a missing library, of an `extra`, or a disk error."""

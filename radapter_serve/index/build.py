@@ -29,6 +29,7 @@ from radapter_serve.index.folder import (
     generations_of,
     map_vectors,
     read_pointer,
+    unit_vectors,
     vector_column,
 )
 from radapter_serve.index.qdrant import refuse_link
@@ -206,17 +207,10 @@ def build_from_embeddings(
     def batches(schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         for start in range(0, len(array), _ROWS):
             part = np.array(array[start : start + _ROWS], np.float64)
-            lengths = np.linalg.norm(part, axis=1, keepdims=True)
-            bad = np.flatnonzero(~(np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)))
-            if len(bad):
-                raise RAdapterError(
-                    f"{vectors}, row {start + bad[0]}: the vector has no direction (zero, or not"
-                    " finite)"
-                )
             some = table.slice(start, len(part))
             values = {name: some[name] for name in columns}
             values["path"] = some[image_column]
-            values[VECTOR] = vector_column((part / lengths).astype(np.float32))
+            values[VECTOR] = vector_column(unit_vectors(part, vectors, range(start, len(array))))
             for name in ("width", "height", "digest", THUMBNAIL):
                 values[name] = pa.nulls(len(part))
             whole = pa.table({name: values[name] for name in schema.names}).cast(schema)

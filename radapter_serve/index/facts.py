@@ -28,7 +28,7 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.contract.images import POLL_SECONDS
 from radapter_serve.contract.labels import check_length
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, in_words
 from radapter_serve.files import as_text, checker, first_problem
 from radapter_serve.release.release import IN_BF16, Release, Tower
 
@@ -277,11 +277,7 @@ class IndexFacts:
         images = f"{self.count:,} images"
         if not self.rate:
             return images
-        seconds = self.count / self.rate
-        for size, unit in ((3600, "hours"), (60, "minutes"), (1, "seconds")):
-            if seconds >= 2 * size:
-                return f"{images}, about {seconds / size:.0f} {unit}"
-        return f"{images}, a second or two"
+        return f"{images}, about {in_words(max(1.0, self.count / self.rate))}"
 
     @classmethod
     def from_json(cls, data: bytes | str) -> IndexFacts:

@@ -144,6 +144,21 @@ def map_vectors(path: Path, width: int) -> NDArray[Any]:
     return vectors
 
 
+def unit_vectors(
+    vectors: NDArray[Any], source: str | Path, numbers: Sequence[int]
+) -> NDArray[np.float32]:
+    """Scale a user's vectors [N, D] to unit length; the error about one that is zero or not finite
+    names its number in their source.
+    """
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)))
+    if len(bad):
+        raise RAdapterError(
+            f"{source}, row {numbers[bad[0]]}: the vector has no direction (zero, or not finite)"
+        )
+    return (vectors / lengths).astype(np.float32)
+
+
 class FolderIndex(Index):
     """An index whose files are mapped from a folder's current generation. `complete` verifies all
     files with their digests; `codes` False ignores FAISS's codes.

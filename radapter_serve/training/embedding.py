@@ -29,7 +29,7 @@ from radapter_serve.data.rows import BrokenImage, image_source, open_rows, track
 from radapter_serve.encoders.loaded import release_at
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import read_arrays, staged
-from radapter_serve.index.folder import FolderIndex, map_vectors
+from radapter_serve.index.folder import FolderIndex, map_vectors, unit_vectors
 from radapter_serve.process import decoders
 from radapter_serve.training.recipe import Recipe
 
@@ -240,11 +240,4 @@ def open_vectors(
                 )
 
     places = [number_of[str(image_source(v))] for v in data.image_rows[data.image_column]]
-    vectors = np.asarray(array[places], np.float32)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    bad = np.flatnonzero(~(np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)))
-    if len(bad):
-        raise RAdapterError(
-            f"{source}, row {places[bad[0]]}: the vector has no direction (zero, or not finite)"
-        )
-    return vectors / lengths, notes
+    return unit_vectors(np.asarray(array[places], np.float32), source, places), notes

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from radapter_serve.errors import in_words
 from radapter_serve.process import handled
 from radapter_serve.sources import METRICS
 
@@ -130,17 +131,6 @@ class Progress:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-
-
-def in_words(seconds: float) -> str:
-    """A time as people say it, such as "50 seconds", "3 minutes" or "5 hours"."""
-    count = round(seconds)
-    unit = "second"
-    for size, name in ((60, "minute"), (3600, "hour")):
-        if seconds >= 2 * size:
-            count = round(seconds / size)
-            unit = name
-    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
 
 
 class Interruption(contextlib.ExitStack):

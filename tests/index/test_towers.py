@@ -107,7 +107,7 @@ def test_the_error_for_another_image_tower_says_what_to_embed_again(
     build(photos, out, projecting())
     assert (current(out)[1].rate or 0) > 0
     other = projecting(tmp_path / "indexes", **facts)
-    with pytest.raises(TaskError, match=f"{difference} .*4 images, a second or two") as error:
+    with pytest.raises(TaskError, match=f"{difference} .*4 images, about 1 second") as error:
         Searching.of(other)(RetrieveRequest("photos", Query(["1"])))
     assert error.value.code == INDEX_MISMATCH
     assert f"radapter-index build {photos} --out {out}" in capsys.readouterr().err

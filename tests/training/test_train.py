@@ -22,10 +22,9 @@ import yaml
 from radapter_serve.adapter import Adapter, load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, in_words
 from radapter_serve.training import Average, Recipe, choose_form, train
 from radapter_serve.training.data import open_run
-from radapter_serve.training.progress import in_words
 from radapter_serve.training.setup import build
 from radapter_serve.training.validation import answers, validate
 from tests.helpers.by_hand import assert_same
