@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,12 +47,14 @@ def list_(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
     table = Table(title=escape(str(model_repository)), title_justify="left")
     for column in ("release", "alpha", "architecture", "precision", "created", "served"):
         table.add_column(column, justify="right" if column in ("release", "alpha") else "left")
+    towers: dict[str, list[int]] = {}
     for version in versions:
         try:
             release = Release.load(model_repository / "classify" / str(version))
         except (RAdapterError, TypeError) as error:
             table.add_row(str(version), "", "cannot be read", "", "", escape(str(error)))
             continue
+        towers.setdefault(release.text_tower.digest(release.alpha), []).append(version)
         alpha = f"{release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
         facts = release.architecture, release.precision, release.created
         how = "before" if version in served.before else ""
@@ -62,32 +63,23 @@ def list_(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
             how = "yes, by default" if is_default else "yes"
         table.add_row(str(version), alpha, *map(escape, facts), how)
     Console().print(table)
-    _print_adapters(model_repository, versions)
-    nobody = "no server runs here; this is what its next start serves"
-    print(f"served at {state['url']}" if state else nobody)
 
-
-def _print_adapters(repository: Path, versions: Sequence[int]) -> None:
-    """Show the adapters beside the releases, and which are damaged."""
-    entries = adapters.read_list(repository)
-    if not entries:
-        return
-    towers: dict[str, list[int]] = {}
-    for version in versions:
-        with suppress(RAdapterError, TypeError):
-            release = Release.load(repository / MODELS[-1] / str(version))
-            towers.setdefault(release.text_tower.digest(release.alpha), []).append(version)
+    # Show the adapters beside the releases, and which are damaged.
     table = Table("adapter", "alpha", "rank", "created", "beside release")
-    for name, entry in entries.items():
+    for name, entry in adapters.read_list(model_repository).items():
         beside = format_list(towers.get(entry.text_tower, []))
         try:
-            facts = adapters.load(repository, name, entry).facts
+            of_adapter = adapters.load(model_repository, name, entry).facts
         except RAdapterError as error:
             table.add_row(escape(name), "", "", "", escape(str(error)))
             continue
-        rank = "full" if facts.rank is None else str(facts.rank)
-        table.add_row(escape(name), f"{facts.alpha:g}", rank, facts.created, beside)
-    Console().print(table)
+        rank = "full" if of_adapter.rank is None else str(of_adapter.rank)
+        alpha = f"{of_adapter.alpha:g}"
+        table.add_row(escape(name), alpha, rank, of_adapter.created, beside)
+    if table.rows:
+        Console().print(table)
+    nobody = "no server runs here; this is what its next start serves"
+    print(f"served at {state['url']}" if state else nobody)
 
 
 def load(

@@ -49,9 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    from radapter_serve.training.recipe import Recipe, ready_recipes, recipe_from
+    from radapter_serve.training.recipe import ALIASES, Recipe, ready_recipes, recipe_from
 
-    source, rest = _take("--recipe", _by_names(arguments))
+    # Replace other names of flags, such as --label-smoothing, with the fields' names.
+    rest = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        field = ALIASES.get(name.removeprefix("--").replace("-", "_"))
+        is_alias = field and name.startswith("--")
+        rest.append(f"--{field}{equals}{value}" if is_alias else argument)
+    source, rest = _take("--recipe", rest)
     run, rest = _take("--resume", rest)
     if run is None and source is None and "--resume" in rest:  # bare --resume, with --out RUN
         run, _ = _take("--out", rest)
@@ -93,18 +100,6 @@ def _in_groups(recipe: Recipe, names: Collection[str]) -> type:
         if dataclasses.fields(shown):
             fields.append((title, kind, dataclasses.field(default_factory=shown)))
     return dataclasses.make_dataclass("Shown", fields, bases=(Defaults,))
-
-
-def _by_names(arguments: list[str]) -> list[str]:
-    """Replace other names of flags, such as --label-smoothing, with the fields' names."""
-    from radapter_serve.training.recipe import ALIASES
-
-    flags = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        field = ALIASES.get(name.removeprefix("--").replace("-", "_"))
-        flags.append(f"--{field}{equals}{value}" if field and name.startswith("--") else argument)
-    return flags
 
 
 def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:

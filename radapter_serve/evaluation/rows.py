@@ -363,7 +363,18 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
             figures.append(harmonic_mean(known) if len(known) == len(halves) else None)
         if has_kept:
             figures.append(mean_kept(of_set.values()))
-        cells = [_figure(of_set[name]) if name in of_set else "" for name in sets]
+        cells = []
+        for name in sets:
+            lines = []
+            if name in of_set:
+                row = of_set[name]
+                lines.append(f"{own_metric(row):.2f}")
+                interval = (row.intervals or {}).get(row.metric)
+                if interval is not None:
+                    lines.append(f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}")
+                if "ece" in row.metrics:
+                    lines.append(f"ECE {100 * row.metrics['ece']:.1f}")
+            cells.append("\n".join(lines))
         cells += ["" if value is None else f"{value:.2f}" for value in figures]
         out.add_row(source, "" if alpha is None else f"{alpha:g}", *cells)
     return out
@@ -372,16 +383,6 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
 def _mean_of(of_set: Mapping[str, Row], names: Sequence[str]) -> float | None:
     figures = [own_metric(of_set[name]) for name in names if name in of_set]
     return fmean(figures) if len(figures) == len(names) else None
-
-
-def _figure(row: Row) -> str:
-    lines = [f"{own_metric(row):.2f}"]
-    interval = (row.intervals or {}).get(row.metric)
-    if interval is not None:
-        lines.append(f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}")
-    if "ece" in row.metrics:
-        lines.append(f"ECE {100 * row.metrics['ece']:.1f}")
-    return "\n".join(lines)
 
 
 def prompts(rows: Sequence[Row]) -> list[str]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from radapter_serve.gateway import kserve, openai
 from radapter_serve.gateway.upstream import CODES
-from radapter_serve.tasks.table import TASKS, Task, Tensor
+from radapter_serve.tasks.table import TASKS, Task
 from radapter_serve.version import __version__
 
 Schema = dict[str, Any]
@@ -309,28 +309,29 @@ def _asked(name: str, task: Task[Any, Any], schemas: dict[str, Schema]) -> Schem
     """The body of a request to a task: KServe's, with the tensors of the task."""
     schema = _of(kserve.Header, schemas)
     schemas.pop("Input", None)
-    batch = 1 if task.batched else 0
-    tensors = [_tensor(tensor, batch) for tensor in task.inputs.values()]
+    tensors = []
+    for tensor in task.inputs.values():
+        # Values are flat, or nested according to the shape.
+        kind = _KINDS[tensor.datatype]
+        size = len(tensor.dims) + (1 if task.batched else 0)
+        described = _object(
+            {
+                "name": {"const": tensor.name},
+                "datatype": {"const": tensor.datatype},
+                "shape": {
+                    **_list({"type": "integer", "minimum": 1}),
+                    "minItems": size,
+                    "maxItems": size,
+                },
+                "data": _list({"type": [kind, "array"]}),
+            }
+        )
+        sizes = {"binary_data_size": {"type": "integer", "minimum": 0}}
+        described["properties"]["parameters"] = {"type": "object", "properties": sizes}
+        described["required"] = ["name", "datatype", "shape"]
+        tensors.append(described)
     schema["title"] = f"A request to {name}"
     schema["properties"]["inputs"]["items"] = {"oneOf": tensors}
-    return schema
-
-
-def _tensor(tensor: Tensor, batch: int) -> Schema:
-    """The schema of an input tensor with its values, flat or nested according to its shape."""
-    kind = _KINDS[tensor.datatype]
-    size = len(tensor.dims) + batch
-    dims: Schema = {"type": "integer", "minimum": 1}
-    fields: dict[str, Schema] = {
-        "name": {"const": tensor.name},
-        "datatype": {"const": tensor.datatype},
-        "shape": {**_list(dims), "minItems": size, "maxItems": size},
-        "data": _list({"type": [kind, "array"]}),
-    }
-    schema = _object(fields)
-    sizes = {"binary_data_size": {"type": "integer", "minimum": 0}}
-    schema["properties"]["parameters"] = {"type": "object", "properties": sizes}
-    schema["required"] = ["name", "datatype", "shape"]
     return schema
 
 

@@ -156,7 +156,7 @@ def unit_vectors(
         raise RAdapterError(
             f"{source}, row {numbers[bad[0]]}: the vector has no direction (zero, or not finite)"
         )
-    return (vectors / lengths).astype(np.float32)
+    return np.asarray(vectors / lengths, np.float32)
 
 
 class FolderIndex(Index):
@@ -167,8 +167,7 @@ class FolderIndex(Index):
     def __init__(self, folder: Path, *, complete: bool = False, codes: bool = True) -> None:
         super().__init__(folder, *read_pointer(folder))
         try:
-            self._check_files(complete, codes)
-            self._map_files(codes)
+            self._open(complete, codes)
         except RAdapterError as error:
             raise RAdapterError(
                 f"the index {folder} can't be used: {error}; build it again:"
@@ -179,13 +178,14 @@ class FolderIndex(Index):
         # The first condition makes the parser and Arrow import their modules.
         evaluate("path LIKE 'a%' AND path = 'a'", self._columns.slice(0, 1))
 
-    def _check_files(self, complete: bool, codes: bool) -> None:
-        """Compare the files with the sizes and digests in the facts."""
+    def _open(self, complete: bool, codes: bool) -> None:
+        """Compare the files with the sizes and digests in the facts, and map them."""
+        folder = self.folder / self.generation
         files = {name: known for name, known in self.facts.files.items() if codes or name != CODES}
         every = complete or sum(known.size for known in files.values()) <= CHECKED_AT_OPEN
 
         def is_same(name: str) -> bool:
-            path = self.folder / self.generation / name
+            path = folder / name
             with contextlib.suppress(OSError):
                 same = path.stat().st_size == files[name].size
                 read = every or name == CODES
@@ -199,9 +199,6 @@ class FolderIndex(Index):
             raise RAdapterError(
                 f"{', '.join(damaged)} in {self.generation} is not as it was written"
             )
-
-    def _map_files(self, codes: bool) -> None:
-        folder = self.folder / self.generation
         try:
             with (folder / ROWS).open("rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -249,7 +246,15 @@ class FolderIndex(Index):
         thumbnails: bool,
         cancelled: Cancelled | None,
     ) -> list[Hit]:
-        met = None if where is None else self._rows_that_meet(where, cancelled)
+        # Evaluate the condition, or take its rows from the cache.
+        met = None if where is None else self._met.get(where)
+        if where is not None and met is None:
+            with CONDITION_TURNS(cancelled):
+                met = self._met.get(where) or evaluate(where, self._columns, cancelled)
+            self._met[where] = met
+            for oldest in list(self._met)[: -self._room]:
+                self._met.pop(oldest, None)
+
         with self._search_errors():
             positions = self._nearest(embedding, top_k, met, cancelled)
             # This sum does not depend on the vector's position, so equal vectors score the same.
@@ -282,17 +287,6 @@ class FolderIndex(Index):
                     vectors[paths[row].as_py()] = np.array(self.vectors[start + row])
                 start += len(paths)
         return vectors
-
-    def _rows_that_meet(self, where: str, cancelled: Cancelled | None) -> Met:
-        """Evaluate a condition, or take its rows from the cache."""
-        met = self._met.get(where)
-        if met is None:
-            with CONDITION_TURNS(cancelled):
-                met = self._met.get(where) or evaluate(where, self._columns, cancelled)
-            self._met[where] = met
-            for oldest in list(self._met)[: -self._room]:
-                self._met.pop(oldest, None)
-        return met
 
     def _nearest(
         self,

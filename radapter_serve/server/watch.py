@@ -70,7 +70,12 @@ class Watch:
                 continue
             why = "a signal had stopped it, so it was killed"
             if not is_stopped:
-                why = how_it_ended(_exit_code(pid))
+                code = 0
+                # psutil has the exit status of direct children only.
+                with contextlib.suppress(OSError, ValueError):
+                    status = Path(f"/proc/{pid}/stat").read_text().split()[-1]
+                    code = os.waitstatus_to_exitcode(int(status))
+                why = how_it_ended(code)
             if pid == self._process.pid:
                 failure = Failure(SERVER, why)
             elif pid in self._models:
@@ -127,13 +132,6 @@ class Watch:
                     if model and process is not server:  # a child is first a shell
                         self._models[process.pid] = (model[1], int(model[2]))
         return states
-
-
-def _exit_code(pid: int) -> int:
-    """Exit status of a zombie, which psutil has for direct children only."""
-    with contextlib.suppress(OSError, ValueError):
-        return os.waitstatus_to_exitcode(int(Path(f"/proc/{pid}/stat").read_text().split()[-1]))
-    return 0
 
 
 def how_it_ended(code: int) -> str:
