@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,19 +18,29 @@ peak is that of training."""
 ANSWER = "from photos to an answer"
 
 
+# Runs a command and prints its peak, which the system counts from the process that starts it: a
+# process with torch in it would add its own.
+LAUNCH = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
 def run(*command: str, cwd: Path) -> tuple[float, int]:
     """Seconds of a command, and the peak of its memory in bytes."""
     binary = Path(sys.executable).with_name(command[0])
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [str(binary), *command[1:]], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, str(binary), *command[1:]],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
     )
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{errors.decode()}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return time.perf_counter() - start, int(done.stdout)
 
 
 def measure(

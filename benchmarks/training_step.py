@@ -117,10 +117,10 @@ class Step:
 _step: Step
 
 
-def build(name: str, architecture: str, batch: int) -> None:
+def build(name: str, architecture: str, batch: int, dtype: torch.dtype | None) -> None:
     """Make the candidate of this process."""
     global _step
-    _step = Step(name, architecture, batch)
+    _step = Step(name, architecture, batch, dtype=dtype)
 
 
 def take(seed: int) -> float:
@@ -129,7 +129,11 @@ def take(seed: int) -> float:
 
 
 def measure(
-    names: Sequence[str], architecture: str, batch: int, repeats: int
+    names: Sequence[str],
+    architecture: str,
+    batch: int,
+    repeats: int,
+    dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of each step and peak bytes of each candidate, which all live in processes of their
     own.
@@ -138,7 +142,7 @@ def measure(
         processes = {name: stack.enter_context(Process()) for name in names}
         for name, process in processes.items():
             say(f"batch {batch}: building {name}")
-            process.call(build, name, architecture, batch)
+            process.call(build, name, architecture, batch, dtype)
         say(f"batch {batch}: {repeats} rounds and a warm-up of {len(names)} candidates")
         seeds = {name: count() for name in names}  # all candidates see the same batches
         steps = {
@@ -157,6 +161,7 @@ def main(
     batches: tuple[int, ...] = (16, 64),
     forms_only: tuple[int, ...] = (256,),
     repeats: int = 7,
+    precision: Literal["no", "bf16"] = "no",
     out: Path = RESULTS,
 ) -> None:
     """Measure training steps.
@@ -166,6 +171,7 @@ def main(
         batches: batch sizes at which everything is compared with full fine-tuning.
         forms_only: batch sizes at which the forms of the adapters are compared with each other.
         repeats: steps of each candidate at the smallest batch; fewer at larger ones, at least 3.
+        precision: of the products: fp32, or bf16.
         out: folder of the table.
     """
     report = Report(
@@ -188,7 +194,8 @@ def main(
         if batch in batches:
             rounds = max(min(5, repeats), rounds)
         names = [*([FULL] if batch in batches else []), *ADAPTERS]
-        times, peaks = measure(names, architecture, batch, rounds)
+        dtype = torch.bfloat16 if precision == "bf16" else None
+        times, peaks = measure(names, architecture, batch, rounds, dtype)
         rows = [
             [
                 name,

@@ -473,22 +473,49 @@ def leads(
     """Compute the leads of all rows over the base."""
     found = {}
     for name, column in product(groups, columns):
-        sets = by_set(groups[name], base, column, own)
-        if not sets:
-            continue
-        values = [np.stack([*each.values()]) for each in sets.values()]
-        # Both splits have the same other data, and images of their own otherwise.
-        names = [
-            np.array(
-                [
-                    f"{style if column[0] == OTHER_DATA else (split, style)}/{n}"
-                    for n in range(count)
-                ]
-            )
-            for (split, style), count in zip(sets, (v.shape[1] for v in values), strict=True)
-        ]
-        found[name, column] = lead_of(values, names)
+        if sets := by_set(groups[name], base, column, own):
+            found[name, column] = _lead(sets, column[0])
     return found
+
+
+def _lead(sets: Mapping[tuple[str, str], Mapping[int, NDArray[np.float64]]], kind: str) -> Lead:
+    """Compute a lead from differences by split and style, each by seed, or by base."""
+    values = [np.stack([*each.values()]) for each in sets.values()]
+    # Both splits have the same other data, and images of their own otherwise.
+    names = [
+        np.array([f"{style if kind == OTHER_DATA else (split, style)}/{n}" for n in range(count)])
+        for (split, style), count in zip(sets, (v.shape[1] for v in values), strict=True)
+    ]
+    return lead_of(values, names)
+
+
+def over_bases(studies: Sequence[tuple[Sequence[Judged], Sequence[Judged]]], own: str) -> str:
+    """Make the table of leads over several bases from the rows and the base's rows of each. The
+    seeds of a base are averaged, so that the interval is over images and bases.
+    """
+    there = {(row.kind, row.style == own) for row in studies[0][1]}
+    columns = [column for column in product(LABELS, (True, False)) if column in there]
+    names = dict.fromkeys(row.method for row in studies[0][0])
+    found = {}
+    for name, column in product(names, columns):
+        joined: dict[tuple[str, str], dict[int, NDArray[np.float64]]] = defaultdict(dict)
+        for number, (rows, base) in enumerate(studies):
+            of_method = [row for row in rows if row.method == name]
+            for key, of_seeds in by_set(of_method, base, column, own).items():
+                joined[key][number] = np.mean([*of_seeds.values()], axis=0)
+        if joined:
+            found[name, column] = _lead(joined, column[0])
+    shown = corrected(found)
+    level = ["bases, in %"]
+    for kind, in_own in columns:
+        of_bases = [
+            np.mean([r.each.mean() for r in base if r.kind == kind and (r.style == own) == in_own])
+            for _, base in studies
+        ]
+        level.append(" ".join(f"{100 * value:.1f}" for value in of_bases))
+    lines = [[name, *(shown.get((name, column), "") for column in columns)] for name in names]
+    head = ["", *(f"{LABELS[k]}{', own style' if o else ', elsewhere'}" for k, o in columns)]
+    return markdown(head, [level, *lines])
 
 
 def table(groups: Mapping[str, Sequence[Judged]], base: Sequence[Judged], own: str) -> str:
@@ -680,9 +707,9 @@ def photos_of(root: Path) -> Chosen:
 
 def projection(
     data_root: Path,
-    vectors: Path,
+    vectors: tuple[Path, ...],
     out: Path,
-    base: str = f"{LOCAL}{BASE}",
+    base: tuple[str, ...] = (f"{LOCAL}{BASE}",),
     only: tuple[Test, ...] = ("halves", "shots", "captions", "objects"),
     kept: Path = Path("benchmarks/results"),
     numbers: tuple[int, ...] = (1, 2, 4, 8, 16),
@@ -695,9 +722,11 @@ def projection(
     Args:
         data_root: folder with pacs/ and, for the demo's base, drawings/, which are drawn if
             missing, or for another base flickr8k/ and coco200/.
-        vectors: folder that keeps the base's embeddings of images.
-        out: folder of the pages and of finished runs, which are not repeated.
-        base: model; by default the demo's, which learns drawings; another one learns photos.
+        vectors: folder that keeps the embeddings of images, one for each base.
+        out: folder of the pages and of finished runs, which are not repeated; bases after the first
+            have a folder in it.
+        base: model; by default the demo's, which learns drawings; another one learns photos. Of
+            several, halves has a page over all, too, and the other tables are of the first.
         only: tables to make. halves trains half of the classes; shots trains a few images of each
             class; captions and objects, for photos only, train with captions of Flickr8k and with
             objects of COCO.
@@ -708,11 +737,42 @@ def projection(
     """
     check_seeds(seeds)
     limit_threads(threads)
+    judged = []
+    for number, (name, folder) in enumerate(zip(base, vectors, strict=True)):
+        place = out if number == 0 else out / Path(name).name
+        tests: tuple[Test, ...] = only if number == 0 else ("halves",)
+        rows, of_base, own = of_one(name, data_root, folder, place, tests, kept, numbers, seeds)
+        judged.append((rows, of_base))
+    if len(base) > 1 and "halves" in only:
+        text = (
+            f"{origin('rivals.projection')}\nThe recipe `quick` on {len(base)} bases, each with"
+            f" {len(seeds)} seeds, which are averaged: ± is half of a 95 % interval over images and"
+            " bases, in points. **Bold** survives Holm's correction over the table."
+        )
+        content = over_bases(judged, own)
+        publish(["# Half of the classes, several bases", text, content], out / "halves-bases.md")
+
+
+def of_one(
+    base: str,
+    data_root: Path,
+    vectors: Path,
+    out: Path,
+    only: Sequence[Test],
+    kept: Path,
+    numbers: Sequence[int],
+    seeds: tuple[int, ...],
+) -> tuple[list[Judged], list[Judged], str]:
+    """Make the tables of one base; returns the rows of `halves`, if it is made, the base's, and the
+    trained style.
+    """
     loaded = load_base(base)
     embedder = Embedder(loaded, vectors)
     recipe = dataclasses.replace(load_recipe("quick"), architecture=base, pretrained=None)
     of_drawings = base == f"{LOCAL}{BASE}"
     name = "drawings" if of_drawings else "photos"
+
+    result: tuple[list[Judged], list[Judged], str] = ([], [], "")
 
     # Open what is judged elsewhere.
     sets = {}
@@ -750,6 +810,8 @@ def projection(
             f" ({next(iter(whole.tests))}), and both are judged; then the other way round."
         )
         page("Half of the classes", what, content, f"halves-{name}")
+        own = next(iter(whole.tests))
+        result = (study.rows(out / f"halves-{name}.jsonl"), study.base(), own)
     if "shots" in only:
         study = Study(embedder, f"pacs-{name}", photos_of(data_root), None, seeds, recipe)
         what = "Photos of PACS, of all seven classes."
@@ -760,6 +822,7 @@ def projection(
     if "objects" in only and not of_drawings:
         what = "Objects of COCO200's photos for training, cut out by their masks, among all things."
         page("Objects of photos", what, halves(objects, out, Path("none")), "objects")
+    return result
 
 
 CAPTIONED = (

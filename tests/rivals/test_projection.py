@@ -20,9 +20,11 @@ from rivals.projection import (
     by_set,
     few,
     heads,
+    over_bases,
     retrieved,
     share_of,
 )
+from rivals.statistics import lead_of
 
 CLASSES = ("ant", "bee", "cat")
 WIDTH = 8
@@ -114,3 +116,14 @@ def test_the_captions_of_a_photo_are_one_sample():
     moved = judged_rows({kind: right}, "any", "", "all", 0, 1.0)
     differences = by_set(moved, base, ("R@1", True), PHOTOS)
     assert differences["all", PHOTOS][0].tolist() == [1.0, 0.2]
+
+
+def test_the_seeds_of_a_base_are_averaged_and_bases_take_their_place():
+    """One base gains on four of six images by every seed, the other on two by one seed of two."""
+    base = rows([[False] * 6])
+    first = rows([[True] * 4 + [False] * 2] * 2)
+    second = rows([[True] * 2 + [False] * 4, [False] * 6])
+    page = over_bases([(first, base), (second, base)], "photo")
+    means = np.array([[1.0] * 4 + [0.0] * 2, [0.5] * 2 + [0.0] * 4])
+    assert f"| any | {lead_of([means])} |" in page.replace("**", "")
+    assert f"{lead_of([means]).points:.1f}" == "41.7"
