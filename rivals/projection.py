@@ -35,7 +35,16 @@ from radapter_serve.evaluation.image_sets import NOUN_TEMPLATES, common_nouns
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import LOCAL
 from radapter_serve.training.loop import vocabulary
-from radapter_serve.training.projection import Maps, Vectors, cross_validate, folds_of, learn, moved
+from radapter_serve.training.projection import (
+    LEAST_IN_FOLDS,
+    WITHOUT_FOLDS,
+    Maps,
+    Vectors,
+    cross_validate,
+    folds_of,
+    learn,
+    moved,
+)
 from radapter_serve.training.recipe import Recipe, load_recipe
 from radapter_serve.training.setup import loss_of
 from rivals.benchmark import check_seeds
@@ -53,8 +62,6 @@ SIDES = {
 }
 FIXED = (0.5, 1.0)  # α beside the one that cross-validation chooses
 LEAST = 10  # images or texts of a set that a figure has, for an interval that tells something
-LEAST_FOLDS = 0.5
-WITHOUT_FOLDS = 0.5
 EXAMPLES = "labels by example"
 HEADS = ("ridge", "linear probe")  # know what they were trained with, and no other class
 PHOTOS = "Flickr8k"
@@ -191,7 +198,7 @@ def learned(
     train = partial(learn, sides=sides, scale=scale, loss=loss_of(base, recipe))
     folds = folds_of(vectors, recipe.seed)
     alpha = WITHOUT_FOLDS
-    if float(np.mean(folds >= 0)) >= LEAST_FOLDS:
+    if float(np.mean(folds >= 0)) >= LEAST_IN_FOLDS:
         recipe = cross_validate(vectors, [recipe], folds, train).recipe
         alpha = recipe.alpha
     return train(vectors, np.arange(len(vectors.images)), recipe), alpha

@@ -29,28 +29,19 @@ from torch.nn.utils.rnn import pad_sequence
 from radapter_serve.adapter import Adapter, Metadata, base_digest, find_sites, save_adapter
 from radapter_serve.adapter.attach import LinearAdapter
 from radapter_serve.adapter.tuned import towers_of
-from radapter_serve.clip.base import load_base
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import logit_scale_and_bias, templates_of, to_device
 from radapter_serve.contract.labels import prompts_of, split_label
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.alpha_choice import (
-    RULE as RULE_OF_ALPHA,
-)
-from radapter_serve.evaluation.alpha_choice import (
-    Choice,
-    Point,
-    ValidationSet,
-    pick,
-    save_choice,
-)
+from radapter_serve.evaluation import alpha_choice
+from radapter_serve.evaluation.alpha_choice import Choice, Point, ValidationSet
 from radapter_serve.evaluation.image_sets import NOUN_TEMPLATES, common_nouns
 from radapter_serve.evaluation.metrics import fit_confidence
 from radapter_serve.evaluation.rows import hardly_known
 from radapter_serve.files import staged
-from radapter_serve.release.release import Confidence
 from radapter_serve.sources import ADAPTER, RATES, RECIPE
 from radapter_serve.training.batches import NO_LABEL
 from radapter_serve.training.data import RunData
@@ -79,7 +70,7 @@ RULE = (
     " (of the paired difference over images; Breiman et al., 1984), the setting is that which keeps"
     " most of the base's answers among common nouns; among equal ones, that with the smallest"
     " alpha. Its alpha follows the rule of radapter-eval --alpha auto, with one standard error"
-    " instead of the 95 % interval: "
+    f" instead of the 95 % interval: {alpha_choice.RULE}"
 )
 
 
@@ -141,24 +132,25 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
 
     # Embed all that the run needs, once.
     began = time.monotonic()
-    notes = list(opened.notes)
-    if recipe.has_embeddings:
-        images, more = open_vectors(data, base, recipe)
-        notes += more
-    else:
+    notes: list[str] = []
+
+    def note(*lines: str) -> None:
+        notes.extend(lines)
+        for line in lines:
+            say(line)
+
+    note(*opened.notes)
+    if not recipe.has_embeddings:
         count = len(data.image_rows)
         say(f"embedding {count:,} images and their texts once, kept in {out / 'embeddings'}")
-        images, broken = embed_images(data, base, recipe, out, show=show)
-        if broken:
-            notes.append(f"left out {len(broken)} broken images, such as: {broken[0]}")
-    vectors = _vectors(data, images, base, recipe, out)
+    vectors, lines = _vectors(data, base, recipe, out, show)
+    note(*lines)
     held = None
     if val is not None:
         assert isinstance(val, Labelled | Captioned)
-        held = _vectors(val, embed_images(val, base, recipe, out, show=show)[0], base, recipe, out)
+        held, lines = _vectors(val, base, recipe, out, show)
+        note(*lines)
     say(f"embeddings are ready after {time.monotonic() - began:.1f} s")
-    for line in notes:
-        say(line)
 
     # Choose with cross-validation.
     rates = RATES_TRIED if recipe.learning_rate == "auto" else (recipe.peak_rate,)
@@ -180,12 +172,11 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
     validated: Validated | None = None
     if in_folds < LEAST_IN_FOLDS:
         chosen = dataclasses.replace(settings[len(settings) // 2], alpha=WITHOUT_FOLDS)
-        notes.append(
+        note(
             f"note: only {100 * in_folds:.0f} % of the images share their class with another one,"
             f" so too few can be held out: learning rate {chosen.peak_rate:g}, preserve_words"
             f" {chosen.words_weight:g} and alpha {chosen.alpha:g} were not chosen on these images"
         )
-        say(notes[-1])
     else:
         say(
             f"cross-validation: {FOLDS * len(settings)} short runs, each without a third of the"
@@ -196,36 +187,34 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
         say(f"{validated.summary} ({time.monotonic() - began:.1f} s)")
         _write(out / RATES, json.dumps(validated.table, indent=2))
 
-    # Train with all images, and write.
+    # Train with all images, and measure with images that the run did not have.
     plan = chosen.resolved(len(vectors.images))
     maps = train(vectors, np.arange(len(vectors.images)), chosen)
     notes += plan.notes
-    metrics = {} if validated is None else validated.metrics
+    metrics: dict[str, float] = {}
+    judges: list[tuple[Vectors, NDArray[np.int64], Maps]] = []
     if held is not None:
-        right_at = {
-            alpha: judge(held, np.arange(len(held.images)), maps, alpha)[0]
-            for alpha in sorted({chosen.alpha, 1.0})
-        }
-        metrics = {
-            f"{held.metric}@alpha={alpha:g}": round(float(right.mean()), 4)
-            for alpha, right in right_at.items()
-        }
+        rows = np.arange(len(held.images))
+        judges = [(held, rows, maps)]
+        for alpha in sorted({chosen.alpha, 1.0}):
+            right, _ = judge(held, rows, maps, alpha)
+            metrics[f"{held.metric}@alpha={alpha:g}"] = round(float(right.mean()), 4)
+    elif validated is not None:
+        judges = [(vectors, rows, without) for rows, without in validated.parts]
+        metrics = validated.metrics
     # Calibrate scores for a server that has the adapter beside a release.
-    confidence: Confidence | None = None
-    if list(keys) == ["text"] and vectors.of_classes and vectors.owners.shape[1] == 1:
-        parts: list[tuple[Vectors, NDArray[np.int64], Maps]] = []
-        if held is not None:
-            parts.append((held, np.arange(len(held.images)), maps))
-        elif validated is not None:
-            for fold, without in enumerate(validated.maps):
-                parts.append((vectors, np.flatnonzero(folds == fold), without))
+    confidence: dict[str, Any] | None = None
+    of_one_class = vectors.of_classes and vectors.owners.shape[1] == 1
+    if judges and of_one_class and list(keys) == ["text"]:
+        cosines, owners = class_cosines(judges, chosen.alpha)
         try:
-            if parts:
-                images_of = SET if held is None else HELD_OUT
-                confidence = calibrate(parts, chosen.alpha, scale, bias, images_of)
+            images_of = SET if held is None else HELD_OUT
+            fitted = fit_confidence(cosines, owners, scale, bias, images_of)
+            confidence = dataclasses.asdict(fitted)
         except RAdapterError as error:
-            notes.append(f"note: the run has no calibrated scores: {error}")
-            say(notes[-1])
+            note(f"note: the run has no calibrated scores: {error}")
+
+    # Write.
     tensors = {
         keys[tower] if name == "full" else f"{keys[tower]}.{name}": tensor.detach()
         for tower, adapter in maps.items()
@@ -244,19 +233,19 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
         classes=list(data.classes) if isinstance(data, Labelled) else None,
         held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,
         text_tower=text_tower,
-        confidence=None if confidence is None else dataclasses.asdict(confidence),
+        confidence=confidence,
     )
     adapter = Adapter(tensors, metadata)
     save_adapter(adapter, out / ADAPTER)
     _write(out / RECIPE, yaml.safe_dump(chosen.to_dict(), sort_keys=False))
     if validated is not None:
         choice = validated.choice(recipe.alpha, adapter.digest, held_out_digest(data))
-        save_choice(choice, out)
-        lines = list(choice.notes)
-        if vectors.of_classes:
-            lines += hardly_known(choice.curve[0].score, len(vectors.names))
-        for line in lines:
+        alpha_choice.save_choice(choice, out)
+        for line in choice.notes:
             say(line)
+        if vectors.of_classes:
+            for line in hardly_known(choice.curve[0].score, len(vectors.names)):
+                say(line)
     following = f"radapter-export --adapter {shlex.quote(str(out))} --alpha {chosen.alpha:g}"
     say(f"wrote {out / ADAPTER}; next: {following}")
     return Run(out, plan.recipe, metrics, tuple(notes))
@@ -284,39 +273,47 @@ def folds_of(vectors: Vectors, seed: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A setting at an α, judged with images or captions that its runs were not trained with."""
+
+    setting: Recipe
+    alpha: float
+    right: NDArray[np.bool_]  # of each image or caption
+    kept: float  # fraction of the base's answers
+
+    @property
+    def score(self) -> float:
+        """The fraction that is right, rounded so that equal trials are equal."""
+        return round(float(self.right.mean()), 9)
+
+
+@dataclass(frozen=True)
 class Validated:
-    """What cross-validation chose of S settings at `ALPHAS`, and the figures of the choice."""
+    """What cross-validation chose, and the figures of the choice."""
 
     recipe: Recipe  # the chosen setting, at the chosen α
     metric: str
-    right: list[list[NDArray[np.bool_]]]  # [S, A] of each held-out image or caption
-    kept: list[list[float]]  # [S, A], the fraction of the base's answers
-    settings: list[Recipe]
-    setting: int
+    trials: list[Trial]
     curve: list[Point]  # of the chosen setting
-    maps: list[Maps]  # of the chosen setting, by the fold that they were not trained with
+    parts: list[tuple[NDArray[np.int64], Maps]]  # of each fold, its images and the run without them
 
     @property
     def metrics(self) -> dict[str, float]:
         """The score at each α of the chosen setting."""
-        return {
-            f"{self.metric}@alpha={alpha:g}": round(float(right.mean()), 4)
-            for alpha, right in zip(ALPHAS, self.right[self.setting], strict=True)
-        }
+        return {f"{self.metric}@alpha={p.alpha:g}": round(p.score, 4) for p in self.curve}
 
     @property
     def summary(self) -> str:
         """One line about the choice."""
-        place = ALPHAS.index(self.recipe.alpha)
-        right = self.right[self.setting]
+        point = self.curve[ALPHAS.index(self.recipe.alpha)]
         items = "images" if self.metric == ACCURACY else "captions"
+        assert point.kept is not None
         return (
             f"chose learning rate {self.recipe.peak_rate:g}, preserve_words"
-            f" {self.recipe.words_weight:g} and alpha {self.recipe.alpha:g}:"
-            f" {100 * right[place].mean():.1f} % of {len(right[place]):,} held-out {items} right,"
-            f" {100 * right[0].mean():.1f} % with the base;"
-            f" {100 * self.kept[self.setting][place]:.1f} % of the base's answers among other nouns"
-            " kept"
+            f" {self.recipe.words_weight:g} and alpha {point.alpha:g}: {100 * point.score:.1f} % of"
+            f" {len(self.trials[0].right):,} held-out {items} right,"
+            f" {100 * self.curve[0].score:.1f} % with the base; {100 * point.kept:.1f} % of the"
+            " base's answers among other nouns kept"
         )
 
     @property
@@ -324,28 +321,23 @@ class Validated:
         """All that was tried, for the file."""
         rows = [
             {
-                "learning_rate": setting.peak_rate,
-                "preserve_words": setting.words_weight,
-                "alpha": alpha,
-                self.metric: round(100 * float(right.mean()), 2),
-                "base_answers_kept": round(100 * share, 2),
+                "learning_rate": trial.setting.peak_rate,
+                "preserve_words": trial.setting.words_weight,
+                "alpha": trial.alpha,
+                self.metric: round(100 * trial.score, 2),
+                "base_answers_kept": round(100 * trial.kept, 2),
             }
-            for setting, of_setting, shares in zip(
-                self.settings, self.right, self.kept, strict=True
-            )
-            for alpha, right, share in zip(ALPHAS, of_setting, shares, strict=True)
+            for trial in self.trials
         ]
         names = ("learning_rate", "preserve_words", "alpha")
         chosen = {name: getattr(self.recipe, name) for name in names}
-        return {"rule": RULE + RULE_OF_ALPHA, "chosen": chosen, "tried": rows}
+        return {"rule": RULE, "chosen": chosen, "tried": rows}
 
     def choice(self, own_alpha: float, adapter_digest: str, images_digest: str) -> Choice:
         """The choice of α, as `radapter-eval --alpha auto` writes it."""
         best = max(self.curve, key=lambda point: (point.score, -point.alpha)).alpha
-        count = len(self.right[self.setting][0])
-        sets = {SET: ValidationSet("id", self.metric, count, images_digest)}
-        rule = RULE + RULE_OF_ALPHA
-        return Choice(self.recipe.alpha, best, own_alpha, rule, self.curve, sets, adapter_digest)
+        sets = {SET: ValidationSet("id", self.metric, len(self.trials[0].right), images_digest)}
+        return Choice(self.recipe.alpha, best, own_alpha, RULE, self.curve, sets, adapter_digest)
 
 
 def cross_validate(
@@ -355,57 +347,36 @@ def cross_validate(
     train: Callable[..., dict[str, LinearAdapter]],
 ) -> Validated:
     """Train each setting without each fold, judge it there at `ALPHAS`, and choose with `RULE`."""
-    right: list[list[NDArray[np.bool_]]] = []
-    kept: list[list[float]] = []
-    trained: list[list[Maps]] = []
+    trials: list[Trial] = []
+    parts_of: list[list[tuple[NDArray[np.int64], Maps]]] = []
     for setting in settings:
-        parts = []
-        trained.append([])
+        parts: list[tuple[NDArray[np.int64], Maps]] = []
         for fold in range(FOLDS):
             held_out = np.flatnonzero(folds == fold)
-            maps = train(vectors, np.flatnonzero(folds != fold), setting) if len(held_out) else {}
-            trained[-1].append(maps)
             if len(held_out):
-                parts.append([judge(vectors, held_out, maps, alpha) for alpha in ALPHAS])
-        joined = [
-            [np.concatenate(each) for each in zip(*at, strict=True)]
-            for at in zip(*parts, strict=True)
-        ]
-        right.append([hits for hits, _ in joined])
-        kept.append([float(same.mean()) for _, same in joined])
+                parts.append((held_out, train(vectors, np.flatnonzero(folds != fold), setting)))
+        parts_of.append(parts)
+        for alpha in ALPHAS:
+            judged = [judge(vectors, rows, maps, alpha) for rows, maps in parts]
+            right, same = (np.concatenate(each) for each in zip(*judged, strict=True))
+            trials.append(Trial(setting, alpha, right, float(same.mean())))
 
-    places = [(n, a) for n in range(len(settings)) for a in range(len(ALPHAS))]
+    best = max(trials, key=lambda trial: (trial.score, trial.kept))
 
-    def score(place: tuple[int, int]) -> tuple[float, float]:
-        n, a = place
-        return round(float(right[n][a].mean()), 9), kept[n][a]
+    def point(trial: Trial) -> Point:
+        differences = best.right.astype(np.float64) - trial.right
+        error = float(differences.std() / len(differences) ** 0.5)
+        of_set = {SET: trial.score}
+        behind = float(differences.mean())
+        return Point(trial.alpha, trial.score, behind, error, trial.kept, of_set)
 
-    best_setting, best_alpha = max(places, key=score)
-    best = right[best_setting][best_alpha]
-    as_good = []
-    for n, a in places:
-        behind, error = _behind(best, right[n][a])
-        if ALPHAS[a] and round(behind - error, 9) <= 0:
-            as_good.append((n, a))
-    number, _ = max(
-        as_good or [(best_setting, best_alpha)],
-        key=lambda place: (kept[place[0]][place[1]], -place[1], score(place)),
-    )
-    curve = []
-    for alpha, hits, share in zip(ALPHAS, right[number], kept[number], strict=True):
-        behind, error = _behind(best, hits)
-        measured = float(hits.mean())
-        curve.append(Point(alpha, measured, behind, error, share, {SET: measured}))
-    recipe = settings[number]
-    recipe = dataclasses.replace(recipe, alpha=pick(curve, recipe.alpha))
-    metric = vectors.metric
-    return Validated(recipe, metric, right, kept, settings, number, curve, trained[number])
-
-
-def _behind(best: NDArray[np.bool_], other: NDArray[np.bool_]) -> tuple[float, float]:
-    """Mean of the paired difference from the best, and its standard error."""
-    differences = best.astype(np.float64) - other
-    return float(differences.mean()), float(differences.std() / len(differences) ** 0.5)
+    as_good = [trial for trial in trials if trial.alpha and point(trial).as_good]
+    most = max(as_good or [best], key=lambda trial: (trial.kept, -trial.alpha, trial.score))
+    curve = [point(trial) for trial in trials if trial.setting is most.setting]
+    alpha = alpha_choice.pick(curve, most.setting.alpha)
+    recipe = dataclasses.replace(most.setting, alpha=alpha)
+    parts = parts_of[settings.index(most.setting)]
+    return Validated(recipe, vectors.metric, trials, curve, parts)
 
 
 def learn(
@@ -493,31 +464,21 @@ def learn(
 
 
 @torch.no_grad()
-def calibrate(
-    parts: Sequence[tuple[Vectors, NDArray[np.int64], Maps]],
-    alpha: float,
-    scale: float,
-    bias: float | None,
-    images: str,
-) -> Confidence:
-    """Fit calibrated scores to images, as a server sees them, that no map was trained with: some of
-    the rows of each part, each of one class.
-
-    Args:
-        parts: embeddings, rows of them, and the maps that move them.
-        alpha: re-scaling of the maps.
-        scale: of the base's logits.
-        bias: of the base's logits; None for a softmax.
-        images: what they are called.
+def class_cosines(
+    judges: Sequence[tuple[Vectors, NDArray[np.int64], Maps]], alpha: float
+) -> tuple[Floats, NDArray[np.int64]]:
+    """The cosines of images to all classes, [N, C], as a server sees them, and the class of each:
+    of some rows of each judge, with maps that were not trained with them.
     """
-    most = max(1, _CALIBRATED // len(parts))
+    most = max(1, _CALIBRATED // len(judges))
     cosines = []
-    for vectors, rows, maps in parts:
+    owners = []
+    for vectors, rows, maps in judges:
         some = torch.from_numpy(rows[:: max(1, -(-len(rows) // most))])
         embeds = moved(maps, "image", vectors.images[some], alpha)
-        cosines.append((embeds @ classes_at(vectors, maps, alpha).T, vectors.owners[some, 0]))
-    of_all, owners = (torch.cat(each).numpy() for each in zip(*cosines, strict=True))
-    return fit_confidence(of_all, owners, scale, bias, images)
+        cosines.append(embeds @ classes_at(vectors, maps, alpha).T)
+        owners.append(vectors.owners[some, 0])
+    return torch.cat(cosines).numpy(), torch.cat(owners).numpy()
 
 
 def classes_at(vectors: Vectors, maps: Maps, alpha: float) -> Tensor:
@@ -556,9 +517,16 @@ def judge(
 
 
 def _vectors(
-    data: Labelled | Captioned, images: Floats, base: Any, recipe: Recipe, out: Path
-) -> Vectors:
-    """Join the embeddings of images with those of their texts; images without one are left out."""
+    data: Labelled | Captioned, base: Base, recipe: Recipe, out: Path, show: bool
+) -> tuple[Vectors, list[str]]:
+    """Embed images and their texts, or take the embeddings that the recipe names; returns notes for
+    the user, too. Images that can't be read are left out.
+    """
+    if recipe.has_embeddings:
+        images, notes = open_vectors(data, base, recipe)
+    else:
+        images, broken = embed_images(data, base, recipe, out, show=show)
+        notes = [f"left out {len(broken)} broken images, such as: {broken[0]}"] if broken else []
     names: list[str] = []
     if isinstance(data, Labelled):
         lines = [split_label(line) for line in data.classes]
@@ -586,7 +554,7 @@ def _vectors(
         batch_first=True,
         padding_value=NO_LABEL,
     )
-    return Vectors(
+    vectors = Vectors(
         images=torch.from_numpy(np.ascontiguousarray(images[readable])),
         owners=padded,
         texts=embeds,
@@ -596,6 +564,7 @@ def _vectors(
         nouns=embeds[numbers(nouns)],
         of_classes=isinstance(data, Labelled),
     )
+    return vectors, notes
 
 
 def _write(path: Path, text: str) -> None:

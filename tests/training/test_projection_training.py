@@ -511,11 +511,14 @@ def test_each_fold_is_judged_by_a_run_without_it(recipe: Recipe) -> None:
     vectors = vectors_of([0, 1, 2] * 8, noise=0.2)
     folds = folds_of(vectors, 0)
     trained: list[tuple[float, NDArray[np.int64]]] = []
+    made: dict[float, list[Any]] = {}
 
     def remembered(vectors: Vectors, rows: NDArray[np.int64], setting: Recipe) -> Any:
         trained.append((setting.peak_rate, rows))
         loss = partial(projection_loss, delta=0.0)
-        return learn(vectors, rows, setting, sides=("text",), scale=10.0, loss=loss)
+        maps = learn(vectors, rows, setting, sides=("text",), scale=10.0, loss=loss)
+        made.setdefault(setting.peak_rate, []).append(maps)
+        return maps
 
     rates = (1e-5, 1e-1, 3e-1)
     settings = [dataclasses.replace(recipe, learning_rate=rate) for rate in rates]
@@ -523,16 +526,15 @@ def test_each_fold_is_judged_by_a_run_without_it(recipe: Recipe) -> None:
     assert [rate for rate, _ in trained] == [rate for rate in rates for _ in range(FOLDS)]
     for number, (_, rows) in enumerate(trained):
         assert set(rows) == set(np.flatnonzero(folds != number % FOLDS))
-    scores = np.array([[right.mean() for right in of] for of in validated.right])
+    scores = np.array([trial.score for trial in validated.trials]).reshape(3, len(ALPHAS))
     assert scores[:, 0].tolist() == [0.0] * 3  # the base takes each class for another
     assert scores[1:, -1].min() > 0.8 and scores[0, -1] == 0.0
     # Of the settings that are as good, the one that keeps most.
-    best = scores.max()
-    keeps = [
-        max((share for share, score in zip(*of, strict=True) if score == best), default=0.0)
-        for of in zip(validated.kept, scores, strict=True)
-    ]
-    assert keeps[validated.setting] == max(keeps)
+    rate = validated.recipe.peak_rate
+    best = [trial for trial in validated.trials if trial.score == scores.max()]
+    of_rate = [trial.kept for trial in best if trial.setting.peak_rate == rate]
+    assert max(of_rate) == max(trial.kept for trial in best)
+    assert [maps for _, maps in validated.parts] == made[rate]
     table = validated.table
     assert len(table["tried"]) == 3 * len(ALPHAS)
     assert json.loads(json.dumps(table)) == table
