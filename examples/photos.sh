@@ -40,11 +40,11 @@ for folder in sorted(Path(sys.argv[1] or "download/eurosat/2750").iterdir()):
             shutil.copy(photo, copy)
 PYTHON
 
-# 2. Train, and choose α by the held-out fifth.
+# 2. Train, and choose α with the held-out fifth.
 radapter-train --data train --out runs/photos "$@"
 radapter-eval --adapter runs/photos --alpha auto
 
-# 3. The table: the base (α = 0), half of the change, all of it, on photos that nothing was chosen by.
+# 3. The table: the base (α = 0), half of the change, all of it, on photos that no choice used.
 radapter-eval --adapter runs/photos --alpha 0 0.5 1 --data test
 
 # 4. Export, and search the test photos.

@@ -150,8 +150,7 @@ class ServerConfig:
         instances: processes of each task, so that a slow request does not hold up the others: a
             number for all, and TASK=NUMBER for one, such as: 2 segment=4. By default 2 in
             radapter-serve, and 1 where it serves more than two releases.
-        max_waiting: requests that may wait for a model; beyond this number, those that have waited
-            longest are refused.
+        max_waiting: requests that may wait for a model; others are refused.
         timeout: seconds to wait until all models answer.
         drain_seconds: seconds that calls under way may take when the server is stopped.
         verbose: show Triton's own messages.
