@@ -28,11 +28,13 @@ from radapter_serve.contract.errors import (
     TaskError,
     check_cancelled,
 )
+from radapter_serve.contract.heic import largest_picture
 from radapter_serve.errors import RAdapterError, install_command
 
 SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp")  # of file names
 FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
 HEIC_SUFFIXES = (".heic", ".heif")
+HEIC_BRANDS = (b"hei", b"hev", b"mif", b"msf")  # each with one more letter
 # A phone's photos are read where the extra `heic` is installed: libheif decodes them.
 with contextlib.suppress(ImportError):
     from pillow_heif import register_heif_opener
@@ -187,14 +189,18 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
             IMAGE_TOO_LARGE, f"the image has {len(data)} bytes; at most {MAX_BYTES} are allowed"
         )
     with _broken():
+        is_heic = "HEIF" in FORMATS and data[4:8] == b"ftyp" and data[8:11] in HEIC_BRANDS
         try:
+            largest = largest_picture(data) if is_heic else (0, 0)
             image = _open(data)
         except UnidentifiedImageError:
             what = f"{len(data)} bytes are not an image" if data else "the file is empty"
             for start, magic, kind in _OTHERS:
                 if data[start:].startswith(magic):
                     what = f"{kind} files are not read"
-                    if kind == "HEIC" and "HEIF" not in FORMATS:
+                    if is_heic:
+                        what = "the HEIC file is broken"
+                    elif kind == "HEIC":
                         what += " without the extra heic"
             raise TaskError(INVALID_IMAGE, what, ADVICE) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -214,9 +220,11 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
         if image.format == "WEBP":
             kind = "WebP"
             pixel_bytes = WEBP_PIXEL_BYTES
-        elif image.format == "HEIF":  # libheif decodes no more pixels than the header says
+        elif is_heic:  # libheif decodes no more pixels of a picture than its header says
             kind = "HEIC"
             pixel_bytes = HEIC_PIXEL_BYTES
+            check_pixels(*largest, MAX_MEMORY // pixel_bytes, "a picture in the HEIC file")
+            pixels = max(pixels, largest[0] * largest[1])
         if isinstance(image, JpegImageFile):  # also an MPO file of several pictures
             # For a progressive JPEG, or if the first scan lacks a colour, libjpeg keeps two more
             # bytes per pixel and colour.
