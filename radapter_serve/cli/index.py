@@ -37,7 +37,7 @@ FIRST = {
         "on_broken",
     ),
     "add": ("source", "out", "prune", "on_broken"),
-    "map": ("out", "model_repository", "url", "sample", "min_recall", "embed"),
+    "map": ("out", "model_repository", "url", "min_recall", "embed"),
 }
 _NAMED = 10  # most ids in a printed list
 
@@ -204,13 +204,12 @@ def map_(
     url: str | None = None,
     precision: Precision | None = None,
     alpha: float | None = None,
-    sample: int = 1000,
     min_recall: float = 0.8,
     embed: bool = False,
 ) -> None:
     """Map an index of another release to this one's image tower, instead of embedding all images.
 
-    A sample of the images is embedded, and a linear map from the old embeddings to the new ones
+    A sample of 1,000 images is embedded, and a linear map from the old embeddings to the new ones
     maps all others. The command prints how many of the ten nearest a search finds (recall@10),
     among images that the map was not fitted on. `radapter-index build` embeds all images when you
     give it, and the mapped index is searched until it is complete.
@@ -221,7 +220,6 @@ def map_(
         url: a live server that embeds the sample instead.
         precision: as for radapter-index build.
         alpha: as for radapter-index build.
-        sample: images of the index to embed, from 100 to 10,000, drawn at random.
         min_recall: least recall@10 with images and with texts, from 0 to 1; the index stays as it
             is if it is lower.
         embed: then embed all images, and replace the mapped index when that is complete.
@@ -232,7 +230,7 @@ def map_(
 
     with _embedder(url, model_repository, precision, alpha) as loaded:
         with _progress("embedding") as progress:
-            mapped = map_index(out, loaded, sample=sample, min_recall=min_recall, progress=progress)
+            mapped = map_index(out, loaded, min_recall=min_recall, progress=progress)
         plan = current(out)[1].plan
         print(f"{out}: mapped {_mapped(mapped)}")
         if not embed:

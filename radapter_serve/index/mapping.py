@@ -26,10 +26,9 @@ from radapter_serve.index.qdrant import refuse_link
 from radapter_serve.index.writer import BATCH, building, write_generation
 from radapter_serve.process import decoders
 
-SAMPLE = 1000  # images embedded by both towers
+_SAMPLE = 1000  # most images embedded by both towers, drawn at random
 LEAST_RECALL = 0.8
 _FEWEST = 100  # images in a sample
-_MOST = 10_000
 _FOLDS = 5
 # Weight of the distance from the orthogonal map, relative to the mean variance of a direction;
 # at infinity the map is orthogonal, near 0 that of least squares.
@@ -115,7 +114,6 @@ def map_index(
     out: Path,
     loaded: LoadedRelease,
     *,
-    sample: int = SAMPLE,
     min_recall: float = LEAST_RECALL,
     progress: Progress | None = None,
 ) -> Mapped:
@@ -123,20 +121,17 @@ def map_index(
     error if the recall on held-out images is lower than `min_recall`.
     """
     out = out.absolute()
-    if not _FEWEST <= sample <= _MOST:
-        raise RAdapterError(f"--sample is {sample}; allowed: {_FEWEST} to {_MOST:,} images")
     if not 0 <= min_recall <= 1:
         raise RAdapterError(f"--min-recall is {min_recall:g}; allowed: 0 to 1")
     refuse_link(out)
     with building(out) as folder:
-        return _map(out, folder / "new", loaded, sample, min_recall, progress)
+        return _map(out, folder / "new", loaded, min_recall, progress)
 
 
 def _map(
     out: Path,
     place: Path,
     loaded: LoadedRelease,
-    sample: int,
     min_recall: float,
     progress: Progress | None,
 ) -> Mapped:
@@ -151,7 +146,7 @@ def _map(
         raise RAdapterError(f"the index {out} is of this release's image tower: search it as it is")
 
     # Embed a sample of the images, of which each file is as it was, and is there once.
-    drawn = np.random.default_rng(0).permutation(len(index))[:sample]
+    drawn = np.random.default_rng(0).permutation(len(index))[:_SAMPLE]
     known = index.table(["path", "digest"]).take(pa.array(drawn)).to_pylist()
     rows: list[int] = []
     embeds: list[NDArray[np.float32]] = []

@@ -276,7 +276,7 @@ def embed_labels(
     if label_set is not None and keep is None:
         return label_set
     names = {label: split_label(label) for label in labels}
-    shown = tuple(names[label][0] for label in labels)
+    embeds: dict[str, NDArray[np.float32]] = {}
 
     # Map the prompts that the export has stored, a part of them at a time.
     stored = None if keep is not None else loaded.stored_prompts(labels, templates, place)
@@ -292,15 +292,12 @@ def embed_labels(
                 means.append(mapped[start - ends[first] : end - ends[first]].mean(axis=0))
         rows = np.stack(means)
         units = np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
-        label_set = LabelSet(shown, units, tuple(labels), tuple(templates))
-        cache.put(whole, label_set, len(labels) + len(templates))
-        return label_set
+        embeds.update(zip(labels, units, strict=True))
 
-    # Embed labels that are not cached in parts of about `_PROMPTS` prompts, and cache them part by
-    # part.
+    # Embed other labels that are not cached in parts of about `_PROMPTS` prompts, and cache them
+    # part by part.
     digest = hashlib.sha256(repr(tuple(templates)).encode()).digest()
-    embeds: dict[str, NDArray[np.float32]] = {}
-    waiting = deque(labels)
+    waiting = deque(label for label in labels if label not in embeds)
     while waiting:
         count = 0
         part: list[str] = []
@@ -325,7 +322,8 @@ def embed_labels(
                 cache.put((digest, place.key, label), embeds[label])
         if progress is not None:
             progress(len(embeds))
-    rows_of_all = np.stack([embeds[label] for label in labels])
-    label_set = LabelSet(shown, rows_of_all, tuple(labels), tuple(templates))
+    shown = tuple(names[label][0] for label in labels)
+    units = np.stack([embeds[label] for label in labels])
+    label_set = LabelSet(shown, units, tuple(labels), tuple(templates))
     cache.put(whole, label_set, len(labels) + len(templates))
     return label_set

@@ -151,14 +151,14 @@ def test_map_then_the_printed_build(
     capsys.readouterr()
     assert query.main(search) == 2
     assert "radapter-index map" in capsys.readouterr().err
-    command = ["map", "indexes/many", *second, "--sample", "100", "--min-recall"]
+    command = ["map", "indexes/many", *second, "--min-recall"]
     assert main([*command, "1"]) == 2
     assert "--min-recall is 1; build the index again" in capsys.readouterr().err
     assert main([*command, "0.5"]) == 0
     said = capsys.readouterr().out
     assert "mapped from " in said and "release 1: recall@10 " in said
     assert main(["info", "indexes/many"]) == 0
-    assert "among 100 images that were held out" in capsys.readouterr().out
+    assert "among 120 images that were held out" in capsys.readouterr().out
     assert query.main(search) == 0
     assert "note: the index many is mapped from another image tower" in capsys.readouterr().err
 
@@ -167,7 +167,7 @@ def test_map_then_the_printed_build(
     assert main(shlex.split(build)) == 0
     assert "120 images (120 embedded)" in capsys.readouterr().out
     assert current(Path("indexes/many"))[1].mapped is None
-    back = ["map", "indexes/many", *first, "--sample", "100", "--min-recall", "0.5", "--embed"]
+    back = ["map", "indexes/many", *first, "--min-recall", "0.5", "--embed"]
     assert main(back) == 0
     assert "120 images (120 embedded)" in capsys.readouterr().out
 

@@ -210,7 +210,6 @@ def test_what_can_not_be_mapped_is_refused_and_the_index_stays(
             map_index(out, loaded, **options)
         assert current(out) == before and not list(out.parent.glob(".*"))
 
-    assert_refused("--sample is 9; allowed: 100 to 10,000", newer(), sample=9)
     assert_refused("--min-recall is nan", newer(), min_recall=float("nan"))
     assert_refused("is of this release's image tower", projecting())
     assert_refused(
