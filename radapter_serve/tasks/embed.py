@@ -4,7 +4,6 @@ request, a list or a label set of the release, with their embeddings.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import itertools
 from collections import deque
@@ -281,16 +280,17 @@ def embed_labels(
     # Map the prompts that the export has stored, a part of them at a time.
     stored = None if keep is not None else loaded.stored_prompts(labels, templates, place)
     if stored is not None:
-        means: list[NDArray[np.float32]] = []
-        ends = np.cumsum([0, *prompt_counts(labels, templates)]).tolist()
-        while len(means) < len(labels):
+        sums: list[NDArray[np.float32]] = []
+        counts = [len(names[label]) * len(templates) for label in labels]
+        ends = np.cumsum([0, *counts])
+        first = 0
+        while first < len(labels):
             check_cancelled(cancelled)
-            first = len(means)
-            last = max(first + 1, bisect.bisect(ends, ends[first] + _MAPPED) - 1)
+            last = max(first + 1, np.searchsorted(ends, ends[first] + _MAPPED, "right") - 1)
             mapped = place.map(stored[ends[first] : ends[last]])
-            for start, end in itertools.pairwise(ends[first : last + 1]):
-                means.append(mapped[start - ends[first] : end - ends[first]].mean(axis=0))
-        rows = np.stack(means)
+            sums.append(np.add.reduceat(mapped, ends[first:last] - ends[first]))
+            first = last
+        rows = np.concatenate(sums)
         units = np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
         embeds.update(zip(labels, units, strict=True))
 
