@@ -22,6 +22,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.process import SURPLUS
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.config import read_config
+from radapter_serve.release.release import TASKS
 from radapter_serve.release.repository import CONFIG
 from radapter_serve.server.launch import OUR_BACKENDS
 from tests.helpers.asking import needs_triton
@@ -184,6 +185,16 @@ def test_the_process_of_a_task_imports_no_library_of_the_other_end() -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_of_a_release_of_version_1_0_0_is_loaded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    path = tmp_path / "model.py"
+    path.write_text(f"from radapter_serve.triton.models.{name} import TritonPythonModel\n")
+    assert type(load(path)).__module__ == "radapter_serve.triton.task_model"
 
 
 def test_a_call_that_hangs_ends_its_process_with_a_traceback() -> None:
