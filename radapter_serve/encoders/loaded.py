@@ -57,7 +57,7 @@ Part: TypeAlias = Literal["pixels", "images", "patches", "tokens"]
 Rows = NDArray[np.generic]
 
 # Images in one call of the encoder. More are slower on a CPU: the activations between the layers no
-# longer fit into its cache.
+# longer fit into its cache. In bf16 they do, and 64 at once are encoded faster than 16.
 CHUNK = 16
 
 
@@ -343,7 +343,9 @@ class LoadedRelease:
         if needs[0].alpha is not None:
             each = [np.full((len(need.rows), 1), need.alpha, np.float32) for need in needs]
             alphas = np.concatenate(each)
-        count = math.ceil(len(pixels) / min(CHUNK, size))
+        if self.release.precision != "bf16":
+            size = min(CHUNK, size)
+        count = math.ceil(len(pixels) / size)
         edges = [len(pixels) * number // count for number in range(count + 1)]
         for start, end in itertools.pairwise(edges):
             parts.append(encoder(pixels[start:end], None if alphas is None else alphas[start:end]))

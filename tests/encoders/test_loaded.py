@@ -140,18 +140,23 @@ def test_needs_of_several_tasks_are_encoded_in_one_call(local: Local) -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "max_batch_size", "expected"),
+    ("counts", "max_batch_size", "precision", "expected"),
     [
-        ((40, 40, 40), 64, [15] * 8),
-        ((9, 8), 64, [8, 9]),
-        ((16,), 64, [16]),
-        ((7,), 3, [2, 2, 3]),
+        ((40, 40, 40), 64, "fp32", [15] * 8),
+        ((40, 40, 40), 64, "bf16", [60, 60]),
+        ((9, 8), 64, "int8", [8, 9]),
+        ((16,), 64, "fp32", [16]),
+        ((7,), 3, "fp32", [2, 2, 3]),
     ],
 )
 def test_many_images_are_encoded_in_parts_of_about_one_size(
-    local: Local, counts: tuple[int, ...], max_batch_size: int, expected: list[int]
+    local: Local,
+    counts: tuple[int, ...],
+    max_batch_size: int,
+    precision: str,
+    expected: list[int],
 ) -> None:
-    loaded = local.changed(max_batch_size=max_batch_size)
+    loaded = local.changed(max_batch_size=max_batch_size, precision=precision)
     data = [png(number) for number in range(sum(counts))]
     ends = list(itertools.accumulate(counts))
     parts = [data[end - count : end] for count, end in zip(counts, ends, strict=True)]
