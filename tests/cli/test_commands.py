@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 from rich.console import Console
 
 import radapter_serve
@@ -119,6 +120,7 @@ def test_a_base_that_has_to_be_named_is_asked_for_before_torch_is_loaded(
     monkeypatch.chdir(tmp_path)
     Path("tuned.pt").touch()
     Path("folder").mkdir()
+    tyro.cli(int, args=["1"])  # at its first use tyro imports torch if it is in sys.modules
     for module in ("torch", "radapter_export.release", "radapter_serve.evaluation.run"):
         monkeypatch.setitem(sys.modules, module, None)
     lacks = "alpha is 0.5, which needs the weights that {} was tuned from; give them with --base"
