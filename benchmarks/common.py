@@ -120,13 +120,6 @@ def ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, baseline, strict=True))
 
 
-def with_spread(figures: Sequence[float]) -> str:
-    """Format the mean of several runs, ± the standard deviation unless it is 0."""
-    mean = f"{statistics.mean(figures):.1f}"
-    spread = statistics.stdev(figures) if len(figures) > 1 else 0.0
-    return f"{mean} ± {spread:.1f}" if spread else mean
-
-
 def memory(field: str = "VmHWM", pid: int | str = "self") -> int:
     """Read the memory of a process in bytes, with mapped files: the peak, or now (`VmRSS`)."""
     for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 import yaml
-from common import RESULTS, Report, say, with_spread
+from common import RESULTS, Report, say
 
 from radapter_serve.demo import DemoSettings
 from radapter_serve.demo.data import BASE, FINE_TUNED, STYLES, DemoData, prepare, style_of
@@ -107,10 +107,8 @@ def try_rates(
             for row in rows:
                 assert row.alpha is not None
                 accuracies.setdefault(row.alpha, []).append(100 * row.metrics["acc1"])
-        print(
-            f"{name}, rate {rate:g}:",
-            ", ".join(f"α = {alpha:g} {with_spread(of)}" for alpha, of in accuracies.items()),
-        )
+        means = [f"α = {alpha:g} {statistics.mean(of):.1f}" for alpha, of in accuracies.items()]
+        print(f"{name}, rate {rate:g}:", ", ".join(means))
 
 
 def report(seeds: Sequence[int], out: Path, settings: DemoSettings) -> None:
@@ -119,7 +117,7 @@ def report(seeds: Sequence[int], out: Path, settings: DemoSettings) -> None:
         "demo",
         "The demo: robustness over α",
         "Figures in % on drawings that neither the base nor the fine-tuning has seen; one base, one"
-        " split, the seeds vary the fine-tuning. Mean over the seeds, ± the standard deviation.",
+        " split, the seeds vary the fine-tuning. Means over the seeds.",
         timed=False,
     )
     runs: list[dict[str, Any]] = []
@@ -206,7 +204,7 @@ def compared(
     rows = []
     for name in of_seeds[0]:
         columns = zip(*(systems[name] for systems in of_seeds), strict=True)
-        rows.append([name, *(with_spread(column) for column in columns)])
+        rows.append([name, *(f"{statistics.mean(column):.1f}" for column in columns)])
     heads = ["system", "in distribution", "mean of the shifts"]
     tables.table(f"Classification: R-Adapter and others, seeds {seeds}", heads, rows)
 
@@ -219,7 +217,7 @@ def curves(tables: Report, title: str, of_seeds: Sequence[Figures]) -> None:
         cells = [style_of(name), f"{count:,}"]
         for alpha in alphas:
             shown = [sets[place][2][alpha] for sets in of_seeds] if alpha in values else []
-            cells.append(with_spread(shown) if shown else "")
+            cells.append(f"{statistics.mean(shown):.1f}" if shown else "")
         rows.append(cells)
     tables.table(title, ["data", "images", *(f"α = {alpha:g}" for alpha in alphas)], rows)
 

@@ -152,7 +152,6 @@ def methods() -> dict[str, Method]:
     }
     return {
         "R-Adapter": r_adapter("imagenet"),
-        "rank 4": r_adapter("imagenet", rank=4),
         "rank 4 at 5e-3": r_adapter("imagenet", rank=4, learning_rate=5e-3),
         "preserve": r_adapter("imagenet", **PRESERVE),
         "preserve, all classes": r_adapter("imagenet", **PRESERVE, **closed),

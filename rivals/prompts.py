@@ -1,4 +1,4 @@
-"""Learned vectors in place of the first words of prompts: CoOp and MaPLe."""
+"""Learned vectors in place of the first words of prompts: CoOp, CoCoOp and MaPLe."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.towers import text_tower
+from radapter_serve.clip.towers import causal_text_features, encode_text, text_tower
 from radapter_serve.errors import RAdapterError
 from rivals.adapters import blocks_of, width_of
 from rivals.method import Method, Run, System, Tuned, paper
@@ -55,15 +56,19 @@ class Context(nn.Module):
         if words:
             vectors = embedding.weight[tokens[1 : 1 + length]].detach().clone()
         self.vectors = nn.Parameter(vectors)
+        self.shift: Tensor | None = None  # added to the vectors of each text, [N, 1, d]
         embedding.register_forward_hook(self._put)
 
     def _put(self, module: nn.Module, args: Any, embeds: Tensor) -> Tensor:
-        return replaced(embeds, 1, self.vectors)
+        vectors = self.vectors if self.shift is None else self.vectors + self.shift
+        return replaced(embeds, 1, vectors)
 
 
 def replaced(x: Tensor, start: int, vectors: Tensor) -> Tensor:
-    """Replace the vectors of sequences [N, L, d] from position `start` by vectors [n, d]."""
-    length = len(vectors)
+    """Replace the vectors of sequences [N, L, d] from position `start` by vectors [n, d], or by
+    those of each sequence, [N, n, d].
+    """
+    length = vectors.shape[-2]
     return torch.cat(
         [x[:, :start], vectors.to(x.dtype).expand(len(x), -1, -1), x[:, start + length :]], dim=1
     )
@@ -113,6 +118,70 @@ class CoOp(PromptLearning):
 
     def start(self, run: Run) -> System:
         return Prompted(run, self.words, self.length)
+
+
+# CoCoOp. Zhou et al., Conditional Prompt Learning for Vision-Language Models, CVPR 2022: a context
+# that depends on the image.
+
+
+class Conditional(Prompted):
+    """A CLIP whose context is shifted for each image with a small network of its embedding.
+
+    As a class has another embedding for each image, the embedding of a class is a unit vector here,
+    and that of an image has its cosines with the classes that were embedded last, or else with the
+    run's. Classes have their first names.
+    """
+
+    def __init__(self, run: Run, words: str, length: int) -> None:
+        super().__init__(run, words, length)
+        with torch.no_grad():
+            wide = encode_text(self.model, self.prompts[:1]).shape[-1]
+        narrow = max(1, wide // 16)
+        width = self.context.vectors.shape[1]
+        self.net = nn.Sequential(nn.Linear(wide, narrow), nn.ReLU(), nn.Linear(narrow, width))
+        self.register_buffer("classes", self.prompts, persistent=False)
+        self.classes: Tensor
+        self.used = False  # whether images were compared with these classes
+
+    def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        tokens = self.tokens(classes).to(self.device)
+        if self.used and not torch.equal(tokens, self.classes):
+            raise RAdapterError("CoCoOp must know the classes before the images; leave it out")
+        self.classes = tokens
+        self.used = False
+        return torch.eye(len(tokens), device=self.device)
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        self.used = True
+        return self._cosines(pixels)
+
+    def scores(self, pixels: Tensor) -> Tensor:
+        return self.scale * self._cosines(pixels)
+
+    def _cosines(self, pixels: Tensor) -> Tensor:
+        """Compare images with the classes, [B, C], some 4,000 texts at a time."""
+        count = len(self.classes)
+        length = int(self.classes.argmax(dim=1).max()) + 1  # the end token has the largest id
+        parts = []
+        for images in torch.split(super().embed_images(pixels), max(1, 4000 // count)):
+            self.context.shift = self.net(images).repeat_interleave(count, 0)[:, None]
+            tokens = self.classes[:, :length].repeat(len(images), 1)
+            texts = F.normalize(causal_text_features(self.model, tokens).float(), dim=-1)
+            parts.append(torch.einsum("bd,bcd->bc", images, texts.view(len(images), count, -1)))
+        self.context.shift = None
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class CoCoOp(PromptLearning):
+    """Conditional context optimization; the fields are those of `Prompted`."""
+
+    settings: Mapping[str, Any] = paper(**SETTINGS, batch_size=1, epochs=10)
+    length: int = 4
+    words: str = "a photo of a"
+
+    def start(self, run: Run) -> System:
+        return Conditional(run, self.words, self.length)
 
 
 # MaPLe. Khattak et al., MaPLe: Multi-modal Prompt Learning, CVPR 2023: prompts in the first blocks

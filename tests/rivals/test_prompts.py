@@ -1,4 +1,4 @@
-"""CoOp and MaPLe: which vectors stand where, what learns, and that nothing else does."""
+"""CoOp, CoCoOp and MaPLe: which vectors stand where, what learns, and that nothing else does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from radapter_serve.errors import RAdapterError
 from rivals.method import Run, learned
-from rivals.prompts import CoOp, Coupled, MaPLe, Prompted
+from rivals.prompts import CoCoOp, Conditional, CoOp, Coupled, MaPLe, Prompted
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
@@ -104,6 +104,39 @@ def test_context_that_starts_as_words_is_zero_shot_with_them(
 def test_contexts_that_do_not_fit_are_refused(length, words, make_run: Callable[..., Run]):
     with pytest.raises(RAdapterError):
         CoOp(length=length, words=words).start(make_run())
+
+
+def test_cocoop_shifts_the_context_for_each_image(
+    make_run: Callable[..., Run], by_hand: ByHand
+) -> None:
+    cocoop = learned(CoCoOp(), make_run())
+    layers = {f"net.{number}.{name}" for number in (0, 2) for name in ("weight", "bias")}
+    assert set(cocoop.end) == {"context.vectors", *layers}
+    system = cocoop.system
+    assert isinstance(system, Conditional)
+    images = by_hand.image(PIXELS, [])
+    first, second = system.net[0], system.net[2]
+    hidden = (images @ first.weight.T + first.bias).relu()
+    shifts = (hidden @ second.weight.T + second.bias).detach()
+    assert (shifts[0] - shifts[1]).abs().max() > 1e-4
+    vectors = system.context.vectors.detach()
+
+    def cosines(names: list[str]) -> Tensor:
+        rows = []
+        for image, shift in zip(images, shifts, strict=True):
+            texts = [by_hand.text(f"a photo of a {name}.", [vectors + shift]) for name in names]
+            rows.append(torch.stack(texts) @ image)
+        return torch.stack(rows)
+
+    with torch.no_grad():
+        logits = system.scores(PIXELS)
+        others = system.embed_classes(["red one", "green"], ["whatever {}"])
+        found = system.embed_images(PIXELS) @ others.T
+    expected = by_hand.model.logit_scale.exp() * cosines(["blue", "green", "red"])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, cosines(["red one", "green"]), rtol=0, atol=1e-5)
+    with pytest.raises(RAdapterError, match="before the images"):
+        system.embed_classes(["blue", "green"], ["whatever {}"])
 
 
 @pytest.mark.parametrize("depth", [1, 9])
