@@ -428,8 +428,9 @@ def at_equal_gain(
     names: Mapping[tuple[str, str, str], NDArray[Any]],
     splits: tuple[str, ...],
 ) -> str:
-    """Make a table of what each method leads the fields of `small` by, at that of its α whose gain
-    of trained classes in their own style is nearest; empty without a run of `small`.
+    """Make a table of what each method leads the fields of `small` by, at that of its α, up to that
+    of its largest gain, whose gain of trained classes in their own style is nearest; empty without
+    a run of `small`.
     """
     of_small = grouped.get(SMALL)
     if not of_small:
@@ -441,31 +442,36 @@ def at_equal_gain(
         paired = [row for row in selected(rows, splits, kind, own, where) if row.seed in seeds]
         return lead(paired, lambda row: small[row.split, row.style, row.kind, row.seed], names)
 
-    # Choose each method's α.
-    nearest: dict[str, tuple[float, str]] = {}
+    # Choose each method's α. One above that of the largest gain would only lose more.
+    gains: dict[str, dict[str, float]] = defaultdict(dict)
     for (method, alpha), rows in grouped.items():
         if method != SMALL[0] and selected(rows, splits, "trained", own, "own"):
-            distance = abs(over_small(rows, "trained", "own").points)
-            nearest[method] = min(nearest.get(method, (distance, alpha)), (distance, alpha))
+            gains[method][alpha] = over_small(rows, "trained", "own").points
+    nearest: dict[str, str] = {}
+    for method, of_alphas in gains.items():
+        peak = max(of_alphas, key=lambda alpha: (of_alphas[alpha], -float(alpha)))
+        rising = [alpha for alpha in of_alphas if float(alpha) <= float(peak)]
+        nearest[method] = min(rising, key=lambda alpha: abs(of_alphas[alpha]))
     columns = list(product(("trained", "others, all labels"), ("own", "others")))
     leads = {
         (method, kind, where): over_small(grouped[method, alpha], kind, where)
-        for method, (_, alpha) in nearest.items()
+        for method, alpha in nearest.items()
         for kind, where in columns
     }
     if not leads:
         return ""
     shown = corrected(leads)
     lines = []
-    for method, (_, alpha) in nearest.items():
+    for method, alpha in nearest.items():
         rows = selected(grouped[method, alpha], splits, "trained", own, "own")
         line = [_counted(method, len({row.seed for row in rows} & seeds), len(seeds)), alpha]
         lines.append([*line, *(shown[method, kind, where] for kind, where in columns)])
     head = ["method", "α", *map(_titled, columns)]
     return (
         f"**At equal gain, trained: the {' and the '.join(splits)} of the classes.** What each"
-        " method leads the fields of `small` (preserve, words; α 0.5) by, each at that of its α"
-        " whose gain of trained classes in their own style is nearest, by the test images. **Bold**"
+        " method leads the fields of `small` (preserve, words; α 0.5) by, each at that of its α, up"
+        " to that of its largest gain, whose gain of trained classes in their own style is nearest,"
+        " by the test images. **Bold**"
         f" survives Holm's correction over this table.\n\n{markdown(head, lines)}"
     )
 

@@ -125,13 +125,17 @@ def test_at_equal_gain_each_method_stands_at_its_nearest_alpha() -> None:
 
     grouped = {
         others.SMALL: rows("preserve, words", 0.5, [[1, 1, 0, 0], [1, 1, 1, 0]]),
-        ("m", "0.5"): rows("m", 0.5, [[1, 1, 1, 1], [1, 1, 1, 1]]),
-        ("m", "1"): rows("m", 1.0, [[1, 1, 1, 0], [1, 0, 0, 0]], seeds=1),
+        ("m", "0.5"): rows("m", 0.5, [[1, 1, 1, 0], [1, 0, 0, 0]], seeds=1),
+        ("m", "1"): rows("m", 1.0, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+        # At 1 the gain is equal, but beyond the largest.
+        ("past", "0.5"): rows("past", 0.5, [[1, 1, 1, 0], [1, 1, 1, 1]]),
+        ("past", "1"): rows("past", 1.0, [[1, 1, 0, 0], [0, 0, 0, 0]]),
     }
     text = at_equal_gain(grouped, "x", names, ("first half",))
     (line,) = [line for line in text.splitlines() if line.startswith("| m ")]
-    assert line.startswith("| m (1 seed) | 1 | +25.0 ± ")
+    assert line.startswith("| m (1 seed) | 0.5 | +25.0 ± ")
     assert "| -50.0 ± " in line
+    assert "| past | 0.5 | +25.0" in text
     assert at_equal_gain({("m", "1"): grouped["m", "1"]}, "x", names, ("first half",)) == ""
 
 
