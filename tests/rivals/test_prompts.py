@@ -115,9 +115,9 @@ def test_cocoop_shifts_the_context_for_each_image(
     system = cocoop.system
     assert isinstance(system, Conditional)
     images = by_hand.image(PIXELS, [])
-    first, second = system.net[0], system.net[2]
-    hidden = (images @ first.weight.T + first.bias).relu()
-    shifts = (hidden @ second.weight.T + second.bias).detach()
+    weights = dict(system.net.named_parameters())
+    hidden = (images @ weights["0.weight"].T + weights["0.bias"]).relu()
+    shifts = (hidden @ weights["2.weight"].T + weights["2.bias"]).detach()
     assert (shifts[0] - shifts[1]).abs().max() > 1e-4
     vectors = system.context.vectors.detach()
 
