@@ -162,7 +162,7 @@ def methods() -> dict[str, Method]:
         **{
             name: method
             for name, method in AT_CHOSEN_RATE.items()
-            if name.startswith(("CoOp", "MaPLe", "CLIPood"))
+            if name.startswith(("CoOp", "CoCoOp", "MaPLe", "CLIPood"))
         },
     }
 

@@ -66,6 +66,7 @@ AT_CHOSEN_RATE = {
     "Mask-Fill, 3e-3": with_rate(MaskFill(weight=0.75), 3e-3),  # PACS
     "CoOp, 0.02": with_rate(NO_STOP["CoOp, no full stop"], 0.02),  # drawings
     "CoOp, 0.2": with_rate(NO_STOP["CoOp, no full stop"], 0.2),  # PACS
+    "CoCoOp, 0.2": with_rate(NO_STOP["CoCoOp, no full stop"], 0.2),  # PACS
     "MaPLe, 0.0035": NO_STOP["MaPLe, no full stop"],  # drawings
     "MaPLe, 0.35": with_rate(NO_STOP["MaPLe, no full stop"], 0.35),  # PACS
     "CLIPood, 1.5e-4": with_rate(METHODS["clipood"], 1.5e-4),  # drawings
