@@ -36,8 +36,6 @@ from radapter_serve.process import limit_threads
 from radapter_serve.sources import LOCAL
 from radapter_serve.training.loop import vocabulary
 from radapter_serve.training.projection import (
-    LEAST_IN_FOLDS,
-    WITHOUT_FOLDS,
     Maps,
     Vectors,
     cross_validate,
@@ -196,12 +194,8 @@ def learned(
     """
     scale, _ = logit_scale_and_bias(base.model.state_dict())
     train = partial(learn, sides=sides, scale=scale, loss=loss_of(base, recipe))
-    folds = folds_of(vectors, recipe.seed)
-    alpha = WITHOUT_FOLDS
-    if float(np.mean(folds >= 0)) >= LEAST_IN_FOLDS:
-        recipe = cross_validate(vectors, [recipe], folds, train).recipe
-        alpha = recipe.alpha
-    return train(vectors, np.arange(len(vectors.images)), recipe), alpha
+    chosen = cross_validate(vectors, recipe, train).recipe
+    return train(vectors, np.arange(len(vectors.images)), chosen), chosen.alpha
 
 
 def heads(task: Task, name: str, folds: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -610,7 +604,7 @@ def _kept_rows(folder: Path) -> Iterator[Judged]:
         yield from (row for row in rows if row.method == "small" and row.alpha in (0.5, 1.0))
     path = folder / "others" / "others.jsonl"
     for rows in read_cells(path, lambda cell: [Judged(*cell["run"], *row) for row in cell["rows"]]):
-        alpha = min(row.alpha for row in rows if row.alpha >= 0.5)
+        alpha = min((row.alpha for row in rows if row.alpha >= 0.5), default=None)
         yield from (row for row in rows if row.alpha == alpha)
 
 

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
-from radapter_serve.adapter.file import tensors_digest, tower_of
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.data.captions import Captioned
@@ -97,19 +96,18 @@ def kept(ids: Sequence[str], width: int, embed: Embed, out: Path, facts: Any) ->
 
 
 def embed_images(
-    data: Labelled | Captioned, base: Base, recipe: Recipe, out: Path, *, show: bool
+    data: Labelled | Captioned, base: Base, tower: str, recipe: Recipe, out: Path, *, show: bool
 ) -> tuple[Floats, list[str]]:
-    """Embed the images of a run at unit length, [N, D], as a server sees them. Returns one line for
-    each image that can't be read, whose row is NaN.
+    """Embed the images of a run at unit length, [N, D], as a server sees them, with a tower of this
+    digest. Returns one line for each image that can't be read, whose row is NaN.
     """
     rows = data.image_rows
     broken: dict[int, str] = {}
     device = next(base.model.parameters()).device
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
-    weights = base.model.state_dict()
     facts = {
-        "tower": tensors_digest({n: t for n, t in weights.items() if tower_of(n) == "image"}),
+        "tower": tower,
         "preprocess": base.preprocess,
         "exif_orientation": recipe.exif_orientation,
         "precision": recipe.precision,
@@ -156,15 +154,11 @@ def embed_images(
     return vectors, lines
 
 
-def embed_texts(base: Base, texts: Sequence[str], recipe: Recipe, out: Path) -> Floats:
-    """Embed texts at unit length, [T, D]."""
-    weights = base.model.state_dict()
+def embed_texts(base: Base, tower: str, texts: Sequence[str], recipe: Recipe, out: Path) -> Floats:
+    """Embed texts at unit length, [T, D], with a tower of this digest."""
     device = next(base.model.parameters()).device
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
-    facts = {
-        "tower": tensors_digest({n: t for n, t in weights.items() if tower_of(n) == "text"}),
-        "precision": recipe.precision,
-    }
+    facts = {"tower": tower, "precision": recipe.precision}
 
     @torch.inference_mode()
     def embed(numbers: Sequence[int]) -> Iterator[tuple[list[int], Floats]]:

@@ -59,6 +59,7 @@ WITHOUT_FOLDS = 0.5  # the α of a run whose images form no folds
 LEAST_IN_FOLDS = 0.5  # fraction of the images that must have a fold
 ACCURACY = "acc1"
 SET = "cross-validation"  # the name of its validation set
+_FEW = 300  # classes, of whose products a step's time is as long with one thread
 _CLASSES = 1000  # of a step; of more, those that no image of the batch has are drawn
 HELD_OUT = "validation"  # images of calibrated scores, if a run has any
 _CALIBRATED = 2000  # images at most, with which scores are calibrated
@@ -121,7 +122,7 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
     sites = find_sites(base.model, adapt=recipe.adapt, partial=recipe.partial)
     keys = {"image" if site.key.startswith("visual.") else "text": site.key for site in sites}
     digest = base_digest(base.model.state_dict(), keys.values())
-    text_tower = towers_of(base.model, {})["text_tower"].base if "text" in keys else None
+    towers = {name: tower.base for name, tower in towers_of(base.model, {}).items()}
     data, val = opened.ready(recipe, base)
     assert isinstance(data, Labelled | Captioned)  # Recipe.check refuses masks
     to_device(base.model)
@@ -143,65 +144,57 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
     if not recipe.has_embeddings:
         count = len(data.image_rows)
         say(f"embedding {count:,} images and their texts once, kept in {out / 'embeddings'}")
-    vectors, lines = _vectors(data, base, recipe, out, show)
+    vectors, lines = _vectors(data, base, towers, recipe, out, show)
     note(*lines)
     held = None
     if val is not None:
         assert isinstance(val, Labelled | Captioned)
-        held, lines = _vectors(val, base, recipe, out, show)
+        held, lines = _vectors(val, base, towers, recipe, out, show)
         note(*lines)
     say(f"embeddings are ready after {time.monotonic() - began:.1f} s")
 
     # Choose with cross-validation.
-    rates = RATES_TRIED if recipe.learning_rate == "auto" else (recipe.peak_rate,)
-    weights = WEIGHTS_TRIED if recipe.preserve_words == "auto" else (recipe.words_weight,)
-    settings = [
-        dataclasses.replace(
-            recipe,
-            learning_rate=rate,
-            min_learning_rate=min(recipe.min_learning_rate, rate),
-            preserve_words=weight,
-        )
-        for rate, weight in itertools.product(rates, weights)
-    ]
     scale, bias = logit_scale_and_bias(base.model.state_dict())
-    train = partial(learn, sides=tuple(keys), scale=scale, loss=loss_of(base, recipe))
+    loss = loss_of(base, recipe)
+    threads = torch.get_num_threads()
+
+    def train(vectors: Vectors, rows: NDArray[np.int64], setting: Recipe) -> Maps:
+        # The products of few classes are too small to share: threads that wait for each other
+        # beside other work took 70 times as long.
+        if len(vectors.texts_of) <= _FEW:
+            torch.set_num_threads(1)
+        try:
+            return learn(vectors, rows, setting, sides=tuple(keys), scale=scale, loss=loss)
+        finally:
+            torch.set_num_threads(threads)
+
     began = time.monotonic()
-    folds = folds_of(vectors, recipe.seed)
-    in_folds = float(np.mean(folds >= 0))
-    validated: Validated | None = None
-    if in_folds < LEAST_IN_FOLDS:
-        chosen = dataclasses.replace(settings[len(settings) // 2], alpha=WITHOUT_FOLDS)
-        note(
-            f"note: only {100 * in_folds:.0f} % of the images share their class with another one,"
-            f" so too few can be held out: learning rate {chosen.peak_rate:g}, preserve_words"
-            f" {chosen.words_weight:g} and alpha {chosen.alpha:g} were not chosen on these images"
-        )
-    else:
-        say(
-            f"cross-validation: {FOLDS * len(settings)} short runs, each without a third of the"
-            " images, which judge it"
-        )
-        validated = cross_validate(vectors, settings, folds, train)
-        chosen = validated.recipe
+    say("cross-validation: each third of the images judges runs without it")
+    validated = cross_validate(vectors, recipe, train)
+    chosen = validated.recipe
+    if validated.trials:
         say(f"{validated.summary} ({time.monotonic() - began:.1f} s)")
         _write(out / RATES, json.dumps(validated.table, indent=2))
+    else:
+        note(
+            "note: too few images share their class with another one, so none are held out:"
+            f" learning rate {chosen.peak_rate:g}, preserve_words {chosen.words_weight:g} and alpha"
+            f" {chosen.alpha:g} were not chosen on these images"
+        )
 
     # Train with all images, and measure with images that the run did not have.
     plan = chosen.resolved(len(vectors.images))
     maps = train(vectors, np.arange(len(vectors.images)), chosen)
     notes += plan.notes
-    metrics: dict[str, float] = {}
-    judges: list[tuple[Vectors, NDArray[np.int64], Maps]] = []
+    metrics = validated.metrics
+    judges = [(vectors, rows, without) for rows, without in validated.parts]
     if held is not None:
         rows = np.arange(len(held.images))
         judges = [(held, rows, maps)]
+        metrics = {}
         for alpha in sorted({chosen.alpha, 1.0}):
             right, _ = judge(held, rows, maps, alpha)
             metrics[f"{held.metric}@alpha={alpha:g}"] = round(float(right.mean()), 4)
-    elif validated is not None:
-        judges = [(vectors, rows, without) for rows, without in validated.parts]
-        metrics = validated.metrics
     # Calibrate scores for a server that has the adapter beside a release.
     confidence: dict[str, Any] | None = None
     of_one_class = vectors.of_classes and vectors.owners.shape[1] == 1
@@ -232,13 +225,13 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
         metrics=metrics,
         classes=list(data.classes) if isinstance(data, Labelled) else None,
         held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,
-        text_tower=text_tower,
+        text_tower=towers["text_tower"] if "text" in keys else None,
         confidence=confidence,
     )
     adapter = Adapter(tensors, metadata)
     save_adapter(adapter, out / ADAPTER)
     _write(out / RECIPE, yaml.safe_dump(chosen.to_dict(), sort_keys=False))
-    if validated is not None:
+    if validated.trials:
         choice = validated.choice(recipe.alpha, adapter.digest, held_out_digest(data))
         alpha_choice.save_choice(choice, out)
         for line in choice.notes:
@@ -289,7 +282,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Validated:
-    """What cross-validation chose, and the figures of the choice."""
+    """What cross-validation chose, and the figures of the choice: none if too few images have a
+    fold.
+    """
 
     recipe: Recipe  # the chosen setting, at the chosen α
     metric: str
@@ -341,12 +336,27 @@ class Validated:
 
 
 def cross_validate(
-    vectors: Vectors,
-    settings: list[Recipe],
-    folds: NDArray[np.int64],
-    train: Callable[..., dict[str, LinearAdapter]],
+    vectors: Vectors, recipe: Recipe, train: Callable[[Vectors, NDArray[np.int64], Recipe], Maps]
 ) -> Validated:
-    """Train each setting without each fold, judge it there at `ALPHAS`, and choose with `RULE`."""
+    """Train each setting of a recipe without each fold, judge it there at `ALPHAS`, and choose with
+    `RULE`.
+    """
+    rates = RATES_TRIED if recipe.learning_rate == "auto" else (recipe.peak_rate,)
+    weights = WEIGHTS_TRIED if recipe.preserve_words == "auto" else (recipe.words_weight,)
+    settings = [
+        dataclasses.replace(
+            recipe,
+            learning_rate=rate,
+            min_learning_rate=min(recipe.min_learning_rate, rate),
+            preserve_words=weight,
+        )
+        for rate, weight in itertools.product(rates, weights)
+    ]
+    folds = folds_of(vectors, recipe.seed)
+    if np.mean(folds >= 0) < LEAST_IN_FOLDS:
+        middle = dataclasses.replace(settings[len(settings) // 2], alpha=WITHOUT_FOLDS)
+        return Validated(middle, vectors.metric, [], [], [])
+
     trials: list[Trial] = []
     parts_of: list[list[tuple[NDArray[np.int64], Maps]]] = []
     for setting in settings:
@@ -517,7 +527,12 @@ def judge(
 
 
 def _vectors(
-    data: Labelled | Captioned, base: Base, recipe: Recipe, out: Path, show: bool
+    data: Labelled | Captioned,
+    base: Base,
+    towers: Mapping[str, str],
+    recipe: Recipe,
+    out: Path,
+    show: bool,
 ) -> tuple[Vectors, list[str]]:
     """Embed images and their texts, or take the embeddings that the recipe names; returns notes for
     the user, too. Images that can't be read are left out.
@@ -525,7 +540,8 @@ def _vectors(
     if recipe.has_embeddings:
         images, notes = open_vectors(data, base, recipe)
     else:
-        images, broken = embed_images(data, base, recipe, out, show=show)
+        tower = towers["image_tower"]
+        images, broken = embed_images(data, base, tower, recipe, out, show=show)
         notes = [f"left out {len(broken)} broken images, such as: {broken[0]}"] if broken else []
     names: list[str] = []
     if isinstance(data, Labelled):
@@ -543,7 +559,7 @@ def _vectors(
     ]
     texts = list(dict.fromkeys([*itertools.chain(*trained, *found), *words, *nouns]))
     number_of = {text: number for number, text in enumerate(texts)}
-    embeds = torch.from_numpy(embed_texts(base, texts, recipe, out))
+    embeds = torch.from_numpy(embed_texts(base, towers["text_tower"], texts, recipe, out))
 
     def numbers(texts: Sequence[str]) -> list[int]:
         return [number_of[text] for text in texts]
