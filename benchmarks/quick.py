@@ -8,13 +8,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tyro
 from common import CLASS_NAMES, RESULTS, Report, picture, random_clip, say
 
 WHAT = """Seconds of each command as a whole process, with {architecture} of random weights and
 photos of 640 x 480 in {classes} classes: `radapter-train`, `radapter-export` and the first answer
-of `radapter-query classify`. Random weights learn nothing, but take the time of real ones. The
-peak is that of training."""
+of `radapter-query classify`; the last two do not depend on the number of photos, and were measured
+once. Random weights learn nothing, but take the time of real ones. The peak is that of training."""
 ANSWER = "from photos to an answer"
 
 
@@ -46,6 +50,7 @@ def run(*command: str, cwd: Path) -> tuple[float, int]:
 def measure(
     architecture: str = "ViT-B-32",
     images: tuple[int, ...] = (50, 200, 1000),
+    embeddings: int = 100_000,
     precision: tuple[str, ...] = ("auto", "no"),
     classes: int = 10,
     results: Path = RESULTS,
@@ -55,17 +60,36 @@ def measure(
     Args:
         architecture: name in open_clip.
         images: numbers of photos.
+        embeddings: number of embeddings with labels that a run without photos has; 0 for none.
         precision: of the embeddings: auto takes bf16 where the machine has it.
         classes: of the photos.
         results: folder of the report.
     """
     what = WHAT.format(architecture=architecture, classes=classes)
     report = Report("quick", "From photos to an answer", what, timed=False)
+    columns = ["recipe, photos, precision", "train s", "to an answer s", "peak MB"]
     rows = []
+    rest: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "base").mkdir()
         base, _, _ = random_clip(architecture, folder / "base")
+        recipe = ("--recipe", "quick", "--architecture", base, "--pretrained", "None")
+
+        def add(name: str, out: str, *data: str) -> None:
+            say(name)
+            train, peak = run("radapter-train", *recipe, *data, "--out", out, cwd=folder)
+            if not rest:
+                places = ("--model-repository", "models", "--merged", "merged")
+                run_of = ("--adapter", out, "--alpha", "1")
+                rest["export"], _ = run("radapter-export", *run_of, *places, cwd=folder)
+                photo = str(next(folder.rglob("*.jpg")))
+                asked = (photo, "--label-set", "classes", "--model", "models")
+                rest["first answer"], _ = run("radapter-query", "classify", *asked, cwd=folder)
+            total = train + sum(rest.values())
+            rows.append([name, f"{train:.1f}", f"{total:.1f}", f"{peak / 1e6:.0f}"])
+            report.table(ANSWER, columns, rows)
+
         for count in images:
             photos = folder / f"photos-{count}"
             for number in range(count):
@@ -73,27 +97,21 @@ def measure(
                 place.mkdir(parents=True, exist_ok=True)
                 (place / f"{number}.jpg").write_bytes(picture(seed=number))
             for kind in precision:
-                say(f"{count} photos, precision {kind}")
                 out = f"runs-{count}-{kind}/quick"
-                shared = ("--data", str(photos), "--architecture", base, "--precision", kind)
-                unnamed = ("--pretrained", "None")
-                recipe = ("--recipe", "quick", "--out", out)
-                train, peak = run("radapter-train", *recipe, *shared, *unnamed, cwd=folder)
-                repository = f"models-{count}-{kind}"
-                export, _ = run(
-                    "radapter-export",
-                    *("--adapter", out, "--alpha", "1", "--model-repository", repository),
-                    *("--merged", f"{repository}-merged"),
-                    cwd=folder,
-                )
-                photo = str(next(photos.rglob("*.jpg")))
-                asked = ("--label-set", "classes", "--model", repository)
-                query, _ = run("radapter-query", "classify", photo, *asked, cwd=folder)
-                total = train + export + query
-                cells = [f"{value:.1f}" for value in (train, export, query, total)]
-                rows.append([f"quick, {count}, {kind}", *cells, f"{peak / 1e6:.0f}"])
-                columns = ["recipe, photos, precision", "train s", "export s", "query s"]
-                report.table(ANSWER, [*columns, "all s", "peak MB"], rows)
+                shown = ("--data", str(photos), "--precision", kind)
+                add(f"quick, {count:,}, {kind}", out, *shown)
+        if embeddings:
+            draw = np.random.default_rng(0)
+            width = int(open_clip.get_model_config(architecture)["embed_dim"])
+            vectors = draw.standard_normal((embeddings, width), dtype=np.float32)
+            np.save(folder / "vectors.npy", vectors)
+            names = [f"{number}.jpg" for number in range(embeddings)]
+            labels = [CLASS_NAMES[number % classes] for number in range(embeddings)]
+            table = pa.table({"image": names, "label": labels})
+            pq.write_table(table, folder / "rows.parquet")
+            data = ("--embeddings", "vectors.npy", "--rows", "rows.parquet")
+            add(f"quick, {embeddings:,} embeddings", "runs-embeddings/quick", *data)
+    report.note("; ".join(f"{name} {seconds:.1f} s" for name, seconds in rest.items()) + ".")
     report.write(results)
 
 
