@@ -288,9 +288,11 @@ def embed_labels(
             check_cancelled(cancelled)
             last = max(first + 1, np.searchsorted(ends, ends[first] + _MAPPED, "right") - 1)
             mapped = place.map(stored[ends[first] : ends[last]])
-            sums.append(np.add.reduceat(mapped, ends[first:last] - ends[first]))
+            # Not `np.add.reduceat`, which takes 25 times as long for 80 templates.
+            for start, end in itertools.pairwise(ends[first : last + 1] - ends[first]):
+                sums.append(mapped[start:end].sum(axis=0))
             first = last
-        rows = np.concatenate(sums)
+        rows = np.stack(sums)
         units = np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
         embeds.update(zip(labels, units, strict=True))
 
