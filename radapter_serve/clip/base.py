@@ -52,6 +52,12 @@ _CODE_FIELDS = (
     *("quantization_config", "use_kernels"),
 )
 _TIMM_NAME = re.compile(r"[\w.]+")
+_MAX_CONFIG = 4 * 2**20  # bytes of a configuration
+# Far above every model; open_clip makes what a configuration says before it reads the weights.
+_MOST = {
+    **{"layers": 1000, "num_hidden_layers": 1000, "context_length": 10_000},
+    **{"width": 10_000, "hidden_size": 10_000, "embed_dim": 10_000, "image_size": 2048},
+}
 
 
 @dataclass(frozen=True)
@@ -261,6 +267,8 @@ def _local_config(folder: Path) -> dict[str, Any]:
     path = folder / "open_clip_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+        if not isinstance(config, dict):
+            raise TypeError("model_cfg is no table")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RAdapterError(
             f"{folder} is not a model folder: {path.name} is missing or broken ({error}), and it"
@@ -347,6 +355,10 @@ def _check_configs(folder: Path) -> None:
                     raise _refused(path, field, "a base may not bring code")
                 if field in _ATTENTION and "/" in json.dumps(value):
                     raise _refused(path, f"{field} {short(value)}", "a base may not bring code")
+                if isinstance(value, int) and value > _MOST.get(field, value):
+                    raise RAdapterError(
+                        f"{path} says that {field} is {value}; allowed: at most {_MOST[field]}"
+                    )
 
 
 def _folder_of_config(name: str) -> Path:
@@ -364,6 +376,8 @@ def _folder_of_config(name: str) -> Path:
 
 def _read(path: Path) -> Any:
     try:
+        if path.stat().st_size > _MAX_CONFIG:
+            raise RAdapterError(f"{path} has more than {_MAX_CONFIG} bytes; no configuration has")
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RAdapterError(f"could not load {path}: it is not JSON ({reason(error)})") from error

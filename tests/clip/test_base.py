@@ -90,6 +90,36 @@ def test_a_pipe_in_the_place_of_a_file_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("tower", "changes", "words"),
+    [
+        (
+            "text_cfg",
+            {"layers": 10**9},
+            "layers is 1000000000; allowed: at most 1000",
+        ),  # builds for hours
+        ("text_cfg", {"context_length": 10**5}, "context_length is 100000; allowed"),
+        ("vision_cfg", {"width": 32768, "layers": 100}, "width is 32768; allowed"),
+        ("preprocess_cfg", {"note": " " * 2**22}, "has more than 4194304 bytes"),
+    ],
+)
+def test_a_configuration_that_takes_hours_or_all_memory_is_refused(
+    tower: str, changes: dict[str, Any], words: str, tiny_clip_dir: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), folder)
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    table = config if tower not in config["model_cfg"] else config["model_cfg"]
+    table[tower].update(changes)
+    path.write_text(json.dumps(config))
+    with pytest.raises(RAdapterError, match=words):
+        load_base(f"local-dir:{folder}")
+    path.write_text(json.dumps({"model_cfg": [[]]}))
+    with pytest.raises(RAdapterError, match="model_cfg is no table"):
+        load_base(f"local-dir:{folder}")
+
+
+@pytest.mark.parametrize(
     ("name", "beside", "quick"),
     [
         ("weights.pt", None, False),

@@ -25,6 +25,7 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError, in_words
 from radapter_serve.training import Average, Recipe, choose_form, train
 from radapter_serve.training.data import open_run
+from radapter_serve.training.progress import Interruption
 from radapter_serve.training.setup import build
 from radapter_serve.training.validation import answers, validate
 from tests.helpers.by_hand import assert_same
@@ -138,6 +139,16 @@ def test_a_run_that_is_stopped_is_resumed_to_the_same_result(
     assert main(["--resume", str(folder)]) == 0
     assert len(losses(folder)) == 8
     torch.testing.assert_close(load_adapter(folder).tensors, expected, rtol=0, atol=1e-7)
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    lines: list[str] = []
+    with Interruption(lines.append):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert len(lines) == 1 and "press Ctrl-C again to quit now" in lines[0]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert len(lines) == 1
 
 
 def test_times_are_written_in_words() -> None:
