@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import io
 import itertools
@@ -25,6 +26,7 @@ from radapter_client import (
     Hit,
     Hits,
     ModelNotFound,
+    RAdapterClientError,
     Reply,
     Request,
     Segmentation,
@@ -33,7 +35,7 @@ from radapter_client import (
     _wire,
 )
 from radapter_client._results import read_releases
-from radapter_client._sending import Sender
+from radapter_client._sending import CANCELLED, Sender
 from tests.helpers.stand_ins import Recorder, described
 
 CLIENT = Client(transport=Recorder(), release=1)
@@ -91,12 +93,15 @@ def test_the_asynchronous_client_has_the_same_methods_and_asks_the_same():
     assert [request.version for request in recorder.inferences[1:3]] == ["1", "1"]
 
 
-def test_waits_between_tries_grow_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Away(Recorder):
-        def send(self, request: Request, timeout: float) -> Any:
-            super().send(request, timeout)
-            raise ServerUnavailable("x")
+class Away(Recorder):
+    """A server that is not there."""
 
+    def send(self, request: Request, timeout: float) -> Any:
+        super().send(request, timeout)
+        raise ServerUnavailable("x")
+
+
+def test_waits_between_tries_grow_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr("radapter_client._sending.time.sleep", waits.append)
     transport = Away()
@@ -113,6 +118,23 @@ def test_waits_between_tries_grow_and_end(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ServerUnavailable):  # a wait beyond the time-out is not begun
         sender.ask([part], sender.limit(0.01))
     assert len(waits) == 10
+
+
+def test_a_call_that_is_cancelled_while_it_waits_for_its_next_try_ends() -> None:
+    class SetInTheWait(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            return True
+
+    transport = Away()
+    sender = Sender(transport, timeout=9, retries=3, concurrency=1, progress=False)
+
+    def ask() -> None:
+        CANCELLED.set(SetInTheWait())
+        sender.ask([lambda: Request("config", "classify")], sender.limit(None))
+
+    with pytest.raises(RAdapterClientError, match="the call was cancelled"):
+        contextvars.copy_context().run(ask)
+    assert len(transport.requests) == 1
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,24 @@ def test_what_is_added_replaced_and_removed_is_seen_by_the_next_request(tmp_path
         adapters.get("anna")
     assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [LIST]
     np.testing.assert_array_equal(kept.factors[0], first)  # a running request keeps its adapter
+
+
+def test_a_replaced_adapter_leaves_the_memory(tmp_path):
+    put(tmp_path, "anna", seed=1)
+    adapters = Adapters(tmp_path, TOWER)
+    before = weakref.ref(adapters.get("anna"))
+    put(tmp_path, "anna", seed=2, replace=True)
+    adapters.get("anna")
+    assert before() is None
+
+
+def test_an_adapter_whose_facts_name_another_tower_than_the_list_is_refused(tmp_path):
+    other = "sha256:" + "b" * 64
+    put(tmp_path, "anna", tower=other)
+    path = tmp_path / FOLDER / LIST
+    path.write_text(path.read_text().replace(other, TOWER))
+    with pytest.raises(TaskError, match="is damaged: its files are not those of the list"):
+        Adapters(tmp_path, TOWER).get("anna")
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(tmp_path):
