@@ -295,6 +295,18 @@ def test_who_has_left_or_waited_too_long_decodes_nothing(
         asked(engine, task, LARGE, deadline=time.monotonic() + 0.05)
 
 
+def test_two_images_are_segmented_at_once_and_a_third_waits(engine: Engine) -> None:
+    soon = time.monotonic() + 60
+    limit = engine._served[2].segmentations
+    with limit():
+        assert asked(engine, "segment", SMALL, deadline=soon)
+        with limit():
+            with pytest.raises(TaskError, match=r"\[timed_out\]"):
+                asked(engine, "segment", SMALL, deadline=time.monotonic() + 0.2)
+            assert asked(engine, "classify", SMALL, deadline=soon)
+    assert asked(engine, "segment", SMALL, deadline=soon)
+
+
 def test_a_request_takes_the_way_that_the_page_describes(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").write_bytes(png(0, kind="JPEG"))
     model = Model(repository)
