@@ -120,6 +120,19 @@ def test_waits_between_tries_grow_and_end(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(waits) == 10
 
 
+def test_a_client_that_is_closed_in_a_call_does_not_try_again() -> None:
+    class Closes(Away):
+        def send(self, request: Request, timeout: float) -> Any:
+            sender.close()
+            return super().send(request, timeout)
+
+    transport = Closes()
+    sender = Sender(transport, retries=3, timeout=1000, concurrency=1, progress=False)
+    with pytest.raises(RAdapterClientError, match="closed in the middle of a call"):
+        sender.ask([lambda: Request("config", "classify")], sender.limit(None))
+    assert len(transport.timeouts) == 1
+
+
 def test_a_call_that_is_cancelled_while_it_waits_for_its_next_try_ends() -> None:
     class SetInTheWait(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
