@@ -55,8 +55,13 @@ _TIMM_NAME = re.compile(r"[\w.]+")
 _MAX_CONFIG = 4 * 2**20  # bytes of a configuration
 # Far above every model; open_clip makes what a configuration says before it reads the weights.
 _MOST = {
-    **{"layers": 1000, "num_hidden_layers": 1000, "context_length": 10_000},
-    **{"width": 10_000, "hidden_size": 10_000, "embed_dim": 10_000, "image_size": 2048},
+    "layers": 1000,
+    "num_hidden_layers": 1000,
+    "context_length": 10_000,
+    "width": 10_000,
+    "hidden_size": 10_000,
+    "embed_dim": 10_000,
+    "image_size": 2048,
 }
 
 

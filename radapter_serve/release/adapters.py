@@ -299,10 +299,11 @@ def load(repository: Path, name: str, entry: Entry, *, mapped: bool = False) -> 
 
     folder = repository / FOLDER / entry.folder
     try:
-        facts = checker(AdapterFacts).validate_json(_read(folder / FACTS))
+        contents = {FACTS: _read(folder / FACTS)}
+        facts = checker(AdapterFacts).validate_json(contents[FACTS])
         if entry.sums.keys() != {FACTS, *_files(facts)} or facts.text_tower != entry.text_tower:
             raise RAdapterError("its files are not those of the list")
-        contents = {file: _read(folder / file) for file in entry.sums}
+        contents |= {file: _read(folder / file) for file in _files(facts)}
         for file, digest in entry.sums.items():
             if digest_of(contents[file]) != digest:
                 raise RAdapterError(f"{file} differs from its digest")
