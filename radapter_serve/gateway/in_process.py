@@ -25,7 +25,6 @@ from radapter_serve.gateway.upstream import LOG, Entry, Inference, ServedModel, 
 from radapter_serve.release.integrity import verify
 from radapter_serve.release.release import TASKS, Release, release_parameters
 from radapter_serve.release.repository import (
-    AUTO,
     ENCODERS,
     MODELS,
     Served,
@@ -100,8 +99,8 @@ class EngineServer(ReleaseServer):
 
         # Serve them from here on.
         self.engine.commit(prepared)
-        if new and self.runtime == AUTO:
-            self.runtime = choice.runtime
+        if new:
+            self._take(new, choice)
         self._releases = releases
         self.facts = {number: loaded.release for number, loaded in releases.items()}
 

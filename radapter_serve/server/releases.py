@@ -28,7 +28,6 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.config import check
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import (
-    AUTO,
     MODELS,
     Served,
     format_list,
@@ -55,8 +54,9 @@ class ReleaseServer(ABC):
             model_repository=config.model_repository.resolve(),
             indexes=config.indexes.resolve(),
         )
-        self.runtime: str | None = config.runtime  # of all encoders; None: each has its export's
-        self.precision: str | None = config.precision  # of all encoders, in the same way
+        # Runtime and precision by the precisions of exports: what `auto` took for some releases
+        # holds for later ones that were exported in the same.
+        self._taken: dict[frozenset[str], tuple[str | None, str | None]] = {}
         self.note = ""  # about the precision, for people
         self.facts: dict[int, Release] = {}  # of the releases, as this server computes them
         self.served = Served(())
@@ -67,26 +67,29 @@ class ReleaseServer(ABC):
         """Check that the releases answer correctly, and serve them, or else go on as before."""
 
     def _choose(self, releases: Sequence[int], say: Say) -> Choice:
-        """Choose the precision and its runtime for this machine; `auto` becomes what is chosen."""
+        """Choose the precision of releases and its runtime on this machine."""
         say("choosing the precision")
         config = self.config
-        folder = config.model_repository / MODELS[-1]
-        exported = {Release.load(folder / str(number)).precision for number in releases}
-        # What `auto` took is for fp32: releases in another precision stay as they were exported.
-        stays = config.precision == AUTO and exported - {"fp32"}
+        asked = config.runtime, config.precision
+        runtime, precision = self._taken.get(self._kind(releases), asked)
         choice = choose(
             config.model_repository,
             releases,
-            config.runtime if stays else self.runtime,
-            AUTO if stays else self.precision,
+            runtime,
+            precision,
             config.encoder_threads,
             on_gpu=gpu() is not None,
         )
-        if not (stays and self.facts):
-            self.runtime = choice.runtime
-            self.precision = choice.precision
         self.note = self.note or choice.note
         return choice
+
+    def _take(self, releases: Sequence[int], choice: Choice) -> None:
+        """Keep a choice for later releases that were exported in the same precisions."""
+        self._taken[self._kind(releases)] = choice.runtime, choice.precision
+
+    def _kind(self, releases: Sequence[int]) -> frozenset[str]:
+        folder = self.config.model_repository / MODELS[-1]
+        return frozenset(Release.load(folder / str(number)).precision for number in releases)
 
     def load(self, releases: Sequence[int], say: Say = lambda line: None) -> str:
         """Serve these releases instead of the present ones, which stay if a new one does not

@@ -26,7 +26,7 @@ from radapter_serve.files import disk_errors
 from radapter_serve.process import STOPPING, SYSTEM, Clock, handled
 from radapter_serve.release.config import ServedEncoder, check, encoders_of
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import AUTO, MODELS, Served, check_repository
+from radapter_serve.release.repository import MODELS, Served, check_repository
 from radapter_serve.server import launch
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import Control, check_side_by_side, switch, warm_up
@@ -253,9 +253,8 @@ class TritonServer(ReleaseServer):
             self._installation.backends,
             progress,
         )
-        if self.runtime == AUTO:
-            self.runtime = runtime
         choice = replace(choice, runtime=runtime)
+        self._take(releases, choice)
         for version in releases:
             known = Release.load(repository / MODELS[-1] / str(version))
             # What was measured at the start holds for a release that goes on.
