@@ -197,9 +197,8 @@ class LoadedRelease:
         """Embeddings of the base for all prompts of a label set with these labels and templates, in
         the order of `load_prompts`; None if the export has stored none for this place.
         """
-        if place.adapter is None or self.adapters is None:
-            return None
-        if place.encoder_alpha not in (None, self.exported_alpha):
+        adapter = place.adapter
+        if adapter is None or adapter.facts.text_tower != self.release.text_tower.base:
             return None
         for name, label_set in self.label_sets.items():
             if label_set.lines == tuple(lines) and label_set.templates == tuple(templates):

@@ -340,9 +340,7 @@ def _column(name: str, batch: pa.RecordBatch) -> _Term:
     if pa.types.is_date(arrow):
         return _Term(column.cast(pa.date32()), "date")
     if pa.types.is_timestamp(arrow):
-        if arrow.tz:
-            column = column.cast(pa.timestamp(arrow.unit))  # in UTC
-        return _Term(column.cast(pa.timestamp("us"), safe=False), "time")
+        return _Term(column.cast(pa.timestamp("us"), safe=False), "time")  # in UTC
     return _Term(column, str(arrow))
 
 
@@ -444,7 +442,7 @@ def _cast(node: exp.Cast, term: _Term) -> _Term:
     values = term.values
     if kind == "integer" and term.kind in ("float", "narrow"):
         values = pc.trunc(values)
-    return _Term(values.cast(_TYPES[kind], safe=kind != "date"), kind)
+    return _Term(values.cast(_TYPES[kind]), kind)
 
 
 def _numbers(node: Any, operands: list[_Term]) -> tuple[Any, Any, str]:

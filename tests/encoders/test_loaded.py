@@ -251,7 +251,9 @@ def test_an_error_reaches_its_own_task_alone(
     assert "secret.py" in capfd.readouterr().err
 
 
-def test_where_the_encoder_takes_nobody_all_tasks_end(local: Local) -> None:
+@pytest.mark.parametrize("error", [TaskError(OVERLOADED, "too many"), KeyboardInterrupt()])
+def test_where_the_encoder_takes_nobody_all_tasks_end(local: Local, error: BaseException) -> None:
+    """Even while somebody keeps the traceback, as an interactive session does."""
     ended = []
 
     def task() -> TaskSteps[None]:
@@ -261,26 +263,30 @@ def test_where_the_encoder_takes_nobody_all_tasks_end(local: Local) -> None:
             ended.append(True)
 
     def refuses(needs: Any) -> Any:
-        raise TaskError(OVERLOADED, "too many")
+        raise error
 
-    answers = together([task(), task()], refuses)
-    assert [one.code for one in answers if isinstance(one, TaskError)] == [OVERLOADED] * 2
+    if isinstance(error, TaskError):
+        assert codes(together([task(), task()], refuses)) == [OVERLOADED] * 2
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            together([task(), task()], refuses)
     assert len(ended) == 2
 
 
 def test_tasks_with_many_rows_leave_turns_to_others(local: Local) -> None:
     sizes: list[int] = []
 
-    def task() -> TaskSteps[int]:
-        rows = yield from local.loaded.encoded("tokens", [[1]] * 100)
+    def task(count: int) -> TaskSteps[int]:
+        rows = yield from local.loaded.encoded("tokens", [[1]] * count)
         return len(rows)
 
     def encode(needs: Any) -> Any:
         sizes.append(sum(len(need.rows) for need in needs))
         return encode_together(needs)
 
-    assert together([task() for _ in range(5)], encode) == [100] * 5
-    assert sizes == [200, 200, 100]
+    counts = [300, 100, 100, 100, 100, 100]  # the first is more than a batch by itself
+    assert together([*map(task, counts)], encode) == counts
+    assert sizes == [300, 200, 200, 100]
 
 
 def test_each_row_is_encoded_at_the_alpha_of_its_task(local: Local) -> None:

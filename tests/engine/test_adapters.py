@@ -255,6 +255,12 @@ class TestStoredPrompts:
         place = loaded.place(Point("anna", 0.5))
         mapped = complete(embed_label_set(loaded, Labels(label_set="animals"), place, None))
         np.testing.assert_allclose(mapped.embeds, means, atol=1e-6)
+        # The prompts are of the base: an adapter of another tower has none.
+        names = label_set.lines, label_set.templates
+        assert loaded.stored_prompts(*names, place) is not None
+        facts = replace(place.adapter.facts, text_tower="sha256:" + "0" * 64)
+        other = replace(place, adapter=replace(place.adapter, facts=facts))
+        assert loaded.stored_prompts(*names, other) is None
 
     def test_many_prompts_are_mapped_in_parts(self, engine, monkeypatch):
         expected = self.scores(engine, alpha=0.4)
@@ -333,6 +339,12 @@ def test_unknown_names_and_adapters_of_another_base_are_refused(
     other = replace(meta, text_tower="sha256:" + "0" * 64)
     assert "--alpha 0" in refused(Adapter(text_adapter(base, 3).tensors, other))
     assert sorted(adapters.read_list(repository)) == ["anna", "bob"]
+    # A file may name the base's tower with another width.
+    facts = adapters.AdapterFacts(text_tower=meta.text_tower, width=3, alpha=1.0)
+    adapters.add(repository, "thin", facts, (np.eye(3, dtype=np.float32),))
+    message = "'thin' maps embeddings of width 3, and those of release 1 have 32"
+    with pytest.raises(TaskError, match=message):
+        ask(engine, "embed_text", text=["a"], adapter="thin")
 
 
 @pytest.mark.triton

@@ -119,6 +119,9 @@ def test_releases_are_replaced_from_one_request_to_the_next(repository: Path) ->
         with pytest.raises(TaskError, match="encoder_failed"):
             engine.prepare([broken.loaded])
         assert engine.versions() == [2]
+        # A served release is not asked again: a new one may be what a broken one waits for.
+        two.tokens = broken.tokens
+        assert [*engine.prepare([two.loaded, Local(repository, 1).loaded])] == [2, 1]
 
 
 def test_a_replaced_release_is_closed_and_freed_after_its_last_request(

@@ -146,6 +146,27 @@ def test_newcomers_get_the_places_of_unfinished_bodies(served: Served) -> None:
     assert not served.connections.receiving
 
 
+def test_who_still_reads_an_answer_keeps_the_place(served: Served) -> None:
+    served.upstream.outputs = {"text_embeds": np.zeros((1, 2**16), np.float32)}
+    asked = served.upstream.asked
+    with contextlib.ExitStack() as stack:
+        reader, *others = [stack.enter_context(served.connection()) for _ in range(8)]
+        # The reader asks until an answer does not fit into the buffers of the system.
+        while not served.connections.unread:
+            count = len(asked) + 1
+            reader.sendall(EMBED)
+            until(lambda: len(asked) == count and not served.connections.state.tasks)  # noqa: B023
+        for it in others:
+            assert answers(it)
+        newcomer = stack.enter_context(served.connection())
+        assert answers(newcomer) and has_ended(others[0])
+        for _ in asked:
+            assert len(heard(reader)) > 2**16
+        # The time limit for reading ends with the answer.
+        until(lambda: not served.connections.unread)
+        assert answers(reader)
+
+
 @pytest.mark.parametrize(
     ("host", "network"),
     [
@@ -226,6 +247,22 @@ def test_a_request_that_comes_byte_by_byte(served: Served) -> None:
         assert it.recv(1) == b""
 
 
+def test_a_body_in_chunks_may_be_longer_than_headers(served: Served) -> None:
+    piece = b"%x\r\n%s\r\n" % (2**13, b" " * 2**13)
+    chunks = b"%x\r\n%s\r\n" % (len(BODY), BODY) + piece * 8
+    with served.connection() as it:
+        for _ in range(2):
+            assert answers(it, CHUNKED + chunks + b"0\r\n\r\n")
+
+
+def test_an_answer_before_the_body_ends_the_connection(served: Served) -> None:
+    """A caller who has asked whether to send a body may never send it."""
+    head = b"POST /nowhere " + HOST + b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n"
+    with served.connection(head) as it:
+        assert heard(it).startswith(b"HTTP/1.1 404")
+        assert has_ended(it, 5)
+
+
 def test_one_request_at_a_time_and_all_in_their_order(served: Served) -> None:
     served.hold()
     names = [b"embed_text", b"embed_image"] * 5
@@ -252,7 +289,7 @@ def test_what_comes_behind_a_request_does_not_cost_its_answer(served: Served) ->
             served.let_go()
             beginnings = [heard(it)[:12] for _ in range(answered)]
             assert beginnings == [b"HTTP/1.1 200", b"HTTP/1.1 400"][:answered]
-            assert it.recv(1) == b""
+            assert has_ended(it, 5)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,10 @@ def heard(it: socket.socket) -> bytes:
             return head
         head += part
     size = int(head.lower().partition(b"\r\ncontent-length:")[2].split()[0])
-    return head + it.recv(size, socket.MSG_WAITALL)
+    end = len(head) + size
+    while len(head) < end and (part := it.recv(end - len(head))):
+        head += part
+    return head
 
 
 # Answers

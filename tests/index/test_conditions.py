@@ -119,7 +119,7 @@ SPECIAL = pa.table(
     {
         "day": pa.chunked_array([DAYS]),
         "time": pa.chunked_array([pa.array(TIMES, pa.timestamp("us"))]),
-        "zoned": pa.chunked_array([pa.array(TIMES, pa.timestamp("ms", "UTC"))]),
+        "zoned": pa.chunked_array([pa.array(TIMES, pa.timestamp("ms", "Asia/Tokyo"))]),
         "part": pa.chunked_array([[-2.5, 1.5, None]]),
         "narrow": pa.chunked_array([pa.array([0.1, 1.5, None], pa.float32())]),
         "tiny": pa.chunked_array([pa.array([100, -3, None], pa.int8())]),
