@@ -151,7 +151,7 @@ class Neighbours:
                 # Stop if no vector beyond the candidates can be a hit, according to the codes'
                 # errors so far.
                 errors = scores - approximate
-                if lowest + errors.mean() + _DEVIATIONS * errors.std() < scores[best].min():
+                if lowest + _DEVIATIONS * errors.std() < scores[best].min():
                     break
                 if 4 * wanted >= count and among is not None:
                     positions = among.positions

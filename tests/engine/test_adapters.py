@@ -340,7 +340,7 @@ def test_unknown_names_and_adapters_of_another_base_are_refused(
     assert "--alpha 0" in refused(Adapter(text_adapter(base, 3).tensors, other))
     assert sorted(adapters.read_list(repository)) == ["anna", "bob"]
     # A file may name the base's tower with another width.
-    facts = adapters.AdapterFacts(text_tower=meta.text_tower, width=3, alpha=1.0)
+    facts = adapters.AdapterFacts(text_tower=meta.text_tower or "", width=3, alpha=1.0)
     adapters.add(repository, "thin", facts, (np.eye(3, dtype=np.float32),))
     message = "'thin' maps embeddings of width 3, and those of release 1 have 32"
     with pytest.raises(TaskError, match=message):

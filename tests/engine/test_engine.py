@@ -102,7 +102,8 @@ def test_needs_of_callers_of_several_tasks_are_encoded_together(repository: Path
 
 def test_releases_are_replaced_from_one_request_to_the_next(repository: Path) -> None:
     """A prepared release has answered its probes."""
-    one, two = Local(repository, 1), Local(repository, 2)
+    one = Local(repository, 1)
+    two: Any = Local(repository, 2)
     with Engine([one.loaded]) as engine:
         assert engine.versions() == [1]
         prepared = engine.prepare([two.loaded])
