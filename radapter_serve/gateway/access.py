@@ -15,9 +15,11 @@ import re
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from datetime import date, datetime, timezone
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Annotated, Any, TypeVar
 
 import anyio
@@ -359,14 +361,18 @@ class MemoryBudget:
 
 
 class Threads:
-    """Runs calls in daemon threads, at most `count` at once. A call keeps its place until its
-    thread has ended, even if the caller has left. Threads of an executor would hold the exit.
+    """Runs calls in daemon threads, at most `count` at once, which stay for the next calls. A call
+    keeps its place until it has ended, even if the caller has left. Threads of an executor would
+    hold the exit.
     """
 
     def __init__(self, count: int, name: str) -> None:
         self._count = count
         self._free = asyncio.Semaphore(count)
         self._name = name
+        self._idle = 0  # threads that have ended their call
+        self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        weakref.finalize(self, self._calls.put, None).atexit = False
 
     async def run(self, call: Callable[[], T]) -> T:
         """Return the result of a call, which never starts if its caller leaves while it waits."""
@@ -374,6 +380,7 @@ class Threads:
         answer: asyncio.Future[T] = loop.create_future()
 
         def end(settle: Callable[[Any], object], outcome: object) -> None:
+            self._idle += 1
             self._free.release()
             if not answer.done():
                 settle(outcome)
@@ -389,10 +396,17 @@ class Threads:
 
         await self._free.acquire()
         try:
-            threading.Thread(target=run, name=self._name, daemon=True).start()
+            # The event loop waits for the start of a thread, which takes long while others work.
+            if self._idle == 0:
+                threading.Thread(
+                    target=_work, args=(self._calls,), name=self._name, daemon=True
+                ).start()
+                self._idle += 1
         except RuntimeError:  # the process may have no more threads
             self._free.release()
             raise
+        self._idle -= 1
+        self._calls.put(run)
         return await answer
 
     async def close(self, seconds: float) -> None:
@@ -400,3 +414,11 @@ class Threads:
         with anyio.move_on_after(seconds):
             for _ in range(self._count):
                 await self._free.acquire()
+
+
+def _work(calls: SimpleQueue[Callable[[], object] | None]) -> None:
+    """Run calls until there is a None, which stays for the other threads."""
+    while (call := calls.get()) is not None:
+        call()
+        del call  # it would keep the answer and its release
+    calls.put(None)

@@ -173,6 +173,27 @@ def test_a_failure_in_a_thread_keeps_nothing() -> None:
         gc.enable()
 
 
+def test_threads_stay_for_the_next_calls_and_end_with_the_last_reference() -> None:
+    begun: set[threading.Thread] = set()
+    both = threading.Barrier(2)
+
+    def call() -> None:
+        begun.add(threading.current_thread())
+        both.wait(20)
+
+    async def main() -> None:
+        threads = Threads(2, "request")
+        for _ in range(3):
+            await asyncio.gather(threads.run(call), threads.run(call))
+        assert len(begun) == 2
+
+    asyncio.run(main())
+    gc.collect()
+    for thread in begun:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
 ENDLESS = """
 import threading
 from radapter_serve.gateway import in_process
