@@ -22,6 +22,7 @@ from open_clip import CLIP
 from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 from torch.nn import init
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from radapter_serve.clip.towers import pool_type, text_tower
@@ -113,10 +114,11 @@ def split_name(name: str, pretrained: str | None = None) -> tuple[str, str | Non
     return model, tag or pretrained
 
 
-def load_base(name: str, pretrained: str | None = None) -> Base:
+def load_base(name: str, pretrained: str | None = None, *, images: bool = True) -> Base:
     """Load a CLIP with its weights, never with random ones, and without running foreign code: an
     open_clip architecture with a tag or a checkpoint's path, or `local-dir:PATH` or `hf-hub:NAME`,
-    a folder in the form of open_clip or of `transformers`.
+    a folder in the form of open_clip or of `transformers`. Without `images` the model has no image
+    tower, and of a safetensors file in the form of open_clip its weights are not read.
     """
     quick_gelu = False
     source = name
@@ -132,6 +134,8 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
                     f"could not load {name} in the form of transformers: {reason(error)}"
                 ) from error
             preprocess = dict(clip.visual.preprocess_cfg)  # type: ignore[arg-type,union-attr]
+            if not images:
+                clip.visual = nn.Identity()
             return Base(name, None, clip.eval(), config, preprocess, read_tokens)
         pretrained = None
         source = f"{LOCAL}{folder}"
@@ -172,7 +176,7 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         raise RAdapterError(f"{name} is {NAFLEX}")
     try:
         with quiet(), _source(name, pretrained):
-            with _NoRandomWeights():
+            with _NoRandomWeights(), contextlib.nullcontext() if images else _no_image_weights():
                 model = open_clip.create_model(
                     source, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
                 )
@@ -195,9 +199,10 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
             )
     config = copy.deepcopy(config)
     config["quick_gelu"] = any(isinstance(module, QuickGELU) for module in model.modules())
-    return Base(
-        name, pretrained, model.eval(), config, dict(model.visual.preprocess_cfg), tokenizer
-    )
+    preprocess = dict(model.visual.preprocess_cfg)
+    if not images:
+        model.visual = nn.Identity()
+    return Base(name, pretrained, model.eval(), config, preprocess, tokenizer)
 
 
 class _NoRandomWeights(TorchFunctionMode):
@@ -214,6 +219,26 @@ class _NoRandomWeights(TorchFunctionMode):
         if func in _DRAWS:
             return args[0] if args else values["tensor"]
         return func(*args, **values)
+
+
+@contextlib.contextmanager
+def _no_image_weights() -> Iterator[None]:
+    """Leave the weights of the image tower of a model that is made as they are: each is loaded from
+    itself, and neither its memory nor its place in the file is touched.
+    """
+
+    def load_itself(tower: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+        state.update({f"{prefix}{name}": p for name, p in tower.named_parameters()})
+
+    def registered(_: nn.Module, name: str, module: nn.Module) -> None:
+        if name == "visual":
+            module.register_load_state_dict_pre_hook(load_itself)
+
+    hook = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _folder(name: str) -> Path | None:

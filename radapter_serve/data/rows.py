@@ -181,7 +181,9 @@ def open_rows(spec: str, columns: Mapping[str, str]) -> Rows:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outer errors of datasets give no reason
             cause = cause.__cause__
-        why = "it holds no rows" if "corresponds to no data" in str(cause) else reason(cause)
+        why = reason(cause)
+        if "corresponds to no data" in why or "BatchSize must be greater than 0" in why:
+            why = "it holds no rows"
         why += "; save the file as UTF-8" if isinstance(cause, UnicodeDecodeError) else ""
         raise RAdapterError(f"could not read the data {spec}: {why}; allowed: {_KINDS}") from error
     features = table.features or {}

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -171,22 +170,16 @@ def build_from_embeddings(
     rows = rows.absolute()
     _check_place(out)
 
-    # Map the vectors, and read their rows.
+    # Read the rows, and map their vectors.
     dim = loaded.release.embed_dim
-    array = map_vectors(vectors, dim)
+    table = read_rows(rows, image_column)
+    array = map_vectors(vectors, rows, table[image_column], unique=True)
     if array.shape[1] != dim:
         raise RAdapterError(
             f"the vectors of {vectors} have the width {array.shape[1]}, and the embeddings of"
             f" release {loaded.release.version} have {dim}; name their release with"
             " --model-repository DIR@N"
         )
-    table = read_rows(rows, image_column)
-    if len(table) != len(array):
-        raise RAdapterError(f"{rows} has {len(table):,} rows, and {vectors} {len(array):,} vectors")
-    ids = table[image_column]
-    if len(ids.unique()) != len(ids):
-        twice, _ = Counter(ids.to_pylist()).most_common(1)[0]
-        raise RAdapterError(f"{rows} names {twice!r:.200} twice; an id is of one row")
 
     # Write the rows in batches.
     metadata = table.drop_columns([image_column])

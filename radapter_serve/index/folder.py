@@ -19,6 +19,7 @@ import re
 import secrets
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -133,16 +134,37 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def map_vectors(path: Path, width: int) -> NDArray[Any]:
-    """Map a user's vectors, floats [N, D], from a `.npy` file; the refusal of anything else names
-    the allowed `width`.
+def map_vectors(path: Path, rows: Path, ids: pa.ChunkedArray, *, unique: bool) -> NDArray[Any]:
+    """Map a user's vectors, floats [N, D], from a `.npy` file for a table of rows with these ids,
+    of which each is of one row if `unique`.
     """
+    allowed = (
+        'allowed: a .npy file of floats [N, D], as numpy.save(FILE, vectors.astype("float32"))'
+        " writes it"
+    )
     try:
         vectors = map_array(path)
     except (OSError, ValueError) as error:
-        raise RAdapterError(f"{path} is not an array of NumPy's: {reason(error):.200}") from None
+        why = reason(error)
+        if isinstance(error, OSError):
+            why = error.strerror or why
+        elif "Python objects" in why:
+            why = "it holds Python objects, which could run code and are never unpickled"
+        raise RAdapterError(f"could not read the vectors {path}: {why:.200}; {allowed}") from None
     if vectors.ndim != 2 or vectors.dtype.kind != "f":
-        raise RAdapterError(f"{path} does not hold vectors; allowed: floats [N, {width}] (.npy)")
+        shape = list(vectors.shape)
+        raise RAdapterError(f"the vectors of {path} are {vectors.dtype} {shape}; {allowed}")
+    if len(ids) != len(vectors):
+        raise RAdapterError(
+            f"{rows} has {len(ids):,} rows, and {path} {len(vectors):,} vectors; allowed: a row for"
+            " each vector, in their order; name the table that was written with them with --rows"
+        )
+    if unique and len(ids.unique()) != len(ids):
+        twice, _ = Counter(ids.to_pylist()).most_common(1)[0]
+        raise RAdapterError(
+            f"{rows} names {twice!r:.200} twice; an id is of one row, so number them apart, or name"
+            " a column of ids with --image-column"
+        )
     return vectors
 
 
@@ -156,7 +178,9 @@ def unit_vectors(
     bad = np.flatnonzero(~(np.isfinite(lengths[:, 0]) & (lengths[:, 0] > 0)))
     if len(bad):
         raise RAdapterError(
-            f"{source}, row {numbers[bad[0]]}: the vector has no direction (zero, or not finite)"
+            f"{source}, row {numbers[bad[0]]}: the vector has no direction, as its length is"
+            f" {lengths[bad[0], 0]:g}; allowed: finite numbers that are not all 0; embed this image"
+            " again, or take its row out of the vectors and of their table"
         )
     return np.asarray(vectors / lengths, np.float32)
 

@@ -9,13 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
 from radapter_serve.contract.images import SUFFIXES, count_kinds
 from radapter_serve.contract.labels import read_templates
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.labelled import IMAGENET, Labelled, few_shot, split_labels
 from radapter_serve.data.masks import Masked, SegmentCrops, list_segments
+from radapter_serve.data.rows import image_source, open_rows
 from radapter_serve.data.runs import broken_images, equal_names, run_data, validation_data
 from radapter_serve.errors import RAdapterError, listed
+from radapter_serve.index.facts import IndexFacts
+from radapter_serve.index.folder import FolderIndex, map_vectors, unit_vectors
 from radapter_serve.sources import LOCAL
 from radapter_serve.training.recipe import Recipe
 
@@ -27,11 +34,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """The embeddings of a run's images, which were made elsewhere."""
+
+    vectors: NDArray[np.float32]  # of unit length [N, D]
+    source: str  # in messages
+    index: IndexFacts | None  # None for those of a NumPy file
+
+
+@dataclass(frozen=True)
 class RunData:
     """The data of a run, checked as far as possible without a model."""
 
     data: Data
     val: Data | None  # `val_data`, or the share that `val_fraction` holds out
+    embedded: Embedded | None = None  # None if the images are read
     broken: tuple[str, ...] = ()  # rows that `on_broken: skip` leaves out
     notes: tuple[str, ...] = ()  # notes for the user, one line each
 
@@ -49,6 +66,37 @@ class RunData:
             return dataclasses.replace(data, crop=crop, templates=templates)
 
         return prepared(self.data), None if self.val is None else prepared(self.val)
+
+
+def open_embeddings(data: Labelled | Captioned, recipe: Recipe) -> Embedded:
+    """Open the embeddings of a run's images, in an index or in a NumPy file with a table."""
+    facts: IndexFacts | None = None
+    if recipe.embeddings is None:
+        index = FolderIndex(Path(recipe.data.partition(":")[2]), codes=False)
+        facts = index.facts
+        source = f"the index {index.folder}"
+        if facts.mapped is not None:
+            raise RAdapterError(
+                f"{source} is mapped, and training needs embeddings of the model itself; embed its"
+                f" images: {facts.plan.command(index.folder)}"
+            )
+        array = index.vectors
+        ids = index.table(["path"])["path"]
+    else:
+        assert recipe.rows is not None  # Recipe.check
+        source = str(recipe.embeddings)
+        table = open_rows(recipe.data, {recipe.image_column: "--image-column"}).table
+        ids = pa.chunked_array([[str(image_source(value)) for value in table[recipe.image_column]]])
+        unique = isinstance(data, Labelled)
+        array = map_vectors(recipe.embeddings, recipe.rows, ids, unique=unique)
+
+    # Take the first vector of each image: captions are in rows of their own.
+    number_of: dict[str, int] = {}
+    for number, id in enumerate(ids.to_pylist()):
+        number_of.setdefault(id, number)
+    places = [number_of[str(image_source(v))] for v in data.image_rows[data.image_column]]
+    vectors = unit_vectors(np.asarray(array[places], np.float32), source, places)
+    return Embedded(vectors, source, facts)
 
 
 def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> RunData:
@@ -138,6 +186,12 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
             else:
                 problems.append(f"{few}; mend them, {leave_out}:{listed(names)}")
 
+    # Open embeddings.
+    embedded: Embedded | None = None
+    if recipe.has_embeddings and isinstance(data, Labelled | Captioned):
+        part = data
+        embedded = tried(lambda: open_embeddings(part, recipe))
+
     # List the segments of images with masks.
     def segmented(part: Labelled | Captioned | Masked | None) -> Data | None:
         if not isinstance(part, Masked):
@@ -161,4 +215,4 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
             raise RAdapterError(problems[0])
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise RAdapterError(f"the data of this run has {len(problems)} problems:{lines}")
-    return RunData(opened, opened_val, tuple(broken), tuple(notes))
+    return RunData(opened, opened_val, embedded, tuple(broken), tuple(notes))

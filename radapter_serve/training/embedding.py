@@ -24,12 +24,12 @@ from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.labelled import Labelled
-from radapter_serve.data.rows import BrokenImage, image_source, open_rows, tracked
+from radapter_serve.data.rows import BrokenImage, tracked
 from radapter_serve.encoders.loaded import release_at
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import read_arrays, staged
-from radapter_serve.index.folder import FolderIndex, map_vectors, unit_vectors
 from radapter_serve.process import decoders
+from radapter_serve.training.data import Embedded
 from radapter_serve.training.recipe import Recipe
 
 FOLDER = "embeddings"  # in a run's folder
@@ -173,65 +173,41 @@ def embed_texts(base: Base, tower: str, texts: Sequence[str], recipe: Recipe, ou
     return kept(ids, int(base.config["embed_dim"]), embed, out, facts)
 
 
-def open_vectors(
-    data: Labelled | Captioned, base: Base, recipe: Recipe
-) -> tuple[Floats, list[str]]:
-    """The embeddings of a run's images from an index or a NumPy file, at unit length, [N, D],
-    checked against the base as far as possible; and notes for the user.
+def check_embeddings(embedded: Embedded, base: Base) -> list[str]:
+    """Compare embeddings that were made elsewhere with a base, as far as possible; returns notes
+    for the user.
     """
+    source = embedded.source
     width = int(base.config["embed_dim"])
-    notes: list[str] = []
-    if recipe.embeddings is None:
-        index = FolderIndex(Path(recipe.data.partition(":")[2]), codes=False)
-        source = f"the index {index.folder}"
-        if index.facts.mapped is not None:
-            raise RAdapterError(
-                f"{source} is mapped, and training needs embeddings of the model itself; embed its"
-                f" images: {index.facts.plan.command(index.folder)}"
-            )
-        array = index.vectors
-        ids = [id for batch in index.rows(["path"], 1000) for id in batch["path"].to_pylist()]
-    else:
-        source = str(recipe.embeddings)
-        array = map_vectors(recipe.embeddings, width)
-        table = open_rows(recipe.data, {recipe.image_column: "--image-column"}).table
-        ids = [str(image_source(value)) for value in table[recipe.image_column]]
-    if array.shape[1] != width:
+    if embedded.vectors.shape[1] != width:
         raise RAdapterError(
-            f"the vectors of {source} have the width {array.shape[1]}, and the embeddings of"
-            f" {base.name} have {width}; name the model that made them with --base NAME:TAG"
+            f"the vectors of {source} have the width {embedded.vectors.shape[1]}, and the"
+            f" embeddings of {base.name} have {width}; name the model that made them with --base"
+            " NAME:TAG"
         )
-    if len(ids) != len(array):
-        raise RAdapterError(f"{recipe.rows} has {len(ids):,} rows, and {source} {len(array):,}")
-    number_of: dict[str, int] = {}
-    for number, id in enumerate(ids):
-        if number_of.setdefault(id, number) != number and isinstance(data, Labelled):
-            raise RAdapterError(f"{recipe.rows} names {id!r:.200} twice; an id is of one row")
+    if embedded.index is None:
+        return []
 
-    # The release of an index must have the base's text tower.
-    if recipe.embeddings is None:
-        plan = index.facts.plan
-        made_by = plan.release
-        try:
-            loaded = release_at(plan.origin, made_by.version, made_by.precision)
-            if loaded.release.dynamic_alpha:
-                loaded = loaded.at(made_by.alpha)
-        except RAdapterError as error:
-            notes.append(
-                f"note: the release that made {source} can't be loaded ({error}), so nothing says"
-                f" that its embeddings are of {base.name}"
-            )
-        else:
-            with torch.inference_mode():
-                ours = encode_texts(base.model, base.tokenizer(_PROBES)).cpu().numpy()
-            cosine = float((loaded.embed_texts(_PROBES) * ours).sum(axis=1).min())
-            if not made_by.is_of(loaded.release) or cosine < _SAME:
-                raise RAdapterError(
-                    f"{source} was made by another model: release {made_by.version} of"
-                    f" {made_by.architecture} at alpha {made_by.alpha:g}, whose texts are not those"
-                    f" of {base.name}; name the model that was exported, such as --base"
-                    " local-dir:merged, or build the index again"
-                )
-
-    places = [number_of[str(image_source(v))] for v in data.image_rows[data.image_column]]
-    return unit_vectors(np.asarray(array[places], np.float32), source, places), notes
+    # The release of an index must embed texts as the base does.
+    plan = embedded.index.plan
+    made_by = plan.release
+    try:
+        loaded = release_at(plan.origin, made_by.version, made_by.precision)
+        if loaded.release.dynamic_alpha:
+            loaded = loaded.at(made_by.alpha)
+    except RAdapterError as error:
+        return [
+            f"note: the release that made {source} can't be loaded ({error}), so nothing says that"
+            f" its embeddings are of {base.name}"
+        ]
+    with torch.inference_mode():
+        ours = encode_texts(base.model, base.tokenizer(_PROBES)).cpu().numpy()
+    cosine = float((loaded.embed_texts(_PROBES) * ours).sum(axis=1).min())
+    if not made_by.is_of(loaded.release) or cosine < _SAME:
+        raise RAdapterError(
+            f"{source} was made by another model: release {made_by.version} of"
+            f" {made_by.architecture} at alpha {made_by.alpha:g}, whose texts are not those of"
+            f" {base.name}; name the model that was exported, such as --base local-dir:merged, or"
+            " build the index again"
+        )
+    return []

@@ -44,8 +44,8 @@ from radapter_serve.evaluation.rows import hardly_known
 from radapter_serve.files import staged
 from radapter_serve.sources import ADAPTER, RATES, RECIPE
 from radapter_serve.training.batches import NO_LABEL
-from radapter_serve.training.data import RunData
-from radapter_serve.training.embedding import Floats, embed_images, embed_texts, open_vectors
+from radapter_serve.training.data import Embedded, RunData
+from radapter_serve.training.embedding import Floats, check_embeddings, embed_images, embed_texts
 from radapter_serve.training.loop import WORDS, vocabulary
 from radapter_serve.training.loss import distance_to_base, divergence_from_base, positives_of
 from radapter_serve.training.recipe import Recipe, Run
@@ -118,16 +118,25 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
             f"adapt {recipe.adapt} trains in one process; start radapter-train alone"
         )
     recipe = with_precision(recipe)
-    base = load_base(recipe.architecture, recipe.pretrained)
+    # With embeddings and an adapter of the texts alone, nothing needs the image tower.
+    embedded = opened.embedded
+    images = embedded is None or recipe.adapt != "text-projection"
+    base = load_base(recipe.architecture, recipe.pretrained, images=images)
     sites = find_sites(base.model, adapt=recipe.adapt, partial=recipe.partial)
     keys = {"image" if site.key.startswith("visual.") else "text": site.key for site in sites}
     digest = base_digest(base.model.state_dict(), keys.values())
     towers = {name: tower.base for name, tower in towers_of(base.model, {}).items()}
     data, val = opened.ready(recipe, base)
     assert isinstance(data, Labelled | Captioned)  # Recipe.check refuses masks
+    width = int(base.config["embed_dim"])
+    if recipe.rank is not None and recipe.rank >= width:
+        raise RAdapterError(
+            f"rank is {recipe.rank}; allowed: less than the width {width}, or null for full rank"
+        )
     to_device(base.model)
     if recipe.precision == "bf16":
         flatten_projections(base.model)
+    of_embeddings = [] if embedded is None else check_embeddings(embedded, base)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
 
@@ -140,11 +149,11 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
         for line in lines:
             say(line)
 
-    note(*opened.notes)
-    if not recipe.has_embeddings:
+    note(*opened.notes, *of_embeddings)
+    if embedded is None:
         count = len(data.image_rows)
         say(f"embedding {count:,} images and their texts once, kept in {out / 'embeddings'}")
-    vectors, lines = _vectors(data, base, towers, recipe, out, show)
+    vectors, lines = _vectors(data, base, towers, recipe, out, show, embedded)
     note(*lines)
     held = None
     if val is not None:
@@ -175,6 +184,12 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
     if validated.trials:
         say(f"{validated.summary} ({time.monotonic() - began:.1f} s)")
         _write(out / RATES, json.dumps(validated.table, indent=2))
+        alone = len(vectors.images) - sum(len(rows) for rows, _ in validated.parts)
+        if alone:
+            note(
+                f"note: {alone:,} images, such as the only one of a class, are in no third: each"
+                " run is trained with them, and none is judged with them"
+            )
     else:
         note(
             "note: too few images share their class with another one, so none are held out:"
@@ -403,12 +418,7 @@ def learn(
     recipe = plan.recipe
     torch.manual_seed(recipe.seed)  # for the first values at low rank
     generator = torch.Generator().manual_seed(recipe.seed)
-    width = vectors.texts.shape[1]
-    if recipe.rank is not None and recipe.rank >= width:
-        raise RAdapterError(
-            f"rank is {recipe.rank}; allowed: less than the width {width}, or null for full rank"
-        )
-    maps = {side: LinearAdapter(width, recipe.rank) for side in sides}
+    maps = {side: LinearAdapter(vectors.texts.shape[1], recipe.rank) for side in sides}
     parameters = [p for adapter in maps.values() for p in adapter.parameters()]
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=recipe.weight_decay)
@@ -533,12 +543,14 @@ def _vectors(
     recipe: Recipe,
     out: Path,
     show: bool,
+    embedded: Embedded | None = None,
 ) -> tuple[Vectors, list[str]]:
-    """Embed images and their texts, or take the embeddings that the recipe names; returns notes for
-    the user, too. Images that can't be read are left out.
+    """Embed texts and their images, if these are not `embedded`; returns notes for the user, too.
+    Images that can't be read are left out.
     """
-    if recipe.has_embeddings:
-        images, notes = open_vectors(data, base, recipe)
+    notes: list[str] = []
+    if embedded is not None:
+        images = embedded.vectors
     else:
         tower = towers["image_tower"]
         images, broken = embed_images(data, base, tower, recipe, out, show=show)

@@ -262,6 +262,10 @@ class Recipe(RunSource):
                     refused[name] = f"adapt {self.adapt} has in each step all classes at once"
             if self.task == "segmentation":
                 refused["task"] = f"adapt {self.adapt} is trained with whole images"
+            if self.precision == "fp16":
+                refused["precision"] = f"adapt {self.adapt} embeds with auto, no or bf16"
+            if self.rows is not None and self.data.partition(":")[2] != str(self.rows):
+                refused["data"] = f"--rows {self.rows} names the data already; leave --data out"
             held_out = [name for name in ("val_data", "val_fraction") if getattr(self, name)]
             for name in held_out if self.has_embeddings else ():
                 refused[name] = "embeddings are judged with cross-validation"

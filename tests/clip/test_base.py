@@ -443,3 +443,32 @@ def test_a_folder_that_would_run_code_is_refused(
 def test_data_that_would_run_code_is_refused(place: str) -> None:
     with pytest.raises(RAdapterError, match="may run foreign code"):
         open_rows(place, {})
+
+
+@pytest.mark.parametrize("family", ["vit", "siglip"])
+def test_without_images_only_the_text_tower_is_read(family: str, tmp_path: Path) -> None:
+    name = make_base(family, tmp_path / "base")
+    whole = load_base(name)
+    copied: list[int] = []
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.Tensor.copy_ and args[0] is not args[1]:
+                copied.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        part = load_base(name, images=False)
+    weights = part.model.state_dict()
+    assert weights.keys() == {
+        key for key in whole.model.state_dict() if not key.startswith("visual")
+    }
+    assert sum(copied) == sum(tensor.numel() for tensor in weights.values())
+    tokens = part.tokenizer(["a cat", "two dogs"])
+    with torch.no_grad():
+        assert torch.equal(part.model.encode_text(tokens), whole.model.encode_text(tokens))  # type: ignore[operator]
+    assert (part.preprocess, part.config) == (whole.preprocess, whole.config)
+    # What is loaded after it has an image tower again.
+    assert torch.equal(embeds(load_base(name).model), embeds(whole.model))

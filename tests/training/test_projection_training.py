@@ -276,7 +276,8 @@ def test_embeddings_of_ones_own_train_the_same_without_images(
     for name, tensor in adapter.tensors.items():
         torch.testing.assert_close(tensor, expected.tensors[name], rtol=1e-3, atol=1e-4)
     assert chosen(run).alpha == chosen(recipe.out or "").alpha
-    assert adapter.metadata.classes == expected.metadata.classes
+    for field in ("classes", "base_digest", "text_tower"):
+        assert getattr(adapter.metadata, field) == getattr(expected.metadata, field)
 
 
 def spoiled(kind: str, vectors: NDArray[Any]) -> NDArray[Any]:
@@ -296,23 +297,42 @@ def spoiled(kind: str, vectors: NDArray[Any]) -> NDArray[Any]:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("narrow", "vectors.npy have the width 31, and the embeddings of .* have 32; name the"),
-        ("few", r"rows\.parquet has 24 rows, and .*vectors\.npy 23"),
-        ("whole numbers", r"does not hold vectors; allowed: floats \[N, 32\]"),
-        ("objects", "vectors.npy is not an array of NumPy's: .*Python objects in dtype"),
-        ("zero", r"vectors\.npy, row 5: the vector has no direction"),
-        ("nan", r"vectors\.npy, row 5: the vector has no direction"),
-        ("infinite", r"vectors\.npy, row 5: the vector has no direction"),
+        (
+            "narrow",
+            r"vectors\.npy have the width 31, and the embeddings of .* have 32; name .* --base",
+        ),
+        (
+            "few",
+            r"rows\.parquet has 24 rows, and .*vectors\.npy 23 vectors; allowed: .* with --rows",
+        ),
+        (
+            "whole numbers",
+            r"vectors\.npy are int64 \[24, 32\]; allowed: .* floats \[N, D\], as numpy",
+        ),
+        (
+            "objects",
+            r"vectors\.npy: it holds Python objects, .* never unpickled; allowed: .* as numpy",
+        ),
+        ("gone", r"vectors\.npy: No such file or directory; allowed: .* as numpy"),
+        ("zero", r"vectors\.npy, row 5: .* its length is 0; allowed: .* embed this image again"),
+        ("nan", r"vectors\.npy, row 5: .* its length is nan; allowed: .* embed this image again"),
+        (
+            "infinite",
+            r"vectors\.npy, row 5: .* its length is inf; allowed: .* embed this image again",
+        ),
     ],
 )
 def test_embeddings_that_do_not_fit_are_refused(
     kind: str, words: str, recipe: Recipe, table: tuple[Path, Path]
 ) -> None:
-    np.save(table[0], spoiled(kind, np.load(table[0])), allow_pickle=True)
+    vectors = np.load(table[0])
+    table[0].unlink()
+    if kind != "gone":
+        np.save(table[0], spoiled(kind, vectors), allow_pickle=True)
     with pytest.raises(RAdapterError, match=words) as error:
         train(dataclasses.replace(recipe, data="", embeddings=table[0], rows=table[1]))
     assert "\n" not in str(error.value)
-    assert recipe.out is not None and not (recipe.out / "adapter.safetensors").exists()
+    assert recipe.out is not None and not recipe.out.exists()
 
 
 @pytest.mark.parametrize(
@@ -325,6 +345,11 @@ def test_embeddings_that_do_not_fit_are_refused(
         ({"data": "index:x", "val_fraction": 0.2}, "val_fraction is 0.2; embeddings are judged"),
         ({"negative_classes": 5}, "negative_classes is 5; adapt text-projection has in each step"),
         ({"accumulate": 2}, "accumulate is 2; adapt text-projection has in each step all classes"),
+        ({"precision": "fp16"}, "precision is fp16; .* embeds with auto, no or bf16"),
+        (
+            {"embeddings": Path("v.npy"), "rows": Path("r.csv"), "data": "imagefolder:photos"},
+            "data is imagefolder:photos; --rows r.csv names the data already; leave --data out",
+        ),
         ({"task": "segmentation"}, "task is segmentation; adapt text-projection is trained with"),
         ({"adapt": "text"}, "adapt is 'text'; it should be 'towers', 'image-tower'"),
     ],
@@ -423,6 +448,18 @@ def test_one_image_a_class_has_no_folds(
     assert any("too few images share their class" in note for note in run.notes)
     assert load_adapter(run).metadata.alpha == 0.5 and run.metrics == {}
     assert not (run.folder / "alpha.json").exists()
+
+
+def test_the_only_image_of_a_class_is_trained_with_and_the_run_says_so(
+    recipe: Recipe, images: Path
+) -> None:
+    for path in images.glob("red/[1-9].png"):
+        path.unlink()
+    run = train(recipe)
+    assert chosen(run).sets["cross-validation"].n == 16
+    assert any(
+        note.startswith("note: 1 images, such as the only one of a class") for note in run.notes
+    )
 
 
 def test_held_out_images_are_not_trained_with(recipe: Recipe) -> None:
