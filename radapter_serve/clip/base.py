@@ -232,7 +232,7 @@ def _no_image_weights() -> Iterator[None]:
 
     def registered(_: nn.Module, name: str, module: nn.Module) -> None:
         if name == "visual":
-            module.register_load_state_dict_pre_hook(load_itself)
+            module.register_load_state_dict_pre_hook(load_itself)  # type: ignore[no-untyped-call]
 
     hook = register_module_module_registration_hook(registered)
     try:
