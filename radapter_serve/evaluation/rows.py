@@ -268,17 +268,22 @@ def what_is_kept(alpha: float, share: float) -> str:
     )
 
 
-def hardly_known(accuracy: float, classes: int) -> list[str]:
-    """A sentence if a base's accuracy on some classes, in [0, 1], is below twice chance and below a
-    quarter of the way from chance to 1: then an adapter on a projection is of little use.
+def hardly_known(accuracies: Mapping[float, float], classes: int) -> list[str]:
+    """A sentence if, of accuracies in [0, 1] by α, that of the base is below twice chance and below
+    a quarter of the way from chance to 1, and an adapter on a projection gains less than a quarter
+    of what the base lacks: then the towers have to learn.
     """
     chance = 1 / classes
-    if accuracy >= min(2 * chance, chance + (1 - chance) / 4):
+    base = accuracies.get(0.0, 1.0)
+    best = max((score for alpha, score in accuracies.items() if alpha), default=1.0)
+    known = base >= min(2 * chance, chance + (1 - chance) / 4)
+    if known or best - base >= (1 - base) / 4:
         return []
     return [
-        f"the base has {100 * accuracy:.1f} % of the images of {classes} classes right, and guesses"
-        f" have {100 * chance:.1f} %: it barely knows these images, and an adapter on a projection"
-        " learns no features. Train the towers with radapter-train --recipe small."
+        f"the base has {100 * base:.1f} % of the images of {classes} classes right, guesses have"
+        f" {100 * chance:.1f} %, and the adapter {100 * best:.1f} %: the base barely knows these"
+        " images, and an adapter on a projection learns no features. Train the towers with"
+        " radapter-train --recipe small."
     ]
 
 

@@ -387,9 +387,17 @@ def evaluate(
             files.append(draw_choice(choice, folder))
     notes = [*(choice.notes if choice else kept_notes(rows))]
     if not settings.instead and "projection" in load_adapter(path).metadata.recipe.get("adapt", ""):
+        accuracies: dict[tuple[str, int], dict[float, float]] = {}
         for row in rows:
-            if row.alpha == 0.0 and row.metric == "acc1" and row.classes and row.shift == "id":
-                notes += hardly_known(row.metrics["acc1"], row.classes)
+            if row.alpha is not None and row.metric == "acc1" and row.classes and row.shift == "id":
+                of_set = accuracies.setdefault((row.dataset, row.classes), {})
+                of_set[row.alpha] = row.metrics["acc1"]
+        classes = load_adapter(path).metadata.classes
+        if choice and classes and {each.metric for each in choice.sets.values()} == {"acc1"}:
+            of_alpha = {point.alpha: point.score for point in choice.curve}
+            accuracies = accuracies or {("", len(classes)): of_alpha}
+        for (_, count), of_alpha in accuracies.items():
+            notes += hardly_known(of_alpha, count)
     return Evaluation(
         rows=tuple(rows),
         choice=choice,

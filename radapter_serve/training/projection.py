@@ -252,7 +252,8 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
         for line in choice.notes:
             say(line)
         if vectors.of_classes:
-            for line in hardly_known(choice.curve[0].score, len(vectors.names)):
+            scores = {point.alpha: point.score for point in choice.curve}
+            for line in hardly_known(scores, len(vectors.names)):
                 say(line)
     following = f"radapter-export --adapter {shlex.quote(str(out))} --alpha {chosen.alpha:g}"
     say(f"wrote {out / ADAPTER}; next: {following}")

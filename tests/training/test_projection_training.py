@@ -610,13 +610,20 @@ def test_a_base_near_chance_is_told_to_train_its_towers(
     data = f"imagefolder:{tmp_path / 'noise'}"
     run = train(dataclasses.replace(recipe, data=data), progress=True)
     assert advice in capsys.readouterr().out.replace("\n", " ")
-    evaluation = evaluate(run, 0, data=data, out=tmp_path / "results")
-    assert advice in str(evaluation)
-    assert evaluation.rows[0].metrics["acc1"] < 1
+    for evaluation in (
+        evaluate(run, "auto", out=tmp_path / "choice"),
+        evaluate(run, [0, 0.5], data=data, out=tmp_path / "results"),
+    ):
+        assert str(evaluation).count(advice) == 1
     # The bound is .625 for two classes, .5 for three, 2 / C for many.
     for accuracy, classes in ((0.63, 2), (0.5, 3), (0.02, 100)):
-        assert hardly_known(accuracy, classes) == []
-        assert "and guesses have" in hardly_known(accuracy - 0.01, classes)[0]
+        assert hardly_known({0.0: accuracy, 0.5: accuracy}, classes) == []
+        assert "guesses have" in hardly_known({0.0: accuracy - 0.01, 0.5: accuracy}, classes)[0]
+    # Where the gain is a quarter of what the base lacks, the projection is of use; a base or an
+    # adapter alone says nothing.
+    assert len(hardly_known({0.0: 0.1, 0.5: 0.32, 1.0: 0.3}, 10)) == 1
+    assert len(hardly_known({0.0: 0.1, 0.5: 0.3, 1.0: 0.33}, 10)) == 0
+    assert hardly_known({0.0: 0.1}, 10) == hardly_known({0.5: 0.1}, 10) == []
 
 
 def test_low_rank_on_both_sides(recipe: Recipe) -> None:
