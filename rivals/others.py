@@ -34,7 +34,7 @@ from radapter_serve.sources import LOCAL
 from rivals.benchmark import check_seeds, table_of
 from rivals.cells import keep_cell, read_cells
 from rivals.layout import markdown, origin, publish, say
-from rivals.method import Method, Run, System, learned, with_rate
+from rivals.method import Learned, Method, Run, System, learned, with_rate
 from rivals.preserve import ImageTowerFineTuning, preserving
 from rivals.radapter import r_adapter
 from rivals.statistics import Lead, corrected, lead_of
@@ -44,6 +44,7 @@ ALPHAS = (0.25, 0.5, 0.75, 1.0)
 BATCH = 64  # images a step
 SMALL = ("preserve, words", "0.5")  # the row with the fields of the recipe `small`, and its α
 OTHER_DATA = "other data"
+OTHER_NAMES = "other names"
 OTHER_COLOURS = (
     "tab:blue",
     "tab:green",
@@ -66,6 +67,7 @@ KINDS = {
     "others, all labels": "others, among all labels",
     "searches": "searches for others, mAP",
     OTHER_DATA: OTHER_DATA,
+    OTHER_NAMES: "OpenMoji of other names",
 }
 
 
@@ -88,11 +90,11 @@ class Collection:
 
 
 def collection(name: str, data_root: Path) -> Collection:
-    """Open the collection drawings, which is drawn if missing, or pacs."""
+    """Open pacs, drawings, which are drawn if missing, or openmoji, which only tests."""
     if name == "pacs":
         root = data_root / "pacs"
         styles = ("photo", "art_painting", "cartoon", "sketch")
-        images = {style: _by_class(root / style) for style in styles}
+        images = {style: by_class(root / style) for style in styles}
         # Every second photo of a class is for the test, the others for training.
         photos = images["photo"]
         tests = {**images, "photo": {label: paths[::2] for label, paths in photos.items()}}
@@ -104,11 +106,15 @@ def collection(name: str, data_root: Path) -> Collection:
             fields={"crop_scale": 0.7, "flip": True},
         )
     data = prepare(data_root / "drawings")
+    templates = tuple(data.templates.read_text(encoding="utf-8").splitlines())
+    if name == "openmoji":
+        emoji = {place.name: by_class(place) for place in sorted((data_root / name).iterdir())}
+        return Collection(tuple(next(iter(emoji.values()))), templates, {}, emoji, {})
     return Collection(
         classes=tuple(data.classes.read_text(encoding="utf-8").splitlines()),
-        templates=tuple(data.templates.read_text(encoding="utf-8").splitlines()),
-        train=_by_class(data.train),
-        tests={style: _by_class(folder) for style, folder in data.test.items()},
+        templates=templates,
+        train=by_class(data.train),
+        tests={style: by_class(folder) for style, folder in data.test.items()},
         fields={"crop_scale": 0.9, "flip": False},
     )
 
@@ -125,7 +131,8 @@ def half_of(images: Collection, split: str, folder: Path) -> dict[str, Any]:
     return {"data": data, "classes": classes, "templates": str(templates), **images.fields}
 
 
-def _by_class(folder: Path) -> dict[str, list[Path]]:
+def by_class(folder: Path) -> dict[str, list[Path]]:
+    """List the files of a folder of classes, by class."""
     return {
         place.name: sorted(path for path in place.iterdir() if path.is_file())
         for place in sorted(folder.iterdir())
@@ -204,15 +211,9 @@ def judge(
 ) -> dict[tuple[str, str], NDArray[Any]]:
     """Evaluate a system, by kind and style; values are bool [N], or float16 for searches."""
     trained = np.array([label in images.splits[split] for label in images.classes])
-    with torch.inference_mode():
-        classes = system.embed_classes(images.classes, images.templates).float().cpu().numpy()
     values: dict[tuple[str, str], NDArray[Any]] = {}
-    for style, test in tests.items():
-        with torch.inference_mode():
-            parts = [
-                system.embed_images(batch).float().cpu() for batch in torch.split(test.pixels, 256)
-            ]
-        scores = torch.cat(parts).numpy() @ classes.T
+    for style, scores in scores_of(system, images, tests).items():
+        test = tests[style]
         right_of_all = scores.argmax(axis=1) == test.labels
         for name, half in (("trained", trained), ("others", ~trained)):
             places = np.flatnonzero(half)
@@ -224,6 +225,21 @@ def judge(
         precisions = average_precisions(scores[:, ~trained], truth)
         values["searches", style] = precisions[~np.isnan(precisions)].astype(np.float16)
     return values
+
+
+@torch.inference_mode()
+def scores_of(
+    system: System, images: Collection, tests: Mapping[str, Images]
+) -> dict[str, NDArray[np.float32]]:
+    """Score the images of each style with all classes, float32 [N, C]."""
+    classes = system.embed_classes(images.classes, images.templates).float().cpu().numpy()
+    scores = {}
+    for style, test in tests.items():
+        parts = [
+            system.embed_images(batch).float().cpu() for batch in torch.split(test.pixels, 256)
+        ]
+        scores[style] = torch.cat(parts).numpy() @ classes.T
+    return scores
 
 
 def judged_rows(
@@ -253,18 +269,16 @@ def read_tests(images: Collection, base: Base) -> dict[str, Images]:
     return tests
 
 
-def measure(
+def trained(
     images: Collection,
-    name: str,
     method: Method,
     split: str,
     seed: int,
-    tests: Mapping[str, Images],
     fields: Mapping[str, Any],
     folder: Path,
-) -> list[Judged]:
-    """Train a method on the split's classes, with further fields of the recipe, and evaluate it at
-    every α; `folder` keeps the trained systems.
+) -> tuple[Learned, Sequence[float]]:
+    """Train a method on the split's classes, with further fields of the recipe, or load the system
+    that `folder` keeps; returns it and the α to evaluate.
     """
     with tempfile.TemporaryDirectory() as place:
         run = Run(
@@ -278,13 +292,8 @@ def measure(
             folder,
         )
         result = learned(method, run)
-        rows = []
-        # Other systems than plain CLIPs have no line to the base, so only the end is evaluated.
-        for alpha in ALPHAS if result.system.clip() is not None else ALPHAS[-1:]:
-            system = result.at(alpha)
-            values = judge(system, images, split, tests)
-            rows += judged_rows(values, name, repr(method), split, seed, alpha)
-    return rows
+    # Other systems than plain CLIPs have no line to the base, so only the end is evaluated.
+    return result, ALPHAS if result.system.clip() is not None else ALPHAS[-1:]
 
 
 def _packed(values: NDArray[Any]) -> str:
@@ -379,24 +388,29 @@ def table(
     and α as shown; `own` is the trained style.
     """
     before = {(row.split, row.style, row.kind): row.each for row in base}
-    judged = {(row.kind, "own" if row.style == own else "others") for row in base}
-    columns = [place for place in product(KINDS, ("own", "others")) if place in judged]
+    columns = {
+        splits: [
+            (kind, where)
+            for kind, where in product(KINDS, ("own", "others"))
+            if selected(base, splits, kind, own, where)
+        ]
+        for splits in groups
+    }
     leads = {}
     seeds = {}
     for splits, (key, rows) in product(groups, grouped.items()):
-        for kind, where in columns:
+        for kind, where in columns[splits]:
             of_kind = selected(rows, splits, kind, own, where)
             if of_kind:
                 seeds[splits, key] = len({row.seed for row in of_kind})
                 leads[splits, key, kind, where] = lead(
                     of_kind, lambda row: before[row.split, row.style, row.kind], names
                 )
-    shown = corrected(leads)
-    head = ["method", "α", *map(_titled, columns)]
+    shown = defaultdict(str, corrected(leads))
     tables = []
     for splits in groups:
         level = ["base", "0"]
-        for kind, where in columns:
+        for kind, where in columns[splits]:
             values = [row.each.mean() for row in selected(base, splits, kind, own, where)]
             level.append(f"{100 * float(np.mean(values)):.1f}")
         lines = []
@@ -404,7 +418,8 @@ def table(
             key = (method, alpha)
             if (splits, key) in seeds:
                 line = [_counted(method, seeds[splits, key], max(seeds.values())), alpha]
-                lines.append([*line, *(shown[splits, key, kind, w] for kind, w in columns)])
+                lines.append([*line, *(shown[splits, key, kind, w] for kind, w in columns[splits])])
+        head = ["method", "α", *map(_titled, columns[splits])]
         text = markdown(head, [level, *lines])
         if len(groups) > 1:
             text = f"**Trained: the {' and the '.join(splits)} of the classes.**\n\n{text}"
@@ -452,15 +467,21 @@ def at_equal_gain(
         peak = max(of_alphas, key=lambda alpha: (of_alphas[alpha], -float(alpha)))
         rising = [alpha for alpha in of_alphas if float(alpha) <= float(peak)]
         nearest[method] = min(rising, key=lambda alpha: abs(of_alphas[alpha]))
-    columns = list(product(("trained", "others, all labels"), ("own", "others")))
+    columns = [
+        (kind, where)
+        for kind in ("trained", "others, all labels", OTHER_NAMES)
+        for where in ("own", "others")
+        if selected(of_small, splits, kind, own, where)
+    ]
     leads = {
         (method, kind, where): over_small(grouped[method, alpha], kind, where)
         for method, alpha in nearest.items()
         for kind, where in columns
+        if selected(grouped[method, alpha], splits, kind, own, where)
     }
     if not leads:
         return ""
-    shown = corrected(leads)
+    shown = defaultdict(str, corrected(leads))
     lines = []
     for method, alpha in nearest.items():
         rows = selected(grouped[method, alpha], splits, "trained", own, "own")
@@ -559,7 +580,8 @@ def others(
 
     Args:
         set_name: images to learn from.
-        data_root: folder with drawings/ or pacs/.
+        data_root: folder with drawings/ or pacs/; if it has openmoji/ too, methods are evaluated on
+            these drawings of other names (`benchmarks.drawings.unseen`).
         out: folder of others.md, of its picture, and of others.jsonl, which keeps finished runs, so
             that they are not repeated.
         seeds: each method is trained once for each seed and half.
@@ -575,6 +597,8 @@ def others(
     images = collection(set_name, data_root)
     base = load_base(f"{LOCAL}{BASE}")
     tests = read_tests(images, base)
+    emoji = collection("openmoji", data_root) if (data_root / "openmoji").is_dir() else None
+    emoji_tests = read_tests(emoji, base) if emoji else {}
     own = next(iter(images.tests))
     known = methods()
     path = out / "others.jsonl"
@@ -583,11 +607,20 @@ def others(
     rows = [row for of_run in done for row in of_run]
     kept = {(row.method, row.settings, row.split, row.seed) for row in rows}
 
+    def judged_at(
+        system: System, method: str, settings: str, split: str, seed: int, alpha: float
+    ) -> list[Judged]:
+        values = judge(system, images, split, tests)
+        for style, scores in (scores_of(system, emoji, emoji_tests) if emoji else {}).items():
+            right = scores.argmax(axis=1) == emoji_tests[style].labels
+            values[OTHER_NAMES, f"openmoji, {style}"] = right
+        return judged_rows(values, method, settings, split, seed, alpha)
+
     # Evaluate the base.
     for split in images.splits:
         key = ("base", "", split, 0)
         if key not in kept:
-            judged = judged_rows(judge(System(base).eval(), images, split, tests), *key, 0.0)
+            judged = judged_at(System(base).eval(), *key, 0.0)
             rows += judged
             keep_cell(path, {"run": key, "rows": [astuple(row)[4:] for row in judged]})
     before = [row for row in rows if row.method == "base"]
@@ -601,8 +634,10 @@ def others(
                 if key in kept or not training or (only and name not in only):
                     continue
                 say(f"{name}, {split}, seed {seed}")
-                learned_in = out / "learned"
-                judged = measure(images, name, method, split, seed, tests, fields, learned_in)
+                result, alphas = trained(images, method, split, seed, fields, out / "learned")
+                judged = []
+                for alpha in alphas:
+                    judged += judged_at(result.at(alpha), *key, alpha)
                 rows += judged
                 keep_cell(path, {"run": key, "rows": [astuple(row)[4:] for row in judged]})
 
@@ -620,13 +655,18 @@ def others(
         grouped[row.method, f"{row.alpha:g}"].append(row)
     groups = averaged(images, before, own)
     names = names_of(images, tests)
+    for row in before:
+        if row.kind == OTHER_NAMES:
+            names[row.split, row.kind, row.style] = np.arange(row.n)  # alike in both styles
     parts = [
         "# What happens to the other classes",
         f"{origin('rivals.others')}\n"
         f"The demo's base; {len(images.classes)} classes, of which one half is trained in its own"
         f" style ({own}) and the other half is judged too, then the other way round; seeds"
         f" {', '.join(map(str, seeds))}, {steps} steps of {BATCH} images. The base has accuracies"
-        " in %, the others what they lead it by, in points. Splits and styles count alike.",
+        " in %, the others what they lead it by, in points. Splits and styles count alike. OpenMoji"
+        " has drawings of names outside the 248 classes of drawings, in colour and as lines, each"
+        " judged among all these names; nothing was ever chosen with them.",
         f"{INTERVALS} Nothing was chosen here: the rates were fixed before, those of rivals by"
         " validation on the same data, and every α is shown. Rows named kept have our"
         " regularizers.",

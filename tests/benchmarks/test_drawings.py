@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from benchmarks.drawings import build, iconify, pairs, ship
+from benchmarks.drawings import build, iconify, pairs, ship, unseen
 from benchmarks.drawings.iconify import Classes, Roles, drawings, load_roles, render, sources
 from radapter_serve.demo import data
 
@@ -254,3 +254,25 @@ def test_what_is_shipped_makes_the_same_folders_without_share_alike(
     built = files(folders, "*.png")
     rest = {path: image for path, image in built.items() if "copies--" not in path}
     assert files(tmp_path / "made", "*.png") == rest and len(rest) < len(built)
+
+
+def test_emoji_of_other_names_are_written_in_colour_and_as_lines(tmp_path, classes):
+    (tmp_path / "openmoji" / "svg").mkdir(parents=True)
+    svg = (
+        '<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg"><g id="color">'
+        '<path fill="#f00" d="M10 10h50v50h-50z"/></g><g id="line"><path d="M5 5h20v20h-20z"/></g>'
+        '<g id="line-supplement"><path d="M50 50h9v9h-9z"/></g></svg>'
+    )
+    # A fox; a glowing star, which is a class; a skin tone; a sign below the first; a family.
+    for code in ("1F98A", "1F31F", "1F3FB", "2B50", "1F468-200D-1F466"):
+        (tmp_path / "openmoji" / "svg" / f"{code}.svg").write_text(svg, encoding="utf-8")
+    assert unseen.write_emoji(tmp_path, tmp_path / "out", classes) == 1
+    written = files(tmp_path / "out")
+    assert set(written) == {"colour/fox face/1F98A.png", "line/fox face/1F98A.png"}
+    colours = {}
+    for style in ("colour", "line"):
+        with Image.open(tmp_path / "out" / style / "fox face" / "1F98A.png") as image:
+            colours[style] = set(map(tuple, np.asarray(image).reshape(-1, 3).tolist()))
+    red = (255, 0, 0)
+    assert red in colours["colour"] and red not in colours["line"]
+    assert (0, 0, 0) in colours["line"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,6 +150,7 @@ def test_the_table_is_written_and_no_run_made_twice(
     fields = {"crop_scale": 0.9, "batch_size": 12}
     of = collection_of(images, ("own", "other"), 6, fields)
     monkeypatch.setattr(others, "collection", lambda name, root: of)
+    (tmp_path / "openmoji").mkdir()
     call = ["--set-name", "drawings", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]
     known = {"preserve", "preserve, words", "CoOp, 0.2"}
     call += ["--seeds", "0", "--steps", "2", "--only", *known]
@@ -158,6 +160,16 @@ def test_the_table_is_written_and_no_run_made_twice(
     assert page.count("| preserve, words |") == 2 * 2 * len(others.ALPHAS)
     assert page.count("| CoOp, 0.2 | 1 |") == page.count("| CoOp, 0.2 |") == 6  # at equal gain, too
     assert "| base | 0 |" in page
+    # These other names are the classes themselves: right as in both halves among all labels.
+    cells = map(json.loads, (tmp_path / "out" / "others.jsonl").read_text("utf-8").splitlines())
+    for cell in cells:
+        rows = [Judged(*cell["run"], *row) for row in cell["rows"]]
+        right = {
+            row.kind: row.each.sum() for row in rows if "own" in row.style and row.alpha in (0, 1)
+        }
+        halves = right["trained, all labels"] + right["others, all labels"]
+        assert right[others.OTHER_NAMES] == halves
+    assert page.count("OpenMoji of other names, other styles") == 4
     assert (tmp_path / "out" / "others.png").stat().st_size > 10_000
     assert capsys.readouterr().err.count("seed 0") == 6  # three methods on two halves
     assert others.main([*call, "--no-training", "--seeds", "0", "1"]) == 0
