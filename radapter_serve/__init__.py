@@ -1,7 +1,7 @@
 """Robust fine-tuning of CLIP with R-Adapter, from training to a served model.
 
-The names below are imported on first use, each with the extra that it needs; importing the package
-alone does not import torch.
+The names below are imported on first use, each with the extra that it needs; importing only the
+package does not import torch.
 """
 
 from __future__ import annotations

@@ -324,7 +324,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def file_name(text: str) -> str:
-    """Make a file name of any text, with _ for all but letters, digits, dots, @ and hyphens."""
+    """Make a file name of any text: _ replaces all except letters, digits, dots, @ and hyphens."""
     return re.sub(r"[^\w.@-]+", "_", text)
 
 

@@ -104,7 +104,7 @@ def unreachable() -> str:
 
 @contextmanager
 def from_hub_or_cache() -> Iterator[None]:
-    """Load from the cache alone within the block, without retries, if the hub is unreachable."""
+    """Load only from the cache within the block, without retries, if the hub is unreachable."""
     if not unreachable():
         yield
         return

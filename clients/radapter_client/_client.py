@@ -205,9 +205,9 @@ class Client:
         Args:
             images: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] (RGB)
                 or [H, W] (grey); or a list of them, such as `list_images` returns for a folder. The
-                server turns an image by its EXIF orientation, unless its release says otherwise.
+                server turns an image according to its EXIF orientation, if the release does so.
             labels: the labels to choose from; synonyms after commas ("cat, kitty") count as one
-                label. A request with new labels waits until they are embedded; for more than some
+                label. A request with new labels waits until they are embedded; for more than a few
                 hundred (times templates) that stay the same, a label set is better.
             label_set: name of a set that was exported with the release (radapter-export
                 --label-set), instead of labels.
@@ -512,7 +512,7 @@ class Client:
     ) -> Embeddings:
         """Embed texts to unit length: float32 [N, D] in the order of a list, or [D] for one.
 
-        Texts that are too long are cut as by open_clip. The other arguments are those of
+        Texts that are too long are cut as open_clip cuts them. The other arguments are those of
         `classify`.
 
         Example: `client.embed_texts(["a photo of a cat."]).shape`

@@ -132,7 +132,7 @@ def _exif(turned: int) -> Image.Exif:
 
 
 def read_image(image: ImageLike, *, exif_orientation: bool = True) -> Image.Image:
-    """Open an image as RGB, turned by its EXIF orientation by default."""
+    """Open an image as RGB, turned according to its EXIF orientation by default."""
     try:
         opened = _opened(image)
         if exif_orientation and orientation(opened) != 1:
@@ -160,7 +160,7 @@ def orientation(image: ImageLike) -> int:
 
 
 def _opened(image: ImageLike) -> Image.Image:
-    """Open an image; of a file only the header is read."""
+    """Open an image; only the header of a file is read."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, np.ndarray):

@@ -114,8 +114,8 @@ class Segmentation(_OneLine):
     """The labels of one image's pixels.
 
     Args:
-        mask: uint16 [H, W], index into `labels`; H and W are the image's own, turned by its EXIF
-            orientation unless the release says otherwise.
+        mask: uint16 [H, W], index into `labels`; H and W are the image's own, turned according
+            to its EXIF orientation unless the release says otherwise.
         labels: the request's labels, followed by "background" where a threshold or proposals were
             given.
         scores: of each label, in [0, 1]: the mean probability over its pixels, 0 where it has none.

@@ -46,7 +46,7 @@ class Values(Mapping[str, Array]):
 
 
 class Rows(Values):
-    """Inputs of a task with a batch; all but `varied` are repeated for every row."""
+    """Inputs of a task with a batch; all except `varied` are repeated for every row."""
 
     def __init__(self, plain: Mapping[str, Any], varied: str) -> None:
         super().__init__(plain)

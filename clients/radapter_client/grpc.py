@@ -105,7 +105,7 @@ class GrpcTransport:
         kind = Timeout if SILENT.search(text) else ServerUnavailable
         return kind(
             f"no answer from {self._url}: {text}; is the server running (radapter-serve)? With"
-            " --engine process, and behind radapter-gateway, it answers http:// alone"
+            " --engine process, and behind radapter-gateway, it answers only http://"
         )
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Export of adapters as releases: fold, ONNX graphs, agreement with torch, merged checkpoint, model
 repository.
 
-The names below are imported on first use: `radapter_export.graph` alone needs fewer libraries than
+The names below are imported on first use: `radapter_export.graph` itself needs fewer libraries than
 a whole release.
 """
 

@@ -1,4 +1,4 @@
-"""References that a release is checked against: torch's embeddings by open_clip's own code, with
+"""References that a release is checked against: torch's embeddings from open_clip's own code, with
 adapters attached and not folded, and torch's score on validation data in the task's own metric.
 """
 
@@ -45,7 +45,7 @@ _WORDS = [
 
 class Inputs:
     """Seeded inputs at each batch size: images, tokens as the server sends them, and the same texts
-    by open_clip's tokenizer, of full length.
+    from open_clip's tokenizer, of full length.
     """
 
     def __init__(self, base: Base, tokenizer: Tokenizer, size: int, seed: int = 0) -> None:
@@ -76,7 +76,7 @@ def samples_at(
     *,
     mixed: bool = False,
 ) -> dict[str, Samples]:
-    """Compute torch's embeddings of each graph's inputs by open_clip's own towers, with adapters
+    """Compute torch's embeddings of each graph's inputs with open_clip's own towers, with adapters
     attached; `mixed`, for graphs whose α is an input, alternates several α.
     """
     values = itertools.cycle((alpha, 0.0, 1.0, 0.25) if mixed else (alpha,))
@@ -118,7 +118,7 @@ def samples_at(
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A metric in per cent, by torch with attached adapters and by the encoders of a release."""
+    """A metric in per cent, with torch and attached adapters, and with a release's encoders."""
 
     dataset: str
     n: int  # number of images

@@ -1,4 +1,4 @@
-"""Merged weights as folders for other libraries: open_clip loads one by `local-dir:PATH`, and
+"""Merged weights as folders for other libraries: open_clip loads one as `local-dir:PATH`, and
 `transformers` opens the other, a model with processor and tokenizer.
 """
 
@@ -215,7 +215,7 @@ def write_texts(folder: Path, tokenizer: Any) -> None:
 
 
 def _clip(tokenizer: Any) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """Convert CLIP's vocabulary for `CLIPTokenizer`, which does not repair texts by ftfy first."""
+    """Convert CLIP's vocabulary for `CLIPTokenizer`, which does not clean texts with ftfy."""
     start, end = SPECIAL.values()
     vocabulary = {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
     core = tokenizers.Tokenizer(

@@ -1,4 +1,4 @@
-"""Merged weights in the layout of immich, which searches a photo library by text: graphs,
+"""Merged weights in the layout of immich, which searches a photo library with texts: graphs,
 tokenizer and configuration under the names by which its machine learning loads them.
 """
 

@@ -1,4 +1,4 @@
-"""Precision of the graphs: 16 bits as types in the graph, and int8 by ONNX Runtime's quantizer.
+"""Precision of the graphs: 16 bits as types in the graph, and int8 with ONNX Runtime's quantizer.
 
 As in `torch.autocast`, products and convolutions are computed in the low type; norms, softmax and
 sums in fp32; all other operators in the widest type of their inputs.
@@ -61,7 +61,7 @@ _PASSTHROUGH_OPS = {
 
 
 def lower(graph: Graph, precision: str) -> Graph:
-    """Convert a graph to fp16 or bf16, all but its inputs and outputs."""
+    """Convert a graph to fp16 or bf16, except its inputs and outputs."""
     low = TYPES[precision]
     model = graph.model.clone()
     nodes = list(model.graph)
@@ -103,7 +103,7 @@ def lower(graph: Graph, precision: str) -> Graph:
 def _fp32_nodes(nodes: list[ir.Node], low: ir.DataType) -> set[ir.Node]:
     """Find the nodes that compute in fp32: those that must, and then, repeated until nothing
     changes, nodes that follow one of them, nodes with a constant beyond the low type's range (such
-    as the replacement of minus infinity in a mask), and nodes whose results go to fp32 nodes alone.
+    as the replacement of minus infinity in a mask), and nodes whose results go only to fp32 nodes.
     """
     fp32_nodes = set()
     undecided = []
@@ -191,8 +191,8 @@ class _Feeds(CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantize(path: Path, calibration: Batches = ()) -> int:
-    """Quantize an encoder from fp32 to int8 in place, by ONNX Runtime's quantizer; returns the size
-    of all written files in bytes.
+    """Quantize an encoder from fp32 to int8 in place, with ONNX Runtime's quantizer; returns the
+    size of all written files in bytes.
 
     With inputs for calibration, the ranges of activations are constants of the graph (static:
     symmetric QuantizeLinear and DequantizeLinear, which TensorRT reads, too). Without them, each

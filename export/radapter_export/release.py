@@ -543,7 +543,7 @@ def _write_label_sets(
     text_encoder: Path,
     say: Say,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Embed the label sets by a release's encoders, and write them into each folder; and the
+    """Embed the label sets with a release's encoders, and write them into each folder; and the
     embeddings of their prompts into that of the text encoder, if adapters can map them. Returns the
     facts of each, and warnings about labels that the model cannot tell apart.
     """
@@ -597,7 +597,7 @@ def _write_label_sets(
             more = f"; and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
             warnings.append(
                 f"label set {name} has labels that the model can't tell apart (cosine above"
-                f" {SAME}), so that an image scores them alike: {shown}{more}; name them with other"
+                f" {SAME}), so that an image gives them the same score: {shown}{more}; use other"
                 " words"
             )
         elif shared := shared_name(file.labels):

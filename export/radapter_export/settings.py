@@ -41,7 +41,7 @@ class ExportSettings:
             less is on the line from --base to it (WiSE-FT).
         lora: folder of a LoRA of peft for a CLIPModel, instead of an adapter; alpha scales its
             change of the weights.
-        weights: of the adapters in their average, one each, with sum 1; equal if not given.
+        weights: weight of each adapter in their average; the sum is 1; equal if not given.
         base: the base that was tuned: an open_clip model with its weights, such as ViT-B-32:openai
             or ViT-B-32:PATH, local-dir:PATH or hf-hub:NAME; by default the base that the adapter or
             the LoRA names.
@@ -62,8 +62,8 @@ class ExportSettings:
             not given.
         dense: method of patch embeddings, for segmentation: naclip or maskclip; none leaves
             patch_encoder out; the run's own if not given.
-        precision: of the encoders' weights and matrix products. int8 finds its ranges as it runs,
-            for CPUs; with --calibration the ranges are fixed, which TensorRT supports, too.
+        precision: precision of the encoders' weights and matrix products. int8 finds its ranges
+            as it runs, for CPUs; with --calibration they are fixed, which TensorRT supports, too.
         calibration: a folder of about a hundred typical images for int8.
         validation: data as for radapter-train --val-data, on which the encoders are compared with
             torch in the task's own metric, and scores are calibrated; own for the run's own, which

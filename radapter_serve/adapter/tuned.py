@@ -238,7 +238,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             name = name.removeprefix(prefix)
         weights[name] = value
     if not weights:
-        raise RAdapterError(f"{path} holds no state dict: weights by their names")
+        raise RAdapterError(f"{path} holds no state dict, which maps names to weights")
     return weights
 
 

@@ -70,7 +70,7 @@ def run(
 
 
 def printable(text: object) -> str:
-    """Spell out control characters, which a terminal would obey, but for line ends and tabs."""
+    """Spell out control characters, which a terminal would obey, except line ends and tabs."""
     return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
 
 

@@ -83,8 +83,8 @@ def build(
             (radapter-export --alpha dynamic); the release's own if not given.
         image_column: column of a table that holds the paths; the others become metadata.
         thumbnails: longest side of a thumbnail in px; 0 for none.
-        exif_orientation: turn images by their EXIF orientation, if the release does so with
-            queries; --no-exif-orientation leaves them as the files have them, as open_clip does.
+        exif_orientation: turn images according to their EXIF orientation, if the release does so
+            with queries; --no-exif-orientation leaves them as in the files, as open_clip does.
         on_broken: refuse stops the build at an image that can't be read; skip leaves it out, and
             names it in OUT/broken.txt.
         resume: continue a stopped build, and keep embeddings of unchanged images; --no-resume

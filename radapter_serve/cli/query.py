@@ -167,7 +167,7 @@ def classify(
         threshold: with --multi-label, least score of a shown label, from 0 to 1; 0.5 if not given.
         calibrated: show scores that are probabilities of being right, for a release that was
             exported with validation data.
-        unknown: answer "unknown" if the best label scores less than this alone, from 0 to 1,
+        unknown: answer "unknown" if the best label, scored alone, has less than this, from 0 to 1,
             for a release that was exported with validation data.
         examples: folder with one folder of images for each label that has some, named as the label;
             without labels, the folders' names are the labels.
@@ -487,7 +487,7 @@ class Images:
             return {self.paths[0]: path}
         if path.suffix.lower() in suffixes or path.is_file():
             raise RAdapterError(
-                f"{flag} {path}: of several images, give a folder for their pictures"
+                f"{flag} {path}: for several images, name a folder for their pictures"
             )
         whole = {name: Path(name).absolute() for name in self.paths}
         top = os.path.commonpath([file.parent for file in whole.values()])

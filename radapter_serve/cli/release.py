@@ -40,7 +40,7 @@ def list_(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
 
     Args:
         model_repository: folder that radapter-export has filled.
-        url: of the server to ask, http://localhost:PORT, if several serve the repository.
+        url: address of the server to ask, http://localhost:PORT, if several serve the repository.
     """
     versions = require_known(model_repository, releases_of(model_repository))
     _, served, state = _state(model_repository, url)
@@ -98,7 +98,7 @@ def load(
         release: its number; several are served together, and the highest answers requests without
             a release.
         model_repository: folder that radapter-export has filled.
-        url: of the server, http://localhost:PORT, if several serve the repository.
+        url: address of the server, http://localhost:PORT, if several serve the repository.
     """
     if not release:
         raise RAdapterError("name a release, such as: radapter-release load 2")
@@ -116,7 +116,7 @@ def rollback(model_repository: Path = REPOSITORY, url: str | None = None) -> Non
 
     Args:
         model_repository: folder that radapter-export has filled.
-        url: of the server, http://localhost:PORT, if several serve the repository.
+        url: address of the server, http://localhost:PORT, if several serve the repository.
     """
     _do({"do": "rollback"}, model_repository, url, Served.back)
 
@@ -177,7 +177,7 @@ def remove_adapter(name: tyro.conf.Positional[str], *, model_repository: Path = 
     """Take an adapter away. Running servers refuse its name from the next request on.
 
     Args:
-        name: of the adapter.
+        name: name of the adapter.
         model_repository: folder that radapter-export has filled.
     """
     adapters.remove_adapter(model_repository, name)

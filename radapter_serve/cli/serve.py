@@ -150,8 +150,8 @@ def serve(
     ]
     if wrong:
         raise RAdapterError(
-            f"{', '.join(wrong)} has no effect with --engine process, which answers at --http-port"
-            " alone; leave it out"
+            f"{', '.join(wrong)} has no effect with --engine process, which answers only at"
+            " --http-port; leave it out"
         )
     answer_in_process(config, gateway)
 

@@ -215,7 +215,7 @@ def check_dense(model: Any, method: str) -> Any:
     if not isinstance(visual, VisionTransformer):
         problem = f"its image tower is a {type(visual).__name__}"
     elif visual.attn_pool is not None:
-        problem = "its image tower pools by attention"
+        problem = "its image tower pools with attention"
     elif visual.grid_size[0] != visual.grid_size[1]:
         problem = f"its patches form no square ({visual.grid_size[0]} x {visual.grid_size[1]})"
     elif type(visual.transformer.resblocks[-1]) is not ResidualAttentionBlock:

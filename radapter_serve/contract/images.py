@@ -162,7 +162,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def oriented(image: Image.Image, orientation: int | None = None) -> Image.Image:
-    """Turn an image by an EXIF orientation, by default its own, which it then loses."""
+    """Turn an image according to an EXIF orientation, by default its own, which it then loses."""
     if orientation is not None:
         image.getexif()[ExifTags.Base.Orientation] = orientation
     if orientation_of(image) == 1:

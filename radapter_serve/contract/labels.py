@@ -142,7 +142,7 @@ def join_label(names: Iterable[str]) -> str:
 
 
 def merge_same_names(classes: Iterable[str]) -> list[str]:
-    """Make a label of each class; classes of one name are one label, as images score both alike."""
+    """Make a label of each class; classes of one name are one label, as they score the same."""
     lines: dict[str, str] = {}
     for line in classes:
         lines.setdefault((split_label(line) or [""])[0], line)

@@ -302,8 +302,8 @@ def refuse_wordnet_ids(names: Sequence[str]) -> None:
     """Refuse names that are all WordNet ids: CLIP can't read a prompt with "n01440764" in it."""
     if names and all(_WORDNET_ID.fullmatch(name) for name in names):
         raise RAdapterError(
-            f"the classes are named by WordNet ids ({', '.join(names[:3])}, ...), which CLIP can't"
-            f" read; give CLIP's names for them with --classes {IMAGENET}, or a file with lines"
+            f"the names of the classes are WordNet ids ({', '.join(names[:3])}, ...), which CLIP"
+            f" can't read; give CLIP's names with --classes {IMAGENET}, or a file with lines"
             f" such as '{names[0]}: tench'"
         )
 

@@ -279,7 +279,7 @@ class LoadedRelease:
         return self._changed(release=self.release.at(alpha))
 
     def turned(self, exif_orientation: bool) -> LoadedRelease:
-        """The release with images turned by their EXIF orientation, or left as they are."""
+        """The release that turns images according to their EXIF orientation, or does not."""
         preprocess = dataclasses.replace(self.preprocess, exif_orientation=exif_orientation)
         return self._changed(preprocess=preprocess)
 

@@ -51,7 +51,7 @@ class Choice:
         return max((1 - agreement.min_cosine for agreement in encoders), default=0.0)
 
     def facts(self, release: Release) -> Release:
-        """A release as it is computed by this choice, with the agreement that was measured."""
+        """A release as it is computed with this choice, with the agreement that was measured."""
         measured = self.agreements.get(release.version, {})
         return release.computed_in(self.precision, self.runtime, measured)
 

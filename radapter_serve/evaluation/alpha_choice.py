@@ -70,7 +70,7 @@ class Point:
 
     @property
     def as_good(self) -> bool:
-        """True if the score can't be told from the best."""
+        """True if the score is not significantly different from the best."""
         return round(self.behind - self.plus_minus, _DIGITS) <= 0
 
 
@@ -98,7 +98,7 @@ class Choice:
 
     @property
     def smallest(self) -> float:
-        """The smallest α above 0 whose score can't be told from the best."""
+        """The smallest α above 0 whose score is not significantly different from the best."""
         equal = [point.alpha for point in self.curve if point.alpha and point.as_good]
         return min(equal, default=self.best)
 
@@ -182,9 +182,9 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
     kinds = {(row.dense == PROPOSALS, row.proposals is not None) for row in rows}
     if len(kinds) > 1:
         raise RAdapterError(
-            "alpha is chosen by a mean over validation sets, and figures of dense segmentation, of"
-            " true masks and of a network's masks can't be averaged; keep one of these kinds among"
-            " the sets with split: validation"
+            "alpha is chosen with a mean over validation sets, and figures of dense segmentation,"
+            " of true masks and of a network's masks can't be averaged; keep one of these kinds"
+            " among the sets with split: validation"
         )
     adapter_digest = rows[0].adapter_digest
     assert adapter_digest is not None

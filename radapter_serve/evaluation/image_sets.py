@@ -63,7 +63,7 @@ _OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 @dataclass(frozen=True)
 class EvaluationSet(ABC):
-    """A data set, opened by the entry of a suite; its images are not decoded yet."""
+    """A data set, opened according to the entry of a suite; its images are not decoded yet."""
 
     entry: Entry
     images: Sequence[Any]

@@ -160,7 +160,7 @@ class TorchCandidate(Candidate):
 
 
 class ServerCandidate(Candidate):
-    """A release of a live server, which segments alone."""
+    """A release of a live server, which only segments."""
 
     def segment(
         self,

@@ -58,7 +58,7 @@ def evaluate_set(
     say: Say = lambda line: None,
     keep: Sequence[str] = (),
 ) -> list[tuple[Row, Answers]]:
-    """Evaluate models that prepare images alike on one data set. `keep` may have "nouns", to
+    """Evaluate models that prepare images the same way on one data set. `keep` may have "nouns", to
     measure `kept` (see `Row`) against the first model of alpha 0, and "scores".
     """
     seconds = [0.0] * len(models)

@@ -453,7 +453,7 @@ def _of_adapter(name: str, adapter: str, parent: str, facts: dict[str, Any]) -> 
 
 
 def _at_input(error: Refused, places: list[int]) -> Refused:
-    """Change an error so that it names an image by its position in the input, not in the batch."""
+    """Change an error so that it has an image's position in the input, not in the batch."""
     if error.message.startswith("alpha is "):
         return Refused(error.status, error.code, error.message, "alpha")
     in_batch = re.match(r"image (\d+) of \d+: ", error.message)

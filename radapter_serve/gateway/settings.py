@@ -58,9 +58,9 @@ class Settings(GatewayOptions):
         max_queue: requests that wait to run; further requests are answered 429.
         max_connections: connections at once; above that, the connection that has waited longest for
             a request is closed.
-        max_connections_per_address: of these, connections from one IPv4 address or one 64-bit IPv6
-            network; a quarter of --max-connections if not given. Behind a proxy, where all callers
-            have one address, set it to the number of --max-connections.
+        max_connections_per_address: the largest number of these from one IPv4 address or one
+            64-bit IPv6 network; a quarter of --max-connections if not given. Behind a proxy, where
+            all callers have one address, set it to the number of --max-connections.
         timeout: seconds that a request may take, including the upload of its body.
     """
 

@@ -1,7 +1,7 @@
 """Conditions on an index's columns: SQL comparisons only, computed with Arrow.
 
 A comparison with NULL is neither true nor false, as in SQL. Python values become Arrow values as
-texts that Arrow casts (`text_array`): pyarrow's own conversion imports pandas, some 30 MB in every
+texts that Arrow casts (`text_array`): pyarrow's own conversion imports pandas, about 30 MB in every
 server.
 """
 
@@ -47,7 +47,7 @@ _CLOSING = (TokenType.R_PAREN, TokenType.R_BRACKET, TokenType.R_BRACE)
 
 
 class Sql(Dialect):
-    """A dialect with names in backticks or double quotes, and no escapes by backslash."""
+    """A dialect with names in backticks or double quotes, and no escapes with a backslash."""
 
     class Tokenizer(tokens.Tokenizer):
         IDENTIFIERS = ["`", '"']  # noqa: RUF012  # a list, as in the base class

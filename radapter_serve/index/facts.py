@@ -111,7 +111,7 @@ class MadeBy:
         return False
 
     def is_near(self, release: Release) -> bool:
-        """True if a release embeds images like those of the index but for the precision, and each
+        """True if a release embeds images like those of the index except in precision, and each
         was measured within the bounds of bf16.
         """
         try:

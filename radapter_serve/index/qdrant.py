@@ -3,7 +3,7 @@
 SQL conditions become Qdrant's filters if Qdrant answers them exactly, and are refused otherwise.
 
 The alias COLLECTION names the current collection, whose metadata hold the index's facts; switching
-the alias replaces the index. The API key comes from the environment alone.
+the alias replaces the index. The API key comes only from the environment.
 """
 
 from __future__ import annotations

@@ -147,8 +147,8 @@ def read_list(repository: Path) -> dict[str, Entry]:
 
 
 def read_run(path: Path, alpha: float | None = None) -> tuple[AdapterFacts, Factors]:
-    """Read the adapter file of a run for `add`, without torch; raises an error if it is not on the
-    text's projection alone. `alpha` is by default the adapter's own.
+    """Read the adapter file of a run for `add`, without torch; raises an error if it changes more
+    than the text's projection. `alpha` is by default the adapter's own.
     """
     check_installed("safetensors", "server")
     from pydantic import ValidationError

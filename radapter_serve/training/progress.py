@@ -150,7 +150,7 @@ class Interruption(contextlib.ExitStack):
         return self._signal > 0
 
     def end(self) -> None:
-        """End as the signal would have, by KeyboardInterrupt or with the exit status of SIGTERM."""
+        """End as the signal would have, with KeyboardInterrupt or the exit status of SIGTERM."""
         raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

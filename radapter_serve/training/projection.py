@@ -115,7 +115,7 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
     say = partial(Console(quiet=not show).print, highlight=False, soft_wrap=True, markup=False)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RAdapterError(
-            f"adapt {recipe.adapt} trains in one process; start radapter-train alone"
+            f"adapt {recipe.adapt} trains in one process; start radapter-train without a launcher"
         )
     recipe = with_precision(recipe)
     # With embeddings and an adapter of the texts alone, nothing needs the image tower.

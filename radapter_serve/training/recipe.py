@@ -108,7 +108,7 @@ class Recipe(RunSource):
             turns it off, as in the paper. With it each step also embeds its images with the base.
         preserve_words: weight of the Kullback-Leibler divergence of an image's probabilities of 64
             of ImageNet's class names, drawn for each step, from the base's probabilities; 0 turns
-            it off, as in the paper. For an adapter on a projection auto chooses it by
+            it off, as in the paper. For an adapter on a projection auto chooses it with
             cross-validation.
         batch_size: images of a step over all processes and accumulated parts; all images, if there
             are fewer.

@@ -138,8 +138,9 @@ def search_rate(
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RAdapterError(
-            "learning_rate auto searches in one process; start radapter-train alone, stop it"
-            " once it has printed the rate, and start several processes with --learning-rate RATE"
+            "learning_rate auto searches in one process; start radapter-train without a launcher,"
+            " stop it once it has printed the rate, and start several processes with"
+            " --learning-rate RATE"
         )
     # Let warm-up and average follow the length of a short run.
     short = dataclasses.replace(

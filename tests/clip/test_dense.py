@@ -116,7 +116,7 @@ def test_the_model_stays_as_it_is(pixels: Tensor) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attentional_pool": True}, "pools by attention"),
+        ({"attentional_pool": True}, "pools with attention"),
         ({"block_type": "custom"}, "its last block is a CustomResidualAttentionBlock"),
         ({"image_size": [48, 32]}, r"no square \(3 x 2\)"),
         ({"layers": [1, 1, 1, 1], "width": 32}, "its image tower is a ModifiedResNet"),
