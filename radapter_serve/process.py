@@ -97,6 +97,13 @@ def cores(root: Path = Path("/")) -> int:
     return max(1, min(limits))
 
 
+def memory() -> float:
+    """Bytes of memory that this process may have: the machine's, or less in a container."""
+    import psutil  # not a dependency of a base installation
+
+    return min(float(psutil.virtual_memory().total), memory_limit())
+
+
 def memory_limit(root: Path = Path("/")) -> float:
     """Bytes that the control groups of this process allow, such as a container's; infinite for
     none.

@@ -1,10 +1,12 @@
-"""Where embeddings stand between a base and its fine-tunes: `Point`; and the map of finished
-embeddings that an adapter on a projection is, in numpy, for servers.
+"""Where embeddings stand between a base and its fine-tunes: `Point`; the map of finished embeddings
+that an adapter on a projection is, in numpy, for servers; and a cache of what has a bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,3 +72,37 @@ def weighted_sum(embeds: Sequence[Floats], weights: Sequence[float]) -> Floats |
     if length <= _MIN_LENGTH * max(np.abs(factors).sum(), 1.0):
         return None
     return np.asarray(total / length, np.float32)
+
+
+class Cache:
+    """Least-recently-used cache of values whose sizes add up to `max_size`. Thread-safe."""
+
+    def __init__(self, max_size: float) -> None:
+        self._max_size = max_size
+        self._size = 0
+        self._entries: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any) -> Any:
+        """The value of a key; None if it is not cached."""
+        with self._lock:
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
+
+    def put(self, key: Any, value: Any, size: int = 1) -> None:
+        """Cache a value, not a view of a larger array; alone it may have any size."""
+        with self._lock:
+            self._size -= self._entries.pop(key, (None, 0))[1]
+            self._entries[key] = value, size
+            self._size += size
+            while self._size > self._max_size and len(self._entries) > 1:
+                _, (_, dropped) = self._entries.popitem(last=False)
+                self._size -= dropped
+
+    def drop(self, unwanted: Callable[[Any], bool]) -> None:
+        """Forget the values of some keys."""
+        with self._lock:
+            for key in list(filter(unwanted, self._entries)):
+                self._size -= self._entries.pop(key)[1]

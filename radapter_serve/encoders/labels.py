@@ -1,12 +1,10 @@
-"""Label sets with their text embeddings, and a cache for the embeddings of requests' labels."""
+"""Label sets with their text embeddings, and the stored prompts of a label set."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import sys
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +21,6 @@ from radapter_serve.files import as_text, digest_of, map_array, read_arrays, sta
 DEFAULT_WEIGHT = 0.5  # of a label's examples; its text has the rest
 MAX_EXAMPLES = 128  # of a request, and of a label set that is embedded again
 _TEXTS = ("labels", "lines", "templates")  # texts of a label set
-MAX_LABELS = 20_000  # labels whose embeddings are cached
 # End of the files in which an export stores the embeddings of a label set's prompts, for adapters
 # to map; and their largest size: 80,000 prompts of width 768 have 246 MB.
 PROMPTS = ".prompts.npy"
@@ -118,32 +115,3 @@ def load_prompts(path: Path, label_set: LabelSet, digest: str) -> NDArray[np.flo
         print(f"{path} is damaged, so its prompts are encoded: {error}", file=sys.stderr)
         return None
     return embeds
-
-
-class LabelCache:
-    """Least-recently-used cache of embeddings and label sets. Thread-safe."""
-
-    def __init__(self, max_size: int = MAX_LABELS) -> None:
-        self._max_size = max_size
-        self._size = 0
-        self._entries: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Any) -> Any:
-        """The value of a key; None if it is not cached."""
-        with self._lock:
-            if key not in self._entries:
-                return None
-            self._entries.move_to_end(key)
-            return self._entries[key][0]
-
-    def put(self, key: Any, value: Any, size: int = 1) -> None:
-        """Cache a value, not a view of a larger array; `size` counts labels and templates."""
-        with self._lock:
-            if key in self._entries:  # another thread was quicker
-                return
-            self._entries[key] = value, size
-            self._size += size
-            while self._size > self._max_size and len(self._entries) > 1:
-                _, (_, dropped) = self._entries.popitem(last=False)
-                self._size -= dropped

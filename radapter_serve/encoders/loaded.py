@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_client import Client, RAdapterClientError
-from radapter_serve.contract.embeddings import DEFAULT_POINT, Point
+from radapter_serve.contract.embeddings import DEFAULT_POINT, Cache, Point
 from radapter_serve.contract.errors import (
     UNKNOWN_ADAPTER,
     Cancelled,
@@ -33,7 +33,6 @@ from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.encoder import Encoder, GraphEncoder, ServerEncoder
 from radapter_serve.encoders.labels import (
     PROMPTS,
-    LabelCache,
     LabelSet,
     load_label_sets,
     load_prompts,
@@ -59,6 +58,7 @@ Rows = NDArray[np.generic]
 # Images in one call of the encoder. More are slower on a CPU: the activations between the layers no
 # longer fit into its cache. In bf16 they do, and 64 at once are encoded faster than 16.
 CHUNK = 16
+MAX_LABELS = 20_000  # labels and prompts whose embeddings a cache keeps
 
 
 class Tokenize(Protocol):
@@ -177,14 +177,14 @@ class LoadedRelease:
         return Decoder(self.preprocess, decoders())
 
     @cached_property
-    def label_cache(self) -> LabelCache:
+    def label_cache(self) -> Cache:
         """Cached embeddings of requests' labels."""
-        return LabelCache()
+        return Cache(MAX_LABELS)
 
     @cached_property
-    def prompt_cache(self) -> LabelCache:
+    def prompt_cache(self) -> Cache:
         """Cached embeddings of prompts, which adapters map."""
-        return LabelCache()
+        return Cache(MAX_LABELS)
 
     @cached_property
     def _stored_prompts(self) -> dict[str, NDArray[np.float32] | None]:

@@ -75,7 +75,7 @@ class Key(BaseModel):
 
     @contextlib.contextmanager
     def hiding_others(self, names: Iterable[str]) -> Iterator[None]:
-        """Reword the refusal of an unknown adapter, which names the nearest: they may be of other
+        """Replace the refusal of an unknown adapter, which names the nearest: they may be of other
         keys.
         """
         try:
@@ -83,16 +83,20 @@ class Key(BaseModel):
         except Refused as error:
             if error.code != UNKNOWN_ADAPTER or self.adapters is None:
                 raise
-            asked = sorted(names)
-            refused = [name for name in asked if f" {name!a:.80} " in error.message]
-            raise self.unknown((refused or asked)[0]) from None
+            raise self.unknown(*sorted(filter(None, names))) from None
 
-    def unknown(self, name: str) -> Refused:
-        """The refusal of an adapter that is not served, or not to this key."""
-        others = dict.fromkeys(sorted((self.adapters or frozenset()) - {BASE, name}))
-        if name:
-            return Refused(400, UNKNOWN_ADAPTER, unknown_name(name, others))
-        return Refused(400, UNKNOWN_ADAPTER, "this key asks adapters only; name one")
+    def unknown(self, *names: str) -> Refused:
+        """The refusal of adapters, one of which at least is not served, or not to this key."""
+        others = sorted((self.adapters or frozenset()) - {BASE, *names})
+        if names == ("",):
+            message = "this key asks adapters only; name one"
+        elif len(names) == 1:
+            message = unknown_name(names[0], others)
+        else:
+            message = (
+                f"not all of the adapters {', '.join(names)!a:.80} are here; ask for each alone"
+            )
+        return Refused(400, UNKNOWN_ADAPTER, message)
 
 
 ANYONE = Key(name="", digest="")  # a caller where no keys are asked

@@ -14,17 +14,18 @@ import json
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.contract.embeddings import map_embeddings
+from radapter_serve.contract.embeddings import Cache, map_embeddings
 from radapter_serve.contract.errors import ADAPTER_FAILED, UNKNOWN_ADAPTER, TaskError, redact
 from radapter_serve.contract.labels import check_prompts, is_name, known_as, merge_same_names
 from radapter_serve.errors import RAdapterError, check_installed, reason
@@ -42,6 +43,7 @@ from radapter_serve.files import (
     staged_folder,
     state_of,
 )
+from radapter_serve.process import memory
 from radapter_serve.release.release import Confidence, Release
 from radapter_serve.release.repository import MODELS, releases_of, require_known
 from radapter_serve.sources import ADAPTER
@@ -118,6 +120,11 @@ class TextAdapter:
     digest: str
     facts: AdapterFacts
     factors: Factors
+
+    @property
+    def size(self) -> int:
+        """Bytes of its matrices."""
+        return sum(factor.nbytes for factor in self.factors)
 
     def map(self, embeds: NDArray[np.float32], alpha: float) -> NDArray[np.float32]:
         """Map text embeddings of the base, float32 [N, D], to those of the adapter at an α."""
@@ -326,11 +333,20 @@ def load(repository: Path, name: str, entry: Entry, *, mapped: bool = False) -> 
     )
 
 
+@cache
+def _loaded() -> Cache:
+    """The adapters that this process has loaded, beside all releases: their matrices take at most a
+    quarter of its memory.
+    """
+    return Cache(memory() / 4)
+
+
 class Adapters:
     """The adapters that one process serves beside one release. Thread-safe.
 
     The list is read again whenever its file has changed. An adapter is loaded, and `check` called
-    with it, at its first request; one that is damaged is refused, and the others serve.
+    with it, at its first request, and again after it had to make room for others; one that is
+    damaged is refused, and the others serve.
 
     Args:
         repository: model repository with the list.
@@ -357,8 +373,7 @@ class Adapters:
         self._lock = threading.Lock()
         self._state: object = ()  # of the list's file
         self._entries: Mapping[str, Entry] = {}
-        # By name and digest, with the state of its files
-        self._loaded: dict[tuple[str, str], tuple[object, TextAdapter | TaskError]] = {}
+        self._itself = weakref.ref(self)
 
     def entries(self) -> Mapping[str, Entry]:
         """The served adapters of the text tower by name, as the list says now."""
@@ -377,12 +392,9 @@ class Adapters:
                     for name, entry in entries.items()
                     if self._text_tower in (None, entry.text_tower)
                 }
-                kept = {(name, entry.digest) for name, entry in own.items()}
-                self._loaded = {
-                    key: loaded
-                    for key, loaded in self._loaded.items()
-                    if key in kept and isinstance(loaded[1], TextAdapter)
-                }
+                # Those that were removed, and those of releases that are no longer served.
+                kept = {(self._itself, name, entry.digest) for name, entry in own.items()}
+                _loaded().drop(lambda key: key[0]() in (None, self) and key not in kept)
                 self._entries = own
             self._state = state
             return self._entries
@@ -394,8 +406,9 @@ class Adapters:
         if known is None:
             raise TaskError(UNKNOWN_ADAPTER, unknown_name(name, entries))
         entry = entries[known]
-        key = known, entry.digest
-        before, loaded = self._loaded.get(key, (None, None))
+        key = self._itself, known, entry.digest
+        # With the state of its files; in place of a damaged one, its error
+        before, loaded = _loaded().get(key) or (None, None)
         if isinstance(loaded, TextAdapter) and not self._mapped:
             return loaded
         # A file that is written in place changes the answers if it is mapped.
@@ -413,8 +426,7 @@ class Adapters:
                     return self.get(name)
                 print(error, file=sys.stderr)
                 loaded = TaskError(ADAPTER_FAILED, str(error))
-            with self._lock:
-                self._loaded[key] = state, loaded
+            _loaded().put(key, (state, loaded), getattr(loaded, "size", 1))
         if isinstance(loaded, TaskError):
             raise TaskError(loaded.code, loaded.what)
         return loaded

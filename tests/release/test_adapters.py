@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from radapter_serve.contract.embeddings import Cache
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, map_array
@@ -85,6 +86,40 @@ def test_a_replaced_adapter_leaves_the_memory(tmp_path):
     put(tmp_path, "anna", seed=2, replace=True)
     adapters.get("anna")
     assert before() is None
+
+
+def test_an_adapter_of_a_release_that_is_no_longer_served_leaves_the_memory(tmp_path):
+    put(tmp_path, "anna")
+    before = weakref.ref(Adapters(tmp_path, TOWER).get("anna"))
+    Adapters(tmp_path, TOWER).get("anna")
+    assert before() is None
+
+
+def test_the_adapters_of_all_releases_take_a_quarter_of_the_memory(tmp_path, monkeypatch):
+    """One too many makes room: the least recently asked is read again, and answers as before."""
+    factors = {name: put(tmp_path, name, seed=seed) for seed, name in enumerate("abcd")}
+    size = sum(factor.nbytes for factor in factors["a"])
+    bounded = Cache(3.5 * size)
+    monkeypatch.setattr(adapters_module, "_loaded", lambda: bounded)
+    checked = []
+    releases = [
+        Adapters(tmp_path, TOWER, lambda adapter: checked.append(adapter.name)) for _ in "12"
+    ]
+
+    def ask(names, release):
+        kept = [releases[release].get(name) for name in names]
+        for name, adapter in zip(names, kept, strict=True):
+            np.testing.assert_array_equal(adapter.factors[0], factors[name][0])
+        return [weakref.ref(adapter) for adapter in kept]
+
+    references = ask("abc", 0) + ask("d", 1)
+    assert [reference() is not None for reference in references] == [False, True, True, True]
+    assert checked == ["a", "b", "c", "d"]
+    ask("bc", 0)
+    assert len(checked) == 4
+    ask("ac", 0)
+    assert checked[4:] == ["a"]  # in the place of the other release's
+    assert references[3]() is None
 
 
 def test_an_adapter_whose_facts_name_another_tower_than_the_list_is_refused(tmp_path):

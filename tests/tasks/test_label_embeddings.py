@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radapter_serve.contract.embeddings import Point
+from radapter_serve.contract.embeddings import Cache, Point
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.encoders.batcher import complete
-from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelCache, LabelSet
+from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.tasks.embed import embed_labels
@@ -29,7 +29,7 @@ def embed(loaded: LoadedRelease, labels: list[str], templates: list[str] = SIMPL
 def with_cache(local: Local, max_size: int = 20_000) -> LoadedRelease:
     """The release with a cache of its own."""
     loaded = local.changed()
-    loaded.label_cache = LabelCache(max_size)
+    loaded.label_cache = Cache(max_size)
     return loaded
 
 
@@ -116,7 +116,7 @@ class Key:
 def test_threads_use_the_cache_one_after_the_other() -> None:
     with ThreadPoolExecutor(1) as pool:
         # An entry is not dropped while it is read.
-        small = LabelCache(max_size=1)
+        small = Cache(max_size=1)
         key = Key()
         small.put(key, "old")
         key.lookups = 0
@@ -124,12 +124,12 @@ def test_threads_use_the_cache_one_after_the_other() -> None:
         assert small.get(key) == "old"
 
         # An entry that two threads put counts once.
-        large = LabelCache()
+        large = Cache(20_000)
         both = Key()
         both.meanwhile = lambda: wait([pool.submit(large.put, both, "theirs")], timeout=0.2)
         large.put(both, "ours")
     assert (small.get(key), small.get("another")) == (None, "new")
-    assert (large.get(both), large._size) == ("ours", 1)
+    assert (large.get(both), large._size) == ("theirs", 1)
 
 
 def test_embeddings_of_another_template_alpha_or_release_are_others(local):
