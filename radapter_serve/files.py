@@ -15,6 +15,7 @@ import stat
 import sys
 import tempfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -44,6 +45,10 @@ _EXCHANGE = 2
 _COMPRESSED = re.compile(
     rb"\x1f\x8b|BZh[1-9]1AY|\xfd7zXZ|PK\x03\x04|\x28\xb5\x2f\xfd|\x04\x22\x4d\x18"
 )
+# Bytes of a model's files. The largest CLIP has 1,700 tensors, in a header of 0.2 MB; the largest
+# vocabulary, of Gemma in SigLIP 2, is a tokenizer.json of 34 MB.
+_MAX_HEADER = 4 * 2**20
+_MAX_VOCABULARY = 100 * 2**20
 
 
 @contextlib.contextmanager
@@ -87,6 +92,40 @@ def open_regular(path: Path) -> BinaryIO:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file")
     return path.open("rb")
+
+
+def check_model_file(path: Path) -> None:
+    """Raise ValueError for a file of weights or of a tokenizer that takes far more memory or time
+    to read than a model needs, and OSError if it can't be read.
+
+    A link is read like the file that it leads to, wherever that is: the snapshots of the Hugging
+    Face hub consist of links to ../../blobs. Nothing of a base is shown to others, and the files of
+    a release are compared with its digests.
+    """
+    with open_regular(path) as file, _numpy_errors():
+        size = path.stat().st_size
+        if path.suffix == ".safetensors":
+            header = int.from_bytes(file.read(8), "little")
+            if _MAX_HEADER < header <= size:
+                raise ValueError(
+                    f"it has a header of {header} bytes, and no model has so many tensors; allowed:"
+                    f" at most {_MAX_HEADER}"
+                )
+        elif path.suffix in (".json", ".txt", ".model"):
+            if size > _MAX_VOCABULARY:
+                raise ValueError(
+                    f"it has {size} bytes, and no tokenizer has so many; allowed: at most"
+                    f" {_MAX_VOCABULARY}"
+                )
+        elif zipfile.is_zipfile(file):
+            # torch.save compresses nothing and stores each tensor once.
+            with zipfile.ZipFile(file) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > size:
+                raise ValueError(
+                    f"it has {size} bytes and unpacks to {unpacked}, and torch.save compresses"
+                    " nothing; save the weights again with torch.save"
+                )
 
 
 def open_table(path: Path) -> BinaryIO:

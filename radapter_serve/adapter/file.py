@@ -25,7 +25,7 @@ from torch import Tensor
 from radapter_serve.contract.errors import check_alpha
 from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import checker, staged
+from radapter_serve.files import check_model_file, checker, staged
 from radapter_serve.sources import ADAPTER, CHECKPOINT
 
 FORMAT_VERSION = 1
@@ -220,12 +220,13 @@ def load_adapter(path: str | PathLike[str]) -> Adapter:
             command = "finish the run with radapter-train --resume"
         raise RAdapterError(f"no adapter file at {path}; {command} {shlex.quote(str(run))}")
     try:
+        check_model_file(path)
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         adapter = Adapter(tensors, _metadata(header))
         _check_tensors(adapter)
-    except (SafetensorError, OSError, RAdapterError) as error:
+    except (SafetensorError, OSError, ValueError, RAdapterError) as error:
         raise RAdapterError(f"{path} is not an adapter file: {reason(error)}") from error
     return adapter
 

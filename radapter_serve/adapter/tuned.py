@@ -29,7 +29,7 @@ from radapter_serve.clip.towers import pool_type
 from radapter_serve.clip.transformers import form_of, to_open_clip, to_transformers
 from radapter_serve.contract.errors import check_alpha
 from radapter_serve.errors import RAdapterError, reason, short
-from radapter_serve.files import digest_of
+from radapter_serve.files import check_model_file, digest_of
 from radapter_serve.release.release import Tower
 from radapter_serve.sources import HUB, LOCAL, check_base_is_named, model_name, needs_base
 
@@ -206,6 +206,7 @@ def load_checkpoint(checkpoint: str, base: str | None = None) -> tuple[Base, Lin
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a file of weights without running code: safetensors, or a state dict of torch."""
     try:
+        check_model_file(path)
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
@@ -327,8 +328,9 @@ def _read_layers(folder: Path, config: dict[str, Any]) -> dict[str, tuple[Tensor
     if not path.is_file():
         raise RAdapterError(f"{folder} holds no {WEIGHTS}; save it with safe_serialization=True")
     try:
+        check_model_file(path)
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise RAdapterError(f"could not read {path}: {reason(error)}") from error
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from radapter_serve.clip.towers import pool_type, text_tower
 from radapter_serve.clip.transformers import NAFLEX, read
 from radapter_serve.errors import RAdapterError, quiet, reason, short
+from radapter_serve.files import check_model_file
 from radapter_serve.sources import (
     HUB,
     LOCAL,
@@ -80,7 +81,15 @@ class Base:
     tokenizer: Callable[[list[str]], Tensor]
 
     def __post_init__(self) -> None:
-        """Refuse a preprocessing that open_clip would only fail with at the first image."""
+        """Refuse weights that are not finite, and a preprocessing that open_clip would only fail
+        with at the first image.
+        """
+        for name, weight in self.model.state_dict().items():
+            if not weight.isfinite().all():
+                raise RAdapterError(
+                    f"{self.name} is damaged: its weight {name} holds values that are not finite;"
+                    " fetch or save it again"
+                )
         mean, std = (self.preprocess.get(field) for field in ("mean", "std"))
         for field, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
             numbers = values if isinstance(values, list | tuple) else []
@@ -176,6 +185,8 @@ def load_base(name: str, pretrained: str | None = None, *, images: bool = True) 
         raise RAdapterError(f"{name} is {NAFLEX}")
     try:
         with quiet(), _source(name, pretrained):
+            if pretrained and Path(pretrained).is_file():
+                check_model_file(Path(pretrained))
             with _NoRandomWeights(), contextlib.nullcontext() if images else _no_image_weights():
                 model = open_clip.create_model(
                     source, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
@@ -296,6 +307,7 @@ def _source(name: str, pretrained: str | None) -> Iterator[None]:
 def _local_config(folder: Path) -> dict[str, Any]:
     path = folder / "open_clip_config.json"
     try:
+        check_model_file(path)
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
         if not isinstance(config, dict):
             raise TypeError("model_cfg is no table")
@@ -338,13 +350,10 @@ def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a model's folder that could run code, naming the field, or that holds a pipe or a
-    device, which may be read without an end.
+    """Refuse a model's folder that could run code, naming the field, or that holds a file which may
+    be read without an end.
     """
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise RAdapterError(f"{path} is not a regular file; take it out of the model's folder")
-    _check_configs(folder)
+    _check_files(folder)
     path = folder / "open_clip_config.json"
     config = _read(path) if path.is_file() else None
     model = config.get("model_cfg") if isinstance(config, dict) else None
@@ -363,11 +372,23 @@ def check_folder(folder: Path) -> None:
         raise _refused(path, f"timm_model_name {short(name)}", allowed)
     for tower in (text, multimodal):
         if tower.get("hf_model_name"):
-            _check_configs(_folder_of_config(str(tower["hf_model_name"])))
+            _check_files(_folder_of_config(str(tower["hf_model_name"])))
 
 
-def _check_configs(folder: Path) -> None:
-    """Check the fields, at any depth, of all configurations that `transformers` may read."""
+def _check_files(folder: Path) -> None:
+    """Check the sizes of a folder's files, and the fields, at any depth, of all configurations that
+    `transformers` may read.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not path.is_dir():
+            try:
+                check_model_file(path)
+            except (OSError, ValueError) as error:
+                why = getattr(error, "strerror", None) or reason(error)
+                raise RAdapterError(
+                    f"could not load {path}: {why}; take it out of the model's folder, or"
+                    " fetch the model again"
+                ) from error
     if (folder / "adapter_config.json").exists():
         raise RAdapterError(
             f"{folder} holds adapter_config.json, an adapter of peft: export it with --lora, or"

@@ -16,6 +16,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import check_model_file
 
 # Words above _CACHED_LENGTH are not cached: they are rare and could fill the memory.
 _CACHED_WORDS = 1 << 16
@@ -44,6 +45,7 @@ class Tokenizer:
     def load(cls, path: str | Path, spec: Mapping[str, Any]) -> Tokenizer:
         """Read `tokenizer.json`, with the settings of a release's `tokenizer` entry."""
         try:
+            check_model_file(Path(path))
             core = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower class
             raise RAdapterError(

@@ -30,6 +30,7 @@ from radapter_serve.contract.errors import ADAPTER_FAILED, UNKNOWN_ADAPTER, Task
 from radapter_serve.contract.labels import check_prompts, is_name, known_as, merge_same_names
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import (
+    check_model_file,
     checker,
     digest_of,
     disk_errors,
@@ -163,6 +164,7 @@ def read_run(path: Path, alpha: float | None = None) -> tuple[AdapterFacts, Fact
 
     file = path / ADAPTER if path.is_dir() else path
     try:
+        check_model_file(file)
         with safe_open(file, framework="np") as opened:
             header = {name: json.loads(text) for name, text in (opened.metadata() or {}).items()}
             names = sorted(opened.keys())

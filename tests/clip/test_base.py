@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ import open_clip
 import pytest
 import torch
 import transformers
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, load_file, save, save_file
 from torch.overrides import TorchFunctionMode
 
+from radapter_serve.adapter import load_adapter
+from radapter_serve.adapter.tuned import load_lora, read_weights
 from radapter_serve.clip.base import load_base
+from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.data.rows import open_rows
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.adapters import read_run
 from tests.helpers.small_models import IMAGE, TEXT, make_base
 
 TOWER = {
@@ -85,7 +90,7 @@ def test_a_pipe_in_the_place_of_a_file_is_refused(
     shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), folder)
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(RAdapterError, match=f"{name} is not a regular file"):
+    with pytest.raises(RAdapterError, match=f"{name}: it is not a regular file"):
         load_base(f"local-dir:{folder}")
 
 
@@ -117,6 +122,87 @@ def test_a_configuration_that_takes_hours_or_all_memory_is_refused(
     path.write_text(json.dumps({"model_cfg": [[]]}))
     with pytest.raises(RAdapterError, match="model_cfg is no table"):
         load_base(f"local-dir:{folder}")
+
+
+def many_tensors(path: Path) -> None:
+    """Write a file of safetensors whose header has 60,000 tensors, which libraries read slowly."""
+    header: dict[str, Any] = {
+        f"weight{index}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * index, 4 * index + 4]}
+        for index in range(60_000)
+    }
+    content = json.dumps(header).encode()
+    path.write_bytes(len(content).to_bytes(8, "little") + content + bytes(4 * len(header)))
+
+
+def test_files_that_take_all_memory_to_read_are_refused(tiny_clip_dir: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), base)
+    tokenizer = base / "tokenizer.json"
+    with tokenizer.open("wb") as file:
+        file.truncate(10**9)
+    with pytest.raises(RAdapterError, match="tokenizer.json: it has 1000000000 bytes.*at most 104"):
+        load_base(f"local-dir:{base}")
+    with pytest.raises(RAdapterError, match="tokenizer.json: it has 1000000000 bytes.*at most 104"):
+        Tokenizer.load(tokenizer, {})
+    tokenizer.unlink()
+
+    weights = base / "open_clip_model.safetensors"
+    many_tensors(weights)
+    message = "open_clip_model.safetensors.* it has a header of [0-9]+ bytes.*at most 4194304"
+    reads: list[Callable[[], object]] = [
+        lambda: load_base(f"local-dir:{base}"),
+        lambda: load_base("ViT-B-32", str(weights)),
+        lambda: read_weights(weights),
+        lambda: load_adapter(weights),
+        lambda: read_run(weights),
+    ]
+    for read in reads:
+        with pytest.raises(RAdapterError, match=message):
+            read()
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    weights.rename(lora / "adapter_model.safetensors")
+    with pytest.raises(RAdapterError, match="adapter_model.*it has a header of"):
+        load_lora(lora)
+
+    # A checkpoint of torch whose archive is compressed unpacks to any size.
+    plain = tmp_path / "plain.pt"
+    torch.save({"weight": torch.zeros(100_000)}, plain)
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as to:
+        for entry in source.infolist():
+            to.writestr(entry.filename, source.read(entry))
+    assert read_weights(plain)["weight"].shape == (100_000,)
+    with pytest.raises(RAdapterError, match=r"packed.pt: it has \d+ bytes and unpacks to 40"):
+        read_weights(packed)
+
+
+def test_the_links_of_a_hub_snapshot_are_read(tiny_clip_dir: str, tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    snapshot = tmp_path / "snapshots" / "main"
+    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    weights = load_base(f"local-dir:{snapshot}").model.state_dict()
+    expected = load_base(tiny_clip_dir).model.state_dict()
+    torch.testing.assert_close(dict(weights), dict(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(
+    value: float, tiny_clip_dir: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), base)
+    path = base / "open_clip_model.safetensors"
+    weights = load_file(path)
+    weights["text_projection"][3, 2] = value
+    save_file(weights, path)
+    message = f"^local-dir:{base} is damaged: its weight text_projection holds values that are not"
+    with pytest.raises(RAdapterError, match=message):
+        load_base(f"local-dir:{base}")
 
 
 @pytest.mark.parametrize(
