@@ -217,7 +217,12 @@ def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> 
 def answer_in_process(config: ServerConfig, flags: GatewayFlags) -> None:
     """Answer over HTTP in this process until a signal ends it."""
     check_installed("uvicorn", "server")
+    from threadpoolctl import threadpool_limits
+
     from radapter_serve.gateway.in_process import EngineServer, in_front_of
+
+    # Each request has a thread; more of BLAS would keep the cores from the encoders.
+    threadpool_limits(1, "blas")
 
     endpoints = replace(config.endpoints, tls=flags.tls_certificate is not None)
     if endpoints.trust_network and flags.api_keys is None:

@@ -17,15 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from radapter_client import Reply
+from radapter_serve.cli import serve
 from radapter_serve.contract.errors import Cancelled, TaskError
+from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway import app, in_process
 from radapter_serve.gateway.access import Threads
 from radapter_serve.gateway.app import Health
 from radapter_serve.gateway.in_process import InProcess
 from radapter_serve.gateway.upstream import Entry, Inference, Refused
 from radapter_serve.release.release import TASKS
+from radapter_serve.server.config import ServerConfig
 
 
 class Working:
@@ -200,6 +204,7 @@ from radapter_serve.gateway import in_process
 from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings, Timeouts
 from radapter_serve.release.release import TASKS
+from radapter_serve.server.config import ServerConfig
 
 class Endless:
     def infer(self, *arguments, **options):
@@ -234,3 +239,21 @@ def test_sigterm_ends_the_process_although_a_thread_works() -> None:
                 asking.kill()
         finally:
             process.kill()
+
+
+def test_a_server_in_one_process_has_one_thread_of_blas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more, requests that map labels at once wait for each other."""
+    counts: list[int] = []
+
+    def stop(*_: object) -> None:
+        counts.extend(
+            pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"
+        )
+        raise RAdapterError("stop")
+
+    monkeypatch.setattr(in_process, "in_front_of", stop)
+    with threadpool_limits(2, "blas"), pytest.raises(RAdapterError, match="stop"):
+        serve.answer_in_process(ServerConfig(tmp_path), serve.GatewayFlags())
+    assert {*counts} == {1}
