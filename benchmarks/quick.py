@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -12,13 +13,19 @@ import numpy as np
 import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+import training_step
 import tyro
 from common import CLASS_NAMES, RESULTS, Report, picture, random_clip, say
+
+from radapter_serve.training import load_recipe
 
 WHAT = """Seconds of each command as a whole process, with {architecture} of random weights and
 photos of 640 x 480 in {classes} classes: `radapter-train`, `radapter-export` and the first answer
 of `radapter-query classify`; the last two do not depend on the number of photos, and were measured
-once. Random weights learn nothing, but take the time of real ones. The peak is that of training."""
+once. Random weights learn nothing, but take the time of real ones. The peak is that of training.
+Full fine-tuning is plain open_clip and torch: the steps of `small`, each with the median time of
+one, without start, reading and augmenting, export or answer; marked with *."""
 ANSWER = "from photos to an answer"
 
 
@@ -50,6 +57,7 @@ def run(*command: str, cwd: Path) -> tuple[float, int]:
 def measure(
     architecture: str = "ViT-B-32",
     images: tuple[int, ...] = (50, 200, 1000),
+    towers: tuple[int, ...] = (50,),
     embeddings: int = 100_000,
     precision: tuple[str, ...] = ("auto", "no"),
     classes: int = 10,
@@ -59,7 +67,8 @@ def measure(
 
     Args:
         architecture: name in open_clip.
-        images: numbers of photos.
+        images: numbers of photos with the recipe quick.
+        towers: numbers of photos with the recipe small, and with full fine-tuning.
         embeddings: number of embeddings with labels that a run without photos has; 0 for none.
         precision: of the embeddings: auto takes bf16 where the machine has it.
         classes: of the photos.
@@ -74,11 +83,14 @@ def measure(
         folder = Path(name)
         (folder / "base").mkdir()
         base, _, _ = random_clip(architecture, folder / "base")
-        recipe = ("--recipe", "quick", "--architecture", base, "--pretrained", "None")
+        model = ("--architecture", base, "--pretrained", "None")
 
-        def add(name: str, out: str, *data: str) -> None:
+        def add(recipe: str, what: str, *data: str) -> None:
+            name = f"{recipe}, {what}"
             say(name)
-            train, peak = run("radapter-train", *recipe, *data, "--out", out, cwd=folder)
+            out = f"runs-{len(rows)}/{recipe}"
+            command = ("radapter-train", "--recipe", recipe, *model, *data, "--out", out)
+            train, peak = run(*command, cwd=folder)
             if not rest:
                 places = ("--model-repository", "models", "--merged", "merged")
                 run_of = ("--adapter", out, "--alpha", "1")
@@ -88,18 +100,17 @@ def measure(
                 rest["first answer"], _ = run("radapter-query", "classify", *asked, cwd=folder)
             total = train + sum(rest.values())
             rows.append([name, f"{train:.1f}", f"{total:.1f}", f"{peak / 1e6:.0f}"])
-            report.table(ANSWER, columns, rows)
 
-        for count in images:
+        for count in sorted({*images, *towers}):
             photos = folder / f"photos-{count}"
             for number in range(count):
                 place = photos / CLASS_NAMES[number % classes]
                 place.mkdir(parents=True, exist_ok=True)
                 (place / f"{number}.jpg").write_bytes(picture(seed=number))
-            for kind in precision:
-                out = f"runs-{count}-{kind}/quick"
-                shown = ("--data", str(photos), "--precision", kind)
-                add(f"quick, {count:,}, {kind}", out, *shown)
+            for recipe, counts in (("quick", images), ("small", towers)):
+                for kind in precision if count in counts else ():
+                    shown = ("--data", str(photos), "--precision", kind)
+                    add(recipe, f"{count:,}, {kind}", *shown)
         if embeddings:
             draw = np.random.default_rng(0)
             width = int(open_clip.get_model_config(architecture)["embed_dim"])
@@ -110,7 +121,19 @@ def measure(
             table = pa.table({"image": names, "label": labels})
             pq.write_table(table, folder / "rows.parquet")
             data = ("--embeddings", "vectors.npy", "--rows", "rows.parquet")
-            add(f"quick, {embeddings:,} embeddings", "runs-embeddings/quick", *data)
+            add("quick", f"{embeddings:,} embeddings", *data)
+    small = load_recipe("small")
+    for kind in precision if towers else ():
+        dtype = None if kind == "no" else torch.bfloat16
+        full = training_step.FULL
+        times, peaks = training_step.measure([full], architecture, small.batch_size, 3, dtype)
+        for count in towers:
+            in_training = count - round(small.val_fraction * count)
+            steps = small.epochs * max(1, in_training // small.batch_size)
+            seconds = steps * statistics.median(times[full])
+            name = f"{full}, {count:,}, {kind}: {steps} steps"
+            rows.append([name, f"{seconds:.1f}*", "", f"{peaks[full] / 1e6:.0f}"])
+    report.table(ANSWER, columns, rows)
     report.note("; ".join(f"{name} {seconds:.1f} s" for name, seconds in rest.items()) + ".")
     report.write(results)
 

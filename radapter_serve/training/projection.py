@@ -584,7 +584,7 @@ def _vectors(
         padding_value=NO_LABEL,
     )
     vectors = Vectors(
-        images=torch.from_numpy(np.ascontiguousarray(images[readable])),
+        images=torch.from_numpy(images if readable.all() else images[readable]),  # without a copy
         owners=padded,
         texts=embeds,
         texts_of=[numbers(each) for each in trained],
