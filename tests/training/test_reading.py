@@ -160,6 +160,9 @@ def test_data_that_cannot_be_read(images: Path, tmp_path: Path) -> None:
             csv.write_bytes(content)
         with pytest.raises(RAdapterError, match=message):
             load_labelled(DataSource(f"csv:{csv}"))
+    pd.DataFrame({"image": [], "label": []}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(RAdapterError, match="it holds no rows"):
+        load_labelled(DataSource(f"parquet:{tmp_path}/t.parquet"))
 
 
 def test_a_share_of_each_class_is_held_out_for_validation(images: Path) -> None:
