@@ -77,7 +77,7 @@ def measure(
     what = WHAT.format(architecture=architecture, classes=classes)
     report = Report("quick", "From photos to an answer", what, timed=False)
     columns = ["recipe, photos, precision", "train s", "to an answer s", "peak MB"]
-    rows = []
+    rows: list[list[str]] = []
     rest: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
