@@ -30,7 +30,9 @@ sets:
 
 
 @pytest.fixture(scope="module")
-def made(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sources(
+    random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """`data` with three small image folders, `suite.yaml`, `runs/tiny`."""
     root = tmp_path_factory.mktemp("eval")
     generator = np.random.default_rng(0)
@@ -48,11 +50,11 @@ def made(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture
-def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of `made` to work in, where nouns are few and no pictures are drawn."""
-    shutil.copytree(made / "runs", tmp_path / "runs")
-    shutil.copy(made / "suite.yaml", tmp_path)
-    (tmp_path / "data").symlink_to(made / "data")
+def here(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `sources` to work in, where nouns are few and no pictures are drawn."""
+    shutil.copytree(sources / "runs", tmp_path / "runs")
+    shutil.copy(sources / "suite.yaml", tmp_path)
+    (tmp_path / "data").symlink_to(sources / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr("radapter_serve.evaluation.image_sets._NOUN_STEP", 100)
@@ -216,12 +218,12 @@ def test_a_checkpoint_a_release_and_a_server_are_evaluated_at_their_alpha_or_the
     fixed = str(exported_tiny_clip / "model_repository")
     assert main([*COMMON, "--merged", str(checkpoint.parent)]) == 0
     assert main([*COMMON, "--model-repository", f"{fixed}@1"]) == 0
-    found = rows(here / "results")
-    assert [(row["source"], row["alpha"]) for row in found] == [
+    measured = rows(here / "results")
+    assert [(row["source"], row["alpha"]) for row in measured] == [
         *[("merged", 0.8)] * 2,
         *[("release", 0.3)] * 2,
     ]
-    expected = [pytest.approx(row["metrics"], abs=1e-5) for row in found[2:]]
+    expected = [pytest.approx(row["metrics"], abs=1e-5) for row in measured[2:]]
     with in_process(dynamic_tiny_clip, here / "indexes") as server:
         for model in ("--model-repository", str(dynamic_tiny_clip)), ("--url", server.url):
             assert main([*COMMON, *model, "--alpha", "0.3", "--no-resume"]) == 0

@@ -62,23 +62,23 @@ def test_page():
     web = Hit("https://example.org/b.jpg", -0.5, {"url": "https://example.org"}, None)
     hits = [Hit("deep/a.jpg", 0.28125, about, png(3, 8, 6, "JPEG")), web]
     content = page(hits, "a red bicycle", None, {"index": "photos", "release": "3"})
-    found = Page(content)
+    gallery = Page(content)
     for piece in ("a red bicycle", "index: photos · release: 3", "1. deep/a.jpg", "author", "Zoë"):
-        assert piece in found.text
-    assert not any(piece in found.text for piece in ("path", "sha256", "camera"))
-    assert '["a", "b"]' in found.text and "no thumbnail" in found.text
-    [picture] = found.all("img")
+        assert piece in gallery.text
+    assert not any(piece in gallery.text for piece in ("path", "sha256", "camera"))
+    assert '["a", "b"]' in gallery.text and "no thumbnail" in gallery.text
+    [picture] = gallery.all("img")
     assert (decoded(picture["src"]).size, picture["alt"]) == ((8, 6), "deep/a.jpg")
-    assert [meter["value"] for meter in found.all("meter")] == ["0.2812", "-0.5000"]
+    assert [meter["value"] for meter in gallery.all("meter")] == ["0.2812", "-0.5000"]
 
     # The page needs nothing but itself.
-    assert not {"script", "link", "iframe", "a", "object"} & {tag for tag, _ in found.elements}
-    for _, attributes in found.elements:
+    assert not {"script", "link", "iframe", "a", "object"} & {tag for tag, _ in gallery.elements}
+    for _, attributes in gallery.elements:
         for name in {"src", "href", "srcset", "style"} & set(attributes):
             assert str(attributes[name]).startswith("data:")
     style = re.search(r"<style>(.*)</style>", content.decode(), re.S)
     assert style and "url(" not in style[1] and "@import" not in style[1]
-    assert "Content-Security-Policy" in {meta.get("http-equiv") for meta in found.all("meta")}
+    assert "Content-Security-Policy" in {meta.get("http-equiv") for meta in gallery.all("meta")}
 
 
 def test_page_of_an_image():
@@ -87,18 +87,20 @@ def test_page_of_an_image():
     Image.new("P", (2000, 500)).save(palette, "PNG", transparency=b"\0\x80")
     turned = png(0, 80, 40, "JPEG", turn=6)
     for file, size in ((palette.getvalue(), (320, 80)), (turned, (40, 80))):
-        found = Page(page([], "query.png", file, {}))
-        assert decoded(found.all("img")[0]["src"]).size == size
-        assert "Nothing was found." in found.text
+        gallery = Page(page([], "query.png", file, {}))
+        assert decoded(gallery.all("img")[0]["src"]).size == size
+        assert "Nothing was found." in gallery.text
 
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_nothing_gets_out_of_its_place(evil: str):
     plain = Page(page([Hit("a", 0.5, {"k": "v", "l": "w"}, b"x")], "t", None, {"index": "i"}))
     hit = Hit(evil, 0.5, {evil: evil, "k": {evil: [evil]}}, evil.encode("utf-8", "replace"))
-    found = Page(page([hit], evil, None, {evil: evil}))
-    shape, same = ([(tag, list(of)) for tag, of in one.elements] for one in (plain, found))
+    gallery = Page(page([hit], evil, None, {evil: evil}))
+    shape, same = (
+        [(tag, list(of)) for tag, of in gallery_page.elements] for gallery_page in (plain, gallery)
+    )
     assert shape == same
     shown = evil.encode("utf-8", "replace").decode()
-    assert found.all("article")[0]["title"] == shown
-    assert f"1. {shown}" in found.text
+    assert gallery.all("article")[0]["title"] == shown
+    assert f"1. {shown}" in gallery.text

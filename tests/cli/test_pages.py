@@ -31,8 +31,8 @@ def commands(page: Path) -> list[list[str]]:
         r"```(?:sh|bash|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
     )
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = [shlex.split(line, comments=True) for line in lines if line.startswith("radapter-")]
-    return [[word for word in words if word != "&"] for words in found]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("radapter-")]
+    return [[word for word in words if word != "&"] for words in commands]
 
 
 @pytest.mark.parametrize(

@@ -496,8 +496,8 @@ def test_every_method_sends_its_alpha():
         client.embed_images(b"x", alpha=0.25)
         client.classify(b"x", ["a"], alpha=0.25)
         client.segment(PIXELS, ["a"], alpha=0.25)
-    found = [request.inputs["alpha"].ravel().tolist() for request in recorder.inferences]
-    assert found == [[0.25]] * 4
+    alphas = [request.inputs["alpha"].ravel().tolist() for request in recorder.inferences]
+    assert alphas == [[0.25]] * 4
 
 
 @settings(deadline=None, max_examples=10)

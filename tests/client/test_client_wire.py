@@ -110,10 +110,10 @@ def test_errors_of_the_server(
 ):
     body = json.dumps({"error": text}).encode()
     with (
-        grpc_server((grpc.StatusCode[status[0]], text)) as (one, _),
-        http_server(status[1], body) as (other, _),
+        grpc_server((grpc.StatusCode[status[0]], text)) as (grpc_url, _),
+        http_server(status[1], body) as (http_url, _),
     ):
-        for url in (one, other):
+        for url in (grpc_url, http_url):
             raised = attempt(url, embed, timeout=20, retries=0)
             assert (type(raised).__name__, raised.code) == (error, code)
             assert re.search(message, str(raised))
@@ -153,8 +153,14 @@ def test_inference_over_http():
     in_json = json.dumps({**ANSWER, "outputs": outputs}).encode()
     for answer in ((body, headers), (in_json, {})):
         with http_server(200, *answer) as (url, seen):
-            found = attempt(url, lambda c: c.classify(b"image", ["a\0", "ü"], alpha=0.5), release=3)
-        assert (found.labels, found.scores, found.release) == (["a\0", "ü"], [0.75, 0.25], 3)
+            classified = attempt(
+                url, lambda c: c.classify(b"image", ["a\0", "ü"], alpha=0.5), release=3
+            )
+        assert (classified.labels, classified.scores, classified.release) == (
+            ["a\0", "ü"],
+            [0.75, 0.25],
+            3,
+        )
     [(method, path, sent, body, _)] = seen
     assert (method, path) == ("POST", "/v2/models/classify/versions/3/infer")
     length = int(sent["Inference-Header-Content-Length"])

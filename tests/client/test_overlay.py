@@ -41,10 +41,10 @@ def colours(count: int) -> list[tuple[int, ...]]:
 
 
 def test_labels_have_colours_of_their_own():
-    found = colours(300)
-    assert len(set(found)) == 256 and found[:2] == [*FIRST]
+    palette = colours(300)
+    assert len(set(palette)) == 256 and palette[:2] == [*FIRST]
     # A label keeps its colour.
-    assert colours(10) == found[:10] and found[256:] == found[:44]
+    assert colours(10) == palette[:10] and palette[256:] == palette[:44]
 
 
 def test_the_distance_of_colours_is_that_of_lab():
@@ -56,45 +56,45 @@ def test_the_distance_of_colours_is_that_of_lab():
         (255, 255, 255): (100, 0, 0),
         (5, 5, 5): (1.37, 0, 0),
     }
-    found = _pictures._lab(np.array([*published], float))
-    np.testing.assert_allclose(found, [*published.values()], atol=0.1)
+    lab = _pictures._lab(np.array([*published], float))
+    np.testing.assert_allclose(lab, [*published.values()], atol=0.1)
 
 
 def test_pixels():
     image = noise(10, 40)
-    found = segmentation(halves(10, 40), ["a", "b"], image)
-    picture = np.asarray(found.overlay(opacity=0.25, legend=False)).astype(int)
+    segmented = segmentation(halves(10, 40), ["a", "b"], image)
+    picture = np.asarray(segmented.overlay(opacity=0.25, legend=False)).astype(int)
     assert picture.shape == (10, 40, 3)
     for label, where in enumerate((np.s_[:, :18], np.s_[:, 22:])):
         np.testing.assert_allclose(
             picture[where], 0.75 * image[where] + 0.25 * np.array(FIRST[label]), atol=1
         )
     assert (picture[:, 19] == FIRST[0]).all() and (picture[:, 20] == FIRST[1]).all()  # the outline
-    clear = np.asarray(found.overlay(opacity=0, legend=False))
+    clear = np.asarray(segmented.overlay(opacity=0, legend=False))
     assert np.array_equal(clear[:, :18], image[:, :18])
-    found = segmentation(halves(10, 40), ["a", "background"], image, 1)
-    assert np.array_equal(np.asarray(found.overlay(legend=False))[:, 20:], image[:, 20:])
+    segmented = segmentation(halves(10, 40), ["a", "background"], image, 1)
+    assert np.array_equal(np.asarray(segmented.overlay(legend=False))[:, 20:], image[:, 20:])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (96, 64), (40, 2000), (2000, 7)])
 def test_legend_stands_below_the_image(shape: tuple[int, int]):
-    found = segmentation(halves(*shape), ["left", "right"], noise(*shape))
-    picture = found.overlay()
-    bare = found.overlay(legend=False)
+    segmented = segmentation(halves(*shape), ["left", "right"], noise(*shape))
+    picture = segmented.overlay()
+    bare = segmented.overlay(legend=False)
     assert bare.size == shape[::-1]
     assert picture.width >= bare.width and picture.height > bare.height
     assert max(picture.size) >= 512
     painted = bare.height * -(-512 // max(bare.size))  # it is enlarged
     swatches = np.asarray(picture)[painted:].reshape(-1, 3)
-    for share, colour in zip(found.shares, FIRST, strict=False):
+    for share, colour in zip(segmented.shares, FIRST, strict=False):
         assert (swatches == colour).all(-1).any() == (share > 0)
 
 
 def test_shares_and_legend_of_many_labels():
     mask = np.arange(100).reshape(10, 10)
-    found = segmentation(mask, [f"label {index}" for index in range(200)], noise(10, 10))
-    assert found.shares == [0.01] * 100 + [0] * 100
-    assert found.overlay().height < 3000
+    segmented = segmentation(mask, [f"label {index}" for index in range(200)], noise(10, 10))
+    assert segmented.shares == [0.01] * 100 + [0] * 100
+    assert segmented.overlay().height < 3000
 
 
 @pytest.mark.parametrize("value", [1, 3, 5, 6])
@@ -108,9 +108,11 @@ def test_photograph_is_turned_as_its_mask_is(value: int, tmp_path: Path):
             (False, noise(20, 30)),
         ):
             for image in (tmp_path / "turned.png", opened):
-                found = segmentation(np.zeros(wanted.shape[:2]), ["a"], image)
-                found = dataclasses.replace(found, exif_orientation=turns)
-                assert np.array_equal(np.asarray(found.overlay(opacity=0, legend=False)), wanted)
+                segmented = segmentation(np.zeros(wanted.shape[:2]), ["a"], image)
+                segmented = dataclasses.replace(segmented, exif_orientation=turns)
+                assert np.array_equal(
+                    np.asarray(segmented.overlay(opacity=0, legend=False)), wanted
+                )
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "transparent"])
@@ -151,12 +153,12 @@ def test_labels_are_spelled():
 
 def test_what_cannot_be_drawn(tmp_path: Path):
     gone = tmp_path / "gone.png"
-    found = segmentation(halves(20, 30), ["猫", "b"], gone)
+    segmented = segmentation(halves(20, 30), ["猫", "b"], gone)
     with pytest.raises(radapter_client.InvalidImage, match=r"gone.png: No such file"):
-        found.overlay()
+        segmented.overlay()
     gone.write_bytes(b"no image")
     with pytest.raises(radapter_client.InvalidImage, match="cannot read the image"):
-        found.overlay()
+        segmented.overlay()
     wrong: list[tuple[Any, dict[str, Any], str]] = [
         (noise(30, 20), {}, "of 20 x 30 pixels for a mask of 30 x 20"),
         (noise(20, 30), {"opacity": 2}, "opacity is 2"),
@@ -165,6 +167,6 @@ def test_what_cannot_be_drawn(tmp_path: Path):
     ]
     for image, options, message in wrong:
         with pytest.raises(radapter_client.InvalidRequest, match=message):
-            found.overlay(image, **options)
+            segmented.overlay(image, **options)
     with pytest.raises(radapter_client.InvalidRequest, match="no image to draw on"):
         segmentation(halves(20, 30), ["a", "b"], None).overlay()

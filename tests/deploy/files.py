@@ -28,9 +28,9 @@ def rendered(values: dict[str, Any]) -> dict[tuple[str, str], Any]:
 
     with helm_python.Chart.load(str(CHART)) as chart:
         texts = chart.render(values, name="radapter", namespace="radapter").values()
-    found = [one for text in texts for one in yaml.safe_load_all(text) if one]
-    objects = {(one["kind"], one["metadata"]["name"]): one for one in found}
-    assert len(objects) == len(found)
+    documents = [document for text in texts for document in yaml.safe_load_all(text) if document]
+    objects = {(document["kind"], document["metadata"]["name"]): document for document in documents}
+    assert len(objects) == len(documents)
     return objects
 
 
@@ -40,13 +40,13 @@ def stages() -> dict[str, list[tuple[str, str]]]:
     """
     lines = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").splitlines()
     text = "\n".join(line for line in lines if not line.startswith("#")).replace("\\\n", " ")
-    found: dict[str, list[tuple[str, str]]] = {"": []}
+    stages: dict[str, list[tuple[str, str]]] = {"": []}
     for line in filter(str.strip, text.splitlines()):
         instruction, _, rest = line.strip().partition(" ")
         if instruction == "FROM":
-            found[rest.rpartition(" AS ")[2]] = []
-        [*found.values()][-1].append((instruction, " ".join(rest.split())))
-    return found
+            stages[rest.rpartition(" AS ")[2]] = []
+        [*stages.values()][-1].append((instruction, " ".join(rest.split())))
+    return stages
 
 
 def instructions(stage: str, name: str) -> list[str]:

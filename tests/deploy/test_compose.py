@@ -31,11 +31,11 @@ def test_only_the_gateway_can_be_reached_from_other_machines() -> None:
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert service["cap_drop"] == ["ALL"]
         for port in service.get("ports", []):
-            found = PUBLISHED.fullmatch(port)
-            assert found
-            default = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", found["address"])
+            published = PUBLISHED.fullmatch(port)
+            assert published
+            default = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", published["address"])
             assert default == "127.0.0.1"
-            assert name == "gateway" or found["address"] == default
+            assert name == "gateway" or published["address"] == default
     assert BASE["networks"]["inside"]["internal"] is True
     for name in ("server", "prometheus"):
         assert "ports" not in SERVICES[name]
@@ -61,6 +61,6 @@ def test_the_gateway_finds_its_keys_and_all_find_the_ports_of_the_images() -> No
     asked = [words[words.index("--server") + 1], f"gateway:{published['inside']}"]
     for job in document(DEPLOY / "prometheus.yaml")["scrape_configs"]:
         asked += job["static_configs"][0]["targets"]
-    for one in asked:
-        service, port = one.split(":")
+    for address in asked:
+        service, port = address.split(":")
         assert port in instructions(service, "EXPOSE")[0].split()

@@ -33,7 +33,7 @@ def let_in(tree: Path) -> None:
         pattern = pattern.replace(r"\[0\-9\]", "[0-9]")
         rules.append((re.compile(f"{pattern}(/.*)?"), line.startswith("!")))
     named = [ROOT / line.removeprefix("!") for line in lines if line.startswith("!")]
-    for path in [*named, *(inner for one in named for inner in one.rglob("*"))]:
+    for path in [*named, *(inner for folder in named for inner in folder.rglob("*"))]:
         name = path.relative_to(ROOT).as_posix()
         if path.is_file() and [inside for rule, inside in rules if rule.fullmatch(name)][-1]:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +48,8 @@ def run(stage: str, place: Path, folder: Path) -> None:
     for instruction, rest in stages()[stage]:
         here = rest.replace("/opt/radapter", f"{place}/{stage}")
         here = here.replace("/wheels", f"{place}/wheels")
-        if instruction == "ENV" and (found := re.match(r"PATH=(\S+?):", here)):
-            variables["PATH"] = f"{found[1]}:{variables['PATH']}"
+        if instruction == "ENV" and (path := re.match(r"PATH=(\S+?):", here)):
+            variables["PATH"] = f"{path[1]}:{variables['PATH']}"
         elif instruction == "RUN" and "apt-get" not in rest:
             script = re.sub(r"--mount=\S+ ", "", here)
             subprocess.run(["sh", "-ec", script], cwd=folder, env=variables, check=True)
@@ -105,9 +105,9 @@ def test_the_server_has_what_its_extras_ask_for_but_their_tritonserver() -> None
         if (requirement := Requirement(line)).name != "radapter-serve"
     }
     installed = {
-        canonicalize_name(one.name): one.specifier
+        canonicalize_name(requirement.name): requirement.specifier
         for line in instructions("server", "RUN")
-        for one in map(Requirement, re.findall(r"'([^']+)'", line))
+        for requirement in map(Requirement, re.findall(r"'([^']+)'", line))
     }
     # NVIDIA's image brings the server and ONNX Runtime; the gateway has an image of its own.
     elsewhere = {"nvidia-pytriton", "onnxruntime"}

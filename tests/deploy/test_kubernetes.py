@@ -53,28 +53,34 @@ def of_triton() -> Objects:
 
 def pods(objects: Objects) -> Iterator[tuple[str, Any]]:
     """The pods that Deployments make, by the names of these."""
-    for (kind, name), one in objects.items():
+    for (kind, name), manifest in objects.items():
         if kind == "Deployment":
-            yield name, one["spec"]["template"]
+            yield name, manifest["spec"]["template"]
 
 
 def ports(objects: Objects, deployment: str) -> dict[str, int]:
     """The ports of a Deployment's containers by their names."""
     containers = dict(pods(objects))[deployment]["spec"]["containers"]
-    return {port["name"]: port["containerPort"] for one in containers for port in one["ports"]}
+    return {
+        port["name"]: port["containerPort"]
+        for container in containers
+        for port in container["ports"]
+    }
 
 
 def test_every_object_is_valid(objects: Objects) -> None:
     # Names that YAML reads as something else stay names.
     odd = {"gateway": {"apiKeysSecret": "1e3"}, "storage": {"className": "true"}}
-    for one in [*objects.values(), *rendered({**odd, "prometheusNamespace": "123"}).values()]:
-        kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
+    for manifest in [*objects.values(), *rendered({**odd, "prometheusNamespace": "123"}).values()]:
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
 
 
 def test_selectors_find_their_pods_which_may_do_little(objects: Objects) -> None:
     labels = {name: pod["metadata"]["labels"].items() for name, pod in pods(objects)}
-    for (kind, name), one in objects.items():
-        selector = one.get("spec", {}).get("podSelector" if kind == "NetworkPolicy" else "selector")
+    for (kind, name), manifest in objects.items():
+        selector = manifest.get("spec", {}).get(
+            "podSelector" if kind == "NetworkPolicy" else "selector"
+        )
         if not selector:
             continue
         wanted = selector if kind == "Service" else selector["matchLabels"]
@@ -121,22 +127,24 @@ def allowed(policy: Any, direction: str, peer: str) -> set[tuple[str, int]]:
     all where no peer is named.
     """
     side = "from" if direction == "ingress" else "to"
-    found = set()
+    allowed = set()
     for rule in policy["spec"].get(direction, []):
-        peers = [one.get("podSelector", {}).get("matchLabels") for one in rule.get(side, [])]
+        peers = [peer.get("podSelector", {}).get("matchLabels") for peer in rule.get(side, [])]
         if side not in rule or {"app": peer, **INSTANCE} in peers:
-            found |= {(port["protocol"], port["port"]) for port in rule["ports"]}
-    return found
+            allowed |= {(port["protocol"], port["port"]) for port in rule["ports"]}
+    return allowed
 
 
 def test_only_the_gateway_reaches_the_server(of_triton: Objects) -> None:
     words = command("gateway")
     name, port = words[words.index("--server") + 1].split(":")
     service = of_triton["Service", name]["spec"]
-    assert int(port) in {one["port"] for one in service["ports"]}
+    assert int(port) in {entry["port"] for entry in service["ports"]}
     # A gateway keeps its connections, so it must see the pods themselves to spread its requests.
     assert service["clusterIP"] == "None"
-    policies = {name: one for (kind, name), one in of_triton.items() if kind == "NetworkPolicy"}
+    policies = {
+        name: policy for (kind, name), policy in of_triton.items() if kind == "NetworkPolicy"
+    }
     assert policies["closed"]["spec"]["policyTypes"] == ["Ingress", "Egress"]
     assert set(policies) - {"traces"} == {"closed", "server", "gateway"}
     grpc = {("TCP", ports(of_triton, "server")["grpc"])}

@@ -20,10 +20,10 @@ Labels = dict[str, set[str]]
 
 def names_and_labels(text: str) -> Labels:
     """The labels of each metric in what Prometheus reads."""
-    found: Labels = {}
+    labels_by_metric: Labels = {}
     for name, labels in re.findall(r"^(\w+)(?:\{(.*)\})? ", text, re.MULTILINE):
-        found.setdefault(name, set()).update(re.findall(r'(\w+)="', labels))
-    return found
+        labels_by_metric.setdefault(name, set()).update(re.findall(r'(\w+)="', labels))
+    return labels_by_metric
 
 
 def asked_labels() -> Iterator[tuple[str, str]]:

@@ -89,8 +89,8 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     https, grpcs, _ = free_ports()
     text = CONF.read_text(encoding="utf-8").replace("/etc/nginx/tls", str(folder))
     text = text.replace("127.0.0.1:8001", f"127.0.0.1:{triton.add_insecure_port('127.0.0.1:0')}")
-    for port, own in ((443, https), (8443, grpcs)):
-        text = text.replace(f"listen {port} ssl", f"listen 127.0.0.1:{own} ssl")
+    for port, free_port in ((443, https), (8443, grpcs)):
+        text = text.replace(f"listen {port} ssl", f"listen 127.0.0.1:{free_port} ssl")
     # Use a folder that a user without rights may write, and that no other nginx uses.
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     text = text.replace(
@@ -100,8 +100,8 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     command = [nginx, *settings, "-c", str(folder / "nginx.conf")]
 
     def is_there() -> bool:
-        with socket.socket() as one:
-            return one.connect_ex(("127.0.0.1", grpcs)) == 0
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", grpcs)) == 0
 
     with answering(gateway) as port:
         text = text.replace("127.0.0.1:8080", f"127.0.0.1:{port}")

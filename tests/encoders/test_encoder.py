@@ -58,8 +58,8 @@ def test_threads_spin_a_little_or_in_an_older_runtime_not_at_all(
     assert session_options(parameters, version) == known
     # A release of version 1.0.0 says not at all; its owner may say so by a time of 0.
     assert session_options({"session.intra_op.allow_spinning": "0"}, version) == known
-    own = {"session.intra_op.spin_duration_us": "0"}
-    assert version < "1.26" or session_options(own, version) == own
+    options = {"session.intra_op.spin_duration_us": "0"}
+    assert version < "1.26" or session_options(options, version) == options
 
 
 def test_the_installed_runtime_knows_its_options() -> None:

@@ -89,11 +89,14 @@ def test_a_live_server_embeds_pixels_and_texts() -> None:
         served.upstream.configs = {name: config(name, facts) for name in TASKS}
         loaded = served_release(served.url).at(0.25)
         assert loaded.release.version == 1 and loaded.origin == {"url": served.url}
-        found = loaded.embed_texts(["four", "sixsix", "four"])
-        assert found.dtype == np.float32 and found[:, 0].tolist() == [4, 6, 4]
+        embeds = loaded.embed_texts(["four", "sixsix", "four"])
+        assert embeds.dtype == np.float32 and embeds[:, 0].tolist() == [4, 6, 4]
         pixels = np.zeros((6, 4, 4, 3), np.uint8)
         assert loaded.embed_pixels(list(pixels)).shape == (6, 2)
-        asked = [(one.version, one.inputs["alpha"].tolist()) for one in served.upstream.asked]
+        asked = [
+            (inference.version, inference.inputs["alpha"].tolist())
+            for inference in served.upstream.asked
+        ]
         assert asked == [("1", [[0.25]] * rows) for rows in (2, 3, 3)]
         served.upstream.error = Refused(500, "internal_error", "it is gone")
         with pytest.raises(TaskError, match=rf"{served.url}: .*it is gone$"):
@@ -116,27 +119,27 @@ def texts(loaded: LoadedRelease, *values: str, alpha: float | None = None) -> Ta
 
 
 def codes(answers: list[Any]) -> list[str | None]:
-    return [one.code if isinstance(one, TaskError) else None for one in answers]
+    return [answer.code if isinstance(answer, TaskError) else None for answer in answers]
 
 
 def test_needs_of_several_tasks_are_encoded_in_one_call(local: Local) -> None:
     loaded = local.loaded
-    one, two, three = together(
+    cat_and_dog, pictures, dogs = together(
         [
             texts(loaded, "a cat", "a dog"),
             images(loaded, png(0), png(1)),
             texts(loaded, "a dog", "a much longer text of a dog"),
         ]
     )
-    # A text that two of them have is encoded once.
+    # A text that two tasks have is encoded once.
     assert sorted(shape[0] for shape in local.calls) == [2, 3]
-    np.testing.assert_array_equal(one[1], three[0])
-    for found, task in (
-        (one, texts(loaded, "a cat", "a dog")),
-        (two, images(loaded, png(0), png(1))),
-        (three, texts(loaded, "a dog", "a much longer text of a dog")),
+    np.testing.assert_array_equal(cat_and_dog[1], dogs[0])
+    for embeds, task in (
+        (cat_and_dog, texts(loaded, "a cat", "a dog")),
+        (pictures, images(loaded, png(0), png(1))),
+        (dogs, texts(loaded, "a dog", "a much longer text of a dog")),
     ):
-        np.testing.assert_allclose(found, complete(task), atol=1e-6)
+        np.testing.assert_allclose(embeds, complete(task), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +163,10 @@ def test_many_images_are_encoded_in_parts_of_about_one_size(
     data = [png(number) for number in range(sum(counts))]
     ends = list(itertools.accumulate(counts))
     parts = [data[end - count : end] for count, end in zip(counts, ends, strict=True)]
-    found = together([images(loaded, *part) for part in parts])
+    embeds = together([images(loaded, *part) for part in parts])
     assert [shape[0] for shape in local.calls] == expected
-    alone = [complete(images(loaded, one))[0] for one in data]
-    np.testing.assert_allclose(np.concatenate(found), alone, atol=1e-6)
+    alone = [complete(images(loaded, image))[0] for image in data]
+    np.testing.assert_allclose(np.concatenate(embeds), alone, atol=1e-6)
 
 
 def test_a_bad_image_is_its_own_tasks_error(local: Local) -> None:
@@ -175,8 +178,8 @@ def test_a_bad_image_is_its_own_tasks_error(local: Local) -> None:
     assert codes(answers) == ["invalid_image", None, "invalid_image", None, "invalid_image"]
     assert "image 2 of 2" in str(answers[2])
     assert local.calls == [(2, SIZE, SIZE, 3)]
-    for found in (answers[1], answers[3]):
-        np.testing.assert_allclose(found, complete(images(loaded, good)), atol=1e-6)
+    for embeds in (answers[1], answers[3]):
+        np.testing.assert_allclose(embeds, complete(images(loaded, good)), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -196,19 +199,21 @@ def test_needs_that_fail_together_are_halved_until_the_one_is_found(
     loaded = local.loaded
     black = np.zeros((1, SIZE, SIZE, 3), np.uint8)
     rows = [np.full((1, SIZE, SIZE, 3), number, np.uint8) for number in range(1, 8)]
-    expected = [local.images(one) for one in rows]
+    expected = [local.images(image) for image in rows]
     batches: list[int] = []
     encode = local.images
 
     def fail(pixels: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
         batches.append(len(pixels))
-        if not all(one.any() for one in pixels):
+        if not all(image.any() for image in pixels):
             raise error
         return encode(pixels)
 
     local.images = fail  # type: ignore[method-assign]
-    given = [*rows[:5], black, *rows[5:]]
-    results: list[Any] = encode_together([Need(loaded, "images", one, None, None) for one in given])
+    batch = [*rows[:5], black, *rows[5:]]
+    results: list[Any] = encode_together(
+        [Need(loaded, "images", image, None, None) for image in batch]
+    )
     assert codes(results) == [*[None] * 5, code, None, None]
     np.testing.assert_allclose(results[:5] + results[6:], expected, atol=1e-6)
     assert batches == [8, 4, 4, 2, 1, 1, 2]
@@ -302,24 +307,24 @@ def test_each_row_is_encoded_at_the_alpha_of_its_task(local: Local) -> None:
 
     local.tokens = tokens  # type: ignore[method-assign,assignment]
     loaded = local.changed(dynamic_alpha=True, alpha=0.5)
-    one, two, three = together(
+    quarter, full, half = together(
         [texts(loaded, "cat", alpha=0.25), texts(loaded, "cat", alpha=1), texts(loaded, "cat")]
     )
     assert alphas == [[[0.25], [1], [0.5]]]  # one text, but at three α
-    np.testing.assert_allclose([one / 0.25, three / 0.5], [two] * 2, atol=1e-6)
+    np.testing.assert_allclose([quarter / 0.25, half / 0.5], [full] * 2, atol=1e-6)
 
 
 def test_an_error_lets_go_of_its_image(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[weakref.ref[Image.Image]] = []
     real = Image.open
 
-    def note(*given: Any, **options: Any) -> Image.Image:
-        image = real(*given, **options)
+    def note(*arguments: Any, **options: Any) -> Image.Image:
+        image = real(*arguments, **options)
         opened.append(weakref.ref(image))
         return image
 
     monkeypatch.setattr(Image, "open", note)
-    [found] = together([images(local.loaded, png(0)[:-40])])
-    assert found.code == "invalid_image"
+    [answer] = together([images(local.loaded, png(0)[:-40])])
+    assert answer.code == "invalid_image"
     assert len(opened) == 2  # for its header and for its pixels
-    assert [one() for one in opened] == [None, None]
+    assert [reference() for reference in opened] == [None, None]

@@ -59,13 +59,15 @@ def test_every_encoder_gets_an_engine_that_agrees_and_tensorrt_serves_it(
 ) -> None:
     before = {model: read_config(mine / model / "config.pbtxt") for model in ENCODERS}
     built = build_engines(mine)
-    assert [(one.model, one.version, one.how) for one in built] == [(*e, "built") for e in ENGINES]
-    for one in built:
-        folder = mine / one.model / str(one.version)
-        assert one.agreement.max_error < 1e-6
+    assert [(plan.model, plan.version, plan.how) for plan in built] == [
+        (*e, "built") for e in ENGINES
+    ]
+    for plan in built:
+        folder = mine / plan.model / str(plan.version)
+        assert plan.agreement.max_error < 1e-6
         sidecar = check_plan(folder)
         assert (sidecar.version, sidecar.gpu) == ("11.4.0.106", "NVIDIA H100")
-        assert (sidecar.compute_capability, sidecar.agreement) == ("9.0", one.agreement)
+        assert (sidecar.compute_capability, sidecar.agreement) == ("9.0", plan.agreement)
         names = {path.name for path in folder.iterdir()}
         assert names == {"config.pbtxt", "model.onnx", "samples.npz", PLAN, SIDECAR}
     for model in ENCODERS:
@@ -127,11 +129,11 @@ def test_a_plan_that_does_not_fit_is_one_line_that_says_what_to_run(trt: None, m
             damage(gpu="NVIDIA L4", compute_capability="8.9"),
             r"for compute capability 8.9 \(NVIDIA L4\), this GPU \(NVIDIA H100\) has 9.0",
         ),
-        (lambda one: (one / "model.onnx").write_bytes(b"other"), "from another model.onnx"),
-        (lambda one: (one / SIDECAR).unlink(), "is not finished, model.plan.json is missing"),
-        (lambda one: os.truncate(one / SIDECAR, 40), "model.plan.json is damaged"),
+        (lambda folder: (folder / "model.onnx").write_bytes(b"other"), "from another model.onnx"),
+        (lambda folder: (folder / SIDECAR).unlink(), "is not finished, model.plan.json is missing"),
+        (lambda folder: os.truncate(folder / SIDECAR, 40), "model.plan.json is damaged"),
         (damage(colour="red"), "model.plan.json is damaged"),
-        (lambda one: (one / PLAN).unlink(), "model.plan does not exist"),
+        (lambda folder: (folder / PLAN).unlink(), "model.plan does not exist"),
     ]
     for change, message in changes:
         change(folder)

@@ -224,7 +224,7 @@ def test_auto_chooses_for_each_precision_of_an_export_by_itself(
 @pytest.mark.parametrize("exported", ["onnxruntime", "openvino"])
 def test_triton_gets_the_hint(exported_tiny_clip: Path, exported: str) -> None:
     models = exported_tiny_clip / "model_repository"
-    [encoder] = [one for one in encoders_of(models) if one.name == "text_encoder"]
+    [encoder] = [candidate for candidate in encoders_of(models) if candidate.name == "text_encoder"]
     if exported == "openvino":
         encoder.config.CopyFrom(parsed(encoder.configured("openvino", 1)))
     config = parsed(encoder.computed_in("bf16").configured("openvino", 1))

@@ -102,17 +102,17 @@ def test_needs_of_callers_of_several_tasks_are_encoded_together(repository: Path
 
 def test_releases_are_replaced_from_one_request_to_the_next(repository: Path) -> None:
     """A prepared release has answered its probes."""
-    one = Local(repository, 1)
-    two: Any = Local(repository, 2)
-    with Engine([one.loaded]) as engine:
+    old = Local(repository, 1)
+    new: Any = Local(repository, 2)
+    with Engine([old.loaded]) as engine:
         assert engine.versions() == [1]
-        prepared = engine.prepare([two.loaded])
-        assert engine.versions() == [1] and two.calls  # it was asked, and is not served yet
-        calls = len(one.calls)
+        prepared = engine.prepare([new.loaded])
+        assert engine.versions() == [1] and new.calls  # it was asked, and is not served yet
+        calls = len(old.calls)
         engine.commit(prepared)
         assert engine.versions() == [2]
         [release] = engine.releases("embed_text")
-        assert release.version == 2 and len(one.calls) == calls
+        assert release.version == 2 and len(old.calls) == calls
         with pytest.raises(ModelNotFound, match="no release 1"):
             Client(transport=engine, release=1).embed_texts(["a"])
         broken: Any = Local(repository, 1)
@@ -121,8 +121,8 @@ def test_releases_are_replaced_from_one_request_to_the_next(repository: Path) ->
             engine.prepare([broken.loaded])
         assert engine.versions() == [2]
         # A served release is not asked again: a new one may be what a broken one waits for.
-        two.tokens = broken.tokens
-        assert [*engine.prepare([two.loaded, Local(repository, 1).loaded])] == [2, 1]
+        new.tokens = broken.tokens
+        assert [*engine.prepare([new.loaded, Local(repository, 1).loaded])] == [2, 1]
 
 
 def test_a_replaced_release_is_closed_and_freed_after_its_last_request(

@@ -105,5 +105,5 @@ def engine(releases: Path) -> Iterator[RunningProcess]:
 @pytest.fixture(params=["gateway", "engine"])
 def front(request: pytest.FixtureRequest) -> RunningProcess:
     """The process that strangers ask: a gateway in front of Triton, or an engine."""
-    found: RunningProcess = request.getfixturevalue(request.param)
-    return found
+    running: RunningProcess = request.getfixturevalue(request.param)
+    return running

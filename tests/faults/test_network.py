@@ -30,9 +30,9 @@ class BadNetwork:
 
     def cut(self) -> None:
         """Break every connection in the middle of what it carries, but take new ones."""
-        for one in self._sockets:
+        for connection in self._sockets:
             with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
         self._sockets.clear()
 
     def close(self) -> None:
@@ -54,9 +54,9 @@ class BadNetwork:
                 time.sleep(self.delay)
                 if not self.silent:
                     target.sendall(data)
-        for one in (source, target):
+        for connection in (source, target):
             with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
         source.close()
 
 

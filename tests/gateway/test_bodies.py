@@ -43,12 +43,12 @@ def text_of(size: int) -> dict[str, Any]:
 # Memory
 
 
-@pytest.mark.parametrize("one", [b"[],", b"[[[1]]],", b'{"a":1},', b'"[",'])
+@pytest.mark.parametrize("element", [b"[],", b"[[[1]]],", b'{"a":1},', b'"[",'])
 def test_json_of_too_many_lists_and_objects_is_refused_unread(
-    one: bytes, monkeypatch: pytest.MonkeyPatch
+    element: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kserve, "Header", None)
-    body = b'{"inputs": [' + one * (MAX_JSON_LISTS + 1) + b"1]}"
+    body = b'{"inputs": [' + element * (MAX_JSON_LISTS + 1) + b"1]}"
     with pytest.raises(Refused, match="65536 brackets and colons; send tensors in binary"):
         kserve.from_json(kserve.Header, body, "send tensors in binary")
 

@@ -91,8 +91,11 @@ def test_answers_in_json_and_in_binary(served: Served) -> None:
     ):
         _, content, headers = served.ask(path, body | wish)
         length = int(headers["Inference-Header-Content-Length"])
-        found = json.loads(content[:length])["outputs"]
-        assert [one.get("parameters", {}).get("binary_data_size") for one in found] == sizes
+        descriptions = json.loads(content[:length])["outputs"]
+        assert [
+            description.get("parameters", {}).get("binary_data_size")
+            for description in descriptions
+        ] == sizes
         assert content[length:].startswith(mask.tobytes())
 
 
@@ -112,9 +115,9 @@ def test_metadata(served: Served) -> None:
         **{"name": "embed_text", "versions": ["1"], "platform": "python"},
         **{"inputs": tensors[:3], "outputs": tensors[3:]},
     }
-    found = served.ask("/v2/models/classify/versions/1/config")[1]
+    model_config = served.ask("/v2/models/classify/versions/1/config")[1]
     top_k = {"name": "top_k", "data_type": "TYPE_INT32", "dims": [1], "optional": True}
-    assert found["input"][4] == top_k and found["max_batch_size"] == 64
+    assert model_config["input"][4] == top_k and model_config["max_batch_size"] == 64
     for version in (1, 2):  # the configuration is never one that was remembered
         served.upstream.configs["classify"] = config("classify", release(version))
         told = served.ask("/v2/models/classify/config")[1]["parameters"]["release"]
@@ -341,7 +344,7 @@ def test_answers_and_failures_count_for_some_seconds() -> None:
         clock = FakeClock()
         health = Health(upstream, now=clock.monotonic)
         assert await health.trouble() is None
-        assert sorted(one.model for one in upstream.asked) == sorted(TASKS)
+        assert sorted(inference.model for inference in upstream.asked) == sorted(TASKS)
         upstream.error = Refused(500, "internal_error", "")
         clock.now += FRESH - 0.01
         health.answered("classify")
@@ -351,7 +354,7 @@ def test_answers_and_failures_count_for_some_seconds() -> None:
         assert "does not answer" in (await health.trouble() or "")
         # All but the task that has answered a caller since.
         asked = upstream.asked[len(TASKS) :]
-        assert sorted(one.model for one in asked) == sorted(set(TASKS) - {"classify"})
+        assert sorted(inference.model for inference in asked) == sorted(set(TASKS) - {"classify"})
         upstream.error = Refused(400, "no_patch_encoder", "")
         clock.now += FRESH - 0.01
         assert "does not answer" in (await health.trouble() or "")

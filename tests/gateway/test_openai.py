@@ -151,8 +151,8 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
 
     served.upstream.infer = switching  # type: ignore[method-assign]
     served.upstream.older["embed_image", "2"] = served.upstream.configs["embed_image"]
-    status, found = ask(served, input=["abc", IMAGE])
-    assert status == 200 and found["model"] == "radapter-2"
+    status, content = ask(served, input=["abc", IMAGE])
+    assert status == 200 and content["model"] == "radapter-2"
     first = [("embed_text", ""), ("embed_image", "1")]
     assert calls == [*first, ("embed_text", ""), ("embed_image", "2")]
 
@@ -256,9 +256,9 @@ def test_limits_and_metrics() -> None:
 
 def test_what_is_closed_is_refused_in_the_form_of_openai(served: Served) -> None:
     for method, path, status in (("GET", "embeddings", 405), ("POST", "chat/completions", 404)):
-        found, answer, _ = served.ask(f"/v1/{path}", b"{}", method)
+        code, answer, _ = served.ask(f"/v1/{path}", b"{}", method)
         error = answer["error"]
-        assert (found, error["code"]) == (status, "not_found")
+        assert (code, error["code"]) == (status, "not_found")
         assert error["type"] == "invalid_request_error" and "/v1/embeddings" in error["message"]
     # The form is that of the path, whatever the host is called.
     with served.connection(b"GET /v1/none HTTP/1.1\r\nHost: a/v2/\r\n\r\n") as it:

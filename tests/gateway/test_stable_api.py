@@ -41,29 +41,29 @@ def fields(schema: Schema, place: str, verb: str) -> Iterator[str]:
 
 def facts(api: Schema) -> set[str]:
     """All facts of an OpenAPI document that callers rely on."""
-    found: set[str] = set()
+    promises: set[str] = set()
     for path, operations in api["paths"].items():
         for method, operation in operations.items():
             name = f"{method.upper()} {path}"
-            found.add(name)
+            promises.add(name)
             for parameter in operation.get("parameters", ()):
-                found.add(f"{name} takes {parameter['name']}")
+                promises.add(f"{name} takes {parameter['name']}")
                 if parameter.get("required"):
-                    found.add(f"{name} needs {parameter['name']}")
+                    promises.add(f"{name} needs {parameter['name']}")
             for kind, content in operation.get("requestBody", {}).get("content", {}).items():
-                found.add(f"{name} takes {kind}")
-                found |= set(fields(content["schema"], f"{name} body", "takes"))
+                promises.add(f"{name} takes {kind}")
+                promises |= set(fields(content["schema"], f"{name} body", "takes"))
             answer = operation["responses"]["200"]
             for kind, content in answer.get("content", {}).items():
-                found.add(f"{name} gives {kind}")
-                found |= set(fields(content["schema"], f"{name} answer", "gives"))
+                promises.add(f"{name} gives {kind}")
+                promises |= set(fields(content["schema"], f"{name} answer", "gives"))
     for name, schema in api["components"]["schemas"].items():
         verb = "takes" if name.endswith(("Request", "Parameters", "Output")) else "gives"
-        found |= set(fields(schema, name, verb))
+        promises |= set(fields(schema, name, verb))
     for name, task in TASKS.items():
         needed = [tensor.name for tensor in task.inputs.values() if not tensor.optional]
-        found |= {f"POST /v2/models/{name}/infer needs {tensor}" for tensor in needed}
-    return found
+        promises |= {f"POST /v2/models/{name}/infer needs {tensor}" for tensor in needed}
+    return promises
 
 
 def broken(before: set[str], now: set[str]) -> list[str]:

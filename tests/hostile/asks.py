@@ -102,7 +102,7 @@ def ask(model: str, inputs: dict[str, Any], *, binary: bool = False) -> Ask:
             tail += packed
         elif is_list:  # images as base64
             tensor["data"] = [
-                one if isinstance(one, str) else base64.b64encode(one).decode() for one in value
+                item if isinstance(item, str) else base64.b64encode(item).decode() for item in value
             ]
         else:
             tensor["data"] = value.ravel().tolist()
@@ -119,7 +119,9 @@ def pack(value: Any) -> bytes:
     """A tensor in the protocol's binary form."""
     if not isinstance(value, list):
         return bytes(value.tobytes())
-    texts = [one.encode("utf-8", "surrogatepass") if isinstance(one, str) else one for one in value]
+    texts = [
+        item.encode("utf-8", "surrogatepass") if isinstance(item, str) else item for item in value
+    ]
     return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
@@ -234,7 +236,7 @@ def _exchanged(request: Ask, inputs: dict[str, Any], name: str, random: Random) 
     """The request with hostile values of one input, packed as they should be."""
     value = inputs[name]
     if name == "image":
-        value = [images.made(random.choice(images.SMALL))]
+        value = [images.file_of(random.choice(images.SMALL))]
     elif isinstance(value, list):
         value = [random.choice(WHERE if name == "where" else TEXTS) for _ in value]
     else:

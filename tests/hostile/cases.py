@@ -192,10 +192,10 @@ def _values() -> Iterator[Case]:
 
 def _images() -> Iterator[Case]:
     def embeddings(name: str) -> bytes:
-        return _embed(["a", _url(images.made(name)), _url(png())])
+        return _embed(["a", _url(images.file_of(name)), _url(png())])
 
     def request(name: str, model: str, more: Mapping[str, Any]) -> bytes:
-        return ask(model, {"image": [images.made(name)], **more}, binary=True).raw()
+        return ask(model, {"image": [images.file_of(name)], **more}, binary=True).raw()
 
     labels = {"labels": ["a"]}
     for name in (*images.BAD, *images.ODD):

@@ -152,7 +152,7 @@ SMALL = [name for name, file in {**BAD, **ODD}.items() if isinstance(file, bytes
 
 
 @cache
-def made(name: str) -> bytes:
+def file_of(name: str) -> bytes:
     """The file of a name, made once."""
     file = {**BAD, **ODD}[name]
     return file if isinstance(file, bytes) else file()

@@ -168,7 +168,7 @@ def wrong(answer: Answer) -> str | None:
         size = int(answer.headers.get("inference-header-content-length", len(answer.body)))
         head = json.loads(answer.body[:size])
         if "object" in head:
-            rows = [one["embedding"] for one in head["data"] if "embedding" in one]
+            rows = [entry["embedding"] for entry in head["data"] if "embedding" in entry]
             outputs = {"image_embeds": np.array(rows)} if rows else {}
         elif "outputs" in head:
             outputs = dict(decode(answer.body, str(size)).outputs)
@@ -205,12 +205,14 @@ def world(folder: Path, engine: str) -> Iterator[tuple[Address, psutil.Process]]
 
     def is_ready() -> bool:
         with contextlib.suppress(ConnectionRefusedError):
-            return all(one.status == 200 and not wrong(one) for one in good_answers(address))
+            return all(
+                answer.status == 200 and not wrong(answer) for answer in good_answers(address)
+            )
         return False
 
     def processes() -> set[int]:
         every = psutil.Process().children(recursive=True)
-        return {one.pid for one in every if one.status() != psutil.STATUS_ZOMBIE}
+        return {process.pid for process in every if process.status() != psutil.STATUS_ZOMBIE}
 
     with contextlib.ExitStack() as stack:
         server = None
@@ -296,8 +298,8 @@ def attack(address: Address, cases: Mapping[int, Case], workers: int = 6) -> Non
 )
 def test_hostile_requests(engine: str, count: int, tmp_path: Path) -> None:
     numbers = range(int(os.environ.get("HOSTILE_REQUESTS", count)))
-    if one := os.environ.get("HOSTILE_NUMBER"):
-        numbers = range(int(one), int(one) + 1)
+    if number := os.environ.get("HOSTILE_NUMBER"):
+        numbers = range(int(number), int(number) + 1)
     with world(tmp_path, engine) as (address, _), undisturbed(address):
         attack(address, {number: case(SEED, number) for number in numbers})
 

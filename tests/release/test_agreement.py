@@ -56,21 +56,21 @@ def test_other_directions_never_pass_whatever_the_tolerance(precision: str) -> N
 
 
 def test_tolerance_widens_the_cosine_by_its_square_and_the_advice_suffices() -> None:
-    own = TOLERANCES["fp32"]
-    assert own.widened(1e-4) == own
-    assert own.widened(1e-6).min_cosine == own.min_cosine
-    assert 1 - own.widened(1e-3).min_cosine == pytest.approx(100 * (1 - own.min_cosine))
-    assert own.widened(1.0).min_cosine == 0.9
+    bounds = TOLERANCES["fp32"]
+    assert bounds.widened(1e-4) == bounds
+    assert bounds.widened(1e-6).min_cosine == bounds.min_cosine
+    assert 1 - bounds.widened(1e-3).min_cosine == pytest.approx(100 * (1 - bounds.min_cosine))
+    assert bounds.widened(1.0).min_cosine == 0.9
     noise = np.random.default_rng(2).normal(size=(4, 512))
     # The signs have errors of one size, so that the cosine is what needs the larger tolerance.
     for away in (3e-4 * noise, 3e-3 * noise, 1e-2 * noise, 2.6e-4 * np.sign(noise)):
         near = units(0) + away
         with pytest.raises(RAdapterError, match="to accept this, export with --tolerance") as error:
-            agreement_of(near, units(0), own)
+            agreement_of(near, units(0), bounds)
         advice = float(str(error.value).rpartition(" ")[2])
-        assert agreement_of(near, units(0), own.widened(advice)).max_error <= advice
+        assert agreement_of(near, units(0), bounds.widened(advice)).max_error <= advice
         with pytest.raises(RAdapterError, match="differs from torch"):  # nor is it far too much
-            agreement_of(near, units(0), own.widened(advice / 2.01))
+            agreement_of(near, units(0), bounds.widened(advice / 2.01))
 
 
 NAN = units(0) * np.where(np.arange(512) == 7, np.nan, 1)

@@ -165,7 +165,7 @@ def test_models_of_others_are_left_alone_and_a_broken_config_is_named(sealed: Pa
 def test_encoders_of_a_release_have_its_facts_and_no_other_version(sealed: Path) -> None:
     for version, names in ((1, ["image_encoder", "text_encoder"]), (2, list(ENCODERS))):
         encoders = encoders_of(sealed, [version])
-        assert [one.folder for one in encoders] == [sealed / name for name in names]
+        assert [encoder.folder for encoder in encoders] == [sealed / name for name in names]
         for encoder in encoders:
             assert encoder.versions == [version]
             assert encoder.facts.adapter_digest == f"sha256:{version}"
@@ -183,7 +183,7 @@ def test_a_config_names_the_releases_that_it_is_given_and_no_other(sealed: Path)
 
 
 def test_configs_of_each_runtime_and_the_way_back(repository: Path) -> None:
-    [exported] = [one for one in encoders_of(repository) if one.name == "image_encoder"]
+    [exported] = [encoder for encoder in encoders_of(repository) if encoder.name == "image_encoder"]
     openvino = parsed(exported.configured("openvino", 3))
     assert (openvino.backend, openvino.default_model_filename) == ("openvino", "model.onnx")
     # Its official backend would pad each batch to max_batch_size rows.

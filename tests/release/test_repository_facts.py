@@ -90,14 +90,16 @@ def test_a_release_is_found_by_its_number(repository: Path) -> None:
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    for one in (
+    for facts in (
         release(3),
         release(4, quantization={"kind": "dynamic"}, accuracy={"drop": 0.1}, logit_bias=-10.0),
     ):
-        one.save(tmp_path)
+        facts.save(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["release.json"]
-        assert Release.load(tmp_path) == one
-        assert json.loads((tmp_path / "release.json").read_text(encoding="utf-8")) == one.to_dict()
+        assert Release.load(tmp_path) == facts
+        assert (
+            json.loads((tmp_path / "release.json").read_text(encoding="utf-8")) == facts.to_dict()
+        )
     # A fact that does not apply is left out of the file, but a bias that a model lacks is null.
     assert {"quantization", "accuracy"} & set(release().to_dict()) == set()
     assert release().to_dict()["logit_bias"] is None

@@ -73,11 +73,14 @@ def test_without_a_server_the_next_start_is_chosen(
 
 
 def test_tasks_name_the_releases_that_are_served_and_encoders_none(repository: Path) -> None:
-    encoders = {one.name: one.configured("onnxruntime", 1) for one in encoders_of(repository, [1])}
+    encoders = {
+        encoder.name: encoder.configured("onnxruntime", 1)
+        for encoder in encoders_of(repository, [1])
+    }
     facts = Release.load(repository / "classify" / "1").computed_in("bf16")
-    found = plan_models(repository, [1], encoders, {1: facts})
-    assert list(found) == [name for name in (*ENCODERS, *TASKS) if name != "patch_encoder"]
-    for name, model in found.items():
+    planned = plan_models(repository, [1], encoders, {1: facts})
+    assert list(planned) == [name for name in (*ENCODERS, *TASKS) if name != "patch_encoder"]
+    for name, model in planned.items():
         config = parsed(model.config)
         assert list(config.version_policy.specific.versions) == [1]
         if name in TASKS:
@@ -169,8 +172,8 @@ def test_strangers_change_no_releases_and_hold_up_nobody_for_long(
 
     def state() -> dict[str, Any]:
         with contextlib.suppress(RAdapterError, OSError):
-            found: dict[str, Any] = ask(tmp_path, {"do": "state"})
-            return found
+            answer: dict[str, Any] = ask(tmp_path, {"do": "state"})
+            return answer
         return {}
 
     with contextlib.ExitStack() as stack:

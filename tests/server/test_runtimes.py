@@ -24,12 +24,12 @@ from tests.helpers.small_release import Local, png, seal
 
 
 def encoder(repository, name="image_encoder") -> ServedEncoder:
-    [found] = [one for one in encoders_of(repository) if one.name == name]
-    return found
+    [encoder] = [candidate for candidate in encoders_of(repository) if candidate.name == name]
+    return encoder
 
 
 @pytest.fixture
-def own(repository, tmp_path):
+def models_copy(repository, tmp_path):
     """A copy of what has the releases, which a test may change."""
     for name in ("image_encoder", "classify"):
         shutil.copytree(repository / name, tmp_path / "repository" / name)
@@ -41,13 +41,13 @@ ORT = "onnxruntime"
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
-def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
+def test_onnxruntime_is_checked_where_triton_will_place_it(models_copy, monkeypatch):
     monkeypatch.setattr(models, "find_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     cuda_provider.cache_clear()
     with pytest.raises(RAdapterError, match="GPU 0 was asked for; install onnxruntime-gpu"):
-        load_as_triton(encoder(own), 1, ORT, 1)
-    on_cpu = encoder(own)
+        load_as_triton(encoder(models_copy), 1, ORT, 1)
+    on_cpu = encoder(models_copy)
     on_cpu.config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
     check_agreement(on_cpu, 1, load_as_triton(on_cpu, 1, ORT, 1))
 
@@ -57,24 +57,24 @@ def start(repository, runtime=None):
     tritonserver(repository, runtime=runtime).start()
 
 
-def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
-    folder = own / "image_encoder" / "1"
+def test_a_runtime_that_differs_is_refused_with_the_way_out(models_copy):
+    folder = models_copy / "image_encoder" / "1"
     samples = Samples.load(folder)
     Samples(samples.inputs, [-reference for reference in samples.references]).save(folder)
     way_out = "; leave --runtime out .* or export for it: radapter-export --runtime openvino"
     message = "image_encoder of release 1 in fp32 with openvino differs from torch"
     with pytest.raises(RAdapterError, match=f"{message}.*{way_out}"):
-        start(own, "openvino")
+        start(models_copy, "openvino")
 
 
-def test_a_runtime_is_held_to_the_cosine_of_the_export_too(own):
-    folder = own / "image_encoder" / "2"
+def test_a_runtime_is_held_to_the_cosine_of_the_export_too(models_copy):
+    folder = models_copy / "image_encoder" / "2"
     samples = Samples.load(folder)
     turned = [reference + 0.05 * np.roll(reference, 1, axis=-1) for reference in samples.references]
     turned = [reference / np.linalg.norm(reference, axis=-1, keepdims=True) for reference in turned]
     Samples(samples.inputs, turned).save(folder)
     graph = EncoderGraph(folder / "model.onnx")
-    exported = encoder(own)
+    exported = encoder(models_copy)
 
     def check(least: float) -> None:
         agreement = {"tolerance": 2, "min_cosine": least}  # no error is larger
@@ -86,28 +86,28 @@ def test_a_runtime_is_held_to_the_cosine_of_the_export_too(own):
         check(0.99999)
 
 
-def test_a_missing_file_is_named_with_the_command_that_makes_it(own):
+def test_a_missing_file_is_named_with_the_command_that_makes_it(models_copy):
     with pytest.raises(RAdapterError, match=r"model\.plan, which .* radapter-build-engine"):
-        start(own, "tensorrt")
-    (own / "image_encoder" / "2" / "model.onnx").unlink()
+        start(models_copy, "tensorrt")
+    (models_copy / "image_encoder" / "2" / "model.onnx").unlink()
     with pytest.raises(RAdapterError, match=r"model\.onnx, which .* radapter-export"):
-        start(own)
+        start(models_copy)
     for version in ("1", "2"):
-        shutil.rmtree(own / "image_encoder" / version)
+        shutil.rmtree(models_copy / "image_encoder" / version)
     for runtime in (None, "openvino", "auto"):
         with pytest.raises(RAdapterError, match="image_encoder lacks the releases that are to be"):
-            start(own, runtime)
-    shutil.rmtree(own / "classify")
-    (own / "image_encoder").rename(own / "other")
-    (own / "other" / "config.pbtxt").write_text('backend: "python"')
-    (own / "other" / "1").mkdir()
+            start(models_copy, runtime)
+    shutil.rmtree(models_copy / "classify")
+    (models_copy / "image_encoder").rename(models_copy / "other")
+    (models_copy / "other" / "config.pbtxt").write_text('backend: "python"')
+    (models_copy / "other" / "1").mkdir()
     with pytest.raises(RAdapterError, match="holds no encoder of radapter-export; leave --runtime"):
-        tritonserver(own, runtime="auto").start()
+        tritonserver(models_copy, runtime="auto").start()
 
 
-def test_auto_takes_the_first_that_is_there_and_agrees(own, monkeypatch):
+def test_auto_takes_the_first_that_is_there_and_agrees(models_copy, monkeypatch):
     def chosen(*backends):
-        return models.configure(own, [], Choice("auto"), 2, backends, lambda line: None)
+        return models.configure(models_copy, [], Choice("auto"), 2, backends, lambda line: None)
 
     runtime, configs = chosen(ORT, "openvino")
     assert runtime == parsed(configs["image_encoder"]).backend == "openvino"
@@ -137,12 +137,12 @@ def test_the_same_answers_by_openvino_in_any_version(repository, tmp_path):
         tokens = np.array([[1, 2, 3, 0], [4, 5, 6, 7]], np.int32)
         for number in ("1", "2"):
             local = Local(repository, int(number))
-            embeds = local.loaded.embed_pixels([local.loaded.pixels(one) for one in images])
-            found = client.infer(
+            embeds = local.loaded.embed_pixels([local.loaded.pixels(image) for image in images])
+            answer = client.infer(
                 "embed_image", [tensor("image", [[i] for i in images])], model_version=number
             )
-            np.testing.assert_allclose(found.as_numpy("image_embeds"), embeds, atol=1e-6)
-            found = client.infer("text_encoder", [tensor("tokens", tokens)], model_version=number)
+            np.testing.assert_allclose(answer.as_numpy("image_embeds"), embeds, atol=1e-6)
+            answer = client.infer("text_encoder", [tensor("tokens", tokens)], model_version=number)
             np.testing.assert_allclose(
-                found.as_numpy("text_embeds"), local.tokens(tokens), atol=1e-6
+                answer.as_numpy("text_embeds"), local.tokens(tokens), atol=1e-6
             )

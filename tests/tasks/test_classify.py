@@ -219,13 +219,13 @@ def test_calibrated_scores_are_for_the_alpha_of_the_release_alone(
 ) -> None:
     """An alpha that is as near as float32 has it is another one, too."""
     loaded = local.changed(alpha=0.3, dynamic_alpha=True)
-    own = np.float32(0.3)
-    for same in (None, 0.3, float(own)):
+    exported_alpha = np.float32(0.3)
+    for same in (None, 0.3, float(exported_alpha)):
         ask(loaded, IMAGES[:1], alpha=same, **options)
     with pytest.raises(TaskError, match=r"calibrated at alpha 0.3, not at 0\.25"):
         ask(loaded.at(0.25), IMAGES[:1], **options)  # a copy at another α is not calibrated either
     local.calls.clear()
-    for near in (*(float(np.nextafter(own, np.float32(end))) for end in (0, 1)), 0.25):
+    for near in (*(float(np.nextafter(exported_alpha, np.float32(end))) for end in (0, 1)), 0.25):
         with pytest.raises(TaskError, match=r"calibrated at alpha 0.3, not at 0\.") as error:
             ask(loaded, IMAGES[:1], alpha=near, **options)
         assert error.value.code == NOT_CALIBRATED
@@ -305,7 +305,7 @@ def test_rows_of_a_request_may_differ_in_their_options(local: Local) -> None:
 
 def test_prompts_are_counted_over_all_rows_of_a_request(local: Local) -> None:
     def rows(lists: list[list[str]]) -> dict[str, np.ndarray]:
-        names = [[name.encode() for name in one] for one in lists]
+        names = [[name.encode() for name in labels] for labels in lists]
         return {"image": column(*[[png(0)]] * len(lists)), "labels": column(*names)}
 
     lists = [[f"{row} {index}" for index in range(7_000)] for row in range(3)]
@@ -459,8 +459,8 @@ def test_a_label_set_by_example(local: Local, by_example: LoadedRelease) -> None
     assert [shape[0] for shape in local.calls] == [4]  # its export mixed the examples in
     shown = embeds(local, SHOWN)
     expected = texts_of(local)
-    for place, own in ((0, shown[0]), (2, shown[1])):
-        expected[place] = unit(expected[place] + own)
+    for place, example in ((0, shown[0]), (2, shown[1])):
+        expected[place] = unit(expected[place] + example)
     check(rankings, softmax(10 * embeds(local, FOUR) @ expected.T), SOME)
 
 
@@ -469,8 +469,8 @@ def test_scores_are_not_calibrated_for_labels_by_example(
     local: Local, by_example: LoadedRelease, options: dict[str, Any]
 ) -> None:
     examples = Examples(SHOWN[:1], (0,))
-    for labels, given in ((Labels(SOME), examples), (Labels(label_set="shown"), None)):
-        request = ClassifyRequest(FOUR, labels, examples=given, **options)
+    for labels, request_examples in ((Labels(SOME), examples), (Labels(label_set="shown"), None)):
+        request = ClassifyRequest(FOUR, labels, examples=request_examples, **options)
         with pytest.raises(TaskError, match="not calibrated for labels by example") as error:
             complete(classify(by_example, request))
         assert error.value.code == NOT_CALIBRATED

@@ -190,8 +190,8 @@ def test_a_mask_is_that_of_float64_in_all_but_one_of_100000_pixels(count, bias):
     answer = Segmenter(bias=bias).dense(picture, labels)
     assert (answer.mask != expected.numpy()).mean() <= 1e-5
     for label in range(count):
-        own = probabilities[expected == label]
-        mean = float(own.mean()) if len(own) else 0.0
+        of_label = probabilities[expected == label]
+        mean = float(of_label.mean()) if len(of_label) else 0.0
         assert answer.scores[label] == pytest.approx(mean, abs=1e-4)
 
 
@@ -447,7 +447,7 @@ def sized(*shape: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("given", "limits", "message"),
+    ("wrong", "limits", "message"),
     [
         ({"labels": Labels([str(n) for n in range(5_000)]), "refine": 100}, {}, "the work"),
         # 30 x 20 pixels and 3 labels; in a step of refinement 3.5 times as much for the working
@@ -468,13 +468,13 @@ def sized(*shape: int) -> dict[str, Any]:
     ],
 )
 def test_what_asks_for_too_much_is_refused_before_anything_is_done(
-    local, given, limits, message, monkeypatch
+    local, wrong, limits, message, monkeypatch
 ):
     monkeypatch.setattr(module, "MAX_WORK", 1_000_000_000)
     for name, value in limits.items():
         monkeypatch.setattr(f"radapter_serve.tasks.{name}", value)
     monkeypatch.setattr(module, "decode", lambda *_, **__: pytest.fail("decoded"))
-    request = {"image": png(3), **given}
+    request = {"image": png(3), **wrong}
     with pytest.raises(TaskError, match=message):
         ask(local.loaded, **request)
     assert not local.calls
