@@ -162,17 +162,17 @@ def test_one_version_everywhere() -> None:
     charted = set(re.findall(r"^(?:version|appVersion): \W?([\w.]+)", chart, re.MULTILINE))
     assert charted == {version}
     newest = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
-    assert version in [one for one in newest if one != "Unreleased"][:1]
+    assert version in [entry for entry in newest if entry != "Unreleased"][:1]
 
 
 def test_commands_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    found = list(named_commands())
+    commands = list(named_commands())
     # Names of images begin as those of commands.
     images = {"radapter-engine", "radapter-server"}
-    assert {command for _, command, *_ in found} - images == set(COMMANDS)
+    assert {command for _, command, *_ in commands} - images == set(COMMANDS)
     unknown = []
-    for page, command, subcommand, flags in found:
+    for page, command, subcommand, flags in commands:
         if command in images:
             continue
         if flags := flags - {"--help", "--help-all", "--version"}:
@@ -263,9 +263,9 @@ def test_python_on_the_pages_uses_what_there_is() -> None:
     nodes = [(page, node) for page, tree in python_blocks() for node in ast.walk(tree)]
     imported = [(page, node) for page, node in nodes if isinstance(node, ast.ImportFrom)]
     # Slow tests cover what pages import from other libraries.
-    own = [each for each in imported if str(each[1].module).startswith("radapter")]
-    assert len(own) > 5
-    for page, node in own:
+    imports = [each for each in imported if str(each[1].module).startswith("radapter")]
+    assert len(imports) > 5
+    for page, node in imports:
         module = importlib.import_module(str(node.module))
         assert not [name.name for name in node.names if not hasattr(module, name.name)], page
     asked = set()

@@ -32,8 +32,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def function(example: str, name: str = "main") -> Callable[..., Any]:
-    found: Callable[..., Any] = runpy.run_path(str(EXAMPLES / f"{example}.py"))[name]
-    return found
+    function: Callable[..., Any] = runpy.run_path(str(EXAMPLES / f"{example}.py"))[name]
+    return function
 
 
 @pytest.fixture

@@ -51,11 +51,11 @@ HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "te
 def sources(folder: str) -> dict[str, Path]:
     """The modules below a folder of the checkout, by their full names."""
     package = ROOT / folder
-    found = {}
+    files = {}
     for path in package.rglob("*.py"):
         parts = path.relative_to(package.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 @functools.cache
@@ -160,9 +160,9 @@ def test_torch_is_not_imported():
     names += [f"radapter_serve.evaluation.{name}" for name in ("suite", "start")]
     names += [f"radapter_serve.training.{name}" for name in ("recipe", "start")]
     for room in TORCH_FREE:
-        found = set(sources(f"radapter_serve/{room}")) - inside_triton
-        assert found, room
-        names += sorted(f"radapter_serve.{name}" for name in found)
+        members = set(sources(f"radapter_serve/{room}")) - inside_triton
+        assert members, room
+        names += sorted(f"radapter_serve.{name}" for name in members)
     code = "import importlib, sys\n"
     for modules, others in (
         (client, (*HEAVY, "radapter_serve", "radapter_export")),
@@ -197,6 +197,6 @@ def test_a_line_assigns_one_value():
             for node in nodes(path):
                 match node:
                     case ast.Assign([ast.Tuple(targets)], ast.Tuple(values)):
-                        written = {ast.unparse(one) for one in targets}
-                        read = {ast.unparse(part) for one in values for part in ast.walk(one)}
+                        written = {ast.unparse(target) for target in targets}
+                        read = {ast.unparse(part) for value in values for part in ast.walk(value)}
                         assert written & read, f"{name}, line {node.lineno}: {ast.unparse(node)}"

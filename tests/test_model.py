@@ -31,11 +31,13 @@ def by_open_clip(folder: Path, images: list[bytes], texts: list[str]) -> np.ndar
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     model.eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    pixels = torch.stack([transform(Image.open(io.BytesIO(one)).convert("RGB")) for one in images])
+    pixels = torch.stack(
+        [transform(Image.open(io.BytesIO(image)).convert("RGB")) for image in images]
+    )
     with torch.inference_mode():
-        own = model.encode_image(pixels, normalize=True)
+        embeds = model.encode_image(pixels, normalize=True)
         words = model.encode_text(tokenizer(texts), normalize=True)
-    return (own @ words.T).numpy()
+    return (embeds @ words.T).numpy()
 
 
 @pytest.fixture
@@ -71,8 +73,8 @@ def test_every_form_answers_as_open_clip(
     texts = [f"a photo of a {label}." for label in LABELS]
     expected = by_open_clip(merged(exported_tiny_clip), images, texts)
     with Model(source, **options) as model:
-        found = model.embed_images(images) @ model.embed_texts(texts).T
-        np.testing.assert_allclose(found, expected, atol=2e-6)
+        cosines = model.embed_images(images) @ model.embed_texts(texts).T
+        np.testing.assert_allclose(cosines, expected, atol=2e-6)
         release = model.release()
         assert release.alpha == pytest.approx(0.8)
         scores = np.exp(release.logit_scale * expected.astype(np.float64))
@@ -87,8 +89,8 @@ def test_a_base_alone_and_its_patches(tiny_clip_dir: str, exported_tiny_clip: Pa
     with Model(tiny_clip_dir, dense="naclip") as model:
         texts = ["a cat", "a dog"]
         expected = by_open_clip(Path(tiny_clip_dir.removeprefix("local-dir:")), [png(0)], texts)
-        found = model.embed_images([png(0)]) @ model.embed_texts(texts).T
-        np.testing.assert_allclose(found, expected, atol=2e-6)
+        cosines = model.embed_images([png(0)]) @ model.embed_texts(texts).T
+        np.testing.assert_allclose(cosines, expected, atol=2e-6)
         assert model.segment(png(1, 40, 30), texts).mask.shape == (30, 40)
         assert (model.release().alpha, model.release().version) == (0.0, 1)
     with Model(tiny_clip_dir) as model, pytest.raises(ModelNotFound, match="patch_encoder"):
@@ -103,7 +105,7 @@ def test_segmentation_in_torch_is_that_of_the_export(
         Model(tmp_path / "model_repository") as release,
         Model(tmp_path / "merged") as checkpoint,
     ):
-        served, live = (one.segment(png(3, 60, 45), LABELS) for one in (release, checkpoint))
+        served, live = (model.segment(png(3, 60, 45), LABELS) for model in (release, checkpoint))
     assert served.labels == live.labels
     assert (served.mask == live.mask).mean() > 0.999
     np.testing.assert_allclose(served.scores, live.scores, atol=1e-3)
@@ -126,7 +128,7 @@ def test_the_images_of_a_folder(exported_tiny_clip: Path, photos: Path, capsys: 
     assert [Path(path).name for path in files] == [*(f"{n}.png" for n in range(5)), "last.JPG"]
     with Model(exported_tiny_clip / "model_repository", batch_size=2) as model:
         answers = model.classify(files, ["cat", "dog"])
-        assert [one.labels for one in answers] == [
+        assert [answer.labels for answer in answers] == [
             model.classify(path, ["cat", "dog"]).labels for path in files
         ]
     assert capsys.readouterr() == ("", "")  # nothing is printed that nobody asked for
@@ -145,7 +147,7 @@ def test_radapter_query_asks_a_model_without_a_server(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     with Model(f"{models}@1") as model:
         expected = model.classify(list_images(photos), ["cat", "dog"])
-    assert [line["labels"] for line in lines] == [one.labels for one in expected]
+    assert [line["labels"] for line in lines] == [answer.labels for answer in expected]
     assert {line["release"] for line in lines} == {1}
 
 

@@ -204,11 +204,11 @@ def test_every_mutation_of_the_sample_is_seen_or_listed(room: str, tmp_path: Pat
         for line in mutmut(tmp_path, "results", "--all", "True").splitlines()
     ]
     states = {name: state for name, _, state in lines if state not in NOT_TRIED}
-    found = []
+    unseen = []
     for name in (name for name, state in states.items() if state not in SEEN):
         module, _, function = name.rpartition("__mutmut_")[0].rpartition(".")
         function = function.removeprefix("xǁ").removeprefix("x_").replace("ǁ", ".")
-        found.append(
+        unseen.append(
             {"function": f"{module}.{function}", **change_of(mutmut(tmp_path, "show", name))}
         )
     listed = yaml.safe_load(SURVIVORS.read_text(encoding="utf-8"))
@@ -218,10 +218,10 @@ def test_every_mutation_of_the_sample_is_seen_or_listed(room: str, tmp_path: Pat
         for entry in listed
         if entry["function"].startswith(folders)
     ]
-    print(f"{len(states)} of {len(lines)} mutations tried, {len(found)} not seen by a test")
-    assert not (new := [entry for entry in found if entry not in known]), yaml.safe_dump(
+    print(f"{len(states)} of {len(lines)} mutations tried, {len(unseen)} not seen by a test")
+    assert not (new := [entry for entry in unseen if entry not in known]), yaml.safe_dump(
         new, allow_unicode=True
     )
-    assert not (old := [entry for entry in known if entry not in found]), (
+    assert not (old := [entry for entry in known if entry not in unseen]), (
         f"seen by a test now: {old}"
     )

@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[1]
 HIDING = """
 import sys
 def without(find):
-    def found(name, *of):
+    def hiding(name, *of):
         return None if name.partition(".")[0] in {hidden!r} else find(name, *of)
-    return staticmethod(found)
+    return staticmethod(hiding)
 for finder in sys.meta_path:
     finder.find_spec = without(finder.find_spec)
 import {modules}
@@ -101,11 +101,11 @@ def test_an_extra_has_what_its_commands_import(extras: tuple[str, ...], modules:
     named = [("radapter-serve", extras)]
     seen: set[tuple[str, tuple[str, ...]]] = set()
     while named:
-        name, own = named.pop()
+        name, extras = named.pop()
         for needed in map(Requirement, importlib.metadata.requires(name) or []):
             key = canonicalize_name(needed.name), tuple(sorted(needed.extras))
             wanted = needed.marker is None or any(
-                needed.marker.evaluate({"extra": extra}) for extra in own or ("",)
+                needed.marker.evaluate({"extra": extra}) for extra in extras or ("",)
             )
             if wanted and key not in seen and key[0] in installed:
                 named.append(key)
@@ -124,7 +124,7 @@ def test_an_extra_has_what_its_commands_import(extras: tuple[str, ...], modules:
 def test_commands_of_a_base_installation_can_say_what_is_missing() -> None:
     """Nothing that an extra brings is imported before a command's errors are one line."""
     scripts = importlib.metadata.distribution("radapter-serve").entry_points
-    modules = [one.module for one in scripts if one.group == "console_scripts"]
+    modules = [script.module for script in scripts if script.group == "console_scripts"]
     assert "radapter_serve.cli.serve" in modules
     hidden = {"pydantic", "pyarrow", "torch", "starlette", "faiss"}
     code = HIDING.format(hidden=hidden, modules=", ".join(modules))
@@ -150,8 +150,8 @@ def test_an_extra_is_installed_from_where_the_package_came(
     text = None if origin is None else json.dumps(origin)
     package = SimpleNamespace(read_text=lambda name: text)
     monkeypatch.setattr("radapter_serve.errors.distribution", lambda name: package)
-    found = install_command("server,demo")
-    assert found == said or re.match(said, found)
+    command = install_command("server,demo")
+    assert command == said or re.match(said, command)
 
 
 def test_only_one_place_says_how_to_install_this_package() -> None:

@@ -123,10 +123,10 @@ def test_the_python_of_the_readme(
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[0]
     small = f'data="photos", architecture="{tiny_clip_dir}", pretrained=None, steps=3, workers=0'
-    made: dict[str, Any] = {}
-    exec(lines.replace('data="photos"', small), made)
-    assert (made["run"].folder / "alpha.json").is_file()  # what `evaluate` measured is kept
-    assert made["done"].alpha == 0.5  # held-out photos can't show what is lost elsewhere
+    names: dict[str, Any] = {}
+    exec(lines.replace('data="photos"', small), names)
+    assert (names["run"].folder / "alpha.json").is_file()  # what `evaluate` measured is kept
+    assert names["done"].alpha == 0.5  # held-out photos can't show what is lost elsewhere
     texts = [f"a photo of a {name}." for name in classes]
     [scores] = by_open_clip(tmp_path / "merged", [(tmp_path / "cat.jpg").read_bytes()], texts)
     assert capfd.readouterr().out == f"{classes[scores.argmax()]}\n"

@@ -221,25 +221,27 @@ def test_the_fold_of_the_average_is_the_average_of_the_folds(
     parts = parts[: len(adapters)]
     weights = [part / sum(parts) for part in parts] if sum(parts) else None
     average = average_adapters(adapters, weights)
-    found = fold(BASE, average, alpha)
+    folded = fold(BASE, average, alpha)
     folds = [fold(BASE, adapter, alpha) for adapter in adapters]
     shares = weights or [1 / len(adapters)] * len(adapters)
     for name, base in BASE.items():
         expected = sum(
             share * each[name].double() for share, each in zip(shares, folds, strict=True)
         )
-        np.testing.assert_allclose(found[name], expected, atol=1e-4 * (1 + float(base.abs().max())))
+        np.testing.assert_allclose(
+            folded[name], expected, atol=1e-4 * (1 + float(base.abs().max()))
+        )
     assert average.metadata.rank == (ranks[0] if len(ranks) == 1 else None)
 
 
 def test_a_soup_says_what_was_held_out_where_all_held_out_the_same() -> None:
     recipe = {"seed": 1, "val_fraction": 0.2}
-    one = make(0, None, held_out="sha256:1", recipe=recipe)
+    first = make(0, None, held_out="sha256:1", recipe=recipe)
     same = make(1, None, held_out="sha256:1", recipe={**recipe, "seed": 2})
     other = make(2, None, held_out="sha256:2", recipe=recipe)
-    soup = average_adapters([one, same]).metadata
+    soup = average_adapters([first, same]).metadata
     assert (soup.held_out, soup.recipe) == ("sha256:1", recipe)
-    soup = average_adapters([one, same, other]).metadata
+    soup = average_adapters([first, same, other]).metadata
     assert (soup.held_out, soup.recipe) == (None, {"seed": 1})
 
 

@@ -116,11 +116,11 @@ def roles(package: Path) -> Roles:
 @pytest.fixture(scope="module")
 def classes(package: Path) -> Classes:
     """Two classes, and a house that is none."""
-    own = package.with_name("classes.txt")
-    own.write_text("star, pentagram | shining star\nmoon | crescent\n", encoding="utf-8")
+    file = package.with_name("classes.txt")
+    file.write_text("star, pentagram | shining star\nmoon | crescent\n", encoding="utf-8")
     synonyms = package.with_name("synonyms.txt")
     synonyms.write_text("home, house\n", encoding="utf-8")
-    return Classes(own, synonyms)
+    return Classes(file, synonyms)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_near_duplicates_are_found_whatever_their_size_and_place():
     marks = []
     for place in ("", ' transform="translate(4 1) scale(.7)"'):
         drawn = [pixels(f"<g{place}>{body}</g>", 48) for body in SHAPES.values()]
-        marks.append(np.stack([iconify.signature(one) for one in drawn]))
+        marks.append(np.stack([iconify.signature(drawing) for drawing in drawn]))
     np.testing.assert_array_equal(iconify.alike(*marks), np.eye(len(SHAPES), dtype=bool))
 
 

@@ -70,6 +70,6 @@ def test_where_the_time_goes_by_hand():
         "image_encoder": counts(12, 12, 1 + 2 * 4, 1 + 2 * 20),
         "embed_text": others,
     }
-    found = Stages.between("classify", before, after, seconds=8 * 0.040, requests=8)
-    assert (found.queue, found.task, found.encoder) == pytest.approx((3 + 4, 6, 20))
-    assert found.network == pytest.approx(40 - 3 - 30)
+    stages = Stages.between("classify", before, after, seconds=8 * 0.040, requests=8)
+    assert (stages.queue, stages.task, stages.encoder) == pytest.approx((3 + 4, 6, 20))
+    assert stages.network == pytest.approx(40 - 3 - 30)

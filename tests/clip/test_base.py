@@ -223,15 +223,15 @@ def test_a_local_checkpoint_gets_the_activation_that_it_tells(
     quick: bool,
 ) -> None:
     torch.manual_seed(0)
-    made = open_clip.create_model("tiny-quickgelu" if quick else "tiny").eval()
+    model = open_clip.create_model("tiny-quickgelu" if quick else "tiny").eval()
     path = tmp_path / "weights" / name
     path.parent.mkdir(parents=True)
-    torch.save(made.state_dict(), path)
+    torch.save(model.state_dict(), path)
     if beside is not None:
         (path.parent / "open_clip_config.json").write_text(json.dumps({"model_cfg": beside}))
     base = load_base(architectures, str(path))
     assert base.config["quick_gelu"] is quick
-    torch.testing.assert_close(embeds(base.model), embeds(made))
+    torch.testing.assert_close(embeds(base.model), embeds(model))
     told = capsys.readouterr().err
     assert ("name the architecture tiny-quickgelu" in told) == (
         name == "weights.pt" and beside is None
@@ -276,9 +276,9 @@ def test_no_weight_is_drawn_before_those_of_the_file_are_read(tiny_clip_dir: str
     folder = Path(tiny_clip_dir.removeprefix("local-dir:"))
     weights = load_file(folder / "open_clip_model.safetensors")
     with Draws() as draws:
-        found = load_base(tiny_clip_dir).model.state_dict()
+        loaded = load_base(tiny_clip_dir).model.state_dict()
     assert draws.count == 0
-    torch.testing.assert_close(found, weights, rtol=0, atol=0)
+    torch.testing.assert_close(loaded, weights, rtol=0, atol=0)
     with draws:
         torch.nn.Linear(2, 2)
     assert draws.count == 2
@@ -398,8 +398,8 @@ def test_a_base_on_the_hub(tiny_clip_dir: str, monkeypatch: pytest.MonkeyPatch) 
         load_base("hf-hub:someone/clip")
 
 
-def swap_words(found: dict[str, Any]) -> None:
-    vocabulary = found["model"]["vocab"]
+def swap_words(tokenizer: dict[str, Any]) -> None:
+    vocabulary = tokenizer["model"]["vocab"]
     vocabulary["cat</w>"], vocabulary["dog</w>"] = vocabulary["dog</w>"], vocabulary["cat</w>"]
 
 
@@ -410,7 +410,7 @@ def without_projection(content: bytes) -> bytes:
 
 
 def changed(**fields: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda found: found.get("image_processor", found).update(fields)
+    return lambda config: config.get("image_processor", config).update(fields)
 
 
 @pytest.mark.parametrize(
@@ -478,12 +478,12 @@ HOSTILE: list[tuple[str, dict[str, Any] | str, str]] = [
 ]
 
 
-def update(found: dict[str, Any], fields: dict[str, Any]) -> None:
+def update(config: dict[str, Any], fields: dict[str, Any]) -> None:
     for name, value in fields.items():
-        if isinstance(value, dict) and name in found:
-            update(found[name], value)
+        if isinstance(value, dict) and name in config:
+            update(config[name], value)
         else:
-            found[name] = value
+            config[name] = value
 
 
 @pytest.fixture(scope="module")

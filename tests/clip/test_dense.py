@@ -76,8 +76,10 @@ def reference(model: Any, pixels: Tensor, way: str, quick_gelu: bool) -> Tensor:
                     scores[:, 1 + i, 1 + j] += math.exp(-squared / (2 * 5.0**2))
             attention = scores.softmax(-1)
         heads.append(torch.einsum("bij,bjd->bid", attention, v))
-    one = torch.ones(width)
-    attended = linear(torch.cat(heads, -1), "attn.out_proj") * w.get(f"{block}.ls_1.gamma", one)
+    identity = torch.ones(width)
+    attended = linear(torch.cat(heads, -1), "attn.out_proj") * w.get(
+        f"{block}.ls_1.gamma", identity
+    )
     if way == "naclip":
         x = attended
     else:
@@ -85,7 +87,7 @@ def reference(model: Any, pixels: Tensor, way: str, quick_gelu: bool) -> Tensor:
         hidden = linear(norm(x, f"{block}.ln_2"), "mlp.c_fc")
         gelu = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
         hidden = hidden / (1 + torch.exp(-1.702 * hidden)) if quick_gelu else gelu
-        x = x + linear(hidden, "mlp.c_proj") * w.get(f"{block}.ls_2.gamma", one)
+        x = x + linear(hidden, "mlp.c_proj") * w.get(f"{block}.ls_2.gamma", identity)
     x = norm(x, "ln_post")[:, 1:] @ w["proj"]
     return (x / x.norm(dim=-1, keepdim=True)).unflatten(1, (3, 3)).float()
 

@@ -232,8 +232,8 @@ def test_jpegs_that_are_more_than_they_seem() -> None:
     # Say that the first scan has the first of the three colours alone: it is as a progressive one.
     scan = data.index(b"\xff\xda")
     assert data[scan + 2 : scan + 5] == b"\0\x0c\x03"
-    one = data[:scan] + b"\xff\xda\0\x08\x01" + data[scan + 5 : scan + 7] + b"\0\x3f\0"
-    assert read_header(one + data[scan + 14 :]).memory == 64 * 48 * 10
+    head = data[:scan] + b"\xff\xda\0\x08\x01" + data[scan + 5 : scan + 7] + b"\0\x3f\0"
+    assert read_header(head + data[scan + 14 :]).memory == 64 * 48 * 10
     assert read_header(data).memory == 64 * 48 * 8
     # A photo of two pictures.
     picture = Image.new("RGB", (64, 64))

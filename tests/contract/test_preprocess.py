@@ -100,14 +100,14 @@ def test_a_square_crop_holds_each_pixel_of_the_mask_once_in_place_and_no_other(
     mask: NDArray[np.bool_], padding: float
 ) -> None:
     crop = MaskCrop(padding)(Image.fromarray(numbered(*mask.shape)), mask)
-    found = places(crop)
+    cropped = places(crop)
     assert crop.mode == "RGB" and crop.width == crop.height
-    np.testing.assert_array_equal(found, np.argwhere(mask))  # both by row, then column
+    np.testing.assert_array_equal(cropped, np.argwhere(mask))  # both by row, then column
     filled = np.asarray(crop)[np.asarray(crop)[..., 2] != 255]
     assert (filled == FILL).all() and len(filled) == crop.width**2 - mask.sum()
     where = np.argwhere(np.asarray(crop)[..., 2] == 255)
-    assert len(np.unique(where - found, axis=0)) == 1  # moved, not distorted
-    longest = int(np.ptp(found, axis=0).max()) + 1
+    assert len(np.unique(where - cropped, axis=0)) == 1  # moved, not distorted
+    longest = int(np.ptp(cropped, axis=0).max()) + 1
     border = round(padding * longest)
     top, left = where.min(0)
     assert crop.width == longest + 2 * border
@@ -150,9 +150,9 @@ WAIT = 60
 
 @pytest.fixture
 def decoder() -> Iterator[Decoder]:
-    made = Decoder(PREPROCESS, 2)
-    yield made
-    made.close()
+    decoder = Decoder(PREPROCESS, 2)
+    yield decoder
+    decoder.close()
 
 
 def pixels_of(images: Sequence[bytes]) -> list[np.ndarray]:
@@ -201,21 +201,21 @@ def test_threads_are_for_small_images_of_all_callers(
     small = read_headers([png(seed) for seed in range(3)])
     large = read_headers([png(seed, 30, 30) for seed in range(6)])
     waits = threading.Event()
-    found = []
+    decoded = []
 
     def stays() -> bool:
         waits.set()
         return False
 
-    thread = threading.Thread(target=lambda: found.append(decoder.start(large, stays)()))
+    thread = threading.Thread(target=lambda: decoded.append(decoder.start(large, stays)()))
     thread.daemon = True
     with ThreadPoolExecutor() as pool, files.turn(large[0]):
         thread.start()
         assert waits.wait(WAIT)
         assert pool.submit(decoder.start(small)).result(WAIT).shape == (3, 16, 16, 3)
-        assert not found
+        assert not decoded
     thread.join(WAIT)
-    np.testing.assert_array_equal(found[0], pixels_of([file.data for file in large]))
+    np.testing.assert_array_equal(decoded[0], pixels_of([file.data for file in large]))
 
 
 def test_images_of_several_callers_are_decoded_in_turns(

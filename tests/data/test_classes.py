@@ -33,11 +33,11 @@ def folders(root: Path, *names: str) -> str:
 
 def prompts(data: object) -> dict[str, str]:
     """The prompt of each image, by its folder."""
-    found = {}
+    prompts = {}
     for row in data.rows:  # type: ignore[attr-defined]
         _, _, prompt = data.pair(row, random.Random(0))  # type: ignore[attr-defined]
-        found[Path(data.name(row)).parent.name] = prompt  # type: ignore[attr-defined]
-    return found
+        prompts[Path(data.name(row)).parent.name] = prompt  # type: ignore[attr-defined]
+    return prompts
 
 
 def write(path: Path, *lines: str) -> Path:

@@ -147,10 +147,10 @@ def test_a_suite_of_masks_and_of_those_of_a_network(tmp_path: Path) -> None:
         # A network's masks are those of the image as it is seen; the second is empty.
         inside = np.stack([mask == 2, mask == 0, mask == 1])
         np.savez(tmp_path / "found" / "a.npz", masks=inside)
-        found, lying = (
+        upright, lying = (
             opened(tmp_path, "masks:set", exif_orientation=turned, proposals="found", **fields)
             for turned in (wanted, not wanted)
         )
-        np.testing.assert_array_equal(found.prepare(Sees(True), 0).masks, inside[[0, 2]] * 255)
+        np.testing.assert_array_equal(upright.prepare(Sees(True), 0).masks, inside[[0, 2]] * 255)
         with pytest.raises(RAdapterError, match="write them at the image's size"):
             lying.prepare(Sees(True), 0)

@@ -74,8 +74,8 @@ def test_classes_have_the_numbers_of_the_file_in_every_split(tmp_path: Path) -> 
 def test_karpathys_train_and_restval_are_one_source(tmp_path: Path) -> None:
     file = write(tmp_path / "dataset_coco.json", KARPATHY)
     data = load_captioned(DataSource(f"karpathy:{file}@train+restval", images=tmp_path / "coco"))
-    found = {data.table[image.row]["image"]: image.captions for image in data.images}
-    assert found == {
+    captions = {data.table[image.row]["image"]: image.captions for image in data.images}
+    assert captions == {
         "train2014/1.jpg": ("one", "uno"), "val2014/2.jpg": ("two",), "4.jpg": ("four",)
     }  # fmt: skip
     assert len(data.rows) == 4

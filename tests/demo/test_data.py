@@ -38,8 +38,8 @@ def test_no_drawing_is_in_two_places_and_the_shifts_are_by_unseen_hands() -> Non
     held = {
         place: {svg for of in data.drawings_of(place).values() for svg in of} for place in PLACES
     }
-    for one, other in combinations(PLACES, 2):
-        assert not held[one] & held[other], (one, other)
+    for place, other in combinations(PLACES, 2):
+        assert not held[place] & held[other], (place, other)
     held_out = load_roles().held_out  # from training the base
     for place in PLACES:
         assert sets_of(place) <= held_out
@@ -64,9 +64,13 @@ def test_folders_hold_what_is_shipped_on_white_paper_and_silhouettes_on_black(
 ) -> None:
     assert tuple(some.test) == (data.FINE_TUNED, *data.SHIFTS)
     folder = some.classes.parent
-    made = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.png")}
-    classes = {path.split("/")[-2] for path in made}
-    assert made == {p.removesuffix(".svg") for p in data.drawings() if p.split("/")[-2] in classes}
+    drawings = {
+        path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.png")
+    }
+    classes = {path.split("/")[-2] for path in drawings}
+    assert drawings == {
+        p.removesuffix(".svg") for p in data.drawings() if p.split("/")[-2] in classes
+    }
     for style, ground in (("line", 255), ("silhouettes", 0)):
         corners = []
         for path in some.test[style].glob("*/*.png"):
@@ -138,9 +142,9 @@ def test_scenes_show_drawings_of_their_own_place_and_styles_the_same_scenes(
 
 
 def test_the_folders_are_data_of_masks_and_of_captions(folder: data.SceneData) -> None:
-    made = [(folder.train, data.compose("train", "colour", FEW, 0))]
-    made += [(path, data.compose("test", style, FEW, 0)) for style, path in folder.test.items()]
-    for place, drawn in made:
+    folders = [(folder.train, data.compose("train", "colour", FEW, 0))]
+    folders += [(path, data.compose("test", style, FEW, 0)) for style, path in folder.test.items()]
+    for place, drawn in folders:
         composed = list(drawn)
         masked = load_masked(DataSource(f"masks:{place}", classes=folder.classes))
         assert masked.classes == list(data.scene_classes())

@@ -105,10 +105,10 @@ def test_classify_gives_the_scores_at_any_alpha(
 def test_search(
     answers: Answers, events: dict[str, Any], picture: str, by: str, inputs: set[str]
 ) -> None:
-    found, took = events["search"](picture, "a cat", by, "photos", 3, 0.25)
-    captions = [caption for _, caption in found]
+    hits, took = events["search"](picture, "a cat", by, "photos", 3, 0.25)
+    captions = [caption for _, caption in hits]
     assert captions == ["0.750 ordner/bild [b]ü.jpg", "0.500 b.jpg", "-0.500 c.jpg"]
-    colours = [image.convert("RGB").getpixel((0, 0)) for image, _ in found]
+    colours = [image.convert("RGB").getpixel((0, 0)) for image, _ in hits]
     assert colours == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
     assert took.endswith("3 found")
     asked = answers.inferences[-1].inputs
@@ -271,5 +271,5 @@ def test_a_visitor_asks_every_task_and_nothing_comes_from_elsewhere(
         page.set_default_timeout(60_000)
         page.goto(url)
         use(page, picture, picture, moves=True)
-    assert asked and all(one.startswith((url, "data:", "blob:")) for one in asked), asked
+    assert asked and all(address.startswith((url, "data:", "blob:")) for address in asked), asked
     gc.collect()  # sockets that Gradio leaves open are this test's to hear of

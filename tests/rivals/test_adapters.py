@@ -97,9 +97,9 @@ def test_folds_to_a_plain_clip_that_embeds_alike(
     weights = system.clip()
     assert weights is not None
     torch.testing.assert_close(dict(system.state_dict()), before, rtol=0, atol=0)  # it can go on
-    found = plain.embeds(weights)
-    torch.testing.assert_close(found, embeds(system), rtol=0, atol=1e-5)
-    assert (found - plain.embeds()).abs().max() > 1e-2
+    folded = plain.embeds(weights)
+    torch.testing.assert_close(folded, embeds(system), rtol=0, atol=1e-5)
+    assert (folded - plain.embeds()).abs().max() > 1e-2
     kinds = set()
     for name, value in plain.weights.items():
         if not torch.equal(value, weights[name]):
@@ -176,8 +176,8 @@ def test_adaptformer_stands_beside_the_feed_forward_layer(
             inner = (x @ adapter.down.weight.T + adapter.down.bias).clamp(min=0)
             x = x + block.mlp(block.ln_2(x)) + 0.3 * (inner @ adapter.up.weight.T + adapter.up.bias)
         expected = visual.ln_post(x[:, 0]) @ visual.proj
-        found = system.model.encode_image(PIXELS)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        embeds = system.model.encode_image(PIXELS)
+    torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [RepAdapter, AdaptFormer])

@@ -66,9 +66,9 @@ def test_table_4_takes_the_output_of_a_proposal_network(
             masks=masks.astype(np.float32),
             scores=np.eye(3),
         )
-    own = {"data": f"masks:{scenes}", "dense": "proposals", "proposals": "found"}
+    settings = {"data": f"masks:{scenes}", "dense": "proposals", "proposals": "found"}
     sets = [
-        {"name": name, "proposal_weight": weight, **own}
+        {"name": name, "proposal_weight": weight, **settings}
         for name, weight in (("theirs", 0.0), ("both", 0.7))
     ]
     train = {"task": "segmentation", "data": f"masks:{scenes}", "mask_min_area": 1}
@@ -93,9 +93,9 @@ def test_save_writes_what_the_table_has_judged(
     places = f"--merged {tmp_path}/merged --suite {tmp_path}/suite.yaml --data-root {tmp_path}"
     assert radapter_eval([*places.split(), "--out", str(tmp_path / "results")]) == 0
     results = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in results]
+    written = [json.loads(line) for line in results]
     [cell] = read_cells(tmp_path / "out" / "table-2.jsonl", Cell.of)
-    assert [row["metrics"] for row in found] == [pytest.approx(row.metrics) for row in cell.rows]
+    assert [row["metrics"] for row in written] == [pytest.approx(row.metrics) for row in cell.rows]
 
 
 @pytest.mark.parametrize("name", ["wise-ft", "coop", "clip"])

@@ -44,14 +44,16 @@ def test_classes_are_rows_of_the_head_with_their_bias(make_run: Callable[..., Ru
             system.embed_images(PIXELS) @ system.embed_classes(["red", "blue, azure"], ["a {}"]).T
         )
         torch.testing.assert_close(scores, system.logits(PIXELS)[:, [2, 0]])
-        (own,) = systems_of(Learned(system, Cost()), run.base, [1.0])
+        (candidate,) = systems_of(Learned(system, Cost()), run.base, [1.0])
         with pytest.raises(RAdapterError, match="not a plain CLIP, so it can't segment"):
-            own.dense_method(None)
-        release = own.loaded.release
-        found = class_probabilities(
+            candidate.dense_method(None)
+        release = candidate.loaded.release
+        probabilities = class_probabilities(
             system.logits(PIXELS).numpy(), release.logit_scale, release.logit_bias
         )
-        torch.testing.assert_close(torch.from_numpy(found), system.logits(PIXELS).softmax(dim=1))
+        torch.testing.assert_close(
+            torch.from_numpy(probabilities), system.logits(PIXELS).softmax(dim=1)
+        )
     with pytest.raises(RAdapterError, match="has not learned the class 'pink'"):
         system.embed_classes(["red", "pink"], ["a {}"])
 
@@ -71,8 +73,8 @@ def test_classes_of_one_name_are_different_rows(
         )
         same = dataclasses.replace(sets[0], classes=system.classes)  # type: ignore[call-arg]
         [row] = judge(Learned(system, Cost()), run, [same])
-        (own,) = systems_of(Learned(system, Cost()), run.base, [1.0])
-        pixels = np.stack([same.prepare(own, number) for number in range(len(same))])
+        (candidate,) = systems_of(Learned(system, Cost()), run.base, [1.0])
+        pixels = np.stack([same.prepare(candidate, number) for number in range(len(same))])
         images = normalised(pixels, run.base.preprocess, "cpu")
         right = system.logits(images).argmax(dim=1).numpy() == same.labels  # type: ignore[attr-defined]
     assert 0 < right.mean() == row.metrics["acc1"]
@@ -100,28 +102,28 @@ def test_lp_ft_starts_from_the_probe(make_run: Callable[..., Run]):
     method = ProbeThenFineTuning()
     standing = dataclasses.replace(method, settings={**method.settings, "learning_rate": 1e-12})
     probe = learned(method.probe, run)
-    found = learned(standing, run)
+    trained = learned(standing, run)
     torch.testing.assert_close(
-        found.end["head.weight"], probe.end["head.weight"], rtol=0, atol=1e-7
+        trained.end["head.weight"], probe.end["head.weight"], rtol=0, atol=1e-7
     )
     assert not torch.equal(probe.end["head.weight"], probe.start["head.weight"])
-    assert found.cost.seconds > probe.cost.seconds > 0
-    assert found.cost.parameters == learned(FullFineTuning(), run).cost.parameters
+    assert trained.cost.seconds > probe.cost.seconds > 0
+    assert trained.cost.parameters == learned(FullFineTuning(), run).cost.parameters
 
 
 @pytest.mark.slow
 def test_soup_is_the_mean_of_its_members(make_run: Callable[..., Run]):
     run = make_run()
     method = UniformSoup(members=3)
-    found = learned(method, run)
+    trained = learned(method, run)
     members = [learned(recipe, run).at(1.0).state_dict() for recipe in method.recipes()]
-    for name, value in found.system.state_dict().items():
+    for name, value in trained.system.state_dict().items():
         torch.testing.assert_close(
             value, torch.stack([member[name] for member in members]).mean(dim=0)
         )
     assert len({str(recipe) for recipe in method.recipes()}) == 3
     assert method.recipes() == UniformSoup(members=5).recipes()[:3]
-    assert found.cost.parameters == 3 * learned(FullFineTuning(), run).cost.parameters
+    assert trained.cost.parameters == 3 * learned(FullFineTuning(), run).cost.parameters
 
 
 def test_mixed_images_have_mixed_and_smoothed_labels(
@@ -132,9 +134,9 @@ def test_mixed_images_have_mixed_and_smoothed_labels(
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n).flip(0))
     with torch.no_grad():
         logs = system.logits(0.8 * PIXELS + 0.2 * PIXELS.flip(0)).log_softmax(dim=1)
-        found = system({"pixels": PIXELS, "labels": LABELS})
+        loss = system({"pixels": PIXELS, "labels": LABELS})
     targets = 0.8 * torch.eye(3)[LABELS] + 0.2 * torch.eye(3)[LABELS.flip(0)]
-    torch.testing.assert_close(found, -((0.7 * targets + 0.1) * logs).sum(dim=1).mean())
+    torch.testing.assert_close(loss, -((0.7 * targets + 0.1) * logs).sum(dim=1).mean())
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_learns_is_kept_and_judged(
     assert first.end.keys() == again.end.keys()
     assert bool(first.end) == (name != "zero-shot")
     alphas = [1.0] if method.alpha is None else [0.0, method.alpha]
-    rows = [judge(found, run.of(method.settings), sets, alphas) for found in (first, again)]
+    rows = [judge(outcome, run.of(method.settings), sets, alphas) for outcome in (first, again)]
     assert [row.metrics for row in rows[0]] == [row.metrics for row in rows[1]]
     assert rows[0][0].n == 24
 
@@ -70,16 +70,18 @@ def test_a_line_goes_from_zero_shot_to_what_was_learned(name: str, make_run: Cal
 
     @torch.no_grad()
     def scores(system: System) -> Tensor:
-        found = system.embed_images(pixels) @ system.embed_classes(classes, ["a photo of a {}."]).T
-        return found / found.norm()
+        cosines = (
+            system.embed_images(pixels) @ system.embed_classes(classes, ["a photo of a {}."]).T
+        )
+        return cosines / cosines.norm()
 
     expected = scores(learned(METHODS["zero-shot"], run).system)
-    found = learned(METHODS[name], run)
-    torch.testing.assert_close(scores(found.at(0.0)), expected)
-    state = found.at(0.25).state_dict()
-    assert found.end
-    for key, end in found.end.items():
-        torch.testing.assert_close(state[key], 0.75 * found.start[key] + 0.25 * end)
+    outcome = learned(METHODS[name], run)
+    torch.testing.assert_close(scores(outcome.at(0.0)), expected)
+    state = outcome.at(0.25).state_dict()
+    assert outcome.end
+    for key, end in outcome.end.items():
+        torch.testing.assert_close(state[key], 0.75 * outcome.start[key] + 0.25 * end)
 
 
 @pytest.fixture
@@ -137,14 +139,14 @@ def test_rates_follow_the_schedule_and_the_share(make_run: Callable[..., Run]):
         {"params": [system.one]},
         {"params": [system.other], "share": 0.5},
     ]
-    found = fit(system, SGD(groups, lr=0.0), run)
+    outcome = fit(system, SGD(groups, lr=0.0), run)
     plan = run.recipe.resolved(None)
     total = sum(plan.learning_rate(step) for step in range(5))
     assert -system.one.item() == pytest.approx(total)
     assert -system.other.item() == pytest.approx(total / 2)
     assert system.seen == [0.2, 0.4, 0.6, 0.8, 1.0]
-    assert found.cost.parameters == 2
-    assert found.cost.seconds > 0 and found.cost.memory > 1e8
+    assert outcome.cost.parameters == 2
+    assert outcome.cost.seconds > 0 and outcome.cost.memory > 1e8
 
     # Gradients are clipped; torch divides by a norm that is larger by 1e-6.
     run = make_run(steps=1, learning_rate=0.1, grad_clip=0.5, accumulate=2)
@@ -192,8 +194,8 @@ def test_judge_counts_what_the_system_finds(
     make_run: Callable[..., Run], sets: list[EvaluationSet]
 ):
     run = make_run()
-    found = learned(METHODS["ft"], run)
-    rows = judge(found, run, sets, [0.0, 1.0])
+    outcome = learned(METHODS["ft"], run)
+    rows = judge(outcome, run, sets, [0.0, 1.0])
     assert [(row.dataset, row.alpha) for row in rows] == [("same", 0.0), ("same", 1.0)]
     data = run.data
     assert isinstance(data, Labelled)
@@ -201,11 +203,11 @@ def test_judge_counts_what_the_system_finds(
     pixels = torch.stack([transform(data.image(row)) for row in data.rows])
     labels = torch.tensor([data.label(row) for row in data.rows])
     for row in rows:
-        found.at(row.alpha or 0.0)
+        outcome.at(row.alpha or 0.0)
         with torch.no_grad():
             scores = (
-                found.system.embed_images(pixels)
-                @ found.system.embed_classes(data.classes, ["{}"]).T
+                outcome.system.embed_images(pixels)
+                @ outcome.system.embed_classes(data.classes, ["{}"]).T
             )
         assert row.metrics["acc1"] == pytest.approx(
             (scores.argmax(dim=1) == labels).float().mean().item()

@@ -43,13 +43,13 @@ def test_each_kind_is_judged_among_its_own_labels() -> None:
     ]
     images = Images(torch.tensor(scores), np.array([0, 0, 2, 3]))
     judged = judge(system, of, "first half", {"x": images})
-    found = {kind: values.tolist() for (kind, _), values in judged.items()}
-    assert found["trained"] == [True, True]
-    assert found["trained, all labels"] == [True, False]
-    assert found["others"] == [True, False]
-    assert found["others, all labels"] == [False, False]
+    kinds = {kind: values.tolist() for (kind, _), values in judged.items()}
+    assert kinds["trained"] == [True, True]
+    assert kinds["trained, all labels"] == [True, False]
+    assert kinds["others"] == [True, False]
+    assert kinds["others, all labels"] == [False, False]
     # c ranks its image third or second: 0.9, 0.6, 0.6; d ranks its own first.
-    assert found["searches"] == pytest.approx([1 / 3, 1.0], abs=1e-3)
+    assert kinds["searches"] == pytest.approx([1 / 3, 1.0], abs=1e-3)
 
 
 def test_the_harmonic_mean_of_trained_and_other_classes_by_hand(tmp_path: Path) -> None:

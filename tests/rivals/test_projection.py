@@ -62,13 +62,13 @@ def test_a_classifier_is_trained_without_folds_too(task, name):
     assert set(heads(task, name, np.full(30, -1))) == set(CLASSES)
 
 
-def test_an_own_embedding_takes_the_place_of_a_class_and_leaves_the_others():
-    own = {"bee": torch.ones(WIDTH)}
+def test_an_embedding_takes_the_place_of_a_class_and_leaves_the_others():
+    prompts = {"bee": torch.ones(WIDTH)}
     plain = Moved(Texts(), {}, 0.0).embed_classes(CLASSES, ("a {}",))
-    mixed = Classifier(Texts(), {}, 0.0, own, True).embed_classes(CLASSES, ("a {}",))
+    mixed = Classifier(Texts(), {}, 0.0, prompts, True).embed_classes(CLASSES, ("a {}",))
     assert torch.equal(mixed[1], torch.ones(WIDTH))
     assert torch.equal(mixed[[0, 2]], plain[[0, 2]])
-    alone = Classifier(Texts(), {}, 0.0, own, False).embed_classes(CLASSES, ("a {}",))
+    alone = Classifier(Texts(), {}, 0.0, prompts, False).embed_classes(CLASSES, ("a {}",))
     assert not alone[[0, 2]].any()
 
 

@@ -74,10 +74,10 @@ def test_coop_learns_a_context_for_all_classes_and_nothing_else(
     classes = torch.stack([by_hand.text(f"{words} {name}.", [vectors]) for name in names])
     labels = torch.tensor([0, 2, 1])
     with torch.no_grad():
-        found = system.embed_classes(names, ["whatever {}"])
+        embeds = system.embed_classes(names, ["whatever {}"])
         logits = system.scores(PIXELS)
         loss = system({"pixels": PIXELS, "labels": labels, "texts": ["", "", ""]})
-    torch.testing.assert_close(found, classes, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embeds, classes, rtol=0, atol=1e-5)
     scores = by_hand.model.logit_scale.exp() * by_hand.image(PIXELS, []) @ classes[:3].T
     torch.testing.assert_close(logits, scores, rtol=0, atol=1e-3)
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
@@ -96,8 +96,8 @@ def test_context_that_starts_as_words_is_zero_shot_with_them(
 ):
     system = CoOp(length=2, words=words).start(make_run())
     with torch.no_grad():
-        found = system.embed_classes(["green"], ["whatever {}"])
-    torch.testing.assert_close(found[0], by_hand.text(text, []), rtol=0, atol=1e-5)
+        embeds = system.embed_classes(["green"], ["whatever {}"])
+    torch.testing.assert_close(embeds[0], by_hand.text(text, []), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("length, words", [(5, "a photo of a"), (3, "a photo {}"), (75, None)])
@@ -131,10 +131,10 @@ def test_cocoop_shifts_the_context_for_each_image(
     with torch.no_grad():
         logits = system.scores(PIXELS)
         others = system.embed_classes(["red one", "green"], ["whatever {}"])
-        found = system.embed_images(PIXELS) @ others.T
+        scores = system.embed_images(PIXELS) @ others.T
     expected = by_hand.model.logit_scale.exp() * cosines(["blue", "green", "red"])
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
-    torch.testing.assert_close(found, cosines(["red one", "green"]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, cosines(["red one", "green"]), rtol=0, atol=1e-5)
     with pytest.raises(RAdapterError, match="before the images"):
         system.embed_classes(["blue", "green"], ["whatever {}"])
 
@@ -159,9 +159,9 @@ def test_maple_couples_prompts_of_both_towers(
         for text, couple in zip(texts, system.couple, strict=True)
     ]
     with torch.no_grad():
-        found = system.embed_classes(["green"], ["whatever {}"])
+        embeds = system.embed_classes(["green"], ["whatever {}"])
         torch.testing.assert_close(
-            found[0], by_hand.text("a photo of a green.", texts), rtol=0, atol=1e-5
+            embeds[0], by_hand.text("a photo of a green.", texts), rtol=0, atol=1e-5
         )
         torch.testing.assert_close(
             system.embed_images(PIXELS), by_hand.image(PIXELS, prompts), rtol=0, atol=1e-5

@@ -23,12 +23,12 @@ def test_a_label_by_example_is_the_mean_of_its_text_and_its_images(
     system = LabelsByExample().learn(make_run()).system
     classes = sorted(place.name for place in images.iterdir())
     with torch.inference_mode():
-        found = system.embed_classes(classes, ["a photo of a {}."])
+        embeds = system.embed_classes(classes, ["a photo of a {}."])
 
     model, _, transform = open_clip.create_model_and_transforms(tiny_clip_dir)
     tokenizer = open_clip.get_tokenizer(tiny_clip_dir)
     model.eval()
-    for name, mixed in zip(classes, found, strict=True):
+    for name, mixed in zip(classes, embeds, strict=True):
         files = [Image.open(path).convert("RGB") for path in sorted((images / name).iterdir())]
         with torch.inference_mode():
             pixels = torch.stack([transform(file) for file in files])

@@ -89,10 +89,10 @@ def test_the_same_images_in_two_sets_are_one_sample() -> None:
     draw = np.random.default_rng(3)
     values = draw.normal(size=60) + draw.normal(scale=0.3, size=(3, 60))
     names = np.arange(60)
-    one = lead_of([values])
+    single = lead_of([values])
     both = lead_of([values, values], [names, names])
-    assert (both.points, both.half, both.p) == pytest.approx((one.points, one.half, one.p))
-    assert lead_of([values, values]).half < one.half
+    assert (both.points, both.half, both.p) == pytest.approx((single.points, single.half, single.p))
+    assert lead_of([values, values]).half < single.half
     # Half of the images are in both: their weight is that of two.
     part = lead_of([values, values[:, :30]], [names, names[:30]])
     assert part.half > lead_of([values, values[:, :30]]).half

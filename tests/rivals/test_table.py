@@ -92,7 +92,7 @@ Score = Callable[[Any, int, float], float]
 def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Score], dict[str, set[int]]]:
     """Cells have the scores of a function of method, seed and α; the seeds by split."""
 
-    def made(value: Score) -> dict[str, set[int]]:
+    def answer(value: Score) -> dict[str, set[int]]:
         seeds: dict[str, set[int]] = {"validation": set(), "test": set()}
 
         def cell(
@@ -105,7 +105,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Score], dict[str, set[in
         monkeypatch.setattr(Cells, "cell", cell)
         return seeds
 
-    return made
+    return answer
 
 
 @pytest.fixture
@@ -162,10 +162,10 @@ def test_the_rate_is_chosen_and_the_grid_grows(
     cells: Cells,
 ):
     by_split = asked(value)
-    found = choose(cells, "ft", [FT], seeds, factors)
-    assert rate_of(found.method) == pytest.approx(rate)
-    assert [round(trial.rate / 1e-5, 2) for trial in found.tried] == tried
-    assert found.at_edge == at_edge and not by_split["test"]
+    choice = choose(cells, "ft", [FT], seeds, factors)
+    assert rate_of(choice.method) == pytest.approx(rate)
+    assert [round(trial.rate / 1e-5, 2) for trial in choice.tried] == tried
+    assert choice.at_edge == at_edge and not by_split["test"]
 
 
 def test_of_alphas_that_are_equally_good_the_smallest_is_taken(asked: Any, cells: Cells):
@@ -173,9 +173,9 @@ def test_of_alphas_that_are_equally_good_the_smallest_is_taken(asked: Any, cells
     scores = {0.25: (80, 20, 20), 0.5: (43.6, 70.5, 47.3), 0.75: (50.6, 40.1, 70.7)}
     asked(lambda method, seed, alpha: scores.get(alpha, (1, 73, 73))[seed])
     method = r_adapter("imagenet")
-    found = choose(cells, "r-adapter", [method], [0, 1, 2], [1], CHOICES[::-1])
-    assert found.method == dataclasses.replace(method, alpha=0.5)
-    assert [trial.scores for trial in found.tried] == [pytest.approx(scores[0.5])]
+    choice = choose(cells, "r-adapter", [method], [0, 1, 2], [1], CHOICES[::-1])
+    assert choice.method == dataclasses.replace(method, alpha=0.5)
+    assert [trial.scores for trial in choice.tried] == [pytest.approx(scores[0.5])]
 
 
 def test_alpha_and_settings_are_chosen_together_with_the_rate(asked: Any, cells: Cells):
@@ -189,11 +189,11 @@ def test_alpha_and_settings_are_chosen_together_with_the_rate(asked: Any, cells:
 
     asked(value)
     methods = [r_adapter("imagenet"), r_adapter("imagenet", preserve=10.0)]
-    found = choose(cells, "r-adapter", methods, [1, 2], [0.1, 1, 10, 100], CHOICES)
-    assert found.method == at_rate(dataclasses.replace(methods[1], alpha=0.75), 10)
+    choice = choose(cells, "r-adapter", methods, [1, 2], [0.1, 1, 10, 100], CHOICES)
+    assert choice.method == at_rate(dataclasses.replace(methods[1], alpha=0.75), 10)
     kept = choose(cells, "r-adapter", methods[:1], [1, 2], [0.1, 1, 10])
     assert kept.method == methods[0]  # at its own α
-    assert differing([trial.method for trial in found.tried], found.method) == "preserve 10.0"
+    assert differing([trial.method for trial in choice.tried], choice.method) == "preserve 10.0"
     none = METHODS["zero-shot"]
     assert choose(cells, "zero-shot", [none], [1], [1, 3]).method == none
 
@@ -202,15 +202,18 @@ def test_some_of_the_seeds_choose_and_all_are_tested(
     benchmark_file: Path, tmp_path: Path, asked: Any
 ):
     """The first two like the paper's rate best; the others, and so the mean, three times that."""
-    own = rate_of(METHODS["r-adapter"])
+    published = rate_of(METHODS["r-adapter"])
 
     def value(method: Any, seed: int, alpha: float) -> float:
-        times = math.log(rate_of(method) / own, 3)
+        times = math.log(rate_of(method) / published, 3)
         return 50 - 10 * abs(times) if seed < 2 else 50 - 30 * abs(times - 1)
 
     flags = "--only r-adapter --alpha validation --rates 1 3 --seeds 0 1 2 3 4"
     call = ["all", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), *flags.split()]
-    for choosing, seeds, rate in (([0, 1], "seeds 0, 1", own), ([], "all seeds", 3 * own)):
+    for choosing, seeds, rate in (
+        ([0, 1], "seeds 0, 1", published),
+        ([], "all seeds", 3 * published),
+    ):
         by_split = asked(value)
         few = ["--validation-seeds", *map(str, choosing)] if choosing else []
         assert main([*call, *few]) == 0
@@ -431,6 +434,6 @@ def test_learns_in_a_process_of_its_own(
     held = torch.zeros(50_000_000)  # 200 MB that a process forked from this one would have, too
     cells = Cells(load_benchmark(benchmark_file), tmp_path)
     cell = cells.cell("ft", METHODS["ft"], 0, [1.0])
-    own = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
-    assert 0 < cell.cost.memory < int(own) * 1024
+    peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+    assert 0 < cell.cost.memory < int(peak) * 1024
     assert len(held)

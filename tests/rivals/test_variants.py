@@ -44,8 +44,8 @@ def test_outputs_of_an_adapter_are_dropped_in_training_only(
     x = torch.randn(*shape, find_sites(model)[1].weight.shape[1])
 
     def output(adapters: Adapters) -> Tensor:
-        found: Tensor = adapters.sites[1].output(x)
-        return found
+        output: Tensor = adapters.sites[1].output(x)
+        return output
 
     plain = output(adapters := attach(model))
     adapters.remove()

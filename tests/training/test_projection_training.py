@@ -550,13 +550,13 @@ def test_each_fold_is_judged_by_a_run_without_it(
     vectors = vectors_of([0, 1, 2] * 8, noise=0.2)
     folds = folds_of(vectors, recipe.seed)
     trained: list[tuple[float, NDArray[np.int64]]] = []
-    made: dict[float, list[Any]] = {}
+    maps_of_rate: dict[float, list[Any]] = {}
 
     def remembered(vectors: Vectors, rows: NDArray[np.int64], setting: Recipe) -> Any:
         trained.append((setting.peak_rate, rows))
         loss = partial(projection_loss, delta=0.0)
         maps = learn(vectors, rows, setting, sides=("text",), scale=10.0, loss=loss)
-        made.setdefault(setting.peak_rate, []).append(maps)
+        maps_of_rate.setdefault(setting.peak_rate, []).append(maps)
         return maps
 
     rates = (1e-5, 1e-1, 3e-1)
@@ -574,7 +574,7 @@ def test_each_fold_is_judged_by_a_run_without_it(
     best = [trial for trial in validated.trials if trial.score == scores.max()]
     of_rate = [trial.kept for trial in best if trial.setting.peak_rate == rate]
     assert max(of_rate) == max(trial.kept for trial in best)
-    assert [maps for _, maps in validated.parts] == made[rate]
+    assert [maps for _, maps in validated.parts] == maps_of_rate[rate]
     table = validated.table
     assert len(table["tried"]) == 3 * len(ALPHAS)
     assert json.loads(json.dumps(table)) == table
