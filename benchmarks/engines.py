@@ -52,9 +52,9 @@ class Cell:
         ]
 
 
-def worst(found: Sequence[Cell], engine: str) -> str:
+def worst(cells: Sequence[Cell], engine: str) -> str:
     """Describe the least and the largest throughput against Triton's."""
-    rates = {(one.engine, one.task, one.callers): one.measured.throughput for one in found}
+    rates = {(cell.engine, cell.task, cell.callers): cell.measured.throughput for cell in cells}
     ratios = {
         (task, callers): rates[engine, task, callers] / rate
         for (other, task, callers), rate in rates.items()
@@ -68,10 +68,10 @@ def worst(found: Sequence[Cell], engine: str) -> str:
     )
 
 
-def slowest(found: Sequence[Cell]) -> str:
+def slowest(cells: Sequence[Cell]) -> str:
     """Describe the worst p99."""
-    tails = {one: 1000 * one.measured.percentiles(99)[0] for one in found}
-    last = max(found, key=lambda one: tails[one])
+    tails = {cell: 1000 * cell.measured.percentiles(99)[0] for cell in cells}
+    last = max(cells, key=lambda cell: tails[cell])
     return (
         f"The worst p99 is {tails[last]:.0f} ms: {last.task}, {last.callers} callers,"
         f" {last.engine}; so many callers wait for each other."
@@ -113,9 +113,9 @@ def served(
 def proportional(process: psutil.Process) -> int:
     """Sum the PSS of a process and its children, in bytes: shared memory counts once."""
     total = 0
-    for one in (process, *process.children(recursive=True)):
+    for member in (process, *process.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
-            total += int(one.memory_full_info().pss)
+            total += int(member.memory_full_info().pss)
     return total
 
 
@@ -156,7 +156,7 @@ def main(
     what = WHAT.replace("\n", " ").format(seconds=seconds, warmup=warmup)
     title = f"Engines: {architecture} {precision} by Triton and without it"
     report = Report("engines", title, what, timed=False)
-    found: list[Cell] = []
+    cells: list[Cell] = []
     # Seconds until an engine is ready, and bytes (PSS) of its processes then and after the load.
     footprints: dict[str, tuple[float, int, int]] = {}
     image = picture(640, 480, seed=1)
@@ -174,17 +174,17 @@ def main(
                     for count in callers:
                         say(f"{engine}: {task}, {count} callers")
                         measured = asyncio.run(ask(url, task, image, count, seconds, warmup))
-                        found.append(Cell(engine, task, count, measured))
+                        cells.append(Cell(engine, task, count, measured))
                 footprints[engine] = start, idle, proportional(server)
-    found.sort(key=lambda cell: (TASKS.index(cell.task), cell.callers))
+    cells.sort(key=lambda cell: (TASKS.index(cell.task), cell.callers))
     report.table(
         "Answers",
         ["task, load, engine", "per s", "p50 ms", "p99 ms", "slowest ms", "errors"],
-        [cell.cells() for cell in found],
+        [cell.cells() for cell in cells],
     )
     for engine in ENGINES[1:]:
-        report.note(worst(found, engine))
-    report.note(slowest(found))
+        report.note(worst(cells, engine))
+    report.note(slowest(cells))
     report.table(
         "What an engine takes",
         ["engine", "start s", "idle MiB", "after load MiB"],

@@ -136,13 +136,13 @@ def main(
                     encoder = EncoderGraph(
                         path, runtime, precision=form.partition(" ")[0], threads=threads
                     )
-                    found = compare(graph.name, encoder, samples, Tolerance(1.0))
-                    distance = f"{1 - found.min_cosine:.0e}"
+                    agreement = compare(graph.name, encoder, samples, Tolerance(1.0))
+                    distance = f"{1 - agreement.min_cosine:.0e}"
                     encoders[form, runtime] = encoder
                     rows[form, runtime] = [
                         f"{form}, {runtime}",
                         f"{size / 1e6:.0f}",
-                        f"{found.max_error:.0e}",
+                        f"{agreement.max_error:.0e}",
                         distance,
                     ]
             rows["torch", ""] = ["torch eager", "", "", ""]
@@ -191,18 +191,24 @@ def _accuracies(
                 "max_drop": 100,
             }
             (release,) = export_release(run, None, ExportSettings(**fields))
-        found: Any = release.accuracy
-        if found is None:
+        accuracy: Any = release.accuracy
+        if accuracy is None:
             raise RAdapterError(
                 f"the run {run} has no validation data; give some with --validation"
             )
         rows.append(
-            [form, str(found.n), f"{found.torch:.2f}", f"{found.release:.2f}", f"{found.drop:.2f}"]
+            [
+                form,
+                str(accuracy.n),
+                f"{accuracy.torch:.2f}",
+                f"{accuracy.release:.2f}",
+                f"{accuracy.drop:.2f}",
+            ]
         )
     return [
         "encoders",
         "images",
-        f"{found.metric} of torch, %",
+        f"{accuracy.metric} of torch, %",
         "of the release, %",
         "points lost",
     ], rows

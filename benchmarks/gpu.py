@@ -488,9 +488,9 @@ def main(
         for number, architecture in enumerate(architectures):
             with bench.item(architecture):
                 files = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                one = Towers(bench, architecture, files)
+                pair = Towers(bench, architecture, files)
                 cases = (IMAGES, TEXTS) if number == 0 else (IMAGES,)
-                towers += [Inference(one, case, batches) for case in cases]
+                towers += [Inference(pair, case, batches) for case in cases]
         # What may end the process, or takes longest, comes last.
         for name in (EAGER, FLASH, ONNX, TENSORRT, COMPILE):
             for tower in towers:

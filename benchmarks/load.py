@@ -26,7 +26,7 @@ from radapter_serve.server.config import Endpoints, ServerConfig
 from radapter_serve.server.triton_server import TritonServer
 
 TASKS = ("classify", "embed_image", "embed_text", "retrieve", "segment")
-STAGES = tuple(one.name for one in fields(Stages))
+STAGES = tuple(field.name for field in fields(Stages))
 OBJECTS = ("bicycle", "bird", "boat", "car", "cat", "dog", "house", "person", "street", "tree")
 LABELS = tuple(f"a {name}" for name in OBJECTS)
 INDEX = "pictures"
@@ -101,13 +101,13 @@ class Bench:
         self, urls: Sequence[str], tasks: Sequence[str], loads: Sequence[Closed | Open]
     ) -> list[Row]:
         """Measure a row for each task, server and load, in this order."""
-        found = []
+        rows = []
         for task in tasks:
             for url in urls:
                 for load in loads:
                     say(f"{task} at {url}, {load}")
-                    found.append(asyncio.run(self._row(url, task, load)))
-        return found
+                    rows.append(asyncio.run(self._row(url, task, load)))
+        return rows
 
     async def _row(self, url: str, task: str, load: Closed | Open) -> Row:
         at_once = load.callers if isinstance(load, Closed) else load.at_most
@@ -178,8 +178,8 @@ def worst(rows: Sequence[Row]) -> str:
     """Describe the worst p99, where its time goes, and the worst p99 for its median."""
     tail = PERCENTILES.index(99)
     middle = PERCENTILES.index(50)
-    row = max(rows, key=lambda one: one.latency[tail] / one.latency[middle])
-    longest = max(rows, key=lambda one: one.latency[tail])
+    row = max(rows, key=lambda row: row.latency[tail] / row.latency[middle])
+    longest = max(rows, key=lambda row: row.latency[tail])
     stages = {stage: float(getattr(longest.stages, stage)) for stage in STAGES}
     most = max(stages, key=stages.__getitem__)
     return (

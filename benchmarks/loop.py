@@ -163,9 +163,9 @@ class Stages:
         waiting = sum(mean(model, "queue") for model in called)
         queue, work = (mean(task, kind) if task in after else 0.0 for kind in ("queue", "compute"))
         # The task waits for the models that it calls, so its time includes theirs.
-        own = max(0.0, work - encoder - waiting)
-        network = max(0.0, total - queue - waiting - own - encoder)
-        return cls(network, queue + waiting, own, encoder)
+        in_task = max(0.0, work - encoder - waiting)
+        network = max(0.0, total - queue - waiting - in_task - encoder)
+        return cls(network, queue + waiting, in_task, encoder)
 
 
 def read_totals(url: str) -> Totals:

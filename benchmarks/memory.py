@@ -139,7 +139,7 @@ class Flood:
         message = memoryview(asked.raw(headers={"Host": place.netloc}))
         go = asyncio.Event()
 
-        async def one() -> None:
+        async def call() -> None:
             try:
                 async with asyncio.timeout(WAIT):  # type: ignore[attr-defined]  # Python 3.11
                     await exchange()
@@ -170,7 +170,7 @@ class Flood:
 
         async with asyncio.TaskGroup() as group:  # type: ignore[attr-defined]
             for _ in range(self.count):
-                group.create_task(one())
+                group.create_task(call())
                 await asyncio.sleep(0)
             await asyncio.sleep(1)
             go.set()
@@ -194,14 +194,14 @@ class Flood:
                 await channel.channel_ready()
                 calls.append(channel.unary_unary("/inference.GRPCInferenceService/ModelInfer"))
 
-            async def one(number: int) -> None:
+            async def call(number: int) -> None:
                 try:
                     await calls[number % len(calls)](data, timeout=WAIT)
                     self.results["OK"] += 1
                 except grpc.aio.AioRpcError as error:
                     self.results[error.code().name] += 1
 
-            await asyncio.gather(*map(one, range(self.count)))
+            await asyncio.gather(*map(call, range(self.count)))
 
 
 def main(

@@ -144,14 +144,14 @@ def collection(embeds: Array, count: int, path: Path) -> None:
 
 def photos_of(tables: tuple[Path, ...], most: int) -> tuple[list[Path], list[list[str]]]:
     """Photos drawn at random, and the first captions of each."""
-    found: dict[Path, list[str]] = {}
+    captions_of: dict[Path, list[str]] = {}
     for table in tables:
         with table.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                found.setdefault(table.parent / row["image"], []).append(row["caption"])
-    files = sorted(path for path, captions in found.items() if len(captions) >= CAPTIONS)
+                captions_of.setdefault(table.parent / row["image"], []).append(row["caption"])
+    files = sorted(path for path, captions in captions_of.items() if len(captions) >= CAPTIONS)
     chosen = [files[number] for number in np.random.default_rng(0).permutation(len(files))[:most]]
-    return chosen, [found[path][:CAPTIONS] for path in chosen]
+    return chosen, [captions_of[path][:CAPTIONS] for path in chosen]
 
 
 def rows_of(vectors: Array) -> Iterator[pa.RecordBatch]:
@@ -210,11 +210,11 @@ def exact(vectors: Array, queries: Array, top_k: int, marks: NDArray[np.bool_]) 
         chosen = np.argpartition(-both, top_k - 1, axis=1)[:, :top_k]
         best = np.take_along_axis(both, chosen, 1)
         rows = np.take_along_axis(named, chosen, 1)
-    return [set(one.tolist()) - {-1} for one in rows]
+    return [set(row.tolist()) - {-1} for row in rows]
 
 
-def numbers(found: Any) -> set[int]:
-    return {int(hit.id[-11:-4]) for hit in found}
+def numbers(hits: Any) -> set[int]:
+    return {int(hit.id[-11:-4]) for hit in hits}
 
 
 def times_ms(function: Callable[[Array], Any], queries: Array) -> tuple[float, float]:
@@ -281,7 +281,7 @@ def measure(folder: Path, queries: dict[str, Array], report: Report) -> None:
             recall = sum(hits) / (top_k * len(asked))
             rows.append(
                 [str(top_k), kind, f"{recall:.3f}", said]
-                + [f"{one:.2f}" for one in (lowest, whole, last, whole / lowest, pictures)]
+                + [f"{value:.2f}" for value in (lowest, whole, last, whole / lowest, pictures)]
             )
             say(" | ".join(rows[-1]))
     heads = [
@@ -333,7 +333,10 @@ def conditions(
         new = statistics.median(fresh)
         rows.append(
             [f"`{where}`", f"{marks.mean():.2%}"]
-            + [f"{one:.2f}" for one in (floor, plain, new, again, last, new - plain, again - plain)]
+            + [
+                f"{value:.2f}"
+                for value in (floor, plain, new, again, last, new - plain, again - plain)
+            ]
             + [f"{sum(hits) / wanted:.3f}"]
         )
         say(" | ".join(rows[-1]))
@@ -381,9 +384,11 @@ def served(folder: Path, report: Report) -> None:
                 / (after[model]["count"] - before[model]["count"])
                 for model in ("retrieve", "text_encoder")
             }
-            own = (spent["retrieve"] - spent["text_encoder"]) / 1e6
+            task_only = (spent["retrieve"] - spent["text_encoder"]) / 1e6
             middle = statistics.median(times)
-            rows.append([name, *(f"{one:.2f}" for one in (times[0], times[9], middle, own))])
+            rows.append(
+                [name, *(f"{value:.2f}" for value in (times[0], times[9], middle, task_only))]
+            )
             say(" | ".join(rows[-1]))
     heads = ["`retrieve` of 64 images", "first, ms", "tenth, ms", "median, ms", "its own, ms"]
     report.table("Served by Triton over HTTP", heads, rows)

@@ -217,12 +217,12 @@ def main(
                 for name, (form, other) in ADAPTERS.items()
                 if other == rank and not name.endswith(("preserve", "all classes"))
             }
-            found = ratio(forms["weight"], forms["activation"])
-            faster = "weight" if found < 1 else "activation"
+            quotient = ratio(forms["weight"], forms["activation"])
+            faster = "weight" if quotient < 1 else "activation"
             chosen = choose_form(model, rank, batch)
             size = "full rank" if rank is None else f"rank {rank}"
-            verdict = "even" if 0.95 < found < 1.05 else "right" if chosen == faster else "wrong"
-            choices.append([f"{batch}, {size}", f"{found:.2f}", faster, chosen, verdict])
+            verdict = "even" if 0.95 < quotient < 1.05 else "right" if chosen == faster else "wrong"
+            choices.append([f"{batch}, {size}", f"{quotient:.2f}", faster, chosen, verdict])
     report.note("Ratios are to the first line of a table.")
     report.note("Aim: at most 0.60 of the time of full fine-tuning.")
     report.table(

@@ -351,14 +351,14 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def exchange(one: Path, other: Path) -> bool:
+def exchange(first: Path, other: Path) -> bool:
     """Swap two paths of one disk atomically; False if the system or the disk cannot."""
     if sys.platform == "win32":
         return False
     # Python's standard library has no function for this.
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and not rename(
-        _HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE
+        _HERE, os.fsencode(first), _HERE, os.fsencode(other), _EXCHANGE
     )
 
 

@@ -201,18 +201,18 @@ def default(
                 f"{median(run.seconds for run in runs):.0f}",
             ]
         )
-    own = next(iter(images.tests))
+    home = next(iter(images.tests))
     head = ["fields", "rates", "α of auto", "α of best", "kept at auto, %", "training, s"]
     parts = [
         "# The default path on other styles, other classes and other data",
         f"{origin('rivals.default')}\n"
         f"The demo's base; {len(images.classes)} classes, of which one half is trained in its own"
-        f" style ({own}) by the recipe small, a fifth of the images held out, and the other half is"
-        f" judged too, then the other way round; seeds {', '.join(map(str, seeds))}. The other data"
-        f" are {ELSEWHERE[set_name]}, in {len(other.tests)} styles. The base has accuracies in %,"
-        " the others what they lead it by, in points. Splits and styles count alike.",
+        f" style ({home}) by the recipe small, a fifth of the images held out, and the other half"
+        f" is judged too, then the other way round; seeds {', '.join(map(str, seeds))}. The other"
+        f" data are {ELSEWHERE[set_name]}, in {len(other.tests)} styles. The base has accuracies in"
+        " %, the others what they lead it by, in points. Splits and styles count alike.",
         f"{INTERVALS} The held-out images chose the rate of auto, and the α of auto and of best.",
-        *table(grouped, before, own, tests.names(), averaged(images, before, own)),
+        *table(grouped, before, home, tests.names(), averaged(images, before, home)),
         "The choices, by half and seed:",
         markdown(head, choices),
     ]

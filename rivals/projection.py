@@ -166,20 +166,20 @@ class Task:
         """Join all that training takes."""
         lines = [split_label(line) for line in self.classes]
         trained = [prompts_of(line[:1], self.templates) for line in lines]
-        found = [prompts_of(line, self.templates) for line in lines]
+        prompts = [prompts_of(line, self.templates) for line in lines]
         words = vocabulary(self.classes)
         nouns = [
             prompts_of([noun], NOUN_TEMPLATES)[0]
             for noun in common_nouns([name for line in lines for name in line])
         ]
-        texts = list(dict.fromkeys(itertools.chain(*trained, *found)))
+        texts = list(dict.fromkeys(itertools.chain(*trained, *prompts)))
         number_of = {text: number for number, text in enumerate(texts)}
         return Vectors(
             images=self.images,
             owners=torch.from_numpy(self.labels)[:, None],
             texts=embedder.texts(texts),
             texts_of=[[number_of[text] for text in each] for each in trained],
-            names=[[number_of[text] for text in each] for each in found],
+            names=[[number_of[text] for text in each] for each in prompts],
             words=embedder.texts(words),
             nouns=embedder.texts(nouns),
             of_classes=True,
@@ -449,14 +449,14 @@ LABELS = {
 
 
 def by_set(
-    rows: Sequence[Judged], base: Sequence[Judged], column: Column, own: str
+    rows: Sequence[Judged], base: Sequence[Judged], column: Column, home: str
 ) -> dict[tuple[str, str], dict[int, NDArray[np.float64]]]:
     """Each image's difference to the base, by split, style and seed."""
     kind, in_own = column
     before = {(row.split, row.style, row.kind): row.each for row in base}
     sets: dict[tuple[str, str], dict[int, NDArray[np.float64]]] = defaultdict(dict)
     for row in rows:
-        if row.kind == kind and (row.style == own) == in_own:
+        if row.kind == kind and (row.style == home) == in_own:
             key = (row.split, row.style, kind)
             difference = row.each - before[key]
             if row.style.startswith(PHOTOS):  # the captions of a photo are one sample
@@ -469,14 +469,14 @@ def leads(
     groups: Mapping[str, Sequence[Judged]],
     base: Sequence[Judged],
     columns: Sequence[Column],
-    own: str,
+    home: str,
 ) -> dict[tuple[str, Column], Lead]:
     """Compute the leads of all rows over the base."""
-    found = {}
+    measured = {}
     for name, column in product(groups, columns):
-        if sets := by_set(groups[name], base, column, own):
-            found[name, column] = _lead(sets, column[0])
-    return found
+        if sets := by_set(groups[name], base, column, home):
+            measured[name, column] = _lead(sets, column[0])
+    return measured
 
 
 def _lead(sets: Mapping[tuple[str, str], Mapping[int, NDArray[np.float64]]], kind: str) -> Lead:
@@ -490,27 +490,27 @@ def _lead(sets: Mapping[tuple[str, str], Mapping[int, NDArray[np.float64]]], kin
     return lead_of(values, names)
 
 
-def over_bases(studies: Sequence[tuple[Sequence[Judged], Sequence[Judged]]], own: str) -> str:
+def over_bases(studies: Sequence[tuple[Sequence[Judged], Sequence[Judged]]], home: str) -> str:
     """Make the table of leads over several bases from the rows and the base's rows of each. The
     seeds of a base are averaged, so that the interval is over images and bases.
     """
-    there = {(row.kind, row.style == own) for row in studies[0][1]}
+    there = {(row.kind, row.style == home) for row in studies[0][1]}
     columns = [column for column in product(LABELS, (True, False)) if column in there]
     names = dict.fromkeys(row.method for row in studies[0][0])
-    found = {}
+    measured = {}
     for name, column in product(names, columns):
         joined: dict[tuple[str, str], dict[int, NDArray[np.float64]]] = defaultdict(dict)
         for number, (rows, base) in enumerate(studies):
             of_method = [row for row in rows if row.method == name]
-            for key, of_seeds in by_set(of_method, base, column, own).items():
+            for key, of_seeds in by_set(of_method, base, column, home).items():
                 joined[key][number] = np.mean([*of_seeds.values()], axis=0)
         if joined:
-            found[name, column] = _lead(joined, column[0])
-    shown = corrected(found)
+            measured[name, column] = _lead(joined, column[0])
+    shown = corrected(measured)
     level = ["bases, in %"]
     for kind, in_own in columns:
         of_bases = [
-            np.mean([r.each.mean() for r in base if r.kind == kind and (r.style == own) == in_own])
+            np.mean([r.each.mean() for r in base if r.kind == kind and (r.style == home) == in_own])
             for _, base in studies
         ]
         level.append(" ".join(f"{100 * value:.1f}" for value in of_bases))
@@ -519,14 +519,14 @@ def over_bases(studies: Sequence[tuple[Sequence[Judged], Sequence[Judged]]], own
     return markdown(head, [level, *lines])
 
 
-def table(groups: Mapping[str, Sequence[Judged]], base: Sequence[Judged], own: str) -> str:
+def table(groups: Mapping[str, Sequence[Judged]], base: Sequence[Judged], home: str) -> str:
     """Make a table of leads over the base, by kind in the trained style and in all others."""
-    there = {(row.kind, row.style == own) for row in base}
+    there = {(row.kind, row.style == home) for row in base}
     columns = [column for column in product(LABELS, (True, False)) if column in there]
-    shown = corrected(leads(groups, base, columns, own))
+    shown = corrected(leads(groups, base, columns, home))
     level = ["base, in %"]
     for kind, in_own in columns:
-        values = [r.each.mean() for r in base if r.kind == kind and (r.style == own) == in_own]
+        values = [r.each.mean() for r in base if r.kind == kind and (r.style == home) == in_own]
         level.append(f"{100 * float(np.mean(values)):.1f}")
     lines = [[name, *(shown.get((name, column), "") for column in columns)] for name in groups]
     head = ["", *(f"{LABELS[k]}{', own style' if o else ', elsewhere'}" for k, o in columns)]
@@ -538,11 +538,11 @@ def share_of(
     other: Sequence[Judged],
     base: Sequence[Judged],
     column: Column,
-    own: str,
+    home: str,
 ) -> tuple[Lead, Lead]:
     """Compute the lead over another row, and what is gained beyond two thirds of its gain."""
-    sets = by_set(rows, base, column, own)
-    others = by_set(other, base, column, own)
+    sets = by_set(rows, base, column, home)
+    others = by_set(other, base, column, home)
     over = []
     beyond = []
     for key, of_seeds in sets.items():
@@ -559,14 +559,14 @@ def halves(study: Study, out: Path, kept: Path) -> str:
     of methods that trained the same halves of the same base by their images.
     """
     base = study.base()
-    own = next(iter(study.images.tests))
+    home = next(iter(study.images.tests))
     groups: dict[str, list[Judged]] = defaultdict(list)
     for row in study.rows(out / f"halves-{study.name}.jsonl"):
         groups[row.method].append(row)
     for row in _kept_rows(kept):
         if {(r.style, r.n) for r in base if r.kind == row.kind} >= {(row.style, row.n)}:
             groups[f"{row.method}, α {row.alpha:g}"].append(row)
-    parts = [table(groups, base, own)]
+    parts = [table(groups, base, home)]
 
     # By half, since a mean hides a half in which the base has nothing to lose.
     for split in study.images.splits:
@@ -574,12 +574,12 @@ def halves(study: Study, out: Path, kept: Path) -> str:
             name: [row for row in rows if row.split == split] for name, rows in groups.items()
         }
         here = [row for row in base if row.split == split]
-        parts += [f"**{split.capitalize()} trained**", table(of_split, here, own)]
+        parts += [f"**{split.capitalize()} trained**", table(of_split, here, home)]
     if SMALL in groups:
         lines = []
         for name, column in product(groups, RULED):
             if "projection" in name:
-                over, beyond = share_of(groups[name], groups[SMALL], base, column, own)
+                over, beyond = share_of(groups[name], groups[SMALL], base, column, home)
                 lines.append([name, LABELS[column[0]], str(over), str(beyond)])
         head = ["", "own style", "ahead of `small`", "gain beyond two thirds of that of `small`"]
         parts += ["**Against the recipe `small` at α 0.5**", markdown(head, lines)]
@@ -611,8 +611,8 @@ def _kept_rows(folder: Path) -> Iterator[Judged]:
 def shots(study: Study, out: Path, numbers: Sequence[int]) -> str:
     """Make the table of a few images of each class."""
     base = study.base()
-    own = next(iter(study.images.tests))
-    found: dict[tuple[str, str], Lead] = {}
+    home = next(iter(study.images.tests))
+    measured: dict[tuple[str, str], Lead] = {}
     names: dict[str, None] = {}
     heads = []
     for number, in_own in product(numbers, (True, False)):
@@ -620,16 +620,18 @@ def shots(study: Study, out: Path, numbers: Sequence[int]) -> str:
         groups: dict[str, list[Judged]] = defaultdict(list)
         for row in rows:
             groups[row.method].append(row)
-        head = f"{number} a class, {own if in_own else 'other styles'}"
+        head = f"{number} a class, {home if in_own else 'other styles'}"
         heads.append(head)
         column = ("trained", in_own)
-        for (name, _), lead in leads(groups, base, [column], own).items():
-            found[name, head] = lead
+        for (name, _), lead in leads(groups, base, [column], home).items():
+            measured[name, head] = lead
             names[name] = None
-    shown = corrected(found)
+    shown = corrected(measured)
     level = []
     for in_own in (True, False):
-        values = [r.each.mean() for r in base if r.kind == "trained" and (r.style == own) == in_own]
+        values = [
+            r.each.mean() for r in base if r.kind == "trained" and (r.style == home) == in_own
+        ]
         level.append(f"{100 * float(np.mean(values)):.1f}")
     lines = [["base, in %", *level * len(numbers)]]
     lines += [[name, *(shown[name, head] for head in heads)] for name in names]
@@ -742,7 +744,7 @@ def projection(
     for number, (name, folder) in enumerate(zip(base, vectors, strict=True)):
         place = out if number == 0 else out / Path(name).name
         tests: tuple[Test, ...] = only if number == 0 else ("halves",)
-        rows, of_base, own = of_one(name, data_root, folder, place, tests, kept, numbers, seeds)
+        rows, of_base, home = of_one(name, data_root, folder, place, tests, kept, numbers, seeds)
         judged.append((rows, of_base))
     if len(base) > 1 and "halves" in only:
         text = (
@@ -750,7 +752,7 @@ def projection(
             f" {len(seeds)} seeds, which are averaged: ± is half of a 95 % interval over images and"
             " bases, in points. **Bold** survives Holm's correction over the table."
         )
-        content = over_bases(judged, own)
+        content = over_bases(judged, home)
         publish(["# Half of the classes, several bases", text, content], out / "halves-bases.md")
 
 
@@ -811,8 +813,8 @@ def of_one(
             f" ({next(iter(whole.tests))}), and both are judged; then the other way round."
         )
         page("Half of the classes", what, content, f"halves-{name}")
-        own = next(iter(whole.tests))
-        result = (study.rows(out / f"halves-{name}.jsonl"), study.base(), own)
+        home = next(iter(whole.tests))
+        result = (study.rows(out / f"halves-{name}.jsonl"), study.base(), home)
     if "shots" in only:
         study = Study(embedder, f"pacs-{name}", photos_of(data_root), None, seeds, recipe)
         what = "Photos of PACS, of all seven classes."

@@ -72,36 +72,38 @@ def samples(
     """A style's drawings of each class, in an order that depends on names alone; classes in their
     order.
     """
-    found: dict[str, list[Sample]] = {name: [] for name in classes.names}
+    by_class: dict[str, list[Sample]] = {name: [] for name in classes.names}
     for source, wanted in style.sets.items():
         drawn = set()
-        made = Counter[tuple[str, str]]()
-        own = drawings(package, source)
+        variants_of = Counter[tuple[str, str]]()
+        of_source = drawings(package, source)
         for drawing in sorted(
-            own, key=lambda d: (core(d.words) != d.words, _hash(f"{d.source}:{d.name}"))
+            of_source, key=lambda d: (core(d.words) != d.words, _hash(f"{d.source}:{d.name}"))
         ):
             name = classes.of(drawing.words)
             if name is None or (wanted is not None and drawing.style != wanted):
                 continue
             plain = (core(drawing.words), drawing.number)
-            again = (drawing.words, drawing.number) in drawn or made[plain] == MOST_VARIANTS
+            again = (drawing.words, drawing.number) in drawn or variants_of[plain] == MOST_VARIANTS
             pixels = None if again and not variants else render(drawing.svg, SIDE)
             if pixels is not None:
                 drawn.add((drawing.words, drawing.number))
-                made[plain] += 1
-                found[name].append(Sample(drawing, name, pixels))
-    return {name: own for name, own in found.items() if own}
+                variants_of[plain] += 1
+                by_class[name].append(Sample(drawing, name, pixels))
+    return {name: of_class for name, of_class in by_class.items() if of_class}
 
 
-def split(own: list[Sample], seen: NDArray[np.float32]) -> None:
+def split(of_class: list[Sample], seen: NDArray[np.float32]) -> None:
     """Place the drawings of one class in the style to fine-tune on; what is nearly the same has one
     place.
     """
-    together = clusters(np.stack([sample.mark for sample in own]), [sample.group for sample in own])
+    together = clusters(
+        np.stack([sample.mark for sample in of_class]), [sample.group for sample in of_class]
+    )
     fresh: list[list[int]] = []
     stale: list[list[int]] = []
     for members in together:
-        known = len(seen) and alike(np.stack([own[i].mark for i in members]), seen).any()
+        known = len(seen) and alike(np.stack([of_class[i].mark for i in members]), seen).any()
         (stale if known else fresh).append(members)
     tests = round(SHARE_TESTED * len(together)) or 1
     validations = round(SHARE_VALIDATION * len(together)) or 1
@@ -113,7 +115,7 @@ def split(own: list[Sample], seen: NDArray[np.float32]) -> None:
         if rank == len(together) - 1:
             place = "train"
         for i in members if place == "train" else members[:1]:
-            own[i].place = place
+            of_class[i].place = place
 
 
 def shift(candidates: list[Sample], place: str, seen: list[NDArray[np.float32]]) -> None:
@@ -124,10 +126,10 @@ def shift(candidates: list[Sample], place: str, seen: list[NDArray[np.float32]])
     for sample in candidates:
         hands[sample.drawing.source].append(sample)
     turns = [
-        own[turn]
+        hand[turn]
         for turn in range(max(map(len, hands.values())))
-        for own in hands.values()
-        if turn < len(own)
+        for hand in hands.values()
+        if turn < len(hand)
     ]
     placed = 0
     for sample in turns:
@@ -140,13 +142,13 @@ def shift(candidates: list[Sample], place: str, seen: list[NDArray[np.float32]])
 def known_marks(folder: Path, classes: Classes) -> dict[str, list[NDArray[np.float32]]]:
     """Marks of the drawings that a base is trained on, by class."""
     pixels = np.load(folder / "pixels.npy", mmap_mode="r")
-    found: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+    marks: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
     with (folder / "pairs.csv").open(encoding="utf-8", newline="") as file:
         for index, row in enumerate(csv.DictReader(file)):
             name = classes.of(row["words"])
             if name is not None and row["split"] == "train":
-                found[name].append(signature(np.asarray(pixels[index])))
-    return found
+                marks[name].append(signature(np.asarray(pixels[index])))
+    return marks
 
 
 def write(sample: Sample, folder: Path, paper: str) -> str:
@@ -167,15 +169,16 @@ def build(package: Path, pairs: Path, out: Path, roles: Roles, classes: Classes)
     with staged_folder(out, "benchmarks.drawings") as part:
         for style in track((roles.fine_tuned, *roles.shifts), "Drawing the styles"):
             tuned = style is roles.fine_tuned
-            for name, own in samples(package, style, classes, variants=tuned).items():
+            for name, of_class in samples(package, style, classes, variants=tuned).items():
                 if tuned:
                     split(
-                        own, np.stack(seen[name]) if seen[name] else np.zeros((0, 400), np.float32)
+                        of_class,
+                        np.stack(seen[name]) if seen[name] else np.zeros((0, 400), np.float32),
                     )
-                    seen[name] += [sample.mark for sample in own if sample.place]
+                    seen[name] += [sample.mark for sample in of_class if sample.place]
                 else:
-                    shift(own, f"shifts/{style.name}", seen[name])
-                for sample in own:
+                    shift(of_class, f"shifts/{style.name}", seen[name])
+                for sample in of_class:
                     if sample.place:
                         path = write(sample, part, style.paper)
                         source = sample.drawing.source

@@ -81,32 +81,32 @@ class Source:
 def sources(package: Path) -> dict[str, Source]:
     """All sets of the package whose licence lets anyone pass the drawings on."""
     listed = json.loads((package / "collections.json").read_text(encoding="utf-8"))
-    found = {}
+    sources = {}
     for name, facts in sorted(listed.items()):
         licence = facts["license"]
         author = facts["author"]
         spdx = licence.get("spdx", "")
         if spdx in (*LICENCES, *SHARE_ALIKE):
             url = author.get("url") or licence.get("url", "")
-            found[name] = Source(
+            sources[name] = Source(
                 name, facts["name"], author["name"], url, spdx, bool(facts.get("palette"))
             )
-    return found
+    return sources
 
 
 def drawings(package: Path, source: str) -> Iterator[Drawing]:
     """The drawings of one set, in the order of their names; hidden, turned and oversized ones are
     left out.
     """
-    found: dict[str, Any] = json.loads(
+    package_icons: dict[str, Any] = json.loads(
         (package / "json" / f"{source}.json").read_text(encoding="utf-8")
     )
-    for name, icon in sorted(found["icons"].items()):
+    for name, icon in sorted(package_icons["icons"].items()):
         words, number, style = read_name(name)
         if not words or icon.get("hidden") or {"rotate", "hFlip", "vFlip"} & icon.keys():
             continue
         left, top, width, height = (
-            icon.get(key, found.get(key, default))
+            icon.get(key, package_icons.get(key, default))
             for key, default in zip(_BOX, (0, 0, 16, 16), strict=True)
         )
         if len(icon["body"]) <= _MOST_BYTES:
@@ -169,24 +169,24 @@ def load_meanings(path: Path) -> dict[str, str]:
     """Read the meaning of each name. A line of the file is `meaning, synonyms for prompts | other
     names of drawings`.
     """
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for line in read_label_file(path):
         names = split_label(line.replace("|", ","))
         for name in names:
-            if found.setdefault(name, names[0]) != names[0]:
-                raise ValueError(f"{path}: {name!r} means both {found[name]!r} and {names[0]!r}")
-    return found
+            if meanings.setdefault(name, names[0]) != names[0]:
+                raise ValueError(f"{path}: {name!r} means both {meanings[name]!r} and {names[0]!r}")
+    return meanings
 
 
 class Classes:
     """The benchmark's classes, and all names that drawings of them have."""
 
     def __init__(self, classes: Path = CLASSES, synonyms: Path = SYNONYMS) -> None:
-        own = load_meanings(classes)
-        self.names = sorted(set(own.values()))
+        of_classes = load_meanings(classes)
+        self.names = sorted(set(of_classes.values()))
         lines = [line.partition("|")[0].strip() for line in read_label_file(classes)]
         self.prompt_lines = sorted(lines, key=lambda line: split_label(line)[0])
-        self.meanings = {**load_meanings(synonyms), **own}
+        self.meanings = {**load_meanings(synonyms), **of_classes}
         self._known = frozenset(self.names)
 
     def of(self, words: str) -> str | None:
@@ -220,17 +220,17 @@ def _mentions(parts: list[str], meanings: Mapping[str, str]) -> list[tuple[int, 
     """Find names from the left, the longest first: start, end, meaning. A word of `BESIDE` by
     itself is none.
     """
-    found = []
+    spans = []
     start = 0
     while start < len(parts):
         for end in range(len(parts), start, -1):
             meaning = _named(" ".join(parts[start:end]), meanings)
             if meaning and not (end - start == 1 and parts[start] in BESIDE):
-                found.append((start, end, meaning))
+                spans.append((start, end, meaning))
                 start = end - 1
                 break
         start += 1
-    return found
+    return spans
 
 
 ROLES = Path(__file__).with_name("roles.yaml")
@@ -331,17 +331,19 @@ def clusters(signatures: NDArray[np.float32], groups: list[str]) -> list[list[in
     that are nearly the same, and whatever is joined by these.
     """
     together = alike(signatures, signatures) | np.array([[a == b for b in groups] for a in groups])
-    found: list[list[int]] = []
+    parts: list[list[int]] = []
     left = set(range(len(groups)))
     while left:
         members = set()
         edge = {min(left)}
         while edge:
             members |= edge
-            edge = {int(other) for one in edge for other in np.flatnonzero(together[one])} - members
-        found.append(sorted(members))
+            edge = {
+                int(other) for number in edge for other in np.flatnonzero(together[number])
+            } - members
+        parts.append(sorted(members))
         left -= members
-    return found
+    return parts
 
 
 def attribution(title: str, used: Mapping[str, int], credited: Mapping[str, Source]) -> str:

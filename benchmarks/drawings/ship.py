@@ -44,13 +44,13 @@ def ship(
         for row in csv.DictReader(file):
             if row["licence"] not in SHARE_ALIKE:
                 places[row["set"]][row["name"]] = row["path"].removesuffix(".png") + ".svg"
-    found = {
+    meanings = {
         names[drawing.name]: drawing.svg
         for source, names in places.items()
         for drawing in drawings(package, source)
         if drawing.name in names
     }
-    text = json.dumps(dict(sorted(found.items())), ensure_ascii=False)
+    text = json.dumps(dict(sorted(meanings.items())), ensure_ascii=False)
     (folder / "drawings.json.xz").write_bytes(lzma.compress(text.encode(), preset=9))
     for name in (CLASSES, TEMPLATES):
         shutil.copyfile(benchmark / name.name, folder / name.name)
@@ -59,7 +59,7 @@ def ship(
     learned = (pairs / "ATTRIBUTION.md").read_text(encoding="utf-8").partition("\n")[2]
     tables = f"#{shown}\n## What the base was trained on\n{learned}"
     credits_file.write_text(HEAD.format(version=VERSION) + tables, encoding="utf-8")
-    return found
+    return meanings
 
 
 def main(package: Path, pairs: Path, benchmark: Path) -> None:

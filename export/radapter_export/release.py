@@ -593,7 +593,7 @@ def _write_label_sets(
         if kept_in is not None:
             facts[name]["prompts"] = digest_of(kept_in)
         if pairs := indistinguishable(label_set.labels, label_set.embeds):
-            shown = "; ".join(f"{one!r} and {other!r}" for one, other in pairs[:10])
+            shown = "; ".join(f"{label!r} and {other!r}" for label, other in pairs[:10])
             more = f"; and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
             warnings.append(
                 f"label set {name} has labels that the model can't tell apart (cosine above"

@@ -363,13 +363,13 @@ def _read_layers(folder: Path, config: dict[str, Any]) -> dict[str, tuple[Tensor
 def _value_of(layer: str, patterns: Any, default: Any) -> float:
     """The rank or alpha of a layer: of the first pattern that ends its name, or the default."""
     value = default
-    for pattern, own in (patterns or {}).items():
+    for pattern, pattern_alpha in (patterns or {}).items():
         if not _PATTERN.fullmatch(pattern):
             raise RAdapterError(
                 f"{CONFIG} has the pattern {short(pattern)}; allowed are names of layers"
             )
         if layer == pattern.removeprefix("^") or layer.endswith(f".{pattern}"):
-            value = own
+            value = pattern_alpha
             break
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value <= 0:

@@ -90,11 +90,11 @@ def choose(
         note = f"precision as exported: release {kept.version} is in {kept.precision} already"
         return Choice(runtime, note=note)
     for release in releases:
-        own = release.precision
-        allowed = [own, "bf16", AUTO] if own == "fp32" else [own, AUTO]
+        stored = release.precision
+        allowed = [stored, "bf16", AUTO] if stored == "fp32" else [stored, AUTO]
         if precision not in (None, *allowed):
             raise RAdapterError(
-                f"precision is {precision}, but release {release.version} was exported in {own};"
+                f"precision is {precision}, but release {release.version} was exported in {stored};"
                 f" allowed for it are {', '.join(allowed)}"
             )
     if precision == "fp32" or len(lowered) == len(releases):

@@ -388,12 +388,12 @@ def from_release(
             point.encoder = encoder.at(Point(adapter, alpha))
             candidates.append(kind(source, alpha, facts, point, last=last))
         return candidates
-    own = loaded.place(Point(adapter))
-    assert own.adapter is not None
-    facts |= {"adapter": adapter, "adapter_digest": shortened(own.adapter.digest)}
+    default_place = loaded.place(Point(adapter))
+    assert default_place.adapter is not None
+    facts |= {"adapter": adapter, "adapter_digest": shortened(default_place.adapter.digest)}
     beside = copy.copy(loaded)
-    beside.release = replace(loaded.release, templates=own.adapter.facts.templates)
-    for alpha in alphas or sorted({0.0, own.alpha, 1.0}):
+    beside.release = replace(loaded.release, templates=default_place.adapter.facts.templates)
+    for alpha in alphas or sorted({0.0, default_place.alpha, 1.0}):
         place = loaded.place(Point(adapter, alpha))
         candidates.append(kind(source, alpha, facts, beside, place=place, last=last))
     return candidates

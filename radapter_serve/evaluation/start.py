@@ -340,9 +340,9 @@ def evaluate(
             metadata = adapter_file.metadata
             alphas = sorted({*alphas, metadata.alpha})
             # A run without validation data may have chosen α with cross-validation.
-            own = metadata.source
+            trained_on = metadata.source
             validation = tests is not None and tests.of_split("validation")
-            if not (validation or own.val_data or own.val_fraction):
+            if not (validation or trained_on.val_data or trained_on.val_fraction):
                 with contextlib.suppress(RAdapterError):
                     choice = read_choice(path, adapter_file.digest)
                     files.append(choice_file(path))

@@ -290,7 +290,10 @@ def _responses(
     if has_receipt:
         answer["headers"] = {kserve.RECEIPT_HEADER: _RECEIPT}
     responses: Schema = {
-        "200": {**answer, "content": {kind: {"schema": one} for kind, one in contents.items()}}
+        "200": {
+            **answer,
+            "content": {kind: {"schema": schema} for kind, schema in contents.items()},
+        }
     }
     for status in sorted(errors):
         kind = "Error" if status == 431 else error  # it is refused before its path is read

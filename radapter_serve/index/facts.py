@@ -119,13 +119,13 @@ class MadeBy:
         except RAdapterError:  # it refuses the α
             return False
         ours, theirs = (
-            (made.image_tower.digest(made.alpha), made.preprocess, made.embed_dim)
-            for made in (self, other)
+            (facts.image_tower.digest(facts.alpha), facts.preprocess, facts.embed_dim)
+            for facts in (self, other)
         )
         limit = 1 - IN_BF16.min_cosine
         return ours == theirs and all(
-            made.image_distance is not None and made.image_distance <= limit
-            for made in (self, other)
+            facts.image_distance is not None and facts.image_distance <= limit
+            for facts in (self, other)
         )
 
     def differs_from(self, release: Release) -> str:

@@ -251,7 +251,9 @@ def _classify_request(values: dict[str, Any], wants: Wants) -> ClassifyRequest:
     if not (images is places is weights is None):
         if images is None or places is None:
             raise invalid("examples and example_labels belong together, and example_weight to them")
-        encoded = tuple(one.encode() if isinstance(one, str) else bytes(one) for one in images)
+        encoded = tuple(
+            image.encode() if isinstance(image, str) else bytes(image) for image in images
+        )
         shares = (DEFAULT_WEIGHT,) if weights is None else tuple(weights)
         examples = Examples(encoded, tuple(places), shares)
     point = _take_point(values)
@@ -494,7 +496,10 @@ def _probes(image: bytes, text: bytes, **labels: NDArray[Any]) -> dict[str, Tens
         # No index has this name: the task refuses.
         "retrieve": {"index": np.array([b"/"], object), "text": np.array([b"a"], object)},
         "segment": {"image": images, **labels},
-        "classify": {"image": images[None], **{name: one[None] for name, one in labels.items()}},
+        "classify": {
+            "image": images[None],
+            **{name: values[None] for name, values in labels.items()},
+        },
     }
 
 

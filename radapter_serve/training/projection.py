@@ -561,16 +561,16 @@ def _vectors(
         lines = [split_label(line) for line in data.classes]
         names = [name for line in lines for name in line]
         trained = [prompts_of(line[:1], data.templates) for line in lines]
-        found = [prompts_of(line, data.templates) for line in lines]
+        prompts = [prompts_of(line, data.templates) for line in lines]
         owners = data.label_sets()
     else:
-        trained = found = [list(image.captions) for image in data.images]
+        trained = prompts = [list(image.captions) for image in data.images]
         owners = [(number,) for number in range(len(data.images))]
     words = list(vocabulary(tuple(data.classes) if isinstance(data, Labelled) else ()))
     nouns = [
         prompt for noun in common_nouns(names) for prompt in prompts_of([noun], NOUN_TEMPLATES)
     ]
-    texts = list(dict.fromkeys([*itertools.chain(*trained, *found), *words, *nouns]))
+    texts = list(dict.fromkeys([*itertools.chain(*trained, *prompts), *words, *nouns]))
     number_of = {text: number for number, text in enumerate(texts)}
     embeds = torch.from_numpy(embed_texts(base, towers["text_tower"], texts, recipe, out))
 
@@ -588,7 +588,7 @@ def _vectors(
         owners=padded,
         texts=embeds,
         texts_of=[numbers(each) for each in trained],
-        names=[numbers(each) for each in found],
+        names=[numbers(each) for each in prompts],
         words=embeds[numbers(words)],
         nouns=embeds[numbers(nouns)],
         of_classes=isinstance(data, Labelled),

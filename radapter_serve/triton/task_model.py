@@ -94,7 +94,7 @@ class TritonPythonModel:
         together: list[tuple[list[Any], TaskSteps[Any]]] = []  # each with the place of its answer
         alone: list[tuple[list[Any], list[Any], Cancelled]] = []
         parts: list[list[Any]] = [[] for _ in requests]  # answers and errors of each request
-        for request, own in zip(requests, parts, strict=True):
+        for request, place in zip(requests, parts, strict=True):
             names = request.requested_output_names()
             try:
                 tensors = (pb.get_input_tensor_by_name(request, name) for name in task.inputs)
@@ -105,13 +105,13 @@ class TritonPythonModel:
                 typed = task.read(self.loaded, inputs, names.__contains__)
                 runs_alone = embeds_label_set(self.loaded, typed)
             except Exception as error:
-                own.append(task_error(error))
+                place.append(task_error(error))
                 continue
             cancelled = cancelled_by(request)
             if runs_alone:
-                alone.append((own, typed, cancelled))
+                alone.append((place, typed, cancelled))
             else:
-                together += [(own, self._run(row, cancelled)) for row in typed]
+                together += [(place, self._run(row, cancelled)) for row in typed]
 
         # Run them, and convert their answers to tensors.
         answers = run_together([row for _, row in together])
@@ -124,10 +124,10 @@ class TritonPythonModel:
                 else:
                     place.append(_TOO_MANY_LABEL_SETS)
         results: list[Mapping[str, NDArray[Any]] | TaskError] = []
-        for own in parts:
-            failed = next((part for part in own if isinstance(part, TaskError)), None)
+        for place in parts:
+            failed = next((part for part in place if isinstance(part, TaskError)), None)
             try:
-                results.append(failed or task.values(self.loaded.release.version, own))
+                results.append(failed or task.values(self.loaded.release.version, place))
             except Exception as error:
                 results.append(task_error(error))
         return results
