@@ -31,6 +31,7 @@ from radapter_serve.gateway import app as gateway
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.training.recipe import ALIASES, Recipe, load_recipe, ready_recipes
 from tests.helpers.commands import COMMANDS, help_of
+from tests.helpers.small_release import CONFIDENCE
 
 ROOT = Path(__file__).parents[1]
 GENERATED = ("cli.md", "recipe-fields.md")
@@ -88,8 +89,15 @@ def test_examples_of_messages_are_those_that_are_printed() -> None:
         read_header(b"12345")
     assert str(refused.value) == example
     page = (ROOT / "docs" / "scores.md").read_text(encoding="utf-8")
-    figures = {"temperature": 1.096, "ece_before": 0.0928, "ece_after": 0.0929, "min_score": 0.252}
-    sentence = _calibrated({**figures, "label_ece": 0.0011, "false_answers": 1.0})
+    figures: dict[str, Any] = {
+        "temperature": 1.096,
+        "ece_before": 0.0928,
+        "ece_after": 0.0929,
+        "min_score": 0.252,
+    }
+    sentence = _calibrated(
+        dataclasses.replace(CONFIDENCE, **figures, label_ece=0.0011, false_answers=1.0)
+    )
     assert f"Release 1: {sentence}" in re.sub(r"\s+", " ", page)
 
 

@@ -97,13 +97,13 @@ def card_of(
     # Head in YAML, which the hub reads
     results = None
     if release.accuracy is not None:
-        dataset = _named(release.accuracy["dataset"])
+        dataset = _named(release.accuracy.dataset)
         result = EvalResult(
             task_type=_TASK,
             dataset_type=re.sub(r"\W+", "-", dataset).strip("-").lower() or "data",
             dataset_name=dataset,
-            metric_type=release.accuracy["metric"],
-            metric_value=round(float(release.accuracy["release"]), 2),
+            metric_type=release.accuracy.metric,
+            metric_value=round(release.accuracy.release, 2),
         )
         results = [result]
     is_on_hub = release.architecture.startswith(HUB)
@@ -182,13 +182,13 @@ def card_of(
     # Figures of the release
     figures: list[tuple[str, object]] = []
     if (accuracy := release.accuracy) is not None:
-        where = f"{accuracy['n']} images of {_named(accuracy['dataset'])}"
-        figures.append((f"{accuracy['metric']}, {where}", f"{accuracy['release']:.2f} %"))
+        where = f"{accuracy.n} images of {_named(accuracy.dataset)}"
+        figures.append((f"{accuracy.metric}, {where}", f"{accuracy.release:.2f} %"))
     if (confidence := release.confidence) is not None:
-        before = f"{confidence['ece_before']:.3f}"
+        before = f"{confidence.ece_before:.3f}"
         figures.append(("calibration error as the model scores", before))
-        if confidence.get("ece_after") is not None:
-            figures.append(("the same, calibrated", f"{confidence['ece_after']:.3f}"))
+        if confidence.ece_after is not None:
+            figures.append(("the same, calibrated", f"{confidence.ece_after:.3f}"))
     for encoder, agreement in release.agreement.items():
         if isinstance(agreement, Mapping) and "max_error" in agreement:
             what = f"largest difference of `{encoder}` from torch"

@@ -1,4 +1,4 @@
-"""References that a release is checked against: torch's embeddings from open_clip's own code, with
+"""References that a release is checked against: torch's embeddings by open_clip's own code, with
 adapters attached and not folded, and torch's score on validation data in the task's own metric.
 """
 
@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from radapter_export.settings import OWN
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_patches, normalised
-from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.data.runs import OtherImages
 from radapter_serve.encoders.loaded import LoadedRelease
@@ -30,7 +28,7 @@ from radapter_serve.evaluation.models import candidates_in_torch, from_release
 from radapter_serve.evaluation.run import evaluate_set, open_set, own_validation
 from radapter_serve.evaluation.suite import PROPOSALS
 from radapter_serve.release.agreement import Samples
-from radapter_serve.release.release import Confidence
+from radapter_serve.release.release import Accuracy, Confidence
 from radapter_serve.release.repository import PATCH_ENCODER
 
 BATCHES = (1, 2, 7)  # odd sizes reveal constants in a Reshape
@@ -45,7 +43,7 @@ _WORDS = [
 
 class Inputs:
     """Seeded inputs at each batch size: images, tokens as the server sends them, and the same texts
-    from open_clip's tokenizer, of full length.
+    by open_clip's tokenizer, of full length.
     """
 
     def __init__(self, base: Base, tokenizer: Tokenizer, size: int, seed: int = 0) -> None:
@@ -76,7 +74,7 @@ def samples_at(
     *,
     mixed: bool = False,
 ) -> dict[str, Samples]:
-    """Compute torch's embeddings of each graph's inputs with open_clip's own towers, with adapters
+    """Compute torch's embeddings of each graph's inputs by open_clip's own towers, with adapters
     attached; `mixed`, for graphs whose α is an input, alternates several α.
     """
     values = itertools.cycle((alpha, 0.0, 1.0, 0.25) if mixed else (alpha,))
@@ -116,18 +114,6 @@ def samples_at(
     return samples
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """A metric in per cent, with torch and attached adapters, and with a release's encoders."""
-
-    dataset: str
-    n: int  # number of images
-    metric: str  # such as `acc1`
-    torch: float
-    release: float
-    drop: float  # points lost; negative if the release is better
-
-
 def measure(
     data: EvaluationSet,
     max_drop: float,
@@ -148,7 +134,7 @@ def measure(
         {},
         [facts.alpha],
         templates=facts.templates,
-        crop=MaskCrop.from_dict(facts.crop),
+        crop=facts.crop,
         device=str(next(base.model.parameters()).device),
     )
     percents = []

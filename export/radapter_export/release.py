@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.metadata
 import math
 import shutil
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from radapter_export.card import card_of
-from radapter_export.checks import BATCHES, Accuracy, Inputs, measure, open_validation, samples_at
+from radapter_export.checks import BATCHES, Inputs, measure, open_validation, samples_at
 from radapter_export.forms import (
     DISK_ADVICE,
     FORM_FILES,
@@ -71,7 +70,7 @@ from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.rows import what_is_kept
 from radapter_serve.files import digest_of, disk_errors, staged_folder, written_array
 from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, compare
-from radapter_serve.release.release import TASKS, Release
+from radapter_serve.release.release import TASKS, Accuracy, Release
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
 from radapter_serve.sources import CARD
 from radapter_serve.tasks.classify import mix_examples
@@ -111,7 +110,6 @@ class ExportedRelease:
         release: its facts, by name.
         graphs: the encoders.
         merged: folder of the merged checkpoint.
-        accuracy: on validation data, with torch and with the encoders; None if it was not measured.
         warnings: information for the user, one line each.
         forms: the weights in the forms of other libraries that were asked for.
         pushed: `hf-hub:NAME@COMMIT` on the hub; None if it was not pushed.
@@ -120,7 +118,6 @@ class ExportedRelease:
     release: Release = field(repr=False)
     graphs: list[Exported] = field(repr=False)
     merged: Path
-    accuracy: Accuracy | None = field(repr=False)
     warnings: list[str] = field(repr=False)
     forms: list[Exported] = field(repr=False)
     pushed: str | None = None
@@ -128,12 +125,17 @@ class ExportedRelease:
     @property
     def facts(self) -> dict[str, Any]:
         """A copy of the values in `release.json`."""
-        return copy.deepcopy(self.release.to_dict())
+        return self.release.to_dict()
 
     @property
     def version(self) -> int:
         """Number of the release in its model repository."""
         return self.release.version
+
+    @property
+    def accuracy(self) -> Accuracy | None:
+        """On validation data, with torch and with the encoders; None if it was not measured."""
+        return self.release.accuracy
 
     @property
     def alpha(self) -> float:
@@ -476,7 +478,7 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
         quantization=work.quantization,
         runtime=settings.runtime,
         tokenizer=work.spec,
-        crop=source.metadata.source.mask_crop(base.preprocess["mean"]).to_dict(),
+        crop=source.metadata.source.mask_crop(base.preprocess["mean"]),
         templates=source.templates,
         max_batch_size=settings.max_batch_size,
         tools={
@@ -503,16 +505,14 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
     text_encoder = repository.staged("text_encoder", version)
     facts, warnings = _write_label_sets(loaded, source, places, text_encoder, say)
     release = replace(release, label_sets=facts)
-    accuracy = None
     if prepared.validation is not None:
         work.set_alpha(alpha)
         # Embedding 80 templates of 1,000 labels takes minutes; this release has them in its cache.
         accuracy, confidence = measure(prepared.validation, settings.max_drop, base, loaded, say)
-        release = replace(release, accuracy=asdict(accuracy))
         if isinstance(confidence, str):
             warnings.append(confidence)
-        elif confidence is not None:
-            release = replace(release, confidence=asdict(confidence))
+            confidence = None
+        release = replace(release, accuracy=accuracy, confidence=confidence)
     loaded.close()
     if release.logit_bias is not None and release.confidence is None:
         warnings.append(UNFITTED)
@@ -533,7 +533,7 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
     merged = settings.merged.absolute() / written.folders["open_clip"].relative_to(
         work.checkpoints["open_clip"]
     )
-    return ExportedRelease(release, graphs, merged, accuracy, warnings, forms)
+    return ExportedRelease(release, graphs, merged, warnings, forms)
 
 
 def _write_label_sets(

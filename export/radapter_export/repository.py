@@ -187,7 +187,7 @@ def config(template: Path, model: str, releases: Sequence[Release]) -> str:
     # Set the shapes of the encoders' tensors, without the batch.
     side = int(newest.preprocess["size"])
     width = newest.embed_dim
-    grid = int(newest.dense["grid"]) if newest.dense else 0
+    grid = newest.dense.grid if newest.dense else 0
     length = -1 if newest.tokenizer["dynamic_length"] else int(newest.tokenizer["context_length"])
     dims = {
         "image": [side, side, 3],

@@ -28,7 +28,7 @@ from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import Dense, Release
 from radapter_serve.sources import CLASSES
 from radapter_serve.tasks.embed import embed_labels
 
@@ -52,7 +52,7 @@ def base_facts(
         "embed_dim": int(base.config["embed_dim"]),
         "logit_scale": scale,
         "logit_bias": bias,
-        "dense": None if dense is None else {"method": dense, "grid": grid},
+        "dense": None if grid is None else Dense(str(dense), grid),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -121,14 +121,14 @@ def load_in_torch(
         "adapter_digest": "" if adapter is None else adapter.digest,
         **towers,
         "templates": metadata.templates,
-        "crop": source.mask_crop(base.preprocess["mean"]).to_dict(),
+        "crop": source.mask_crop(base.preprocess["mean"]),
     }
     exif_orientation = source.exif_orientation
     if exported is not None:
         names = (*facts, "image_tower", "text_tower", "adapters", "confidence")
         facts = {name: getattr(exported, name) for name in names}
         exif_orientation = exported.preprocess.get("exif_orientation", True)
-        dense = dense or (exported.dense or {}).get("method")
+        dense = dense or exported.method
     elif dense is None and source.dense != "none":
         dense = source.dense
     to_device(base.model, device)

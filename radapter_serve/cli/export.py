@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -18,7 +18,12 @@ from radapter_export.settings import ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.rows import metric_name
-from radapter_serve.release.release import MIN_SCORE_SHARE, WHY_NO_TEMPERATURE, Release
+from radapter_serve.release.release import (
+    MIN_SCORE_SHARE,
+    WHY_NO_TEMPERATURE,
+    Confidence,
+    Release,
+)
 from radapter_serve.release.repository import SERVED
 from radapter_serve.sources import CLASSES
 
@@ -159,27 +164,27 @@ def export(
         Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _calibrated(fitted: Mapping[str, Any]) -> str:
+def _calibrated(fitted: Confidence) -> str:
     """A sentence about the calibrated scores of a release."""
     labels = (
-        f"--multi-label scores have a calibration error of {100 * fitted['label_ece']:.2f} %; a"
-        f" search with --min-score calibrated ({fitted['min_score']:.3f}) keeps"
+        f"--multi-label scores have a calibration error of {100 * fitted.label_ece:.2f} %; a"
+        f" search with --min-score calibrated ({fitted.min_score:.3f}) keeps"
         f" {MIN_SCORE_SHARE:.0%} of the images, and still finds images for"
-        f" {fitted['false_answers']:.0%} of the queries that no image fits"
+        f" {fitted.false_answers:.0%} of the queries that no image fits"
     )
-    before = f"ECE {100 * fitted['ece_before']:.2f} %"
-    if fitted["ece_after"] is None:
+    before = f"ECE {100 * fitted.ece_before:.2f} %"
+    if fitted.ece_after is None:
         return (
             f"scores are calibrated; {before}; no temperature can be fitted: {WHY_NO_TEMPERATURE};"
             f" {labels}"
         )
     way = "a sigmoid"
-    if fitted["temperature"] is not None:
-        way = f"temperature {fitted['temperature']:.3f}"
-    grows = round(fitted["ece_after"], 4) > round(fitted["ece_before"], 4)
+    if fitted.temperature is not None:
+        way = f"temperature {fitted.temperature:.3f}"
+    grows = round(fitted.ece_after, 4) > round(fitted.ece_before, 4)
     worse = " (worse, so do not ask for calibrated)" if grows else ""
     return (
-        f"scores are calibrated with {way}: {before} before, {100 * fitted['ece_after']:.2f} %"
+        f"scores are calibrated with {way}: {before} before, {100 * fitted.ece_after:.2f} %"
         f" after{worse}; {labels}"
     )
 

@@ -8,7 +8,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -258,15 +258,11 @@ class MaskCrop:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MaskCrop:
-        """Read the values of `to_dict`; unknown keys are ignored."""
+        """Read the values of a release; unknown keys are ignored."""
         red, green, blue = values["fill"]
         return cls(
             float(values["padding"]), bool(values["square"]), (int(red), int(green), int(blue))
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for a release."""
-        return {**asdict(self), "fill": list(self.fill)}
 
     def side(self, longer: int) -> int:
         """Side of the crop in pixels, from the longer side of the box."""

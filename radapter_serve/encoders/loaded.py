@@ -220,7 +220,7 @@ class LoadedRelease:
         """The calibration of the release or the adapter; refuses another α than that of its fit."""
         if place.adapter is None:
             what = "this release"
-            return fitted_at(what, self.release.calibration, self.exported_alpha, place.alpha)
+            return fitted_at(what, self.release.confidence, self.exported_alpha, place.alpha)
         facts = place.adapter.facts
         what = f"the adapter {place.adapter.name}"
         return fitted_at(what, facts.confidence, facts.alpha, place.alpha, CALIBRATED_RUN)

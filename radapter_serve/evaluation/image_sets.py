@@ -20,7 +20,6 @@ from PIL import Image as Pictures
 
 from radapter_serve.contract.images import decode, oriented
 from radapter_serve.contract.labels import class_probabilities, indistinguishable, split_label
-from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.data.masks import IGNORE, MaskedImage
 from radapter_serve.data.proposals import Proposals
 from radapter_serve.data.rows import ImageColumn
@@ -419,7 +418,7 @@ class SegmentationSet(EvaluationSet):
         options = query.options
         crop = None
         if query.dense == PROPOSALS:
-            crop = MaskCrop.from_dict(model.loaded.release.crop)
+            crop = model.loaded.release.crop
         scored = self.proposals is not None and self.proposals.scored
         return {
             "classes": len(self.classes),

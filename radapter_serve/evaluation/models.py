@@ -95,7 +95,7 @@ class Candidate:
     def dense_method(self, dense: str | None) -> str:
         """The dense method, by default the model's; an error if the model lacks it."""
         release = self.loaded.release
-        method = (release.dense or {}).get("method")
+        method = release.method
         if dense == PROPOSALS or (method and dense in (None, method)):
             return dense or str(method)
         has = f"has dense {method}" if method else "has no patch_encoder"
@@ -138,7 +138,7 @@ class TorchCandidate(Candidate):
     """A model in torch, which has every dense method."""
 
     def dense_method(self, dense: str | None) -> str:
-        method = dense or (self.loaded.release.dense or {}).get("method")
+        method = dense or self.loaded.release.method
         if method is None:
             raise RAdapterError(
                 "this model has no dense method (dense: none); name one for the set, such as"
@@ -270,7 +270,7 @@ def candidates_in_torch(
         image_tower=Tower(""),
         text_tower=Tower(""),
         templates=list(templates),
-        crop=(crop or MaskCrop.filled_with(base.preprocess["mean"])).to_dict(),
+        crop=crop or MaskCrop.filled_with(base.preprocess["mean"]),
         max_batch_size=_MAX_TEXTS,
     )
     candidates: list[Candidate] = []
@@ -353,8 +353,8 @@ def from_merged(folder: str | Path, *, device: str | None = None) -> list[Candid
         [release.alpha if release else None],
         facts=facts,
         templates=release.templates if release and release.templates else TEMPLATES,
-        dense=release.dense["method"] if release and release.dense else None,
-        crop=MaskCrop.from_dict(release.crop) if release and release.crop else None,
+        dense=release.method if release else None,
+        crop=release.crop if release else None,
         device=device,
     )
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from radapter_serve.contract.errors import NOT_CALIBRATED, TaskError, request_alpha
-from radapter_serve.errors import RAdapterError
+from radapter_serve.contract.preprocess import MaskCrop
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import digest_of, staged
 from radapter_serve.release.agreement import LEAST_COSINE, TOLERANCES, Agreement, Tolerance
 
@@ -59,6 +60,26 @@ class Confidence:
     ece_after: float | None = None
     min_score: float | None = None
     false_answers: float | None = None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A metric in per cent, with torch and attached adapters, and with a release's encoders."""
+
+    dataset: str
+    n: int  # number of images
+    metric: str  # such as `acc1`
+    torch: float
+    release: float
+    drop: float  # points lost; negative if the release is better
+
+
+@dataclass(frozen=True)
+class Dense:
+    """How `patch_encoder` embeds patches."""
+
+    method: str
+    grid: int  # patches on a side
 
 
 @dataclass(frozen=True)
@@ -118,15 +139,15 @@ class Release:
     precision: str = "fp32"
     quantization: dict[str, Any] | None = None  # of int8: kind, and the calibration inputs
     runtime: str = "onnxruntime"
-    dense: dict[str, Any] | None = None  # method and grid of `patch_encoder`
-    crop: dict[str, Any] = field(default_factory=dict)  # of masks: padding, square, fill
+    dense: Dense | None = None
+    crop: MaskCrop = MaskCrop()  # noqa: RUF009
     # By name: labels, templates, digest, and the number of examples if there are any.
     label_sets: dict[str, dict[str, Any]] = field(default_factory=dict)
     max_batch_size: int = 64
     tools: dict[str, str] = field(default_factory=dict)  # versions of the libraries of the export
     created: str = ""  # in UTC, ISO 8601
-    accuracy: dict[str, Any] | None = None  # on validation data, with torch and with the encoders
-    confidence: dict[str, Any] | None = None  # the fields of `Confidence`
+    accuracy: Accuracy | None = None  # on validation data
+    confidence: Confidence | None = None
     format: int = FORMAT
 
     @property
@@ -155,13 +176,9 @@ class Release:
         return Tolerance(float(self.agreement["tolerance"]), least)
 
     @property
-    def calibration(self) -> Confidence | None:
-        """The calibrated scores; None if there are none."""
-        if self.confidence is None:
-            return None
-        fields = Confidence.__dataclass_fields__
-        values = {name: value for name, value in self.confidence.items() if name in fields}
-        return Confidence(**values)
+    def method(self) -> str | None:
+        """The dense method of `patch_encoder`; None without one."""
+        return None if self.dense is None else self.dense.method
 
     @property
     def image_distance(self) -> float | None:
@@ -203,13 +220,11 @@ class Release:
         return dataclasses.replace(self, alpha=float(alpha))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; they are not copied, so don't change them."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """The values of its JSON."""
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         for name in _OPTIONAL:
             if values[name] is None:
                 del values[name]
-        for name in _TOWERS:
-            values[name] = dataclasses.asdict(values[name])
         return values
 
     @property
@@ -228,11 +243,24 @@ class Release:
                 f"the release does not say its {', '.join(missing)}; export it again with"
                 " radapter-export"
             )
-        dense = facts.get("dense")
-        if dense and "way" in dense:  # the method, in a release of version 1.0.0
-            facts = {**facts, "dense": {"method": dense["way"], "grid": dense["grid"]}}
-        towers = {name: Tower.from_dict(facts.get(name), facts) for name in _TOWERS}
-        return cls(**{name: facts[name] for name in names if name in facts} | towers)
+        values = {name: facts[name] for name in names if name in facts}
+        try:
+            for name in _TOWERS:
+                values[name] = Tower.from_dict(facts.get(name), facts)
+            values["crop"] = MaskCrop.from_dict(facts["crop"])
+            if dense := facts["dense"]:
+                method = dense["way"] if "way" in dense else dense["method"]  # `way`: version 1.0.0
+                values["dense"] = Dense(str(method), int(dense["grid"]))
+            for name, kind in (("accuracy", Accuracy), ("confidence", Confidence)):
+                if stored := facts.get(name):
+                    known = [key for key in kind.__dataclass_fields__ if key in stored]
+                    values[name] = kind(**{key: stored[key] for key in known})
+        except (KeyError, TypeError, ValueError) as error:
+            raise RAdapterError(
+                f"the release has other facts than an export writes: {reason(error)}; export it"
+                " again with radapter-export"
+            ) from None
+        return cls(**values)
 
     def save(self, folder: Path) -> None:
         """Write `release.json` into a folder atomically."""

@@ -149,7 +149,7 @@ def check_size(
             " smaller short_side, a larger stride, or the image in parts"
         )
     if loaded.release.dense:
-        grid = loaded.release.dense["grid"]
+        grid = loaded.release.dense.grid
         _check_values(windows * grid**2, labels, "at a smaller short_side")
     if options.refine:
         _check_values(height * width, labels, "to refine; or leave refine out")

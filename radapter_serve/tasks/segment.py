@@ -25,7 +25,6 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.contract.images import MAX_PIXELS, ImageFile, decode, read_header, turn
 from radapter_serve.contract.labels import class_probabilities
-from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.encoders.loaded import LoadedRelease, Part, Place, TaskSteps
 from radapter_serve.tasks.dense import (
     BLOCK,
@@ -205,7 +204,7 @@ def check_proposals(
         if not ((scores >= 0) & (scores <= 1)).all():
             raise invalid("proposal_scores hold a value outside 0 to 1; send probabilities")
     # A square crop can be too large only for long and thin images.
-    crop = MaskCrop.from_dict(loaded.release.crop)
+    crop = loaded.release.crop
     if crop.side(max(masks.shape[1:])) ** 2 > MAX_PIXELS:
         for mask in masks:
             if mask.max() > BINARY:
@@ -230,7 +229,7 @@ def segment_proposals(
     check_proposals(loaded, masks, scores, [image.size], len(embeds))
     check = partial(check_cancelled, cancelled)
     release = loaded.release
-    crop = MaskCrop.from_dict(release.crop)
+    crop = release.crop
     # A crop shows the pixels above 0.4; a mask without such pixels is left out.
     used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
 

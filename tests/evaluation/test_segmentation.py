@@ -23,6 +23,7 @@ from radapter_serve.evaluation.models import Candidate, from_adapter, from_merge
 from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import evaluate_set, evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
+from radapter_serve.release.release import Dense
 from tests.conftest import export_into
 from tests.helpers.small_models import release
 from tests.helpers.ways import in_process
@@ -77,10 +78,11 @@ def candidate(fake: Fake, size: int, **facts: Any) -> Candidate:
 
 
 def oracle() -> Candidate:
-    crop = MaskCrop(fill=(255, 255, 255)).to_dict()
-    dense = {"method": "naclip", "grid": None}
+    crop = MaskCrop(fill=(255, 255, 255))
     fake = Fake(NAMES, by_colour)
-    return candidate(fake, SIZE, crop=crop, dense=dense, logit_scale=100.0, max_batch_size=4)
+    return candidate(
+        fake, SIZE, crop=crop, dense=Dense("naclip", 0), logit_scale=100.0, max_batch_size=4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +212,7 @@ SCALE = 3.0
 def fixed() -> Candidate:
     """A model that gives the crops of an image the cosines of the table, one after the other."""
     fake = Fake(NAMES, lambda crops, dense: COSINES[: len(crops)])
-    crop = {"padding": 0.0, "square": True, "fill": [0, 0, 0]}
-    return candidate(fake, 4, crop=crop, logit_scale=SCALE, max_batch_size=8)
+    return candidate(fake, 4, crop=MaskCrop(fill=(0, 0, 0)), logit_scale=SCALE, max_batch_size=8)
 
 
 def rewrite(folder: Path, change: Callable[[NDArray[Any], NDArray[Any]], dict[str, Any]]) -> None:
@@ -328,7 +329,7 @@ def test_a_set_that_a_model_can_not_be_evaluated_on_is_refused(
     masked: Path, run_folder: Path, tmp_path: Path
 ) -> None:
     fake = Fake(NAMES, by_colour)
-    has = candidate(fake, SIZE, dense={"method": "maskclip", "grid": 7})
+    has = candidate(fake, SIZE, dense=Dense("maskclip", 7))
     lacks = candidate(fake, SIZE)
     assert has.dense_method(None) == has.dense_method("maskclip") == "maskclip"
     assert lacks.dense_method("proposals") == "proposals"

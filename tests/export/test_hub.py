@@ -27,14 +27,14 @@ from radapter_serve.cli.serve import main as serve
 from radapter_serve.evaluation.alpha_choice import Point
 from radapter_serve.evaluation.rows import what_is_kept
 from radapter_serve.release.config import check, read_config
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import Accuracy, Release
 from radapter_serve.release.repository import CONFIG as MODEL_CONFIG
 from radapter_serve.release.repository import MODELS
 from radapter_serve.sources import unreachable
 from tests.export.conftest import Export
 from tests.helpers.answering import Answer, answering
 from tests.helpers.small_models import release
-from tests.helpers.small_release import png
+from tests.helpers.small_release import CONFIDENCE, png
 
 TOKEN = "hf_test"
 
@@ -141,15 +141,8 @@ RELEASE = release(
     templates=["a photo of a {}.", "art of {}", "{}", "one more {}"],
     agreement={"image_encoder": {"max_error": 1.2e-6}, "tolerance": 1e-4},
     tools={"torch": "2.13.0"},
-    accuracy={
-        "dataset": "imagefolder:/data/secret/photos",
-        "n": 200,
-        "metric": "acc1",
-        "torch": 71.5,
-        "release": 71.25,
-        "drop": 0.25,
-    },
-    confidence={"ece_before": 0.2, "ece_after": 0.05},
+    accuracy=Accuracy("imagefolder:/data/secret/photos", 200, "acc1", 71.5, 71.25, 0.25),
+    confidence=CONFIDENCE,
 )
 METADATA = Metadata(
     architecture="ViT-B-32",

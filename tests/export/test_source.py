@@ -164,7 +164,7 @@ def test_validation_fits_scores_to_labels_by_text_alone(
     (exported,) = export([0.7], label_sets={"animals": label_file}, **how)
     confidence = exported.release.confidence
     assert confidence is not None and confidence == plain.release.confidence
-    facts = (confidence["dataset"], confidence["n"], confidence["classes"])
+    facts = (confidence.dataset, confidence.n, confidence.classes)
     assert facts == (how["validation"], 100, 5)
     image = sorted(many_photos.rglob("*.png"))[0]
     with Model(tmp_path / "repository") as model:

@@ -40,7 +40,7 @@ def test_scores_of_a_siglip_are_fitted(export: Export, many_photos: Path, tmp_pa
     (exported,) = export([1.0], adapter=tmp_path, validation=data, max_drop=100)
     assert UNFITTED not in exported.warnings
     confidence = exported.release.confidence
-    assert confidence is not None and confidence["temperature"] is None  # its sigmoid is fitted
+    assert confidence is not None and confidence.temperature is None  # its sigmoid is fitted
 
 
 DATA = {"classification": "imagefolder:photos", "segmentation": "masks:masked"}

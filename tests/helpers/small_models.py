@@ -272,7 +272,6 @@ def random_adapter(
 
 def release(version: int = 1, **changes: Any) -> Release:
     """Facts of a release that nothing stands behind."""
-    from radapter_serve.contract.preprocess import MaskCrop
     from radapter_serve.release.release import Release, Tower
 
     facts: dict[str, Any] = {
@@ -288,7 +287,6 @@ def release(version: int = 1, **changes: Any) -> Release:
         "logit_scale": 100.0,
         "templates": ["a photo of a {}."],
         "agreement": {"tolerance": 1e-4, "min_cosine": 0.999999},
-        "crop": MaskCrop().to_dict(),
     }
     return Release(version=version, **{**facts, **changes})
 

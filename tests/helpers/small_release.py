@@ -34,7 +34,7 @@ from radapter_serve.encoders.precision import bf16_of_processor
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.config import named_releases, read_config
 from radapter_serve.release.integrity import write_sums
-from radapter_serve.release.release import Release, Tower
+from radapter_serve.release.release import Confidence, Dense, Release, Tower
 from radapter_serve.release.repository import CONFIG, MODELS
 from radapter_serve.tasks.embed import embed_labels
 from tests.helpers.small_models import release as facts
@@ -48,11 +48,19 @@ GRID = 4
 WIDTH = 8
 VOCABULARY = 49408
 # Of all these releases, whoever fitted it.
-CONFIDENCE = {
-    **{"scale": 6.0, "bias": -1.0, "temperature": 2.0, "dataset": "photos", "n": 200, "classes": 4},
-    **{"ece_before": 0.2, "ece_after": 0.05, "label_ece": 0.01},
-    **{"min_score": 0.1, "false_answers": 0.5},
-}
+CONFIDENCE = Confidence(
+    scale=6.0,
+    bias=-1.0,
+    dataset="photos",
+    n=200,
+    classes=4,
+    ece_before=0.2,
+    label_ece=0.01,
+    temperature=2.0,
+    ece_after=0.05,
+    min_score=0.1,
+    false_answers=0.5,
+)
 LABELS = ["red", "green", "blue, azure", "a striped thing"]
 
 
@@ -133,7 +141,7 @@ def write_release(
         preprocess={"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest"},
         embed_dim=WIDTH,
         logit_scale=10.0,
-        dense={"method": "naclip", "grid": GRID} if dense else None,
+        dense=Dense("naclip", GRID) if dense else None,
         confidence=CONFIDENCE,
         precision=precision,
     )

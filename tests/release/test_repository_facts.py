@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import Accuracy, Dense, Release
 from radapter_serve.release.repository import (
     CONFIG,
     SERVED,
@@ -17,6 +19,7 @@ from radapter_serve.release.repository import (
     require_known,
 )
 from tests.helpers.small_models import release
+from tests.helpers.small_release import CONFIDENCE
 
 
 @pytest.fixture
@@ -92,14 +95,18 @@ def test_a_release_is_found_by_its_number(repository: Path) -> None:
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     for facts in (
         release(3),
-        release(4, quantization={"kind": "dynamic"}, accuracy={"drop": 0.1}, logit_bias=-10.0),
+        release(
+            4,
+            quantization={"kind": "dynamic"},
+            accuracy=Accuracy("photos", 9, "acc1", 70.0, 69.9, 0.1),
+            logit_bias=-10.0,
+        ),
+        release(5, confidence=CONFIDENCE, dense=Dense("naclip", 7), crop=MaskCrop(fill=(1, 2, 3))),
     ):
         facts.save(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["release.json"]
         assert Release.load(tmp_path) == facts
-        assert (
-            json.loads((tmp_path / "release.json").read_text(encoding="utf-8")) == facts.to_dict()
-        )
+        assert json.loads((tmp_path / "release.json").read_text("utf-8")) == facts.to_dict()
     # A fact that does not apply is left out of the file, but a bias that a model lacks is null.
     assert {"quantization", "accuracy"} & set(release().to_dict()) == set()
     assert release().to_dict()["logit_bias"] is None
@@ -121,7 +128,21 @@ def test_newer_releases_are_read_and_broken_ones_refused(tmp_path: Path) -> None
             Release.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"crop": {}},
+        {"dense": {"method": "naclip", "grid": "many"}},
+        {"confidence": {"scale": 1.0}},
+        {"accuracy": 7},
+    ],
+)
+def test_facts_that_no_export_writes_are_refused(broken: dict[str, Any]) -> None:
+    with pytest.raises(RAdapterError, match="has other facts than an export writes: .*; export it"):
+        Release.from_dict(release().to_dict() | broken)
+
+
 def test_a_release_of_version_1_0_0_has_its_method_of_dense_embeddings(tmp_path: Path) -> None:
     facts = release().to_dict() | {"dense": {"way": "naclip", "grid": 7}}
     (tmp_path / "release.json").write_text(json.dumps(facts))
-    assert Release.load(tmp_path).dense == {"method": "naclip", "grid": 7}
+    assert Release.load(tmp_path).dense == Dense("naclip", 7)

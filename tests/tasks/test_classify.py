@@ -116,7 +116,7 @@ def test_templates_of_the_request_and_a_label_set_of_the_release(local: Local) -
 
 ALL: dict[str, Any] = {"multi_label": True, "threshold": 0.0}
 # Of the small release the scale is 10, the temperature 2, and those of a label alone 6 and -1.
-SIGMOID: dict[str, Any] = {"logit_bias": -3.0, "confidence": {**CONFIDENCE, "temperature": None}}
+SIGMOID: dict[str, Any] = {"logit_bias": -3.0, "confidence": replace(CONFIDENCE, temperature=None)}
 SCORES: list[tuple[dict[str, Any], dict[str, Any], Callable[[np.ndarray], np.ndarray], int]] = [
     ({}, {}, lambda c: softmax(10 * c), 5),
     ({}, {"top_k": 100}, lambda c: softmax(10 * c), 7),
@@ -234,7 +234,7 @@ def test_calibrated_scores_are_for_the_alpha_of_the_release_alone(
 
 WHY = "export one with radapter-export --validation DATA"
 UNFITTED: dict[str, Any] = {"confidence": None}
-COLD: dict[str, Any] = {"confidence": {**CONFIDENCE, "temperature": None}}
+COLD: dict[str, Any] = {"confidence": replace(CONFIDENCE, temperature=None)}
 
 
 @pytest.mark.parametrize(

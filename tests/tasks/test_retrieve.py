@@ -32,6 +32,7 @@ from radapter_serve.index.index import Indexes, open_index
 from radapter_serve.tasks.retrieve import MAX_PARTS, Query, RetrieveRequest
 from tests.helpers.indexes import generation
 from tests.helpers.projection import DIM, TEXTS, Searching, embeds_of, projecting
+from tests.helpers.small_release import CONFIDENCE
 from tests.index.test_index import write
 
 
@@ -344,8 +345,7 @@ def test_a_page_of_another_version_is_refused(world: World, tmp_path: Path) -> N
 
 def calibrated(world: World, *, alpha: float = 0.5, **confidence: Any) -> Searching:
     """The task of a release that was fitted to validation data."""
-    fitted: dict[str, Any] = dict.fromkeys(("scale", "bias", "ece_before", "label_ece"), 0.0)
-    fitted |= {"dataset": "photos", "n": 100, "classes": 2, **confidence}
+    fitted = replace(CONFIDENCE, **{"min_score": None, **confidence})
     release = projecting(world.folder, alpha=alpha, dynamic_alpha=True, confidence=fitted)
     return Searching.of(release)
 

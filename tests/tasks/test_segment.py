@@ -78,7 +78,7 @@ class Segmenter:
         facts: dict[str, Any] = {"logit_scale": scale, "logit_bias": bias, "max_batch_size": batch}
         nothing: Any = None
         self._loaded = LoadedRelease(
-            release(preprocess={"size": size}, crop=crop.to_dict(), **facts), nothing, nothing
+            release(preprocess={"size": size}, crop=crop, **facts), nothing, nothing
         )
 
     def dense(self, image: Image.Image, *arguments: Any) -> ScoredMask:
