@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from radapter_export.hub import TRANSFORMERS
 from radapter_serve.adapter import Metadata
-from radapter_serve.evaluation.alpha_choice import Point, kept_at
+from radapter_serve.evaluation.alpha_choice import CurvePoint, kept_at
 from radapter_serve.evaluation.rows import what_is_kept
 from radapter_serve.release.release import Release
 from radapter_serve.sources import HUB
@@ -80,7 +80,7 @@ _RECIPE = (
 def card_of(
     release: Release,
     metadata: Metadata,
-    curve: Sequence[Point],
+    curve: Sequence[CurvePoint],
     library: str,
     hub: str | None = None,
     *,

@@ -43,7 +43,7 @@ from radapter_serve.contract.labels import (
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.encoders.labels import DEFAULT_WEIGHT, MAX_EXAMPLES, Examples
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.alpha_choice import Choice, Point, read_choice
+from radapter_serve.evaluation.alpha_choice import Choice, CurvePoint, read_choice
 from radapter_serve.files import read_yaml
 from radapter_serve.sources import CLASSES
 
@@ -161,7 +161,7 @@ class Source:
     label_sets: dict[str, LabelFile]
 
     @property
-    def curve(self) -> Sequence[Point]:
+    def curve(self) -> Sequence[CurvePoint]:
         """The figures at each α, if `auto` chose one."""
         return self.choice.curve if self.choice else ()
 

@@ -49,7 +49,7 @@ class ValidationSet:
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """The figures of one α on the validation sets, all in [0, 1].
 
     Attributes:
@@ -83,7 +83,7 @@ class Choice:
         best: the α with the highest score.
         own_alpha: the α of the adapter's recipe, which `auto` does not exceed.
         rule: the rule of the choice, in words.
-        curve: the figures of each α; see `Point`.
+        curve: the figures of each α; see `CurvePoint`.
         sets: the validation sets, by name.
         adapter_digest: digest of the adapter that α was chosen for.
     """
@@ -92,7 +92,7 @@ class Choice:
     best: float
     own_alpha: float
     rule: str
-    curve: list[Point]
+    curve: list[CurvePoint]
     sets: dict[str, ValidationSet]
     adapter_digest: str
 
@@ -172,7 +172,7 @@ class Choice:
         return out
 
 
-def kept_at(curve: Sequence[Point], alpha: float) -> float | None:
+def kept_at(curve: Sequence[CurvePoint], alpha: float) -> float | None:
     """The fraction of the base's answers that an α keeps, in [0, 1]; None if unknown."""
     return next((point.kept for point in curve if point.alpha == alpha), None)
 
@@ -222,12 +222,12 @@ def choose(rows: Sequence[Row], own_alpha: float) -> Choice:
         shares = [row.metrics[KEPT_METRIC] for row in of_set.values() if KEPT_METRIC in row.metrics]
         kept = sum(shares) / len(shares) if shares else None
         metrics = {name: row.metrics[row.metric] for name, row in of_set.items()}
-        curve.append(Point(alpha, score, behind, sqrt(variance), kept, metrics))
+        curve.append(CurvePoint(alpha, score, behind, sqrt(variance), kept, metrics))
 
     return Choice(pick(curve, own_alpha), best, own_alpha, RULE, curve, sets, adapter_digest)
 
 
-def pick(curve: Sequence[Point], own_alpha: float) -> float:
+def pick(curve: Sequence[CurvePoint], own_alpha: float) -> float:
     """The α that `RULE` takes from figures by rising α, the first of them 0 if it is measured. An α
     whose fraction of kept answers is unknown is not limited by it.
     """

@@ -37,7 +37,7 @@ from radapter_serve.data.labelled import Labelled
 from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation import alpha_choice
-from radapter_serve.evaluation.alpha_choice import Choice, Point, ValidationSet
+from radapter_serve.evaluation.alpha_choice import Choice, CurvePoint, ValidationSet
 from radapter_serve.evaluation.image_sets import NOUN_TEMPLATES, common_nouns
 from radapter_serve.evaluation.metrics import fit_confidence
 from radapter_serve.evaluation.rows import hardly_known
@@ -305,7 +305,7 @@ class Validated:
     recipe: Recipe  # the chosen setting, at the chosen α
     metric: str
     trials: list[Trial]
-    curve: list[Point]  # of the chosen setting
+    curve: list[CurvePoint]  # of the chosen setting
     parts: list[tuple[NDArray[np.int64], Maps]]  # of each fold, its images and the run without them
 
     @property
@@ -389,12 +389,12 @@ def cross_validate(
 
     best = max(trials, key=lambda trial: (trial.score, trial.kept))
 
-    def point(trial: Trial) -> Point:
+    def point(trial: Trial) -> CurvePoint:
         differences = best.right.astype(np.float64) - trial.right
         error = float(differences.std() / len(differences) ** 0.5)
         of_set = {SET: trial.score}
         behind = float(differences.mean())
-        return Point(trial.alpha, trial.score, behind, error, trial.kept, of_set)
+        return CurvePoint(trial.alpha, trial.score, behind, error, trial.kept, of_set)
 
     as_good = [trial for trial in trials if trial.alpha and point(trial).as_good]
     most = max(as_good or [best], key=lambda trial: (trial.kept, -trial.alpha, trial.score))

@@ -24,7 +24,7 @@ from radapter_serve import Model, RAdapterError
 from radapter_serve.adapter import Metadata
 from radapter_serve.cli.export import main as export_command
 from radapter_serve.cli.serve import main as serve
-from radapter_serve.evaluation.alpha_choice import Point
+from radapter_serve.evaluation.alpha_choice import CurvePoint
 from radapter_serve.evaluation.rows import what_is_kept
 from radapter_serve.release.config import check, read_config
 from radapter_serve.release.release import Accuracy, Release
@@ -153,8 +153,8 @@ METADATA = Metadata(
     held_out="sha256:ef",
 )
 CURVE = [
-    Point(0.0, 0.6, 0.115, 0.04, 1.0, {"photos": 0.6}),
-    Point(0.5, 0.715, 0.0, 0.0, 0.9625, {"photos": 0.715}),
+    CurvePoint(0.0, 0.6, 0.115, 0.04, 1.0, {"photos": 0.6}),
+    CurvePoint(0.5, 0.715, 0.0, 0.0, 0.9625, {"photos": 0.715}),
 ]
 
 
