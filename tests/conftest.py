@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from radapter_export import ExportedRelease
     from radapter_serve.adapter import Adapter
+    from radapter_serve.clip.base import Base
     from radapter_serve.server.triton_server import TritonServer
     from tests.helpers.small_release import Local
 
@@ -139,6 +140,13 @@ def _write_tiny_clip(folder: Path) -> None:
     preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
     config = {"model_cfg": TINY_CLIP, "preprocess_cfg": {**preprocess, "resize_mode": "shortest"}}
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_clip_dir: str) -> Base:
+    from radapter_serve.clip.base import load_base
+
+    return load_base(tiny_clip_dir)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import mpm_nce
-from tests.helpers.small_models import FAMILIES, make_base
+from tests.helpers.small_models import FAMILIES
 
 Make = Callable[..., Adapter]  # of the model
 TEXTS = ["a cat", "!? a !longer text about dogs and !x", "", "a cat"]
@@ -180,19 +180,6 @@ def test_file_round_trip_and_a_full_disk(
         assert loaded.metadata == adapter.metadata and loaded.digest == adapter.digest
         torch.testing.assert_close(loaded.tensors, adapter.tensors, rtol=0, atol=0)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
-    """The small model of a family, each time anew."""
-    names: dict[str, str] = {}
-
-    def load(family: str) -> Base:
-        if family not in names:
-            names[family] = make_base(family, tmp_path_factory.mktemp(family))
-        return load_base(names[family])
-
-    return load
 
 
 @pytest.mark.parametrize("family", FAMILIES)

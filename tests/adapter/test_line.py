@@ -34,19 +34,14 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_clip_dir: str) -> Base:
-    return load_base(tiny_clip_dir)
-
-
-@pytest.fixture(scope="module")
-def tuned(tiny: Base) -> dict[str, Tensor]:
+def tuned(tiny_base: Base) -> dict[str, Tensor]:
     """The weights of the tiny CLIP after some training: all but the positions differ."""
     generator = torch.Generator().manual_seed(1)
     return {
         name: tensor
         if "positional" in name
         else tensor + 0.03 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in tiny.model.state_dict().items()
+        for name, tensor in tiny_base.model.state_dict().items()
     }
 
 
@@ -59,7 +54,7 @@ def _folder(path: Path, weights: dict[str, Tensor], tiny_clip_dir: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["tensors.pt", "training.pt", "weights.safetensors", "folder"])
 def test_the_line_is_that_of_wise_ft_to_the_bit(
-    tiny: Base, tuned: dict[str, Tensor], tiny_clip_dir: str, tmp_path: Path, kind: str
+    tiny_base: Base, tuned: dict[str, Tensor], tiny_clip_dir: str, tmp_path: Path, kind: str
 ) -> None:
     path = tmp_path / kind
     if kind == "folder":
@@ -71,7 +66,7 @@ def test_the_line_is_that_of_wise_ft_to_the_bit(
     else:  # as open_clip's own training writes it
         named = {f"module.{name}": tensor for name, tensor in tuned.items()}
         torch.save({"epoch": 3, "name": "run", "state_dict": named}, path)
-    before = copy.deepcopy(tiny.model.state_dict())
+    before = copy.deepcopy(tiny_base.model.state_dict())
     base, line = load_checkpoint(str(path), tiny_clip_dir)
     for alpha in (0.0, 0.3, 0.5, 0.995, 1.0):
         weights = line.at(alpha)
@@ -178,12 +173,12 @@ def test_models_that_compute_differently_are_refused(
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tiny: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clip_folder(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny CLIP as `transformers` has it: without a processor, which peft needs none of."""
     folder = tmp_path_factory.mktemp("transformers") / "clip"
-    form = form_of(tiny.name, tiny.model, tiny.tokenizer)
+    form = form_of(tiny_base.name, tiny_base.model, tiny_base.tokenizer)
     model = transformers.CLIPModel(transformers.CLIPConfig(**form.config))
-    model.load_state_dict(to_transformers(tiny.model.state_dict(), form))
+    model.load_state_dict(to_transformers(tiny_base.model.state_dict(), form))
     model.save_pretrained(folder)
     return folder
 
@@ -224,12 +219,12 @@ def _trained(folder: Path, out: Path, **config: Any) -> Any:
     ],
 )
 def test_a_lora_is_merged_as_peft_merges_it(
-    tiny: Base, tiny_clip_dir: str, clip_folder: Path, tmp_path: Path, config: dict[str, Any]
+    tiny_base: Base, tiny_clip_dir: str, clip_folder: Path, tmp_path: Path, config: dict[str, Any]
 ) -> None:
     model = _trained(clip_folder, tmp_path / "lora", **config)
     _, line = load_lora(tmp_path / "lora", tiny_clip_dir)
     theirs = model.merge_and_unload().state_dict()
-    form = form_of(tiny.name, tiny.model, tiny.tokenizer)
+    form = form_of(tiny_base.name, tiny_base.model, tiny_base.tokenizer)
     start, half, ours = (to_transformers(line.at(alpha), form) for alpha in (0, 0.5, 1))
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():

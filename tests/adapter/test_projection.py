@@ -112,19 +112,6 @@ def test_a_folded_projection_maps_the_bases_unit_vectors(
     torch.testing.assert_close(torch.from_numpy(rows).double(), expected, rtol=0, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
-    """The small model of a family, each time anew."""
-    names: dict[str, str] = {}
-
-    def load(family: str) -> Base:
-        if family not in names:
-            names[family] = make_base(family, tmp_path_factory.mktemp(family))
-        return load_base(names[family])
-
-    return load
-
-
 def embedded(base: Base) -> tuple[Tensor, Tensor]:
     """The unit vectors of four images and texts."""
     size = base.image_size

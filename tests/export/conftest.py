@@ -14,7 +14,7 @@ from PIL import Image
 from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter, save_adapter
-from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.base import Base
 from radapter_serve.evaluation.metrics import MIN_IMAGES
 from tests.conftest import export_into
 from tests.helpers.graphs import graph_of
@@ -26,11 +26,6 @@ GRAPHS = ("image_encoder", "patch_encoder", "text_encoder")
 
 Export = Callable[..., list[ExportedRelease]]
 Exported = tuple[Path, list[ExportedRelease]]
-
-
-@pytest.fixture(scope="session")
-def tiny_base(tiny_clip_dir: str) -> Base:
-    return load_base(tiny_clip_dir)
 
 
 @pytest.fixture(scope="session")
