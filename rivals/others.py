@@ -320,7 +320,7 @@ def names_of(
     return names
 
 
-def averaged(images: Collection, base: Sequence[Judged], own: str) -> list[tuple[str, ...]]:
+def averaged(images: Collection, base: Sequence[Judged], home: str) -> list[tuple[str, ...]]:
     """Group the splits of which means are taken: all, unless the base has less than twice chance
     for the other classes among all labels of one. That has nothing to lose, and stands apart.
     """
@@ -331,7 +331,7 @@ def averaged(images: Collection, base: Sequence[Judged], own: str) -> list[tuple
             for row in base
             if row.split == split
             and row.kind == "others, all labels"
-            and (row.style == own) == where
+            and (row.style == home) == where
         ]
         if values and mean(values) < 2 * chance:
             return [(name,) for name in images.splits]
@@ -339,7 +339,7 @@ def averaged(images: Collection, base: Sequence[Judged], own: str) -> list[tuple
 
 
 def selected(
-    rows: Sequence[Judged], splits: tuple[str, ...], kind: str, own: str, where: str
+    rows: Sequence[Judged], splits: tuple[str, ...], kind: str, home: str, where: str
 ) -> list[Judged]:
     """Select rows of a kind in the trained style, or in the others; only of seeds that all splits
     have, in their order.
@@ -354,7 +354,7 @@ def selected(
             if row.split in splits
             and row.seed in seeds
             and row.kind == kind
-            and (row.style == own) == (where == "own")
+            and (row.style == home) == (where == "own")
         ),
         key=lambda row: row.seed,
     )
@@ -380,19 +380,19 @@ def lead(
 def table(
     grouped: Mapping[tuple[str, str], Sequence[Judged]],
     base: Sequence[Judged],
-    own: str,
+    home: str,
     names: Mapping[tuple[str, str, str], NDArray[Any]],
     groups: Sequence[tuple[str, ...]],
 ) -> list[str]:
     """Make a table for each group of splits: the leads over the base, with one row for each method
-    and α as shown; `own` is the trained style.
+    and α as shown; `home` is the trained style.
     """
     before = {(row.split, row.style, row.kind): row.each for row in base}
     columns = {
         splits: [
             (kind, where)
             for kind, where in product(KINDS, ("own", "others"))
-            if selected(base, splits, kind, own, where)
+            if selected(base, splits, kind, home, where)
         ]
         for splits in groups
     }
@@ -400,7 +400,7 @@ def table(
     seeds = {}
     for splits, (key, rows) in product(groups, grouped.items()):
         for kind, where in columns[splits]:
-            of_kind = selected(rows, splits, kind, own, where)
+            of_kind = selected(rows, splits, kind, home, where)
             if of_kind:
                 seeds[splits, key] = len({row.seed for row in of_kind})
                 leads[splits, key, kind, where] = lead(
@@ -411,7 +411,7 @@ def table(
     for splits in groups:
         level = ["base", "0"]
         for kind, where in columns[splits]:
-            values = [row.each.mean() for row in selected(base, splits, kind, own, where)]
+            values = [row.each.mean() for row in selected(base, splits, kind, home, where)]
             level.append(f"{100 * float(np.mean(values)):.1f}")
         lines = []
         for method, alpha in grouped:
@@ -439,7 +439,7 @@ def _titled(column: tuple[str, str]) -> str:
 
 def at_equal_gain(
     grouped: Mapping[tuple[str, str], Sequence[Judged]],
-    own: str,
+    home: str,
     names: Mapping[tuple[str, str, str], NDArray[Any]],
     splits: tuple[str, ...],
 ) -> str:
@@ -454,13 +454,13 @@ def at_equal_gain(
     seeds = {row.seed for row in of_small}
 
     def over_small(rows: Sequence[Judged], kind: str, where: str) -> Lead:
-        paired = [row for row in selected(rows, splits, kind, own, where) if row.seed in seeds]
+        paired = [row for row in selected(rows, splits, kind, home, where) if row.seed in seeds]
         return lead(paired, lambda row: small[row.split, row.style, row.kind, row.seed], names)
 
     # Choose each method's α. One above that of the largest gain would only lose more.
     gains: dict[str, dict[str, float]] = defaultdict(dict)
     for (method, alpha), rows in grouped.items():
-        if method != SMALL[0] and selected(rows, splits, "trained", own, "own"):
+        if method != SMALL[0] and selected(rows, splits, "trained", home, "own"):
             gains[method][alpha] = over_small(rows, "trained", "own").points
     nearest: dict[str, str] = {}
     for method, of_alphas in gains.items():
@@ -471,20 +471,20 @@ def at_equal_gain(
         (kind, where)
         for kind in ("trained", "others, all labels", OTHER_NAMES)
         for where in ("own", "others")
-        if selected(of_small, splits, kind, own, where)
+        if selected(of_small, splits, kind, home, where)
     ]
     leads = {
         (method, kind, where): over_small(grouped[method, alpha], kind, where)
         for method, alpha in nearest.items()
         for kind, where in columns
-        if selected(grouped[method, alpha], splits, kind, own, where)
+        if selected(grouped[method, alpha], splits, kind, home, where)
     }
     if not leads:
         return ""
     shown = defaultdict(str, corrected(leads))
     lines = []
     for method, alpha in nearest.items():
-        rows = selected(grouped[method, alpha], splits, "trained", own, "own")
+        rows = selected(grouped[method, alpha], splits, "trained", home, "own")
         line = [_counted(method, len({row.seed for row in rows} & seeds), len(seeds)), alpha]
         lines.append([*line, *(shown[method, kind, where] for kind, where in columns)])
     head = ["method", "α", *map(_titled, columns)]
@@ -498,7 +498,7 @@ def at_equal_gain(
 
 
 def base_to_novel(
-    rows: Sequence[Judged], own: str, picture: Path, groups: Sequence[tuple[str, ...]]
+    rows: Sequence[Judged], home: str, picture: Path, groups: Sequence[tuple[str, ...]]
 ) -> str:
     """Make a table of the accuracies in the trained style, of trained and of other classes in %,
     and their harmonic mean H, among themselves and among all labels. Each H is of one split and
@@ -509,7 +509,7 @@ def base_to_novel(
     """
     accuracies: dict[tuple[str, float, str, int], dict[str, float]] = defaultdict(dict)
     for row in rows:
-        if row.style == own:
+        if row.style == home:
             place = (row.method, row.alpha, row.split, row.seed)
             accuracies[place][row.kind] = 100 * float(row.each.mean())
     lines = []
@@ -599,7 +599,7 @@ def others(
     tests = read_tests(images, base)
     emoji = collection("openmoji", data_root) if (data_root / "openmoji").is_dir() else None
     emoji_tests = read_tests(emoji, base) if emoji else {}
-    own = next(iter(images.tests))
+    home = next(iter(images.tests))
     known = methods()
     path = out / "others.jsonl"
     out.mkdir(parents=True, exist_ok=True)
@@ -653,7 +653,7 @@ def others(
     grouped: dict[tuple[str, str], list[Judged]] = defaultdict(list)
     for row in shown:
         grouped[row.method, f"{row.alpha:g}"].append(row)
-    groups = averaged(images, before, own)
+    groups = averaged(images, before, home)
     names = names_of(images, tests)
     for row in before:
         if row.kind == OTHER_NAMES:
@@ -662,7 +662,7 @@ def others(
         "# What happens to the other classes",
         f"{origin('rivals.others')}\n"
         f"The demo's base; {len(images.classes)} classes, of which one half is trained in its own"
-        f" style ({own}) and the other half is judged too, then the other way round; seeds"
+        f" style ({home}) and the other half is judged too, then the other way round; seeds"
         f" {', '.join(map(str, seeds))}, {steps} steps of {BATCH} images. The base has accuracies"
         " in %, the others what they lead it by, in points. Splits and styles count alike. OpenMoji"
         " has drawings of names outside the 248 classes of drawings, in colour and as lines, each"
@@ -670,11 +670,11 @@ def others(
         f"{INTERVALS} Nothing was chosen here: the rates were fixed before, those of rivals by"
         " validation on the same data, and every α is shown. Rows named kept have our"
         " regularizers.",
-        *table(grouped, before, own, names, groups),
-        *filter(None, (at_equal_gain(grouped, own, names, splits) for splits in groups)),
+        *table(grouped, before, home, names, groups),
+        *filter(None, (at_equal_gain(grouped, home, names, splits) for splits in groups)),
         "**From base to novel classes**: accuracies in the trained style in %, H is their harmonic"
         " mean.",
-        base_to_novel([*before, *shown], own, out / "others.png", groups),
+        base_to_novel([*before, *shown], home, out / "others.png", groups),
     ]
     publish(parts, out / "others.md")
 

@@ -389,15 +389,15 @@ class Adapters:
                 # A list that can't be read changes nothing: what is served stays.
                 print(f"the adapters that were served before stay: {error}", file=sys.stderr)
             else:
-                own = {
+                beside = {
                     name: entry
                     for name, entry in entries.items()
                     if self._text_tower in (None, entry.text_tower)
                 }
                 # Those that were removed, and those of releases that are no longer served.
-                kept = {(self._itself, name, entry.digest) for name, entry in own.items()}
+                kept = {(self._itself, name, entry.digest) for name, entry in beside.items()}
                 _loaded().drop(lambda key: key[0]() in (None, self) and key not in kept)
-                self._entries = own
+                self._entries = beside
             self._state = state
             return self._entries
 
