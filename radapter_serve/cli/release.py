@@ -15,8 +15,9 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from radapter_serve.cli import run
+from radapter_serve.cli import printable, run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import index_names
 from radapter_serve.release import adapters
@@ -52,7 +53,7 @@ def list_(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
         try:
             release = Release.load(model_repository / "classify" / str(version))
         except (RAdapterError, TypeError) as error:
-            table.add_row(str(version), "", "cannot be read", "", "", escape(str(error)))
+            table.add_row(str(version), "", "cannot be read", "", "", _cell(error))
             continue
         towers.setdefault(release.text_tower.digest(release.alpha), []).append(version)
         alpha = f"{release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
@@ -61,7 +62,7 @@ def list_(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
         if version in served.releases:
             is_default = len(served.releases) > 1 and version == max(served.releases)
             how = "yes, by default" if is_default else "yes"
-        table.add_row(str(version), alpha, *map(escape, facts), how)
+        table.add_row(str(version), alpha, *map(_cell, facts), how)
     Console().print(table)
 
     # Show the adapters beside the releases, and which are damaged.
@@ -71,15 +72,20 @@ def list_(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
         try:
             of_adapter = adapters.load(model_repository, name, entry).facts
         except RAdapterError as error:
-            table.add_row(escape(name), "", "", "", escape(str(error)))
+            table.add_row(_cell(name), "", "", "", _cell(error))
             continue
         rank = "full" if of_adapter.rank is None else str(of_adapter.rank)
         alpha = f"{of_adapter.alpha:g}"
-        table.add_row(escape(name), alpha, rank, of_adapter.created, beside)
+        table.add_row(_cell(name), alpha, rank, _cell(of_adapter.created), beside)
     if table.rows:
         Console().print(table)
     nobody = "no server runs here; this is what its next start serves"
     print(f"served at {state['url']}" if state else nobody)
+
+
+def _cell(text: object) -> Text:
+    """A cell of a table, of a release or an adapter that others may have made."""
+    return Text(printable(text))
 
 
 def load(

@@ -299,7 +299,9 @@ def test_who_has_left_or_waited_too_long_decodes_nothing(
         asked(engine, task, LARGE, deadline=time.monotonic() + 0.05)
 
 
-def test_two_images_are_segmented_at_once_and_a_third_waits(engine: Engine) -> None:
+def test_two_images_are_segmented_at_once_and_a_third_waits(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     soon = time.monotonic() + 60
     limit = engine._served[2].segmentations
     with limit():
@@ -308,6 +310,9 @@ def test_two_images_are_segmented_at_once_and_a_third_waits(engine: Engine) -> N
             with pytest.raises(TaskError, match=r"\[timed_out\]"):
                 asked(engine, "segment", SMALL, deadline=time.monotonic() + 0.2)
             assert asked(engine, "classify", SMALL, deadline=soon)
+            monkeypatch.setattr(limit, "_max_waiting", 0)
+            with pytest.raises(TaskError, match=r"\[overloaded\] too many requests to segment"):
+                asked(engine, "segment", SMALL, deadline=soon)
     assert asked(engine, "segment", SMALL, deadline=soon)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from radapter_serve.gateway import app, kserve
+from radapter_serve.gateway import app, kserve, openai
 from radapter_serve.gateway.app import FEW
 from radapter_serve.gateway.kserve import MAX_JSON_LISTS, json_memory
 from radapter_serve.gateway.upstream import LOG, SMALL, Inference, Refused
@@ -163,6 +163,24 @@ def test_what_is_not_small_is_read_in_a_thread(reading: Reading) -> None:
             served.ask(INFER, head + values, **length)
     in_thread = [name == "middle-bodies" for name in reading.threads]
     assert in_thread == [False, True, False, True]
+
+
+def test_a_large_request_for_embeddings_is_read_in_a_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[str] = []
+    read = openai.read
+
+    def reading(body: bytes) -> Any:
+        threads.append(threading.current_thread().name)
+        return read(body)
+
+    monkeypatch.setattr(openai, "read", reading)
+    with serving() as served:
+        head = json.dumps({"model": "radapter", "input": "a"}).encode()
+        served.ask(EMBEDDINGS, head.ljust(SMALL))
+        served.ask(EMBEDDINGS, head.ljust(SMALL + 1))
+    assert [name == "middle-bodies" for name in threads] == [False, True]
 
 
 def body_bytes(served: Served) -> float:

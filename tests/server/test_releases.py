@@ -70,6 +70,13 @@ def test_without_a_server_the_next_start_is_chosen(
         assert main([*words, *where]) == 2
         assert message in capsys.readouterr().err
     assert Served.load(sealed).releases == (1, 2)
+    # A terminal would obey the escape codes of a release that others made.
+    for path in sealed.glob("classify/*/release.json"):
+        facts = json.loads(path.read_text())
+        path.write_text(json.dumps(facts | {"precision": "\x1b[2J"}))
+    assert main(["list", *where]) == 0
+    table = capsys.readouterr().out
+    assert "\x1b" not in table and "\\u001b" in table
 
 
 def test_tasks_name_the_releases_that_are_served_and_encoders_none(repository: Path) -> None:
