@@ -68,7 +68,7 @@ def measure(
     Args:
         architecture: name in open_clip.
         images: numbers of photos with the recipe quick.
-        towers: numbers of photos with the recipe small, and with full fine-tuning.
+        towers: numbers of photos with the recipe small; none leaves out full fine-tuning, too.
         embeddings: number of embeddings with labels that a run without photos has; 0 for none.
         precision: of the embeddings: auto takes bf16 where the machine has it.
         classes: of the photos.
@@ -127,7 +127,7 @@ def measure(
         dtype = None if kind == "no" else torch.bfloat16
         full = training_step.FULL
         times, peaks = training_step.measure([full], architecture, small.batch_size, 3, dtype)
-        for count in towers:
+        for count in images:
             in_training = count - round(small.val_fraction * count)
             steps = small.epochs * max(1, in_training // small.batch_size)
             seconds = steps * statistics.median(times[full])
