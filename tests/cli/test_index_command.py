@@ -20,10 +20,10 @@ from radapter_serve.cli import release as release_command
 from radapter_serve.cli.index import main
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.index.index import current
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import Dense, Release
 from radapter_serve.release.repository import releases_with_images
 from tests.helpers.indexes import generation
-from tests.helpers.small_release import needs_bf16, photos_in
+from tests.helpers.small_release import CONFIDENCE, needs_bf16, photos_in
 
 
 @pytest.fixture
@@ -222,8 +222,9 @@ def test_a_load_says_what_the_release_lacks(
     shutil.copytree("model_repository", models)
     before = Release.load(models / "classify" / "2")
     sets = {**before.label_sets, "nine": {}}
-    more: Any = {"dense": {"method": "naclip", "grid": 2}, "confidence": {"temperature": 1.0}}
-    dataclasses.replace(before, label_sets=sets, **more).save(models / "classify" / "2")
+    dense = Dense("naclip", 2)
+    after = dataclasses.replace(before, label_sets=sets, dense=dense, confidence=CONFIDENCE)
+    after.save(models / "classify" / "2")
     none = Path("none")
     [lacking] = release_command.lacking(models, [1, 2], [1], none)
     assert "release 1 lacks what release 2 has: dense features" in lacking

@@ -266,7 +266,7 @@ A = ["no.png", "--labels", "a"]
         (["classify", "no.png", "--examples", "{tmp}"], "needs a folder with images for each"),
         (["segment", *A, "--save-mask", "x.jpg"], "--save-mask x.jpg does not end in .png"),
         (["segment", *A, "--save", "x.png", "--save-mask", "x.png"], "are both x.png"),
-        (["segment", "a.png", *A, "--save", "x.png"], "of several images, give a folder"),
+        (["segment", "a.png", *A, "--save", "x.png"], "for several images, name a folder"),
         (["search", "--index", "photos"], "give a text, an image or an id"),
         (["search", "a", "--index", "i", "--save", "x.txt"], "--save x.txt does not end in .html"),
         (["embed-text"], "give texts"),

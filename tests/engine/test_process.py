@@ -42,7 +42,10 @@ def test_every_way_in(releases: Path, tmp_path: Path) -> None:
     with in_process(releases, tmp_path) as running, Client(running.url) as client:
         assert client.indexes() == ["photos"] and client.is_ready()
         grpc = Client(running.url.replace("http", "grpc"), retries=0)
-        with grpc, pytest.raises(ServerUnavailable, match="--engine process.* answers http://"):
+        with (
+            grpc,
+            pytest.raises(ServerUnavailable, match="--engine process.* answers only http://"),
+        ):
             grpc.embed_texts(["a"])
         body = {"input": "a cat", "model": "radapter"}
         answer = urllib3.request("POST", f"{running.url}/v1/embeddings", json=body)

@@ -21,7 +21,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import current
 from radapter_serve.release.agreement import Agreement
-from radapter_serve.release.release import Release, Tower
+from radapter_serve.release.release import Dense, Release, Tower
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from tests.helpers.projection import Searching, projecting
 from tests.helpers.small_models import release
@@ -192,7 +192,7 @@ def test_the_digest_is_of_what_decides_the_embeddings_of_images() -> None:
     int8: dict[str, Any] = {"quantization": {"kind": "dynamic"}}
     changes: list[tuple[dict[str, Any], bool]] = [
         ({"version": 9, "created": "now", "architecture": "x", "base_digest": "x"}, False),
-        ({"dense": {"method": "naclip", "grid": 2}, "label_sets": {}}, False),
+        ({"dense": Dense("naclip", 2), "label_sets": {}}, False),
         ({"dynamic_alpha": True, "tokenizer": {}}, False),
         ({"text_tower": Tower("sha256:4", "x")}, False),
         ({"alpha": 0.1}, True),
