@@ -61,9 +61,8 @@ def build(
 ) -> None:
     """Build an index of all images of a folder or a table, or of existing embeddings.
 
-    A stopped build is continued. If the index at OUT was made by the same release of the same
-    images, only changes are embedded. Any other index at OUT is replaced when the new one is
-    complete.
+    A stopped build goes on. If the index at OUT has the same images and image tower, only
+    changes are embedded. Any other index at OUT is replaced when the new one is complete.
 
     Args:
         source: folder of images, read with its subfolders, or csv:FILE or parquet:FILE with paths
