@@ -1,4 +1,4 @@
-"""Compare a photo with texts, using the encoders alone in your own Triton, without this package.
+"""Compare a photo with texts, using only the encoders, in your own Triton, without this package.
 
 python examples/triton_encoders.py HOST:GRPC_PORT model_repository/classify/1 PHOTO TEXT [TEXT ...]
 """

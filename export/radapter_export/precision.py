@@ -37,8 +37,8 @@ from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.files import digest_of
 
 Batches = Sequence[NDArray[np.generic]]
-# Inputs for the calibration of int8: of the user's images, evenly spread (more of them hardly
-# change the ranges), and of the prompts of the label sets, likewise
+# Inputs for the calibration of int8, evenly spread: this many of the user's images (more of them
+# change the ranges little), and this many prompts of the label sets
 IMAGES = 128
 PROMPTS = 512
 _IMAGES_A_BATCH = 8

@@ -101,7 +101,7 @@ class Labels:
     """Candidate labels; one of the first three is required, and at most one with examples.
 
     Args:
-        labels: such as "a cat" "a dog"; synonyms after commas.
+        labels: labels such as "a cat" "a dog"; synonyms after commas.
         labels_file: one label a line, synonyms after commas, # comments.
         label_set: a set that was exported with the release; best for many labels.
         templates: prompts with {} for the label; those of the release or the adapter if not given.
@@ -133,7 +133,7 @@ class Point:
 
     Args:
         adapter: name of an adapter beside the release; the release itself if not given.
-        alpha: from 0 to 1, of the adapter, or of a release that takes any; their own if not given.
+        alpha: α from 0 to 1 of the adapter, or of a release that takes any; their own if not given.
     """
 
     adapter: str | None = None
@@ -378,7 +378,7 @@ def embed_text(
     """Write embeddings of texts: float32 [N, D], unit length.
 
     Args:
-        texts: such as "a photo of a cat."
+        texts: texts such as "a photo of a cat."
         out: .npy file to write.
     """
     check_output("--out", out, ".npy")

@@ -31,7 +31,7 @@ class Settings:
     """Address of the page, its server, and its login.
 
     Args:
-        url: of the server or of a gateway, such as https://HOST:8080; if not given,
+        url: address of the server or of a gateway, such as https://HOST:8080; if not given,
             http://localhost:8000, or grpc://localhost:8001 if only gRPC answers.
         api_key: the key that the gateway asks for; not a flag, which other users could read.
         host: address or name to listen on; any but this machine's own needs a login.

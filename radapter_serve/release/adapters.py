@@ -409,7 +409,7 @@ class Adapters:
             raise TaskError(UNKNOWN_ADAPTER, unknown_name(name, entries))
         entry = entries[known]
         key = self._itself, known, entry.digest
-        # With the state of its files; in place of a damaged one, its error
+        # With the state of its files; instead of a damaged one, its error
         before, loaded = _loaded().get(key) or (None, None)
         if isinstance(loaded, TextAdapter) and not self._mapped:
             return loaded
