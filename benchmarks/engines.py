@@ -126,6 +126,7 @@ async def ask(
     async with AsyncClient(url, batch_size=1, concurrency=callers, retries=0) as client:
         sends: dict[str, Send] = {
             "classify": lambda _: client.classify(image, label_set=LABEL_SET),
+            "embed_image": lambda _: client.embed_images([image]),
             "embed_text": lambda number: client.embed_texts([f"a photo of thing {number}"]),
         }
         await measure(sends[task], Closed(callers), warmup)

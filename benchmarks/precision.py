@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from common import CLASS_NAMES, RESULTS, Process, Report, export, picture, say
-from engines import TASKS, ask, served
+from engines import ask, served
 
 from radapter_client import Client
 
@@ -22,6 +22,7 @@ own client on the same machine. Images are JPEG files of 640 x 480 pixels, again
 in which the servers take turns, one at a time: {seconds:g} s a cell, and {longer:g} s with 64
 callers, after {warmup:g} s that do not count. 1 - cosine is the largest of {images} other pictures
 and 100 texts, against fp32 with ONNX Runtime."""
+TASKS = ("embed_image", "classify", "embed_text")
 IMAGES = 32
 FOLDER = Path(tempfile.gettempdir(), "precision")
 # By name: the release, and the flags of radapter-serve
