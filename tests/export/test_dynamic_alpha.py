@@ -123,15 +123,18 @@ def test_a_soup_is_exported_as_the_average(
     torch.testing.assert_close(dict(merged), expected, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize(("rank", "choice"), [(3, [0.4]), (None, "dynamic"), (3, "dynamic")])
 def test_adapters_on_the_projections_are_exported_folded_and_at_any_alpha(
     rank: int | None,
+    choice: list[float] | str,
     export: Export,
     random_adapter: Callable[..., Adapter],
     tiny_clip_dir: str,
     tmp_path: Path,
 ) -> None:
-    """Images, patches and texts, against the map of the base's unit vectors."""
+    """Images, patches and texts, against the map of the base's unit vectors; the next test has a
+    fold of full rank.
+    """
     path = tmp_path / "adapter.safetensors"
     adapter = random_adapter(adapt="projections", scale=0.1, rank=rank)
     save_adapter(adapter, path)
@@ -140,23 +143,22 @@ def test_adapters_on_the_projections_are_exported_folded_and_at_any_alpha(
     torch_encoder = TorchEncoder(base.model, base.preprocess, "naclip")
     tokens = np.asarray(base.tokenizer(["a cat", "two dogs", ""]).numpy(), np.int32)
     alphas = np.array([[0.0], [0.4], [1.0]], np.float32)
-    for choice in ([0.4], "dynamic"):
-        export(choice, adapter=path, dense="naclip")
-        loaded = load_release(tmp_path / "repository")
-        for key, calls in (
-            ("visual.proj", [("images", pixels), ("patches", pixels)]),
-            ("text_projection", [("tokens", tokens)]),
-        ):
-            matrix = adapter.matrix(key).numpy()
-            for name, rows in calls:
-                plain = getattr(torch_encoder, name)(rows)
-                more = (alphas,) if choice == "dynamic" else ()
-                served = getattr(loaded.encoder, name)(rows, *more)
-                for row, (alpha,) in enumerate(alphas if more else [(0.4,)] * 3):
-                    vectors = plain[row].reshape(-1, plain.shape[-1])
-                    expected = map_embeddings(vectors, matrix, float(alpha))
-                    ours = served[row].reshape(expected.shape)
-                    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    more = (alphas,) if choice == "dynamic" else ()
+    export(choice, adapter=path, dense="naclip")
+    loaded = load_release(tmp_path / "repository")
+    for key, calls in (
+        ("visual.proj", [("images", pixels), ("patches", pixels)]),
+        ("text_projection", [("tokens", tokens)]),
+    ):
+        matrix = adapter.matrix(key).numpy()
+        for name, rows in calls:
+            plain = getattr(torch_encoder, name)(rows)
+            served = getattr(loaded.encoder, name)(rows, *more)
+            for row, (alpha,) in enumerate(alphas if more else [(0.4,)] * 3):
+                vectors = plain[row].reshape(-1, plain.shape[-1])
+                expected = map_embeddings(vectors, matrix, float(alpha))
+                ours = served[row].reshape(expected.shape)
+                np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
