@@ -269,11 +269,14 @@ class Quota:
 
 
 class ConcurrencyLimit:
-    """Limits the number of running requests, and of requests that wait for a slot."""
+    """Limits the number of running requests, and of requests that wait for a slot; `what` names
+    them to who is refused.
+    """
 
-    def __init__(self, max_running: int, max_waiting: int) -> None:
+    def __init__(self, max_running: int, max_waiting: int, what: str = "requests") -> None:
         self._max_running = max_running
         self._max_waiting = max_waiting
+        self._what = what
         self._free = asyncio.Semaphore(max_running)
         self.running = 0
         self.waiting = 0
@@ -286,8 +289,8 @@ class ConcurrencyLimit:
             raise Refused(
                 429,
                 OVERLOADED,
-                f"{self._max_running} requests run and {self._max_waiting} wait; try again in a"
-                " moment",
+                f"{self._max_running} {self._what} run and {self._max_waiting} wait; try again in"
+                " a moment",
             )
         self.waiting += 1
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +16,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from radapter_client import Reply
 from radapter_client.grpc import CHANNEL, decode, encode
-from radapter_serve.gateway.access import Threads
+from radapter_serve.gateway.access import ConcurrencyLimit, Threads
 from radapter_serve.gateway.upstream import (
     LOG,
     SHORT_TIMEOUT,
@@ -27,6 +29,11 @@ from radapter_serve.gateway.upstream import (
 
 RESOLVE_SECONDS = 30.0  # between DNS lookups, which find servers that were added
 MAX_DRAIN_SECONDS = 3600.0  # for requests under way on a replaced channel
+# Searches with a condition that Triton has at once, and those that wait for them here: a process of
+# its `retrieve` runs one at a time, and would let the searches of others wait behind all of them.
+CONDITIONS = 2
+WAITING_CONDITIONS = 16
+MMAP_THRESHOLD = -3, 2**20  # the parameter of glibc's mallopt, and bytes
 # Each address of the name is a server: take them in turn.
 _CHANNEL = [*CHANNEL, ("grpc.lb_policy_name", "round_robin")]
 
@@ -38,6 +45,12 @@ class Triton:
         self._address = address
         self._now = now
         self._converting = Threads(1, "convert")
+        self._conditions = ConcurrencyLimit(
+            CONDITIONS, WAITING_CONDITIONS, "requests with a condition"
+        )
+        # By default glibc keeps most memory of large answers, after they were sent.
+        with contextlib.suppress(AttributeError, OSError):  # only glibc has this
+            ctypes.CDLL(None).mallopt(*MMAP_THRESHOLD)
         self._closing: set[asyncio.Future[None]] = set()
         self._open()
 
@@ -64,7 +77,12 @@ class Triton:
         message.id = entry.id
         trace = entry.traceparent
         metadata = () if trace is None else (("traceparent", trace),)
-        answer = await self._ask(self._stub.ModelInfer, message, timeout, metadata)
+        end = self._now() + timeout
+        async with contextlib.AsyncExitStack() as stack:
+            if "where" in request.inputs:  # the log counts its wait as Triton's time
+                await stack.enter_async_context(self._conditions.slot(Entry(entry.id)))
+            left = max(end - self._now(), 1e-3)
+            answer = await self._ask(self._stub.ModelInfer, message, left, metadata)
         decoded = partial(decode, answer)
         return decoded() if answer.ByteSize() <= SMALL else await self._converting.run(decoded)
 

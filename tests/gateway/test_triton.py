@@ -21,7 +21,12 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from radapter_client import Reply
 from radapter_client.grpc import decode
-from radapter_serve.gateway.triton import RESOLVE_SECONDS, Triton
+from radapter_serve.gateway.triton import (
+    CONDITIONS,
+    RESOLVE_SECONDS,
+    WAITING_CONDITIONS,
+    Triton,
+)
 from radapter_serve.gateway.upstream import Entry, Inference, Refused, from_status
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_server import release
@@ -139,6 +144,36 @@ def test_arrays_are_sent_and_arrays_come_back() -> None:
     assert 20 < recorder.seconds < 31  # gRPC rounds the time that is left
     _, recorder = recorded(lambda triton: triton.infer(ASKED, 10, ENTRY))
     assert "traceparent" not in recorder.metadata
+
+
+def test_searches_with_a_condition_take_turns_and_others_pass_them() -> None:
+    condition = Inference("retrieve", "", {"where": np.array([b"id = 'a'"], object)})
+    plain = Inference("retrieve", "", {})
+
+    async def main() -> list[str]:
+        outcomes: list[str] = []
+
+        async def ask(triton: Triton, request: Inference, name: str) -> None:
+            try:
+                await triton.infer(request, 30, ENTRY)
+            except Refused as error:
+                name = error.code
+            outcomes.append(name)
+
+        async with listening(Server(takes=0.5)) as address:
+            triton = Triton(address)
+            try:
+                count = CONDITIONS + WAITING_CONDITIONS + 1
+                asked = [ask(triton, condition, "condition") for _ in range(count)]
+                await asyncio.gather(*asked, ask(triton, plain, "plain"))
+            finally:
+                await triton.close()
+        return outcomes
+
+    outcomes = asyncio.run(main())
+    assert outcomes[0] == "overloaded"
+    assert "plain" in outcomes[: CONDITIONS + 2]
+    assert outcomes.count("condition") == CONDITIONS + WAITING_CONDITIONS
 
 
 @pytest.mark.parametrize(("count", "thread"), [(8, "MainThread"), (10_000, "convert")])
