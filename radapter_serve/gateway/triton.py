@@ -49,7 +49,7 @@ class Triton:
             CONDITIONS, WAITING_CONDITIONS, "requests with a condition"
         )
         # By default glibc keeps most memory of large answers, after they were sent.
-        with contextlib.suppress(AttributeError, OSError):  # only glibc has this
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has this
             ctypes.CDLL(None).mallopt(*MMAP_THRESHOLD)
         self._closing: set[asyncio.Future[None]] = set()
         self._open()
