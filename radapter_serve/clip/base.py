@@ -150,14 +150,15 @@ def load_base(name: str, pretrained: str | None = None, *, images: bool = True) 
         source = f"{LOCAL}{folder}"
         config = _local_config(folder)
     else:
+        config = {} if os.sep in name or ":" in name else open_clip.get_model_config(name)
+        if not config and Path(name).is_dir():
+            raise RAdapterError(f"{name} is a folder; name it {LOCAL}{name}")
         if os.sep in name:
-            if Path(name).is_dir():
-                raise RAdapterError(f"{name} is a folder; name it {LOCAL}{name}")
             raise RAdapterError(
                 f"there is no folder {name}; allowed: local-dir:PATH, hf-hub:NAME, or a name of"
                 " open_clip such as ViT-B-32"
             )
-        if ":" in name or (architecture := open_clip.get_model_config(name)) is None:
+        if not config:
             if "naflex" in name.lower():
                 raise RAdapterError(f"{name} is {NAFLEX}")
             names = open_clip.list_models()
@@ -167,7 +168,6 @@ def load_base(name: str, pretrained: str | None = None, *, images: bool = True) 
                 f"unknown model {name!r}; allowed: local-dir:PATH, hf-hub:NAME, or one of"
                 f" {', '.join(similar[:20])}"
             )
-        config = architecture
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not pretrained or not (pretrained in tags or Path(pretrained).is_file()):
             raise RAdapterError(

@@ -242,12 +242,18 @@ def test_a_local_checkpoint_gets_the_activation_that_it_tells(
 
 
 @pytest.mark.parametrize("name", ["clips/mine", "./mine", "/nowhere/mine"])
-def test_a_bare_path_is_told_that_there_is_no_such_folder(name: str, tmp_path: Path) -> None:
+def test_a_bare_path_is_told_that_there_is_no_such_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(RAdapterError, match=f"^there is no folder {name}; ") as error:
         load_base(name)
     assert len(str(error.value)) < 120
     with pytest.raises(RAdapterError, match=f"is a folder; name it local-dir:{tmp_path}"):
         load_base(str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RAdapterError, match="^mine is a folder; name it local-dir:mine$"):
+        load_base("mine")
 
 
 @pytest.mark.parametrize(("tower", "part"), [("image", "vision_cfg"), ("text", "text_cfg")])
