@@ -145,7 +145,9 @@ class LoadedRelease:
         maps_adapters: bool = False,
     ) -> None:
         self.release = release
-        self.exported_alpha = float(np.float32(release.alpha))  # `at` does not change it
+        # `at` does not change these.
+        self.exported_alpha = float(np.float32(release.alpha))
+        self._exported_tower = release.text_tower.digest(release.alpha)
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.preprocess = Preprocess.from_dict(release.preprocess)
@@ -194,11 +196,11 @@ class LoadedRelease:
     def stored_prompts(
         self, lines: Sequence[str], templates: Sequence[str], place: Place
     ) -> NDArray[np.float32] | None:
-        """Embeddings of the base for all prompts of a label set with these labels and templates, in
-        the order of `load_prompts`; None if the export has stored none for this place.
+        """Embeddings without an adapter for all prompts of a label set with these labels and
+        templates, in the order of `load_prompts`; None if the export has stored none for the place.
         """
         adapter = place.adapter
-        if adapter is None or adapter.facts.text_tower != self.release.text_tower.base:
+        if adapter is None or adapter.facts.text_tower != self._exported_tower:
             return None
         for name, label_set in self.label_sets.items():
             if label_set.lines == tuple(lines) and label_set.templates == tuple(templates):

@@ -23,7 +23,7 @@ from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.labels import prompts_of, split_label
 from radapter_serve.encoders.batcher import complete
-from radapter_serve.encoders.loaded import load_release
+from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.encoders.precision import bf16_of_processor
 from radapter_serve.engine.engine import Engine
 from radapter_serve.index.build import build
@@ -255,12 +255,25 @@ class TestStoredPrompts:
         place = loaded.place(Point("anna", 0.5))
         mapped = complete(embed_label_set(loaded, Labels(label_set="animals"), place, None))
         np.testing.assert_allclose(mapped.embeds, means, atol=1e-6)
-        # The prompts are of the base: an adapter of another tower has none.
+        # The prompts are of the exported text tower: an adapter of another tower has none.
         names = label_set.lines, label_set.templates
         assert loaded.stored_prompts(*names, place) is not None
         facts = replace(place.adapter.facts, text_tower="sha256:" + "0" * 64)
         other = replace(place, adapter=replace(place.adapter, facts=facts))
         assert loaded.stored_prompts(*names, other) is None
+        # That tower may be a fine-tune.
+        tower = replace(loaded.release.text_tower, change="sha256:" + "1" * 64)
+        tuned = LoadedRelease(
+            replace(loaded.release, alpha=0.5, text_tower=tower),
+            loaded.encoder,
+            loaded.tokenizer,
+            read_label_sets=loaded._read_label_sets,
+            adapters=loaded._adapters,
+        )
+        facts = replace(facts, text_tower=tower.digest(0.5))
+        beside = replace(place, adapter=replace(place.adapter, facts=facts))
+        assert tuned.stored_prompts(*names, beside) is not None
+        assert tuned.stored_prompts(*names, place) is None
 
     def test_many_prompts_are_mapped_in_parts(self, engine, monkeypatch):
         expected = self.scores(engine, alpha=0.4)
