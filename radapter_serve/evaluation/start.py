@@ -335,8 +335,9 @@ def evaluate(
     with status(Console(stderr=True), show=progress) as say:
         how: dict[str, Any] = {**draws, "batch_size": settings.batch_size, "say": say}
         say("loading the model")
+        adapter_file = None if settings.instead else load_adapter(path)
         if auto:  # the run's own α need not be on the grid
-            adapter_file = load_adapter(path)
+            assert adapter_file is not None  # EvaluationSettings.check
             metadata = adapter_file.metadata
             alphas = sorted({*alphas, metadata.alpha})
             # A run without validation data may have chosen α with cross-validation.
@@ -386,13 +387,13 @@ def evaluate(
             folder.mkdir(parents=True, exist_ok=True)
             files.append(draw_choice(choice, folder))
     notes = [*(choice.notes if choice else kept_notes(rows))]
-    if not settings.instead and "projection" in load_adapter(path).metadata.recipe.get("adapt", ""):
+    if adapter_file and "projection" in adapter_file.metadata.recipe.get("adapt", ""):
         accuracies: dict[tuple[str, int], dict[float, float]] = {}
         for row in rows:
             if row.alpha is not None and row.metric == "acc1" and row.classes and row.shift == "id":
                 of_set = accuracies.setdefault((row.dataset, row.classes), {})
                 of_set[row.alpha] = row.metrics["acc1"]
-        classes = load_adapter(path).metadata.classes
+        classes = adapter_file.metadata.classes
         if choice and classes and {each.metric for each in choice.sets.values()} == {"acc1"}:
             of_alpha = {point.alpha: point.score for point in choice.curve}
             accuracies = accuracies or {("", len(classes)): of_alpha}
