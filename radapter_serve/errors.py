@@ -50,6 +50,11 @@ def reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def cause(error: BaseException) -> str:
+    """The system's words for an OSError, without its path; else the `reason`."""
+    return str(getattr(error, "strerror", None) or reason(error))
+
+
 def short(value: Any) -> str:
     """Shorten a value for one line of a message, to about 40 characters."""
     return value[:40] if isinstance(value, str) and value.isprintable() else reprlib.repr(value)
@@ -89,7 +94,7 @@ def one_line(extra: str | None = None) -> Iterator[None]:
         raise RAdapterError(f"{missing} is not installed; {install}") from error
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        raise RAdapterError(f"{place}{error.strerror or reason(error)}") from error
+        raise RAdapterError(f"{place}{cause(error)}") from error
 
 
 def lazily(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:

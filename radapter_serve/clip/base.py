@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from radapter_serve.clip.towers import pool_type, text_tower
 from radapter_serve.clip.transformers import NAFLEX, read
-from radapter_serve.errors import RAdapterError, quiet, reason, short
+from radapter_serve.errors import RAdapterError, cause, quiet, reason, short
 from radapter_serve.files import check_model_file
 from radapter_serve.sources import (
     HUB,
@@ -384,9 +384,8 @@ def _check_files(folder: Path) -> None:
             try:
                 check_model_file(path)
             except (OSError, ValueError) as error:
-                why = getattr(error, "strerror", None) or reason(error)
                 raise RAdapterError(
-                    f"could not load {path}: {why}; take it out of the model's folder, or"
+                    f"could not load {path}: {cause(error)}; take it out of the model's folder, or"
                     " fetch the model again"
                 ) from error
     if (folder / "adapter_config.json").exists():

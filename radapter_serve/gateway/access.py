@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from radapter_serve.contract.errors import OVERLOADED, UNKNOWN_ADAPTER
 from radapter_serve.contract.labels import known_as
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError, cause
 from radapter_serve.files import first_problem, staged, state_of
 from radapter_serve.gateway.upstream import LOG, RATE_LIMITED, UNAUTHORIZED, Entry, Refused
 from radapter_serve.release.adapters import unknown_name
@@ -162,8 +162,7 @@ def new_key(path: Path, name: str) -> str:
             file.write_text(before + line, encoding="utf-8")
         path.chmod(mode)
     except OSError as error:
-        why = getattr(error, "strerror", None) or reason(error)
-        raise RAdapterError(f"cannot write {path}: {why}") from None
+        raise RAdapterError(f"cannot write {path}: {cause(error)}") from None
     return key
 
 
@@ -173,10 +172,9 @@ def _text(path: Path) -> str:
             raise OSError(errno.EINVAL, "it is not a file")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or reason(error)
         raise RAdapterError(
-            f"cannot read the keys {path}: {why}; make a key with: radapter-gateway --api-keys"
-            f" {path} --new-key NAME"
+            f"cannot read the keys {path}: {cause(error)}; make a key with: radapter-gateway"
+            f" --api-keys {path} --new-key NAME"
         ) from None
 
 

@@ -12,7 +12,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError, cause, reason
 from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.connections import Connections
 from radapter_serve.gateway.settings import TIMEOUTS, Settings, Timeouts
@@ -46,7 +46,7 @@ class GatewayServer:
         except (OSError, ssl.SSLError) as error:
             raise RAdapterError(
                 f"--tls-certificate {settings.tls_certificate} and --tls-key {settings.tls_key}:"
-                f" {getattr(error, 'strerror', None) or reason(error)}; give two PEM files that"
+                f" {cause(error)}; give two PEM files that"
                 " belong together"
             ) from None
         family = socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -24,7 +24,7 @@ from PIL import ExifTags, Image
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import MAX_BYTES, oriented, require_images
 from radapter_serve.encoders.loaded import LoadedRelease, release_at
-from radapter_serve.errors import RAdapterError, check_installed, reason
+from radapter_serve.errors import RAdapterError, cause, check_installed, reason
 from radapter_serve.files import digest_of, open_regular, open_table
 from radapter_serve.process import THREADS
 
@@ -103,7 +103,7 @@ def read_rows(path: Path, image_column: str, kind: str | None = None) -> Any:
         with open_table(path) as file:
             table = csv.read_csv(file) if kind == "csv" else _read_parquet(path, file)
     except OSError as error:
-        raise RAdapterError(f"cannot read {path}: {error.strerror or reason(error)}") from None
+        raise RAdapterError(f"cannot read {path}: {cause(error)}") from None
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise RAdapterError(
             f"{path} is not {kind.upper()} that can be read: {reason(error)}"

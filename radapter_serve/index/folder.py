@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.contract.errors import Cancelled, TaskError, check_cancelled
 from radapter_serve.contract.images import FifoLimit
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError, cause, reason
 from radapter_serve.files import digest_of, map_array, staged, written_array
 from radapter_serve.index.conditions import Met, evaluate, text_array
 from radapter_serve.index.facts import FACTS, FileFacts, Hit, Index, IndexFacts
@@ -145,10 +145,8 @@ def map_vectors(path: Path, rows: Path, ids: pa.ChunkedArray, *, unique: bool) -
     try:
         vectors = map_array(path)
     except (OSError, ValueError) as error:
-        why = reason(error)
-        if isinstance(error, OSError):
-            why = error.strerror or why
-        elif "Python objects" in why:
+        why = cause(error)
+        if "Python objects" in why:
             why = "it holds Python objects, which could run code and are never unpickled"
         raise RAdapterError(f"could not read the vectors {path}: {why:.200}; {allowed}") from None
     if vectors.ndim != 2 or vectors.dtype.kind != "f":

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from radapter_serve.contract.embeddings import Cache, map_embeddings
 from radapter_serve.contract.errors import ADAPTER_FAILED, UNKNOWN_ADAPTER, TaskError, redact
 from radapter_serve.contract.labels import check_prompts, is_name, known_as, merge_same_names
-from radapter_serve.errors import RAdapterError, check_installed, reason
+from radapter_serve.errors import RAdapterError, cause, check_installed, reason
 from radapter_serve.files import (
     check_model_file,
     checker,
@@ -324,7 +324,7 @@ def load(repository: Path, name: str, entry: Entry, *, mapped: bool = False) -> 
     except ValidationError as error:
         why = first_problem(error)
     except OSError as error:
-        why = error.strerror or reason(error)
+        why = cause(error)
     except (RAdapterError, ValueError) as error:
         why = redact(reason(error))
     else:
