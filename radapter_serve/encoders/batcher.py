@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
+from numpy.typing import NDArray
+
 from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     OVERLOADED,
@@ -21,10 +23,10 @@ from radapter_serve.contract.errors import (
     TaskError,
     task_error,
 )
-from radapter_serve.encoders.loaded import Need, Rows, TaskSteps
+from radapter_serve.encoders.loaded import Need, TaskSteps
 
 A = TypeVar("A")
-Result: TypeAlias = "Rows | TaskError"
+Result: TypeAlias = "NDArray[Any] | TaskError"
 
 MOST_ROWS = 256  # rows of several tasks in one batch
 
@@ -35,7 +37,7 @@ def encode_together(needs: Sequence[Need]) -> list[Result]:
     results: list[Result] = []
     if needs[0].part == "pixels":
         # Start to decode the images of all needs, before waiting for the first.
-        waits: list[Callable[[], Rows] | None] = []
+        waits: list[Callable[[], NDArray[Any]] | None] = []
         for need in needs:
             try:
                 waits.append(loaded.decoder.start(need.rows, need.cancelled, loaded.large_images))

@@ -1,4 +1,4 @@
-"""`Encoder`, which encodes images and texts of one release: `GraphEncoder` runs its exported
+"""`Encoder`, which encodes images and texts of one release: `GraphEncoder` calls its exported
 graphs, `ServerEncoder` asks a live server; and the timed spans of a request.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.contract.embeddings import DEFAULT_POINT, Point
-from radapter_serve.contract.errors import ENCODER_FAILED, Alpha, TaskError, redact
+from radapter_serve.contract.errors import ENCODER_FAILED, Alpha, Encode, TaskError, redact
 from radapter_serve.encoders.runtimes import load_graph
 from radapter_serve.release.repository import RUNTIMES, TENSORRT
 
@@ -41,9 +41,11 @@ class Encoder(Protocol):
 
 
 class GraphEncoder:
-    """The graphs of a release in this process: image_encoder, text_encoder, patch_encoder."""
+    """The graphs of a release by their names: image_encoder, text_encoder, patch_encoder; in this
+    process, or functions that ask Triton for them.
+    """
 
-    def __init__(self, graphs: Mapping[str, EncoderGraph]) -> None:
+    def __init__(self, graphs: Mapping[str, Encode]) -> None:
         self.graphs = graphs
 
     def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
@@ -63,6 +65,8 @@ class GraphEncoder:
         try:
             with span(name):
                 return graph(rows) if alpha is None else graph(rows, alpha)
+        except TaskError:
+            raise
         except Exception as error:  # runtimes' errors have no common base
             raise TaskError(ENCODER_FAILED, f"{name} failed: {redact(str(error))}") from error
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.contract.embeddings import DEFAULT_POINT, Cache, Point
 from radapter_serve.contract.errors import (
+    NOT_CALIBRATED,
     UNKNOWN_ADAPTER,
     Cancelled,
     TaskError,
@@ -48,27 +49,16 @@ from radapter_serve.release.adapters import (
     unknown_name,
 )
 from radapter_serve.release.agreement import Samples, compare
-from radapter_serve.release.release import Confidence, Release, fitted_at
+from radapter_serve.release.release import HOW_TO_CALIBRATE, Confidence, Release
 from radapter_serve.release.repository import find_release
 
 A = TypeVar("A")
 Part: TypeAlias = Literal["pixels", "images", "patches", "tokens"]
-Rows = NDArray[np.generic]
 
 # Images in one call of the encoder. More are slower on a CPU: the activations between the layers no
 # longer fit into its cache. In bf16 they do, and 64 at once are encoded faster than 16.
 CHUNK = 16
 MAX_LABELS = 20_000  # labels and prompts whose embeddings a cache keeps
-
-
-class Tokenize(Protocol):
-    """Turns texts into token ids, as `Tokenizer` does."""
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text."""
-
-    def batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
-        """Rows of `encode` padded to one length, int32 [N, L]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +126,7 @@ class LoadedRelease:
         self,
         release: Release,
         encoder: Encoder,
-        tokenizer: Tokenize,
+        tokenizer: Tokenizer | ServerEncoder,
         *,
         read_label_sets: Callable[[LoadedRelease], Mapping[str, LabelSet]] = lambda loaded: {},
         indexes: Path = Path("indexes"),
@@ -220,12 +210,23 @@ class LoadedRelease:
 
     def confidence(self, place: Place) -> Confidence:
         """The calibration of the release or the adapter; refuses another α than that of its fit."""
-        if place.adapter is None:
-            what = "this release"
-            return fitted_at(what, self.release.confidence, self.exported_alpha, place.alpha)
-        facts = place.adapter.facts
-        what = f"the adapter {place.adapter.name}"
-        return fitted_at(what, facts.confidence, facts.alpha, place.alpha, CALIBRATED_RUN)
+        what = "this release"
+        advice = HOW_TO_CALIBRATE
+        fitted = self.exported_alpha
+        confidence = self.release.confidence
+        if place.adapter is not None:
+            what = f"the adapter {place.adapter.name}"
+            advice = CALIBRATED_RUN
+            fitted = place.adapter.facts.alpha
+            confidence = place.adapter.facts.confidence
+        if confidence is None:
+            raise TaskError(NOT_CALIBRATED, f"{what} has no calibrated scores; {advice}")
+        if np.float32(place.alpha) != np.float32(fitted):
+            raise TaskError(
+                NOT_CALIBRATED,
+                f"the scores of {what} are calibrated at alpha {fitted:g}, not at {place.alpha:g}",
+            )
+        return confidence
 
     def place(self, point: Point | Place = DEFAULT_POINT) -> Place:
         """Check a point of a request, and look its adapter up; a `Place` is as it is."""

@@ -109,14 +109,13 @@ def build_engines(
     their runtime; engines that fit already are kept.
     """
     check_repository(repository)
-    if not encoders_of(repository):
-        raise RAdapterError(
-            f"the model repository {repository} holds no encoder; make one with: radapter-export"
-        )
-    find_gpu()
-    import_tensorrt()
     with lock(repository, "radapter-export or radapter-build-engine"):
         encoders = encoders_of(repository)
+        if not encoders:
+            raise RAdapterError(
+                f"the model repository {repository} holds no encoder; make one with:"
+                " radapter-export"
+            )
         # Build the engines that do not fit, and keep the others.
         engines = []
         for encoder in encoders:

@@ -30,7 +30,6 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.gateway import kserve, openai, openapi
 from radapter_serve.gateway.access import (
-    ANYONE,
     ConcurrencyLimit,
     Key,
     Keys,
@@ -173,17 +172,14 @@ class Gateway:
         """Connect to the upstream for the block, during which `app` answers."""
         self._upstream = self._connect()
         repository = self._settings.model_repository
-        rechecks = None
+        interval = self._settings.recheck_seconds
+        self._rechecks = None
         asking = None
-        if repository is not None and self._settings.recheck_seconds:
-            rechecks = Rechecks(
-                self._upstream,
-                repository,
-                self._settings.recheck_seconds,
-                self._metrics.count_recheck,
-            )
-            asking = asyncio.ensure_future(rechecks.run())
-        self._health = Health(self._upstream, rechecks)
+        if repository is not None and interval:
+            count = self._metrics.count_recheck
+            self._rechecks = Rechecks(self._upstream, repository, interval, count)
+            asking = asyncio.ensure_future(self._rechecks.run())
+        self._health = Health(self._upstream)
         self._openai = openai.OpenAI(self._upstream, self._model, self._concurrency, repository)
         try:
             yield
@@ -200,12 +196,13 @@ class Gateway:
         return JSONResponse({"live": True})
 
     async def ready(self, request: Request) -> Response:
-        if (why := await self._health.trouble()) is not None:
+        wrong = None if self._rechecks is None else self._rechecks.trouble
+        if (why := wrong or await self._health.trouble()) is not None:
             raise Refused(503, SERVER_UNAVAILABLE, why)
         return JSONResponse({"ready": True})
 
     async def prometheus(self, request: Request) -> Response:
-        if _key(request).adapters is not None:
+        if request.state.key.adapters is not None:
             raise Refused(
                 401,
                 UNAUTHORIZED,
@@ -258,8 +255,8 @@ class Gateway:
         """The releases as OpenAI's list of models, or one of them."""
         name = request.path_params.get("model")
         if name is None:
-            return JSONResponse(await self._openai.models(_key(request)))
-        return JSONResponse(await self._openai.model(name, _key(request)))
+            return JSONResponse(await self._openai.models(request.state.key))
+        return JSONResponse(await self._openai.model(name, request.state.key))
 
     # Inferences
 
@@ -292,7 +289,7 @@ class Gateway:
         # Many short texts, or a text with an emoji, take more memory than in the body.
         lease.hold(max(inference.size, len(body)))
         del body, read
-        key = _key(request)
+        key: Key = request.state.key
         adapters = inference.adapters
         if adapters != {""}:
             entry.adapter = min(adapters)[:200] if len(adapters) == 1 else "several"
@@ -338,7 +335,7 @@ class Gateway:
         del body, read
         self._count_images(request, len(asked.images))
         left = end - time.monotonic()
-        work = self._openai.embed(asked, left, request.state.entry, _key(request))
+        work = self._openai.embed(asked, left, request.state.entry, request.state.key)
         answer, receipt = await _run_until_disconnect(request, work, end)
         request.state.lease.hold(len(answer))
         headers = {kserve.RECEIPT_HEADER: receipt} if receipt else {}
@@ -412,7 +409,7 @@ class Gateway:
         return self._middle if size <= MIDDLE else self._large
 
     def _count_images(self, request: Request, count: int) -> None:
-        quota: Quota | None = request.scope["state"].get("quota")
+        quota: Quota | None = request.state.quota
         if quota is not None:
             quota.images(count)
             self._metrics.count_images(quota.key.name, count)
@@ -428,18 +425,10 @@ class Gateway:
 
 
 class Health:
-    """Probes each task, unless it has answered a caller in the last `FRESH` seconds; `rechecks`
-    says whether an encoder answers wrongly.
-    """
+    """Probes each task, unless it has answered a caller in the last `FRESH` seconds."""
 
-    def __init__(
-        self,
-        upstream: Upstream,
-        rechecks: Rechecks | None = None,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, upstream: Upstream, now: Callable[[], float] = time.monotonic) -> None:
         self._upstream = upstream
-        self._rechecks = rechecks
         self._now = now
         self._answered = dict.fromkeys(TASKS, -FRESH)
         self._probing = asyncio.Lock()
@@ -451,8 +440,6 @@ class Health:
 
     async def trouble(self) -> str | None:
         """The reason why not all tasks work, or None; a failure is cached for `FRESH` seconds."""
-        if self._rechecks is not None and (wrong := self._rechecks.trouble) is not None:
-            return wrong
         async with self._probing:
             when, why = self._failed
             now = self._now()
@@ -488,11 +475,6 @@ async def _closed(request: Request, error: Exception) -> NoReturn:
         " /health/live and /ready"
     )
     raise Refused(getattr(error, "status_code", 404), NOT_FOUND, message)
-
-
-def _key(request: Request) -> Key:
-    key: Key = request.scope["state"].get("key", ANYONE)
-    return key
 
 
 def _named(request: Request) -> tuple[str, str]:

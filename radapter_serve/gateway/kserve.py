@@ -350,13 +350,11 @@ def write(reply: Reply, request: Inference) -> tuple[bytes, dict[str, str]]:
         described.append(_dumps(output))
     head: dict[str, Any] = {"id": request.id} if request.id else {}
     head |= {"model_name": request.model, "model_version": str(reply.version)}
-    receipt = receipt_of(reply)
-    if receipt:
+    headers = {"Content-Type": "application/json"}
+    if receipt := receipt_of(reply):
         head["parameters"] = {RECEIPT: receipt}
-    receipts = {RECEIPT_HEADER: receipt} if receipt else {}
+        headers[RECEIPT_HEADER] = receipt
     text = f'{_dumps(head)[:-1]},"outputs":[{",".join(described)}]}}'.encode()
-    if not request.binary:
-        return text, {"Content-Type": "application/json", **receipts}
-    headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
-    headers |= receipts
+    if request.binary:
+        headers |= {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
     return b"".join([text, *parts]), headers

@@ -27,7 +27,7 @@ from radapter_serve.contract.errors import INTERNAL_ERROR
 from radapter_serve.encoders.encoder import encoder_ms
 from radapter_serve.errors import install_command
 from radapter_serve.gateway import openai
-from radapter_serve.gateway.access import ConcurrencyLimit, Keys, MemoryBudget, Quota
+from radapter_serve.gateway.access import ANYONE, ConcurrencyLimit, Keys, MemoryBudget, Quota
 from radapter_serve.gateway.upstream import CODES, LOG, UNAUTHORIZED, Entry, Refused
 from radapter_serve.process import otlp_endpoint
 from radapter_serve.release.release import TASKS
@@ -60,7 +60,7 @@ def _on_start(send: Send, note: Callable[[Message], object]) -> Send:
 
 @dataclass(frozen=True)
 class RequestId:
-    """Gives every request an `Entry` and an id, which the response repeats."""
+    """Gives every request an `Entry`, an id, which the response repeats, and no key or quota."""
 
     app: ASGIApp
 
@@ -69,7 +69,7 @@ class RequestId:
         # Other characters could forge lines of a log.
         if not _ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
-        scope["state"]["entry"] = Entry(request_id)
+        scope["state"].update(entry=Entry(request_id), key=ANYONE, quota=None)
 
         def add_id(answer: Message) -> None:
             MutableHeaders(scope=answer)[REQUEST_ID] = request_id

@@ -57,10 +57,10 @@ def document() -> Schema:
         schemas[f"{title}Answer"] = _answer(name, task)
         asked = {"$ref": f"#/components/schemas/{title}Request"}
         answer = {"$ref": f"#/components/schemas/{title}Answer"}
-        for place, parameters in (("", ()), ("/versions/{version}", (_VERSION,))):
+        for place, suffix, parameters in _RELEASES:
             paths[f"/v2/models/{name}{place}/infer"] = {
                 "post": {
-                    "operationId": f"{name}{'_by_release' if place else ''}",
+                    "operationId": f"{name}{suffix}",
                     "summary": _SUMMARIES[name],
                     "parameters": [*parameters, _HEADER_LENGTH],
                     "requestBody": {
@@ -95,14 +95,11 @@ def document() -> Schema:
         ("/ready", "model_ready", "Whether a task is ready.", _flag("ready")),
     )
     for end, operation, summary, schema in facts:
-        for place, parameters in (("", ()), ("/versions/{version}", (_VERSION,))):
+        # A task that is not ready answers 400, as Triton does.
+        errors = [400] if end == "/ready" else []
+        for place, suffix, parameters in _RELEASES:
             paths[f"/v2/models/{{model}}{place}{end}"] = _get(
-                f"{operation}{'_by_release' if place else ''}",
-                summary,
-                schema,
-                [_MODEL, *parameters],
-                # A task that is not ready answers 400, as Triton does.
-                [400] if end == "/ready" else [],
+                f"{operation}{suffix}", summary, schema, [_MODEL, *parameters], errors
             )
 
     # OpenAI's API
@@ -233,6 +230,11 @@ _VERSION: Schema = {
     "description": "Number of the release.",
     "schema": {"type": "string", "pattern": "^[1-9][0-9]{0,17}$"},
 }
+# The newest release of a task, and one by its number: path, end of the operation's name, parameters
+_RELEASES: Sequence[tuple[str, str, Sequence[Schema]]] = (
+    ("", "", ()),
+    ("/versions/{version}", "_by_release", (_VERSION,)),
+)
 _HEADER_LENGTH: Schema = {
     "name": kserve.HEADER_LENGTH,
     "in": "header",

@@ -39,7 +39,6 @@ class Rechecks:
         self._interval = interval
         self._count = count
         self._turn = 0
-        self._samples: dict[tuple[int, str], list[Samples]] = {}  # of a row each; few stay here
         self._wrong: dict[tuple[int, str], str] = {}  # why, by release and encoder
 
     @property
@@ -58,7 +57,6 @@ class Rechecks:
 
     async def step(self) -> None:
         """Ask the next encoder for one row."""
-        # Forget releases that are no longer served.
         facts = (await self._upstream.config(TASKS[-1])).facts()
         places = [
             (version, encoder)
@@ -66,18 +64,14 @@ class Rechecks:
             for encoder in ENCODERS
             if (self._repository / encoder / str(version)).is_dir()
         ]
-        for known in (self._samples, self._wrong):
-            for gone in known.keys() - set(places):
-                del known[gone]
+        for gone in self._wrong.keys() - set(places):  # it is no longer served
+            del self._wrong[gone]
         if not places:
             return
         version, encoder = place = places[self._turn % len(places)]
         release = Release.from_dict(facts[version])
-        if place not in self._samples:
-            folder = self._repository / encoder / str(version)
-            samples = await asyncio.to_thread(Samples.load, folder)
-            self._samples[place] = _few(samples, release)
-        rows = self._samples[place]
+        folder = self._repository / encoder / str(version)
+        rows = _few(await asyncio.to_thread(Samples.load, folder), release)
         samples = rows[self._turn // len(places) % len(rows)]
         self._turn += 1
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from radapter_serve.contract.errors import NOT_CALIBRATED, TaskError, request_alpha
+from radapter_serve.contract.errors import TaskError, request_alpha
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import digest_of, staged
@@ -288,23 +286,3 @@ def release_parameters(releases: Iterable[Release]) -> dict[str, str]:
         parameters[f"release.{release.version}"] = text
         parameters["release"] = text
     return parameters
-
-
-def fitted_at(
-    what: str,
-    confidence: Confidence | None,
-    fitted: float,
-    alpha: float,
-    how: str = HOW_TO_CALIBRATE,
-) -> Confidence:
-    """The calibration of a release or an adapter, which `what` names; refuses another α of the
-    embeddings than `fitted`. `how` says how to calibrate it.
-    """
-    if confidence is None:
-        raise TaskError(NOT_CALIBRATED, f"{what} has no calibrated scores; {how}")
-    if np.float32(alpha) != np.float32(fitted):
-        raise TaskError(
-            NOT_CALIBRATED,
-            f"the scores of {what} are calibrated at alpha {fitted:g}, not at {alpha:g}",
-        )
-    return confidence

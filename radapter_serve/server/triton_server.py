@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import grpc
 import numpy as np
-import tritonclient.grpc
 from numpy.typing import NDArray
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.grpc import service_pb2_grpc
 
+from radapter_client.grpc import CHANNEL, decode, encode
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import disk_errors
 from radapter_serve.process import STOPPING, SYSTEM, Clock, handled
@@ -68,7 +69,7 @@ class TritonServer(ReleaseServer):
         control: client of Triton's model control API, while the server runs.
         served: the served releases, and those served before.
         models: the loaded models, and their versions.
-        runtime: runtime of all encoders; None if each has the runtime of its export.
+
         warning: a warning about this machine's shared memory, or None.
 
     Raises:
@@ -267,13 +268,14 @@ class TritonServer(ReleaseServer):
     def _compare(self, releases: Sequence[int], say: Say) -> None:
         """Compare the loaded encoders of releases with torch's embeddings."""
         address = self.grpc_url.removeprefix("grpc://")
-        with tritonclient.grpc.InferenceServerClient(address) as client:
+        with grpc.insecure_channel(address, CHANNEL) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             encoders = encoders_of(self.config.model_repository, releases) if releases else []
             for encoder in encoders:
                 for version in encoder.versions:
                     say(f"comparing {encoder.name} of release {version} with torch's embeddings")
                     computed = replace(encoder, facts=self.facts[version])
-                    check_agreement(computed, version, partial(_encode, client, encoder, version))
+                    check_agreement(computed, version, partial(_embed, stub, encoder, version))
 
     def _run(self, mode: Literal["wb", "ab"]) -> None:
         """Start the process, and wait until all tasks have answered; `mode` begins the log or
@@ -370,26 +372,22 @@ class TritonServer(ReleaseServer):
         return f"{launch.reason_in(log)}; all its messages: radapter-serve --verbose"
 
 
-def _encode(
-    client: tritonclient.grpc.InferenceServerClient,
+def _embed(
+    stub: service_pb2_grpc.GRPCInferenceServiceStub,
     encoder: ServedEncoder,
     version: int,
     *arrays: NDArray[Any],
 ) -> NDArray[np.float32]:
     """Call an encoder of a running server."""
-    tensors = []
-    for named, array in zip(encoder.config.input, arrays, strict=True):
-        dtype = np_to_triton_dtype(array.dtype)
-        tensor = tritonclient.grpc.InferInput(named.name, list(array.shape), dtype)
-        tensors.append(tensor.set_data_from_numpy(array))
+    names = [tensor.name for tensor in encoder.config.input]
+    message = encode(encoder.name, str(version), dict(zip(names, arrays, strict=True)), ())
     for attempt in range(_MAX_ATTEMPTS):
         try:
-            reply = client.infer(encoder.name, tensors, str(version), client_timeout=120.0)
+            [embeds] = decode(stub.ModelInfer(message, timeout=120.0)).outputs.values()
             break
-        except InferenceServerException as error:
+        except grpc.RpcError as error:
             # Callers of the served release may fill the queue.
-            if "UNAVAILABLE" not in str(error.status()) or attempt == _MAX_ATTEMPTS - 1:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or attempt == _MAX_ATTEMPTS - 1:
                 raise
             time.sleep(_PAUSE_SECONDS)
-    [output] = reply.get_response().outputs
-    return np.asarray(reply.as_numpy(output.name), np.float32)
+    return np.asarray(embeds, np.float32)

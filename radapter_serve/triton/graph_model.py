@@ -37,11 +37,6 @@ class GraphModel:
 
     runtime: str  # one of `RUNTIMES`
 
-    @staticmethod
-    def auto_complete_config(config: Any) -> Any:
-        """Complete nothing: the exporter writes every input and output into the config."""
-        return config
-
     def initialize(self, args: dict[str, str]) -> None:
         backlog.of_this_process.open(args["model_name"])
 

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.batcher import run_together
+from radapter_serve.encoders.encoder import GraphEncoder
 from radapter_serve.encoders.labels import load_label_sets
 from radapter_serve.encoders.loaded import LoadedRelease, TaskSteps
 from radapter_serve.index.facts import OPENING_SECONDS
 from radapter_serve.process import INDEXES
 from radapter_serve.release.release import FILE, Release
-from radapter_serve.release.repository import CONFIG
+from radapter_serve.release.repository import CONFIG, ENCODERS
 from radapter_serve.tasks.table import TASKS, embeds_label_set, forms
 from radapter_serve.triton import backlog
 from radapter_serve.triton.responses import answer, cancelled_by, trace_of_request
@@ -143,7 +145,7 @@ def load_version(folder: Path, release: Release) -> LoadedRelease:
         tokenizer = repository / "embed_text" / folder.name / tokenizer.name
     return LoadedRelease(
         release,
-        TritonEncoder(release.version),
+        GraphEncoder({name: partial(_encode, name, release.version) for name in ENCODERS}),
         Tokenizer.load(tokenizer, release.tokenizer),
         read_label_sets=lambda loaded: load_label_sets(folder / "label_sets"),
         indexes=Path(os.environ.get(INDEXES, "indexes")),
@@ -153,48 +155,30 @@ def load_version(folder: Path, release: Release) -> LoadedRelease:
     )
 
 
-class TritonEncoder:
-    """The encoders of one release, called from another model of the same server."""
+def _encode(
+    model: str, version: int, rows: NDArray[Any], alpha: Alpha | None = None
+) -> NDArray[np.float32]:
+    """Call an encoder of the same server."""
+    inputs = [pb.Tensor("tokens" if model == "text_encoder" else "image", rows)]
+    if alpha is not None:
+        inputs.append(pb.Tensor("alpha", alpha))
+    output = model.replace("_encoder", "_embeds")
+    response = pb.InferenceRequest(
+        model_name=model,
+        model_version=version,
+        inputs=inputs,
+        requested_output_names=[output],
+        preferred_memory=pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0),
+        **trace_of_request(),
+    ).exec()
+    if not response.has_error():
+        return np.array(pb.get_output_tensor_by_name(response, output).as_numpy(), np.float32)
 
-    def __init__(self, version: int) -> None:
-        self._version = version
-
-    def images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        return self._call("image_encoder", "image", pixels, alpha, "image_embeds")
-
-    def patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        return self._call("patch_encoder", "image", pixels, alpha, "patch_embeds")
-
-    def tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> NDArray[np.float32]:
-        return self._call("text_encoder", "tokens", tokens, alpha, "text_embeds")
-
-    def close(self) -> None:
-        """Do nothing: the server holds the encoders."""
-
-    def _call(
-        self, model: str, source: str, array: NDArray[Any], alpha: Alpha | None, target: str
-    ) -> NDArray[np.float32]:
-        inputs = [pb.Tensor(source, array)]
-        if alpha is not None:
-            inputs.append(pb.Tensor("alpha", alpha))
-        response = pb.InferenceRequest(
-            model_name=model,
-            model_version=self._version,
-            inputs=inputs,
-            requested_output_names=[target],
-            preferred_memory=pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0),
-            **trace_of_request(),
-        ).exec()
-        if not response.has_error():
-            return np.array(pb.get_output_tensor_by_name(response, target).as_numpy(), np.float32)
-
-        message = response.error().message()
-        failure = read_failure(message)
-        if failure.code is None:
-            print(f"{model} version {self._version} failed: {message}", file=sys.stderr)
-            raise TaskError(
-                ENCODER_FAILED, f"{model} version {self._version} failed: {redact(message)}"
-            )
-        if failure.by_task:
-            raise TaskError(failure.code, failure.message)
-        raise TaskError(failure.code, RETRYABLE[failure.code].format(model))
+    message = response.error().message()
+    failure = read_failure(message)
+    if failure.code is None:
+        print(f"{model} version {version} failed: {message}", file=sys.stderr)
+        raise TaskError(ENCODER_FAILED, f"{model} version {version} failed: {redact(message)}")
+    if failure.by_task:
+        raise TaskError(failure.code, failure.message)
+    raise TaskError(failure.code, RETRYABLE[failure.code].format(model))

@@ -60,7 +60,7 @@ def projecting(
 ) -> LoadedRelease:
     """The release with other facts; `texts` are float32 [N, 16], of unit length."""
     known = {"embed_dim": DIM, "preprocess": {"size": SIZE, "resize_mode": "squash"}, **facts}
-    encoder = Projection(texts)
+    encoder: Any = Projection(texts)
     origin = {"model_repository": "/models of mine"}
     return LoadedRelease(release(**known), encoder, encoder, indexes=indexes, origin=origin)
 
