@@ -48,7 +48,7 @@ from radapter_serve.training.setup import loss_of
 from rivals.benchmark import check_seeds
 from rivals.cells import keep_cell, read_cells
 from rivals.layout import markdown, origin, publish, say
-from rivals.others import OTHER_DATA, Collection, Judged, collection, judge, judged_rows
+from rivals.others import OTHER_DATA, Collection, Judged, collection, judge, judged_rows, names_of
 from rivals.others import Images as TestSet
 from rivals.pacs import PARTS
 from rivals.statistics import Lead, corrected, lead_of
@@ -465,29 +465,41 @@ def by_set(
     return sets
 
 
+Names = Mapping[tuple[str, str, str], NDArray[Any]]  # by split, kind and style, as of `names_of`
+
+
 def leads(
     groups: Mapping[str, Sequence[Judged]],
     base: Sequence[Judged],
     columns: Sequence[Column],
     home: str,
+    names: Names,
 ) -> dict[tuple[str, Column], Lead]:
     """Compute the leads of all rows over the base."""
     measured = {}
     for name, column in product(groups, columns):
         if sets := by_set(groups[name], base, column, home):
-            measured[name, column] = _lead(sets, column[0])
+            measured[name, column] = _lead(sets, column[0], names)
     return measured
 
 
-def _lead(sets: Mapping[tuple[str, str], Mapping[int, NDArray[np.float64]]], kind: str) -> Lead:
+def _lead(
+    sets: Mapping[tuple[str, str], Mapping[int, NDArray[np.float64]]], kind: str, names: Names
+) -> Lead:
     """Compute a lead from differences by split and style, each by seed, or by base."""
     values = [np.stack([*each.values()]) for each in sets.values()]
-    # Both splits have the same other data, and images of their own otherwise.
-    names = [
-        np.array([f"{style if kind == OTHER_DATA else (split, style)}/{n}" for n in range(count)])
-        for (split, style), count in zip(sets, (v.shape[1] for v in values), strict=True)
-    ]
-    return lead_of(values, names)
+    named = []
+    for (split, style), of_seeds in zip(sets, values, strict=True):
+        # Both splits have the same other data, and images of their own otherwise.
+        place = style if kind == OTHER_DATA else (split, style)
+        numbers = np.array([f"{place}/{number}" for number in range(of_seeds.shape[1])])
+        named.append(names.get((split, kind, style), numbers))
+    return lead_of(values, named)
+
+
+def _titled(column: Column) -> str:
+    kind, in_own = column
+    return f"{LABELS[kind]}, {'own style' if in_own else 'elsewhere'}"
 
 
 def over_bases(studies: Sequence[tuple[Sequence[Judged], Sequence[Judged]]], home: str) -> str:
@@ -505,7 +517,7 @@ def over_bases(studies: Sequence[tuple[Sequence[Judged], Sequence[Judged]]], hom
             for key, of_seeds in by_set(of_method, base, column, home).items():
                 joined[key][number] = np.mean([*of_seeds.values()], axis=0)
         if joined:
-            measured[name, column] = _lead(joined, column[0])
+            measured[name, column] = _lead(joined, column[0], {})
     shown = corrected(measured)
     level = ["bases, in %"]
     for kind, in_own in columns:
@@ -515,43 +527,41 @@ def over_bases(studies: Sequence[tuple[Sequence[Judged], Sequence[Judged]]], hom
         ]
         level.append(" ".join(f"{100 * value:.1f}" for value in of_bases))
     lines = [[name, *(shown.get((name, column), "") for column in columns)] for name in names]
-    head = ["", *(f"{LABELS[k]}{', own style' if o else ', elsewhere'}" for k, o in columns)]
-    return markdown(head, [level, *lines])
+    return markdown(["", *map(_titled, columns)], [level, *lines])
 
 
-def table(groups: Mapping[str, Sequence[Judged]], base: Sequence[Judged], home: str) -> str:
+def table(
+    groups: Mapping[str, Sequence[Judged]], base: Sequence[Judged], home: str, names: Names
+) -> str:
     """Make a table of leads over the base, by kind in the trained style and in all others."""
     there = {(row.kind, row.style == home) for row in base}
     columns = [column for column in product(LABELS, (True, False)) if column in there]
-    shown = corrected(leads(groups, base, columns, home))
+    shown = corrected(leads(groups, base, columns, home, names))
     level = ["base, in %"]
     for kind, in_own in columns:
         values = [r.each.mean() for r in base if r.kind == kind and (r.style == home) == in_own]
         level.append(f"{100 * float(np.mean(values)):.1f}")
     lines = [[name, *(shown.get((name, column), "") for column in columns)] for name in groups]
-    head = ["", *(f"{LABELS[k]}{', own style' if o else ', elsewhere'}" for k, o in columns)]
-    return markdown(head, [level, *lines])
+    return markdown(["", *map(_titled, columns)], [level, *lines])
 
 
-def share_of(
+def lead_over(
     rows: Sequence[Judged],
     other: Sequence[Judged],
     base: Sequence[Judged],
     column: Column,
     home: str,
-) -> tuple[Lead, Lead]:
-    """Compute the lead over another row, and what is gained beyond two thirds of its gain."""
-    sets = by_set(rows, base, column, home)
+    names: Names,
+    share: float = 1.0,
+) -> Lead:
+    """Compute what is gained beyond a share of another row's gain, in the seeds of both."""
     others = by_set(other, base, column, home)
-    over = []
-    beyond = []
-    for key, of_seeds in sets.items():
-        seeds = sorted(of_seeds.keys() & others.get(key, {}).keys())
-        ours = np.stack([of_seeds[seed] for seed in seeds])
-        theirs = np.stack([others[key][seed] for seed in seeds])
-        over.append(ours - theirs)
-        beyond.append(ours - 2 / 3 * theirs)
-    return lead_of(over), lead_of(beyond)
+    sets = {}
+    for key, ours in by_set(rows, base, column, home).items():
+        theirs = others[key]
+        seeds = sorted(ours.keys() & theirs.keys())
+        sets[key] = {seed: ours[seed] - share * theirs[seed] for seed in seeds}
+    return _lead(sets, column[0], names)
 
 
 def halves(study: Study, out: Path, kept: Path) -> str:
@@ -563,10 +573,19 @@ def halves(study: Study, out: Path, kept: Path) -> str:
     groups: dict[str, list[Judged]] = defaultdict(list)
     for row in study.rows(out / f"halves-{study.name}.jsonl"):
         groups[row.method].append(row)
+    rivals: dict[str, list[Judged]] = defaultdict(list)
     for row in _kept_rows(kept):
         if {(r.style, r.n) for r in base if r.kind == row.kind} >= {(row.style, row.n)}:
-            groups[f"{row.method}, α {row.alpha:g}"].append(row)
-    parts = [table(groups, base, home)]
+            rivals[f"{row.method}, α {row.alpha:g}"].append(row)
+    groups |= {
+        name: of_rival
+        for name, of_rival in rivals.items()
+        if len({row.seed for row in of_rival}) >= FEWEST
+    }
+    # A text of a search counts once in all styles.
+    all_names = names_of(study.images, study.tests)
+    names = {place: each for place, each in all_names.items() if place[1] == "searches"}
+    parts = [table(groups, base, home, names)]
 
     # By half, since a mean hides a half in which the base has nothing to lose.
     for split in study.images.splits:
@@ -574,19 +593,53 @@ def halves(study: Study, out: Path, kept: Path) -> str:
             name: [row for row in rows if row.split == split] for name, rows in groups.items()
         }
         here = [row for row in base if row.split == split]
-        parts += [f"**{split.capitalize()} trained**", table(of_split, here, home)]
-    if SMALL in groups:
-        lines = []
-        for name, column in product(groups, RULED):
-            if "projection" in name:
-                over, beyond = share_of(groups[name], groups[SMALL], base, column, home)
-                lines.append([name, LABELS[column[0]], str(over), str(beyond)])
-        head = ["", "own style", "ahead of `small`", "gain beyond two thirds of that of `small`"]
-        parts += ["**Against the recipe `small` at α 0.5**", markdown(head, lines)]
+        parts += [f"**{split.capitalize()} trained**", table(of_split, here, home, names)]
+    if SMALL not in groups:
+        return "\n\n".join(parts)
+
+    # Compare each row with ours.
+    over = {
+        (name, column): lead_over(of_method, groups[OURS], base, column, home, names)
+        for name, of_method in groups.items()
+        for column in COMPARED
+        if name not in (OURS, *HEADS)
+    }
+    shown = corrected(over)
+    lines = [
+        [name, *(shown[name, column] for column in COMPARED)]
+        for name in dict.fromkeys(name for name, _ in over)
+    ]
+    head = ["", *map(_titled, COMPARED)]
+    parts += [f"**Ahead of the {OURS}**", markdown(head, lines)]
+    lines = []
+    for name, column in product(groups, RULED):
+        if "projection" in name:
+            against = (groups[name], groups[SMALL], base, column, home, names)
+            ahead = lead_over(*against)
+            beyond = lead_over(*against, share=2 / 3)
+            lines.append([name, LABELS[column[0]], str(ahead), str(beyond)])
+    head = ["", "own style", "ahead of `small`", "gain beyond two thirds of that of `small`"]
+    parts += ["**Against the recipe `small` at α 0.5**", markdown(head, lines)]
     return "\n\n".join(parts)
 
 
+FEWEST = 3  # seeds of a kept row
+BESIDE = (
+    " Rows below the linear probe have the kept cells of methods that train towers (three seeds;"
+    " `drawings/default`, `drawings/others`): `small`, and rivals at rates that validation chose."
+    " FT is full fine-tuning of the image tower with the base's text tower, and its line at α 0.5"
+    " is WiSE-FT. Rows named kept have our regularizers. Mask-Fill, and WiSE-FT as published, learn"
+    " a head for the trained classes, so they can't name others."
+)
+OURS = "text's projection, α 0.5"
 SMALL = "small, α 0.5"
+COMPARED: tuple[Column, ...] = (
+    ("trained", True),
+    ("trained", False),
+    ("others", False),
+    ("others, all labels", False),
+    ("searches", False),
+)
 RULED: tuple[Column, ...] = (
     ("trained", True),
     ("trained, all labels", True),
@@ -596,16 +649,15 @@ RULED: tuple[Column, ...] = (
 
 
 def _kept_rows(folder: Path) -> Iterator[Judged]:
-    """Read the cells of `rivals.default` and `rivals.others`, if the folder has them: of `small` at
-    two α, of others at 0.5, or at 1 if they have no line to the base.
+    """Read the cells of `rivals.default` and `rivals.others`, if the folder has them, at the α that
+    all rows have.
     """
     path = folder / "default" / "default.jsonl"
     for rows in read_cells(path, lambda cell: [Judged(*row) for row in cell["rows"]]):
-        yield from (row for row in rows if row.method == "small" and row.alpha in (0.5, 1.0))
+        yield from (row for row in rows if row.method == "small" and row.alpha in FIXED)
     path = folder / "others" / "others.jsonl"
     for rows in read_cells(path, lambda cell: [Judged(*cell["run"], *row) for row in cell["rows"]]):
-        alpha = min((row.alpha for row in rows if row.alpha >= 0.5), default=None)
-        yield from (row for row in rows if row.alpha == alpha)
+        yield from (row for row in rows if row.alpha in FIXED)
 
 
 def shots(study: Study, out: Path, numbers: Sequence[int]) -> str:
@@ -623,7 +675,7 @@ def shots(study: Study, out: Path, numbers: Sequence[int]) -> str:
         head = f"{number} a class, {home if in_own else 'other styles'}"
         heads.append(head)
         column = ("trained", in_own)
-        for (name, _), lead in leads(groups, base, [column], home).items():
+        for (name, _), lead in leads(groups, base, [column], home, {}).items():
             measured[name, head] = lead
             names[name] = None
     shown = corrected(measured)
@@ -684,7 +736,7 @@ def captions(study: Study, folder: Path, out: Path) -> str:
     for row in rows:
         groups[row.method].append(row)
     columns: list[Column] = [(f"R@{top}", True) for top in (1, 5)]
-    shown = corrected(leads(groups, base, columns, PHOTOS))
+    shown = corrected(leads(groups, base, columns, PHOTOS, {}))
     lines = [["base, in %", *(f"{100 * row.each.mean():.1f}" for row in base)]]
     lines += [[name, *(shown[name, column] for column in columns)] for name in groups]
     return markdown(["", *(f"text to image, {kind}" for kind, _ in columns)], lines)
@@ -811,6 +863,7 @@ def of_one(
         what = (
             f"One half of {len(whole.classes)} classes is trained in one style"
             f" ({next(iter(whole.tests))}), and both are judged; then the other way round."
+            f"{BESIDE if of_drawings else ''}"
         )
         page("Half of the classes", what, content, f"halves-{name}")
         home = next(iter(whole.tests))

@@ -20,9 +20,10 @@ from rivals.projection import (
     by_set,
     few,
     heads,
+    lead_over,
+    leads,
     over_bases,
     retrieved,
-    share_of,
 )
 from rivals.statistics import lead_of
 
@@ -104,9 +105,27 @@ def test_a_gain_is_compared_with_two_thirds_of_another():
     base = rows([[False] * 6])
     ours = rows([[True] * 4 + [False] * 2] * 2)
     theirs = rows([[True] * 6] * 2)
-    ahead, beyond = share_of(ours, theirs, base, ("trained", True), "photo")
+    column = ("trained", True)
+    ahead = lead_over(ours, theirs, base, column, "photo", {})
+    beyond = lead_over(ours, theirs, base, column, "photo", {}, share=2 / 3)
     assert ahead.points == pytest.approx(-100 / 3)
     assert beyond.points == pytest.approx(0)
+
+
+def test_a_text_of_a_search_counts_once_in_all_styles():
+    """Two styles with the same precisions tell no more than one."""
+    precisions = np.array([0.1, 0.5, 0.9, 0.3], np.float16)
+
+    def searches(values: np.ndarray) -> list[Judged]:
+        styles = {("searches", style): values for style in ("line", "pixel")}
+        return judged_rows(styles, "any", "", "all", 0, 1.0)
+
+    base = searches(np.zeros(4, np.float16))
+    ours = searches(precisions)
+    names = {("all", "searches", style): np.arange(4) for style in ("line", "pixel")}
+    column = ("searches", False)
+    lead = leads({"any": ours}, base, [column], "photo", names)["any", column]
+    assert lead.half == pytest.approx(lead_of([precisions.astype(float)[None]]).half)
 
 
 def test_the_captions_of_a_photo_are_one_sample():
