@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -100,6 +100,8 @@ def test_a_folded_projection_maps_the_bases_unit_vectors(
             rows = nn.functional.linear(
                 features.double(), state[f"{key}.weight"], state.get(f"{key}.bias")
             )
+        # The rounding of float32's weights grows with the length that a short row is scaled by.
+        assume(float(rows.norm(dim=1).min()) > 0.5)
         return nn.functional.normalize(rows, dim=1)
 
     expected = mapped(embed(state), adapter.matrix(key), alpha)
