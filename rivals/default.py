@@ -101,13 +101,15 @@ class Tests:
         return names
 
 
-def measure(tests: Tests, candidate: str, split: str, seed: int, threads: int | None) -> Outcome:
+def measure(
+    tests: Tests, base: str, candidate: str, split: str, seed: int, threads: int | None
+) -> Outcome:
     """Train on the half of the classes, choose α on the held-out images, and evaluate."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         run = train(
             "small",
-            architecture=f"{LOCAL}{BASE}",
+            architecture=base,
             pretrained=None,
             workers=0,
             threads=threads,
@@ -123,7 +125,7 @@ def measure(tests: Tests, candidate: str, split: str, seed: int, threads: int | 
         adapter = load_adapter(run)
     assert choice is not None and choice.kept is not None
     alphas = {"auto": choice.alpha, "best": choice.best, "0.5": 0.5, "1": 1.0}
-    system = System(load_base(f"{LOCAL}{BASE}")).eval()
+    system = System(load_base(base)).eval()
     start = {name: value.clone() for name, value in system.model.state_dict().items()}
     rows = []
     for alpha in sorted(set(alphas.values())):
@@ -137,6 +139,7 @@ def default(
     set_name: Literal["drawings", "pacs"],
     data_root: Path,
     out: Path,
+    base: str = f"{LOCAL}{BASE}",
     seeds: tuple[int, ...] = (0, 1, 2),
     only: tuple[str, ...] = (),
     threads: int | None = None,
@@ -148,7 +151,8 @@ def default(
         set_name: images to learn from; the other of the two is the other data.
         data_root: folder with drawings/ and pacs/.
         out: folder of default.md, and of default.jsonl, which keeps finished runs, so that they are
-            not repeated.
+            not repeated; each base needs a folder of its own.
+        base: model to start from; by default the demo's.
         seeds: each row is trained once for each seed and half.
         only: rows to make; by default all.
         threads: to compute with; by default one a core.
@@ -157,10 +161,10 @@ def default(
     limit_threads(threads)
 
     # Read the images, and the runs that the file has.
-    base = load_base(f"{LOCAL}{BASE}")
+    start = load_base(base)
     images = collection(set_name, data_root)
     other = collection(ELSEWHERE[set_name], data_root)
-    tests = Tests(images, read_tests(images, base), other, read_tests(other, base))
+    tests = Tests(images, read_tests(images, start), other, read_tests(other, start))
     path = out / "default.jsonl"
     kept = read_cells(
         path, lambda cell: Outcome(**{**cell, "rows": [Judged(*row) for row in cell["rows"]]})
@@ -172,7 +176,7 @@ def default(
     for split in images.splits:
         place = ("base", split, 0)
         if place not in done:
-            rows = tests.judged(System(base).eval(), "base", split, 0, 0.0)
+            rows = tests.judged(System(start).eval(), "base", split, 0, 0.0)
             done[place] = Outcome(*place, rate=0.0, alphas={}, kept=1.0, seconds=0.0, rows=rows)
             keep_cell(path, {**vars(done[place]), "rows": [astuple(row) for row in rows]})
         before += done[place].rows
@@ -181,7 +185,7 @@ def default(
         if (candidate, split, seed) in done:
             continue
         say(f"{candidate}, {split}, seed {seed}")
-        run = measure(tests, candidate, split, seed, threads)
+        run = measure(tests, base, candidate, split, seed, threads)
         done[candidate, split, seed] = run
         keep_cell(path, {**vars(run), "rows": [astuple(row) for row in run.rows]})
 
@@ -206,7 +210,8 @@ def default(
     parts = [
         "# The default path on other styles, other classes and other data",
         f"{origin('rivals.default')}\n"
-        f"The demo's base; {len(images.classes)} classes, of which one half is trained in its own"
+        f"The demo's base, or that of --base; {len(images.classes)} classes, of which one half is"
+        " trained in its own"
         f" style ({home}) by the recipe small, a fifth of the images held out, and the other half"
         f" is judged too, then the other way round; seeds {', '.join(map(str, seeds))}. The other"
         f" data are {ELSEWHERE[set_name]}, in {len(other.tests)} styles. The base has accuracies in"

@@ -570,6 +570,7 @@ def others(
     set_name: Literal["drawings", "pacs"],
     data_root: Path,
     out: Path,
+    base: str = f"{LOCAL}{BASE}",
     seeds: tuple[int, ...] = (0, 1, 2),
     steps: int = 105,
     only: tuple[str, ...] = (),
@@ -583,7 +584,8 @@ def others(
         data_root: folder with drawings/ or pacs/; if it has openmoji/ too, methods are evaluated on
             these drawings of other names (`benchmarks.drawings.unseen`).
         out: folder of others.md, of its picture, and of others.jsonl, which keeps finished runs, so
-            that they are not repeated.
+            that they are not repeated; each base needs a folder of its own.
+        base: model to start from; by default the demo's.
         seeds: each method is trained once for each seed and half.
         steps: of a run.
         only: rows to make; by default all.
@@ -595,10 +597,10 @@ def others(
 
     # Read the images, and the runs that the file has.
     images = collection(set_name, data_root)
-    base = load_base(f"{LOCAL}{BASE}")
-    tests = read_tests(images, base)
+    start = load_base(base)
+    tests = read_tests(images, start)
     emoji = collection("openmoji", data_root) if (data_root / "openmoji").is_dir() else None
-    emoji_tests = read_tests(emoji, base) if emoji else {}
+    emoji_tests = read_tests(emoji, start) if emoji else {}
     home = next(iter(images.tests))
     known = methods()
     path = out / "others.jsonl"
@@ -620,13 +622,13 @@ def others(
     for split in images.splits:
         key = ("base", "", split, 0)
         if key not in kept:
-            judged = judged_at(System(base).eval(), *key, 0.0)
+            judged = judged_at(System(start).eval(), *key, 0.0)
             rows += judged
             keep_cell(path, {"run": key, "rows": [astuple(row)[4:] for row in judged]})
     before = [row for row in rows if row.method == "base"]
 
     # Train and evaluate the methods.
-    fields = {"steps": steps, "workers": 0, "threads": threads}
+    fields = {"architecture": base, "steps": steps, "workers": 0, "threads": threads}
     for seed in seeds:
         for split in images.splits:
             for name, method in known.items():
@@ -661,7 +663,8 @@ def others(
     parts = [
         "# What happens to the other classes",
         f"{origin('rivals.others')}\n"
-        f"The demo's base; {len(images.classes)} classes, of which one half is trained in its own"
+        f"The demo's base, or that of --base; {len(images.classes)} classes, of which one half is"
+        " trained in its own"
         f" style ({home}) and the other half is judged too, then the other way round; seeds"
         f" {', '.join(map(str, seeds))}, {steps} steps of {BATCH} images. The base has accuracies"
         " in %, the others what they lead it by, in points. Splits and styles count alike. OpenMoji"

@@ -502,22 +502,42 @@ def _titled(column: Column) -> str:
     return f"{LABELS[kind]}, {'own style' if in_own else 'elsewhere'}"
 
 
-def over_bases(studies: Sequence[tuple[Sequence[Judged], Sequence[Judged]]], home: str) -> str:
+def over_bases(
+    studies: Sequence[tuple[Sequence[Judged], Sequence[Judged]]],
+    home: str,
+    against: tuple[str, str] | None = None,
+) -> str:
     """Make the table of leads over several bases from the rows and the base's rows of each. The
-    seeds of a base are averaged, so that the interval is over images and bases.
+    seeds of a base are averaged, so that the interval is over images and bases. `against` names two
+    methods, for a row of the first's lead over the second.
     """
     there = {(row.kind, row.style == home) for row in studies[0][1]}
     columns = [column for column in product(LABELS, (True, False)) if column in there]
     names = dict.fromkeys(row.method for row in studies[0][0])
-    measured = {}
-    for name, column in product(names, columns):
-        joined: dict[tuple[str, str], dict[int, NDArray[np.float64]]] = defaultdict(dict)
+
+    def joined(name: str, column: Column) -> dict[tuple[str, str], dict[int, NDArray[np.float64]]]:
+        sets: dict[tuple[str, str], dict[int, NDArray[np.float64]]] = defaultdict(dict)
         for number, (rows, base) in enumerate(studies):
             of_method = [row for row in rows if row.method == name]
             for key, of_seeds in by_set(of_method, base, column, home).items():
-                joined[key][number] = np.mean([*of_seeds.values()], axis=0)
-        if joined:
-            measured[name, column] = _lead(joined, column[0], {})
+                sets[key][number] = np.mean([*of_seeds.values()], axis=0)
+        return sets
+
+    measured = {}
+    for name, column in product(names, columns):
+        if sets := joined(name, column):
+            measured[name, column] = _lead(sets, column[0], {})
+    if against:
+        title = f"{against[0]}, ahead of {against[1]}"
+        names[title] = None
+        for column in columns:
+            ours, theirs = (joined(name, column) for name in against)
+            differences = {
+                key: {number: values - theirs[key][number] for number, values in by_base.items()}
+                for key, by_base in ours.items()
+            }
+            if differences:
+                measured[title, column] = _lead(differences, column[0], {})
     shown = corrected(measured)
     level = ["bases, in %"]
     for kind, in_own in columns:

@@ -32,7 +32,6 @@ def test_all_three_kinds_at_each_choice_and_no_run_twice(
     other = collection_of(images, ("elsewhere",), 4, fields)
     known = {"pacs": collection_of(images, ("own", "other"), 6, fields), "drawings": other}
     monkeypatch.setattr(default, "collection", lambda name, root: known[name])
-    monkeypatch.setattr(default, "BASE", tiny_clip_dir.removeprefix("local-dir:"))
     monkeypatch.setattr(default, "CANDIDATES", {"small": {}})
     adapters = []
     chosen: list[Evaluation] = []
@@ -50,6 +49,7 @@ def test_all_three_kinds_at_each_choice_and_no_run_twice(
     monkeypatch.setattr(default, "evaluate", evaluated)
     out = tmp_path / "out"
     call = ["--set-name", "pacs", "--data-root", str(tmp_path), "--out", str(out), "--seeds", "0"]
+    call += ["--base", tiny_clip_dir]
     assert default.main(call) == 0
     page = (out / "default.md").read_text(encoding="utf-8")
     for name in ("auto", "best", "0.5", "1"):

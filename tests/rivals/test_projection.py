@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -146,3 +147,15 @@ def test_the_seeds_of_a_base_are_averaged_and_bases_take_their_place():
     means = np.array([[1.0] * 4 + [0.0] * 2, [0.5] * 2 + [0.0] * 4])
     assert f"| any | {lead_of([means])} |" in page.replace("**", "")
     assert f"{lead_of([means]).points:.1f}" == "41.7"
+
+
+def test_a_method_is_ahead_of_another_in_the_mean_of_each_bases_seeds():
+    base = rows([[False] * 6])
+    ours = [replace(row, method="ours") for row in rows([[True] * 6, [True] * 4 + [False] * 2])]
+    studies = [
+        (ours + rows([right] * 2), base) for right in ([True, True] + [False] * 4, [True] * 6)
+    ]
+    page = over_bases(studies, "photo", ("ours", "any")).replace("**", "")
+    of_ours = np.array([1.0] * 4 + [0.5] * 2)
+    of_any = np.array([[1.0] * 2 + [0.0] * 4, [1.0] * 6])
+    assert f"| ours, ahead of any | {lead_of([of_ours - of_any])} |" in page
