@@ -213,7 +213,8 @@ def measure(
         images: of the index.
         releases: small releases to serve in place of adapters; 0 for none.
         short: 1 and 64 callers, two rounds of 1.5 s, and 50 images: some minutes.
-        results: folder of the report.
+        results: folder of the report, which is written after each cell; Triton alone has a file of
+            its own.
     """
     if short:
         callers = (1, 64)
@@ -229,10 +230,26 @@ def measure(
         passes=PASSES,
     )
     file = f"adapters-{precision}"
+    if ways == ("triton",):
+        file += "-triton"
     report = Report("adapters", "Adapters beside one release", what, timed=False, file=file)
     random = np.random.default_rng(1)
     most = max(adapters)
     image = picture()
+    rows: list[list[str]] = []
+    starts: dict[Way, list[str]] = {}
+    bare: dict[Way, int] = {}
+
+    def keep(complete: bool = False) -> None:
+        """Write what is measured so far, so that an interrupted run keeps it."""
+        head = ["engine, requests", "adapters", "callers", "plain /s", "named /s", "ratio"]
+        head += ["plain p99 ms", "named p99 ms", "ratio", "errors"]
+        report.table("Requests", head, rows, shown=complete)
+        head = ["engine", "start s", f"with {most}", "MiB without", "MiB for each", "first ms"]
+        head += ["until served s", "1,000 x 80 labels, first s", "again s"]
+        report.table("Start, memory, new adapters", head, list(starts.values()), shown=complete)
+        report.write(results, complete)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         say("exporting")
@@ -249,8 +266,6 @@ def measure(
         flags = ["--indexes", str(indexes)]
 
         # Start and memory without adapters
-        starts: dict[Way, list[str]] = {}
-        bare: dict[Way, int] = {}
         for way in ways:
             say(f"starting {way} without adapters")
             with served(way, repository, flags) as (url, server, start):
@@ -258,13 +273,13 @@ def measure(
                     asyncio.run(rate(url, task, image, itertools.repeat(None), 1, 0.2))
                 bare[way] = proportional(server)
                 starts[way] = [way, f"{start:.1f}"]
+            keep()
 
         say(f"adding {most} adapters")
         begun = time.perf_counter()
         add_many(repository, range(most), rank)
         report.note(f"Adding an adapter took {1e3 * (time.perf_counter() - begun) / most:.0f} ms.")
 
-        rows = []
         for way in ways:
             say(f"starting {way} with {most} adapters")
             with served(way, repository, flags) as (url, server, start), Client(url) as client:
@@ -276,6 +291,13 @@ def measure(
                 for _ in range(PASSES if way == "triton" else 1):
                     asyncio.run(open_all(url, image, [f"a{number}" for number in range(most)]))
                 each = (proportional(server) - bare[way]) / most
+                starts[way] += [
+                    f"{start:.1f}",
+                    f"{bare[way] / MIB:.0f}",
+                    f"{each / MIB:.2f}",
+                    f"{1e3 * opened:.1f}",
+                ]
+                keep()
 
                 # Answers a second and tails, with and without adapters in turn
                 draws = itertools.product(adapters, ("uniform", "skewed"), TASKS, callers)
@@ -290,6 +312,7 @@ def measure(
                     names = [f"a{number}" for number in drawn]
                     cells = compare(url, task, image, names, at_once, seconds, rounds)
                     rows.append([f"{way}, {task}, {draw}", str(count), str(at_once), *cells])
+                    keep()
 
                 # A new adapter: until it has answered, and for the large label set
                 before = client.classify(image, label_set=LABEL_SET, adapter="a0").receipt
@@ -305,20 +328,8 @@ def measure(
                 begun = time.perf_counter()
                 client.classify(image, label_set=LARGE, adapter="a0")
                 again = time.perf_counter() - begun
-                starts[way] += [
-                    f"{start:.1f}",
-                    f"{bare[way] / MIB:.0f}",
-                    f"{each / MIB:.2f}",
-                    f"{1e3 * opened:.1f}",
-                    f"{added:.3f}",
-                    f"{large:.2f}",
-                    f"{again:.2f}",
-                ]
-        head = ["engine, requests", "adapters", "callers", "plain /s", "named /s", "ratio"]
-        report.table("Requests", [*head, "plain p99 ms", "named p99 ms", "ratio", "errors"], rows)
-        head = ["engine", "start s", f"with {most}", "MiB without", "MiB for each", "first ms"]
-        head += ["until served s", "1,000 x 80 labels, first s", "again s"]
-        report.table("Start, memory, new adapters", head, list(starts.values()))
+                starts[way] += [f"{added:.3f}", f"{large:.2f}", f"{again:.2f}"]
+                keep()
         report.note(
             "MiB are proportional (PSS), after requests of all tasks and adapters."
             " First: the first request of an adapter. Until served: a replaced adapter is written,"
@@ -331,8 +342,9 @@ def measure(
             " 2,000 of them on an A100."
         )
         if releases:
+            keep()
             report.note(small_releases(folder / "small", releases))
-    report.write(results)
+    keep(complete=True)
 
 
 if __name__ == "__main__":

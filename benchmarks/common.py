@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 
 from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
 from radapter_serve.clip.base import load_base
+from radapter_serve.files import staged
 
 T = TypeVar("T")
 # Else open_clip warns of random weights, which are meant here.
@@ -261,14 +262,22 @@ class Report:
         self._parts: dict[str, str] = {}
         self._console = Console(width=120)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Add a table, or replace that of the same title."""
-        table = Table(title=title)
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*row)
-        self._console.print(table)
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        shown: bool = True,
+    ) -> None:
+        """Add a table, or replace that of the same title; cells that a row lacks are empty."""
+        rows = [[*row, *[""] * (len(columns) - len(row))] for row in rows]
+        if shown:
+            table = Table(title=title)
+            for number, column in enumerate(columns):
+                table.add_column(column, justify="right" if number else "left")
+            for row in rows:
+                table.add_row(*row)
+            self._console.print(table)
         rule = ["---", *["---:"] * (len(columns) - 1)]
         lines = [f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows)]
         self._parts[title] = "\n".join([f"**{title}**", "", *lines])
@@ -278,15 +287,20 @@ class Report:
         self._console.print(text, markup=False, highlight=False)
         self._parts[text] = text
 
-    def write(self, folder: Path) -> None:
-        """Write FOLDER/FILE.md."""
+    def write(self, folder: Path, complete: bool = True) -> None:
+        """Write FOLDER/FILE.md; a report that is not complete says so."""
         command = " ".join(["python", f"benchmarks/{self.name}.py", *sys.argv[1:]])
         head = [
             f"# {self.title}",
             f"`{command}`, {datetime.date.today().isoformat()}. {self._machine}.",
             f"{self.what} {_TIMES}" if self.timed else self.what,
         ]
+        if not complete:
+            head.append("**Not complete: the run had not ended when this was written.**")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.file or self.name}.md"
-        path.write_text("\n\n".join([*head, *self._parts.values()]) + "\n", encoding="utf-8")
-        say(f"wrote {path}")
+        with staged(path) as temporary:
+            text = "\n\n".join([*head, *self._parts.values()])
+            temporary.write_text(text + "\n", encoding="utf-8")
+        if complete:
+            say(f"wrote {path}")
