@@ -34,9 +34,9 @@ from radapter_serve.clip.transformers import (
     quiet,
     to_transformers,
 )
+from radapter_serve.contract.errors import Encode
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import disk_errors, staged, staged_folder
-from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.sources import CARD
 
@@ -143,40 +143,44 @@ def base_form(base: Base) -> Form:
     return form
 
 
-def save_form(folder: Path, base: Base, form: Form, state_dict: Mapping[str, Tensor]) -> int:
-    """Write a model with processor and tokenizer; returns the bytes of its weights."""
-    with quiet():
-        with staged(folder / WEIGHTS) as path:
-            tensors = to_transformers(state_dict, form)
-            save_file(tensors, path, metadata={"format": "pt"})
-        config_class, model_class = form.classes
-        config = config_class(**form.config, architectures=[model_class.__name__])
-        config.save_pretrained(folder)
-        write_processor(folder, base)
-    return (folder / WEIGHTS).stat().st_size
+class TransformersForm:
+    """Merged weights as `transformers` opens them."""
 
+    name = "transformers"
+    files = FORM_FILES
 
-def check_form(
-    folder: Path, base: Base, samples: Mapping[str, Samples], bounds: Tolerance, form: Form
-) -> Agreement:
-    """Load a folder as a user would, and compare it with torch's embeddings at its α."""
-    with quiet():
-        model = form.classes[1].from_pretrained(folder, local_files_only=True).eval()
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._form = base_form(base)
 
-    @torch.inference_mode()
-    def encode(batch: NDArray[Any]) -> NDArray[np.float32]:
-        if batch.ndim == 4:  # images
-            output = model.get_image_features(normalised(batch, base.preprocess, "cpu"))
-        else:
-            output = model.get_text_features(torch.from_numpy(batch).long())
-        embeds = torch.nn.functional.normalize(features(output).float(), dim=-1)
-        return np.asarray(embeds.numpy())
+    def save(self, folder: Path, state_dict: Mapping[str, Tensor]) -> int:
+        """Write a model with processor and tokenizer; returns the bytes of its weights."""
+        with quiet():
+            with staged(folder / WEIGHTS) as path:
+                tensors = to_transformers(state_dict, self._form)
+                save_file(tensors, path, metadata={"format": "pt"})
+            config_class, model_class = self._form.classes
+            config = config_class(**self._form.config, architectures=[model_class.__name__])
+            config.save_pretrained(folder)
+            write_processor(folder, self._base)
+        return (folder / WEIGHTS).stat().st_size
 
-    agreements = (
-        compare(f"{name} in the form of transformers", encode, samples[name], bounds, is_fixed=True)
-        for name in ("image_encoder", "text_encoder")
-    )
-    return Agreement.worst(*agreements)
+    def open(self, folder: Path) -> dict[str, Encode]:
+        """Load the model as a user would; returns its encoders of raw images and of tokens."""
+        with quiet():
+            model = self._form.classes[1].from_pretrained(folder, local_files_only=True).eval()
+
+        @torch.inference_mode()
+        def encode(batch: NDArray[Any]) -> NDArray[np.float32]:
+            if batch.ndim == 4:  # images
+                pixels = normalised(batch, self._base.preprocess, "cpu")
+                output = model.get_image_features(pixels)
+            else:
+                output = model.get_text_features(torch.from_numpy(batch).long())
+            embeds = torch.nn.functional.normalize(features(output).float(), dim=-1)
+            return np.asarray(embeds.numpy())
+
+        return dict.fromkeys(("image_encoder", "text_encoder"), encode)
 
 
 def write_processor(folder: Path, base: Base) -> None:

@@ -22,24 +22,15 @@ from radapter_export.card import card_of
 from radapter_export.checks import BATCHES, Inputs, measure, open_validation, samples_at
 from radapter_export.forms import (
     DISK_ADVICE,
-    FORM_FILES,
     OPEN_CLIP_FILES,
     WRITER,
-    base_form,
-    check_form,
+    TransformersForm,
     check_replaceable,
-    save_form,
     save_open_clip,
 )
 from radapter_export.graph import Graph, graph_weights, image_graph, patch_graph, text_graph
 from radapter_export.hub import prepare_push, push
-from radapter_export.immich import (
-    IMMICH,
-    IMMICH_FILES,
-    check_immich,
-    immich_graphs,
-    save_immich,
-)
+from radapter_export.immich import ImmichForm
 from radapter_export.precision import TYPES, Batches, calibrate, lower, quantize
 from radapter_export.repository import LABELLED, TOKENIZED, Repository
 from radapter_export.settings import ExportSettings, checked
@@ -49,7 +40,6 @@ from radapter_serve.adapter.tuned import Line, towers_of
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.tokenizer import write_tokenizer
 from radapter_serve.clip.towers import is_causal
-from radapter_serve.clip.transformers import Form
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.images import require_images
 from radapter_serve.contract.labels import SAME, indistinguishable, shared_name
@@ -187,12 +177,9 @@ def export_source(source: Source, settings: ExportSettings, say: Say) -> list[Ex
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_errors(settings.model_repository, DISK_ADVICE, (SafetensorError,)))
         checkpoints = {"open_clip": stack.enter_context(staged_folder(settings.merged, WRITER))}
-        for library, folder in (
-            ("transformers", settings.transformers),
-            (IMMICH, settings.immich),
-        ):
-            if folder is not None:
-                checkpoints[library] = stack.enter_context(staged_folder(folder, WRITER))
+        for form in prepared.forms:
+            folder = getattr(settings, form.name)
+            checkpoints[form.name] = stack.enter_context(staged_folder(folder, WRITER))
         repository = stack.enter_context(prepared.repository)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work = Work(prepared, checkpoints, scratch / "tokenizer.json")
@@ -217,7 +204,7 @@ def export_source(source: Source, settings: ExportSettings, say: Say) -> list[Ex
         source.curve,
         "open_clip",
         prepared.hub,
-        transformers=prepared.form is not None,
+        transformers=settings.transformers is not None,
     )
     return [replace(exported, pushed=push(prepared.hub, exported.release, settings, card))]
 
@@ -234,8 +221,7 @@ class Prepared:
     base: Base
     change: Fold | Line
     digests: Mapping[str, Any]  # of base, change and towers, as in a release
-    form: Form | None  # of transformers
-    immich: Mapping[str, Graph] | None  # its graphs, by their folders
+    forms: Sequence[TransformersForm | ImmichForm]  # of other libraries
     models: Sequence[str]
     graphs: Sequence[Graph]  # without weights, so that one graph serves every α
     repository: Repository
@@ -275,15 +261,13 @@ def prepare(source: Source, settings: ExportSettings, say: Say) -> Prepared:
         **towers_of(base.model, change.changes),
     }
     check_replaceable(settings.merged.absolute(), "--merged", OPEN_CLIP_FILES)
-    form = None
-    if settings.transformers is not None:
-        check_replaceable(settings.transformers.absolute(), "--transformers", FORM_FILES)
-        form = base_form(base)
-    immich = None
-    if settings.immich is not None:
-        check_replaceable(settings.immich.absolute(), "--immich", IMMICH_FILES)
-        say("exporting the graphs of immich")
-        immich = immich_graphs(base)
+    forms: list[TransformersForm | ImmichForm] = []
+    for kind in (TransformersForm, ImmichForm):
+        folder = getattr(settings, kind.name)
+        if folder is not None:
+            check_replaceable(folder.absolute(), f"--{kind.name}", kind.files)
+            say(f"preparing the form of {kind.name}")
+            forms.append(kind(base))
     models = [model for model in MODELS if model != PATCH_ENCODER or source.dense is not None]
     repository = Repository(settings.model_repository, models)
 
@@ -307,8 +291,7 @@ def prepare(source: Source, settings: ExportSettings, say: Say) -> Prepared:
         base,
         change,
         digests,
-        form,
-        immich,
+        forms,
         models,
         graphs,
         repository,
@@ -405,17 +388,12 @@ def write(work: Work, version: int, alpha: float, say: Say) -> Written:
             sizes[graph.name] = (folder / PLAN).stat().st_size
         seconds[graph.name] = time.perf_counter() - start
 
-    # Write the form of transformers, which is always in fp32.
-    if prepared.form is not None:
-        say(f"writing the form of transformers at alpha {alpha:g}")
+    # Write the forms of other libraries, which are always in fp32.
+    for form in prepared.forms:
+        say(f"writing the form of {form.name} at alpha {alpha:g}")
         start = time.perf_counter()
-        sizes["transformers"] = save_form(folders["transformers"], base, prepared.form, folded)
-        seconds["transformers"] = time.perf_counter() - start
-    if prepared.immich is not None:  # in fp32, too
-        say(f"writing the form of immich at alpha {alpha:g}")
-        start = time.perf_counter()
-        sizes[IMMICH] = save_immich(folders[IMMICH], base, prepared.immich, folded)
-        seconds[IMMICH] = time.perf_counter() - start
+        sizes[form.name] = form.save(folders[form.name], folded)
+        seconds[form.name] = time.perf_counter() - start
     return Written(version, alpha, folders, samples, folded, sizes, seconds)
 
 
@@ -451,19 +429,16 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
     forms = []
     samples = written.samples
     bounds = settings.bounds if settings.precision == "fp32" else TOLERANCES["fp32"]
-    if source.dynamic_alpha and (prepared.form or prepared.immich):  # the samples mix several α
+    if source.dynamic_alpha and prepared.forms:  # the samples mix several α
         samples = samples_at(base, work.set_alpha, work.inputs, alpha)
-    if prepared.form is not None:
-        say(f"checking the form of transformers at alpha {alpha:g}")
+    for form in prepared.forms:
+        say(f"checking the form of {form.name} at alpha {alpha:g}")
         start = time.perf_counter()
-        folder = written.folders["transformers"]
-        agreement = check_form(folder, base, samples, bounds, prepared.form)
-        forms.append(exported("transformers", start, agreement))
-    if prepared.immich is not None:
-        say(f"checking the form of immich at alpha {alpha:g}")
-        start = time.perf_counter()
-        agreement = check_immich(written.folders[IMMICH], base, samples, bounds)
-        forms.append(exported(IMMICH, start, agreement))
+        parts = []
+        for name, opened in form.open(written.folders[form.name]).items():
+            label = f"{name} in the form of {form.name}"
+            parts.append(compare(label, opened, samples[name], bounds, is_fixed=True))
+        forms.append(exported(form.name, start, Agreement.worst(*parts)))
 
     # Facts of the release
     tools = [*_TOOLS, *(["openvino"] if settings.runtime == "openvino" else [])]
@@ -527,7 +502,7 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
         shutil.copyfile(work.tokens, repository.staged(model, version) / "tokenizer.json")
     for library, folder in written.folders.items():
         release.save(folder)
-        if library != IMMICH:  # no library opens that folder
+        if library != ImmichForm.name:  # no library opens that folder
             card = card_of(release, source.metadata, source.curve, library)
             (folder / CARD).write_text(card, encoding="utf-8")
     merged = settings.merged.absolute() / written.folders["open_clip"].relative_to(

@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from radapter_export.forms import base_form, save_form, save_open_clip
+from radapter_export.forms import TransformersForm, save_open_clip
 from radapter_serve.clip.base import Base, load_base, split_name
 from radapter_serve.clip.tokenizer import write_tokenizer
 from radapter_serve.contract.tokenizer import Tokenizer
@@ -136,7 +136,7 @@ def test_what_is_written_is_read_as_it_was(family: str, tmp_path: Path) -> None:
     text = {**FAMILIES[family].text, "context_length": 64}
     base = load_base(make_base(family, tmp_path / "base", text_cfg=text))
     (tmp_path / "hf").mkdir()
-    save_form(tmp_path / "hf", base, base_form(base), base.model.state_dict())
+    TransformersForm(base).save(tmp_path / "hf", base.model.state_dict())
     again = load_base(f"local-dir:{tmp_path / 'hf'}")
     torch.testing.assert_close(
         dict(again.model.state_dict()), dict(base.model.state_dict()), rtol=0, atol=0

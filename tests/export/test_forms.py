@@ -260,7 +260,7 @@ def test_a_form_that_differs_from_torch_leaves_nothing(
         text = {**form.config["text_config"], "hidden_act": "gelu"}
         return dataclasses.replace(form, config={**form.config, "text_config": text})
 
-    monkeypatch.setattr("radapter_export.release.base_form", with_gelu)
+    monkeypatch.setattr("radapter_export.forms.base_form", with_gelu)
     loose = {"precision": "int8", "tolerance": 0.9}  # which is for graphs: the weights stay in fp32
     with pytest.raises(RAdapterError, match="text_encoder .* differs from torch .* please report"):
         export(adapter=tmp_path, transformers=tmp_path / "hf", **loose)
