@@ -25,9 +25,8 @@ from radapter_serve.encoders.loaded import CHUNK, LoadedRelease, Place, TaskStep
 from radapter_serve.release.release import HOW_TO_CALIBRATE, WHY_NO_TEMPERATURE, Confidence
 from radapter_serve.tasks.embed import (
     Labels,
-    check_labels,
     checked_headers,
-    embed_label_set,
+    checked_labels,
     finite,
 )
 
@@ -103,7 +102,8 @@ def classify(
     # Check values and headers, before anything is encoded.
     place = loaded.place(request.point)
     rule = _score_rule(loaded, request, place)
-    count = check_labels(loaded, request.labels, place, by_example=True)
+    asked = checked_labels(loaded, request.labels, place, by_example=True)
+    count = len(asked.lines)
     examples = request.examples
     shown: list[ImageFile] = []
     if examples is not None:
@@ -121,7 +121,7 @@ def classify(
     files = checked_headers(loaded, request.images, shown)
 
     # Embed the labels, with examples mixed in.
-    label_set = yield from embed_label_set(loaded, request.labels, place, cancelled)
+    label_set = yield from asked.embed(cancelled)
     for mixed in (label_set.examples, examples):
         if mixed is not None:
             label_set = yield from mix_examples(loaded, label_set, mixed, place, cancelled)

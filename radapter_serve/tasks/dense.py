@@ -53,18 +53,19 @@ class SegmentOptions:
     # for 224, as in SCLIP), so that windows overlap, and small objects get more patches.
     short_side: int | None = None
     stride: int | None = None  # pixels between the starts of windows; None: half a window
-    refine: int = 0  # steps of pixel-adaptive refinement of the cosines; 10 is usual
+    # Steps of pixel-adaptive refinement of the cosines; 10 is usual. None: none.
+    refine: int | None = None
     # Probability below which a pixel is background. None: only pixels without a proposal are.
     threshold: float | None = None
-    # w of the fusion p = p_proposal^(1-w) p_clip^w, for proposals with scores.
-    proposal_weight: float = 0.7
+    # w of the fusion p = p_proposal^(1-w) p_clip^w, for proposals with scores. None: 0.7.
+    proposal_weight: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("short_side", "stride"):
             pixels = getattr(self, name)
             if pixels is not None and pixels < 1:
                 raise invalid(f"{name} is {pixels}; a number of pixels, 1 or more")
-        if not 0 <= self.refine <= MAX_REFINE:
+        if self.refine is not None and not 0 <= self.refine <= MAX_REFINE:
             raise invalid(f"refine is {self.refine}; 0 (none) to {MAX_REFINE} steps, 10 is usual")
         for name in ("threshold", "proposal_weight"):
             share = getattr(self, name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,7 +33,7 @@ from radapter_serve.contract.labels import (
     prompts_of,
     split_label,
 )
-from radapter_serve.encoders.labels import LabelSet, prompt_counts
+from radapter_serve.encoders.labels import LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease, Place, TaskSteps
 
 OTHER_POINT = "ask at the alpha of the export, or for a smaller label set"
@@ -118,16 +118,96 @@ class Labels:
             raise invalid("give labels (with templates, if you like) or label_set, not both")
 
 
-def check_labels(
+@dataclass(frozen=True)
+class AskedLabels:
+    """The labels of a request as a release or its adapter knows them, with their templates."""
+
+    loaded: LoadedRelease
+    place: Place
+    lines: tuple[str, ...]
+    templates: tuple[str, ...]
+    # The label set as it was exported; None for a list and for a label set of an adapter.
+    exported: LabelSet | None = None
+
+    @property
+    def is_exported(self) -> bool:
+        """True if the embeddings were exported for this place."""
+        return self.exported is not None and self.place.key in (None, self.loaded.exported_alpha)
+
+    @property
+    def is_embedded(self) -> bool:
+        """True if the embeddings were exported for this place, or are cached."""
+        return self.is_exported or self.loaded.label_cache.get(self.key) is not None
+
+    @property
+    def key(self) -> Hashable:
+        """The key of the labels' embeddings in the cache."""
+        return self.lines, self.templates, self.place.key
+
+    @property
+    def stored(self) -> NDArray[np.float32] | None:
+        """The prompts' embeddings that the export has stored for an adapter to map."""
+        return self.loaded.stored_prompts(self.lines, self.templates, self.place)
+
+    @property
+    def counted(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Labels and templates as they count towards the limit of prompts: an adapter maps stored
+        prompts without encoding them, so there each name counts once.
+        """
+        return self.lines, self.templates if self.stored is None else ("{}",)
+
+    def embed(self, cancelled: Cancelled | None) -> TaskSteps[LabelSet]:
+        """Embed the labels; examples of the label set are not mixed in yet."""
+        exported = self.exported
+        if exported is not None and self.is_exported:
+            return replace(exported, examples=None)  # the export has mixed them in
+        embedded = yield from embed_labels(
+            self.loaded, self.lines, self.templates, place=self.place, cancelled=cancelled
+        )
+        return embedded if exported is None else replace(embedded, examples=exported.examples)
+
+
+def look_up(loaded: LoadedRelease, labels: Labels, place: Place) -> AskedLabels:
+    """Find the labels and templates of a request, those of its label set by the adapter or else by
+    the release.
+    """
+    facts = None if place.adapter is None else place.adapter.facts
+    if labels.names is not None:
+        templates = labels.templates
+        if templates is None:
+            templates = (facts or loaded.release).templates
+        return AskedLabels(loaded, place, tuple(labels.names), tuple(templates))
+
+    # Look the label set up.
+    name = labels.label_set or ""
+    sets = {} if facts is None else facts.label_sets
+    known = known_as(name, sets)
+    if facts is not None and known is not None:
+        return AskedLabels(loaded, place, tuple(sets[known]), tuple(facts.templates))
+    known = known_as(name, loaded.label_sets)
+    if known is None:
+        names = ", ".join(sorted({*loaded.label_sets, *sets}))
+        names = names or "none (radapter-export --label-set NAME=FILE makes one)"
+        if labels.label_set is None:
+            raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {names}")
+        raise TaskError(
+            UNKNOWN_LABEL_SET, f"no label set {name!r:.80} in this release; there are: {names}"
+        )
+    exported = loaded.label_sets[known]
+    return AskedLabels(loaded, place, exported.lines, exported.templates, exported)
+
+
+def checked_labels(
     loaded: LoadedRelease, labels: Labels, place: Place, *, by_example: bool = False
-) -> int:
-    """Check and count the labels of a request; only `classify` takes some `by_example`."""
-    lines, templates, exported = _resolve(loaded, labels, place)
+) -> AskedLabels:
+    """Look up and check the labels of a request; only `classify` takes some `by_example`."""
+    asked = look_up(loaded, labels, place)
     if labels.label_set is None:
-        check_prompts([(lines, templates)])
-        if loaded.label_cache.get((tuple(lines), tuple(templates), place.key)) is None:
-            check_names(lines)
-        return len(lines)
+        check_prompts([(asked.lines, asked.templates)])
+        if not asked.is_embedded:
+            check_names(asked.lines)
+        return asked
+    exported = asked.exported
     if exported is not None and exported.examples is not None and not by_example:
         raise invalid(
             f"the label set {labels.label_set!r:.80} has labels by example, which are for"
@@ -140,95 +220,9 @@ def check_labels(
             f"the label set {labels.label_set!r:.80} has labels by example, which the export"
             " has mixed with their texts, so no adapter moves it; leave adapter out"
         )
-    if not _is_exported(loaded, exported, place):
-        check_prompts([_counted(loaded, lines, templates, place)], OTHER_POINT)
-    return len(lines)
-
-
-def embed_label_set(
-    loaded: LoadedRelease, labels: Labels, place: Place, cancelled: Cancelled | None
-) -> TaskSteps[LabelSet]:
-    """Return the label set of a checked request, with its examples not mixed in yet."""
-    lines, templates, exported = _resolve(loaded, labels, place)
-    if exported is not None and _is_exported(loaded, exported, place):
-        return replace(exported, examples=None)  # the export has mixed them in
-    embedded = yield from embed_labels(loaded, lines, templates, place=place, cancelled=cancelled)
-    return embedded if exported is None else replace(embedded, examples=exported.examples)
-
-
-def label_set_prompts(
-    loaded: LoadedRelease, labels: Labels, point: Point | Place
-) -> tuple[Sequence[str], Sequence[str]] | None:
-    """The labels and templates of a label set that has to be embedded for a request, as they count
-    towards its limit; None if there is none: it was exported at this point, or its embeddings are
-    cached.
-    """
-    if labels.label_set is None:
-        return None
-    place = loaded.place(point)
-    lines, templates, exported = _resolve(loaded, labels, place)
-    is_cached = loaded.label_cache.get((tuple(lines), tuple(templates), place.key)) is not None
-    if is_cached or _is_exported(loaded, exported, place):
-        return None
-    return _counted(loaded, lines, templates, place)
-
-
-def prompts_to_encode(loaded: LoadedRelease, labels: Labels, point: Point | Place) -> int:
-    """How many prompts of a label set have to be encoded for a request."""
-    place = loaded.place(point)
-    if label_set_prompts(loaded, labels, place) is None:
-        return 0
-    lines, templates, _ = _resolve(loaded, labels, place)
-    if loaded.stored_prompts(lines, templates, place) is not None:
-        return 0
-    return sum(prompt_counts(lines, templates))
-
-
-def _counted(
-    loaded: LoadedRelease, lines: Sequence[str], templates: Sequence[str], place: Place
-) -> tuple[Sequence[str], Sequence[str]]:
-    """The labels and templates of a label set as they count towards the limit of prompts: an
-    adapter maps stored prompts without encoding them, so there each name counts once.
-    """
-    is_stored = loaded.stored_prompts(lines, templates, place) is not None
-    return lines, ("{}",) if is_stored else templates
-
-
-def _is_exported(loaded: LoadedRelease, label_set: LabelSet | None, place: Place) -> bool:
-    """True if the embeddings of a label set were exported for this place."""
-    return label_set is not None and place.key in (None, loaded.exported_alpha)
-
-
-def _resolve(
-    loaded: LoadedRelease, labels: Labels, place: Place
-) -> tuple[Sequence[str], Sequence[str], LabelSet | None]:
-    """The labels and templates of a request, those of its label set by the adapter or else by the
-    release; and the label set as it was exported, None for a list and for an adapter's.
-    """
-    facts = None if place.adapter is None else place.adapter.facts
-    if labels.names is not None:
-        templates = labels.templates
-        if templates is None:
-            templates = (facts or loaded.release).templates
-        return labels.names, templates, None
-
-    # Look the label set up.
-    name = labels.label_set or ""
-    sets = {} if facts is None else facts.label_sets
-    known = known_as(name, sets)
-    if facts is not None and known is not None:
-        return sets[known], facts.templates, None
-    known = known_as(name, loaded.label_sets)
-    if known is None:
-        names = ", ".join(sorted({*loaded.label_sets, *sets}))
-        names = names or "none (radapter-export --label-set NAME=FILE makes one)"
-        if labels.label_set is None:
-            raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {names}")
-        raise TaskError(
-            UNKNOWN_LABEL_SET, f"no label set {name!r:.80} in this release; there are: {names}"
-        )
-    exported = loaded.label_sets[known]
-    return exported.lines, exported.templates, exported
+    if not asked.is_embedded:
+        check_prompts([asked.counted], OTHER_POINT)
+    return asked
 
 
 def embed_prompts(
@@ -270,15 +264,15 @@ def embed_labels(
     """
     place = place or loaded.place()
     cache = loaded.label_cache
-    whole = (tuple(labels), tuple(templates), place.key)
-    label_set: LabelSet | None = cache.get(whole)
+    asked = AskedLabels(loaded, place, tuple(labels), tuple(templates))
+    label_set: LabelSet | None = cache.get(asked.key)
     if label_set is not None and keep is None:
         return label_set
     names = {label: split_label(label) for label in labels}
     embeds: dict[str, NDArray[np.float32]] = {}
 
     # Map the prompts that the export has stored, a part of them at a time.
-    stored = None if keep is not None else loaded.stored_prompts(labels, templates, place)
+    stored = None if keep is not None else asked.stored
     if stored is not None:
         sums: list[NDArray[np.float32]] = []
         counts = [len(names[label]) * len(templates) for label in labels]
@@ -326,6 +320,6 @@ def embed_labels(
             progress(len(embeds))
     shown = tuple(names[label][0] for label in labels)
     units = np.stack([embeds[label] for label in labels])
-    label_set = LabelSet(shown, units, tuple(labels), tuple(templates))
-    cache.put(whole, label_set, len(labels) + len(templates))
+    label_set = LabelSet(shown, units, asked.lines, asked.templates)
+    cache.put(asked.key, label_set, len(labels) + len(templates))
     return label_set

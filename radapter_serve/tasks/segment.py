@@ -37,7 +37,7 @@ from radapter_serve.tasks.dense import (
     check_size,
     segment_densely,
 )
-from radapter_serve.tasks.embed import Labels, check_labels, embed_label_set, finite
+from radapter_serve.tasks.embed import Labels, checked_labels, finite
 
 BACKGROUND = "background"
 # Work of one request, about a minute on one core: 1 for each pixel and label, and `REFINED` in each
@@ -46,6 +46,7 @@ MAX_WORK = 2**32
 REFINED = 3.5
 # 0.4 of 255: a proposal's crop shows the pixels above this value (Liang et al., OVSeg, CVPR 2023).
 BINARY = 102
+PROPOSAL_WEIGHT = 0.7
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,14 +56,9 @@ class SegmentRequest:
     image: bytes | ImageFile
     labels: Labels
     point: Point | Place = DEFAULT_POINT
-    # As in `SegmentOptions`; None: its default.
-    threshold: float | None = None
-    short_side: int | None = None
-    stride: int | None = None
-    refine: int | None = None
+    options: SegmentOptions = USUAL
     proposals: NDArray[np.uint8] | None = None  # masks to classify, uint8 [N, H, W]
     proposal_scores: NDArray[np.float32] | None = None  # probabilities of the labels, [N, C]
-    proposal_weight: float | None = None
 
     def __post_init__(self) -> None:
         if self.proposals is None:
@@ -72,19 +68,10 @@ class SegmentRequest:
             advice = dict.fromkeys(names, "leave it out with proposals")
             if self.proposal_scores is None:
                 advice["proposal_weight"] = "send proposal_scores with it"
+        values = {**vars(self.options), "proposal_scores": self.proposal_scores}
         for name, way_out in advice.items():
-            if getattr(self, name) is not None:
+            if values[name] is not None:
                 raise invalid(f"{name} has no effect here; {way_out}")
-        _ = self.options  # raises for invalid options
-
-    @property
-    def options(self) -> SegmentOptions:
-        """The options of the segmentation, with defaults for None."""
-        names = "threshold", "short_side", "stride", "refine", "proposal_weight"
-        values = {name: getattr(self, name) for name in names}
-        return SegmentOptions(
-            **{name: value for name, value in values.items() if value is not None}
-        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +102,8 @@ def segment(
                 " send proposals",
             )
         options.sizes(window)  # raises if they do not fit
-    count = check_labels(loaded, request.labels, place)
+    asked = checked_labels(loaded, request.labels, place)
+    count = len(asked.lines)
     if count > MAX_LABELS:
         raise invalid(f"{count} labels; 1 to {MAX_LABELS} are allowed")
     try:
@@ -127,7 +115,7 @@ def segment(
             work += REFINED * working * options.refine * count
         if work > MAX_WORK:
             raise invalid(
-                f"{count} labels and {options.refine} steps of refinement for an image of"
+                f"{count} labels and {options.refine or 0} steps of refinement for an image of"
                 f" {size[0]} x {size[1]} are {work / MAX_WORK:.1f} times the work that one"
                 " request may ask for; send a smaller image, fewer labels or fewer steps"
             )
@@ -137,7 +125,7 @@ def segment(
             sizes = [size, size[::-1]] if turned else [size]
             check_proposals(loaded, masks, request.proposal_scores, sizes, count)
 
-        label_set = yield from embed_label_set(loaded, request.labels, place, cancelled)
+        label_set = yield from asked.embed(cancelled)
         embeds = label_set.embeds
 
         # Each batch of windows or crops is encoded with the rows of other callers.
@@ -248,6 +236,8 @@ def segment_proposals(
     classes = class_probabilities(cosines, release.logit_scale, release.logit_bias)
     if scores is not None:
         weight = options.proposal_weight
+        if weight is None:
+            weight = PROPOSAL_WEIGHT
         classes = scores[used] ** np.float32(1 - weight) * classes ** np.float32(weight)
 
     # Take the best label of each pixel, with sums over its masks.

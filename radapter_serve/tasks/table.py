@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -25,12 +25,13 @@ from radapter_client.tensors import DATATYPES
 from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import Cancelled, invalid
 from radapter_serve.contract.images import read_headers
-from radapter_serve.contract.labels import check_prompts, known_as
-from radapter_serve.encoders.labels import DEFAULT_WEIGHT, Examples
+from radapter_serve.contract.labels import check_prompts
+from radapter_serve.encoders.labels import DEFAULT_WEIGHT, Examples, prompt_counts
 from radapter_serve.encoders.loaded import Answered, LoadedRelease, TaskSteps
 from radapter_serve.release.adapters import shortened
 from radapter_serve.release.release import TASKS as NAMES
 from radapter_serve.tasks.classify import ClassifyRequest, Ranking, classify
+from radapter_serve.tasks.dense import SegmentOptions
 from radapter_serve.tasks.embed import (
     OTHER_POINT,
     EmbedImagesRequest,
@@ -38,8 +39,7 @@ from radapter_serve.tasks.embed import (
     Labels,
     embed_images,
     embed_texts,
-    label_set_prompts,
-    prompts_to_encode,
+    look_up,
 )
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment
 
@@ -264,28 +264,34 @@ def embeds_label_set(loaded: LoadedRelease, requests: Sequence[Any]) -> bool:
     """True if requests need a label set whose prompts take the text encoder seconds: at an α or of
     an adapter that it was not exported for, neither stored nor cached, and more than a batch.
     """
-    return any(
-        isinstance(request, (ClassifyRequest, SegmentRequest))
-        and prompts_to_encode(loaded, request.labels, request.point) > _FEW_PROMPTS
-        for request in requests
-    )
+    for request in requests:
+        if not isinstance(request, (ClassifyRequest, SegmentRequest)):
+            continue
+        if request.labels.label_set is not None:
+            asked = look_up(loaded, request.labels, loaded.place(request.point))
+            is_known = asked.is_embedded or asked.stored is not None
+            if not is_known and sum(prompt_counts(asked.lines, asked.templates)) > _FEW_PROMPTS:
+                return True
+    return False
 
 
 def _check_together(loaded: LoadedRelease, requests: Sequence[ClassifyRequest]) -> None:
     """Refuse too many prompts or examples over all rows of a request."""
-    templates = loaded.release.templates
-    asked = {(request.labels, request.point) for request in requests}
-    lists = [(labels.names, labels.templates or templates) for labels, _ in asked if labels.names]
-    check_prompts(lists)
-    sets = [label_set_prompts(loaded, labels, point) for labels, point in asked]
-    check_prompts([*lists, *(prompts for prompts in sets if prompts is not None)], OTHER_POINT)
+    lists: list[tuple[Sequence[str], Sequence[str]]] = []
+    sets: list[tuple[Sequence[str], Sequence[str]]] = []
     shown = [request.examples for request in requests if request.examples is not None]
     encoded = sum(len(set(examples.images)) for examples in shown)
-    for name, point in {(request.labels.label_set, request.point) for request in requests}:
-        known = None if name is None else known_as(name, loaded.label_sets)
-        examples = None if known is None else loaded.label_sets[known].examples
-        if examples is not None and point not in (Point(), Point("", loaded.exported_alpha)):
-            encoded += len(examples.images)
+    for labels, point in {(request.labels, request.point) for request in requests}:
+        asked = look_up(loaded, labels, loaded.place(point))
+        if labels.label_set is None:
+            lists.append((asked.lines, asked.templates))
+            continue
+        if not asked.is_embedded:
+            sets.append(asked.counted)
+        if asked.exported is not None and asked.exported.examples and not asked.is_exported:
+            encoded += len(asked.exported.examples.images)
+    check_prompts(lists)
+    check_prompts([*lists, *sets], OTHER_POINT)
     if encoded > MAX_ENCODED:
         raise invalid(
             f"{encoded} examples to encode for the labels of all rows that differ in their options;"
@@ -311,7 +317,9 @@ def _write_rankings(answers: Sequence[list[Ranking]]) -> Values:
 def _segment_request(values: dict[str, Any], wants: Wants) -> SegmentRequest:
     image = values.pop("image")
     image = image[0] if isinstance(image, list) else image
-    return SegmentRequest(image, _take_labels(values), _take_point(values), **values)
+    names = [field.name for field in fields(SegmentOptions) if field.name in values]
+    options = SegmentOptions(**{name: values.pop(name) for name in names})
+    return SegmentRequest(image, _take_labels(values), _take_point(values), options, **values)
 
 
 def _write_mask(answers: Sequence[LabelledMask]) -> Values:

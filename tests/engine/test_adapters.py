@@ -30,7 +30,7 @@ from radapter_serve.index.build import build
 from radapter_serve.release import adapters
 from radapter_serve.release.release import Confidence
 from radapter_serve.tasks import embed
-from radapter_serve.tasks.embed import Labels, embed_label_set
+from radapter_serve.tasks.embed import Labels, look_up
 from tests.helpers.asking import tritonserver
 from tests.helpers.graphs import quick_exports
 from tests.helpers.small_release import png
@@ -253,7 +253,7 @@ class TestStoredPrompts:
         means = np.stack([each.mean(0) for each in embeds])
         means /= np.linalg.norm(means, axis=1, keepdims=True)
         place = loaded.place(Point("anna", 0.5))
-        mapped = complete(embed_label_set(loaded, Labels(label_set="animals"), place, None))
+        mapped = complete(look_up(loaded, Labels(label_set="animals"), place).embed(None))
         np.testing.assert_allclose(mapped.embeds, means, atol=1e-6)
         # The prompts are of the exported text tower: an adapter of another tower has none.
         names = label_set.lines, label_set.templates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import tracemalloc
 from collections.abc import Sequence
@@ -340,7 +341,10 @@ CATS = Labels(NAMES)
 
 
 def ask(loaded: LoadedRelease, image: bytes, labels: Labels = CATS, **options: Any) -> LabelledMask:
-    return complete(segment(loaded, SegmentRequest(image, labels, **options)))
+    known = {field.name for field in dataclasses.fields(SegmentOptions)}
+    numbers = {name: options.pop(name) for name in known & options.keys()}
+    request = SegmentRequest(image, labels, options=SegmentOptions(**numbers), **options)
+    return complete(segment(loaded, request))
 
 
 TEMPLATES = ["one {}", "two {}"]

@@ -11,6 +11,7 @@ import pytest
 
 from radapter_client import Client, ServerError, Values
 from radapter_client.tensors import NUMPY
+from radapter_serve.tasks.dense import SegmentOptions
 from radapter_serve.tasks.table import TASKS, forms
 from tests.helpers.small_release import Local, png
 from tests.helpers.stand_ins import Recorder
@@ -100,5 +101,5 @@ def test_a_client_in_the_process_asks_what_its_tensors_would_ask(local: Local) -
         assert type(typed) is type(read) and facts(typed) == facts(read)
         requests.append(read)
     dense, proposed = requests[2:4]
-    assert (dense.short_side, dense.stride, dense.refine) == (20, 5, 1)
-    assert proposed.proposal_weight == pytest.approx(0.3)
+    assert dense.options == SegmentOptions(short_side=20, stride=5, refine=1)
+    assert proposed.options.proposal_weight == pytest.approx(0.3)
