@@ -26,7 +26,7 @@ from loop import read_totals
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.index.facts import Index, IndexFacts, MadeBy, Plan
+from radapter_serve.index.facts import BuildPlan, Index, IndexFacts, MadeBy
 from radapter_serve.index.folder import (
     EXACT,
     VECTORS,
@@ -187,7 +187,7 @@ def make(vectors: Array, texts: Array, out: Path) -> None:
     digest = "sha256:0"
     width = vectors.shape[1]
     release = MadeBy("made", 0.5, False, 1, "fp32", width, Tower(digest), {}, digest)
-    plan = Plan("", "/", "image", {}, 128, True, "refuse", release, {})
+    plan = BuildPlan("", "/", "image", {}, 128, True, "refuse", release, {})
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     columns = ["path", "width", "height", "digest", "year", "kind"]
     facts = IndexFacts(

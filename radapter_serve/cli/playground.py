@@ -12,12 +12,12 @@ import tyro
 from rich.console import Console
 
 from radapter_serve.cli import run
-from radapter_serve.playground import Settings, serving
+from radapter_serve.playground import PageSettings, serving
 from radapter_serve.process import STOPPING, handled
 
 
 def playground(
-    settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(),  # noqa: B008
+    settings: tyro.conf.OmitArgPrefixes[PageSettings] = PageSettings(),  # noqa: B008
 ) -> None:
     """Open a web page to query a server, until Ctrl-C: scores that follow α, search, segmentation.
 

@@ -15,7 +15,7 @@ import time
 import webbrowser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from radapter_client import Client
-from radapter_export import ExportSettings, export_release
+from radapter_export import export
 from radapter_serve.clip.towers import zero_shot_classifier
 from radapter_serve.contract.errors import check_alpha
 from radapter_serve.contract.labels import read_label_file, read_templates, split_label
@@ -55,8 +55,7 @@ from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.gateway.in_process import answering
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.index.build import build
-from radapter_serve.playground import Settings as PageSettings
-from radapter_serve.playground import serving
+from radapter_serve.playground import PageSettings, serving
 from radapter_serve.server.config import Endpoints, ServerConfig, free_ports
 from radapter_serve.training import Recipe, load_recipe, train
 
@@ -100,7 +99,8 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     log.chapter(f"3. Fold at α = {alpha:g}, export one release, check it against torch")
     repository = out / "model_repository"
     shutil.rmtree(repository, ignore_errors=True)  # left by an earlier demo
-    merged = export(run, alpha, repository, out / "merged", data, log)
+    merged = out / "merged"
+    export_to(repository, merged, run, alpha, data, log)
 
     log.chapter("4. Index the drawings of the other styles, serve, and ask for all three tasks")
     index = out / "indexes" / INDEX
@@ -236,29 +236,22 @@ def gain_table(rows: Sequence[dict[str, Any]], alpha: float) -> Table:
     return result
 
 
-def export(
-    run: Path,
-    alpha: float | Literal["dynamic"],
-    repository: Path,
-    merged: Path,
-    data: DemoData,
-    log: Log,
-) -> Path:
-    """Export a release into a repository; returns the folder of its merged checkpoint."""
-    settings = ExportSettings(
+def export_to(
+    repository: Path, merged: Path, run: Path, alpha: float | str, data: DemoData, log: Log
+) -> None:
+    """Export a release into a repository, and its merged checkpoint."""
+    done = export(
+        run,
+        alpha,
         model_repository=repository,
         merged=merged,
         label_sets={LABEL_SET: data.classes},
         templates=data.templates,
         dense="naclip",
+        progress=True,
     )
-    alphas = alpha if alpha == "dynamic" else [alpha]
-    (release,) = export_release(
-        run, alphas, settings, progress=lambda line: log.say(f"[dim]{line}[/]")
-    )
-    errors = [f"{graph.name} {graph.agreement.max_error:.1e}" for graph in release.graphs]
+    errors = [f"{name} {agreement.max_error:.1e}" for name, agreement in done.agreement.items()]
     log.say(f"max error against torch: {', '.join(errors)}")
-    return release.merged
 
 
 @contextlib.contextmanager
@@ -399,7 +392,8 @@ def play(out: Path) -> None:
     scenes = prepare_scenes(out / "data" / "scenes", train=0)
     shutil.rmtree(folder, ignore_errors=True)  # left by an earlier call
     log.chapter("The playground: export with any α, index the scenes, serve")
-    export(out / "runs" / "classification", "dynamic", repository, folder / "merged", data, log)
+    run = out / "runs" / "classification"
+    export_to(repository, folder / "merged", run, "dynamic", data, log)
     build(f"csv:{scenes.gallery}", indexes / "scenes", load_release(repository))
     log.say(f"drawings to drop on the page: {out / 'data' / 'test'} and {scenes.gallery.parent}")
     port, *_ = free_ports()

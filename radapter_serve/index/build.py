@@ -20,7 +20,7 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.index.collection import Cluster, Progress, open_collection, read_rows
-from radapter_serve.index.facts import FACTS, MadeBy, OnBroken, Plan
+from radapter_serve.index.facts import FACTS, BuildPlan, MadeBy, OnBroken
 from radapter_serve.index.folder import (
     THUMBNAIL,
     VECTOR,
@@ -61,7 +61,7 @@ def build(
     if not exif_orientation:
         loaded = loaded.turned(False)
     collection = open_collection(source, image_column=image_column)
-    plan = Plan(
+    plan = BuildPlan(
         source=collection.source,
         root=collection.root.as_posix(),
         image_column=image_column,
@@ -183,7 +183,7 @@ def build_from_embeddings(
 
     # Write the rows in batches.
     metadata = table.drop_columns([image_column])
-    plan = Plan(
+    plan = BuildPlan(
         source=str(vectors),
         root=rows.parent.as_posix(),
         image_column=image_column,

@@ -27,6 +27,7 @@ from radapter_serve.encoders.loaded import LoadedRelease, release_at
 from radapter_serve.errors import RAdapterError, cause, check_installed, reason
 from radapter_serve.files import digest_of, open_regular, open_table
 from radapter_serve.process import THREADS
+from radapter_serve.release.release import Release
 
 # The columns of every index; a table may not have columns of these names.
 COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")
@@ -267,8 +268,7 @@ class Cluster:
         import ray
         from ray.util import ActorPool
 
-        release = self._loaded.release
-        alpha = release.alpha if release.dynamic_alpha else None
+        loaded = self._loaded
         make: Any = ray.remote(
             num_cpus=0 if self._gpus else 1,
             num_gpus=1 if self._gpus else 0,
@@ -276,10 +276,9 @@ class Cluster:
             max_task_retries=-1,
         )(_Worker)
         batches = [items[start : start + size] for start in range(0, len(items), size)]
-        origin = dict(self._loaded.origin)
-        turned = self._loaded.preprocess.exif_orientation
+        turned = loaded.preprocess.exif_orientation
         workers = [
-            make.remote(origin, release.precision, alpha, release.image_digest, thumbnails, turned)
+            make.remote(loaded.origin, loaded.release, thumbnails, turned)
             for _ in range(min(self._workers, len(batches)))
         ]
         try:
@@ -302,17 +301,15 @@ class _Worker:
     def __init__(
         self,
         origin: Mapping[str, str],
-        precision: str,
-        alpha: float | None,
-        image_digest: str,
+        release: Release,
         thumbnails: int,
         exif_orientation: bool,
     ) -> None:
         os.environ.setdefault(THREADS, "1")  # a worker has one core
-        loaded = release_at(origin, None, precision)
-        if alpha is not None:
-            loaded = loaded.at(alpha)
-        if loaded.release.image_digest != image_digest:
+        loaded = release_at(origin, None, release.precision)
+        if release.dynamic_alpha:
+            loaded = loaded.at(release.alpha)
+        if loaded.release.image_digest != release.image_digest:
             raise RAdapterError(
                 f"a worker found another release at {' '.join(origin.values())} than this"
                 " machine has"

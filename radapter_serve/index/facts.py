@@ -153,7 +153,7 @@ class MadeBy:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     """Settings of an index; another value of a `_DECIDING` field embeds all images again."""
 
     source: str  # as for `radapter-index build`; for an index of embeddings the file of vectors
@@ -167,7 +167,7 @@ class Plan:
     origin: dict[str, str]  # the release's place, as in `LoadedRelease`
     rows: str = ""  # the table of an index of embeddings; empty for images
 
-    def differences(self, other: Plan) -> list[str]:
+    def differences(self, other: BuildPlan) -> list[str]:
         """List the settings in which another plan makes a different index, in words."""
         words = [
             word for name, word in _DECIDING.items() if getattr(self, name) != getattr(other, name)
@@ -256,7 +256,7 @@ class Mapped:
 class IndexFacts:
     """The facts of a generation of an index."""
 
-    plan: Plan
+    plan: BuildPlan
     count: int
     columns: list[str]  # of the metadata
     files: dict[str, FileFacts]  # files that a search reads
@@ -307,6 +307,17 @@ class Hit:
     thumbnail: bytes = b""  # JPEG; empty if not requested or missing
 
 
+@dataclass(frozen=True, eq=False)
+class Search:
+    """A checked search of an index."""
+
+    embedding: NDArray[np.float32]  # [D], unit length
+    top_k: int
+    where: str | None  # a condition
+    thumbnails: bool
+    cancelled: Cancelled | None
+
+
 class Index(ABC):
     """A generation of an index, which never changes."""
 
@@ -324,14 +335,7 @@ class Index(ABC):
         return as_text(self.folder.name)
 
     @abstractmethod
-    def _find(
-        self,
-        embedding: NDArray[np.float32],
-        top_k: int,
-        where: str | None,
-        thumbnails: bool,
-        cancelled: Cancelled | None,
-    ) -> list[Hit]:
+    def _find(self, search: Search) -> list[Hit]:
         """Find the nearest images, in any order."""
 
     @abstractmethod
@@ -364,7 +368,7 @@ class Index(ABC):
         # In a big index the hits depend on the depth, so all pages are searched equally deep.
         depth = top_k if offset is None else MAX_TOP_K
         check_cancelled(cancelled)
-        hits = self._find(embedding, depth, condition, thumbnails, cancelled)
+        hits = self._find(Search(embedding, depth, condition, thumbnails, cancelled))
         for hit in hits:
             if not abs(hit.score) <= 1 + UNIT:
                 raise self._damaged(f"gives {hit.id!r:.200} the score {hit.score:g}")

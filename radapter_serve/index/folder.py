@@ -30,12 +30,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from radapter_serve.contract.embeddings import Cache
 from radapter_serve.contract.errors import Cancelled, TaskError, check_cancelled
 from radapter_serve.contract.images import FifoLimit
 from radapter_serve.errors import RAdapterError, cause, reason
 from radapter_serve.files import digest_of, map_array, staged, written_array
 from radapter_serve.index.conditions import Met, evaluate, text_array
-from radapter_serve.index.facts import FACTS, FileFacts, Hit, Index, IndexFacts
+from radapter_serve.index.facts import FACTS, FileFacts, Hit, Index, IndexFacts, Search
 from radapter_serve.index.neighbours import CODES, Neighbours, Positions, near_best
 
 GENERATION = "generation"
@@ -55,8 +56,8 @@ FEW = 4_096
 FEW_OF_ALL = 1 / 64
 _CHUNK_ROWS = 1 << 16  # rows of a record batch; a few large ones are compared fastest
 _CHUNK_BYTES = 256 << 20  # size of a record batch at which it is written
-_CONDITIONS = 64  # conditions whose rows are cached
-_CONDITIONS_BYTES = 32 << 20
+_CONDITIONS_BYTES = 32 << 20  # of the conditions whose rows are cached
+_CONDITION_BYTES = 1 << 19  # of one, besides the bits of its rows
 # Conditions evaluated at once in this process, and those that wait, so that other requests have
 # threads; one whose rows are cached does not wait.
 CONDITION_TURNS = FifoLimit(2, 16, "requests with a new condition")
@@ -87,6 +88,13 @@ def read_pointer(folder: Path) -> tuple[str, IndexFacts]:
         ) from None
 
 
+def pointed(folder: Path, key: str) -> str:
+    """A value of the pointer of a folder; "" if it has none."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        return str(json.loads((folder / FACTS).read_bytes())[key])
+    return ""
+
+
 def is_generation(name: Any) -> bool:
     """True if a name has the form of a generation's name."""
     return isinstance(name, str) and re.fullmatch("g-[0-9a-f]{16}", name) is not None
@@ -112,9 +120,7 @@ def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta
     generation = f"g-{secrets.token_hex(8)}"
     write_text(new / FACTS, facts.to_json())
     folder.mkdir(exist_ok=True)
-    before = ""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        before = json.loads((folder / FACTS).read_bytes())[GENERATION]
+    before = pointed(folder, GENERATION)
     new.rename(folder / generation)
     write_text(folder / FACTS, json.dumps({GENERATION: generation}))
     if is_generation(before):
@@ -197,8 +203,7 @@ class FolderIndex(Index):
                 f"the index {folder} can't be used: {error}; build it again:"
                 f" {self.facts.plan.command(folder)}"
             ) from None
-        self._room = max(1, min(_CONDITIONS, _CONDITIONS_BYTES // (len(self) // 8 + (1 << 17))))
-        self._met: dict[str, Met] = {}
+        self._met = Cache(_CONDITIONS_BYTES)
         # The first condition makes the parser and Arrow import their modules.
         evaluate("path LIKE 'a%' AND path = 'a'", self._columns.slice(0, 1))
 
@@ -262,31 +267,23 @@ class FolderIndex(Index):
             yield pa.record_batch([arrays[name] for name in columns], list(columns))
             start += len(part)
 
-    def _find(
-        self,
-        embedding: NDArray[np.float32],
-        top_k: int,
-        where: str | None,
-        thumbnails: bool,
-        cancelled: Cancelled | None,
-    ) -> list[Hit]:
+    def _find(self, search: Search) -> list[Hit]:
+        where = search.where
         # Evaluate the condition, or take its rows from the cache.
-        met = None if where is None else self._met.get(where)
+        met: Met | None = None if where is None else self._met.get(where)
         if where is not None and met is None:
-            with CONDITION_TURNS(cancelled):
-                met = self._met.get(where) or evaluate(where, self._columns, cancelled)
-            self._met[where] = met
-            for oldest in list(self._met)[: -self._room]:
-                self._met.pop(oldest, None)
+            with CONDITION_TURNS(search.cancelled):
+                met = self._met.get(where) or evaluate(where, self._columns, search.cancelled)
+            self._met.put(where, met, met.bits.nbytes + _CONDITION_BYTES)
 
         with self._search_errors():
-            positions = self._nearest(embedding, top_k, met, cancelled)
+            positions = self._nearest(search, met)
             # This sum does not depend on the vector's position, so equal vectors score the same.
-            scores = (self.vectors[positions] * embedding).sum(axis=1)
+            scores = (self.vectors[positions] * search.embedding).sum(axis=1)
             paths = self._table["path"]
             ids = [paths[position].as_py() for position in positions.tolist()]
             keys = (-np.nan_to_num(scores, nan=np.inf)).tolist()  # NaN first, as it raises an error
-            order = sorted(range(len(ids)), key=lambda row: (keys[row], ids[row]))[:top_k]
+            order = sorted(range(len(ids)), key=lambda row: (keys[row], ids[row]))[: search.top_k]
 
             columns = {name: self._table[name] for name in self.facts.columns}
             images = self._table[THUMBNAIL]
@@ -294,7 +291,7 @@ class FolderIndex(Index):
             for row in order:
                 at = int(positions[row])
                 metadata = {name: plain(column[at].as_py()) for name, column in columns.items()}
-                image = images[at].as_py() if thumbnails else None
+                image = images[at].as_py() if search.thumbnails else None
                 hits.append(Hit(ids[row], float(scores[row]), metadata, image or b""))
             return hits
 
@@ -312,14 +309,12 @@ class FolderIndex(Index):
                 start += len(paths)
         return vectors
 
-    def _nearest(
-        self,
-        embedding: NDArray[np.float32],
-        top_k: int,
-        met: Met | None,
-        cancelled: Cancelled | None,
-    ) -> Positions:
-        """Find the nearest images; more than `top_k` if rounding could change the last."""
+    def _nearest(self, search: Search, met: Met | None) -> Positions:
+        """Find the nearest images that meet the condition; more than `top_k` if rounding could
+        change the last.
+        """
+        embedding = search.embedding
+        top_k = search.top_k
         effort = self.facts.nearest
         if self._neighbours is not None and effort is not None:
             if met is not None and met.count <= max(FEW, FEW_OF_ALL * len(self)):
@@ -327,7 +322,7 @@ class FolderIndex(Index):
                 return rows[near_best(self._neighbours.cosines(embedding, rows), top_k)]
             wanted = min(top_k, len(self) if met is None else met.count)
             positions, _ = self._neighbours.nearest(
-                embedding, wanted, effort.nprobes, effort.candidates, met, cancelled
+                embedding, wanted, effort.nprobes, effort.candidates, met, search.cancelled
             )
             return positions
         if met is None:

@@ -32,7 +32,7 @@ from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.files import lock
 from radapter_serve.index.collection import Progress
 from radapter_serve.index.conditions import parse_condition
-from radapter_serve.index.facts import FACTS, Hit, Index, IndexFacts, in_thread, wait_for
+from radapter_serve.index.facts import FACTS, Hit, Index, IndexFacts, Search, in_thread, wait_for
 from radapter_serve.index.folder import (
     EXACT,
     GENERATION,
@@ -40,6 +40,7 @@ from radapter_serve.index.folder import (
     VECTOR,
     FolderIndex,
     plain,
+    pointed,
     read_pointer,
     vectors_of,
     write_text,
@@ -132,36 +133,31 @@ class QdrantIndex(Index):
         self._place = Qdrant(url)
         super().__init__(folder, *self._place.current())
 
-    def _find(
-        self,
-        embedding: NDArray[np.float32],
-        top_k: int,
-        where: str | None,
-        thumbnails: bool,
-        cancelled: Cancelled | None,
-    ) -> list[Hit]:
+    def _find(self, search: Search) -> list[Hit]:
         from qdrant_client import models  # imported here, as other indexes need no client
 
         types = BASE_COLUMNS | self.facts.plan.column_types
         types = {name: kind for name, kind in types.items() if name in self.facts.columns}
-        met = None if where is None else to_filter(where, types)
-        payload: Any = True if thumbnails else models.PayloadSelectorExclude(exclude=[THUMBNAIL])
+        met = None if search.where is None else to_filter(search.where, types)
+        payload: Any = (
+            True if search.thumbnails else models.PayloadSelectorExclude(exclude=[THUMBNAIL])
+        )
         with self._search_errors():
             answer = self._asked(
                 "query_points",
-                cancelled,
-                query=np.asarray(embedding, np.float32).tolist(),
+                search.cancelled,
+                query=np.asarray(search.embedding, np.float32).tolist(),
                 query_filter=met,
                 search_params=models.SearchParams(
-                    exact=len(self) <= EXACT, hnsw_ef=max(128, 2 * top_k)
+                    exact=len(self) <= EXACT, hnsw_ef=max(128, 2 * search.top_k)
                 ),
-                limit=top_k,
+                limit=search.top_k,
                 with_payload=payload,
             )
             hits = []
             for point in answer.points:
                 metadata = {name: point.payload[name] for name in self.facts.columns}
-                image = point.payload.get(THUMBNAIL) if thumbnails else None
+                image = point.payload.get(THUMBNAIL) if search.thumbnails else None
                 thumbnail = base64.b64decode(image or "")
                 hits.append(Hit(str(metadata["path"]), float(point.score), metadata, thumbnail))
             return hits
@@ -217,9 +213,7 @@ class QdrantIndex(Index):
 
 def link_of(folder: Path) -> str:
     """Address of the published index that a folder links to; "" if it links to none."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        return str(json.loads((folder / FACTS).read_bytes())[LINK])
-    return ""
+    return pointed(folder, LINK)
 
 
 def refuse_link(folder: Path) -> None:

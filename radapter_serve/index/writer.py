@@ -28,7 +28,7 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import checker, disk_errors, lock, map_array, staged
 from radapter_serve.index.collection import Cluster, Collection, Item, Progress, Read, read
-from radapter_serve.index.facts import IndexFacts, Plan
+from radapter_serve.index.facts import BuildPlan, IndexFacts
 from radapter_serve.index.folder import (
     EXACT,
     THUMBNAIL,
@@ -92,7 +92,7 @@ class NotResumed(RAdapterError):
 @contextlib.contextmanager
 def writing(
     out: Path,
-    plan: Plan,
+    plan: BuildPlan,
     loaded: LoadedRelease,
     columns: Mapping[str, Any],
     *,
@@ -164,7 +164,7 @@ class Writer:
     def __init__(
         self,
         folder: Path,
-        plan: Plan,
+        plan: BuildPlan,
         loaded: LoadedRelease,
         out: Path,
         columns: Mapping[str, Any],
@@ -204,7 +204,7 @@ class Writer:
         if resume and parts_in(folder):
             try:
                 values = json.loads((folder / _PLAN).read_bytes())
-                stopped = checker(Plan).validate_python(values)
+                stopped = checker(BuildPlan).validate_python(values)
             except (OSError, ValueError):
                 raise NotResumed(
                     f"the stopped build of {out} can't be resumed; {self._discard}"

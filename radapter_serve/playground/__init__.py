@@ -27,7 +27,7 @@ MAX_PICTURE = 64 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
-class Settings:
+class PageSettings:
     """Address of the page, its server, and its login.
 
     Args:
@@ -81,7 +81,7 @@ class Settings:
 
 
 @contextlib.contextmanager
-def serving(settings: Settings) -> Iterator[str]:
+def serving(settings: PageSettings) -> Iterator[str]:
     """Serve the page until the end of the block; yields its URL."""
     address, login = settings.check()
     with contextlib.ExitStack() as stack:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, Plan
+from radapter_serve.index.facts import FACTS, BuildPlan, IndexFacts, MadeBy
 from radapter_serve.release.release import Tower
 
 
@@ -31,7 +31,7 @@ def write_facts(out: Path, digest: str) -> None:
     0.5.
     """
     made_by = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", 16, Tower("sha256:1"), {}, digest)
-    plan = Plan("photos", "/photos", "image", {}, 128, True, "refuse", made_by, {})
+    plan = BuildPlan("photos", "/photos", "image", {}, 128, True, "refuse", made_by, {})
     facts = IndexFacts(plan, 0, ["path"], {}, None, None, "", "")
     (out / "g-0123456789abcdef").mkdir(parents=True)
     (out / "g-0123456789abcdef" / FACTS).write_text(facts.to_json())

@@ -17,7 +17,7 @@ from PIL import Image
 
 from radapter_client import Client, InvalidRequest
 from radapter_serve.errors import RAdapterError, install_command
-from radapter_serve.playground import Settings, serving
+from radapter_serve.playground import PageSettings, serving
 from radapter_serve.server.config import free_ports
 from tests.helpers.stand_ins import Answers
 from tests.helpers.use_playground import chromium, use
@@ -189,11 +189,11 @@ def get(url: str, path: str = "", **headers: str) -> int:
 
 def test_a_page_without_a_login_answers_under_this_machines_names_only(server: list[Any]) -> None:
     port, *_ = free_ports()
-    with serving(Settings(port=port)) as url:
+    with serving(PageSettings(port=port)) as url:
         assert get(url) == get(url, Host=f"localhost:{port}") == 200
         assert get(url, Host="evil.example") == 400
         assert get(url, "/gradio_api/file=/etc/passwd") in (403, 404)
-        again = serving(Settings(port=port))
+        again = serving(PageSettings(port=port))
         with pytest.raises(RAdapterError, match=f"port {port} is taken"):
             again.__enter__()
     with pytest.raises(urllib3.exceptions.HTTPError):
@@ -211,7 +211,9 @@ def test_a_page_with_a_login_asks_for_it_and_asks_a_gateway_with_its_key(
     password.write_text("open sesame\nand more")
     port, *_ = free_ports()
     address = "https://gateway:8080"
-    with serving(Settings(address, "key", port=port, user="ann", password_file=password)) as url:
+    with serving(
+        PageSettings(address, "key", port=port, user="ann", password_file=password)
+    ) as url:
         assert server == [(address, "key")]
         assert get(url, "/config") == 401
         with pytest.raises(ValueError, match="Could not login"):
@@ -247,12 +249,12 @@ def test_settings_that_are_refused(
     options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RAdapterError) as caught:
-        replace(Settings(), **options).check()
+        replace(PageSettings(), **options).check()
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert Settings(port=65535).check() == ("127.0.0.1", None)
+    assert PageSettings(port=65535).check() == ("127.0.0.1", None)
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(RAdapterError, match=re.escape(install_command("playground"))):
-        Settings().check()
+        PageSettings().check()
 
 
 # In a browser
@@ -265,7 +267,7 @@ def test_a_visitor_asks_every_task_and_nothing_comes_from_elsewhere(
 ) -> None:
     port, *_ = free_ports()
     asked = list[str]()
-    with serving(Settings(port=port)) as url, chromium() as browser:
+    with serving(PageSettings(port=port)) as url, chromium() as browser:
         page = browser.new_page()
         page.on("request", lambda request: asked.append(request.url))
         page.set_default_timeout(60_000)
