@@ -49,7 +49,7 @@ from radapter_serve.evaluation.rows import ClassFigures, Row, packed
 from radapter_serve.evaluation.suite import PROPOSALS, SEVERAL_METRIC, Entry
 from radapter_serve.files import digest_of
 from radapter_serve.tasks.dense import SegmentOptions
-from radapter_serve.tasks.segment import BINARY
+from radapter_serve.tasks.segment import BINARY, PROPOSAL_WEIGHT
 
 MOST_CONFUSED = 50  # most classes of a confusion matrix in a row and in a plot
 NOUN_TEMPLATES = ("a photo of a {}.",)
@@ -398,15 +398,17 @@ class SegmentationSet(EvaluationSet):
         return first_names(self.classes).index(self.entry.background)
 
     def query(self, model: Candidate) -> SegmentQuery:
-        """Labels, templates and options of the segmentation; default sizes are filled in."""
+        """Labels, templates and options of the segmentation; defaults are filled in."""
         entry = self.entry
         dense = model.dense_method(entry.dense)
         if dense == PROPOSALS:
-            options = SegmentOptions(threshold=entry.threshold)
-            if entry.proposal_weight is not None:
-                options = replace(options, proposal_weight=entry.proposal_weight)
+            weight = PROPOSAL_WEIGHT if entry.proposal_weight is None else entry.proposal_weight
+            options = SegmentOptions(refine=0, threshold=entry.threshold, proposal_weight=weight)
         else:
-            options = SegmentOptions(entry.short_side, entry.stride, entry.refine, entry.threshold)
+            options = SegmentOptions(
+                *(entry.short_side, entry.stride, entry.refine, entry.threshold),
+                proposal_weight=PROPOSAL_WEIGHT,
+            )
             short_side, stride = options.sizes(model.loaded.preprocess.size[0])
             options = replace(options, short_side=short_side, stride=stride)
         labels = [line for number, line in enumerate(self.classes) if number != self.background]
