@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from radapter_serve.contract.preprocess import MaskCrop
+from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import checker
+
+T = TypeVar("T")
 
 
 def _no_truth(value: Any) -> Any:
@@ -63,6 +67,30 @@ def users(kind: type) -> Mapping[str, tuple[str, ...]]:
         for mark in getattr(hint, "__metadata__", ())
         if isinstance(mark, For)
     }
+
+
+def read_fields(kind: type[T], values: Mapping[str, Any], what: str) -> T:
+    """Make a dataclass of data sources from the values of its fields; `what` names them in errors,
+    which tell all that is wrong.
+    """
+    allowed = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted({short(name) for name in values if name not in allowed})
+    if unknown:
+        raise RAdapterError(
+            f"{what} has unknown fields {', '.join(unknown)[:200]}; allowed: {', '.join(allowed)}"
+        )
+    try:
+        return checker(kind).validate_python(values)
+    except ValidationError as error:
+        wrong: dict[str, str] = {}
+        for problem in error.errors():  # a field of two types has errors for both
+            message = problem["msg"].removeprefix("Value error, ")
+            message = message.replace("Input should be", "it should be")
+            name = str(problem["loc"][0])
+            if problem["type"] == "literal_error" and name in wrong:  # or one of these words
+                wrong[name] += f", or {problem['ctx']['expected']}"
+            wrong.setdefault(name, f"{name} is {reprlib.repr(problem['input'])}; {message}")
+        raise RAdapterError(f"{what} is invalid: {'; '.join(wrong.values())}") from None
 
 
 @dataclass(frozen=True)

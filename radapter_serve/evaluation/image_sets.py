@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from abc import ABC, abstractmethod
@@ -16,10 +15,11 @@ from typing import Any, ClassVar
 import numpy as np
 import open_clip
 from numpy.typing import NDArray
-from PIL import Image as Pictures
+from PIL import Image
 
-from radapter_serve.contract.images import decode, oriented
+from radapter_serve.contract.images import decode
 from radapter_serve.contract.labels import class_probabilities, indistinguishable, split_label
+from radapter_serve.contract.preprocess import decode_pixels
 from radapter_serve.data.masks import IGNORE, MaskedImage
 from radapter_serve.data.proposals import Proposals
 from radapter_serve.data.rows import ImageColumn
@@ -57,7 +57,6 @@ _NOUN_STEP = 3  # every third of ImageNet's 1,000 names: 333 nouns
 _WORD = re.compile(r"[^\W_]+")
 _DIGEST_THREADS = 8
 Answers = dict[str, NDArray[Any]]  # arrays by name, with a row for each image or batch
-_OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
 @dataclass(frozen=True)
@@ -115,21 +114,23 @@ class EvaluationSet(ABC):
         """Fields of `Row` about the set and the way a model is evaluated on it."""
 
     def prepare(self, model: Candidate, number: int) -> Any:
-        """Read and decode an image; thread-safe."""
-        return model.loaded.pixels(self.as_seen(model, self.images[number]()))
-
-    def as_seen(self, model: Candidate, data: bytes) -> bytes:
-        """Encode the image again where the suite and the model differ in turning it according to
-        EXIF.
+        """Read and decode an image without its border; thread-safe. The suite says whether it is
+        turned according to EXIF.
         """
-        wanted = self.entry.exif_orientation
-        if wanted == model.loaded.preprocess.exif_orientation:
-            return data
-        stored = decode(data, exif_orientation=False)
-        turned = oriented(stored)
-        if turned is stored:
-            return data
-        return png_of(turned if wanted else stored)
+        data = self.images[number].data()
+        border = self.entry.border
+        is_turned = self.entry.exif_orientation
+        preprocess = replace(model.loaded.preprocess, exif_orientation=is_turned)
+        if not border:
+            return decode_pixels(data, preprocess)
+        image = decode(data, exif_orientation=is_turned)
+        most = (min(image.size) - 1) // 2
+        if border > most:
+            raise RAdapterError(
+                f"border is {border}, which leaves nothing of {image.width} x {image.height}"
+                f" pixels; allowed: 0 to {most}"
+            )
+        return preprocess(image.crop((border, border, image.width - border, image.height - border)))
 
     @abstractmethod
     def answer(
@@ -166,31 +167,15 @@ class EvaluationSet(ABC):
 
 
 @dataclass(frozen=True)
-class Image:
-    """One image of a data set; a call reads its file."""
+class ImageOfRow:
+    """The image file of a row of a data set."""
 
     column: ImageColumn
     rows: Any
     index: int
-    border: int
-
-    def __call__(self) -> bytes:
-        """Read the image file and cut off its border."""
-        data = self.data()
-        if not self.border:
-            return data
-        image = decode(data, exif_orientation=self.column.exif_orientation)
-        most = (min(image.size) - 1) // 2
-        if self.border > most:
-            raise RAdapterError(
-                f"border is {self.border}, which leaves nothing of {image.width} x"
-                f" {image.height} pixels; allowed: 0 to {most}"
-            )
-        box = (self.border, self.border, image.width - self.border, image.height - self.border)
-        return png_of(image.crop(box))
 
     def data(self) -> bytes:
-        """Read the image file, with its border."""
+        """Read the image file."""
         return self.column.data(self.rows[self.index])
 
     @property
@@ -241,7 +226,7 @@ class ClassificationSet(EvaluationSet):
     def answer(
         self, model: Candidate, start: int, items: Sequence[Any], keep: Sequence[str] = ()
     ) -> Answers:
-        embeds = check_finite(model.embed_images(items))
+        embeds = model.embed_images(items)
         scores = check_finite(embeds @ model.embed_classes(self.classes, self.prompts(model)).T)
         answers: Answers = {}
         if "nouns" in keep:
@@ -346,9 +331,9 @@ class RetrievalSet(EvaluationSet):
 
 @dataclass(frozen=True)
 class MaskedItem:
-    """An image file, the class of each pixel, and masks for the model to classify."""
+    """An image, the class of each pixel, and masks for the model to classify."""
 
-    data: bytes
+    image: Image.Image
     truth: NDArray[np.int32]  # class of each pixel, or IGNORE, [H, W]
     # Masks of a proposal network or of the true segments, 0 to 255, [N, H, W].
     masks: NDArray[np.uint8] | None = None
@@ -440,18 +425,18 @@ class SegmentationSet(EvaluationSet):
 
     def prepare(self, model: Candidate, number: int) -> MaskedItem:
         image = self.images[number]
-        data = self.as_seen(model, image.data())
+        seen = decode(image.data(), exif_orientation=self.entry.exif_orientation)
         truth = image.mask()
         if self.proposals is not None:
             masks, scores = self.proposals.read(image.name, (len(truth), truth.shape[1]))
             used = masks.max(axis=(1, 2), initial=0) > BINARY  # an empty mask has no crop
-            return MaskedItem(data, truth, masks[used], None if scores is None else scores[used])
+            return MaskedItem(seen, truth, masks[used], None if scores is None else scores[used])
         if self.entry.dense != PROPOSALS:
-            return MaskedItem(data, truth)
+            return MaskedItem(seen, truth)
         segments = [
             mask for label, mask in image.segments() if label != self.background and mask.any()
         ]
-        return MaskedItem(data, truth, np.array(segments, np.uint8) * np.uint8(255))
+        return MaskedItem(seen, truth, np.array(segments, np.uint8) * np.uint8(255))
 
     def answer(
         self, model: Candidate, start: int, items: Sequence[Any], keep: Sequence[str] = ()
@@ -472,7 +457,7 @@ class SegmentationSet(EvaluationSet):
                 labels = np.full(item.truth.shape, len(classes) - 1, np.int64)
             else:
                 try:
-                    mask = model.segment(item.data, query, item.masks, item.scores)
+                    mask = model.segment(item.image, query, item.masks, item.scores)
                 except RAdapterError as error:
                     raise RAdapterError(f"{self.images[number].name}: {error}") from error
                 labels = mask.astype(np.int64)
@@ -535,13 +520,6 @@ def by_class(
         known = {kind: value for kind, value in values.items() if not np.isnan(value)}
         rows.append(ClassFigures(name, int(n[place]), **known))
     return rows
-
-
-def png_of(image: Pictures.Image) -> bytes:
-    """Encode an image as PNG, without EXIF."""
-    out = io.BytesIO()
-    (image if image.mode in _OF_PNG else image.convert("RGB")).save(out, "PNG", exif=b"")
-    return out.getvalue()
 
 
 def drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from radapter_serve.adapter import load_adapter
@@ -20,8 +21,7 @@ from radapter_serve.adapter.tuned import Line, load_base_of
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import TorchEncoder, check_dense, logit_scale_and_bias, to_device
 from radapter_serve.contract.embeddings import Point
-from radapter_serve.contract.errors import Alpha, check_alpha
-from radapter_serve.contract.images import decode
+from radapter_serve.contract.errors import Alpha
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.encoder import ServerEncoder
@@ -106,17 +106,16 @@ class Candidate:
 
     def segment(
         self,
-        data: bytes,
+        image: Image.Image,
         query: SegmentQuery,
         masks: NDArray[np.uint8] | None = None,
         scores: NDArray[np.float32] | None = None,
     ) -> NDArray[np.uint16]:
-        """Label each pixel of an image file, uint16 [H, W]; C is the background. `masks` are
-        proposals, uint8 [N, H, W], with the probabilities of their labels in `scores`, [N, C].
+        """Label each pixel of an image, uint16 [H, W]; C is the background. `masks` are proposals,
+        uint8 [N, H, W], with the probabilities of their labels in `scores`, [N, C].
         """
         loaded = self.by_method(query.dense)
         embeds = self.embed_classes(query.labels, query.templates)
-        image = decode(data, exif_orientation=loaded.preprocess.exif_orientation)
         if query.dense == PROPOSALS:
             assert masks is not None
             crops = segment_proposals(loaded, image, embeds, masks, scores, query.options)
@@ -164,7 +163,7 @@ class ServerCandidate(Candidate):
 
     def segment(
         self,
-        data: bytes,
+        image: Image.Image,
         query: SegmentQuery,
         masks: NDArray[np.uint8] | None = None,
         scores: NDArray[np.float32] | None = None,
@@ -177,7 +176,7 @@ class ServerCandidate(Candidate):
             windows = {name: getattr(options, name) for name in ("short_side", "stride", "refine")}
         answer = encoder.ask(
             encoder.client.segment,
-            data,
+            np.asarray(image.convert("RGB")),
             list(query.labels),
             templates=list(query.templates),
             threshold=options.threshold,
@@ -190,53 +189,45 @@ class ServerCandidate(Candidate):
         return np.asarray(answer.mask, np.uint16)
 
 
-class WeightLine:
-    """The weights of a model at `W + α·delta`, set in place. The deltas are tuned minus base
-    weights, of an adapter at α = 1 or of a model tuned as a whole.
+class LineEncoder(TorchEncoder):
+    """Sets the weights to `W + α·delta` for each batch, in place; an α of None leaves them as they
+    are. The deltas are tuned minus base weights, of an adapter at α = 1 or of a model tuned as a
+    whole.
     """
 
-    def __init__(self, model: torch.nn.Module, deltas: Mapping[str, Tensor]) -> None:
-        self._deltas = deltas
-        self._tensors = model.state_dict()
+    def __init__(self, base: Base, deltas: Mapping[str, Tensor], dense: str | None) -> None:
+        super().__init__(base.model, base.preprocess, dense)
+        self._deltas = {key: delta.to(self._device) for key, delta in deltas.items()}
+        self._tensors = base.model.state_dict()
         self._base = {key: self._tensors[key].clone() for key in deltas}
         self._alpha = 0.0
 
-    @torch.no_grad()
-    def move(self, alpha: float) -> None:
-        """Set all weights to an α."""
-        if alpha != self._alpha:
-            self._alpha = float("nan")  # unknown until all tensors are copied
-            for key in self._base:
-                self._tensors[key].copy_(self.at(key, alpha))
-            self._alpha = alpha
-
-    def at(self, key: str, alpha: float) -> Tensor:
-        """A weight at an α."""
-        base: Tensor = self._base.get(key, self._tensors[key])
-        delta = self._deltas.get(key)
-        return base if delta is None else torch.add(base.float(), delta, alpha=alpha)
+    def embed(self, encode: Callable[..., Tensor], alpha: Alpha | None, *inputs: Any) -> Floats:
+        if alpha is not None:
+            self._move(float(alpha[0, 0]))
+        return super().embed(encode, alpha, *inputs)
 
     def logits(self, alpha: float) -> tuple[float, float | None]:
         """Logit scale and bias at an α."""
         keys = [key for key in ("logit_scale", "logit_bias") if key in self._tensors]
-        return logit_scale_and_bias({key: self.at(key, alpha) for key in keys})
-
-
-class LineEncoder(TorchEncoder):
-    """Moves the weights along a line for each batch; an α of None leaves them as they are."""
-
-    def __init__(self, base: Base, line: WeightLine, dense: str | None) -> None:
-        super().__init__(base.model, base.preprocess, dense)
-        self._line = line
-
-    def embed(self, encode: Callable[..., Tensor], alpha: Alpha | None, *inputs: Any) -> Floats:
-        if alpha is not None:
-            self._line.move(float(alpha[0, 0]))
-        return super().embed(encode, alpha, *inputs)
+        return logit_scale_and_bias({key: self._at(key, alpha) for key in keys})
 
     def close(self) -> None:
         """Set the weights back to the base."""
-        self._line.move(0.0)
+        self._move(0.0)
+
+    @torch.no_grad()
+    def _move(self, alpha: float) -> None:
+        if alpha != self._alpha:
+            self._alpha = float("nan")  # unknown until all tensors are copied
+            for key in self._base:
+                self._tensors[key].copy_(self._at(key, alpha))
+            self._alpha = alpha
+
+    def _at(self, key: str, alpha: float) -> Tensor:
+        base: Tensor = self._base.get(key, self._tensors[key])
+        delta = self._deltas.get(key)
+        return base if delta is None else torch.add(base.float(), delta, alpha=alpha)
 
 
 def candidates_in_torch(
@@ -251,17 +242,17 @@ def candidates_in_torch(
     crop: MaskCrop | None = None,
     device: str | None = None,
 ) -> list[Candidate]:
-    """Candidates at each α from a base and the deltas of `WeightLine`; the base's weights change in
-    place until `close`.
+    """Candidates at each α from a base and the deltas of `LineEncoder`; the base's weights change
+    in place until `close`.
     """
-    where = to_device(base.model, device)
-    line = WeightLine(base.model, {key: delta.to(where) for key, delta in deltas.items()})
+    to_device(base.model, device)
+    encoder = LineEncoder(base, deltas, dense)
     facts = {**(facts or {}), "precision": "fp32"}
     if "release" not in facts:  # the facts of a release name its model
         facts |= {"model": base.name, "pretrained": base.pretrained}
     loaded = in_torch(
         base,
-        LineEncoder(base, line, dense),
+        encoder,
         dense,
         alpha=0.0,
         dynamic_alpha=bool(deltas),
@@ -275,7 +266,7 @@ def candidates_in_torch(
     )
     candidates: list[Candidate] = []
     for alpha in alphas:
-        scale, bias = line.logits(alpha or 0.0)
+        scale, bias = encoder.logits(alpha or 0.0)
         point = copy.copy(loaded)
         point.release = replace(
             loaded.release, alpha=alpha or 0.0, logit_scale=scale, logit_bias=bias
@@ -296,8 +287,6 @@ def from_adapter(
     metadata = adapter.metadata
     alphas = alphas or sorted({0.0, metadata.alpha, 1.0})
     clip = load_base_of(adapter, base)
-    for alpha in alphas:
-        check_alpha(alpha)
     weights = clip.model.state_dict()
     check_base(weights, adapter)
     deltas = dict(changes(weights, adapter))
@@ -323,15 +312,9 @@ def from_line(
     1, or 1 alone if there is no base.
     """
     alphas = alphas or ((1.0,) if line.base is None else (0.0, 0.5, 1.0))
-    for alpha in alphas:
-        line.check(alpha)
     deltas = {}
-    if line.base is not None:  # keep only the weights that differ
-        for name, tensor in line.base.items():
-            if tensor.is_floating_point():
-                delta = line.tuned[name].float() - tensor.float()
-                if delta.any():
-                    deltas[name] = delta
+    if line.base is not None:
+        deltas = {name: tensor - line.base[name] for name, tensor in line.changes.items()}
     facts = {"base_digest": line.base_digest, "weights_digest": line.digest}
     kind = line.made_of["kind"]
     return candidates_in_torch(kind, base, deltas, alphas, facts=facts, device=device)
@@ -375,8 +358,6 @@ def from_release(
 
     # All α embed images once, and share a cache of the base's prompts.
     last: list[Any] = []
-    for alpha in alphas:
-        check_alpha(alpha)
     encoder = loaded.encoder
     candidates: list[Candidate] = []
     if isinstance(encoder, ServerEncoder):  # the server maps the texts

@@ -34,7 +34,7 @@ from radapter_serve.evaluation.image_sets import (
     Answers,
     ClassificationSet,
     EvaluationSet,
-    Image,
+    ImageOfRow,
     RetrievalSet,
     SegmentationSet,
     drawn,
@@ -46,7 +46,6 @@ from radapter_serve.evaluation.suite import PROPOSALS, SEVERAL_METRIC, Entry, Su
 from radapter_serve.files import read_yaml
 from radapter_serve.version import __version__
 
-Say = Callable[[str], None]
 _READERS_OF_PATHS = (*READERS, "masks", "coco")
 
 
@@ -55,7 +54,7 @@ def evaluate_set(
     data: EvaluationSet,
     *,
     batch_size: int = 64,
-    say: Say = lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
     keep: Sequence[str] = (),
 ) -> list[tuple[Row, Answers]]:
     """Evaluate models that prepare images the same way on one data set. `keep` may have "nouns", to
@@ -141,7 +140,7 @@ def evaluate_suite(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
-    say: Say = lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
     opened: Callable[[EvaluationSet], None] = lambda data: None,
     base: Candidate | None = None,
 ) -> list[Row]:
@@ -248,7 +247,7 @@ def open_set(
         chosen = [data.images[index] for index in drawn(len(data.images), limit, seed)]
         captions = [image.captions[: entry.max_captions] for image in chosen]
         image_of = np.repeat(np.arange(len(chosen)), [len(texts) for texts in captions])
-        of_rows = [Image(data, data.table, image.row, entry.border) for image in chosen]
+        of_rows = [ImageOfRow(data, data.table, image.row) for image in chosen]
         return RetrievalSet(
             entry, of_rows, [text for texts in captions for text in texts], image_of
         )
@@ -320,7 +319,7 @@ def _classification_set(
             f" has images of {', '.join(present[:5])}"
         )
     chosen = chosen[drawn(len(chosen), limit, seed)]
-    images = [Image(data, data.rows, int(index), entry.border) for index in chosen]
+    images = [ImageOfRow(data, data.rows, int(index)) for index in chosen]
     if data.several:
         truth = np.zeros((len(chosen), len(classes)), bool)
         for row, index in zip(truth, chosen, strict=True):

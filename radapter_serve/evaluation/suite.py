@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pydantic
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.data.source import Count, DataSource, For, users
-from radapter_serve.errors import RAdapterError, short
+from radapter_serve.data.source import Count, DataSource, For, read_fields, users
+from radapter_serve.errors import RAdapterError
 from radapter_serve.files import read_yaml, shipped
 from radapter_serve.tasks.dense import SegmentOptions
 
@@ -41,7 +39,7 @@ def _templates(value: Any) -> Any:
     )
 
 
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+@dataclass(frozen=True, kw_only=True)
 class Entry(DataSource):
     """One data set of a suite: a data source, whose paths are below the data root, and settings of
     its evaluation. docs/choose-alpha.md describes the fields.
@@ -100,24 +98,10 @@ class Entry(DataSource):
 
 def entry_of(values: Mapping[str, Any], where: str) -> Entry:
     """Make an entry from the values of its fields; errors name `where` they come from."""
-    fields = [field.name for field in dataclasses.fields(Entry)]
-    unknown = sorted(short(name) for name in values if name not in fields)
-    if unknown:
-        raise RAdapterError(
-            f"{where} has unknown fields {', '.join(unknown)[:200]}; allowed: {', '.join(fields)}"
-        )
     for field in ("name", "data"):
         if not isinstance(values.get(field), str):
             raise RAdapterError(f"{where} has no {field}")
-    try:
-        return Entry(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0])
-        rule = first["msg"].removeprefix("Value error, ").replace("Input should be", "allowed:")
-        raise RAdapterError(
-            f"{where}, {values['name']!r}: {field} is {str(values[field])[:80]!r}; {rule}"
-        ) from None
+    return read_fields(Entry, values, f"{where}, {values['name']!r},")
 
 
 @dataclass(frozen=True)

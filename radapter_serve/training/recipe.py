@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from radapter_serve.data.source import (
     INDEX,
@@ -23,11 +22,12 @@ from radapter_serve.data.source import (
     Real,
     RunSource,
     Share,
+    read_fields,
     users,
     with_reader,
 )
 from radapter_serve.errors import RAdapterError, short
-from radapter_serve.files import checker, read_yaml, shipped
+from radapter_serve.files import read_yaml, shipped
 from radapter_serve.sources import ADAPTER, HUB, LOCAL, RECIPE, Adapt
 
 # The paper's values, which are the limits where warm-up and momentum follow the run's length.
@@ -204,7 +204,8 @@ class Recipe(RunSource):
 
     def check(self) -> None:
         """Refuse values of the wrong type or out of range, and values that do not go together."""
-        _validated({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        read_fields(Recipe, values, "the recipe")
         if self.batch_size % self.accumulate:
             raise RAdapterError(
                 f"accumulate is {self.accumulate}; allowed: divisors of batch_size"
@@ -216,7 +217,7 @@ class Recipe(RunSource):
                 f" {self.learning_rate}"
             )
         self._check_place()
-        held_out = self.val_data or self.val_fraction or self.of_projections
+        held_out = self.val_data or self.val_fraction
         if (
             self.learning_rate == "auto"
             and not self.of_projections
@@ -474,30 +475,6 @@ def recipe_of(values: Any, what: str) -> Recipe:
     if not isinstance(values, dict | None):
         raise RAdapterError(f"{what} must be a mapping of field: value")
     values = by_names(values or {})
-    fields = [field.name for field in dataclasses.fields(Recipe)]
-    unknown = sorted({short(name) for name in values if name not in fields})
-    if unknown:
-        raise RAdapterError(
-            f"{what} has unknown fields {', '.join(unknown)}; allowed: {', '.join(fields)}"
-        )
     if values.get("precision") is False:
         values["precision"] = "no"  # YAML reads no as false
-    try:
-        return _validated(values)
-    except RAdapterError as error:
-        raise RAdapterError(f"{what} is invalid: {error}") from None
-
-
-def _validated(values: dict[str, Any]) -> Recipe:
-    try:
-        return checker(Recipe).validate_python(values)
-    except ValidationError as error:
-        wrong: dict[str, str] = {}
-        for problem in error.errors():  # a field of two types has errors for both
-            message = problem["msg"].removeprefix("Value error, ")
-            message = message.replace("Input should be", "it should be")
-            name = str(problem["loc"][0])
-            if problem["type"] == "literal_error" and name in wrong:  # or one of these words
-                wrong[name] += f", or {problem['ctx']['expected']}"
-            wrong.setdefault(name, f"{name} is {reprlib.repr(problem['input'])}; {message}")
-        raise RAdapterError("; ".join(wrong.values())) from None
+    return read_fields(Recipe, values, what)

@@ -290,7 +290,7 @@ def masks_of(models: Sequence[Candidate], suite: Suite) -> dict[str, list[NDArra
         query = data.query(model)
         items = [data.prepare(model, number) for number in range(len(data))]
         masks[entry.name] = [
-            model.segment(item.data, query, item.masks, item.scores) for item in items
+            model.segment(item.image, query, item.masks, item.scores) for item in items
         ]
     model.close()
     return masks

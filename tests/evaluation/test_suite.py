@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from radapter_serve.clip.towers import templates_of
+from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.data.rows import READERS
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.models import from_adapter
@@ -28,6 +29,8 @@ from tests.evaluation.conftest import CLASSES, picture
 ROOT = Path(__file__).parents[2]
 SUITES = ROOT / "recipes" / "suites"
 DATA = ROOT.parent / "shared" / "data"
+# A model for images of 4 x 2 pixels
+SMALL = SimpleNamespace(loaded=SimpleNamespace(preprocess=Preprocess((2, 4), resize_mode="squash")))
 
 
 def suite_of(text: str, folder: Path) -> Suite:
@@ -112,7 +115,7 @@ def test_karpathys_splits(world: Path, tmp_path: Path) -> None:
     data = opened(suite, suite.entries[0])
     assert data.captions == [f"0.jpg {number}" for number in range(5)] + ["2.jpg 0", "2.jpg 1"]
     assert data.image_of.tolist() == [0] * 5 + [1] * 2
-    assert [read() for read in data.images] == [
+    assert [image.data() for image in data.images] == [
         (world / "images" / f"{n}.jpg").read_bytes() for n in (0, 2)
     ]
 
@@ -131,9 +134,8 @@ def test_imagenet_and_its_shifts_with_clips_names(tmp_path: Path) -> None:
     assert numbered.classes == ["tench", "goldfish", "brambling", "great white shark"]
     objects = opened(suite, by_name["objectnet"])
     assert len(objects.images) == 2  # air fresheners are no class of ImageNet
-    with Image.open(io.BytesIO(objects.images[0]())) as image:
-        assert image.size == (4, 2)
-        assert image.getpixel((0, 0)) == (1, 0, 0)
+    pixels = objects.prepare(SMALL, 0)
+    assert pixels[0, 0].tolist() == [1, 0, 0]  # without the border
 
 
 def test_a_broken_image_is_named(run_folder: Path, tmp_path: Path) -> None:
@@ -155,17 +157,17 @@ MASKED = "sets: [{name: a, data: x, task: segmentation"
         ("sets: []", "must have `sets`"),
         ("sets: [{name: a}]", "set 1 has no data"),
         ("sets: [{name: a, data: x, colour: red}]", "unknown fields colour; allowed: data, task"),
-        ("sets: [{name: a, data: x, shift: far}]", "'a': shift is 'far'; allowed: 'id' or 'ood'"),
+        ("sets: [{name: a, data: x, shift: far}]", "'a', is invalid: shift is 'far'; it should be"),
         ("sets: [{name: a, data: x, task: retrieval, metric: acc1}]", "metric is 'acc1'; allowed"),
         ("sets: [{name: a, data: x}, {name: a, data: y}]", "names 'a' twice"),
         ("sets: [{name: a, data: x, task: retrieval, class_split: base}]", "set 1 has class_split"),
-        ("sets: [{name: a, data: x, border: -1}]", "border is '-1'"),
+        ("sets: [{name: a, data: x, border: -1}]", "border is -1"),
         (f"{MASKED}, dense: other}}]", "dense is 'other'; allowed: maskclip, naclip, proposals"),
         (f"{MASKED}, threshold: 2}}]", "threshold is 2.0; allowed: 0 to 1"),
         (f"{MASKED}, background: cow}}]", "background is 'cow', which needs a threshold"),
         (f"{MASKED}, dense: naclip, proposals: found}}]", "which needs dense: proposals"),
         (f"{MASKED}, proposal_weight: 0.5}}]", "which needs proposals with scores"),
-        ("sets: [{name: a, data: x, templates: [1, 2]}]", "templates is '[1, 2]'; allowed: openai"),
+        ("sets: [{name: a, data: x, templates: [1, 2]}]", "templates is [1, 2]; allowed: openai"),
         ("sets: {", "could not read the suite"),
     ],
 )
@@ -268,7 +270,7 @@ def test_data_that_can_not_be_used(world: Path, tmp_path: Path, fields: str, mes
     (tmp_path / "blank.csv").write_text("image,caption\na.png,text\na.png,\n", encoding="utf-8")
     suite = suite_of(f"sets: [{{name: a, {fields}}}]", tmp_path)
     with pytest.raises(RAdapterError) as error:
-        open_set(suite, suite.entries[0]).images[0]()
+        open_set(suite, suite.entries[0]).prepare(SMALL, 0)  # type: ignore[arg-type]
     assert message in str(error.value)
 
 
