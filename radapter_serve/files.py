@@ -68,6 +68,12 @@ def staged(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically."""
+    with staged(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 @contextlib.contextmanager
 def disk_errors(
     folder: Path, advice: str = "", also: tuple[type[Exception], ...] = ()

@@ -251,7 +251,7 @@ def _metadata(header: Mapping[str, str]) -> Metadata:
     except ValidationError as error:
         raise _refusal(error) from error
     try:
-        RunSource.from_json(metadata.recipe, metadata.task)
+        _ = metadata.source  # which is read once
     except ValidationError as error:
         raise _refusal(error, "recipe") from error
     return metadata

@@ -10,7 +10,7 @@ import open_clip.tokenizer as clip
 import tokenizers
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import digest_of, staged
+from radapter_serve.files import digest_of, write_text
 
 _CLEAN = {
     clip._clean_lower: "lower",
@@ -35,8 +35,7 @@ def write_tokenizer(
             f"cannot export a tokenizer of class {type(tokenizer).__name__}; allowed:"
             " SimpleTokenizer, HFTokenizer"
         )
-    with staged(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
     lengths = {"context_length": tokenizer.context_length, "dynamic_length": dynamic_length}
     return {**spec, "digest": digest_of(text.encode()), **lengths}
 

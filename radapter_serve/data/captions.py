@@ -82,14 +82,6 @@ def load_captioned(
     columns = {image_column: "--image-column", caption_column: "--caption-column"}
     rows = open_rows(spec, columns)
     table = rows.table
-    data = Captioned(
-        table,
-        [],
-        image_column,
-        source.images or rows.folder,
-        captions_per_image,
-        source.exif_orientation,
-    )
 
     # Gather the captions of each image, block by block: a table may be larger than memory.
     first: dict[str, int] = {}
@@ -112,8 +104,8 @@ def load_captioned(
             key = hashlib.sha256(encoded).hexdigest()
             first.setdefault(key, number)
             captions_of.setdefault(key, []).extend(captions)
-    data.images = [CaptionedImage(first[key], tuple(texts)) for key, texts in captions_of.items()]
-    most = max((len(image.captions) for image in data.images), default=0)
+    images = [CaptionedImage(first[key], tuple(texts)) for key, texts in captions_of.items()]
+    most = max((len(image.captions) for image in images), default=0)
     if not most:
         raise RAdapterError(f"{spec} holds no images with captions")
     if most < captions_per_image:
@@ -121,4 +113,11 @@ def load_captioned(
             f"captions_per_image is {captions_per_image} but no image of {spec} has more than"
             f" {most}"
         )
-    return data
+    return Captioned(
+        table,
+        images,
+        image_column,
+        source.images or rows.folder,
+        captions_per_image,
+        source.exif_orientation,
+    )

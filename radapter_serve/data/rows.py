@@ -62,10 +62,6 @@ class LabelledImages(ABC):
     def labels_of(self, row: Any) -> tuple[int, ...]:
         """The numbers of all classes of a row, in the row's order, without repetition."""
 
-    def label(self, row: Any) -> int:
-        """The number of a row's class; of several, the first."""
-        return self.labels_of(row)[0]
-
     def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int | tuple[int, ...], str]:
         """The image, the numbers of its classes, and a prompt of one of them,
         which is the first.

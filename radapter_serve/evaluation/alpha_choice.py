@@ -22,7 +22,7 @@ from radapter_serve.evaluation.rows import (
     what_is_kept,
 )
 from radapter_serve.evaluation.suite import PROPOSALS
-from radapter_serve.files import checker, first_problem, staged
+from radapter_serve.files import checker, first_problem, write_text
 
 FILE = "alpha.json"
 RULE = (
@@ -269,8 +269,7 @@ def _behind(best: Row, row: Row) -> tuple[float, float]:
 def save_choice(choice: Choice, adapter: str | Path) -> Path:
     """Write `alpha.json` next to an adapter file or into a run's folder; returns its path."""
     path = choice_file(adapter)
-    with staged(path) as temporary:
-        temporary.write_text(json.dumps(asdict(choice), indent=2), encoding="utf-8")
+    write_text(path, json.dumps(asdict(choice), indent=2))
     return path
 
 

@@ -18,7 +18,7 @@ from radapter_serve.contract.labels import SAME
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Interval
-from radapter_serve.files import checker, first_problem, staged
+from radapter_serve.files import checker, first_problem, write_text
 
 FILE = "results.jsonl"
 KEPT_METRIC = "kept"  # name of a metric; see `Row`
@@ -242,8 +242,7 @@ class Results:
             self.measured += 1
         lines = "".join(f"{json.dumps(row.to_dict(), ensure_ascii=False)}\n" for row in self.rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with staged(self.path) as part:
-            part.write_text(lines, encoding="utf-8")
+        write_text(self.path, lines)
 
 
 def own_metric(row: Any) -> float:

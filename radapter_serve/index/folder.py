@@ -34,7 +34,7 @@ from radapter_serve.contract.embeddings import Cache
 from radapter_serve.contract.errors import Cancelled, TaskError, check_cancelled
 from radapter_serve.contract.images import FifoLimit
 from radapter_serve.errors import RAdapterError, cause, reason
-from radapter_serve.files import digest_of, map_array, staged, written_array
+from radapter_serve.files import digest_of, map_array, write_text, written_array
 from radapter_serve.index.conditions import Met, evaluate, text_array
 from radapter_serve.index.facts import FACTS, FileFacts, Hit, Index, IndexFacts, Search
 from radapter_serve.index.neighbours import CODES, Neighbours, Positions, near_best
@@ -132,12 +132,6 @@ def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta
             replaced = datetime.datetime.fromtimestamp(place.stat().st_mtime)
             if place.name != generation and datetime.datetime.now() - replaced > keep:
                 shutil.rmtree(place)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically."""
-    with staged(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def map_vectors(path: Path, rows: Path, ids: pa.ChunkedArray, *, unique: bool) -> NDArray[Any]:

@@ -29,7 +29,7 @@ from sqlglot import exp
 from radapter_serve.contract.errors import UNKNOWN_INDEX, Cancelled, TaskError, invalid, redact
 from radapter_serve.contract.images import FifoLimit
 from radapter_serve.errors import RAdapterError, check_installed
-from radapter_serve.files import lock
+from radapter_serve.files import lock, write_text
 from radapter_serve.index.collection import Progress
 from radapter_serve.index.conditions import parse_condition
 from radapter_serve.index.facts import FACTS, Hit, Index, IndexFacts, Search, in_thread, wait_for
@@ -43,7 +43,6 @@ from radapter_serve.index.folder import (
     pointed,
     read_pointer,
     vectors_of,
-    write_text,
 )
 
 LINK = "at"  # the only key in the index.json of a folder that links to a published index

@@ -26,7 +26,7 @@ from pyarrow import parquet
 
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import checker, disk_errors, lock, map_array, staged
+from radapter_serve.files import checker, disk_errors, lock, map_array, staged, write_text
 from radapter_serve.index.collection import Cluster, Collection, Item, Progress, Read, read
 from radapter_serve.index.facts import BuildPlan, IndexFacts
 from radapter_serve.index.folder import (
@@ -40,7 +40,6 @@ from radapter_serve.index.folder import (
     vector_column,
     vectors_of,
     write_table,
-    write_text,
 )
 from radapter_serve.index.neighbours import write_neighbours
 from radapter_serve.process import decoders

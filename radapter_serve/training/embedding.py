@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from torch import Tensor
 
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.towers import encode_image, encode_texts
+from radapter_serve.clip.towers import Pixels, TorchEncoder, encode_texts
+from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.data.rows import BrokenImage, tracked
@@ -104,7 +103,8 @@ def embed_images(
     rows = data.image_rows
     broken: dict[int, str] = {}
     device = next(base.model.parameters()).device
-    transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
+    preprocess = Preprocess.from_dict(base.preprocess)
+    encoder = TorchEncoder(base.model, base.preprocess)
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
     facts = {
         "tower": tower,
@@ -120,31 +120,28 @@ def embed_images(
             broken[number] = str(error)
             return f"broken {number}"
 
-    def pixels(number: int) -> Tensor | None:
+    def pixels(number: int) -> Pixels | None:
         try:
-            image = data.image(rows[number])
+            return preprocess(data.image(rows[number]))
         except BrokenImage as error:
             broken[number] = str(error)
             return None
-        seen: Tensor = transform(image)
-        return seen
 
     with ThreadPoolExecutor(decoders(8)) as pool:
 
         def embed(numbers: Sequence[int]) -> Iterator[tuple[list[int], Floats]]:
             # Decode each batch while the one before it is embedded.
             batches = [numbers[at : at + _IMAGES] for at in range(0, len(numbers), _IMAGES)]
-            ahead: list[tuple[int, Future[Tensor | None]]] = []
+            ahead: list[tuple[int, Future[Pixels | None]]] = []
             for coming in tracked([*batches, []], len(batches) + 1, "embedding", show):
                 batch = ahead
                 ahead = [(number, pool.submit(pixels, number)) for number in coming]
                 decoded = [(number, future.result()) for number, future in batch]
                 whole = {number: image for number, image in decoded if image is not None}
                 if whole:
-                    with torch.inference_mode(), bf16:
-                        images = torch.stack(list(whole.values())).to(device)
-                        embeds = encode_image(base.model, images)
-                    yield list(whole), embeds.cpu().numpy()
+                    with bf16:
+                        embeds = encoder.images(np.stack(list(whole.values())))
+                    yield list(whole), embeds
 
         ids = list(pool.map(digest, range(len(rows))))
         vectors = kept(ids, int(base.config["embed_dim"]), embed, out, facts)

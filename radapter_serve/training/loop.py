@@ -19,8 +19,8 @@ import yaml
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from radapter_serve.adapter import Metadata, find_sites, save_adapter
-from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias, templates_of
+from radapter_serve.adapter import find_sites, save_adapter
+from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError
@@ -40,6 +40,7 @@ from radapter_serve.training.setup import (
     Learner,
     build,
     load_checkpoint,
+    metadata_of,
     save_checkpoint,
     start_tracker,
 )
@@ -255,22 +256,10 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
 def write_adapter(learner: Learner, metrics: dict[str, float], out: Path) -> str:
     """Write the average as the run's adapter; returns a line with its path and the next command."""
     recipe = learner.plan.recipe
-    base = learner.base
     data = learner.examples.data
+    held_out = learner.held_out
+    metadata = metadata_of(recipe, learner.base, learner.digest, data, metrics, held_out=held_out)
     learner.adapters.load_tensors(learner.average.tensors)
-    metadata = Metadata(
-        architecture=base.name,
-        pretrained=base.pretrained,
-        base_digest=learner.digest,
-        rank=recipe.rank,
-        task=recipe.task,
-        alpha=recipe.alpha,
-        templates=templates_of(recipe.templates),
-        recipe=recipe.to_dict(),
-        metrics=metrics,
-        classes=list(data.classes) if isinstance(data, LabelledImages) else None,
-        held_out=learner.held_out,
-    )
     path = out / ADAPTER
     save_adapter(learner.adapters.adapter(metadata), path)
     following = f"radapter-eval --adapter {shlex.quote(str(out))} --alpha auto"

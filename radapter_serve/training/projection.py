@@ -26,11 +26,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from radapter_serve.adapter import Adapter, Metadata, base_digest, find_sites, save_adapter
+from radapter_serve.adapter import Adapter, base_digest, find_sites, save_adapter
 from radapter_serve.adapter.attach import LinearAdapter
 from radapter_serve.adapter.tuned import towers_of
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.clip.towers import logit_scale_and_bias, templates_of, to_device
+from radapter_serve.clip.towers import logit_scale_and_bias, to_device
 from radapter_serve.contract.labels import prompts_of, split_label
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.labelled import Labelled
@@ -41,7 +41,7 @@ from radapter_serve.evaluation.alpha_choice import Choice, CurvePoint, Validatio
 from radapter_serve.evaluation.image_sets import NOUN_TEMPLATES, common_nouns
 from radapter_serve.evaluation.metrics import fit_confidence
 from radapter_serve.evaluation.rows import hardly_known
-from radapter_serve.files import staged
+from radapter_serve.files import write_text
 from radapter_serve.sources import ADAPTER, RATES, RECIPE
 from radapter_serve.training.batches import NO_LABEL
 from radapter_serve.training.data import Embedded, RunData
@@ -49,7 +49,12 @@ from radapter_serve.training.embedding import Floats, check_embeddings, embed_im
 from radapter_serve.training.loop import WORDS, vocabulary
 from radapter_serve.training.loss import distance_to_base, divergence_from_base, positives_of
 from radapter_serve.training.recipe import Recipe, Run
-from radapter_serve.training.setup import flatten_projections, loss_of, with_precision
+from radapter_serve.training.setup import (
+    flatten_projections,
+    loss_of,
+    metadata_of,
+    with_precision,
+)
 
 RATES_TRIED = (1e-4, 3e-4, 1e-3, 3e-3)  # by learning_rate auto
 WEIGHTS_TRIED = (1.0, 3.0, 10.0)  # by preserve_words auto
@@ -138,7 +143,7 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
         flatten_projections(base.model)
     of_embeddings = [] if embedded is None else check_embeddings(embedded, base)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    write_text(out / RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
 
     # Embed all that the run needs, once.
     began = time.monotonic()
@@ -183,7 +188,7 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
     chosen = validated.recipe
     if validated.trials:
         say(f"{validated.summary} ({time.monotonic() - began:.1f} s)")
-        _write(out / RATES, json.dumps(validated.table, indent=2))
+        write_text(out / RATES, json.dumps(validated.table, indent=2))
         alone = len(vectors.images) - sum(len(rows) for rows, _ in validated.parts)
         if alone:
             note(
@@ -228,24 +233,19 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
         for tower, adapter in maps.items()
         for name, tensor in adapter.named_parameters()
     }
-    metadata = Metadata(
-        architecture=base.name,
-        pretrained=base.pretrained,
-        base_digest=digest,
-        rank=recipe.rank,
-        task=recipe.task,
-        alpha=chosen.alpha,
-        templates=templates_of(recipe.templates),
-        recipe=chosen.to_dict(),
-        metrics=metrics,
-        classes=list(data.classes) if isinstance(data, Labelled) else None,
+    metadata = metadata_of(
+        chosen,
+        base,
+        digest,
+        data,
+        metrics,
         held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,
         text_tower=towers["text_tower"] if "text" in keys else None,
         confidence=confidence,
     )
     adapter = Adapter(tensors, metadata)
     save_adapter(adapter, out / ADAPTER)
-    _write(out / RECIPE, yaml.safe_dump(chosen.to_dict(), sort_keys=False))
+    write_text(out / RECIPE, yaml.safe_dump(chosen.to_dict(), sort_keys=False))
     if validated.trials:
         choice = validated.choice(recipe.alpha, adapter.digest, held_out_digest(data))
         alpha_choice.save_choice(choice, out)
@@ -594,8 +594,3 @@ def _vectors(
         of_classes=isinstance(data, Labelled),
     )
     return vectors, notes
-
-
-def _write(path: Path, text: str) -> None:
-    with staged(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

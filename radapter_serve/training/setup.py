@@ -21,9 +21,11 @@ from torch.nn.utils import parametrize
 from torch.optim import AdamW, Optimizer
 from torchvision import transforms
 
-from radapter_serve.adapter import Adapters, Form, attach, base_digest, find_sites
+from radapter_serve.adapter import Adapters, Form, Metadata, attach, base_digest, find_sites
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias
+from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias, templates_of
+from radapter_serve.data.captions import Captioned
+from radapter_serve.data.rows import LabelledImages
 from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
@@ -128,6 +130,30 @@ def loss_of(base: Base, recipe: Recipe) -> partial[Tensor]:
     scale, bias = logit_scale_and_bias(base.model.state_dict())
     loss = partial(mpm_nce) if bias is None else partial(pairwise_sigmoid, logit_bias=bias)
     return partial(loss, logit_scale=scale, delta=recipe.delta, epsilon=recipe.epsilon)
+
+
+def metadata_of(
+    recipe: Recipe,
+    base: Base,
+    digest: str,
+    data: LabelledImages | Captioned,
+    metrics: Mapping[str, float],
+    **more: Any,
+) -> Metadata:
+    """The metadata of a run's adapter; `digest` is of the base, `more` are further fields."""
+    return Metadata(
+        architecture=base.name,
+        pretrained=base.pretrained,
+        base_digest=digest,
+        rank=recipe.rank,
+        task=recipe.task,
+        alpha=recipe.alpha,
+        templates=templates_of(recipe.templates),
+        recipe=recipe.to_dict(),
+        metrics=dict(metrics),
+        classes=None if isinstance(data, Captioned) else list(data.classes),
+        **more,
+    )
 
 
 def choose_form(

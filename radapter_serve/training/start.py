@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError, one_line
-from radapter_serve.files import staged
+from radapter_serve.files import write_text
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import ADAPTER, CHECKPOINT, RATES
 from radapter_serve.training.data import RunData, open_run
@@ -105,7 +105,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class Trial:
+class ShortRun:
     """A short run: its peak rate, whether each held-out image is right at the recipe's α, bool [N],
     and the fraction of the base's answers among common nouns that it keeps.
     """
@@ -155,7 +155,7 @@ def search_rate(
     assert isinstance(opened.data, LabelledImages)  # `Recipe.check` refuses auto for others
     nouns = common_nouns([name for line in opened.data.classes for name in split_label(line)])
     of_base: list[NDArray[np.int64]] = []  # answers of the base, from the first short run
-    tried: list[Trial] = []
+    tried: list[ShortRun] = []
 
     def short_run(rate: float) -> None:
         began = time.monotonic()
@@ -165,7 +165,7 @@ def search_rate(
             right, named = answers(learner, alphas, nouns)
             if not of_base:
                 of_base.append(named[0])
-            tried.append(Trial(rate, right[-1], float((named[-1] == of_base[0]).mean())))
+            tried.append(ShortRun(rate, right[-1], float((named[-1] == of_base[0]).mean())))
             return {}
 
         least = min(recipe.min_learning_rate, rate)
@@ -219,14 +219,13 @@ def search_rate(
         "notes": notes,
     }
     out.mkdir(parents=True, exist_ok=True)
-    with staged(out / RATES) as temporary:
-        temporary.write_text(json.dumps(table, indent=2), encoding="utf-8")
+    write_text(out / RATES, json.dumps(table, indent=2))
     say(f"chose learning rate {chosen:.2g}; {out / RATES} has the table")
     least = min(recipe.min_learning_rate, chosen)
     return dataclasses.replace(recipe, learning_rate=chosen, min_learning_rate=least), notes
 
 
-def next_rate(tried: Sequence[Trial]) -> float | None:
+def next_rate(tried: Sequence[ShortRun]) -> float | None:
     """The next rate of the grid if the best of the tried rates is at their edge, else None."""
     best = _best(tried).learning_rate
     place = GRID.index(best)
@@ -238,7 +237,7 @@ def next_rate(tried: Sequence[Trial]) -> float | None:
     return None
 
 
-def most_conservative(tried: Sequence[Trial]) -> Trial:
+def most_conservative(tried: Sequence[ShortRun]) -> ShortRun:
     """The run that keeps most of the base's answers, of those within one standard error of the
     best: that of the paired difference over the held-out images (the one-standard-error rule of
     Breiman et al., Classification and Regression Trees, 1984). Its rate is not lower than both
@@ -256,7 +255,7 @@ def most_conservative(tried: Sequence[Trial]) -> Trial:
     return max(equals, key=lambda run: (run.kept, run.worth))
 
 
-def _best(tried: Sequence[Trial]) -> Trial:
+def _best(tried: Sequence[ShortRun]) -> ShortRun:
     """The run with the most worth that keeps `KEPT` of what the paper's rate keeps."""
     of_paper = max((run.kept for run in tried if run.learning_rate == PAPER), default=0.0)
     return max((run for run in tried if run.kept >= KEPT * of_paper), key=lambda run: run.worth)

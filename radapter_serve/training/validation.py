@@ -9,11 +9,16 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from radapter_serve.clip.towers import encode_image, encode_texts, zero_shot_classifier
+from radapter_serve.clip.towers import (
+    encode_image,
+    encode_texts,
+    normalised,
+    zero_shot_classifier,
+)
+from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.rows import BrokenImage, LabelledImages
 from radapter_serve.evaluation.image_sets import NOUN_TEMPLATES
@@ -117,7 +122,7 @@ def _embedded(
     """
     model = learner.base.model
     device = next(model.parameters()).device
-    transform = image_transform_v2(PreprocessCfg(**learner.base.preprocess), is_train=False)
+    preprocess = Preprocess.from_dict(learner.base.preprocess)
     images = val.image_rows
     accelerator = learner.accelerator
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
@@ -127,14 +132,14 @@ def _embedded(
         for number in mine[first : first + _BATCH]:
             row = images[number]
             try:
-                pixels.append(transform(val.image(row)))
+                pixels.append(preprocess(val.image(row)))
                 rows.append((number, row))
             except BrokenImage:
                 if learner.examples.refuse:
                     raise
         if not rows:
             continue
-        batch = torch.stack(pixels).to(device)
+        batch = normalised(np.stack(pixels), learner.base.preprocess, device)
         embeds = []
         for alpha in alphas:
             learner.adapters.alpha = alpha

@@ -201,7 +201,7 @@ def test_judge_counts_what_the_system_finds(
     assert isinstance(data, Labelled)
     transform: Any = image_transform_v2(PreprocessCfg(**run.base.preprocess), is_train=False)
     pixels = torch.stack([transform(data.image(row)) for row in data.rows])
-    labels = torch.tensor([data.label(row) for row in data.rows])
+    labels = torch.tensor([data.labels_of(row)[0] for row in data.rows])
     for row in rows:
         outcome.at(row.alpha or 0.0)
         with torch.no_grad():

@@ -26,6 +26,7 @@ from torch import Tensor
 from radapter_serve.adapter import average_adapters, fold, load_adapter
 from radapter_serve.cli.eval import main as eval_command
 from radapter_serve.cli.train import main
+from radapter_serve.clip import towers
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.encoders.loaded import load_release
@@ -74,7 +75,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(pixels))
         return encode_image(model, pixels)
 
-    monkeypatch.setattr(embedding, "encode_image", count)
+    monkeypatch.setattr(towers, "encode_image", count)
     return sizes
 
 
@@ -236,7 +237,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     recipe: Recipe, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedding, "_IMAGES", 5)
-    count = embedding.encode_image  # type: ignore[attr-defined]
+    count = towers.encode_image
 
     def stopped(model: Any, pixels: Tensor) -> Tensor:
         if len(counted) == 2:
@@ -245,7 +246,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
         return embeds
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(embedding, "encode_image", stopped)
+        patch.setattr(towers, "encode_image", stopped)
         train(recipe)
     assert counted == [5, 5]
     assert recipe.out is not None and not (recipe.out / "adapter.safetensors").exists()
@@ -269,7 +270,7 @@ def test_embeddings_of_ones_own_train_the_same_without_images(
     recipe: Recipe, table: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = load_adapter(train(recipe))
-    monkeypatch.setattr(embedding, "encode_image", None)
+    monkeypatch.setattr(towers, "encode_image", None)
     out = tmp_path / "other"
     run = train(dataclasses.replace(recipe, data="", embeddings=table[0], rows=table[1], out=out))
     adapter = load_adapter(run)

@@ -13,15 +13,15 @@ import yaml
 
 from radapter_serve import RAdapterError, evaluate, load_adapter, train
 from radapter_serve.training import Recipe
-from radapter_serve.training.start import GRID, START, Trial, most_conservative, next_rate
+from radapter_serve.training.start import GRID, START, ShortRun, most_conservative, next_rate
 from tests.helpers.by_hand import steps_taken
 from tests.helpers.short_run import short_run
 
 
-def trial(rate: float, right: int, first: int = 0, kept: float = 0.5) -> Trial:
+def trial(rate: float, right: int, first: int = 0, kept: float = 0.5) -> ShortRun:
     """A short run that is right on `right` of 100 images, from the `first` on."""
     number = np.arange(100)
-    return Trial(rate, (number >= first) & (number < first + right), kept)
+    return ShortRun(rate, (number >= first) & (number < first + right), kept)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def trial(rate: float, right: int, first: int = 0, kept: float = 0.5) -> Trial:
     ],
 )
 def test_takes_what_keeps_most_within_one_standard_error_of_the_best(
-    runs: list[Trial], chosen: float
+    runs: list[ShortRun], chosen: float
 ) -> None:
     assert (
         most_conservative(runs).learning_rate
@@ -55,7 +55,7 @@ def test_takes_what_keeps_most_within_one_standard_error_of_the_best(
 
 
 def test_the_grid_grows_to_the_side_where_the_best_is() -> None:
-    def best_at(best: float) -> list[Trial]:
+    def best_at(best: float) -> list[ShortRun]:
         return [trial(rate, 60 if rate == best else 50) for rate in START]
 
     assert next_rate(best_at(5e-4)) is None

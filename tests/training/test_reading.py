@@ -35,7 +35,8 @@ from radapter_serve.training.setup import augmentation
 
 def pixels(data: Any) -> dict[bytes, str]:
     return {
-        np.asarray(data.image(row)).tobytes(): data.classes[data.label(row)] for row in data.rows
+        np.asarray(data.image(row)).tobytes(): data.classes[data.labels_of(row)[0]]
+        for row in data.rows
     }
 
 
@@ -236,7 +237,9 @@ def test_validation_data_is_evaluated_among_all_classes_of_the_run(
     recipe = Recipe(data=f"imagefolder:{images}", val_data=f"imagefolder:{tmp_path}/val")
     data, val = opened(recipe)
     assert val.classes == [*data.classes, "amber"] == ["blue", "green", "red", "amber"]
-    labels = {(Path(val.name(row)).parent.name, val.classes[val.label(row)]) for row in val.rows}
+    labels = {
+        (Path(val.name(row)).parent.name, val.classes[val.labels_of(row)[0]]) for row in val.rows
+    }
     assert labels == {(name, name) for name in ("amber", "blue")}
     _, base = opened(recipe, class_split="base")
     assert base.classes == ["blue", "green"] and np.bincount(base.labels()).tolist() == [8]
