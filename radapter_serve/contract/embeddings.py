@@ -36,7 +36,7 @@ DEFAULT_POINT = Point()  # no adapter, at the release's α
 
 
 def map_embeddings(
-    embeds: NDArray[np.floating[Any]], change: Floats | tuple[Floats, Floats], alpha: float
+    embeds: NDArray[np.floating[Any]], change: Floats | Sequence[Floats], alpha: float
 ) -> Floats:
     """Map embeddings of a base to those of its fold at α: `v + α·F·v` of each row, at unit length.
 
@@ -51,7 +51,7 @@ def map_embeddings(
     check_alpha(alpha)
     rows = np.asarray(embeds, np.float32)
     changed = rows
-    for factor in reversed(change if isinstance(change, tuple) else (change,)):
+    for factor in (change,) if isinstance(change, np.ndarray) else reversed(change):
         if len(rows) <= _FEW_ROWS:
             changed = np.einsum("nd,ed->ne", changed, factor)
         else:

@@ -44,7 +44,7 @@ from radapter_serve.files import as_name
 from radapter_serve.process import decoders, total
 from radapter_serve.release.adapters import (
     CALIBRATED_RUN,
-    Adapters,
+    AdaptersBeside,
     TextAdapter,
     unknown_name,
 )
@@ -149,14 +149,14 @@ class LoadedRelease:
         self._maps_adapters = maps_adapters
 
     @cached_property
-    def adapters(self) -> Adapters | None:
+    def adapters(self) -> AdaptersBeside | None:
         """The adapters beside the release, in its model repository; None if it is in none."""
         if self._adapters is None:
             return None
         text_tower = self.release.text_tower.digest(self.release.alpha)
         # A weak reference: a release that nobody uses any more is freed at once.
         check = partial(LoadedRelease._check, weakref.proxy(self))
-        return Adapters(self._adapters, text_tower, check, mapped=self._maps_adapters)
+        return AdaptersBeside(self._adapters, text_tower, check, mapped=self._maps_adapters)
 
     @cached_property
     def label_sets(self) -> Mapping[str, LabelSet]:

@@ -38,7 +38,7 @@ from radapter_serve.gateway.upstream import (
     Upstream,
     bad_request,
 )
-from radapter_serve.release.adapters import Adapters
+from radapter_serve.release.adapters import AdaptersBeside
 from radapter_serve.release.release import Tower
 
 PREFIX = "/v1/"
@@ -243,7 +243,7 @@ class OpenAI:
         self._upstream = upstream
         self._model = model
         self._concurrency = concurrency
-        self._adapters = None if repository is None else Adapters(repository, None)
+        self._adapters = None if repository is None else AdaptersBeside(repository, None)
 
     async def models(self, key: Key) -> dict[str, Any]:
         """The list of releases, the newest first, and of adapters; a key sees its own."""

@@ -72,7 +72,7 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Entry:
+class AdapterEntry:
     """An adapter in the list: its folder, the digests of its files, and the text tower that it
     belongs to.
     """
@@ -129,11 +129,10 @@ class TextAdapter:
 
     def map(self, embeds: NDArray[np.float32], alpha: float) -> NDArray[np.float32]:
         """Map text embeddings of the base, float32 [N, D], to those of the adapter at an α."""
-        change = self.factors[0] if len(self.factors) == 1 else self.factors
-        return map_embeddings(embeds, change, alpha)
+        return map_embeddings(embeds, self.factors, alpha)
 
 
-def read_list(repository: Path) -> dict[str, Entry]:
+def read_list(repository: Path) -> dict[str, AdapterEntry]:
     """Read which adapters are served, by name; empty if there is no list."""
     from pydantic import ValidationError  # not a dependency of a base installation
 
@@ -145,7 +144,7 @@ def read_list(repository: Path) -> dict[str, Entry]:
     except OSError as error:
         raise RAdapterError(f"could not read {path}: {error.strerror or error}") from None
     try:
-        entries = checker(dict[str, Entry]).validate_json(text)
+        entries = checker(dict[str, AdapterEntry]).validate_json(text)
     except ValidationError as error:
         raise RAdapterError(f"could not read {path}: {first_problem(error)}") from None
     for name, entry in entries.items():
@@ -213,7 +212,7 @@ def add(
     factors: Factors,
     *,
     replace: bool = False,
-) -> Entry:
+) -> AdapterEntry:
     """Write an adapter beside the releases of a repository, and serve it under a name; raises an
     error for a name that is taken, unless `replace`.
     """
@@ -237,8 +236,8 @@ def add(
             np.save(buffer, np.ascontiguousarray(array, np.float32))
             files[file] = buffer.getvalue()
         sums = {file: digest_of(content) for file, content in files.items()}
-        entry = Entry("", facts.text_tower, sums)
-        entry = Entry(f"{name}@{shortened(entry.digest)}", facts.text_tower, sums)
+        entry = AdapterEntry("", facts.text_tower, sums)
+        entry = AdapterEntry(f"{name}@{shortened(entry.digest)}", facts.text_tower, sums)
         with staged_folder(folder / entry.folder, "radapter-release") as temporary:
             for file, content in files.items():
                 (temporary / file).write_bytes(content)
@@ -302,7 +301,7 @@ def check_factors(name: str, facts: AdapterFacts, factors: Factors) -> None:
         raise RAdapterError(f"the adapter {name!r} has values that are not finite")
 
 
-def load(repository: Path, name: str, entry: Entry, *, mapped: bool = False) -> TextAdapter:
+def load(repository: Path, name: str, entry: AdapterEntry, *, mapped: bool = False) -> TextAdapter:
     """Read an adapter, or map its matrices from the disk; compare its files with their digests."""
     from pydantic import ValidationError
 
@@ -343,7 +342,7 @@ def _loaded() -> Cache:
     return Cache(memory() / 4)
 
 
-class Adapters:
+class AdaptersBeside:
     """The adapters that one process serves beside one release. Thread-safe.
 
     The list is read again whenever its file has changed. An adapter is loaded, and `check` called
@@ -374,10 +373,10 @@ class Adapters:
         self._mapped = mapped
         self._lock = threading.Lock()
         self._state: object = ()  # of the list's file
-        self._entries: Mapping[str, Entry] = {}
+        self._entries: Mapping[str, AdapterEntry] = {}
         self._itself = weakref.ref(self)
 
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Mapping[str, AdapterEntry]:
         """The served adapters of the text tower by name, as the list says now."""
         state = state_of(self._path)
         with self._lock:
@@ -465,7 +464,7 @@ def _read(path: Path) -> bytes:
     return text
 
 
-def _write_list(folder: Path, entries: Mapping[str, Entry]) -> None:
+def _write_list(folder: Path, entries: Mapping[str, AdapterEntry]) -> None:
     with disk_errors(folder), staged(folder / LIST) as path:
         values = {name: asdict(entry) for name, entry in sorted(entries.items())}
         path.write_text(json.dumps(values, indent=1), encoding="utf-8")

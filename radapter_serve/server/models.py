@@ -80,7 +80,7 @@ def processes_of(model: ModelEntry) -> int:
     return len(model.versions) * (sum(group.count or 1 for group in groups) or 1)
 
 
-def configure(
+def configure_encoders(
     repository: Path,
     releases: Sequence[int],
     choice: Choice,
@@ -113,16 +113,16 @@ def configure(
             # Different encoders do not share them: while only images come, half of the cores would
             # idle; and with texts, too, the additional threads cost no more than with one encoder.
             per_instance = max(1, threads // encoder.instances)
-            for version in encoder.versions:
-                file = encoder.file(version, chosen)
-                if chosen == TENSORRT:
-                    check_plan(file.parent)
+            files = [encoder.file(version, chosen) for version in encoder.versions]
             if choice.runtime == AUTO or not (choice.graphs or chosen == encoder.runtime):
                 say(f"checking {encoder.name} with {chosen}")
                 for version in encoder.versions:
                     graph = load_as_triton(encoder, version, chosen, per_instance)
                     how = f" in {encoder.facts.precision} with {chosen}"
                     check_agreement(encoder, version, graph, how)
+            elif chosen == TENSORRT:
+                for file in files:
+                    check_plan(file.parent)
             configs[encoder.name] = encoder.configured(chosen, per_instance)
         return runtime, configs
 

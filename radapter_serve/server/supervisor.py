@@ -12,7 +12,7 @@ from radapter_serve.process import SYSTEM, Clock
 from radapter_serve.release.repository import ENCODERS
 from radapter_serve.server.control import Control, NoAnswer, as_json_inputs
 from radapter_serve.server.triton_server import TritonServer
-from radapter_serve.server.watch import SERVER, Failure
+from radapter_serve.server.watch import SERVER, Death
 from radapter_serve.tasks.table import MINIMAL_REQUESTS
 
 # Supervisor
@@ -128,14 +128,14 @@ class Supervisor:
         if not failures:
             for name in self._probe.step(self._server.models):
                 self._server.kill(name)
-                failures.append(Failure(name, "it no longer answered, so it was killed"))
+                failures.append(Death(name, "it no longer answered, so it was killed"))
         if any(failure.name == SERVER for failure in failures):
             # A restart of the server restarts its models, too.
             failures = [failure for failure in failures if failure.name == SERVER]
         for failure in failures:
             self._start_again(failure)
 
-    def _start_again(self, failure: Failure) -> None:
+    def _start_again(self, failure: Death) -> None:
         name = failure.name
         starts = self._starts[name]
         while True:
@@ -169,7 +169,7 @@ class Supervisor:
             except RAdapterError as error:
                 self._failures[name] += 1
                 why = f"it could not be started again: {error}"
-                failure = Failure(name, why, failure.version)
+                failure = Death(name, why, failure.version)
 
         del self._failures[name]
         if name == SERVER:  # when tritonserver is ready, so are all its models

@@ -36,13 +36,13 @@ from radapter_serve.server.models import (
     ModelEntry,
     check_agreement,
     check_shared_memory,
-    configure,
+    configure_encoders,
     other_models,
     plan_models,
     processes_of,
 )
 from radapter_serve.server.releases import ReleaseServer, Say
-from radapter_serve.server.watch import SERVER, Failure, Watch, how_it_ended
+from radapter_serve.server.watch import SERVER, Death, Watch, how_it_ended
 from radapter_serve.triton.backlog import Backlog
 
 _LOG = "server.log"  # in the server's folder
@@ -183,15 +183,15 @@ class TritonServer(ReleaseServer):
             self._watch.models()  # so that the processes are known if they die before the next poll
         self.models = self.control.serving()
 
-    def failures(self) -> list[Failure]:
+    def failures(self) -> list[Death]:
         """Deaths since the last call. Call it regularly: Triton does not watch its processes."""
         if self._process is None or self._watch is None:
-            return [Failure(SERVER, "it was not started, or it was stopped")]
+            return [Death(SERVER, "it was not started, or it was stopped")]
         failures = self._watch.poll()
         code = self._process.poll()
         if code is None or code < 0:  # it runs, or a signal has ended it
             return failures
-        return [Failure(SERVER, f"{failure.why}: {self._reason()}") for failure in failures]
+        return [Death(SERVER, f"{failure.why}: {self._reason()}") for failure in failures]
 
     def check(self) -> None:
         """Check that the server works, for programs without a `Supervisor`.
@@ -246,7 +246,7 @@ class TritonServer(ReleaseServer):
         assert self._installation is not None
         repository = self.config.model_repository
         choice = self._choose(releases, progress)
-        runtime, encoders = configure(
+        runtime, encoders = configure_encoders(
             repository,
             releases,
             choice,

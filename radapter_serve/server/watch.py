@@ -21,7 +21,7 @@ _SEGMENTATION_FAULT = (
 
 
 @dataclass(frozen=True)
-class Failure:
+class Death:
     """A death: `name` is a model or `SERVER`; `why` is a clause with the subject "it"."""
 
     name: str
@@ -44,11 +44,11 @@ class Watch:
         self._suspects: set[int] = set()
         self._reported: set[int] = set()
 
-    def poll(self) -> list[Failure]:
+    def poll(self) -> list[Death]:
         """Return the deaths since the last poll; kill stopped processes, whose callers wait."""
         if (code := self._process.poll()) is not None:
             why = how_it_ended(code)
-            return [Failure(SERVER, _SEGMENTATION_FAULT if code == -signal.SIGSEGV else why)]
+            return [Death(SERVER, _SEGMENTATION_FAULT if code == -signal.SIGSEGV else why)]
 
         # Processes that are dead or stopped in this poll and the last one: a process whose model is
         # being unloaded is a zombie for a moment, too.
@@ -60,7 +60,7 @@ class Watch:
 
         # Find why they died, once for each version of a model. A process of a model that is started
         # again may have been stopped later than the one that was reported.
-        failures: dict[tuple[str, int | None], Failure] = {}
+        failures: dict[tuple[str, int | None], Death] = {}
         for pid in certain:
             is_stopped = states[pid] == psutil.STATUS_STOPPED
             if is_stopped:
@@ -77,12 +77,12 @@ class Watch:
                     code = os.waitstatus_to_exitcode(int(status))
                 why = how_it_ended(code)
             if pid == self._process.pid:
-                failure = Failure(SERVER, why)
+                failure = Death(SERVER, why)
             elif pid in self._models:
                 name, version = self._models[pid]
-                failure = Failure(name, why, version)
+                failure = Death(name, why, version)
             else:  # its model is unknown, so the whole server restarts
-                failure = Failure(SERVER, f"process {pid} of it ended: {why}")
+                failure = Death(SERVER, f"process {pid} of it ended: {why}")
             failures[failure.name, failure.version] = failure
         # The models that failed are started again, with all their processes.
         names = {failure.name for failure in failures.values()}

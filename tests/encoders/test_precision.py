@@ -25,7 +25,7 @@ from radapter_serve.release.config import encoders_of, parsed
 from radapter_serve.release.release import IN_BF16, Release
 from radapter_serve.release.repository import Served
 from radapter_serve.server.config import ServerConfig
-from radapter_serve.server.models import configure
+from radapter_serve.server.models import configure_encoders
 from tests.helpers.asking import tritonserver
 from tests.helpers.small_release import needs_bf16, write_release
 
@@ -236,7 +236,7 @@ def test_triton_gets_the_hint(exported_tiny_clip: Path, exported: str) -> None:
 def test_configure_holds_bf16_to_its_bounds(exported_tiny_clip: Path) -> None:
     models = exported_tiny_clip / "model_repository"
     choice = Choice("openvino", "bf16")
-    _, configs = configure(models, [2], choice, 1, ("openvino",), lambda line: None)
+    _, configs = configure_encoders(models, [2], choice, 1, ("openvino",), lambda line: None)
     assert "HINT_BF16" in configs["image_encoder"]
 
 

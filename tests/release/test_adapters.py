@@ -17,7 +17,7 @@ from radapter_serve.release.adapters import (
     FOLDER,
     LIST,
     AdapterFacts,
-    Adapters,
+    AdaptersBeside,
     add,
     read_list,
     remove_adapter,
@@ -49,7 +49,7 @@ def test_an_adapter_maps_embeddings_as_its_matrix_says(tmp_path, rank, mapped):
     factors = put(tmp_path, "anna", rank=rank)
     matrix = factors[0] if rank is None else factors[0] @ factors[1]
     embeds = units(5)
-    adapter = Adapters(tmp_path, TOWER, mapped=mapped).get("anna")
+    adapter = AdaptersBeside(tmp_path, TOWER, mapped=mapped).get("anna")
     expected = embeds @ (np.eye(WIDTH) + 0.3 * matrix.T.astype(np.float64))
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(adapter.map(embeds, 0.3), expected, atol=1e-6)
@@ -58,7 +58,7 @@ def test_an_adapter_maps_embeddings_as_its_matrix_says(tmp_path, rank, mapped):
 
 
 def test_what_is_added_replaced_and_removed_is_seen_by_the_next_request(tmp_path):
-    adapters = Adapters(tmp_path, TOWER)
+    adapters = AdaptersBeside(tmp_path, TOWER)
     with pytest.raises(TaskError, match="unknown_adapter"):
         adapters.get("anna")
     [first] = put(tmp_path, "anna", seed=1)
@@ -81,7 +81,7 @@ def test_what_is_added_replaced_and_removed_is_seen_by_the_next_request(tmp_path
 
 def test_a_replaced_adapter_leaves_the_memory(tmp_path):
     put(tmp_path, "anna", seed=1)
-    adapters = Adapters(tmp_path, TOWER)
+    adapters = AdaptersBeside(tmp_path, TOWER)
     before = weakref.ref(adapters.get("anna"))
     put(tmp_path, "anna", seed=2, replace=True)
     adapters.get("anna")
@@ -90,8 +90,8 @@ def test_a_replaced_adapter_leaves_the_memory(tmp_path):
 
 def test_an_adapter_of_a_release_that_is_no_longer_served_leaves_the_memory(tmp_path):
     put(tmp_path, "anna")
-    before = weakref.ref(Adapters(tmp_path, TOWER).get("anna"))
-    Adapters(tmp_path, TOWER).get("anna")
+    before = weakref.ref(AdaptersBeside(tmp_path, TOWER).get("anna"))
+    AdaptersBeside(tmp_path, TOWER).get("anna")
     assert before() is None
 
 
@@ -103,7 +103,7 @@ def test_the_adapters_of_all_releases_take_a_quarter_of_the_memory(tmp_path, mon
     monkeypatch.setattr(adapters_module, "_loaded", lambda: bounded)
     checked = []
     releases = [
-        Adapters(tmp_path, TOWER, lambda adapter: checked.append(adapter.name)) for _ in "12"
+        AdaptersBeside(tmp_path, TOWER, lambda adapter: checked.append(adapter.name)) for _ in "12"
     ]
 
     def ask(names, release):
@@ -128,14 +128,14 @@ def test_an_adapter_whose_facts_name_another_tower_than_the_list_is_refused(tmp_
     path = tmp_path / FOLDER / LIST
     path.write_text(path.read_text().replace(other, TOWER))
     with pytest.raises(TaskError, match="is damaged: its files are not those of the list"):
-        Adapters(tmp_path, TOWER).get("anna")
+        AdaptersBeside(tmp_path, TOWER).get("anna")
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(tmp_path):
     for name in ("anna", "hanna", "bob"):
         put(tmp_path, name)
     with pytest.raises(TaskError, match="no adapter 'ana' here; the nearest are: anna, hanna$"):
-        Adapters(tmp_path, TOWER).get("ana")
+        AdaptersBeside(tmp_path, TOWER).get("ana")
     with pytest.raises(RAdapterError, match="nearest are: anna"):
         remove_adapter(tmp_path, "ann")
 
@@ -161,7 +161,7 @@ def test_a_name_that_is_no_name_is_never_a_path(tmp_path, name):
         put(tmp_path, name)
     assert not (tmp_path / FOLDER).exists()
     with pytest.raises(TaskError, match="unknown_adapter"):
-        Adapters(tmp_path, TOWER).get(name)
+        AdaptersBeside(tmp_path, TOWER).get(name)
 
 
 def test_a_damaged_adapter_is_named_and_the_others_serve(tmp_path, capsys):
@@ -171,7 +171,7 @@ def test_a_damaged_adapter_is_named_and_the_others_serve(tmp_path, capsys):
     data = bytearray(matrix.read_bytes())
     data[-1] ^= 1
     matrix.write_bytes(data)
-    adapters = Adapters(tmp_path, TOWER)
+    adapters = AdaptersBeside(tmp_path, TOWER)
     for _ in range(2):
         with pytest.raises(
             TaskError, match="'anna' is damaged: matrix.npy differs.*--replace"
@@ -188,7 +188,7 @@ def test_a_damaged_adapter_is_named_and_the_others_serve(tmp_path, capsys):
 def test_a_matrix_that_is_written_in_place_is_not_answered_with(tmp_path):
     """Where it is mapped, its digest would be told for other values without a look at its file."""
     [factor] = put(tmp_path, "anna")
-    adapters = Adapters(tmp_path, TOWER, mapped=True)
+    adapters = AdaptersBeside(tmp_path, TOWER, mapped=True)
     before = adapters.get("anna")
     matrix = tmp_path / FOLDER / read_list(tmp_path)["anna"].folder / "matrix.npy"
     whole = matrix.read_bytes()
@@ -206,7 +206,7 @@ def test_a_matrix_that_is_written_in_place_is_not_answered_with(tmp_path):
 def test_a_file_that_is_cut_or_overwritten_changes_no_answer_of_one_process(tmp_path, rank):
     """A request holds its adapter: a mapped matrix that is cut would end the process (SIGBUS)."""
     factors = put(tmp_path, "anna", rank=rank)
-    adapters = Adapters(tmp_path, TOWER)
+    adapters = AdaptersBeside(tmp_path, TOWER)
     kept = adapters.get("anna")
     for path in (tmp_path / FOLDER / read_list(tmp_path)["anna"].folder).glob("*.npy"):
         path.write_bytes(b"x" * path.stat().st_size)
@@ -215,12 +215,12 @@ def test_a_file_that_is_cut_or_overwritten_changes_no_answer_of_one_process(tmp_
         for held, factor in zip(adapter.factors, factors, strict=True):
             np.testing.assert_array_equal(held, factor)
     with pytest.raises(TaskError, match="'anna' is damaged"):
-        Adapters(tmp_path, TOWER).get("anna")
+        AdaptersBeside(tmp_path, TOWER).get("anna")
 
 
 def test_a_damaged_adapter_serves_again_once_its_file_is_whole(tmp_path):
     put(tmp_path, "anna")
-    adapters = Adapters(tmp_path, TOWER)
+    adapters = AdaptersBeside(tmp_path, TOWER)
     matrix = tmp_path / FOLDER / read_list(tmp_path)["anna"].folder / "matrix.npy"
     whole = matrix.read_bytes()
     matrix.write_bytes(whole[:100])
@@ -234,8 +234,8 @@ def test_an_adapter_that_is_removed_and_added_again_while_it_is_read_is_served(
     tmp_path, monkeypatch
 ):
     put(tmp_path, "anna")
-    expected = Adapters(tmp_path, TOWER).get("anna").digest
-    adapters = Adapters(tmp_path, TOWER, mapped=True)
+    expected = AdaptersBeside(tmp_path, TOWER).get("anna").digest
+    adapters = AdaptersBeside(tmp_path, TOWER, mapped=True)
     reads = []
 
     def interrupted(path):
@@ -260,12 +260,12 @@ def test_a_pickle_in_place_of_a_matrix_is_not_loaded(tmp_path):
     entries["anna"]["sums"]["matrix.npy"] = digest_of(matrix)
     path.write_text(json.dumps(entries))
     with pytest.raises(TaskError, match="is damaged"):
-        Adapters(tmp_path, TOWER).get("anna")
+        AdaptersBeside(tmp_path, TOWER).get("anna")
 
 
 def test_a_broken_list_changes_nothing(tmp_path, capsys):
     put(tmp_path, "anna")
-    adapters = Adapters(tmp_path, TOWER)
+    adapters = AdaptersBeside(tmp_path, TOWER)
     adapters.get("anna")
     for text in ("{", '{"anna": 1}', '{"../x": {}}', "[]"):
         (tmp_path / FOLDER / LIST).write_text(text)
@@ -279,9 +279,9 @@ def test_a_broken_list_changes_nothing(tmp_path, capsys):
 
 def test_an_adapter_of_another_text_tower_is_not_served(tmp_path):
     put(tmp_path, "anna", tower="sha256:" + "b" * 64)
-    assert not Adapters(tmp_path, TOWER).entries()
+    assert not AdaptersBeside(tmp_path, TOWER).entries()
     with pytest.raises(TaskError, match="unknown_adapter"):
-        Adapters(tmp_path, TOWER).get("anna")
+        AdaptersBeside(tmp_path, TOWER).get("anna")
 
 
 def test_a_check_that_fails_refuses_the_adapter_alone(tmp_path):
@@ -291,7 +291,7 @@ def test_a_check_that_fails_refuses_the_adapter_alone(tmp_path):
 
     put(tmp_path, "anna")
     put(tmp_path, "bob")
-    adapters = Adapters(tmp_path, TOWER, check)
+    adapters = AdaptersBeside(tmp_path, TOWER, check)
     with pytest.raises(TaskError, match="differs from torch"):
         adapters.get("anna")
     adapters.get("bob")

@@ -107,7 +107,9 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(models_copy):
 
 def test_auto_takes_the_first_that_is_there_and_agrees(models_copy, monkeypatch):
     def chosen(*backends):
-        return models.configure(models_copy, [], Choice("auto"), 2, backends, lambda line: None)
+        return models.configure_encoders(
+            models_copy, [], Choice("auto"), 2, backends, lambda line: None
+        )
 
     runtime, configs = chosen(ORT, "openvino")
     assert runtime == parsed(configs["image_encoder"]).backend == "openvino"

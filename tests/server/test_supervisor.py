@@ -29,7 +29,7 @@ from radapter_serve.server.supervisor import (
     Probe,
     Supervisor,
 )
-from radapter_serve.server.watch import SERVER, Failure, Watch
+from radapter_serve.server.watch import SERVER, Death, Watch
 from radapter_serve.triton.backlog import Backlog, Surplus
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import until
@@ -59,9 +59,9 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def first_of(watch: Watch) -> list[Failure]:
+def first_of(watch: Watch) -> list[Death]:
     """The first failures that a watch reports."""
-    deaths: list[Failure] = []
+    deaths: list[Death] = []
 
     def has_died() -> bool:
         deaths.extend(watch.poll())
@@ -106,7 +106,7 @@ def test_a_process_that_is_stopped_after_its_model_was_reported_is_killed_unrepo
         os.kill(first, signal.SIGSTOP)
         assert [failure.name for failure in first_of(watch)] == ["classify"]
         os.kill(second, signal.SIGSTOP)
-        reports: list[Failure] = []
+        reports: list[Death] = []
 
         def is_gone() -> bool:
             reports.extend(watch.poll())
@@ -147,8 +147,8 @@ class Scene:
         server: Any = self
         self.supervisor = Supervisor(server, self.lines.append, clock=self.clock, probe=probe)
 
-    def failures(self) -> list[Failure]:
-        return [Failure(self.deaths.pop(0), "why", 2)] if self.deaths else []
+    def failures(self) -> list[Death]:
+        return [Death(self.deaths.pop(0), "why", 2)] if self.deaths else []
 
     def kill(self, name: str) -> None:
         self.done.append(f"kill {name}")
@@ -177,7 +177,7 @@ def test_what_died_or_fell_silent_is_started_again_and_the_log_names_it():
     ]
     assert Scene(silent=["segment"]).steps().done == ["kill segment", "reload segment"]
     scene = Scene()
-    both = [Failure("classify", "why", 2), Failure(SERVER, "why")]
+    both = [Death("classify", "why", 2), Death(SERVER, "why")]
     scene.failures = lambda: both  # type: ignore[method-assign]
     assert scene.steps().done == ["restart"]  # with all its models
 
