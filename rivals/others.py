@@ -142,7 +142,8 @@ def by_class(folder: Path) -> dict[str, list[Path]]:
 
 def methods() -> dict[str, Method]:
     """List the rows at fixed rates: the recipe's for R-Adapter, and for rivals those that
-    validation chose. Rows named "kept" are rivals with our regularizers.
+    validation chose. Rows named "regularized" are rivals with the
+    regularizers of `small`.
 
     Full fine-tuning trains the image tower under the base's text tower here. WiSE-FT and Mask-Fill
     learn a head for the trained classes, so they cannot recognise others.
@@ -165,7 +166,7 @@ def methods() -> dict[str, Method]:
         "preserve, words": r_adapter("imagenet", **PRESERVE, **words),
         "preserve, all classes, words": r_adapter("imagenet", **PRESERVE, **words, **closed),
         **rivals,
-        **{f"{name}, kept": preserving(method) for name, method in rivals.items()},
+        **{f"{name}, regularized": preserving(method) for name, method in rivals.items()},
         **{
             name: method
             for name, method in AT_CHOSEN_RATE.items()
@@ -671,8 +672,8 @@ def others(
         " has drawings of names outside the 248 classes of drawings, in colour and as lines, each"
         " judged among all these names; nothing was ever chosen with them.",
         f"{INTERVALS} Nothing was chosen here: the rates were fixed before, those of rivals by"
-        " validation on the same data, and every α is shown. Rows named kept have our"
-        " regularizers.",
+        " validation on the same data, and every α is shown. Rows named regularized"
+        " have the regularizers of `small`, `preserve` and `preserve_words`.",
         *table(grouped, before, home, names, groups),
         *filter(None, (at_equal_gain(grouped, home, names, splits) for splits in groups)),
         "**From base to novel classes**: accuracies in the trained style in %, H is their harmonic"

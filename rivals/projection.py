@@ -1,5 +1,5 @@
 """`python -m rivals.projection`: adapters on the projections, trained with embeddings, beside
-classifiers on the same embeddings and beside the kept cells of methods that train towers.
+classifiers on the same embeddings and beside the stored cells of methods that train towers.
 """
 
 from __future__ import annotations
@@ -584,9 +584,9 @@ def lead_over(
     return _lead(sets, column[0], names)
 
 
-def halves(study: Study, out: Path, kept: Path) -> str:
-    """Make the table of what half of the classes gains and the other loses, beside the kept cells
-    of methods that trained the same halves of the same base by their images.
+def halves(study: Study, out: Path, stored: Path) -> str:
+    """Make the table of what half of the classes gains and the other loses, beside the stored
+    cells of methods that trained the same halves of the same base by their images.
     """
     base = study.base()
     home = next(iter(study.images.tests))
@@ -594,7 +594,7 @@ def halves(study: Study, out: Path, kept: Path) -> str:
     for row in study.rows(out / f"halves-{study.name}.jsonl"):
         groups[row.method].append(row)
     rivals: dict[str, list[Judged]] = defaultdict(list)
-    for row in _kept_rows(kept):
+    for row in _stored_rows(stored):
         if {(r.style, r.n) for r in base if r.kind == row.kind} >= {(row.style, row.n)}:
             rivals[f"{row.method}, α {row.alpha:g}"].append(row)
     groups |= {
@@ -643,13 +643,13 @@ def halves(study: Study, out: Path, kept: Path) -> str:
     return "\n\n".join(parts)
 
 
-FEWEST = 3  # seeds of a kept row
+FEWEST = 3  # seeds of a stored row
 BESIDE = (
-    " Rows below the linear probe have the kept cells of methods that train towers (three seeds;"
+    " Rows below the linear probe have the stored cells of methods that train towers (three seeds;"
     " `drawings/default`, `drawings/others`): `small`, and rivals at rates that validation chose."
     " FT is full fine-tuning of the image tower with the base's text tower, and its line at α 0.5"
-    " is WiSE-FT. Rows named kept have our regularizers. Mask-Fill, and WiSE-FT as published, learn"
-    " a head for the trained classes, so they can't name others."
+    " is WiSE-FT. Rows named regularized have the regularizers of `small`. Mask-Fill, and WiSE-FT"
+    " as published, learn a head for the trained classes, so they can't name others."
 )
 OURS = "text's projection, α 0.5"
 SMALL = "small, α 0.5"
@@ -668,7 +668,7 @@ RULED: tuple[Column, ...] = (
 )
 
 
-def _kept_rows(folder: Path) -> Iterator[Judged]:
+def _stored_rows(folder: Path) -> Iterator[Judged]:
     """Read the cells of `rivals.default` and `rivals.others`, if the folder has them, at the α that
     all rows have.
     """
@@ -786,13 +786,13 @@ def projection(
     out: Path,
     base: tuple[str, ...] = (f"{LOCAL}{BASE}",),
     only: tuple[Test, ...] = ("halves", "shots", "captions", "objects"),
-    kept: Path = Path("benchmarks/results"),
+    stored: Path = Path("benchmarks/results"),
     numbers: tuple[int, ...] = (1, 2, 4, 8, 16),
     seeds: tuple[int, ...] = (0, 1, 2),
     threads: int | None = None,
 ) -> None:
     """Train adapters on the projections of a base with embeddings, evaluate them beside labels by
-    example, ridge, a linear probe and the kept cells of other methods; print and write Markdown.
+    example, ridge, a linear probe and the stored cells of other methods; print and write Markdown.
 
     Args:
         data_root: folder with pacs/ and, for the demo's base, drawings/, which are drawn if
@@ -805,7 +805,7 @@ def projection(
         only: tables to make. halves trains half of the classes; shots trains a few images of each
             class; captions and objects, for photos only, train with captions of Flickr8k and with
             objects of COCO.
-        kept: folder with the cells of other methods on the demo's base.
+        stored: folder with the cells of other methods on the demo's base.
         numbers: images of each class, for shots.
         seeds: each row is trained once for each seed.
         threads: to compute with; by default one a core.
@@ -816,7 +816,7 @@ def projection(
     for number, (name, folder) in enumerate(zip(base, vectors, strict=True)):
         place = out if number == 0 else out / Path(name).name
         tests: tuple[Test, ...] = only if number == 0 else ("halves",)
-        rows, of_base, home = of_one(name, data_root, folder, place, tests, kept, numbers, seeds)
+        rows, of_base, home = of_one(name, data_root, folder, place, tests, stored, numbers, seeds)
         judged.append((rows, of_base))
     if len(base) > 1 and "halves" in only:
         text = (
@@ -834,7 +834,7 @@ def of_one(
     vectors: Path,
     out: Path,
     only: Sequence[Test],
-    kept: Path,
+    stored: Path,
     numbers: Sequence[int],
     seeds: tuple[int, ...],
 ) -> tuple[list[Judged], list[Judged], str]:
@@ -879,7 +879,7 @@ def of_one(
     if "halves" in only:
         whole = collection("drawings" if of_drawings else "pacs", data_root)
         study = Study(embedder, name, whole, other, seeds, recipe)
-        content = halves(study, out, kept / "drawings" if of_drawings else Path("none"))
+        content = halves(study, out, stored / "drawings" if of_drawings else Path("none"))
         what = (
             f"One half of {len(whole.classes)} classes is trained in one style"
             f" ({next(iter(whole.tests))}), and both are judged; then the other way round."
