@@ -38,8 +38,48 @@ GENERATED = ("cli.md", "recipe-fields.md")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"] + [
     page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in GENERATED
 ]
+BESIDE = ("rivals", "benchmarks", "benchmarks/results", "examples")  # folders with a README
+# What translated English has: a means with "by", "Of" in front, things that act as people do, words
+# with plainer ones, and a second sentence within brackets. Where a that-clause is in the place of a
+# noun, no pattern finds it; nor "by" behind a participle, which may name who did it ("read by").
+BY = (
+    r"(?<!ed)(?<!able)(?<!\bread)(?<!\bset)(?<!\bmade)(?<!\bdoes)(?<!one)(?<!row)(?<!task)(?<!byte)"
+    r" by (?!default|chance|name|hand|example|question|keyword|labels|URL|rounding|more|at most"
+    r"|about|[±*+\d])"
+)
+TRANSLATED = {
+    "with, using or according to": BY,
+    "the noun first": r"(?:^|[.;:|(] )Of (?:[a-z]|`)",
+    "people act": r"\b[Vv]alidation (?:chose|chooses|took|takes)\b"
+    r"|\b(?:release|recipe|index|run|photo|image)s? (?:says?|said)\b|\b(?:photo|image)s? gains?\b",
+    "instead of, about, only, almost, not significantly different": r"\bin (?:the )?place of\b"
+    r"|\bsome \d|\bhardly\b|\b(?:can't|cannot) be told\b|\btold apart\b",
+    "two sentences": r"\([^()|]*[a-z`\d%]\. [A-Z][^()|]*\)",
+    "per second": r"\b(?:answers|requests|images|photos|texts|queries|searches) a second\b",
+}
 FILE = r"\bbenchmarks/[\w./-]+\.(?:md|py|png)"
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+
+
+def prose(page: Path) -> str:
+    """A page without its code and the targets of links, a paragraph or a row of a table a line."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"(?m)^    \S.*$", "", re.sub(r"\]\([^)]*\)", "]", text))
+    return re.sub(r"\n(?![\n|#-])", " ", text)
+
+
+@pytest.mark.parametrize("better", TRANSLATED)
+def test_pages_are_in_plain_english(better: str) -> None:
+    pages = [*PAGES, ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
+    pages += [ROOT / "docs" / name for name in GENERATED]
+    pages += [ROOT / folder / "README.md" for folder in BESIDE]
+    wrong = []
+    for page in pages:
+        text = prose(page)
+        for match in re.finditer(TRANSLATED[better], text, re.MULTILINE):
+            around = text[max(0, match.start() - 30) : match.end() + 30]
+            wrong.append(f"{page.relative_to(ROOT)}: {around!r}; write {better}")
+    assert not wrong, "\n".join(wrong)
 
 
 def entries(section: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""The commands of the quick start and of the README, and its Python, run as they stand there."""
+"""The commands of README and of the HTTP API, and README's Python, run as they stand there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from tests.test_model import by_open_clip
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-WALK_THROUGH = ROOT / "docs" / "quickstart.md"
 HTTP_API = ROOT / "docs" / "http-api.md"
 
 
@@ -37,6 +36,24 @@ PYTHONPATH={ROOT} python -m tests.helpers.use_playground "$(cat opened)" "$pictu
 kill -INT $! && wait $! || [ $? = 130 ]
 """
 
+# The demo's steps, one by one.
+STEPS = """
+radapter-train --recipe demo-output/runs/classification/recipe.yaml \\
+  --steps 30 --seed 1 --out runs/drawings
+radapter-export --alpha 0.5 --label-set things=demo-output/data/classes.txt --dense naclip
+radapter-index build demo-output/data/test --out indexes/drawings
+radapter-serve &
+until curl -sf localhost:8000/v2/health/ready || ! kill -0 $!; do sleep 1; done
+cp "$(ls demo-output/data/shifts/line/*/*.png | head -n 1)" picture.png
+cp demo-output/data/scenes/test-colour/images/000.png scene.png
+radapter-query classify picture.png --label-set things
+radapter-query search "a drawing of a fish" --index drawings --top-k 12 --save found.html
+radapter-query search --image picture.png --index drawings --where "path NOT LIKE 'airplane/%'"
+radapter-query segment scene.png --labels home link "magnifying glass" \\
+  --short-side 96 --stride 24 --save overlay.png
+radapter-query release
+"""
+
 
 def script(page: Path, name: str) -> str:
     """The blocks of code between two marks of a page."""
@@ -51,7 +68,7 @@ def script(page: Path, name: str) -> str:
 
 
 @pytest.mark.triton
-def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
+def test_the_demo_its_steps_and_the_quick_start(tmp_path: Path) -> None:
     for port in (8000, 8001, 8002):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -63,7 +80,7 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
         *PRELUDE,
         OPENED,  # a whole demo takes minutes and shows no other way
         "sed -i 's/^batch_size: .*/batch_size: 8/' demo-output/runs/classification/recipe.yaml",
-        script(WALK_THROUGH, "walk-through"),
+        STEPS,
         requests.replace('["photos"]', '["drawings"]'),
         "kill %1; wait  # until the server is gone",
     ]
