@@ -298,15 +298,15 @@ def _conditions(
         hidden.add("epochs")
     values = {**benchmark.fields, "architecture": Path(benchmark.fields["architecture"]).name}
     shown = ", ".join(f"{key} {value}" for key, value in values.items() if key not in hidden)
-    mean_of = "by the mean of all seeds"
+    mean_of = "with the mean of all seeds"
     if choosing != seeds:
-        mean_of = f"by the mean of seeds {', '.join(map(str, choosing))}"
+        mean_of = f"with the mean of seeds {', '.join(map(str, choosing))}"
     parts = [
         origin("rivals.table"),
         f"Benchmark {benchmark.name}, seeds {', '.join(map(str, seeds))}: per cent, mean ± standard"
         " deviation over the seeds.",
         f"Every method learned with {shown}; the rest is its own paper's.",
-        f"Validation chose α, {mean_of}." if alpha else "α is each paper's own.",
+        f"α is chosen on validation images, {mean_of}." if alpha else "α is each paper's own.",
     ]
     if benchmark.judge is not None:
         parts.append(f"The test sets are those of the suite {benchmark.judge.name}.")
@@ -323,14 +323,15 @@ def _conditions(
         further = [f"{name} {start:g}" for name, start in spec.starts.items() if name in methods]
         if further and several:
             grid += f", and these times {', '.join(further)}"
-        chosen = f"Validation chose the learning rate, {mean_of}," if several else ""
-        chosen = chosen or "The learning rate is"
-        parts.append(f"{chosen} each paper's own times {grid}: {'; '.join(rates)}.")
+        chosen = f" chosen on validation images, {mean_of}, among" if several else ""
+        parts.append(
+            f"The learning rate is{chosen} each paper's own times {grid}: {'; '.join(rates)}."
+        )
         if several:
             validation = ", ".join(entry.name for entry in benchmark.suite.of_split("validation"))
             parts.append(
-                f"Validation is {validation}. Of what is within one standard error of the best the"
-                " lowest rate was taken, and a grid grew until both were inside."
+                f"The validation sets are {validation}. Of the rates within one standard error of"
+                " the best, the lowest was taken. A grid grew until both were inside."
             )
     return "\n".join(parts)
 

@@ -218,8 +218,10 @@ def test_some_of_the_seeds_choose_and_all_are_tested(
         few = ["--validation-seeds", *map(str, choosing)] if choosing else []
         assert main([*call, *few]) == 0
         text = (tmp_path / "out" / "table-all.md").read_text(encoding="utf-8")
-        assert f"Validation chose the learning rate, by the mean of {seeds}," in text
-        assert f"Validation chose α, by the mean of {seeds}." in text
+        assert (
+            f"The learning rate is chosen on validation images, with the mean of {seeds}," in text
+        )
+        assert f"α is chosen on validation images, with the mean of {seeds}." in text
         assert f"r-adapter at {rate:.2g}" in text
         assert by_split == {"validation": set(choosing or range(5)), "test": set(range(5))}
 
