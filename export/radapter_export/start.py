@@ -170,7 +170,8 @@ def export(
         source = read_source(paths, DYNAMIC if DYNAMIC in values else values or None, chosen)
         releases = export_source(source, chosen, say)
         for name, (facts, factors) in beside.items():
-            add_beside(chosen.model_repository, name, facts, factors)
+            run = Path((adapters or {})[name])
+            add_beside(chosen.model_repository, name, facts, factors, run)
 
     # Write notes on the α and on the releases.
     notes = []

@@ -67,7 +67,12 @@ def evaluate(
         )
     _print(screen, *(f"wrote {file}" for file in result.files))
     if choice is not None:
-        [adapter] = [file.parent for file in result.files if file.name == "alpha.json"]
+        alpha_file = result.choice_read
+        if alpha_file is not None:
+            _print(screen, f"read {alpha_file}: the run chose alpha with cross-validation")
+        else:
+            [alpha_file] = [file for file in result.files if file.name == "alpha.json"]
+        adapter = alpha_file.parent
         command = f"radapter-export --adapter {shlex.quote(str(adapter))} --alpha"
         _print(screen, f"auto is alpha {choice.alpha:g}, best is alpha {choice.best:g}")
         _print(screen, f"Next:   {command} auto")

@@ -170,7 +170,7 @@ def add_adapter(
         model_repository: folder that radapter-export has filled.
     """
     facts, factors = adapters.read_run(adapter, alpha)
-    beside = adapters.add_beside(model_repository, name, facts, factors, replace=replace)
+    beside = adapters.add_beside(model_repository, name, facts, factors, adapter, replace=replace)
     print(
         f"{name} is beside release {format_list(beside)} at alpha {facts.alpha:g}; ask it with:"
         f" radapter-query --adapter {shlex.quote(name)}"

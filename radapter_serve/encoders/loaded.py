@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import shlex
 import weakref
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -258,7 +259,10 @@ class LoadedRelease:
         if adapter.facts.width != release.embed_dim:
             raise RAdapterError(
                 f"the adapter {adapter.name!r} maps embeddings of width {adapter.facts.width}, and"
-                f" those of release {release.version} have {release.embed_dim}"
+                f" those of release {release.version} have {release.embed_dim}; remove it with"
+                f" radapter-release remove-adapter {shlex.quote(adapter.name)}, or replace it with"
+                " a run of this release's base: radapter-release add-adapter"
+                f" {shlex.quote(adapter.name)} RUN --replace"
             )
         samples, embeds = self._samples
         alpha = adapter.facts.alpha

@@ -54,8 +54,11 @@ class Evaluation:
             given.
         suite: the test data; None if only an α was chosen.
         notes: notes for a reader of the figures, one line each.
-        files: `results.jsonl` with all rows, the choice next to the adapter, and the pictures.
+        files: the files that were written: `results.jsonl` with all rows, the choice next to the
+            adapter, and the pictures.
         measured: number of rows that this call measured; the others were in the file already.
+        choice_read: the file with the choice if `auto` has only read it, as the run itself chose α
+            with cross-validation; else None.
     """
 
     rows: tuple[Row, ...]
@@ -64,6 +67,7 @@ class Evaluation:
     notes: tuple[str, ...]
     files: tuple[Path, ...]
     measured: int
+    choice_read: Path | None = None
 
     @property
     def chosen_alpha(self) -> float | None:
@@ -330,6 +334,7 @@ def evaluate(
     testing: list[EvaluationSet] = []
     rows: list[Row] = []
     choice: Choice | None = None
+    choice_read: Path | None = None
     files = [results.path]
     draws: dict[str, Any] = {"limit": settings.limit, "seed": settings.seed}
     with status(Console(stderr=True), show=progress) as say:
@@ -346,7 +351,7 @@ def evaluate(
             if not (validation or trained_on.val_data or trained_on.val_fraction):
                 with contextlib.suppress(RAdapterError):
                     choice = read_choice(path, adapter_file.digest)
-                    files.append(choice_file(path))
+                    choice_read = choice_file(path)
                     alphas = sorted({0.0, choice.alpha, choice.best})
         # The base is evaluated too, to measure what is kept of its answers.
         base = None
@@ -407,6 +412,7 @@ def evaluate(
         # Nothing was evaluated where cross-validation has chosen and no test is named.
         files=tuple(file for file in files if file.exists()),
         measured=results.measured,
+        choice_read=choice_read,
     )
 
 

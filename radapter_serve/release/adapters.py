@@ -12,6 +12,7 @@ import difflib
 import io
 import json
 import re
+import shlex
 import sys
 import threading
 import weakref
@@ -59,6 +60,8 @@ CALIBRATED_RUN = (
     "add a run of radapter-train --recipe quick on 100 images or more with one class each, at its"
     " own alpha"
 )
+# Advice for a file that holds no adapter of the text's projection
+_TRAIN = "make one with radapter-train --recipe quick"
 MAX_BYTES = 64 << 20  # of the list, and of the facts of an adapter
 _RESERVED = "radapter"  # OpenAI's API names releases so
 # In the error about an unknown name: names that are compared and shown, and least similarity
@@ -172,7 +175,8 @@ def read_run(path: Path, alpha: float | None = None) -> tuple[AdapterFacts, Fact
             if "visual" in key or sorted(wanted) != names or header.get("text_tower") is None:
                 raise RAdapterError(
                     f"{file} changes more than the text's projection, so it can't lie beside a"
-                    f" release; export it as a release of its own: radapter-export --adapter {path}"
+                    " release; export it as a release of its own: radapter-export --adapter"
+                    f" {shlex.quote(str(path))}"
                 )
             factors: Any = tuple(opened.get_tensor(name) for name in wanted)
         # Classes with more prompts than a request may have would be refused at every request.
@@ -199,8 +203,7 @@ def read_run(path: Path, alpha: float | None = None) -> tuple[AdapterFacts, Fact
         raise RAdapterError(f"{file} is not an adapter file: {first_problem(error)}") from None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RAdapterError(
-            f"could not read an adapter from {file}: {reason(error)}; make one with radapter-train"
-            " --recipe quick"
+            f"could not read an adapter from {file}: {reason(error)}; {_TRAIN}"
         ) from None
     return facts, factors
 
@@ -217,7 +220,10 @@ def add(
     error for a name that is taken, unless `replace`.
     """
     check_name(name)
-    check_factors(name, facts, factors)
+    try:
+        check_factors(name, facts, factors)
+    except RAdapterError as error:
+        raise RAdapterError(f"{error}; {_TRAIN}") from None
     folder = repository / FOLDER
     with lock(folder, "radapter-release"):
         entries = read_list(repository)
@@ -249,20 +255,29 @@ def add(
 
 
 def add_beside(
-    repository: Path, name: str, facts: AdapterFacts, factors: Factors, *, replace: bool = False
+    repository: Path,
+    name: str,
+    facts: AdapterFacts,
+    factors: Factors,
+    run: Path,
+    *,
+    replace: bool = False,
 ) -> list[int]:
-    """Add an adapter, and return the releases that it belongs to; raises an error if there is none,
-    as it was trained with another text tower.
+    """Add an adapter of a run, and return the releases that it belongs to; raises an error if there
+    is none, as it was trained with another text tower.
     """
     beside = []
     for version in require_known(repository, releases_of(repository)):
         release = Release.load(repository / MODELS[-1] / str(version))
-        if release.text_tower.digest(release.alpha) == facts.text_tower:
+        tower = release.text_tower.digest(release.alpha)
+        if (tower, release.embed_dim) == (facts.text_tower, facts.width):
             beside.append(version)
     if not beside:
+        command = f"radapter-export --adapter {shlex.quote(str(run))}"
         raise RAdapterError(
             f"the adapter {name!r} was trained with another text tower than the releases of"
-            f" {repository} have; export its base with: radapter-export --adapter RUN --alpha 0"
+            f" {repository} have; export it as a release of its own: {command}; or its base, and"
+            f" add it beside that: {command} --alpha 0"
         )
     add(repository, name, facts, factors, replace=replace)
     return beside

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from radapter_serve.clip.base import Base
+from radapter_serve.adapter.tuned import towers_of
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import Pixels, TorchEncoder, encode_texts
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.data.captions import Captioned
@@ -28,6 +29,8 @@ from radapter_serve.encoders.loaded import release_at
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import read_arrays, staged
 from radapter_serve.process import decoders
+from radapter_serve.release.release import FILE, Release
+from radapter_serve.sources import LOCAL
 from radapter_serve.training.data import Embedded
 from radapter_serve.training.recipe import Recipe
 
@@ -185,9 +188,32 @@ def check_embeddings(embedded: Embedded, base: Base) -> list[str]:
     if embedded.index is None:
         return []
 
-    # The release of an index must embed texts as the base does.
+    # The image towers must be the same. A base that is an export says what its tower is; any other
+    # one may be the model before its fine-tune.
     plan = embedded.index.plan
     made_by = plan.release
+    tower = made_by.image_tower.digest(made_by.alpha)
+    ours = made_by.image_tower.base
+    folder = Path(base.name.removeprefix(LOCAL))
+    if base.name.startswith(LOCAL) and (folder / FILE).is_file():
+        export = Release.load(folder)
+        ours = export.image_tower.digest(export.alpha)
+        if ours != tower:  # the export may itself be the base of the release
+            whole = load_base(base.name, base.pretrained).model
+            ours = towers_of(whole, {})["image_tower"].base
+
+    def of_another_model(what: str) -> RAdapterError:
+        return RAdapterError(
+            f"{source} was made by another model: release {made_by.version} of"
+            f" {made_by.architecture} at alpha {made_by.alpha:g}, whose {what} are not those of"
+            f" {base.name}; name the model that was exported, such as --base local-dir:merged, or"
+            " build the index again"
+        )
+
+    if ours != tower:
+        raise of_another_model("images")
+
+    # So must the text towers.
     try:
         loaded = release_at(plan.origin, made_by.version, made_by.precision)
         if loaded.release.dynamic_alpha:
@@ -201,10 +227,5 @@ def check_embeddings(embedded: Embedded, base: Base) -> list[str]:
         ours = encode_texts(base.model, base.tokenizer(_PROBES)).cpu().numpy()
     cosine = float((loaded.embed_texts(_PROBES) * ours).sum(axis=1).min())
     if not made_by.is_of(loaded.release) or cosine < _SAME:
-        raise RAdapterError(
-            f"{source} was made by another model: release {made_by.version} of"
-            f" {made_by.architecture} at alpha {made_by.alpha:g}, whose texts are not those of"
-            f" {base.name}; name the model that was exported, such as --base local-dir:merged, or"
-            " build the index again"
-        )
+        raise of_another_model("texts")
     return []

@@ -348,14 +348,23 @@ def test_unknown_names_and_adapters_of_another_base_are_refused(
     meta = text_adapter(base, 3).metadata
     keys = ("visual.proj", "text_projection")
     tensors = {key: torch.zeros(WIDTH, WIDTH) for key in keys}
-    assert "radapter-export --adapter" in refused(Adapter(tensors, meta))
+    export = f"radapter-export --adapter {tmp_path / 'x.safetensors'}"
+    assert f"as a release of its own: {export}" in refused(Adapter(tensors, meta))
     other = replace(meta, text_tower="sha256:" + "0" * 64)
-    assert "--alpha 0" in refused(Adapter(text_adapter(base, 3).tensors, other))
-    assert sorted(adapters.read_list(repository)) == ["anna", "bob"]
+    words = refused(Adapter(text_adapter(base, 3).tensors, other))
+    assert f"as a release of its own: {export}; or its base" in words
+    assert f"{export} --alpha 0" in words
     # A file may name the base's tower with another width.
+    thin = Adapter({"text_projection": torch.eye(3)}, meta)
+    assert f"as a release of its own: {export}" in refused(thin)
+    assert sorted(adapters.read_list(repository)) == ["anna", "bob"]
+    # So may a file that another hand has put beside the release.
     facts = adapters.AdapterFacts(text_tower=meta.text_tower or "", width=3, alpha=1.0)
     adapters.add(repository, "thin", facts, (np.eye(3, dtype=np.float32),))
-    message = "'thin' maps embeddings of width 3, and those of release 1 have 32"
+    message = (
+        "'thin' maps embeddings of width 3, and those of release 1 have 32; remove it with"
+        " radapter-release remove-adapter thin"
+    )
     with pytest.raises(TaskError, match=message):
         ask(engine, "embed_text", text=["a"], adapter="thin")
 

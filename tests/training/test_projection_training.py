@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from radapter_serve.adapter import average_adapters, fold, load_adapter
+from radapter_serve.adapter import Adapter, average_adapters, fold, load_adapter, save_adapter
+from radapter_serve.adapter.tuned import towers_of
 from radapter_serve.cli.eval import main as eval_command
 from radapter_serve.cli.train import main
 from radapter_serve.clip import towers
@@ -44,6 +46,7 @@ from radapter_serve.training.projection import (
     folds_of,
     learn,
 )
+from tests.conftest import export_into
 from tests.helpers.by_hand import mpm_nce_by_hand, pairwise_by_hand
 from tests.helpers.indexes import index_facts, write_index_facts
 from tests.helpers.small_models import make_base
@@ -126,10 +129,15 @@ def test_a_run_learns_and_leaves_what_other_commands_read(
     printed = capsys.readouterr().out
     assert f"Next:   radapter-export --adapter {run.folder} --alpha auto" in printed
     assert "results.jsonl" not in printed and "--no-resume" not in printed
+    assert f"read {run.folder / 'alpha.json'}: the run chose alpha with cross" in printed
+    assert [line for line in printed.splitlines() if line.startswith("wrote")] == [
+        f"wrote {picture}"
+    ]
     # On test data it measures what the folded model does.
     evaluation = evaluate(run, "auto", data=recipe.data, out=tmp_path / "results")
     assert evaluation.chosen_alpha == choice.alpha
-    assert evaluation.files[1] == run.folder / "alpha.json"
+    assert evaluation.choice_read == run.folder / "alpha.json"
+    assert evaluation.choice_read not in evaluation.files
     rows = {row.alpha: row.metrics["acc1"] for row in evaluation.rows}
     assert rows.keys() == {0.0, choice.alpha, choice.best}
     base = load_base(recipe.architecture)
@@ -409,6 +417,47 @@ def test_an_index_trains_for_the_model_that_made_it_alone(
     notes = train(of_nowhere).notes
     words = "can't be loaded .* so nothing says that its embeddings are of"
     assert any(re.search(words, note) for note in notes)
+
+
+def test_an_index_of_another_image_tower_is_refused_though_its_texts_are_the_same(
+    recipe: Recipe,
+    images: Path,
+    random_adapter: Callable[..., Adapter],
+    common: Path,
+    tmp_path: Path,
+) -> None:
+    """Release 1 is the base, and release 2 has another projection of the images."""
+    adapter = random_adapter(scale=0.5, adapt="image-projection")
+    save_adapter(adapter, tmp_path / "adapter.safetensors")
+    export_into(tmp_path, common, tmp_path / "adapter.safetensors", (0.0, 0.5))
+    merged = f"local-dir:{tmp_path / 'merged' / 'alpha-0.5'}"
+    pd.DataFrame(
+        [{"image": str(path), "label": path.parent.name} for path in images.glob("*/*.png")]
+    ).to_csv(tmp_path / "rows.csv", index=False)
+    settings = []
+    for version in (1, 2):
+        loaded = load_release(tmp_path / "model_repository", version)
+        build(f"csv:{tmp_path}/rows.csv", tmp_path / f"index-{version}", loaded)
+        data = f"index:{tmp_path}/index-{version}"
+        settings.append(dataclasses.replace(recipe, data=data, steps=2))
+    of_base, of_merged = settings
+
+    for other in (dataclasses.replace(of_base, architecture=merged), of_merged):
+        words = "made by another model: .* whose images are not those of"
+        with pytest.raises(RAdapterError, match=words):
+            train(dataclasses.replace(other, out=tmp_path / "refused"))
+    assert not (tmp_path / "refused").exists()
+    train(dataclasses.replace(of_base, out=tmp_path / "runs" / "base"))
+    train(dataclasses.replace(of_merged, architecture=merged, out=tmp_path / "runs" / "merged"))
+
+    # The checkpoint may have been exported again, as a base; here that release is not at hand.
+    facts = index_facts(tmp_path / "index-2")
+    tower = towers_of(load_base(merged).model, {})["image_tower"]
+    facts["plan"]["origin"] = {"model_repository": str(tmp_path / "gone")}
+    facts["plan"]["release"] |= {"image_tower": dataclasses.asdict(tower), "alpha": 0.0}
+    write_index_facts(tmp_path / "index-2", facts)
+    again = dataclasses.replace(of_merged, architecture=merged, out=tmp_path / "runs" / "again")
+    assert any("can't be loaded" in note for note in train(again).notes)
 
 
 def build_of_nowhere(loaded: Any, folder: Path) -> None:
