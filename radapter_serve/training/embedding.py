@@ -192,15 +192,15 @@ def check_embeddings(embedded: Embedded, base: Base) -> list[str]:
     # one may be the model before its fine-tune.
     plan = embedded.index.plan
     made_by = plan.release
-    tower = made_by.image_tower.digest(made_by.alpha)
-    ours = made_by.image_tower.base
+    index_tower = made_by.image_tower.digest(made_by.alpha)
+    base_tower = made_by.image_tower.base
     folder = Path(base.name.removeprefix(LOCAL))
     if base.name.startswith(LOCAL) and (folder / FILE).is_file():
         export = Release.load(folder)
-        ours = export.image_tower.digest(export.alpha)
-        if ours != tower:  # the export may itself be the base of the release
+        base_tower = export.image_tower.digest(export.alpha)
+        if base_tower != index_tower:  # the export may itself be the base of the release
             whole = load_base(base.name, base.pretrained).model
-            ours = towers_of(whole, {})["image_tower"].base
+            base_tower = towers_of(whole, {})["image_tower"].base
 
     def of_another_model(what: str) -> RAdapterError:
         return RAdapterError(
@@ -210,7 +210,7 @@ def check_embeddings(embedded: Embedded, base: Base) -> list[str]:
             " build the index again"
         )
 
-    if ours != tower:
+    if base_tower != index_tower:
         raise of_another_model("images")
 
     # So must the text towers.
