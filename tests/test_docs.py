@@ -82,6 +82,17 @@ def test_pages_are_in_plain_english(better: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_boxes_hold_text_and_no_code() -> None:
+    """Eight spaces after the title of a box make code of its first line."""
+    boxes = [
+        (page.name, box)
+        for page in PAGES
+        for box in re.findall(r"^!!! .+\n(.+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert len(boxes) > 3
+    assert not [(name, box) for name, box in boxes if not re.match(r" {4}\S", box)]
+
+
 def entries(section: str) -> set[str]:
     """The names that a section of the troubleshooting page has an entry for."""
     text = TROUBLESHOOTING.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
