@@ -42,11 +42,9 @@ BESIDE = ("rivals", "benchmarks", "benchmarks/results", "examples")  # folders w
 # What translated English has: a means with "by", "Of" in front, things that act as people do, words
 # with plainer ones, and a second sentence within brackets. Where a that-clause is in the place of a
 # noun, no pattern finds it; nor "by" behind a participle, which may name who did it ("read by").
-BY = (
-    r"(?<!ed)(?<!able)(?<!\bread)(?<!\bset)(?<!\bmade)(?<!\bdoes)(?<!one)(?<!row)(?<!task)(?<!byte)"
-    r" by (?!default|chance|name|hand|example|question|keyword|labels|URL|rounding|more|at most"
-    r"|about|[±*+\d])"
-)
+BEFORE = ("ed", "able", " read", " set", " made", " does", "one", "row", "task", "byte", "side")
+AFTER = "default|chance|name|hand|example|question|keyword|labels|URL|rounding|more|at most|about"
+BY = "".join(f"(?<!{end})" for end in BEFORE) + rf" by (?!{AFTER}|[±*+\d])"
 TRANSLATED = {
     "with, using or according to": BY,
     "the noun first": r"(?:^|[.;:|(] )Of (?:[a-z]|`)",
