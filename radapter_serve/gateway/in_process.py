@@ -37,6 +37,7 @@ from radapter_serve.server.models import gpu
 from radapter_serve.server.releases import ReleaseServer, Say
 
 CLOSE_SECONDS = 5.0  # for cancelled work to end, when the process stops
+CHANGE_SECONDS = 20.0  # for the step of a change of releases to end, when the process stops
 
 
 class EngineServer(ReleaseServer):
@@ -66,6 +67,8 @@ class EngineServer(ReleaseServer):
 
     def stop(self) -> None:
         """Close the engine and remove the server's folder."""
+        # A thread that loads a model while Python ends would abort the process.
+        self.end_changes(CHANGE_SECONDS)
         self._stack.close()
 
     def _take_over(self, wanted: Served, say: Say) -> None:

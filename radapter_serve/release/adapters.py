@@ -72,6 +72,8 @@ _SIMILAR = 0.4
 # F of the adapter file [D, D], or its factors `up` [D, r] and `down` [r, D].
 Factors = tuple[NDArray[np.float32]] | tuple[NDArray[np.float32], NDArray[np.float32]]
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+# Names of what `add` writes: folders of adapters, and temporary ones, which a killed command leaves
+_WRITTEN = re.compile(rf".+@[0-9a-f]{{12}}(\.new|\.old)?|\.{re.escape(LIST)}\.\d+\.new")
 
 
 @dataclass(frozen=True)
@@ -225,10 +227,9 @@ def add(
     except RAdapterError as error:
         raise RAdapterError(f"{error}; {_TRAIN}") from None
     folder = repository / FOLDER
-    with lock(folder, "radapter-release"):
+    with disk_errors(folder), lock(folder, "radapter-release"):
         entries = read_list(repository)
-        before = entries.get(name)
-        if before is not None and not replace:
+        if name in entries and not replace:
             raise RAdapterError(
                 f"there is an adapter {name!r} already; replace it with --replace, or take another"
                 " name"
@@ -249,8 +250,6 @@ def add(
                 (temporary / file).write_bytes(content)
 
         _write_list(folder, {**entries, name: entry})
-        if before is not None and before.folder != entry.folder:
-            remove(folder / before.folder)
     return entry
 
 
@@ -286,13 +285,11 @@ def add_beside(
 def remove_adapter(repository: Path, name: str) -> None:
     """Serve an adapter no longer, and remove its files; running requests end with it."""
     folder = repository / FOLDER
-    with lock(folder, "radapter-release"):
+    with disk_errors(folder), lock(folder, "radapter-release"):
         entries = read_list(repository)
-        entry = entries.pop(name, None)
-        if entry is None:
+        if entries.pop(name, None) is None:
             raise RAdapterError(unknown_name(name, entries))
         _write_list(folder, entries)
-        remove(folder / entry.folder)
 
 
 def check_name(name: str) -> None:
@@ -480,6 +477,13 @@ def _read(path: Path) -> bytes:
 
 
 def _write_list(folder: Path, entries: Mapping[str, AdapterEntry]) -> None:
-    with disk_errors(folder), staged(folder / LIST) as path:
+    """Write the list, and remove the files of adapters that it does not name: those that were
+    replaced or removed, also by a command that was killed before it could remove them.
+    """
+    with staged(folder / LIST) as path:
         values = {name: asdict(entry) for name, entry in sorted(entries.items())}
         path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    served = {entry.folder for entry in entries.values()}
+    for path in folder.iterdir():
+        if _WRITTEN.fullmatch(path.name) and path.name not in served:
+            remove(path)

@@ -61,6 +61,7 @@ class ReleaseServer(ABC):
         self.facts: dict[int, Release] = {}  # of the releases, as this server computes them
         self.served = Served(())
         self._changing = threading.Lock()
+        self._stopping = False
 
     @abstractmethod
     def _take_over(self, wanted: Served, say: Say) -> None:
@@ -102,6 +103,14 @@ class ReleaseServer(ABC):
         """Serve the previous releases again, like `load`."""
         return self._change(self.served.back(), say)
 
+    def end_changes(self, seconds: float) -> None:
+        """Stop a running change of releases at its next step, and wait for it, so many seconds at
+        most; later changes are refused.
+        """
+        self._stopping = True
+        if self._changing.acquire(timeout=seconds):
+            self._changing.release()
+
     def describe(self) -> dict[str, Any]:
         """The releases and the address of the server, for `radapter-release`."""
         endpoints = self.config.endpoints
@@ -123,9 +132,15 @@ class ReleaseServer(ABC):
             raise RAdapterError(
                 "the server changes its releases already; wait for it: radapter-release list"
             )
+
+        def say_or_stop(line: str) -> None:
+            if self._stopping:
+                raise RAdapterError("the server stops")
+            say(line)
+
         try:
-            check(repository, wanted.releases, say)
-            self._take_over(wanted, say)
+            check(repository, wanted.releases, say_or_stop)
+            self._take_over(wanted, say_or_stop)
             self.served = wanted
         except RAdapterError as error:
             still = f"release {format_list(self.served.releases)} is served as before"
