@@ -53,7 +53,7 @@ TRANSLATED = {
     "instead of, about, only, almost, not significantly different": r"\bin (?:the )?place of\b"
     r"|\bsome \d|\bhardly\b|\b(?:can't|cannot) be told\b|\btold apart\b",
     "two sentences": r"\([^()|]*[a-z`\d%]\. [A-Z][^()|]*\)",
-    "per second": r"\b(?:answers|requests|images|photos|texts|queries|searches) a second\b",
+    "per second": r"\b(?:answers|KiB|requests|images|photos|texts|queries|searches) a second\b",
 }
 FILE = r"\bbenchmarks/[\w./-]+\.(?:md|py|png)"
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")

@@ -248,7 +248,7 @@ class Quota:
         if self._running >= self._at_once:
             raise self._refused(f"{self._at_once} requests at once", 1)
         if seconds := self._requests.take():
-            raise self._refused(f"{self.key.requests_per_second:g} requests a second", seconds)
+            raise self._refused(f"{self.key.requests_per_second:g} requests per second", seconds)
         self._running += 1
         try:
             yield

@@ -375,7 +375,7 @@ class Gateway:
                 408,
                 TIMED_OUT,
                 f"the body did not come within {self._settings.timeout:g} s, or came at less than"
-                f" {MIN_BODY_RATE // 1024} KiB a second",
+                f" {MIN_BODY_RATE // 1024} KiB per second",
             )
         if not size:
             raise bad_request("the body is empty")

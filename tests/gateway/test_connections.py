@@ -218,7 +218,7 @@ def test_a_body_has_a_lowest_rate() -> None:
             assert time.monotonic() - start > 0.8
             assert heard(steady).startswith(b"HTTP/1.1 200")
         answer = heard(silent)
-        assert b"408" in answer and b"less than 16 KiB a second" in answer
+        assert b"408" in answer and b"less than 16 KiB per second" in answer
         with served.connection(begun) as slow, contextlib.suppress(ConnectionError):
             slow.settimeout(0.05)
             answer = b""

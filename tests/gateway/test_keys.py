@@ -209,7 +209,9 @@ def test_a_key_that_asks_too_much_is_refused_alone(served: Served) -> None:
             for key in "sxfp"
         )
         slow.embed_texts(["a"])
-        with pytest.raises(ServerUnavailable, match="slow may send 0.5 requests a sec") as refused:
+        with pytest.raises(
+            ServerUnavailable, match="slow may send 0.5 requests per sec"
+        ) as refused:
             slow.embed_texts(["a"])
         assert (refused.value.code, refused.value.retry_after) == ("rate_limited", 2)
         assert slow.release().version == 1  # no inference
