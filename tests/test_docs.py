@@ -91,6 +91,13 @@ def test_boxes_hold_text_and_no_code() -> None:
     assert not [(name, box) for name, box in boxes if not re.match(r" {4}\S", box)]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tables_begin_with_their_heads(page: Path) -> None:
+    """A blank line ends a table: the rows below it would be text."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not re.findall(r"\n\n( *\|.*\n)(?! *\|-)", text)
+
+
 def entries(section: str) -> set[str]:
     """The names that a section of the troubleshooting page has an entry for."""
     text = TROUBLESHOOTING.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
