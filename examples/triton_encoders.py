@@ -4,6 +4,7 @@ python examples/triton_encoders.py HOST:GRPC_PORT model_repository/classify/1 PH
 """
 
 import json
+import string
 import sys
 from pathlib import Path
 
@@ -23,18 +24,27 @@ def embed(kind: str, name: str, datatype: str, array: np.ndarray) -> np.ndarray:
     return client.infer(f"{kind}_encoder", [tensor]).as_numpy(f"{kind}_embeds")
 
 
-# Resize the shorter side and crop the middle, as open_clip's ViT do; the graph normalises.
-side = facts["preprocess"]["size"]
+# CLIP gets the middle of the image, SigLIP the whole image as a square. The graph normalises.
+rules = facts["preprocess"]
+side = rules["size"]
 image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
-image = image.resize([side * length // min(image.size) for length in image.size], 3)  # bicubic
+whole = image.size if rules["resize_mode"] == "squash" else [min(image.size)] * 2
+size = [side * length // of for length, of in zip(image.size, whole, strict=True)]
+image = image.resize(size, Image.Resampling[rules["interpolation"].upper()])
 left, top = (round((length - side) / 2) for length in image.size)
 pixels = np.asarray(image.crop((left, top, left + side, top + side)))[None]
 
-# A row of token ids for each text, from CLIP's tokenizer, with zeros up to the longest.
+# A row of token ids for each text, padded to the context length: SigLIP needs all of it, and reads
+# neither capitals nor punctuation.
+rules = facts["tokenizer"]
 tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
-tokenizer.enable_truncation(facts["tokenizer"]["context_length"])
-tokenizer.enable_padding(pad_id=facts["tokenizer"]["pad"])
-tokens = np.array([row.ids for row in tokenizer.encode_batch(texts)], np.int32)
+tokenizer.enable_truncation(rules["context_length"])
+tokenizer.enable_padding(pad_id=rules["pad"], length=rules["context_length"])
+cleaned = texts
+if rules["clean"] == "canonicalize":
+    signs = str.maketrans(dict.fromkeys(string.punctuation, "") | {"_": " "})
+    cleaned = [" ".join(text.translate(signs).lower().split()) for text in texts]
+tokens = np.array([row.ids for row in tokenizer.encode_batch(cleaned)], np.int32)
 
 cosines = embed("text", "tokens", "INT32", tokens) @ embed("image", "image", "UINT8", pixels)[0]
 print(*(f"{text}: {cosine:.4f}" for text, cosine in zip(texts, cosines, strict=True)), sep="\n")
