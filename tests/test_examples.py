@@ -148,7 +148,7 @@ def test_the_encoders_alone_answer_as_the_release_does(
             spec = write_tokenizer(base.tokenizer, folder / "tokenizer.json")
             replace(facts, tokenizer=spec, preprocess={**facts.preprocess, **rules}).save(folder)
         seal(tmp_path, 1)
-    texts = ["red", "a Striped_thing, isn't it?", "azure " * 100, ""]
+    texts = ["red", "a Striped_thing, isn't it?", "azure " * 100, "猫!"]
     arguments = ["", tmp_path / "classify/1", photos / "a.png", *texts]
     monkeypatch.setattr("sys.argv", ["triton_encoders.py", *map(str, arguments)])
     monkeypatch.setattr(triton, "InferenceServerClient", lambda address: Encoders(tmp_path))

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Agreement, Samples, compare
-from radapter_serve.release.release import IN_BF16, Release
+from radapter_serve.release.release import IN_BF16, InBf16, Release
 from radapter_serve.release.repository import (
     AUTO,
     ENCODERS,
@@ -71,6 +71,12 @@ def bf16_of_processor() -> str:
     return ""
 
 
+def name_of_processor() -> str:
+    """The name of this processor, with what computes bf16 in it."""
+    names = re.findall(r"^model name\s*:\s*(.+)$", CPU_FACTS.read_text(), re.MULTILINE)
+    return ", ".join([*names[:1], bf16_of_processor()])
+
+
 def choose(
     repository: Path,
     versions: Sequence[int],
@@ -105,11 +111,20 @@ def choose(
     free = not on_gpu and runtime != "onnxruntime" and exported != TENSORRT
     if precision is None:
         note = ""
-        if can and free:
+        has = f"this processor has {processor}: --precision auto"
+        measured = releases[-1].in_bf16
+        if not (can and free):
+            pass
+        elif measured is None or measured.processor != name_of_processor():
             note = (
-                f"this processor has {processor}: --precision auto tries bf16 on it, measures how"
-                " much faster images are, and keeps it if all cosines are within"
-                f" {1 - IN_BF16.min_cosine:.0e} of torch's; docs/serving.md has the figures of one"
+                f"{has} tries bf16 on it, measures how much faster images are, and keeps it if all"
+                f" cosines are within {1 - IN_BF16.min_cosine:.0e} of torch's; docs/serving.md has"
+                " the figures of one"
+            )
+        elif measured.times_as_fast > 1:
+            note = (
+                f"{has} serves images {measured.times_as_fast:.1f} times as fast, cosines within"
+                f" {measured.distance:.0e} of torch's, as measured at the export"
             )
         return Choice(runtime, note=note)
     if precision == "bf16":
@@ -213,13 +228,41 @@ def quickest(repository: Path, choice: Choice) -> float:
     """Seconds of the quickest of some runs of the newest image encoder on all its samples."""
     newest = max(choice.graphs)
     samples = Samples.load(repository / "image_encoder" / str(newest))
+    return seconds_of(choice.graphs[newest]["image_encoder"], samples)
+
+
+def seconds_of(graph: EncoderGraph, samples: Samples) -> float:
+    """Seconds of the quickest of some runs of a graph on all samples."""
     times = []
     for _ in range(RUNS):
         start = time.perf_counter()
         for inputs, _reference in samples.batches():
-            choice.graphs[newest]["image_encoder"](*inputs)
+            graph(*inputs)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def measure_bf16(
+    exported: EncoderGraph, files: Mapping[str, Path], samples: Mapping[str, Samples]
+) -> InBf16 | None:
+    """Measure what bf16 gains on this processor for graphs in fp32, of which `exported` is the
+    image encoder; None if AUTO would not take it here, for it can't be computed or is too far from
+    torch.
+    """
+    if not bf16_of_processor() or importlib.util.find_spec("openvino") is None:
+        return None
+    distance = 0.0
+    times_as_fast = 0.0
+    for name, file in files.items():
+        try:
+            graph = EncoderGraph(file, "openvino", precision="bf16")
+            agreement = compare(f"{name} in bf16", graph, samples[name], IN_BF16)
+        except RAdapterError:
+            return None
+        distance = max(distance, 1 - agreement.min_cosine)
+        if name == "image_encoder":
+            times_as_fast = seconds_of(exported, samples[name]) / seconds_of(graph, samples[name])
+    return InBf16(name_of_processor(), times_as_fast, distance)
 
 
 def take_runtime(

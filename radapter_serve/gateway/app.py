@@ -249,7 +249,7 @@ class Gateway:
         name, version = _named(request)
         if not await self._upstream.ready(name, version):
             raise Refused(400, SERVER_UNAVAILABLE, f"{name} is not ready")
-        return JSONResponse({"ready": True})
+        return JSONResponse({"name": name, "ready": True})
 
     async def releases(self, request: Request) -> Response:
         """The releases as OpenAI's list of models, or one of them."""

@@ -92,7 +92,12 @@ def document() -> Schema:
     facts: Sequence[tuple[str, str, str, Schema]] = (
         ("", "metadata", "Inputs, outputs and releases of a task.", metadata),
         ("/config", "config", "Inputs, outputs and facts of the releases.", {"type": "object"}),
-        ("/ready", "model_ready", "Whether a task is ready.", _flag("ready")),
+        (
+            "/ready",
+            "model_ready",
+            "Whether a task is ready.",
+            _object({"name": _TEXT, "ready": {"const": True}}),
+        ),
     )
     for end, operation, summary, schema in facts:
         # A task that is not ready answers 400, as Triton does.

@@ -20,7 +20,7 @@ TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
 FORMAT = 1
 FILE = "release.json"
 # Fields that are left out of the file if they are None.
-_OPTIONAL = ("made_of", "quantization", "accuracy", "confidence")
+_OPTIONAL = ("made_of", "quantization", "accuracy", "confidence", "in_bf16")
 _TOWERS = ("image_tower", "text_tower")
 
 # Largest distance from torch of an fp32 release that a server computes in bf16.
@@ -70,6 +70,15 @@ class Accuracy:
     torch: float
     release: float
     drop: float  # points lost; negative if the release is better
+
+
+@dataclass(frozen=True)
+class InBf16:
+    """What bf16 gained on the processor of the export."""
+
+    processor: str
+    times_as_fast: float  # as the exported precision embeds images
+    distance: float  # the largest 1 - cosine of any encoder with torch
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,7 @@ class Release:
     created: str = ""  # in UTC, ISO 8601
     accuracy: Accuracy | None = None  # on validation data
     confidence: Confidence | None = None
+    in_bf16: InBf16 | None = None  # of fp32, where the export could compute it
     format: int = FORMAT
 
     @property
@@ -249,6 +259,9 @@ class Release:
             if dense := facts["dense"]:
                 method = dense["way"] if "way" in dense else dense["method"]  # `way`: version 1.0.0
                 values["dense"] = Dense(str(method), int(dense["grid"]))
+            if measured := facts.get("in_bf16"):
+                numbers = float(measured["times_as_fast"]), float(measured["distance"])
+                values["in_bf16"] = InBf16(str(measured["processor"]), *numbers)
             for name, kind in (("accuracy", Accuracy), ("confidence", Confidence)):
                 if stored := facts.get(name):
                     known = [key for key in kind.__dataclass_fields__ if key in stored]

@@ -13,8 +13,6 @@ from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import Refused
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_upstream import FakeUpstream
-from tests.helpers.gateway import gateway
-from tests.helpers.ways import in_process
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "openapi.json"
 EXAMPLES = 25  # requests that are drawn for each operation
@@ -71,17 +69,6 @@ def test_the_document_is_valid_openapi():
     from openapi_spec_validator import validate
 
     validate(document())
-
-
-@pytest.fixture(params=["process", pytest.param("triton", marks=pytest.mark.triton)])
-def url(request, releases, tmp_path):
-    """A server of either engine that the gateway's app answers for."""
-    if request.param == "process":
-        with in_process(releases, tmp_path) as running:
-            yield running.url
-        return
-    with gateway(request.getfixturevalue("server"), indexes=tmp_path) as address:
-        yield address
 
 
 @pytest.mark.integration

@@ -1,6 +1,7 @@
 """Ask a server by KServe's own client: python -m tests.helpers.use_kserve URL IMAGE TEXT ...
 
 Prints the embeddings as JSON: of the texts, asked in JSON and in binary form, and of the image.
+Without arguments it prints the OpenAPI document of KServe's own server in Python.
 """
 
 from __future__ import annotations
@@ -40,6 +41,28 @@ async def use(url: str, image: Path, texts: list[str]) -> list[Any]:
     return embeddings
 
 
+def document() -> dict[str, Any]:
+    """The OpenAPI document of KServe's server, with the answer to an inference, which it leaves
+    open, as the server checks it.
+    """
+    from fastapi import FastAPI
+    from kserve.protocol.rest.v2_datamodels import InferenceResponse
+    from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
+
+    app = FastAPI()
+    register_v2_endpoints(app, None, None)
+    api: dict[str, Any] = app.openapi()
+    schemas = api["components"]["schemas"]
+    answer = InferenceResponse.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas |= answer.pop("$defs")
+    content = api["paths"]["/v2/models/{model_name}/infer"]["post"]["responses"]["200"]["content"]
+    content["application/json"]["schema"] = answer
+    return api
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print(json.dumps(document()))
+        sys.exit()
     _, address, place, *words = sys.argv
     print(json.dumps(asyncio.run(use(address, Path(place), words))))
