@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -15,7 +16,7 @@ from radapter_export.settings import AUTO, BEST, DYNAMIC, checked
 from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.evaluation.start import status
 from radapter_serve.process import limit_threads
-from radapter_serve.release.adapters import add_beside, check_name, read_run
+from radapter_serve.release.adapters import add_beside, check_name, read_list, read_run
 from radapter_serve.release.agreement import Agreement
 from radapter_serve.sources import check_base_is_named, newest_run
 
@@ -122,15 +123,33 @@ def export(
         raise RAdapterError(f"format is {format!r}; allowed: onnx, tensorrt")
 
     # Read the adapters that are to lie beside the release, before anything is exported.
+    runs = {name: Path(place) for name, place in (adapters or {}).items()}
     beside = {}
-    for name, place in (adapters or {}).items():
+    for name, run in runs.items():
         check_name(name)
-        beside[name] = read_run(Path(place))
+        beside[name] = read_run(run)
+    known = read_list(chosen.model_repository) if runs else {}
+    for name, run in runs.items():
+        if name in known:
+            raise RAdapterError(
+                f"there is an adapter {name!r} already; leave it out, or replace it with:"
+                f" radapter-release add-adapter {shlex.quote(name)} {shlex.quote(str(run))}"
+                " --replace"
+            )
 
     # Find the adapters or the checkpoint, and parse the α.
     tuned = chosen.checkpoint or chosen.lora
     if adapter is None and adapters and not tuned:
-        adapter = next(iter(adapters.values()))
+        # The release is the base of the first one, and must be that of all.
+        first, *others = runs
+        for name in others:
+            if beside[name][0].text_tower != beside[first][0].text_tower:
+                raise RAdapterError(
+                    f"the adapters {first!r} and {name!r} were trained with different text towers,"
+                    " so they can't lie beside one release; export them one after the other:"
+                    f" radapter-export --adapters {shlex.quote(f'{name}={runs[name]}')}"
+                )
+        adapter = runs[first]
         alpha = 0.0 if alpha is None else alpha
     if adapter is None:
         paths = [] if tuned else [newest_run()]
@@ -170,8 +189,7 @@ def export(
         source = read_source(paths, DYNAMIC if DYNAMIC in values else values or None, chosen)
         releases = export_source(source, chosen, say)
         for name, (facts, factors) in beside.items():
-            run = Path((adapters or {})[name])
-            add_beside(chosen.model_repository, name, facts, factors, run)
+            add_beside(chosen.model_repository, name, facts, factors, runs[name])
 
     # Write notes on the α and on the releases.
     notes = []

@@ -151,7 +151,8 @@ class ServerConfig:
             number for all, and TASK=NUMBER for one, such as: 2 segment=4. By default 2 in
             radapter-serve, and 1 where it serves more than two releases.
         max_waiting: requests that may wait for a model; others are refused.
-        timeout: seconds to wait until all models answer.
+        timeout: seconds to wait until all models answer; by default 3 for each of their processes,
+            and at least 120.
         drain_seconds: seconds that calls under way may take when the server is stopped.
         verbose: show Triton's own messages.
 
@@ -169,12 +170,12 @@ class ServerConfig:
     threads: int | None = None
     instances: tuple[str, ...] = ()
     max_waiting: int = MAX_WAITING
-    timeout: float = 120.0
+    timeout: float | None = None
     drain_seconds: int = 10
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        if not self.timeout > 0:
+        if self.timeout is not None and not self.timeout > 0:
             raise RAdapterError(f"--timeout is {self.timeout:g}; allowed are seconds above 0")
         if self.drain_seconds < 1:
             raise RAdapterError(

@@ -47,6 +47,9 @@ from radapter_serve.triton.backlog import Backlog
 
 _LOG = "server.log"  # in the server's folder
 _READY_POLL_SECONDS = 0.05
+# For all models to answer: at least, and for each process, as few cores start many in turn
+_LEAST_TIMEOUT_SECONDS = 120.0
+_TIMEOUT_SECONDS = 3.0
 # Requests to an overloaded encoder
 _MAX_ATTEMPTS = 20
 _PAUSE_SECONDS = 0.5
@@ -130,6 +133,12 @@ class TritonServer(ReleaseServer):
             raise RAdapterError("the server does not run; start it with: radapter-serve")
         return self._folder
 
+    @property
+    def timeout(self) -> float:
+        """Seconds to wait until all models answer."""
+        processes = sum(map(processes_of, self.offered.values()))
+        return self.config.timeout or max(_LEAST_TIMEOUT_SECONDS, _TIMEOUT_SECONDS * processes)
+
     def start(self, progress: Say = lambda line: None) -> TritonServer:
         """Start the server and wait until all its tasks have answered once.
 
@@ -167,7 +176,7 @@ class TritonServer(ReleaseServer):
         """Start the processes of a model again; their running calls fail, other models go on."""
         with self.lock:
             self.control.unload(model)
-            self.control.load(model, timeout=self.config.timeout)
+            self.control.load(model, timeout=self.timeout)
             self.refresh()
 
     def put(self, name: str, model: ModelEntry | None) -> None:
@@ -281,8 +290,7 @@ class TritonServer(ReleaseServer):
         """Start the process, and wait until all tasks have answered; `mode` begins the log or
         appends.
         """
-        config = self.config
-        deadline = self._clock.monotonic() + config.timeout
+        deadline = self._clock.monotonic() + self.timeout
         self._start_process(mode)
 
         # Wait until all models are loaded. tritonserver 2.51 sometimes aborts at its start with
@@ -306,7 +314,7 @@ class TritonServer(ReleaseServer):
                 )
             if self._clock.monotonic() > deadline:
                 raise RAdapterError(
-                    f"tritonserver was not ready after {config.timeout:g} s: {self._reason()};"
+                    f"tritonserver was not ready after {self.timeout:g} s: {self._reason()};"
                     " allow more with --timeout"
                 )
             self._clock.sleep(_READY_POLL_SECONDS)
@@ -319,7 +327,7 @@ class TritonServer(ReleaseServer):
             self.metrics_url,
             self.folder / launch.SURPLUS_FOLDER,
             lambda: {name: processes_of(model) for name, model in self.offered.items()},
-            config.max_waiting,
+            self.config.max_waiting,
         )
         self.check()
 

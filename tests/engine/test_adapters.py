@@ -26,9 +26,11 @@ from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
 from radapter_serve.encoders.precision import bf16_of_processor
 from radapter_serve.engine.engine import Engine
+from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.release import adapters
 from radapter_serve.release.release import Confidence
+from radapter_serve.release.repository import releases_of
 from radapter_serve.tasks import embed
 from radapter_serve.tasks.embed import Labels, look_up
 from tests.helpers.asking import tritonserver
@@ -328,6 +330,21 @@ def test_an_export_of_adapters_alone_has_their_base_and_them(base, runs, tmp_pat
             outputs = ask(engine, "embed_text", text=TEXTS, adapter=name)
             expected = folded(base, adapter, adapter.metadata.alpha, TEXTS)
             np.testing.assert_allclose(outputs["text_embeds"], expected, atol=1e-6)
+
+    # What can't lie beside it is refused before anything is exported.
+    other = replace(runs["bob"].metadata, text_tower="sha256:" + "0" * 64)
+    save_adapter(Adapter(runs["bob"].tensors, other), tmp_path / "other.safetensors")
+    for more, words in (
+        ({"anna": tmp_path / "bob"}, "'anna' already; .*add-adapter anna .*bob --replace"),
+        (
+            {"carl": tmp_path / "anna", "dora": tmp_path / "other.safetensors"},
+            "'carl' and 'dora' were trained with different text towers.* dora=.*other",
+        ),
+    ):
+        with pytest.raises(RAdapterError, match=words):
+            export(adapters=more, model_repository=folder, merged=tmp_path / "merged")
+    assert releases_of(folder) == [1]
+    assert sorted(adapters.read_list(folder)) == sorted(runs)
 
 
 def test_unknown_names_and_adapters_of_another_base_are_refused(

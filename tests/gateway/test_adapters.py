@@ -15,8 +15,10 @@ import pytest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.access import Keys
 from radapter_serve.gateway.upstream import Refused
+from radapter_serve.process import OTLP_ENDPOINTS
 from radapter_serve.release.adapters import AdapterFacts, add
 from radapter_serve.release.release import Release
+from tests.helpers.collector import collecting
 from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import INFER, Served, config, serving
 
@@ -216,6 +218,16 @@ def test_log_and_metrics_name_the_adapter(capfd: pytest.CaptureFixture[str]) -> 
     assert 'adapter_requests_total{adapter="anna",code="ok"} 2.0' in metrics
     assert 'adapter_requests_total{adapter="other",code="unknown_adapter"} 1.0' in metrics
     assert "made up" not in metrics
+
+
+def test_the_spans_of_a_request_name_its_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    with collecting() as collector:
+        monkeypatch.setenv(OTLP_ENDPOINTS[0], collector.url)
+        with serving() as served:
+            for name in ("anna", ""):
+                served.ask(INFER, asking(name))
+    names = [span.attributes.get("radapter.adapter") for span in collector.spans]
+    assert names == ["anna", None]
 
 
 def test_a_key_of_some_adapters_reads_no_metrics_which_name_all(guarded: Served) -> None:

@@ -277,6 +277,18 @@ def test_what_releases_take_is_known_beforehand(releases: Path) -> None:
     assert graphs < by_engine < by_triton
 
 
+def test_many_processes_have_longer_to_start() -> None:
+    server = TritonServer(ServerConfig())
+    assert server.timeout == 120
+    task = ModelEntry(tuple(range(1, 31)), "instance_group { count: 2 }")
+    encoder = ModelEntry(tuple(range(1, 31)), "")
+    server.offered = {"classify": task, "text_encoder": encoder}
+    assert server.timeout == 3 * (60 + 30)
+    server = TritonServer(ServerConfig(timeout=5))
+    server.offered = {"classify": task}
+    assert server.timeout == 5
+
+
 @pytest.mark.parametrize(
     ("served", "flags", "instances"),
     [
