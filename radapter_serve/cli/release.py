@@ -175,6 +175,11 @@ def add_adapter(
         f"{name} is beside release {format_list(beside)} at alpha {facts.alpha:g}; ask it with:"
         f" radapter-query --adapter {shlex.quote(name)}"
     )
+    if not facts.alpha:
+        print(
+            "at alpha 0 it answers as the base does: give another one in requests, or add it again"
+            " with --alpha A --replace"
+        )
     if facts.confidence is None:
         print(f"its scores are not calibrated; {adapters.CALIBRATED_RUN}")
 

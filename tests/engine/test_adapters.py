@@ -347,6 +347,13 @@ def test_an_export_of_adapters_alone_has_their_base_and_them(base, runs, tmp_pat
     assert sorted(adapters.read_list(folder)) == sorted(runs)
 
 
+def test_an_adapter_at_alpha_0_is_said_to_answer_as_the_base(repository, tmp_path, capsys):
+    for alpha, expected in (("0", True), ("0.5", False)):
+        folder = ["--model-repository", str(repository), "--alpha", alpha, "--replace"]
+        assert command(["add-adapter", "anna", str(tmp_path / "anna"), *folder]) == 0
+        assert ("it answers as the base does" in capsys.readouterr().out) == expected
+
+
 def test_unknown_names_and_adapters_of_another_base_are_refused(
     base, engine, repository, tmp_path, capsys
 ):
