@@ -51,10 +51,12 @@ test-triton: $(VENV)/installed-$(call with,integrations)
 
 # Whole programs: every rival and a table of them, the demo's comparison, the playground and the engine,
 # a small /dev/shm, what each room may import, an export that is killed, other libraries that open a release
-# or ask the gateway, an index by a local Ray, the tutorial, and what a search loads.
-SLOW := tests/cli tests/demo tests/engine tests/playground \
+# or ask the gateway, immich's own code, an index by a local Ray, the tutorial, what a search loads, what an image takes
+# while it is decoded, and conditions of many callers.
+SLOW := tests/cli tests/demo tests/engine tests/playground tests/contract/test_memory.py \
   tests/rivals tests/export/test_checkpoint.py tests/export/test_forms.py tests/export/test_graph.py tests/export/test_validation.py \
-  tests/export/test_hub.py tests/export/test_release.py tests/faults/test_shared_memory.py tests/gateway/test_openai.py \
+  tests/export/test_hub.py tests/export/test_immich.py tests/export/test_release.py tests/faults/test_shared_memory.py \
+  tests/gateway/test_openai.py tests/hostile/test_conditions.py \
   tests/index/test_cluster.py tests/index/test_from_embeddings.py \
   tests/test_examples.py tests/test_house.py tests/test_tutorial.py
 # Of these there is time for some: SigLIP in every precision through TensorRT's parser and builder and as a release, the

@@ -49,6 +49,8 @@ _COMPRESSED = re.compile(
 # vocabulary, of Gemma in SigLIP 2, is a tokenizer.json of 34 MB.
 _MAX_HEADER = 4 * 2**20
 _MAX_VOCABULARY = 100 * 2**20
+# Bytes that a compressed .npz file may unpack to: 1,700 masks of a photo of a megapixel
+_MAX_UNPACKED = 2**31
 
 
 @contextlib.contextmanager
@@ -86,8 +88,8 @@ def disk_errors(
         why = str(error)
         if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
             why = error.args[0][0][2]  # copying a folder collects errors; take the first
-        elif isinstance(error, OSError) and error.strerror and error.filename:
-            why = f"{error.strerror} ({error.filename})"
+        elif isinstance(error, OSError) and error.strerror:
+            why = error.strerror + (f" ({error.filename})" if error.filename else "")
         raise RAdapterError(
             f"cannot write into {folder}: {why}{'; ' if advice else ''}{advice}"
         ) from error
@@ -125,8 +127,7 @@ def check_model_file(path: Path) -> None:
                 )
         elif zipfile.is_zipfile(file):
             # torch.save compresses nothing and stores each tensor once.
-            with zipfile.ZipFile(file) as archive:
-                unpacked = sum(entry.file_size for entry in archive.infolist())
+            unpacked = _unpacked(file)
             if unpacked > size:
                 raise ValueError(
                     f"it has {size} bytes and unpacks to {unpacked}, and torch.save compresses"
@@ -195,10 +196,23 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     import numpy as np
 
     with open_regular(path) as file, _PARSER, _numpy_errors():
+        size = path.stat().st_size
+        if zipfile.is_zipfile(file) and (unpacked := _unpacked(file)) > max(size, _MAX_UNPACKED):
+            raise ValueError(
+                f"it has {size} bytes and unpacks to {unpacked}; allowed: at most {_MAX_UNPACKED},"
+                " or any number without compression (numpy.savez)"
+            )
+        file.seek(0)
         arrays: Any = np.load(file, allow_pickle=False)
         if not hasattr(arrays, "files"):
             raise ValueError("it holds one array, and not several")
         return {name: arrays[name] for name in arrays.files}
+
+
+def _unpacked(file: BinaryIO) -> int:
+    """Bytes of all files in a zip archive, of which zipfile reads no more than it says here."""
+    with zipfile.ZipFile(file) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
 
 
 @contextlib.contextmanager

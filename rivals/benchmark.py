@@ -95,12 +95,17 @@ def write_benchmark(path: Path, suite: Mapping[str, Any], train: Mapping[str, An
 
 
 def table_of(images: Mapping[str, Iterable[Path]], folder: Path) -> str:
-    """Write images by class as a table in a folder; returns the table as `data` takes it."""
+    """Write images by class as a table in a folder; returns the table as `data` takes it.
+
+    Paths in a table are relative to its folder, so these become absolute.
+    """
     path = folder / "images.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "label"])
-        table.writerows([image, label] for label, paths in images.items() for image in paths)
+        table.writerows(
+            [image.absolute(), label] for label, paths in images.items() for image in paths
+        )
     return f"csv:{path}"
 
 

@@ -153,6 +153,19 @@ def test_a_broken_array_is_a_value_error(content: bytes, tmp_path: Path) -> None
             read(tmp_path / "file")
 
 
+def test_arrays_that_unpack_to_far_more_than_their_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = np.zeros(10_000, np.uint8)
+    np.savez_compressed(tmp_path / "small.npz", a=zeros)
+    np.savez(tmp_path / "plain.npz", a=zeros)
+    assert list(read_arrays(tmp_path / "small.npz")) == ["a"]
+    monkeypatch.setattr("radapter_serve.files._MAX_UNPACKED", 9_999)
+    with pytest.raises(ValueError, match="unpacks to 10128; allowed: at most 9999"):
+        read_arrays(tmp_path / "small.npz")
+    assert list(read_arrays(tmp_path / "plain.npz")) == ["a"]
+
+
 def test_an_array_of_objects_is_never_unpickled(tmp_path: Path) -> None:
     objects = np.array([{}, None], dtype=object)
     np.save(tmp_path / "one.npy", objects, allow_pickle=True)

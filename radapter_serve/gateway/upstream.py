@@ -5,6 +5,7 @@ their log records, facts about tasks, and refusals. The tasks' error codes are i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -257,7 +258,9 @@ class Entry:
         for name, value in vars(self).items():
             if name not in ("traceparent", "spans"):
                 facts[name] = round(value, 3) if isinstance(value, float) else value
-        print(json.dumps(facts), file=sys.stderr, flush=True)
+        # A request is answered, too, if its line can't be written, such as on a full disk.
+        with contextlib.suppress(OSError):
+            print(json.dumps(facts), file=sys.stderr, flush=True)
 
 
 class Upstream(Protocol):

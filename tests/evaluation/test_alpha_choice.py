@@ -15,7 +15,7 @@ import scipy.stats
 from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, read_choice, save_choice
-from radapter_serve.evaluation.rows import Row, packed, what_is_kept
+from radapter_serve.evaluation.rows import Row, kept_notes, packed, what_is_kept
 from radapter_serve.evaluation.run import as_trained, own_validation
 from tests.helpers.a_row import a_row
 
@@ -160,6 +160,19 @@ def test_what_is_kept_has_three_grades(share: float, grade: str) -> None:
     grades = [word for word in ("no loss", "some loss", "much is lost") if word in sentence]
     assert grades == [grade]
     assert ("smaller alpha" in sentence) == (share < 0.8)
+
+
+def test_without_a_choice_each_alpha_that_loses_something_is_noted() -> None:
+    shares = {(0.2, "a"): 0.81, (0.2, "b"): 0.8, (0.5, "a"): 0.6, (0.5, "b"): 0.9, (1.0, "a"): 0.3}
+    rows = [
+        a_row(name, alpha=alpha, metrics={"acc1": 0.5, "kept": share})
+        for (alpha, name), share in shares.items()
+    ]
+    # A set without the metric, and a model without alpha
+    rows += [a_row("c", alpha=0.2), a_row("a", alpha=None, metrics={"acc1": 0.5, "kept": 0.1})]
+    first, second = kept_notes(rows)
+    assert first.startswith("alpha 0.5 keeps 75.0 % of") and "some loss" in first
+    assert second.startswith("alpha 1 keeps 30.0 % of") and "much is lost" in second
 
 
 def test_the_table_and_the_notes_say_what_is_kept() -> None:

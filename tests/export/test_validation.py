@@ -26,6 +26,7 @@ from radapter_serve.data.runs import held_out_digest
 from radapter_serve.data.source import DataSource
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.rows import what_is_kept
 from radapter_serve.evaluation.run import open_set, own_validation
 from tests.export.conftest import Export
 from tests.helpers.small_models import make_base, random_adapter
@@ -112,7 +113,8 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
     assert metadata.held_out == digest(names)
 
     assert evaluate(["--adapter", "run", "--alpha", "auto", "--out", "results"]) == 0
-    choice = json.loads(Path("run/alpha.json").read_text())["sets"]["validation"]
+    chosen = json.loads(Path("run/alpha.json").read_text())
+    choice = chosen["sets"]["validation"]
     assert choice["n"] == 3
     assert len(image_names) == 3
     settings = ExportSettings(precision="fp16", max_drop=100)
@@ -120,6 +122,9 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
     assert not {"a photo of a red.", "red"} & set(embedded)  # the label set has them
     assert release.accuracy is not None
     assert (release.accuracy.n, release.accuracy.metric) == (3, choice["metric"])
+    [kept] = [each["kept"] for each in chosen["curve"] if each["alpha"] == release.release.alpha]
+    said = [line for line in release.warnings if " of what the base answers" in line]
+    assert said == ([] if kept is None else [what_is_kept(release.release.alpha, kept)])
 
     # The same images in another place are the same; with one more they are others.
     folder = DATA[task].partition(":")[2]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
+from radapter_serve.release import adapters
+from radapter_serve.release.adapters import AdapterFacts
 from tests.helpers.small_disk import small_disk
 from tests.helpers.small_release import photos_in
 
@@ -35,6 +39,31 @@ def test_an_index_on_a_disk_that_fills(repository: Path, tmp_path: Path) -> None
         build(photos, index, first, thumbnails=256, resume=False)
         assert {path.name for path in disk.folder.iterdir()} == {"index"}
         assert open_index(index).facts.plan.release.image_digest == first.release.image_digest
+
+
+def test_an_adapter_on_a_disk_that_is_full(tmp_path: Path) -> None:
+    facts = AdapterFacts(text_tower="sha256:" + "a" * 64, width=64, alpha=0.5)
+    first, second = (number * np.eye(64, dtype=np.float32) for number in (1, 2))
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        models = disk.folder / "models"
+        models.mkdir()
+        adapters.add(models, "anna", facts, (first,))
+        before = contents(disk.folder)
+        changes: list[Callable[[], object]] = [
+            lambda: adapters.add(models, "anna", facts, (second,), replace=True),
+            lambda: adapters.remove_adapter(models, "anna"),
+        ]
+        for leave in (0, 4 << 10, 20 << 10):
+            disk.fill(leave)
+            for change in changes[: 1 if leave else 2]:
+                with pytest.raises(RAdapterError, match="adapters: No space left on dev") as error:
+                    change()
+                assert "\n" not in str(error.value)
+            disk.empty()
+            assert contents(disk.folder) == before
+        changes[0]()
+        entry = adapters.read_list(models)["anna"]
+        assert adapters.load(models, "anna", entry).factors[0][0, 0] == 2
 
 
 def test_an_export_to_a_disk_that_fills_or_that_nobody_can_write(

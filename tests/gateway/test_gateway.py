@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -364,6 +365,17 @@ def test_answers_and_failures_count_for_some_seconds() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+def test_a_log_on_a_full_disk_costs_nobody_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(log="json") as served, Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        statuses = [served.ask(INFER, TEXT)[0] for _ in range(200)]
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert set(statuses) == {200}
+
+
 def test_metrics_have_no_word_of_a_caller(served: Served) -> None:
     served.ask(INFER, TEXT)
     served.refusal(INFER, {"inputs": []})
@@ -377,6 +389,7 @@ def test_metrics_have_no_word_of_a_caller(served: Served) -> None:
         'radapter_gateway_requests_total{code="unknown_model",task="none"} 1.0',
         'radapter_gateway_requests_total{code="other",task="embed_text"} 1.0',
         'radapter_gateway_request_seconds_count{task="embed_text"} 3.0',
+        "# HELP radapter_gateway_running Requests that Triton or the engine works on",
         "radapter_gateway_running 0.0",
         'radapter_gateway_release_info{precision="fp32",release="1",runtime="onnxruntime"} 1.0',
     ):

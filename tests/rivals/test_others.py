@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from radapter_serve.data.labelled import load_labelled
+from radapter_serve.data.source import DataSource
 from radapter_serve.evaluation.rows import packed
 from rivals import others
+from rivals.benchmark import table_of
 from rivals.others import (
     Collection,
     Images,
@@ -27,6 +31,17 @@ from rivals.others import (
 from tests.rivals.conftest import collection_of
 
 CLASSES = ("a", "b", "c", "d")
+
+
+def test_a_table_of_images_is_read_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "photos" / "1.png")
+    monkeypatch.chdir(tmp_path)
+    source = table_of({"cat": [Path("photos/1.png")]}, tmp_path / "photos")
+    data = load_labelled(DataSource(source))
+    assert data.classes == ["cat"] and data.image(data.rows[0]).size == (4, 4)
 
 
 def test_each_kind_is_judged_among_its_own_labels() -> None:
