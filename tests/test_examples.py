@@ -125,9 +125,13 @@ class Encoders:
         return SimpleNamespace(as_numpy=lambda name: result)
 
 
+@pytest.mark.parametrize(
+    "texts", [["red", "A_cat!", "猫!"], ["azure " * 100]], ids=["short", "long"]
+)
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_the_encoders_alone_answer_as_the_release_does(
     family: str,
+    texts: list[str],
     tmp_path: Path,
     photos: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -148,7 +152,6 @@ def test_the_encoders_alone_answer_as_the_release_does(
             spec = write_tokenizer(base.tokenizer, folder / "tokenizer.json")
             replace(facts, tokenizer=spec, preprocess={**facts.preprocess, **rules}).save(folder)
         seal(tmp_path, 1)
-    texts = ["red", "a Striped_thing, isn't it?", "azure " * 100, "猫!"]
     arguments = ["", tmp_path / "classify/1", photos / "a.png", *texts]
     monkeypatch.setattr("sys.argv", ["triton_encoders.py", *map(str, arguments)])
     monkeypatch.setattr(triton, "InferenceServerClient", lambda address: Encoders(tmp_path))
