@@ -392,13 +392,18 @@ def evaluate(
             folder.mkdir(parents=True, exist_ok=True)
             files.append(draw_choice(choice, folder))
     notes = [*(choice.notes if choice else kept_notes(rows))]
-    if adapter_file and "projection" in adapter_file.metadata.recipe.get("adapt", ""):
+    # An adapter beside a release is one on the text's projection.
+    on_projection = bool(settings.instead and settings.adapter)
+    classes = None
+    if adapter_file is not None:
+        on_projection = "projection" in adapter_file.metadata.recipe.get("adapt", "")
+        classes = adapter_file.metadata.classes
+    if on_projection:
         accuracies: dict[tuple[str, int], dict[float, float]] = {}
         for row in rows:
             if row.alpha is not None and row.metric == "acc1" and row.classes and row.shift == "id":
                 of_set = accuracies.setdefault((row.dataset, row.classes), {})
                 of_set[row.alpha] = row.metrics["acc1"]
-        classes = adapter_file.metadata.classes
         if choice and classes and {each.metric for each in choice.sets.values()} == {"acc1"}:
             of_alpha = {point.alpha: point.score for point in choice.curve}
             accuracies = accuracies or {("", len(classes)): of_alpha}

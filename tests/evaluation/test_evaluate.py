@@ -224,6 +224,10 @@ def test_an_adapter_beside_a_release_and_on_a_server_is_its_fold_in_open_clip(
             [kept] = [row.metrics["kept"] for row in rows if row.dataset == "plain"]
             said = f"alpha {alpha:g} keeps {100 * kept:.1f} % of"
             assert any(note.startswith(said) for note in evaluation.notes) == (kept < 0.8)
+    # The random base knows none of these classes, and the map teaches it none.
+    for evaluation, expected in zip(evaluations, (True, True, False), strict=True):
+        advice = any("learns no features" in note for note in evaluation.notes)
+        assert advice == expected
     # All α have the embeddings of one look at the images.
     count = sum(row.n for row in evaluations[0].rows if row.alpha == 0)
     assert sum(images) == 3 * count
