@@ -126,7 +126,9 @@ def install(new: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta
     if is_generation(before):
         with contextlib.suppress(OSError):
             os.utime(folder / before)
-    # Remove generations that were replaced long ago.
+    # Remove what a killed command left, and generations that were replaced long ago.
+    for left in folder.glob(".*.new"):
+        left.unlink(missing_ok=True)
     for place in generations_of(folder):
         with contextlib.suppress(OSError):
             replaced = datetime.datetime.fromtimestamp(place.stat().st_mtime)

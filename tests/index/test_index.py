@@ -396,8 +396,10 @@ def test_a_build_that_is_killed_while_it_is_put_in_place_leaves_the_old_index(
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(Path, step, killed)
         add(out, release)
+    (out / f".{FACTS}.1.new").touch()  # as SIGKILL leaves it
     assert len(ids(out)) == 12
     assert add(out, release).count == 13
+    assert not list(out.glob(".*"))
     assert build(str(photos), out, projecting(alpha=0.1)).embedded == 13
     assert verify(out).ok and names(out.parent) == {"photos", "index"}
 
