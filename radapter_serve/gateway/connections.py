@@ -162,6 +162,8 @@ class Connections:
         connection.wait_for_request()
 
         def opened(opening: asyncio.Future[Any]) -> None:
+            # Its result or error refers to the connection: a circle would keep both for long.
+            connection.opening = None
             if opening.cancelled() or opening.exception() is not None:  # the handshake failed
                 accepted.close()
                 self.leave(connection)
@@ -213,7 +215,7 @@ class Connections:
 class _Connection(HttpToolsProtocol):
     """One connection, whose requests are parsed and answered one after the other."""
 
-    opening: asyncio.Future[Any]  # the handshake
+    opening: asyncio.Future[Any] | None  # the handshake, until it has ended
 
     def __init__(self, connections: Connections, address: str) -> None:
         super().__init__(connections.config, connections.state, {})
@@ -247,10 +249,10 @@ class _Connection(HttpToolsProtocol):
     def end(self) -> None:
         """Close the connection at once, and free its place."""
         self._connections.leave(self)
-        if self.transport is None:
-            self.opening.cancel()
-        else:
+        if self.transport is not None:
             self.transport.abort()
+        elif self.opening is not None:
+            self.opening.cancel()
 
     def finish(self) -> None:
         """Close the connection after the answer under way, or at once when idle."""
