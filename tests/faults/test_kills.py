@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 
@@ -31,7 +31,7 @@ from radapter_serve.server.releases import ask, find_server
 from tests.helpers.fake_upstream import until
 from tests.helpers.killed import killed_at
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="children are forked")
 WIDTH = 6
 
 
@@ -52,15 +52,15 @@ def served(repository: Path) -> float | None:
 @pytest.mark.parametrize(
     ("change", "before", "after"),
     [
-        (lambda repository: put(repository, 2), None, 2),
-        (lambda repository: put(repository, 2), 1, 2),
-        (lambda repository: put(repository, 1), 1, 1),
-        (lambda repository: remove_adapter(repository, "anna"), 1, None),
+        (partial(put, scale=2), None, 2),
+        (partial(put, scale=2), 1, 2),
+        (partial(put, scale=1), 1, 1),
+        (partial(remove_adapter, name="anna"), 1, None),
     ],
     ids=["add", "replace", "replace-equal", "remove"],
 )
 def test_adapters_are_those_of_before_or_after(
-    tmp_path: Path, change: Callable[[Path], None], before: float | None, after: float | None
+    tmp_path: Path, change: partial[object], before: float | None, after: float | None
 ) -> None:
     """The next command removes what the killed one left."""
     repository = tmp_path / "models"
@@ -70,7 +70,7 @@ def test_adapters_are_those_of_before_or_after(
         repository.mkdir()
         if before is not None:
             put(repository, before)
-        if not killed_at(len(seen) + 1, repository, lambda: change(repository)):
+        if not killed_at(len(seen) + 1, repository, partial(change, repository)):
             break
         seen.append(served(repository))
         put(repository, 3)
