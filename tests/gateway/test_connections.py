@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -111,6 +113,19 @@ def test_a_connection_that_ends_gives_its_place_back() -> None:
                 assert begin != ALIVE or heard(it)
         until(lambda: not served.connections.open)
         assert not served.connections._of_address and not served.connections.waiting
+
+
+def test_the_memory_of_a_connection_is_free_when_it_ends(served: Served) -> None:
+    """Not only when the garbage collector comes: a flood would take hundreds of megabytes."""
+    gc.collect()
+    gc.disable()
+    try:
+        with served.connection() as it:
+            assert answers(it)
+            [connection] = map(weakref.ref, served.connections.open)
+        until(lambda: connection() is None)
+    finally:
+        gc.enable()
 
 
 def test_newcomers_get_the_places_of_unfinished_bodies(served: Served) -> None:
