@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
 from radapter_serve.clip.base import load_base
-from radapter_serve.files import staged
+from radapter_serve.files import write_text
 
 T = TypeVar("T")
 # Else open_clip warns of random weights, which are meant here.
@@ -299,8 +299,6 @@ class Report:
             head.append("**Not complete: the run had not ended when this was written.**")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.file or self.name}.md"
-        with staged(path) as temporary:
-            text = "\n\n".join([*head, *self._parts.values()])
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(path, "\n\n".join([*head, *self._parts.values()]) + "\n")
         if complete:
             say(f"wrote {path}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from radapter_serve.encoders.tensorrt import TensorRTEngine, build, find_gpu, import_tensorrt
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import digest_of, lock, staged
+from radapter_serve.files import digest_of, lock, staged, write_text
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
 from radapter_serve.release.config import encoders_of
 from radapter_serve.release.integrity import renew_sums
@@ -41,8 +41,7 @@ class Sidecar:
 
     def save(self, folder: Path) -> None:
         """Write the sidecar next to the plan."""
-        with staged(folder / SIDECAR) as path:
-            path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        write_text(folder / SIDECAR, json.dumps(asdict(self), indent=2))
 
     @classmethod
     def load(cls, folder: Path) -> Sidecar:
@@ -145,8 +144,7 @@ def build_engines(
                 engines.append(Built(encoder.name, version, how, size, sidecar.agreement, seconds))
         # All engines are there: let the configs name them.
         for encoder in encoders:
-            with staged(encoder.folder / "config.pbtxt") as path:
-                path.write_text(encoder.configured(TENSORRT, None), encoding="utf-8")
+            write_text(encoder.folder / "config.pbtxt", encoder.configured(TENSORRT, None))
     return engines
 
 

@@ -111,21 +111,20 @@ def choose(
     free = not on_gpu and runtime != "onnxruntime" and exported != TENSORRT
     if precision is None:
         note = ""
-        has = f"this processor has {processor}: --precision auto"
-        measured = releases[-1].in_bf16
-        if not (can and free):
-            pass
-        elif measured is None or measured.processor != name_of_processor():
-            note = (
-                f"{has} tries bf16 on it, measures how much faster images are, and keeps it if all"
-                f" cosines are within {1 - IN_BF16.min_cosine:.0e} of torch's; docs/serving.md has"
-                " the figures of one"
-            )
-        elif measured.times_as_fast > 1:
-            note = (
-                f"{has} serves images {measured.times_as_fast:.1f} times as fast, cosines within"
-                f" {measured.distance:.0e} of torch's, as measured at the export"
-            )
+        if can and free:
+            has = f"this processor has {processor}: --precision auto"
+            measured = releases[-1].in_bf16
+            if measured is None or measured.processor != name_of_processor():
+                note = (
+                    f"{has} tries bf16 on it, measures how much faster images are, and keeps it if"
+                    f" all cosines are within {1 - IN_BF16.min_cosine:.0e} of torch's;"
+                    " docs/serving.md has the figures of one"
+                )
+            elif measured.times_as_fast > 1:
+                note = (
+                    f"{has} serves images {measured.times_as_fast:.1f} times as fast, cosines"
+                    f" within {measured.distance:.0e} of torch's, as measured at the export"
+                )
         return Choice(runtime, note=note)
     if precision == "bf16":
         if on_gpu or runtime not in (None, AUTO, "openvino"):

@@ -41,9 +41,9 @@ from radapter_serve.files import (
     open_regular,
     parse_array,
     remove,
-    staged,
     staged_folder,
     state_of,
+    write_text,
 )
 from radapter_serve.process import memory
 from radapter_serve.release.release import Confidence, Release
@@ -480,9 +480,8 @@ def _write_list(folder: Path, entries: Mapping[str, AdapterEntry]) -> None:
     """Write the list, and remove the files of adapters that it does not name: those that were
     replaced or removed, also by a command that was killed before it could remove them.
     """
-    with staged(folder / LIST) as path:
-        values = {name: asdict(entry) for name, entry in sorted(entries.items())}
-        path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    values = {name: asdict(entry) for name, entry in sorted(entries.items())}
+    write_text(folder / LIST, json.dumps(values, indent=1))
     served = {entry.folder for entry in entries.values()}
     for path in folder.iterdir():
         if _WRITTEN.fullmatch(path.name) and path.name not in served:

@@ -12,7 +12,7 @@ from typing import Any
 from radapter_serve.contract.errors import TaskError, request_alpha
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import digest_of, staged
+from radapter_serve.files import digest_of, write_text
 from radapter_serve.release.agreement import LEAST_COSINE, TOLERANCES, Agreement, Tolerance
 
 # Task models of a release in the order of writing; the last one marks a complete release.
@@ -275,8 +275,7 @@ class Release:
 
     def save(self, folder: Path) -> None:
         """Write `release.json` into a folder atomically."""
-        with staged(folder / FILE) as path:
-            path.write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
+        write_text(folder / FILE, json.dumps(self.to_dict(), indent=2))
 
     @classmethod
     def load(cls, folder: Path) -> Release:

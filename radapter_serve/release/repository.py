@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import staged
+from radapter_serve.files import write_text
 from radapter_serve.release.release import FILE, TASKS, Release
 
 PATCH_ENCODER = "patch_encoder"  # the only optional model of a release
@@ -201,7 +201,5 @@ class Served:
 
     def save(self, repository: Path) -> None:
         """Write `served.json`, which the next start reads."""
-        with staged(repository / SERVED) as path:
-            path.write_text(
-                json.dumps({"releases": self.releases, "before": self.before}), encoding="utf-8"
-            )
+        values = {"releases": self.releases, "before": self.before}
+        write_text(repository / SERVED, json.dumps(values))

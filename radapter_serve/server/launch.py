@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radapter_serve.errors import RAdapterError, install_command
-from radapter_serve.files import disk_errors, hold, staged
+from radapter_serve.files import disk_errors, hold, write_text
 from radapter_serve.process import INDEXES, SURPLUS, environment, otlp_endpoint
 from radapter_serve.release.repository import CONFIG, RUNTIMES
 
@@ -225,8 +225,7 @@ def put(folder: Path, repository: Path, name: str, model: ModelEntry | None) -> 
         for path in source.iterdir():
             if path.name != "__pycache__":
                 (target / version / path.name).symlink_to(path)
-    with staged(target / CONFIG) as path:
-        path.write_text(model.config, encoding="utf-8")
+    write_text(target / CONFIG, model.config)
 
 
 def command_line(

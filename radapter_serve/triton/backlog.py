@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from radapter_serve.files import staged
+from radapter_serve.files import write_text
 from radapter_serve.process import SURPLUS
 
 INTERVAL_SECONDS = 0.25  # between readings of the metrics
@@ -106,8 +106,7 @@ class Backlog:
             surplus = max(0, waiting[model] - self._max_waiting)
             each = -(-surplus // max(1, processes))
             if each:
-                with staged(self._folder / model) as path:
-                    path.write_text(f"{self._number} {each}", encoding="ascii")
+                write_text(self._folder / model, f"{self._number} {each}")
             else:
                 (self._folder / model).unlink(missing_ok=True)
 

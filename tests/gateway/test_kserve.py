@@ -15,6 +15,7 @@ import pytest
 from radapter_serve import Model
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_upstream import INFER, TEXT, Served
+from tests.helpers.fuzz import FUZZ
 from tests.helpers.small_release import png
 
 # The operations of KServe's own OpenAPI document (kserve/open-inference-protocol, version 2.0 of
@@ -27,7 +28,6 @@ OPERATIONS = {
     "GET /v2/models/embed_text/versions/1/ready": (),
     "POST /v2/models/embed_text/versions/1/infer": ("model_name", "outputs"),
 }
-EXAMPLES = 25  # requests that are drawn for each operation
 # What it requires of a tensor, in metadata and in an answer.
 TENSOR = {"name", "shape", "datatype"}
 
@@ -103,13 +103,7 @@ def test_answers_fit_the_document_of_kserves_own_server(url: str) -> None:
     for result in schema.get_all_operations():
         operation = result.ok()
 
-        @hypothesis.settings(
-            max_examples=EXAMPLES,
-            deadline=None,
-            database=None,
-            derandomize=True,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
+        @FUZZ
         @hypothesis.given(case=operation.as_strategy())
         def ask(case: Any) -> None:
             response = case.call()

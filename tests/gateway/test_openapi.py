@@ -13,9 +13,9 @@ from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import Refused
 from radapter_serve.release.release import TASKS
 from tests.helpers.fake_upstream import FakeUpstream
+from tests.helpers.fuzz import FUZZ
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "openapi.json"
-EXAMPLES = 25  # requests that are drawn for each operation
 
 
 def test_the_document_has_every_path_and_method_and_no_other():
@@ -91,13 +91,7 @@ def test_random_requests_get_documented_answers(url):
         operation = result.ok()
         count += 1
 
-        @hypothesis.settings(
-            max_examples=EXAMPLES,
-            deadline=None,
-            database=None,
-            derandomize=True,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
+        @FUZZ
         @hypothesis.given(case=operation.as_strategy())
         def ask(case):
             case.call_and_validate(checks=wanted)
