@@ -30,7 +30,7 @@ from radapter_serve.files import digest_of, written_array
 from radapter_serve.index.build import build
 from radapter_serve.release.adapters import AdapterFacts, add
 from radapter_serve.release.integrity import write_sums
-from radapter_serve.release.release import FILE, Release
+from radapter_serve.release.release import FILE, LabelSetFacts, Release
 from radapter_serve.release.repository import CONFIG, Served, find_release
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # small releases are made as the tests make them
@@ -79,7 +79,9 @@ def add_large_label_set(repository: Path) -> None:
         rows = random.normal(size=shape).astype(np.float32)
         write(rows / np.linalg.norm(rows, axis=1, keepdims=True))
     label_set = LabelSet(names, rows[: len(names)], names, templates)
-    facts = {"labels": len(names), "templates": list(templates), "prompts": digest_of(path)}
+    file = folder / "label_sets" / f"{LARGE}.npz"
+    label_set.save(file)
+    facts = LabelSetFacts(len(names), list(templates), digest_of(file), prompts=digest_of(path))
     release = replace(release, label_sets={**release.label_sets, LARGE: facts})
     for place in repository.glob(f"*/{folder.name}"):
         model = place.parent

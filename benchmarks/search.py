@@ -186,7 +186,7 @@ def make(vectors: Array, texts: Array, out: Path) -> None:
         nearest = write_neighbours(place, mapped, lambda _: texts)
     digest = "sha256:0"
     width = vectors.shape[1]
-    release = MadeBy("made", 0.5, False, 1, "fp32", width, Tower(digest), {}, digest)
+    release = MadeBy("made", 0.5, False, 1, "fp32", width, Tower(digest, None), {}, digest)
     plan = BuildPlan("", "/", "image", {}, 128, True, "refuse", release, {})
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     columns = ["path", "width", "height", "digest", "year", "kind"]

@@ -126,7 +126,7 @@ def card_of(
         f" into the weights with re-scaling α = {release.alpha:g}."
     )
     if release.made_of is not None:
-        tuned = {"lora": "a LoRA"}.get(release.made_of["kind"], f"a {release.made_of['kind']}")
+        tuned = {"lora": "a LoRA"}.get(release.made_of.kind, f"a {release.made_of.kind}")
         kind = f"It is the base and {tuned} of it, mixed at α = {release.alpha:g}."
     prompts = ", ".join(f"`{template}`" for template in release.templates[:3])
     if len(release.templates) > 3:

@@ -178,8 +178,6 @@ def download_release(name: str) -> Path | None:
                 for number in (version, release.max_batch_size):
                     if not (isinstance(number, int) and 0 < number <= _MAX):
                         raise ValueError(f"{number!r:.40} is not a version or a batch size")
-                for facts in release.label_sets.values():
-                    facts.keys()
                 with Repository(place, models) as unfinished:
                     for model in models:
                         _link(data, sums, model, unfinished.staged(model, version))

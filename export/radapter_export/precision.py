@@ -35,6 +35,7 @@ from radapter_serve.contract.labels import split_label
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.files import digest_of
+from radapter_serve.release.release import Quantization
 
 Batches = Sequence[NDArray[np.generic]]
 # Inputs for the calibration of int8, evenly spread: this many of the user's images (more of them
@@ -142,7 +143,7 @@ def _floats(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
 
 def calibrate(
     images: Sequence[Path], base: Base, source: Source, tokenizer: Tokenizer
-) -> tuple[dict[str, Batches], dict[str, Any]]:
+) -> tuple[dict[str, Batches], Quantization]:
     """Prepare each graph's inputs for the calibration of int8: images, prompts of the label sets,
     and texts that the agreement check does not use; also returns facts for the release.
     """
@@ -165,11 +166,8 @@ def calibrate(
         *(tokenizer(batch) for batch in _batched(spread(prompts, PROMPTS), _TEXTS_A_BATCH)),
     ]
     prepared = [np.stack(batch) for batch in _batched(pixels, _IMAGES_A_BATCH)]
-    facts = {
-        "images": len(pixels),
-        "texts": sum(map(len, texts)),
-        "digest": digest_of(*(batch.tobytes() for batch in (*prepared, *texts))),
-    }
+    digest = digest_of(*(batch.tobytes() for batch in (*prepared, *texts)))
+    facts = Quantization("static", len(pixels), sum(map(len, texts)), digest)
     return {"image_encoder": prepared, "patch_encoder": prepared, "text_encoder": texts}, facts
 
 

@@ -61,7 +61,13 @@ from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.rows import what_is_kept
 from radapter_serve.files import digest_of, disk_errors, staged_folder, written_array
 from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, compare
-from radapter_serve.release.release import TASKS, Accuracy, Release
+from radapter_serve.release.release import (
+    TASKS,
+    Accuracy,
+    LabelSetFacts,
+    Quantization,
+    Release,
+)
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
 from radapter_serve.sources import CARD
 from radapter_serve.tasks.classify import mix_examples
@@ -311,15 +317,14 @@ class Work:
         self.tokens = tokens
         self.spec = write_tokenizer(base.tokenizer, tokens, dynamic_length=is_causal(base.model))
         self.tokenizer = Tokenizer.load(tokens, self.spec)
-        self.quantization: dict[str, Any] | None = None
+        self.quantization: Quantization | None = None
         self.calibration: Mapping[str, Batches] = {}
         if prepared.settings.precision == "int8":
-            self.quantization = {"kind": "dynamic"}
+            self.quantization = Quantization("dynamic")
         if prepared.images is not None:
-            self.calibration, inputs_facts = calibrate(
+            self.calibration, self.quantization = calibrate(
                 prepared.images, base, prepared.source, self.tokenizer
             )
-            self.quantization = {"kind": "static", **inputs_facts}
         self.inputs = Inputs(base, self.tokenizer, base.image_size)
         self.set_alpha = put_reference(base, prepared.change)
 
@@ -526,7 +531,7 @@ def _write_label_sets(
     folders: Sequence[Path],
     text_encoder: Path,
     say: Say,
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
+) -> tuple[dict[str, LabelSetFacts], list[str]]:
     """Embed the label sets with a release's encoders, and write them into each folder; and the
     embeddings of their prompts into that of the text encoder, if adapters can map them. Returns the
     facts of each, and warnings about labels that the model cannot tell apart.
@@ -535,7 +540,7 @@ def _write_label_sets(
     place = loaded.place()
     first, *others = folders
     first.mkdir()
-    facts: dict[str, dict[str, Any]] = {}
+    facts: dict[str, LabelSetFacts] = {}
     warnings = []
     for name, file in source.label_sets.items():
 
@@ -567,15 +572,13 @@ def _write_label_sets(
             label_set = replace(label_set, examples=kept)
         path = first / f"{name}.npz"
         label_set.save(path)
-        facts[name] = {
-            "labels": len(label_set.labels),
-            "templates": templates,
-            "digest": digest_of(path),
-        }
-        if file.images:
-            facts[name]["examples"] = len(file.images)
-        if kept_in is not None:
-            facts[name]["prompts"] = digest_of(kept_in)
+        facts[name] = LabelSetFacts(
+            labels=len(label_set.labels),
+            templates=templates,
+            digest=digest_of(path),
+            examples=len(file.images) or None,
+            prompts=None if kept_in is None else digest_of(kept_in),
+        )
         if pairs := indistinguishable(label_set.labels, label_set.embeds):
             shown = "; ".join(f"{label!r} and {other!r}" for label, other in pairs[:10])
             more = f"; and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""

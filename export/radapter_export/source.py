@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -45,6 +45,7 @@ from radapter_serve.encoders.labels import DEFAULT_WEIGHT, MAX_EXAMPLES, Example
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, CurvePoint, read_choice
 from radapter_serve.files import read_yaml
+from radapter_serve.release.release import Share
 from radapter_serve.sources import CLASSES
 
 MAX_SHOWN = 2000  # example images of a label set
@@ -151,7 +152,7 @@ class Source:
 
     metadata: Metadata  # without facts about training for a checkpoint or a LoRA
     adapter: Adapter | None  # None for a checkpoint or a LoRA
-    adapters: list[dict[str, Any]]  # digest and weight of each adapter in the average
+    adapters: list[Share]  # in the average
     alphas: list[float]  # one for each release
     choice: Choice | None  # of `auto`, if it was made for this adapter
     no_choice: str  # why there is none
@@ -216,16 +217,14 @@ def read_source(
     # Read the adapter, or average several.
     adapter = None
     metadata = Metadata(architecture="unknown", base_digest="unknown", alpha=1.0)
-    shares: list[dict[str, Any]] = []
+    shares: list[Share] = []
     if paths:
         adapters = [load_adapter(path) for path in paths]
         weights = list(settings.weights) or [1 / len(adapters)] * len(adapters)
         adapter = average_adapters(adapters, weights)
         metadata = adapter.metadata
-        shares = [
-            {"digest": each.digest, "weight": weight}
-            for each, weight in zip(adapters, weights, strict=True)
-        ]
+        pairs = zip(adapters, weights, strict=True)
+        shares = [Share(each.digest, weight) for each, weight in pairs]
 
     # Choose the α: by default the one that `auto` chose on validation data, else the adapter's own.
     values = [] if alphas is None or isinstance(alphas, str) else list(alphas)

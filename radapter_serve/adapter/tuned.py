@@ -30,7 +30,7 @@ from radapter_serve.clip.transformers import form_of, to_open_clip, to_transform
 from radapter_serve.contract.errors import check_alpha
 from radapter_serve.errors import RAdapterError, reason, short
 from radapter_serve.files import check_model_file, digest_of
-from radapter_serve.release.release import Tower
+from radapter_serve.release.release import MadeOf, Tower
 from radapter_serve.sources import HUB, LOCAL, check_base_is_named, model_name, needs_base
 
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, and of torch.compile
@@ -51,13 +51,11 @@ _PATTERN = re.compile(r"\^?[\w.]+")
 
 @dataclass(frozen=True)
 class Line:
-    """The weights `(1 − α)·base + α·tuned`, of two state dicts in fp32; without a base, α must be
-    1. `made_of` is the entry of a release.
-    """
+    """The weights `(1 − α)·base + α·tuned`, of two state dicts in fp32; without a base, α is 1."""
 
     base: Mapping[str, Tensor] | None
     tuned: Mapping[str, Tensor]
-    made_of: dict[str, Any]
+    made_of: MadeOf
 
     @property
     def digest(self) -> str:
@@ -84,7 +82,7 @@ class Line:
         """Refuse an α outside of [0, 1], and an α below 1 without a base."""
         check_alpha(alpha)
         if self.base is None and alpha != 1:
-            raise needs_base(alpha, self.made_of["name"])
+            raise needs_base(alpha, self.made_of.name)
 
     @torch.no_grad()
     def at(self, alpha: float) -> dict[str, Tensor]:
@@ -162,12 +160,11 @@ def load_checkpoint(checkpoint: str, base: str | None = None) -> tuple[Base, Lin
     check_base_is_named(checkpoint, base)
     name = model_name(checkpoint)
     path = Path(checkpoint)
-    made_of: dict[str, Any] = {"kind": "checkpoint", "name": path.name, "base": base}
     if name is None:  # a file of weights
         assert base is not None  # by check_base_is_named
         architecture, tag = split_name(base)
         state = read_weights(path)
-        made_of["digest"] = digest_of(path)
+        made_of = MadeOf("checkpoint", path.name, base, digest_of(path))
         if tag is None and not architecture.startswith((LOCAL, HUB)):
             model = load_base(architecture, checkpoint)
             weights = check_weights(checkpoint, state, model.model.state_dict())
@@ -178,7 +175,7 @@ def load_checkpoint(checkpoint: str, base: str | None = None) -> tuple[Base, Lin
         return start, Line(start_weights, weights, made_of)
     tuned = load_base(*split_name(name))
     weights = check_weights(checkpoint, weights_of(tuned), tuned.model.state_dict())
-    made_of["digest"] = tensors_digest(weights)
+    made_of = MadeOf("checkpoint", path.name, base, tensors_digest(weights))
     if base is None:
         return tuned, Line(None, weights, made_of)
     start = load_base(*split_name(base))
@@ -312,12 +309,7 @@ def load_lora(folder: str | Path, base: str | None = None) -> tuple[Base, Line]:
             )
         theirs[f"{name}.weight"] = weight + up @ down * scale
     merged = to_open_clip(theirs, form, weights)
-    made_of = {
-        "kind": "lora",
-        "name": folder.absolute().name,
-        "base": base,
-        "digest": digest_of(folder / WEIGHTS),
-    }
+    made_of = MadeOf("lora", folder.absolute().name, base, digest_of(folder / WEIGHTS))
     tuned = check_weights(str(folder), {**weights, **merged}, weights)
     return start, Line(weights, tuned, made_of)
 

@@ -256,14 +256,6 @@ class MaskCrop:
         red, green, blue = (round(255 * value) for value in mean)
         return cls(padding, square, (red, green, blue))
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MaskCrop:
-        """Read the values of a release; unknown keys are ignored."""
-        red, green, blue = values["fill"]
-        return cls(
-            float(values["padding"]), bool(values["square"]), (int(red), int(green), int(blue))
-        )
-
     def side(self, longer: int) -> int:
         """Side of the crop in pixels, from the longer side of the box."""
         return longer + 2 * round(self.padding * longer)

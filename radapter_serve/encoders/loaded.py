@@ -196,9 +196,11 @@ class LoadedRelease:
         for name, label_set in self.label_sets.items():
             if label_set.lines == tuple(lines) and label_set.templates == tuple(templates):
                 if name not in self._stored_prompts:
-                    digest = self.release.label_sets.get(name, {}).get("prompts")
-                    path = self._text_encoder / as_name(name + PROMPTS)
-                    stored = None if digest is None else load_prompts(path, label_set, digest)
+                    facts = self.release.label_sets.get(name)
+                    stored = None
+                    if facts is not None and facts.prompts is not None:
+                        path = self._text_encoder / as_name(name + PROMPTS)
+                        stored = load_prompts(path, label_set, facts.prompts)
                     self._stored_prompts[name] = stored
                 return self._stored_prompts[name]
         return None

@@ -283,7 +283,7 @@ def take_runtime(
     order = ["openvino", "onnxruntime"]
     if on_gpu:
         order = [TENSORRT, "onnxruntime", "openvino"]
-    elif (release.quantization or {}).get("kind") == "dynamic":
+    elif release.quantization is not None and release.quantization.kind == "dynamic":
         # int8 with ranges found at run time
         order = ["onnxruntime", "openvino"]
     reasons = []

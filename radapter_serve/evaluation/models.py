@@ -258,8 +258,8 @@ def candidates_in_torch(
         dynamic_alpha=bool(deltas),
         base_digest="",
         adapter_digest="",
-        image_tower=Tower(""),
-        text_tower=Tower(""),
+        image_tower=Tower("", None),
+        text_tower=Tower("", None),
         templates=list(templates),
         crop=crop or MaskCrop.filled_with(base.preprocess["mean"]),
         max_batch_size=_MAX_TEXTS,
@@ -316,7 +316,7 @@ def from_line(
     if line.base is not None:
         deltas = {name: tensor - line.base[name] for name, tensor in line.changes.items()}
     facts = {"base_digest": line.base_digest, "weights_digest": line.digest}
-    kind = line.made_of["kind"]
+    kind = line.made_of.kind
     return candidates_in_torch(kind, base, deltas, alphas, facts=facts, device=device)
 
 
@@ -349,7 +349,7 @@ def from_release(
     default at 0, its own α and 1.
     """
     facts = release_facts(loaded.release)
-    if loaded.release.quantization:  # of int8: kind and source of the ranges
+    if loaded.release.quantization is not None:  # of int8
         facts["quantization"] = loaded.release.quantization
     kind = ServerCandidate if source == "server" else Candidate
     if not adapter:

@@ -19,6 +19,7 @@ from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Interval
 from radapter_serve.files import checker, first_problem, write_text
+from radapter_serve.release.release import Quantization
 
 FILE = "results.jsonl"
 KEPT_METRIC = "kept"  # name of a metric; see `Row`
@@ -71,7 +72,7 @@ class Row:
             from.
         release: version of a release.
         adapter: name of an adapter beside the release.
-        quantization: the entry of an int8 release's `release.json`.
+        quantization: how an int8 release finds its ranges.
         n: number of images.
         classes: number of classes.
         captions, different_captions: number of captions, and of different captions if some are
@@ -109,7 +110,7 @@ class Row:
     release: int | None = None
     adapter: str | None = None
     weights_digest: str | None = None
-    quantization: Mapping[str, object] | None = None
+    quantization: Quantization | None = None
     task: str
     source: str
     alpha: float | None

@@ -39,7 +39,7 @@ from radapter_serve.gateway.upstream import (
     bad_request,
 )
 from radapter_serve.release.adapters import AdaptersBeside
-from radapter_serve.release.release import Tower
+from radapter_serve.release.release import Release
 
 PREFIX = "/v1/"
 NEWEST = "radapter"  # the newest release; NEWEST-N is release N
@@ -278,7 +278,8 @@ class OpenAI:
         if self._adapters is None:
             return []
         entries = await asyncio.to_thread(self._adapters.entries)
-        text_tower = Tower.from_dict(facts.get("text_tower"), facts).digest(facts["alpha"])
+        release = Release.from_dict(facts)
+        text_tower = release.text_tower.digest(release.alpha)
         return [
             name
             for name, entry in sorted(entries.items())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from radapter_serve.contract.errors import TaskError, request_alpha
 from radapter_serve.contract.preprocess import MaskCrop
@@ -19,9 +20,11 @@ from radapter_serve.release.agreement import LEAST_COSINE, TOLERANCES, Agreement
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
 FORMAT = 1
 FILE = "release.json"
-# Fields that are left out of the file if they are None.
-_OPTIONAL = ("made_of", "quantization", "accuracy", "confidence", "in_bf16")
-_TOWERS = ("image_tower", "text_tower")
+# Fields of a release and of the facts in it that are left out of the file if they are None.
+_OPTIONAL = (
+    *("made_of", "quantization", "accuracy", "confidence", "in_bf16"),
+    *("images", "texts", "digest", "examples", "prompts"),
+)
 
 # Largest distance from torch of an fp32 release that a server computes in bf16.
 IN_BF16 = Tolerance(TOLERANCES["bf16"].max_error, 1 - 2e-4)
@@ -94,7 +97,7 @@ class Tower:
     """The weights of one tower, as digests: wherever its base lies, a tower has the same facts."""
 
     base: str  # of its modules and of all its tensors, before the change
-    change: str | None = None  # of what α scales in it; None if it is the base's at any α
+    change: str | None  # of what α scales in it; None if it is the base's at any α
 
     def digest(self, alpha: float) -> str:
         """`sha256:` of the tower's weights at an α; that of the base if they are the base's."""
@@ -102,20 +105,44 @@ class Tower:
             return self.base
         return digest_of(json.dumps([self.base, self.change, float(alpha)]).encode())
 
-    @classmethod
-    def from_dict(cls, facts: Any, release: Mapping[str, Any]) -> Tower:
-        """Read the facts of a tower. A release of version 1.0.0 has none: there the adapter counts
-        as a change of both towers.
-        """
-        if facts is None:
-            return cls(str(release["base_digest"]), str(release["adapter_digest"]) or None)
-        try:
-            return cls(facts["base"], facts["change"])
-        except (KeyError, TypeError):
-            raise RAdapterError(
-                f"the release says of a tower {facts!r:.80}, which is not base and change; export"
-                " it again with radapter-export"
-            ) from None
+
+@dataclass(frozen=True)
+class Share:
+    """An adapter of an average."""
+
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class MadeOf:
+    """Weights that were tuned elsewhere."""
+
+    kind: str  # `checkpoint` or `lora`
+    name: str
+    base: str | None  # as for --base; None if the checkpoint is a model by itself
+    digest: str
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How int8 finds its ranges: `dynamic` in each batch, or `static` on inputs for calibration."""
+
+    kind: str
+    images: int | None = None  # number of inputs
+    texts: int | None = None
+    digest: str | None = None  # of all inputs
+
+
+@dataclass(frozen=True)
+class LabelSetFacts:
+    """A label set that an export has embedded."""
+
+    labels: int
+    templates: list[str]
+    digest: str  # of its file
+    examples: int | None = None  # number of images that are mixed into the embeddings
+    prompts: str | None = None  # digest of the stored embeddings of its prompts
 
 
 @dataclass(frozen=True)
@@ -140,16 +167,14 @@ class Release:
     agreement: dict[str, Any]
     logit_bias: float | None = None  # of a sigmoid loss
     dynamic_alpha: bool = False  # True if α is an input of the encoders
-    adapters: list[dict[str, Any]] = field(default_factory=list)  # digest and weight of each
-    # Weights tuned elsewhere: kind (`checkpoint` or `lora`), name, base and digest.
-    made_of: dict[str, Any] | None = None
+    adapters: list[Share] = field(default_factory=list)
+    made_of: MadeOf | None = None
     precision: str = "fp32"
-    quantization: dict[str, Any] | None = None  # of int8: kind, and the calibration inputs
+    quantization: Quantization | None = None  # of int8
     runtime: str = "onnxruntime"
     dense: Dense | None = None
     crop: MaskCrop = MaskCrop()  # noqa: RUF009
-    # By name: labels, templates, digest, and the number of examples if there are any.
-    label_sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    label_sets: dict[str, LabelSetFacts] = field(default_factory=dict)
     max_batch_size: int = 64
     tools: dict[str, str] = field(default_factory=dict)  # versions of the libraries of the export
     created: str = ""  # in UTC, ISO 8601
@@ -175,7 +200,7 @@ class Release:
             # In int8, a graph with α as an input rounds the base and the change separately.
             if self.quantization and self.dynamic_alpha:
                 facts["dynamic_alpha"] = True
-        return digest_of(json.dumps(facts, sort_keys=True).encode())
+        return digest_of(json.dumps(facts, sort_keys=True, default=_plain).encode())
 
     @property
     def bounds(self) -> Tolerance:
@@ -229,49 +254,41 @@ class Release:
 
     def to_dict(self) -> dict[str, Any]:
         """The values of its JSON."""
-        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        for name in _OPTIONAL:
-            if values[name] is None:
-                del values[name]
+        values: dict[str, Any] = json.loads(json.dumps(_plain(self)))
         return values
 
     @property
-    def sets_by_example(self) -> dict[str, Any]:
+    def sets_by_example(self) -> dict[str, LabelSetFacts]:
         """Facts of the label sets that have example images, by name."""
-        return {name: facts for name, facts in self.label_sets.items() if facts.get("examples")}
+        return {name: facts for name, facts in self.label_sets.items() if facts.examples}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Release:
         """Build a release from the result of `to_dict`. Unknown names are ignored, so that older
         software can read newer releases.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if missing := sorted({*names} - {*_OPTIONAL, *_TOWERS, *facts}):
+        values = dict(facts)
+        # A release of version 1.0.0 has no towers: its adapter counts as a change of both.
+        if {"base_digest", "adapter_digest"} <= facts.keys():
+            tower = {"base": facts["base_digest"], "change": facts["adapter_digest"] or None}
+            values = {"image_tower": tower, "text_tower": tower, **facts}
+        names = {field.name for field in dataclasses.fields(cls)}
+        if missing := sorted(names - {*_OPTIONAL, *values}):
             raise RAdapterError(
                 f"the release does not say its {', '.join(missing)}; export it again with"
                 " radapter-export"
             )
-        values = {name: facts[name] for name in names if name in facts}
+        dense = facts["dense"]
+        if isinstance(dense, Mapping) and "way" in dense:  # the method, in version 1.0.0
+            values["dense"] = {"method": dense["way"], **dense}
         try:
-            for name in _TOWERS:
-                values[name] = Tower.from_dict(facts.get(name), facts)
-            values["crop"] = MaskCrop.from_dict(facts["crop"])
-            if dense := facts["dense"]:
-                method = dense["way"] if "way" in dense else dense["method"]  # `way`: version 1.0.0
-                values["dense"] = Dense(str(method), int(dense["grid"]))
-            if measured := facts.get("in_bf16"):
-                numbers = float(measured["times_as_fast"]), float(measured["distance"])
-                values["in_bf16"] = InBf16(str(measured["processor"]), *numbers)
-            for name, kind in (("accuracy", Accuracy), ("confidence", Confidence)):
-                if stored := facts.get(name):
-                    known = [key for key in kind.__dataclass_fields__ if key in stored]
-                    values[name] = kind(**{key: stored[key] for key in known})
-        except (KeyError, TypeError, ValueError) as error:
+            release: Release = _typed(cls, values, "release")
+        except (TypeError, ValueError) as error:
             raise RAdapterError(
                 f"the release has other facts than an export writes: {reason(error)}; export it"
                 " again with radapter-export"
             ) from None
-        return cls(**values)
+        return release
 
     def save(self, folder: Path) -> None:
         """Write `release.json` into a folder atomically."""
@@ -288,6 +305,46 @@ class Release:
         except (OSError, ValueError, RecursionError) as error:
             raise RAdapterError(f"could not read {path}: {error}") from error
         return cls.from_dict(facts)
+
+
+def _plain(facts: Any) -> dict[str, Any]:
+    """A dataclass as values of JSON."""
+
+    def named(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: each for name, each in pairs if each is not None or name not in _OPTIONAL}
+
+    return asdict(facts, dict_factory=named)
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """Check a value of JSON against a type, and build the dataclasses in it; fields whose default
+    is None may be missing. pydantic does this elsewhere, but a base installation lacks it.
+    """
+    if kind is Any:
+        return value
+    arguments = get_args(kind)
+    kind = get_origin(kind) or kind
+    if kind is UnionType:  # of a type and None
+        return None if value is None else _typed(arguments[0], value, name)
+    is_facts = dataclasses.is_dataclass(kind)
+    if is_facts and isinstance(value, Mapping):
+        fields = dataclasses.fields(kind)
+        lacking = [each.name for each in fields if each.default is not None]
+        if lacking := [each for each in lacking if each not in value]:
+            raise ValueError(f"{name} lacks {', '.join(lacking)}")
+        kinds = get_type_hints(kind)
+        known = [each.name for each in fields if each.name in value]
+        return kind(**{key: _typed(kinds[key], value[key], f"{name}.{key}") for key in known})
+    if kind is dict and isinstance(value, Mapping):
+        return {key: _typed(arguments[1], each, f"{name}.{key}") for key, each in value.items()}
+    if kind is list and isinstance(value, list):
+        return [_typed(arguments[0], each, name) for each in value]
+    if kind is tuple and isinstance(value, list) and len(value) == len(arguments):
+        return tuple(_typed(*pair, name) for pair in zip(arguments, value, strict=True))
+    allowed = (int, float) if kind is float else kind
+    if isinstance(value, allowed) and isinstance(value, bool) == (kind is bool):
+        return value
+    raise TypeError(f"{name} is {value!r:.80}")
 
 
 def release_parameters(releases: Iterable[Release]) -> dict[str, str]:

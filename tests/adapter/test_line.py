@@ -75,8 +75,8 @@ def test_the_line_is_that_of_wise_ft_to_the_bit(
             assert torch.equal(weights[name], (1 - alpha) * tensor + alpha * tuned[name]), name
     start = base.model.state_dict()
     assert all(torch.equal(start[name], tensor) for name, tensor in before.items())
-    assert line.made_of["kind"] == "checkpoint"
-    assert line.made_of["name"] == kind
+    assert line.made_of.kind == "checkpoint"
+    assert line.made_of.name == kind
 
 
 def test_a_folder_needs_no_base_where_it_is_taken_as_it_is(
@@ -261,8 +261,9 @@ def test_a_lora_is_of_the_base_that_it_names(
     settings = ExportSettings(lora=folder)
     source = read_source((), None, settings)
     _, line = source.load(settings)
-    made_of: Any = line.made_of
-    assert (source.alphas, made_of["kind"], made_of["base"]) == ([1.0], "lora", tiny_clip_dir)
+    assert line.made_of is not None
+    assert (source.alphas, line.made_of.kind) == ([1.0], "lora")
+    assert line.made_of.base == tiny_clip_dir
     _edited("base_model_name_or_path", None)(folder)
     with pytest.raises(RAdapterError, match="does not say what it was trained on; .* --base"):
         load_lora(folder)

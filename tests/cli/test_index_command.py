@@ -20,7 +20,7 @@ from radapter_serve.cli import release as release_command
 from radapter_serve.cli.index import main
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.index.index import current
-from radapter_serve.release.release import Dense, Release
+from radapter_serve.release.release import Dense, LabelSetFacts, Release
 from radapter_serve.release.repository import releases_with_images
 from tests.helpers.indexes import generation
 from tests.helpers.small_release import CONFIDENCE, needs_bf16, photos_in
@@ -221,7 +221,7 @@ def test_a_load_says_what_the_release_lacks(
     models = Path("my models")
     shutil.copytree("model_repository", models)
     before = Release.load(models / "classify" / "2")
-    sets = {**before.label_sets, "nine": {}}
+    sets = {**before.label_sets, "nine": LabelSetFacts(9, [], "sha256:9")}
     dense = Dense("naclip", 2)
     after = dataclasses.replace(before, label_sets=sets, dense=dense, confidence=CONFIDENCE)
     after.save(models / "classify" / "2")

@@ -302,7 +302,8 @@ class TestStoredPrompts:
             path.unlink()
         loaded = load_release(repository)
         if damage == "older":
-            del loaded.release.label_sets["animals"]["prompts"]
+            facts = loaded.release.label_sets["animals"]
+            loaded.release.label_sets["animals"] = replace(facts, prompts=None)
         with Engine([loaded]) as engine:
             np.testing.assert_allclose(self.scores(engine), expected, atol=1e-6)
         assert ("is damaged" in capsys.readouterr().err) == (damage != "older")

@@ -20,6 +20,7 @@ from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.plots import draw, draw_choice, plot_alpha_curve, plot_confusion
 from radapter_serve.evaluation.rows import ClassFigures, Results, Row, packed, table
 from radapter_serve.evaluation.start import status
+from radapter_serve.release.release import Quantization
 from tests.helpers.a_row import a_row
 from tests.helpers.fake_clock import FakeClock
 
@@ -81,7 +82,7 @@ def test_rows_are_written_into_new_folders_and_replace_earlier_ones(tmp_path: Pa
         templates=("{}", "a {}"),
         per_class=[ClassFigures("cat", 3, 0.5, None)],
         intervals={"acc1": (0.25, 1.0)},
-        quantization={"kind": "dynamic"},
+        quantization=Quantization("dynamic"),
         indistinguishable=[("a", "b")],
         right="8AAA",
     )

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from radapter_export import export as export_function
 from radapter_serve.clip.base import Base
+from radapter_serve.files import digest_of
 from radapter_serve.release.integrity import verify
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import MadeOf, Release
 from tests.export.conftest import GRAPHS, Export, Exported
 
 
@@ -32,13 +33,8 @@ def test_a_checkpoint_becomes_releases_on_its_line(
             assert torch.equal(tensor, (1 - alpha) * base[name] + alpha * tuned[name])
         verify(tmp_path / "repository", number)
     facts = Release.load(tmp_path / "repository" / "classify" / "1")
-    assert facts.made_of is not None
-    assert {**facts.made_of, "digest": facts.made_of["digest"][:7]} == {
-        "kind": "checkpoint",
-        "name": "tuned.pt",
-        "base": tiny_clip_dir,
-        "digest": "sha256:",
-    }
+    digest = digest_of(tmp_path / "tuned.pt")
+    assert facts.made_of == MadeOf("checkpoint", "tuned.pt", tiny_clip_dir, digest)
     assert facts.base_digest != facts.adapter_digest
     assert releases[0].release.image_digest != releases[1].release.image_digest
     assert sorted(graph.name for graph in releases[0].graphs) == sorted(GRAPHS)
@@ -70,7 +66,7 @@ def test_a_lora_becomes_a_release_on_the_base_that_it_names(
     )
     made_of = done.releases[0].release.made_of
     assert done.alpha == 1 and made_of is not None
-    assert (made_of["kind"], made_of["base"]) == ("lora", f"local-dir:{base}")
+    assert (made_of.kind, made_of.base) == ("lora", f"local-dir:{base}")
     weights = load_file(tmp_path / "transformers" / "model.safetensors")
     torch.testing.assert_close(
         weights, dict(model.merge_and_unload().state_dict()), rtol=0, atol=1e-6

@@ -138,10 +138,10 @@ def test_a_release_has_labels_by_example(
     """They are scored as in a request, which tests/tasks/test_classify.py computes by hand."""
     (exported,) = export(alphas, label_sets={"animals": label_file})
     facts = exported.release.label_sets["animals"]
-    assert (facts["labels"], facts["examples"]) == (5, 5)
+    assert (facts.labels, facts.examples) == (5, 5)
     repository = tmp_path / "repository"
     path = repository / "classify" / "1" / "label_sets" / "animals.npz"
-    assert facts["digest"] == digest_of(path)
+    assert facts.digest == digest_of(path)
     is_dynamic = alphas == "dynamic"
     assert (LabelSet.load(path).examples is not None) == is_dynamic
     images: dict[str, Any] = {

@@ -30,7 +30,7 @@ def write_facts(out: Path, digest: str) -> None:
     """Make an index of nothing but its facts, as a release of this digest would make it at alpha
     0.5.
     """
-    made_by = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", 16, Tower("sha256:1"), {}, digest)
+    made_by = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", 16, Tower("sha256:1", None), {}, digest)
     plan = BuildPlan("photos", "/photos", "image", {}, 128, True, "refuse", made_by, {})
     facts = IndexFacts(plan, 0, ["path"], {}, None, None, "", "")
     (out / "g-0123456789abcdef").mkdir(parents=True)

@@ -25,7 +25,7 @@ from tests.helpers.projection import DIM, Projection, Searching, projecting
 from tests.helpers.small_release import photos_in, png
 
 COUNT = 130
-NEWER = Tower("sha256:newer")
+NEWER = Tower("sha256:newer", None)
 
 
 class Turned(Projection):

@@ -21,14 +21,14 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import current
 from radapter_serve.release.agreement import Agreement
-from radapter_serve.release.release import Dense, Release, Tower
+from radapter_serve.release.release import Dense, Quantization, Release, Tower
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from tests.helpers.projection import Searching, projecting
 from tests.helpers.small_models import release
 from tests.helpers.small_release import photos_in, png
 from tests.helpers.ways import in_process
 
-TEXT_ONLY = Tower("sha256:1")  # the image tower of a release that changes only the text's
+TEXT_ONLY = Tower("sha256:1", None)  # the image tower of a release that changes only the text's
 
 
 TUNED = Tower("sha256:1", "sha256:2")
@@ -60,7 +60,7 @@ def test_an_index_is_searched_however_its_release_was_reached(
     "facts",
     [
         {"version": 7, "architecture": "local-dir:/elsewhere"},
-        {"text_tower": Tower("sha256:other"), "alpha": 0.9},
+        {"text_tower": Tower("sha256:other", None), "alpha": 0.9},
         {"alpha": 0.9, "dynamic_alpha": True},
     ],
 )
@@ -158,7 +158,9 @@ def test_an_index_in_a_near_precision_is_searched_and_told_apart(
     # Its images stay of one precision, and another tower's are not near.
     with pytest.raises(RAdapterError, match="another precision"):
         add(out, other)
-    tower = projecting(tmp_path / "indexes", **measured(*of_release), image_tower=Tower("sha256:9"))
+    tower = projecting(
+        tmp_path / "indexes", **measured(*of_release), image_tower=Tower("sha256:9", None)
+    )
     with pytest.raises(TaskError, match="another base"):
         Searching.of(tower)(request)
 
@@ -189,7 +191,7 @@ def test_an_index_of_an_older_version_says_what_to_run(photos: str, tmp_path: Pa
 
 def test_the_digest_is_of_what_decides_the_embeddings_of_images() -> None:
     facts = release()
-    int8: dict[str, Any] = {"quantization": {"kind": "dynamic"}}
+    int8: dict[str, Any] = {"quantization": Quantization("dynamic")}
     changes: list[tuple[dict[str, Any], bool]] = [
         ({"version": 9, "created": "now", "architecture": "x", "base_digest": "x"}, False),
         ({"dense": Dense("naclip", 2), "label_sets": {}}, False),
@@ -204,7 +206,7 @@ def test_the_digest_is_of_what_decides_the_embeddings_of_images() -> None:
         ({"embed_dim": 33}, True),
         (int8, True),
         ({**int8, "dynamic_alpha": True}, True),
-        ({"quantization": {"kind": "static", "digest": "a"}}, True),
+        ({"quantization": Quantization("static", 9, 9, "a")}, True),
     ]
     digests = {facts.image_digest}
     for change, is_changed in changes:
@@ -222,7 +224,7 @@ def test_a_release_of_version_1_0_0_counts_as_changed_in_both_towers() -> None:
     old = Release.from_dict(facts)
     assert old.image_tower == old.text_tower == Tower("sha256:1", "sha256:2")
     for broken in ("text", [1], {"base": "x"}):
-        with pytest.raises(RAdapterError, match="says of a tower .*; export it again"):
+        with pytest.raises(RAdapterError, match=r"an export writes: release\.image_tower "):
             Release.from_dict({**facts, "image_tower": broken})
 
 

@@ -10,7 +10,13 @@ import pytest
 
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.release import Accuracy, Dense, Release
+from radapter_serve.release.release import (
+    Accuracy,
+    Dense,
+    Quantization,
+    Release,
+    release_parameters,
+)
 from radapter_serve.release.repository import (
     CONFIG,
     SERVED,
@@ -97,7 +103,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         release(3),
         release(
             4,
-            quantization={"kind": "dynamic"},
+            quantization=Quantization("dynamic"),
             accuracy=Accuracy("photos", 9, "acc1", 70.0, 69.9, 0.1),
             logit_bias=-10.0,
         ),
@@ -129,17 +135,47 @@ def test_newer_releases_are_read_and_broken_ones_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "broken",
+    ("fact", "broken", "why"),
     [
-        {"crop": {}},
-        {"dense": {"method": "naclip", "grid": "many"}},
-        {"confidence": {"scale": 1.0}},
-        {"accuracy": 7},
+        ("crop", {}, "release.crop lacks padding, square, fill"),
+        ("crop", {"padding": 0, "square": True, "fill": [1, 2]}, "release.crop.fill is [1, 2]"),
+        ("dense", {"method": "naclip", "grid": "many"}, "release.dense.grid is 'many'"),
+        ("dense", {}, "release.dense lacks method, grid"),
+        ("confidence", {"scale": 1.0}, "release.confidence lacks bias, dataset"),
+        ("accuracy", 7, "release.accuracy is 7"),
+        ("adapters", {}, "release.adapters is {}"),
+        ("adapters", [{"digest": "x"}], "release.adapters lacks weight"),
+        ("adapters", [{"digest": "x", "weight": True}], "release.adapters.weight is True"),
+        ("made_of", {"kind": "lora", "name": "x"}, "release.made_of lacks base, digest"),
+        ("quantization", [5], "release.quantization is [5]"),
+        ("quantization", {"images": 64}, "release.quantization lacks kind"),
+        ("quantization", {"kind": "static", "images": "x"}, "release.quantization.images is 'x'"),
+        ("label_sets", [5], "release.label_sets is [5]"),
+        ("label_sets", {"x": 5}, "release.label_sets.x is 5"),
+        ("label_sets", {"x": {"labels": 1}}, "release.label_sets.x lacks templates, digest"),
+        ("version", "../../x", "release.version is '../../x'"),
+        ("tools", {"torch": 2}, "release.tools.torch is 2"),
+        ("alpha", None, "release.alpha is None"),
     ],
 )
-def test_facts_that_no_export_writes_are_refused(broken: dict[str, Any]) -> None:
-    with pytest.raises(RAdapterError, match="has other facts than an export writes: .*; export it"):
-        Release.from_dict(release().to_dict() | broken)
+def test_facts_that_no_export_writes_are_refused(fact: str, broken: Any, why: str) -> None:
+    with pytest.raises(RAdapterError, match="^the release has other facts .*; export it") as error:
+        Release.from_dict(release().to_dict() | {fact: broken})
+    assert f"than an export writes: {why}" in str(error.value)
+
+
+LINES = Path(__file__).with_name("stored_releases.jsonl").read_text("utf-8").splitlines()
+STORED = [json.loads(line) for line in LINES]
+
+
+@pytest.mark.parametrize("case", STORED, ids=lambda case: str(case["release"]))
+def test_what_earlier_exports_wrote_is_read_and_written_as_before(case: dict[str, Any]) -> None:
+    """`read` is the parameter that software of 2026-12-03 wrote into configs for a release of
+    version 1.0.0; its own releases it wrote as they were stored.
+    """
+    stored = Release.from_dict(case["stored"])
+    assert release_parameters([stored])["release"] == json.dumps(case.get("read", case["stored"]))
+    assert stored.image_digest == case["image_digest"]
 
 
 def test_a_release_of_version_1_0_0_has_its_method_of_dense_embeddings(tmp_path: Path) -> None:

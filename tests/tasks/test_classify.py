@@ -15,6 +15,7 @@ from radapter_serve.contract.errors import INVALID_ARGUMENT, NOT_CALIBRATED, Tas
 from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease
+from radapter_serve.release.release import LabelSetFacts
 from radapter_serve.tasks.classify import (
     ClassifyRequest,
     Ranking,
@@ -443,7 +444,8 @@ def test_pixels_of_examples_count_with_those_of_the_images(
 @pytest.fixture
 def by_example(local: Local) -> LoadedRelease:
     """A release with label sets by example and by texts."""
-    facts = {"shown": {"labels": 3, "examples": 2}, "texts": {"labels": 3}}
+    texts = LabelSetFacts(3, TEMPLATES, "sha256:7")
+    facts = {"shown": replace(texts, examples=2), "texts": texts}
     loaded = local.changed(label_sets=facts)
     of_texts = complete(embed_labels(loaded, SOME, TEMPLATES))
     examples = Examples(SHOWN[:2], (0, 2))
