@@ -60,6 +60,7 @@ from radapter_serve.evaluation.alpha_choice import kept_at
 from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.rows import what_is_kept
 from radapter_serve.files import digest_of, disk_errors, staged_folder, written_array
+from radapter_serve.release.adapters import AdapterFacts, releases_beside
 from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, compare
 from radapter_serve.release.release import (
     TASKS,
@@ -172,12 +173,16 @@ def export_release(
     settings = checked(vars(settings))
     paths = [adapter_path] if isinstance(adapter_path, (str, Path)) else list(adapter_path)
     source = read_source(paths, alphas, settings)
-    return export_source(source, settings, progress or (lambda line: None))
+    return export_source(source, settings, progress or (lambda line: None), {})
 
 
-def export_source(source: Source, settings: ExportSettings, say: Say) -> list[ExportedRelease]:
-    """Export the releases of a source that was read with these checked settings."""
-    prepared = prepare(source, settings, say)
+def export_source(
+    source: Source, settings: ExportSettings, say: Say, adapters: Mapping[str, AdapterFacts]
+) -> list[ExportedRelease]:
+    """Export the releases of a source that was read with these checked settings; refuse the
+    adapters that could not lie beside them.
+    """
+    prepared = prepare(source, settings, say, adapters)
 
     # Work in temporary folders, which are moved into place once all releases are complete.
     releases = []
@@ -234,7 +239,9 @@ class Prepared:
     repository: Repository
 
 
-def prepare(source: Source, settings: ExportSettings, say: Say) -> Prepared:
+def prepare(
+    source: Source, settings: ExportSettings, say: Say, adapters: Mapping[str, AdapterFacts]
+) -> Prepared:
     """Refuse what can't be exported, load the base, and export its graphs; nothing is written."""
     precision = settings.precision
     if precision == "bf16" and settings.runtime == "onnxruntime":
@@ -262,11 +269,21 @@ def prepare(source: Source, settings: ExportSettings, say: Say) -> Prepared:
     # Load the base, and the change that α scales.
     say("loading the base")
     base, change = source.load(settings)
+    towers = towers_of(base.model, change.changes)
     digests = {
         "base_digest": change.base_digest,
         "adapter_digest": change.digest,
-        **towers_of(base.model, change.changes),
+        **towers,
     }
+    text_towers = {towers["text_tower"].digest(alpha) for alpha in source.alphas}
+    for name, facts in adapters.items():
+        fits = facts.text_tower in text_towers and facts.width == base.config["embed_dim"]
+        if not fits and not releases_beside(settings.model_repository, facts):
+            raise RAdapterError(
+                f"the adapter {name!r} was trained with another text tower than this release would"
+                " have; leave out --adapter, --checkpoint, --lora and --alpha to export its base,"
+                " and the adapter beside it"
+            )
     check_replaceable(settings.merged.absolute(), "--merged", OPEN_CLIP_FILES)
     forms: list[TransformersForm | ImmichForm] = []
     for kind in (TransformersForm, ImmichForm):

@@ -187,7 +187,8 @@ def export(
         from radapter_export.source import read_source
 
         source = read_source(paths, DYNAMIC if DYNAMIC in values else values or None, chosen)
-        releases = export_source(source, chosen, say)
+        facts_of = {name: facts for name, (facts, _) in beside.items()}
+        releases = export_source(source, chosen, say, facts_of)
         for name, (facts, factors) in beside.items():
             add_beside(chosen.model_repository, name, facts, factors, runs[name])
 

@@ -253,6 +253,17 @@ def add(
     return entry
 
 
+def releases_beside(repository: Path, facts: AdapterFacts) -> list[int]:
+    """The releases of a repository that an adapter belongs to, which have its text tower."""
+    beside = []
+    for version in releases_of(repository):
+        release = Release.load(repository / MODELS[-1] / str(version))
+        tower = release.text_tower.digest(release.alpha)
+        if (tower, release.embed_dim) == (facts.text_tower, facts.width):
+            beside.append(version)
+    return beside
+
+
 def add_beside(
     repository: Path,
     name: str,
@@ -265,12 +276,8 @@ def add_beside(
     """Add an adapter of a run, and return the releases that it belongs to; raises an error if there
     is none, as it was trained with another text tower.
     """
-    beside = []
-    for version in require_known(repository, releases_of(repository)):
-        release = Release.load(repository / MODELS[-1] / str(version))
-        tower = release.text_tower.digest(release.alpha)
-        if (tower, release.embed_dim) == (facts.text_tower, facts.width):
-            beside.append(version)
+    require_known(repository, ())
+    beside = releases_beside(repository, facts)
     if not beside:
         command = f"radapter-export --adapter {shlex.quote(str(run))}"
         raise RAdapterError(

@@ -33,10 +33,12 @@ from radapter_serve.release.release import Confidence
 from radapter_serve.release.repository import releases_of
 from radapter_serve.tasks import embed
 from radapter_serve.tasks.embed import Labels, look_up
+from tests.conftest import export_into
 from tests.helpers.asking import tritonserver
 from tests.helpers.graphs import quick_exports
-from tests.helpers.small_release import png
+from tests.helpers.small_release import photos_in, png
 from tests.helpers.text_adapters import TEXTS, WIDTH, encoded, export_base, folded, text_adapter
+from tests.helpers.ways import WAYS
 
 CONFIDENCE = Confidence(
     scale=7.0,
@@ -212,6 +214,32 @@ def test_a_search_has_the_least_score_of_its_adapter(base, runs, repository, tmp
             ask(engine, "retrieve", adapter="bob", calibrated=True, **query)
 
 
+@pytest.mark.parametrize("way", ["process", pytest.param("triton", marks=pytest.mark.triton)])
+def test_hits_of_an_adapter_are_those_of_its_folded_export(repository, tmp_path, common, way):
+    """Both search one index of the base; an image as the query leaves the adapter out."""
+    indexes = tmp_path / "indexes"
+    build(photos_in(tmp_path / "photos", 12), indexes / "photos", load_release(repository))
+    queries: list[dict[str, Any]] = [{"text": text} for text in TEXTS] + [{"image": png(50)}]
+
+    def scores(client: Client, **point: Any) -> list[dict[str, float]]:
+        answers = [client.search(index="photos", top_k=12, **query, **point) for query in queries]
+        return [{hit.id: hit.score for hit in hits} for hits in answers]
+
+    export_into(tmp_path / "folded", common, tmp_path / "anna", [0.7])
+    folded = load_release(tmp_path / "folded" / "model_repository", indexes=indexes)
+    with Client(transport=Engine([folded])) as client:
+        expected = scores(client)
+    with WAYS[way](repository, indexes) as running, Client(running.url, timeout=120) as client:
+        of_base = scores(client)
+        of_anna = scores(client, adapter="anna", alpha=0.7)
+    assert [len(each) for each in of_anna] == [12] * len(queries)
+    for hits, fold in zip(of_anna, expected, strict=True):
+        assert hits == pytest.approx(fold, abs=1e-6)
+    assert of_anna[-1] == of_base[-1]
+    for hits, plain in zip(of_anna[:-1], of_base[:-1], strict=True):
+        assert max(abs(hits[id] - plain[id]) for id in plain) > 1e-2
+
+
 def test_the_next_adapter_encodes_no_prompt_again(engine):
     encoder = engine._served[1].loaded.encoder  # type: ignore[attr-defined]
     names = {"image": [png(3)], "labels": ("cat, kitty", "dog"), "templates": ("a {}", "one {}")}
@@ -346,6 +374,25 @@ def test_an_export_of_adapters_alone_has_their_base_and_them(base, runs, tmp_pat
             export(adapters=more, model_repository=folder, merged=tmp_path / "merged")
     assert releases_of(folder) == [1]
     assert sorted(adapters.read_list(folder)) == sorted(runs)
+
+
+@pytest.mark.parametrize("points", [{"alpha": 0.5}, {"adapter": "bob"}, {"alpha": "dynamic"}])
+def test_adapters_of_another_text_tower_than_the_release_are_refused_before_the_export(
+    runs, tmp_path, common, points
+):
+    if "adapter" in points:
+        points = {"adapter": tmp_path / points["adapter"]}
+    places = {name: tmp_path / name for name in ("model_repository", "merged")}
+    names = {"anna": tmp_path / "anna"}
+    with quick_exports(common):
+        with pytest.raises(RAdapterError, match="'anna' was trained with another text tower"):
+            export(adapters=names, **places, **points)
+        assert not any(place.exists() for place in places.values())
+        # One release of their base is enough: of the same call, or an earlier one.
+        export(adapters=names, adapter=tmp_path / "bob", alpha=[0, 0.5], **places)
+        export(adapters={"bob": tmp_path / "bob"}, alpha=0.5, **places)
+    assert sorted(adapters.read_list(places["model_repository"])) == ["anna", "bob"]
+    assert releases_of(places["model_repository"]) == [1, 2, 3]
 
 
 def test_an_adapter_at_alpha_0_is_said_to_answer_as_the_base(repository, tmp_path, capsys):

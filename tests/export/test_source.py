@@ -64,7 +64,7 @@ def test_an_export_says_which_alpha_it_takes(
 ) -> None:
     folder = run()
 
-    def export_source(source: Source, settings: Any, say: Any) -> list[Any]:
+    def export_source(source: Source, *_: Any) -> list[Any]:
         return [SimpleNamespace(alpha=alpha, warnings=[]) for alpha in source.alphas]
 
     monkeypatch.setattr("radapter_export.release.export_source", export_source)
