@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -320,6 +321,8 @@ class Gateway:
             writing = self._thread(size).run(write)
             content, headers = await _run_until_disconnect(request, writing, end)
         lease.hold(len(content))
+        if receipt := headers.get(kserve.RECEIPT_HEADER):
+            entry.alpha = json.loads(receipt)["alpha"]
         return Response(content, headers=headers)
 
     async def embeddings(self, request: Request) -> Response:
@@ -338,7 +341,10 @@ class Gateway:
         work = self._openai.embed(asked, left, request.state.entry, request.state.key)
         answer, receipt = await _run_until_disconnect(request, work, end)
         request.state.lease.hold(len(answer))
-        headers = {kserve.RECEIPT_HEADER: receipt} if receipt else {}
+        headers = {}
+        if receipt:
+            headers[kserve.RECEIPT_HEADER] = receipt
+            request.state.entry.alpha = json.loads(receipt)["alpha"]
         return Response(answer, headers=headers, media_type="application/json")
 
     async def _body(self, request: Request, limit: int) -> bytes:

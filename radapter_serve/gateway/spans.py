@@ -56,10 +56,9 @@ class Spans:
             "radapter.task": entry.task or "none",
             "radapter.code": entry.code,
         }
-        if entry.release is not None:
-            facts["radapter.release"] = entry.release
-        if entry.adapter is not None:
-            facts["radapter.adapter"] = entry.adapter
+        for name in ("release", "adapter", "alpha"):
+            if getattr(entry, name) is not None:
+                facts[f"radapter.{name}"] = getattr(entry, name)
         span.set_attributes(facts)
         span.set_attribute("http.response.status_code", entry.status)
         span.set_attribute("radapter.queue_ms", entry.queue_ms)

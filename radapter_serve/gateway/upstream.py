@@ -239,6 +239,7 @@ class Entry:
     task: str | None = None  # "embeddings" for OpenAI's; None if not an inference
     release: str | None = None  # version that answered
     adapter: str | None = None  # that was asked; None for the release itself
+    alpha: float | None = None  # of the answer's receipt; None if rows have several
     code: str = "ok"  # or the code of the refusal, or "caller_gone"
     status: int = 200
     bytes_in: int = 0  # of the body

@@ -205,17 +205,23 @@ def test_embeddings_of_another_adapter_are_not_answered(guarded: Served) -> None
         assert guarded.ask("/v1/embeddings", body, Authorization="Bearer ann")[0] == 503
 
 
-def test_log_and_metrics_name_the_adapter(capfd: pytest.CaptureFixture[str]) -> None:
-    with serving(log="json") as served:
+def test_log_and_metrics_name_the_adapter(
+    repository: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with serving(log="json", model_repository=repository) as served:
         for name in ("anna", "anna", ""):
             served.ask(INFER, asking(name))
+        served.ask("/v1/embeddings", {"model": "anna", "input": "abc"})
         served.upstream.error = Refused(400, "unknown_adapter", "there is none")
         served.ask(INFER, asking("made up"))
         metrics = served.metrics()
     logged = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line[0] == "{"]
-    names = [entry["adapter"] for entry in logged if entry["task"]]
-    assert names == ["anna", "anna", None, "made up"]
-    assert 'adapter_requests_total{adapter="anna",code="ok"} 2.0' in metrics
+    points = [
+        (entry["release"], entry["adapter"], entry["alpha"]) for entry in logged if entry["task"]
+    ]
+    of_anna = ("1", "anna", 0.5)
+    assert points == [of_anna, of_anna, ("1", None, None), of_anna, (None, "made up", None)]
+    assert 'adapter_requests_total{adapter="anna",code="ok"} 3.0' in metrics
     assert 'adapter_requests_total{adapter="other",code="unknown_adapter"} 1.0' in metrics
     assert "made up" not in metrics
 
@@ -224,10 +230,11 @@ def test_the_spans_of_a_request_name_its_adapter(monkeypatch: pytest.MonkeyPatch
     with collecting() as collector:
         monkeypatch.setenv(OTLP_ENDPOINTS[0], collector.url)
         with serving() as served:
-            for name in ("anna", ""):
-                served.ask(INFER, asking(name))
-    names = [span.attributes.get("radapter.adapter") for span in collector.spans]
-    assert names == ["anna", None]
+            for names in (["anna"], [""], ["anna", "bob"]):
+                served.ask(INFER, asking(*names))
+    facts = ("radapter.release", "radapter.adapter", "radapter.alpha")
+    points = [tuple(map(span.attributes.get, facts)) for span in collector.spans]
+    assert points == [("1", "anna", 0.5), ("1", None, None), ("1", "several", None)]
 
 
 def test_a_key_of_some_adapters_reads_no_metrics_which_name_all(guarded: Served) -> None:

@@ -355,8 +355,8 @@ def test_a_line_a_request(keys: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ]
     first = lines[0]
     assert list(first) == [
-        *("time", "id", "key", "task", "release", "adapter", "code", "status", "bytes_in"),
-        *("bytes_out", "ms", "queue_ms", "model_ms", "encoder_ms"),
+        *("time", "id", "key", "task", "release", "adapter", "alpha", "code", "status"),
+        *("bytes_in", "bytes_out", "ms", "queue_ms", "model_ms", "encoder_ms"),
     ]
     assert (first["id"], first["release"], lines[3]["release"]) == ("my-id", "1", "1")
     assert first["bytes_in"] == len(BODY) and first["bytes_out"] > 0
