@@ -12,7 +12,7 @@ from typing import Any
 import gradio
 from PIL import Image
 
-from radapter_client import Client, RAdapterClientError
+from radapter_client import Client, RAdapterClientError, Receipt
 from radapter_serve.contract.errors import redact
 from radapter_serve.contract.images import oriented
 
@@ -69,13 +69,22 @@ def build(client: Client) -> gradio.Blocks:
                     label="Adapter beside the release; empty for the release itself",
                     elem_id="adapter",
                 )
+                strength = gradio.Number(
+                    None,
+                    label="α of the adapter, from 0 to 1; empty for its own",
+                    minimum=0,
+                    maximum=1,
+                    step=0.05,
+                    elem_id="strength",
+                )
+                point = [adapter, strength]
             with gradio.Column(scale=3):
                 with gradio.Tab("Classify"):
-                    label_sets = _classify(client, picture, alpha, adapter)
+                    label_sets = _classify(client, picture, alpha, point)
                 with gradio.Tab("Search"):
-                    indexes = _search(client, picture, adapter)
+                    indexes = _search(client, picture, point)
                 with gradio.Tab("Segment"):
-                    _segment(client, picture, alpha, adapter)
+                    _segment(client, picture, alpha, point)
 
         def begin() -> tuple[Any, ...]:
             release = client.release()
@@ -100,7 +109,7 @@ def build(client: Client) -> gradio.Blocks:
     return page
 
 
-def _classify(client: Client, picture: Any, alpha: Any, adapter: Any) -> Any:
+def _classify(client: Client, picture: Any, alpha: Any, point: list[Any]) -> Any:
     labels = gradio.Textbox(_LABELS, label="Labels, one a line", lines=5, elem_id="labels")
     sets = gradio.Dropdown(
         [""], label="A label set of the release, instead of the labels above", visible=False
@@ -110,7 +119,12 @@ def _classify(client: Client, picture: Any, alpha: Any, adapter: Any) -> Any:
     took = gradio.Markdown(elem_id="scores-took")
 
     def classify(
-        file: str | None, text: str, label_set: str, at: float, name: str = ""
+        file: str | None,
+        text: str,
+        label_set: str,
+        at: float,
+        name: str = "",
+        strength: float | None = None,
     ) -> tuple[Any, str]:
         if file is None:
             return None, NO_PICTURE
@@ -121,23 +135,24 @@ def _classify(client: Client, picture: Any, alpha: Any, adapter: Any) -> Any:
             None if label_set else lines(text),
             label_set=label_set or None,
             adapter=name or None,
-            alpha=at if release.dynamic_alpha else None,
+            alpha=_alpha(release.dynamic_alpha, at, name, strength),
             top_k=10,
         )
-        return dict(zip(answer.labels, answer.scores, strict=True)), _took(start, answer.release)
+        scores = dict(zip(answer.labels, answer.scores, strict=True))
+        return scores, _took(start, answer.release, answer.receipt)
 
     labels.input(lambda: "", None, sets)  # typing labels deselects the label set
     gradio.on(
-        [button.click, picture.change, sets.input, alpha.input, adapter.submit],
+        [button.click, picture.change, sets.input, alpha.input, *(each.submit for each in point)],
         explained(classify),
-        [picture, labels, sets, alpha, adapter],
+        [picture, labels, sets, alpha, *point],
         [scores, took],
         trigger_mode="always_last",  # while the slider moves, only the last position is asked for
     )
     return sets
 
 
-def _search(client: Client, picture: Any, adapter: Any) -> Any:
+def _search(client: Client, picture: Any, point: list[Any]) -> Any:
     text = gradio.Textbox(label="Text", placeholder="a red bicycle", elem_id="query")
     with gradio.Row():
         by = gradio.Radio(["text", "picture", "both"], value="text", label="Search by")
@@ -158,6 +173,7 @@ def _search(client: Client, picture: Any, adapter: Any) -> Any:
         count: int,
         least: float,
         name: str = "",
+        strength: float | None = None,
     ) -> tuple[Any, str]:
         if by != "text" and file is None:
             return None, NO_PICTURE
@@ -170,24 +186,25 @@ def _search(client: Client, picture: Any, adapter: Any) -> Any:
             min_score=None if least == -1 else least,
             thumbnails=True,
             adapter=name or None,
+            alpha=strength if name else None,
         )
         shown = [
             (Image.open(io.BytesIO(hit.thumbnail)), f"{hit.score:.3f} {hit.id}")
             for hit in hits
             if hit.thumbnail
         ]
-        return shown, f"{_took(start)}, {len(hits)} found"
+        return shown, f"{_took(start, receipt=hits.receipt)}, {len(hits)} found"
 
     gradio.on(
         [button.click, text.submit],
         explained(search),
-        [picture, text, by, index, count, least, adapter],
+        [picture, text, by, index, count, least, *point],
         [gallery, took],
     )
     return index
 
 
-def _segment(client: Client, picture: Any, alpha: Any, adapter: Any) -> None:
+def _segment(client: Client, picture: Any, alpha: Any, point: list[Any]) -> None:
     labels = gradio.Textbox(_PARTS, label="Labels, one a line", lines=5, elem_id="parts")
     threshold = gradio.Slider(0, 1, 0, step=0.01, label="Pixels with a lower score are background")
     button = gradio.Button("Segment", variant="primary")
@@ -197,7 +214,12 @@ def _segment(client: Client, picture: Any, alpha: Any, adapter: Any) -> None:
     took = gradio.Markdown(elem_id="segments-took")
 
     def segment(
-        file: str | None, text: str, least: float, at: float, name: str = ""
+        file: str | None,
+        text: str,
+        least: float,
+        at: float,
+        name: str = "",
+        strength: float | None = None,
     ) -> tuple[Any, str]:
         if file is None:
             return None, NO_PICTURE
@@ -210,11 +232,11 @@ def _segment(client: Client, picture: Any, alpha: Any, adapter: Any) -> None:
             lines(text),
             threshold=least or None,
             adapter=name or None,
-            alpha=at if release.dynamic_alpha else None,
+            alpha=_alpha(release.dynamic_alpha, at, name, strength),
         )
-        return answer.overlay(image), _took(start, answer.release)
+        return answer.overlay(image), _took(start, answer.release, answer.receipt)
 
-    button.click(explained(segment), [picture, labels, threshold, alpha, adapter], [drawn, took])
+    button.click(explained(segment), [picture, labels, threshold, alpha, *point], [drawn, took])
 
 
 def lines(text: str | None) -> list[str]:
@@ -222,6 +244,17 @@ def lines(text: str | None) -> list[str]:
     return [line.strip() for line in (text or "").splitlines() if line.strip()]
 
 
-def _took(start: float, release: int | None = None) -> str:
-    milliseconds = f"{1000 * (time.perf_counter() - start):.0f} ms"
-    return milliseconds if release is None else f"{milliseconds} · release {release}"
+def _alpha(dynamic_alpha: bool, at: float, name: str, strength: float | None) -> float | None:
+    """The α to ask for: of the adapter if one is named, else of the slider where it is shown."""
+    if name:
+        return strength
+    return at if dynamic_alpha else None
+
+
+def _took(start: float, release: int | None = None, receipt: Receipt | None = None) -> str:
+    parts = [f"{1000 * (time.perf_counter() - start):.0f} ms"]
+    if release is not None:
+        parts.append(f"release {release}")
+    if receipt is not None and receipt.adapter is not None:
+        parts.append(f"{receipt.adapter} at α = {receipt.alpha:g}")
+    return " · ".join(parts)

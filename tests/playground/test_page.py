@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import re
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 import urllib3
 from PIL import Image
 
-from radapter_client import Client, InvalidRequest
+from radapter_client import Client, InvalidRequest, Request
 from radapter_serve.errors import RAdapterError, install_command
 from radapter_serve.playground import PageSettings, serving
 from radapter_serve.server.config import free_ports
@@ -86,6 +87,35 @@ def test_an_adapter_is_asked_and_another_one_is_not_shown(
         with pytest.raises(gradio.Error, match="older than adapters"):  # it gives no receipt
             events[name](*values)
         assert answers.inferences[-1].inputs["adapter"].ravel().tolist() == [b"anna"]
+
+
+@pytest.mark.parametrize("dynamic_alpha", [True, False])
+def test_an_adapter_has_an_alpha_of_its_own(picture: str, dynamic_alpha: bool) -> None:
+    """The slider is the release's; without an α, the server takes the adapter's."""
+
+    class Signing(Answers):
+        def send(self, request: Request, timeout: float) -> Any:
+            reply = super().send(request, timeout)
+            if request.action == "infer":
+                alpha = float(request.inputs.get("alpha", np.array([0.75])).ravel()[0])
+                receipt = json.dumps({"release": 2, "adapter": "anna", "alpha": alpha}).encode()
+                reply.outputs["receipt"] = np.array([receipt], object)
+                if request.model == "classify":
+                    reply.outputs["receipt"] = reply.outputs["receipt"].reshape(1, 1)
+            return reply
+
+    answers = Signing(dynamic_alpha=dynamic_alpha)
+    calls = {
+        "classify": (picture, "cat", "", 0.5, "anna"),
+        "search": (picture, "cat", "text", "photos", 3, -1, "anna"),
+        "segment": (picture, "cat\ndog", 0, 0.5, "anna"),
+    }
+    asking = handlers(Client(transport=answers))
+    for name, values in calls.items():
+        for strength, said in ((None, 0.75), (0.25, 0.25)):
+            _, took = asking[name](*values, strength)
+            assert ("alpha" in answers.inferences[-1].inputs) == (strength is not None)
+            assert f"anna at α = {said:g}" in took
 
 
 def test_classify_gives_the_scores_at_any_alpha(
