@@ -130,7 +130,8 @@ async def rate(
                 f"a photo {first + n}", index="photos", adapter=next(names)
             ),
         }
-        await loop(sends[task], Closed(1), 0.2)
+        # Eight callers reach each process of a task, which keeps label sets for adapters itself.
+        await loop(sends[task], Closed(8), 0.2)
         measured = await loop(sends[task], Closed(callers), seconds)
     if measured.errors:
         say(f"{task}, {callers} callers: {dict(measured.errors)}")
@@ -239,6 +240,7 @@ def measure(
     most = max(adapters)
     image = picture()
     rows: list[list[str]] = []
+    ratios: dict[str, list[float]] = {}  # of rates, by engine and task
     starts: dict[Way, list[str]] = {}
     bare: dict[Way, int] = {}
 
@@ -247,6 +249,13 @@ def measure(
         head = ["engine, requests", "adapters", "callers", "plain /s", "named /s", "ratio"]
         head += ["plain p99 ms", "named p99 ms", "ratio", "errors"]
         report.table("Requests", head, rows, shown=complete)
+        head = ["engine, task", "cells", "median", "least", "most"]
+        means = [
+            [name, str(len(some))]
+            + [f"{value:.2f}" for value in (statistics.median(some), min(some), max(some))]
+            for name, some in ratios.items()
+        ]
+        report.table("Ratios of rates over all cells of a task", head, means, shown=complete)
         head = ["engine", "start s", f"with {most}", "MiB without", "MiB for each", "first ms"]
         head += ["until served s", "1,000 x 80 labels, first s", "again s"]
         report.table("Start, memory, new adapters", head, list(starts.values()), shown=complete)
@@ -314,6 +323,7 @@ def measure(
                     names = [f"a{number}" for number in drawn]
                     cells = compare(url, task, image, names, at_once, seconds, rounds)
                     rows.append([f"{way}, {task}, {draw}", str(count), str(at_once), *cells])
+                    ratios.setdefault(f"{way}, {task}", []).append(float(cells[2]))
                     keep()
 
                 # A new adapter: until it has answered, and for the large label set
