@@ -35,6 +35,8 @@ from radapter_serve.release.adapters import unknown_name
 T = TypeVar("T")
 
 BASE = "-"  # the release itself in a list of adapters, of which no name begins so
+LARGE_ANSWER = 2**22  # bytes; of a mask of two megapixels
+FREE_SECONDS = 1.0  # for the answers before it to be sent
 _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
 
 
@@ -335,6 +337,9 @@ class MemoryBudget:
         self.held = 0
         self.answers: dict[Lease, tuple[float, Callable[[], object]]] = {}  # under way
         self._patience = patience
+        self._making = 0  # bytes of large answers that are being made
+        self._line = asyncio.Lock()  # of those that wait
+        self._freed = asyncio.Event()
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Lease]:
@@ -345,6 +350,40 @@ class MemoryBudget:
         finally:
             self.answers.pop(lease, None)
             lease.hold(0)
+
+    @contextlib.asynccontextmanager
+    async def making(self, lease: Lease, size: int) -> AsyncIterator[None]:
+        """Hold the most that an answer may take, while the upstream makes it in the block. Large
+        answers that are being made take half the memory, which leaves some to all others; those
+        beyond wait in line, and the first of them `FREE_SECONDS` for memory, too.
+        """
+        if size <= LARGE_ANSWER:
+            lease.hold(lease.size + size)
+            yield
+            return
+        half = self.max_bytes // 2
+        part = min(size, half)
+        async with self._line:
+            while self._making + part > half:
+                self._freed.clear()
+                await self._freed.wait()
+            end = time.monotonic() + FREE_SECONDS
+            while True:
+                try:
+                    lease.hold(lease.size + size)
+                    break
+                except Refused:
+                    self._freed.clear()
+                    with anyio.move_on_after(end - time.monotonic()) as waiting:
+                        await self._freed.wait()
+                    if waiting.cancelled_caught:
+                        raise
+            self._making += part
+        try:
+            yield
+        finally:
+            self._making -= part
+            self._freed.set()
 
     def take(self, size: int) -> None:
         """Count so many bytes as held; a `Refused` if they are not free."""
@@ -363,6 +402,8 @@ class MemoryBudget:
                 " moment",
             )
         self.held += size
+        if size < 0:
+            self._freed.set()
 
 
 class Threads:

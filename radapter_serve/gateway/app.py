@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -181,7 +182,7 @@ class Gateway:
             self._rechecks = Rechecks(self._upstream, repository, interval, count)
             asking = asyncio.ensure_future(self._rechecks.run())
         self._health = Health(self._upstream)
-        self._openai = openai.OpenAI(self._upstream, self._model, self._concurrency, repository)
+        self._openai = openai.OpenAI(self._upstream, self._model, self._asking, repository)
         try:
             yield
         finally:
@@ -301,24 +302,24 @@ class Gateway:
         end = start + min(seconds, inference.timeout or seconds)
 
         async def ask() -> Reply:
-            async with self._concurrency.slot(entry):
+            async with self._asking(entry, lease, inference.answer_size):
                 left = max(end - time.monotonic(), 1e-3)
                 with key.hiding_others(adapters):
-                    return await self._upstream.infer(inference, left, entry)
+                    reply = await self._upstream.infer(inference, left, entry)
+                lease.hold(kserve.memory_of(reply.outputs))
+                return reply
 
         reply = await _run_until_disconnect(request, ask(), end)
+        inference = replace(inference, inputs={})  # their memory is no longer held
         entry.release = str(reply.version)
         self._health.answered(name)
 
-        # Write the answer: the memory of its arrays, and then of its bytes until all are sent.
-        outputs = dict(reply.outputs)
-        size = sum(array.nbytes for array in outputs.values())
-        lease.hold(size)
-        write = partial(kserve.write, Reply(reply.version, outputs), inference)
-        if size <= SMALL:
+        # Write the answer, and hold the memory of its bytes until all are sent.
+        write = partial(kserve.write, reply, inference)
+        if lease.size <= SMALL:
             content, headers = write()
         else:
-            writing = self._thread(size).run(write)
+            writing = self._thread(lease.size).run(write)
             content, headers = await _run_until_disconnect(request, writing, end)
         lease.hold(len(content))
         if receipt := headers.get(kserve.RECEIPT_HEADER):
@@ -338,7 +339,8 @@ class Gateway:
         del body, read
         self._count_images(request, len(asked.images))
         left = end - time.monotonic()
-        work = self._openai.embed(asked, left, request.state.entry, request.state.key)
+        state = request.state
+        work = self._openai.embed(asked, left, state.entry, state.lease, state.key)
         answer, receipt = await _run_until_disconnect(request, work, end)
         request.state.lease.hold(len(answer))
         headers = {}
@@ -346,6 +348,14 @@ class Gateway:
             headers[kserve.RECEIPT_HEADER] = receipt
             request.state.entry.alpha = json.loads(receipt)["alpha"]
         return Response(answer, headers=headers, media_type="application/json")
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, entry: Entry, lease: Lease, size: int) -> AsyncIterator[None]:
+        """Hold a slot and the memory of an answer of at most `size` bytes, for the upstream to make
+        it in the block.
+        """
+        async with self._concurrency.slot(entry), self._memory.making(lease, size):
+            yield
 
     async def _body(self, request: Request, limit: int) -> bytes:
         """Read the body of a request, of `limit` bytes at most."""

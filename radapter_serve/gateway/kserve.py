@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+from collections.abc import Mapping
 from itertools import chain
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from radapter_client import Reply
 from radapter_client.tensors import DATATYPES, NUMPY, pack, unpack
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.images import read_header
 from radapter_serve.gateway.upstream import IMAGES, Inference, Refused, ServedModel, bad_request
+from radapter_serve.index.facts import DEFAULT_TOP_K, MAX_TOP_K
+from radapter_serve.tasks.classify import DEFAULT_TOP_K as DEFAULT_LABELS
 from radapter_serve.tasks.table import RECEIPT, TASKS
 
 RECEIPT_HEADER = "Radapter-Receipt"
@@ -26,6 +31,13 @@ MAX_JSON_VALUES = 2**20
 MAX_JSON_LISTS = 2**16
 MAX_TEXTS = 2**17  # of an input
 FILES = {"thumbnail"}  # outputs of type BYTES that hold files
+# Bytes of an answer in memory: of a row's receipt, a label of a label set, and an image of an index
+# with its metadata and its thumbnail. An operator's labels and metadata may have more.
+_RECEIPT_BYTES = 2**10
+_LABEL_BYTES = 128
+_SCORE_BYTES = 8 + 4  # with a reference to the label
+_HIT_BYTES = 2**10
+_THUMBNAIL_BYTES = 2**13
 _PIECE = 2**18  # bytes of JSON that are searched at once
 _DUMPED = 2**12  # values that are written at once
 _dumps = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
@@ -187,10 +199,60 @@ def read(body: bytes, end: int, model: ServedModel, version: str = "") -> Infere
     outputs, binary = _outputs(header, model)
     timeout = header.parameters.timeout
     seconds = None if timeout is None else timeout / 1e6
-    objects = (array for array in inputs.values() if array.dtype == object)
-    size = sum(array.nbytes for array in inputs.values())
-    size += sum(sys.getsizeof(value) for array in objects for value in array.ravel())
-    return Inference(model.name, version, inputs, outputs, header.id, binary, seconds, size)
+    return Inference(
+        model.name,
+        version,
+        inputs,
+        outputs,
+        header.id,
+        binary,
+        seconds,
+        size=memory_of(inputs),
+        answer_size=_answer_size(model, inputs, outputs),
+    )
+
+
+def memory_of(tensors: Mapping[str, NDArray[Any]]) -> int:
+    """Bytes of tensors, with their texts and files."""
+    objects = (array for array in tensors.values() if array.dtype == object)
+    texts = sum(sys.getsizeof(value) for array in objects for value in array.ravel())
+    return texts + sum(array.nbytes for array in tensors.values())
+
+
+def _answer_size(
+    model: ServedModel, inputs: Mapping[str, NDArray[Any]], outputs: tuple[str, ...]
+) -> int:
+    """Most bytes of the answer to these inputs, before anybody works on it."""
+    rows = len(next(iter(inputs.values()))) if TASKS[model.name].batched else 1
+    size = _RECEIPT_BYTES * rows
+    if model.name == "retrieve":
+        top_k = int(inputs["top_k"][0]) if "top_k" in inputs else DEFAULT_TOP_K
+        hit = _HIT_BYTES
+        if not outputs or FILES & set(outputs):
+            hit += _THUMBNAIL_BYTES
+        return size + hit * max(0, min(top_k, MAX_TOP_K))
+    if model.name.startswith("embed_"):
+        return size + sum(4 * rows * max(0, *tensor.dims) for tensor in model.outputs.values())
+    if model.name == "segment":
+        with contextlib.suppress(TaskError):  # the task refuses this image
+            file = read_header(inputs["image"][0])
+            size += 2 * file.width * file.height
+    # All labels with their scores, or the best of each row
+    if "labels" in inputs:
+        count = inputs["labels"].shape[-1]
+        sizes = list(map(sys.getsizeof, inputs["labels"].ravel()))
+        largest = max(sizes)
+        all_labels = sum(sizes)
+    else:
+        sets = [facts.get("label_sets", {}) for facts in model.releases.values()]
+        count = max((each["labels"] for named in sets for each in named.values()), default=0)
+        largest = _LABEL_BYTES
+        all_labels = rows * count * largest
+    all_labels += rows * count * _SCORE_BYTES
+    if model.name == "segment" or inputs.get("multi_label", np.zeros(1)).any():
+        return size + all_labels
+    top_k = int(inputs.get("top_k", np.array(DEFAULT_LABELS)).max())
+    return size + min(all_labels, rows * max(0, top_k) * (largest + _SCORE_BYTES))
 
 
 def _from_binary(tensor: Input, data: memoryview) -> NDArray[Any]:

@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +28,7 @@ from radapter_serve.contract.errors import (
     TaskError,
 )
 from radapter_serve.contract.labels import check_length, known_as
-from radapter_serve.gateway.access import ConcurrencyLimit, Key
+from radapter_serve.gateway.access import Key, Lease
 from radapter_serve.gateway.kserve import MAX_JSON_VALUES, Strict, from_json, receipt_of
 from radapter_serve.gateway.upstream import (
     SERVER_UNAVAILABLE,
@@ -49,6 +50,8 @@ CHARACTERS_PER_TOKEN = 4  # an estimate: the gateway has no tokenizer
 _DATA_URL = re.compile(r"data:(image/|[^\s,]{0,200},)", re.IGNORECASE)
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
 _MAX_URL_HEAD = 256  # characters of a data URL up to its comma
+# Bytes of an embedding's number in memory: as it is computed, and in the answer
+_NUMBER_BYTES = {"float": 4 + 24, "base64": 4 + 6}
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 
 
@@ -237,12 +240,12 @@ class OpenAI:
         self,
         upstream: Upstream,
         model: Callable[..., Awaitable[ServedModel]],
-        concurrency: ConcurrencyLimit,
+        asking: Callable[[Entry, Lease, int], AbstractAsyncContextManager[None]],
         repository: Path | None = None,  # with the list of adapters
     ) -> None:
         self._upstream = upstream
         self._model = model
-        self._concurrency = concurrency
+        self._asking = asking
         self._adapters = None if repository is None else AdaptersBeside(repository, None)
 
     async def models(self, key: Key) -> dict[str, Any]:
@@ -287,7 +290,7 @@ class OpenAI:
         ]
 
     async def embed(
-        self, request: EmbeddingsRequest, seconds: float, entry: Entry, key: Key
+        self, request: EmbeddingsRequest, seconds: float, entry: Entry, lease: Lease, key: Key
     ) -> tuple[bytes, str]:
         """Answer a request within `seconds`, all of it from one release, which `entry` notes;
         returns the answer and its receipt.
@@ -311,13 +314,15 @@ class OpenAI:
                 "dimensions",
             )
         count = len(request.texts.keys() | request.images.keys())
-        if request.body.encoding_format == "float" and count * width > MAX_JSON_VALUES:
+        numbers = count * width
+        if request.body.encoding_format == "float" and numbers > MAX_JSON_VALUES:
             raise bad_request(
                 f"{count} embeddings of {width} numbers are too many for JSON; send at most"
                 f" {MAX_JSON_VALUES // width} inputs, or ask for encoding_format base64",
                 "encoding_format",
             )
-        async with self._concurrency.slot(entry):
+        size = numbers * _NUMBER_BYTES[request.body.encoding_format]
+        async with self._asking(entry, lease, size):
             with key.hiding_others([adapter]):
                 try:
                     rows, answered, receipt = await self._rows(request, version, end, entry)

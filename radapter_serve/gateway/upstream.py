@@ -135,6 +135,7 @@ class Inference:
     binary: frozenset[str] = frozenset()  # outputs that the caller wants in binary
     timeout: float | None = None  # seconds that the caller allows
     size: int = 0  # bytes of the inputs
+    answer_size: int = 0  # most bytes of the answer
     is_probe: bool = False  # asked by the gateway itself, to try a task
 
     @property

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 FORMAT = 7
 FACTS = "index.json"
 OnBroken = Literal["refuse", "skip"]
+DEFAULT_TOP_K = 10
 MAX_TOP_K = 1000
 OPENING_SECONDS = 60.0  # that a server waits for its indexes before it is ready
 UNIT = 1e-3  # tolerance for unit length, and for the bounds of a cosine

@@ -18,7 +18,7 @@ from radapter_serve.contract.errors import (
 )
 from radapter_serve.contract.images import ImageFile
 from radapter_serve.encoders.loaded import Answered, TaskSteps
-from radapter_serve.index.facts import Hit
+from radapter_serve.index.facts import DEFAULT_TOP_K, Hit
 from radapter_serve.index.index import Indexes
 from radapter_serve.release.release import HOW_TO_CALIBRATE
 from radapter_serve.tasks.embed import (
@@ -28,7 +28,6 @@ from radapter_serve.tasks.embed import (
     embed_texts,
 )
 
-DEFAULT_TOP_K = 10
 MAX_PARTS = 16
 
 
