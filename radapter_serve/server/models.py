@@ -246,22 +246,35 @@ def check_shared_memory(
     # A process takes 1 MiB at its start and some more, and a batch on its way.
     least = 2 * processes * MIB
     enough = processes * (2 * MIB + batch)
-    advised = 2 ** math.ceil(math.log2(max(1, enough / MIB)))
+    memory = os.statvfs(folder)
+    free = memory.f_bavail * memory.f_frsize
+    taken = memory.f_blocks * memory.f_frsize - free
+    advised = 2 ** math.ceil(math.log2(max(1, (enough + taken) / MIB)))
     how = (
         f"in a container, set --shm-size={advised}m (Docker's default is 64 MB), or take fewer"
         f" --instances; elsewhere: mount -o remount,size={advised}m {folder}"
     )
-    memory = os.statvfs(folder)
-    free = memory.f_bavail * memory.f_frsize
-    size = memory.f_blocks * memory.f_frsize
+    has = f"{folder} has {free // MIB} MiB free"
+    if taken >= MIB:
+        has += f" beside {taken // MIB} MiB of other programs (ls -lS {folder})"
     if free < least:
         raise RAdapterError(
-            f"{folder} has {free // MIB} MiB free, and {processes} model processes need"
-            f" {least // MIB} MiB; {how}"
+            f"{has}, and {processes} model processes need {least // MIB} MiB; {how}"
         )
-    if size < enough:
-        return (
-            f"{folder} has {size // MIB} MiB; many full batches at once need {enough // MIB} MiB:"
-            f" {how}"
-        )
+    if free < enough:
+        return f"{has}; many full batches at once need {enough // MIB} MiB: {how}"
     return None
+
+
+def full_shared_memory(folder: Path = SHARED_MEMORY) -> str | None:
+    """The sentence that /dev/shm has no space for a process or a large request; None if it has."""
+    if not folder.is_dir():
+        return None
+    memory = os.statvfs(folder)
+    if memory.f_bavail * memory.f_frsize >= MIB:  # what a process takes at its start
+        return None
+    return (
+        f"{folder} is full, so large requests are refused as overloaded; see who fills it with: ls"
+        f" -lS {folder}, and make it larger: --shm-size in a container, elsewhere mount -o"
+        f" remount,size=... {folder}"
+    )

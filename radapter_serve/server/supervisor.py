@@ -11,6 +11,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.process import SYSTEM, Clock
 from radapter_serve.release.repository import ENCODERS
 from radapter_serve.server.control import Control, NoAnswer, as_json_inputs
+from radapter_serve.server.models import full_shared_memory
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER, Death
 from radapter_serve.tasks.table import MINIMAL_REQUESTS
@@ -107,10 +108,13 @@ class Supervisor:
         *,
         clock: Clock = SYSTEM,
         probe: Probe | None = None,
+        full: Callable[[], str | None] = full_shared_memory,
     ) -> None:
         self._server = server
         self._say = say
         self._clock = clock
+        self._full = full
+        self._was_full = False
         self._probe = probe or Probe(server.control, server.cpu_seconds, clock=clock)
         # By model or `SERVER`
         self._starts: defaultdict[str, deque[float]] = defaultdict(deque)
@@ -124,6 +128,10 @@ class Supervisor:
 
     def step(self) -> None:
         """Check once, and restart what died; raises `RAdapterError` after too many failures."""
+        why = self._full()
+        if why is not None and not self._was_full:
+            self._say(why)
+        self._was_full = why is not None
         failures = self._server.failures()
         if not failures:
             for name in self._probe.step(self._server.models):
@@ -154,6 +162,8 @@ class Supervisor:
             starts.append(now)
             self._say(f"{failure}; starting it again" + (f" in {pause:g} s" if pause else ""))
             self._clock.sleep(pause)
+            while self._full() is not None:  # no process starts, and others still answer
+                self._clock.sleep(INTERVAL_SECONDS)
 
             # Start the program, and try again if it does not become ready.
             began = self._clock.monotonic()

@@ -243,9 +243,14 @@ def test_shared_memory_too_small_to_start_is_refused_with_what_to_set(tmp_path, 
     in_python = ["python", "onnxruntime"]
     message = r"has 17 MiB free, and 9 model processes need 18 MiB; .*--shm-size=128m"
     with pytest.raises(RAdapterError, match=message):
+        check(in_python, 17, 17)
+    # What others have taken is beside it.
+    message = r"17 MiB free beside 47 MiB of other programs \(ls -lS .*\), .*--shm-size=256m"
+    with pytest.raises(RAdapterError, match=message):
         check(in_python, 64, 17)
     # 9 x (2 MiB + 64 x 224 x 224 x 3 bytes)
     assert "many full batches at once need 100 MiB" in check(in_python, 64, 18)
+    assert "99 MiB free beside" in check(in_python, 128, 99)
     assert check(in_python, 128, 128) is None
     assert check_shared_memory(models, in_python, tmp_path / "none") is None
     with pytest.raises(RAdapterError, match="8 model processes"):  # a backend in C++ has none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -20,8 +22,10 @@ import pytest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.process import SURPLUS
 from radapter_serve.server.control import Answer, NoAnswer, warm_up
+from radapter_serve.server.models import full_shared_memory
 from radapter_serve.server.supervisor import (
     BUSY_SECONDS,
+    INTERVAL_SECONDS,
     MAX_FAILURES,
     MAX_PAUSE_SECONDS,
     TIMEOUT_SECONDS,
@@ -142,10 +146,17 @@ class Scene:
         self.clock = FakeClock()
         self.lines: list[str] = []
         self.models = {"classify": [1], "segment": [1]}
+        self.full: Iterator[str | None] = itertools.repeat(None)  # what is said of /dev/shm
         probe = Mock(step=Mock(return_value=list(silent)))
         probe.forget = probe.step.return_value.clear
         server: Any = self
-        self.supervisor = Supervisor(server, self.lines.append, clock=self.clock, probe=probe)
+        self.supervisor = Supervisor(
+            server,
+            self.lines.append,
+            clock=self.clock,
+            probe=probe,
+            full=lambda: next(self.full),
+        )
 
     def failures(self) -> list[Death]:
         return [Death(self.deaths.pop(0), "why", 2)] if self.deaths else []
@@ -202,6 +213,30 @@ def test_a_model_that_never_becomes_ready_is_given_up():
     with pytest.raises(RAdapterError, match=message):
         scene.steps()
     assert scene.done == ["reload classify"] * MAX_FAILURES
+
+
+def test_while_shared_memory_is_full_nothing_is_started_and_nothing_given_up():
+    scene = Scene("classify")
+    scene.full = itertools.chain(["it is full"] * 100, itertools.repeat(None))
+    scene.steps(2)
+    assert scene.lines == [
+        "it is full",
+        "the process of classify version 2 died: why; starting it again",
+        "classify is back after 0.0 s",
+    ]
+    assert scene.clock.slept == [0, *[INTERVAL_SECONDS] * 99]
+    assert scene.done == ["reload classify"]
+    # It is said again when it is full again.
+    scene.full = iter(["it is full", "it is full", None, "it is full"])
+    assert scene.steps(4).lines[3:] == ["it is full"] * 2
+
+
+def test_shared_memory_is_full_where_no_process_can_start(tmp_path, monkeypatch):
+    for free, is_full in ((2**20 - 4096, True), (2**20, False)):
+        memory = SimpleNamespace(f_frsize=4096, f_bavail=free // 4096)
+        monkeypatch.setattr(os, "statvfs", lambda _, memory=memory: memory)
+        assert (full_shared_memory() is not None) == is_full
+    assert full_shared_memory(tmp_path / "none") is None
 
 
 def test_a_server_that_becomes_ready_brings_its_models_back_and_else_is_given_up():
