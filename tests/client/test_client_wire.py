@@ -283,14 +283,14 @@ def test_an_answer_that_comes_byte_by_byte_is_late(start: bytes, keep: bytes):
 
     def drip(caller: socket.socket) -> None:
         caller.sendall(start.replace(b"OK\r\n", b"OK\r\n" + keep))
-        for _ in range(200):
+        for _ in range(1000):  # 20 s
             time.sleep(0.02)
             caller.sendall(b"x")
 
     with serving(drip) as url:
         begin = time.monotonic()
         assert type(attempt(url, embed, timeout=0.15)) is Timeout
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 10
 
 
 def test_a_name_that_is_looked_up_for_long_is_late(monkeypatch: pytest.MonkeyPatch):
@@ -299,7 +299,7 @@ def test_a_name_that_is_looked_up_for_long_is_late(monkeypatch: pytest.MonkeyPat
     begin = time.monotonic()
     assert type(attempt("http://far.example", embed, timeout=0.2)) is Timeout
     ended.set()
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a full queue answers nothing there alone")
@@ -319,7 +319,7 @@ def test_each_address_has_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: infos)
         begin = time.monotonic()
         answer = attempt("http://many.example", embed, timeout=1)
-        assert time.monotonic() - begin < 1.5
+        assert time.monotonic() - begin < 2.5  # and not a second for each address
         assert isinstance(answer, np.ndarray) if good else type(answer) is Timeout
 
 

@@ -50,6 +50,8 @@ CALLERS = 40
 TIMEOUT = 30  # seconds of a request
 MEMORY = 32  # MiB of the gateway for bodies and answers
 MORE = 48  # MiB that the gateway may hold beyond that
+# MiB in all, with copies: measured were 46, and 249 where no answer holds the memory set apart.
+MOST = 148
 CATS = ["cat", "dog"]
 
 
@@ -222,7 +224,7 @@ def test_slow_readers_of_large_masks_take_the_memory_that_is_set_apart(front: Fr
         until(lambda: front.metric("body_bytes") == 0)
         assert memory(front.pid) - before < MORE
     print(f"\nmemory of the gateway {before} to {most} MiB; {statuses}")
-    assert most - before < MEMORY + 4 * MORE
+    assert most - before < MOST
 
 
 def flat_image(side: int) -> bytes:
