@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,24 +58,43 @@ def base(tiny_clip_dir: str) -> Base:
     return load_base(tiny_clip_dir)
 
 
-@pytest.fixture
-def runs(base: Base, tmp_path: Path) -> dict[str, Adapter]:
-    """Adapters by name, each in a folder of this name."""
-    kinds = {"anna": text_adapter(base, 1), "bob": text_adapter(base, 2, rank=3, alpha=1.0)}
-    for name, adapter in kinds.items():
-        (tmp_path / name).mkdir()
-        save_adapter(adapter, tmp_path / name / "adapter.safetensors")
-    return kinds
+@pytest.fixture(scope="module")
+def adapters_of_base(base: Base) -> dict[str, Adapter]:
+    """Adapters by name."""
+    return {"anna": text_adapter(base, 1), "bob": text_adapter(base, 2, rank=3, alpha=1.0)}
+
+
+def save_all(adapters: dict[str, Adapter], folder: Path) -> None:
+    for name, adapter in adapters.items():
+        (folder / name).mkdir()
+        save_adapter(adapter, folder / name / "adapter.safetensors")
 
 
 @pytest.fixture
-def repository(runs: dict[str, Adapter], tmp_path: Path, common: Path) -> Path:
+def runs(adapters_of_base: dict[str, Adapter], tmp_path: Path) -> dict[str, Adapter]:
+    """The adapters, each in a folder of its name."""
+    save_all(adapters_of_base, tmp_path)
+    return adapters_of_base
+
+
+@pytest.fixture(scope="module")
+def exported(
+    adapters_of_base: dict[str, Adapter], tmp_path_factory: pytest.TempPathFactory, common: Path
+) -> Path:
     """A release of the base, α 0, with both adapters beside it."""
-    repository = export_base(tmp_path, common, tmp_path / "anna")
-    for name in runs:
-        folder = str(tmp_path / name)
-        assert command(["add-adapter", name, folder, "--model-repository", str(repository)]) == 0
+    folder = tmp_path_factory.mktemp("exported")
+    save_all(adapters_of_base, folder)
+    repository = export_base(folder, common, folder / "anna")
+    for name in adapters_of_base:
+        where = ["--model-repository", str(repository)]
+        assert command(["add-adapter", name, str(folder / name), *where]) == 0
     return repository
+
+
+@pytest.fixture
+def repository(exported: Path, runs: dict[str, Adapter], tmp_path: Path) -> Path:
+    """A copy of the release, which a test may change."""
+    return shutil.copytree(exported, tmp_path / "model_repository")
 
 
 @pytest.fixture
