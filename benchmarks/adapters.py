@@ -1,4 +1,4 @@
-"""Many adapters beside one release: answers a second, tails and memory against none, by both
+"""Many adapters beside one release: answers per second, tails and memory against none, by both
 engines; how soon a new one is served; and many small releases in their place.
 """
 
@@ -38,12 +38,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # small releases are made as
 from tests.helpers.small_release import write_release
 
 WHAT = """{architecture} with random weights in {precision}, served by `radapter-serve --engine
-process` and `--engine triton` and asked over HTTP by our own client on the same machine. Adapters
+process` and `--engine triton` and asked over HTTP with our own client on the same machine. Adapters
 are random, {kind}; a request draws its own, uniformly or with a weight of 1/rank (skewed). Each
 cell alternates with the same requests without an adapter; a ratio is the median over {rounds}
 rounds of {seconds:g} s each. Texts are all different; classify has an image of 640 x 480 and a
-label set of 100 labels; search is by a text, of {images} images. Each task has been asked for each
-adapter before, {passes} times by Triton, whose processes of a task each load it."""
+label set of 100 labels; search is for a text, among {images} images. Each task has been asked for
+each adapter before, {passes} times in Triton, whose processes of a task each load it."""
 TASKS = ("texts", "classify", "search")
 LARGE = "thousand"  # a label set of 1,000 labels in 80 templates
 Way = Literal["process", "triton"]
@@ -147,7 +147,7 @@ def compare(
     seconds: float,
     rounds: int,
 ) -> list[str]:
-    """Cells of a row: answers a second and tails, without and with adapters in turn."""
+    """Cells of a row: answers per second and tails, without and with adapters in turn."""
     pairs = []
     for turn in range(rounds):
         draws: list[Iterator[str | None]] = [itertools.repeat(None), itertools.cycle(names)]
@@ -182,9 +182,9 @@ def small_releases(folder: Path, count: int) -> str:
         first = time.perf_counter() - begun
         after = proportional(server)
     return (
-        f"In their place {count} releases with next to no weights, by the engine of one process:"
-        f" start {start:.1f} s, {idle / MIB:.0f} MiB, {after / MIB:.0f} MiB when each has answered,"
-        f" which took {1e3 * first / count:.1f} ms each."
+        f"Instead of the adapters, {count} releases with almost no weights, in the engine of one"
+        f" process: start {start:.1f} s, {idle / MIB:.0f} MiB, {after / MIB:.0f} MiB when each has"
+        f" answered, which took {1e3 * first / count:.1f} ms each."
     )
 
 
@@ -214,7 +214,7 @@ def measure(
         seconds: of a round.
         rounds: of each cell.
         images: of the index.
-        releases: small releases to serve in place of adapters; 0 for none.
+        releases: small releases to serve instead of adapters; 0 for none.
         short: 1 and 64 callers, two rounds of 1.5 s, and 50 images: some minutes.
         results: folder of the report, which is written after each cell; Triton alone has a file of
             its own.
@@ -346,12 +346,12 @@ def measure(
             "MiB are proportional (PSS), after requests of all tasks and adapters."
             " First: the first request of an adapter. Until served: a replaced adapter is written,"
             " and has answered classify. 1,000 x 80: classify with a label set of 80,000 stored"
-            " prompts (random) by an adapter that has not asked for it, and again."
+            " prompts (random), with an adapter that has not asked for it, and again."
         )
         report.note(
             "Published for LoRAs of language models on GPUs, so of another kind: vLLM serves 4 to"
-            " 34 % fewer requests a second with one (its issues 11267 and 11613), and S-LoRA up to"
-            " 2,000 of them on an A100."
+            " 34 % fewer requests per second with one (its issues 11267 and 11613), and S-LoRA up"
+            " to 2,000 of them on an A100."
         )
         if releases:
             keep()

@@ -25,7 +25,7 @@ ENGINES = ("triton", "process")
 TASKS = ("classify", "embed_text")
 MIB = 2**20
 WHAT = """`radapter-serve --engine triton` and `--engine process`, with their defaults otherwise,
-asked over HTTP by our own client on the same machine. Images are JPEG files of 640 x 480
+asked over HTTP with our own client on the same machine. Images are JPEG files of 640 x 480
 pixels, against a label set of 100 labels; every text is another one. Each row was measured for
 {seconds:g} s, after {warmup:g} s that do not count; the engines take turns, and one runs at a
 time."""
@@ -63,7 +63,7 @@ def worst(cells: Sequence[Cell], engine: str) -> str:
     (task, callers), least = min(ratios.items(), key=lambda item: item[1])
     (other, count), most = max(ratios.items(), key=lambda item: item[1])
     return (
-        f"Of Triton's answers a second, {engine} has {least:.2f} at worst ({task}, {callers}"
+        f"Of Triton's answers per second, {engine} has {least:.2f} at worst ({task}, {callers}"
         f" callers), and {most:.2f} at best ({other}, {count} callers)."
     )
 
@@ -155,7 +155,7 @@ def main(
         out: folder of the tables.
     """
     what = WHAT.replace("\n", " ").format(seconds=seconds, warmup=warmup)
-    title = f"Engines: {architecture} {precision} by Triton and without it"
+    title = f"Engines: {architecture} {precision} with Triton and without it"
     report = Report("engines", title, what, timed=False)
     cells: list[Cell] = []
     # Seconds until an engine is ready, and bytes (PSS) of its processes then and after the load.

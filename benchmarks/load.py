@@ -168,7 +168,7 @@ def _draw_task(axes: Any, task: str, rows: Sequence[Row]) -> None:
                 textcoords="offset points",
                 fontsize="x-small",
             )
-    axes.set(title=task, xlabel="answers a second", ylabel="latency, ms")
+    axes.set(title=task, xlabel="answers per second", ylabel="latency, ms")
     axes.set(xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -255,7 +255,7 @@ def main(
         seconds=seconds,
         warmup=warmup,
     )
-    title = f"Under load: {architecture} {precision} by {runtime}, every task"
+    title = f"Under load: {architecture} {precision} with {runtime}, every task"
     report = Report("load", title, what, timed=False)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -287,7 +287,7 @@ def main(
         for task, loads in open_rates(closed, shares).items():
             opened += bench.rows(urls[:1], [task], loads)
     report.table(
-        "Short texts by callers who overlap",
+        "Short texts from callers who overlap",
         ["protocol, load", "answers", "per s", "p50", "p99", "slowest", f"above {SLOW:.0f} ms"],
         [overlapping_cells(row) for row in texts],
     )
@@ -309,7 +309,7 @@ def main(
         f"when they were due. Rates are {shown} of the best rate of the closed loop over gRPC."
         f" At 1.1 of it a queue grows until the row ends. {worst(opened)}"
     )
-    report.note("![Latency against answers a second, for each task](load.png)")
+    report.note("![Latency against answers per second, for each task](load.png)")
     report.write(out)
     draw([*closed, *opened], out / "load.png")
 

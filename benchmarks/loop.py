@@ -47,7 +47,7 @@ class Open:
     can't hide it.
     """
 
-    rate: float  # requests a second, above 0
+    rate: float  # requests per second, above 0
     # requests under way at once; those above it are not sent, and count as errors
     at_most: int = 256
     seed: int = 0  # of the times

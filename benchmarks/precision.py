@@ -1,4 +1,4 @@
-"""The precisions of serving side by side, in one process: answers a second, and the distance from
+"""The precisions of serving side by side, in one process: answers per second, and the distance from
 fp32.
 """
 
@@ -18,7 +18,7 @@ from radapter_client import Client
 
 WHAT = """`radapter-serve --engine process` on ViT-B-32 with random weights, asked over HTTP by our
 own client on the same machine. Images are JPEG files of 640 x 480 pixels, against a label set of
-100 labels; every text is another one. A cell has the answers a second of each of {passes} passes,
+100 labels; every text is another one. A cell has the answers per second of each of {passes} passes,
 in which the servers take turns, one at a time: {seconds:g} s a cell, and {longer:g} s with 64
 callers, after {warmup:g} s that do not count. 1 - cosine is the largest of {images} other pictures
 and 100 texts, against fp32 with ONNX Runtime."""
@@ -27,11 +27,11 @@ IMAGES = 32
 FOLDER = Path(tempfile.gettempdir(), "precision")
 # By name: the release, and the flags of radapter-serve
 WAYS = {
-    "fp32 by ONNX Runtime, the default": ("fp32", ()),
+    "fp32 with ONNX Runtime, the default": ("fp32", ()),
     "--precision bf16": ("fp32", ("--precision", "bf16")),
     "--precision auto": ("fp32", ("--precision", "auto")),
-    "int8 by ONNX Runtime": ("int8", ()),
-    "int8 by OpenVINO, static": ("static", ()),
+    "int8 with ONNX Runtime": ("int8", ()),
+    "int8 with OpenVINO, static": ("static", ()),
 }
 
 
@@ -111,7 +111,7 @@ def main(
             distance = 1 - (exact[part] * embeds[way][part]).sum(axis=1).min()
             rows.append([way, *each, f"{max(distance, 0):.0e}", f"{starts[way]:.1f}"])
         columns = ["served", *(f"{count} callers" for count in callers), "1 - cosine", "start s"]
-        report.table(f"{task}, answers a second", columns, rows)
+        report.table(f"{task}, answers per second", columns, rows)
     report.write(out)
 
 

@@ -342,7 +342,7 @@ def conditions(
         say(" | ".join(rows[-1]))
     heads = [
         "condition",
-        "met by",
+        "images that meet it",
         "Arrow alone, ms",
         "search without, ms",
         "new, ms",
@@ -443,10 +443,10 @@ def main(
         "A search of an index",
         "From the query's embedding (D = 512: four crops or captions of a photo side by side,"
         " embedded by the demo's base) to ids, scores and"
-        f" all metadata, by `Index.search` in one thread; {QUERIES} images and {QUERIES} texts ask,"
-        f" of photos that are not in the index, {ROUNDS} times each; medians, and p99, the 99th"
-        " percentile. The effort (cells and"
-        " candidates) is what `build` chooses, here by the captions of other photos. The floor is"
+        f" all metadata, with `Index.search` in one thread; {QUERIES} images and {QUERIES} texts"
+        f" ask, of photos that are not in the index, {ROUNDS} times each; medians, and p99, the"
+        " 99th percentile. The effort (cells and"
+        " candidates) is what `build` chooses, here with the captions of other photos. The floor is"
         " FAISS's IndexRefineFlat over the same codes and vectors with the same effort, or numpy's"
         " matrix product up to 20,000 images, without ids, metadata and the order of equals. A"
         " condition is asked by the texts, for ten hits: new in other words each time, then the"

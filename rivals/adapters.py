@@ -323,7 +323,7 @@ class Spectrum(nn.Module):
 
 
 class SingularValues(Tuned):
-    """A CLIP with a `Spectrum` in place of each matrix of its blocks."""
+    """A CLIP with a `Spectrum` instead of each matrix of its blocks."""
 
     def __init__(self, run: Run, loss: Loss) -> None:
         super().__init__(run, loss)

@@ -124,7 +124,7 @@ class Flags:
         architecture: base; by default the benchmark's.
         pretrained: open_clip tag or checkpoint of the base.
         epochs: passes over the data, for every method.
-        steps: optimizer steps, for every method, in place of epochs.
+        steps: optimizer steps, for every method, instead of epochs.
         batch_size: images a step, for every method.
         precision: bf16 computes products in bfloat16 in training, which is faster on machines that
             support it.

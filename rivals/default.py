@@ -47,7 +47,7 @@ from rivals.others import (
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "small": {},
-    "small, rate by auto": {"learning_rate": "auto"},
+    "small, rate auto": {"learning_rate": "auto"},
 }
 ELSEWHERE: dict[str, Literal["drawings", "pacs"]] = {"drawings": "pacs", "pacs": "drawings"}
 
@@ -212,13 +212,14 @@ def default(
         f"{origin('rivals.default')}\n"
         f"The demo's base, or that of --base; {len(images.classes)} classes, of which one half is"
         " trained in its own"
-        f" style ({home}) by the recipe small, a fifth of the images held out, and the other half"
-        f" is judged too, then the other way round; seeds {', '.join(map(str, seeds))}. The other"
-        f" data are {ELSEWHERE[set_name]}, in {len(other.tests)} styles. The base has accuracies in"
-        " %, the others what they lead it by, in points. Splits and styles count alike.",
+        f" style ({home}) with the recipe `small`, a fifth of the images held out, and the other"
+        f" half is judged too, then the other way round; seeds {', '.join(map(str, seeds))}. The"
+        f" other data are {ELSEWHERE[set_name]}, in {len(other.tests)} styles. The base has"
+        " accuracies in %, the others what they lead it by, in points. Splits and styles count"
+        " alike.",
         f"{INTERVALS} The held-out images chose the rate of auto, and the α of auto and of best.",
         *table(grouped, before, home, tests.names(), averaged(images, before, home)),
-        "The choices, by half and seed:",
+        "The choices, for each half and seed:",
         markdown(head, choices),
     ]
     publish(parts, out / "default.md")

@@ -141,9 +141,8 @@ def by_class(folder: Path) -> dict[str, list[Path]]:
 
 
 def methods() -> dict[str, Method]:
-    """List the rows at fixed rates: the recipe's for R-Adapter, and for rivals those that
-    validation chose. Rows named "regularized" are rivals with the
-    regularizers of `small`.
+    """List the rows at fixed rates: the recipe's for R-Adapter, and for rivals those chosen
+    with validation data. Rows named "regularized" are rivals with the regularizers of `small`.
 
     Full fine-tuning trains the image tower under the base's text tower here. WiSE-FT and Mask-Fill
     learn a head for the trained classes, so they cannot recognise others.
@@ -493,7 +492,7 @@ def at_equal_gain(
         f"**At equal gain, trained: the {' and the '.join(splits)} of the classes.** What each"
         " method leads the fields of `small` (preserve, words; α 0.5) by, each at that of its α, up"
         " to that of its largest gain, whose gain of trained classes in their own style is nearest,"
-        " by the test images. **Bold**"
+        " on the test images. **Bold**"
         f" survives Holm's correction over this table.\n\n{markdown(head, lines)}"
     )
 
@@ -671,7 +670,7 @@ def others(
         " in %, the others what they lead it by, in points. Splits and styles count alike. OpenMoji"
         " has drawings of names outside the 248 classes of drawings, in colour and as lines, each"
         " judged among all these names; nothing was ever chosen with them.",
-        f"{INTERVALS} Nothing was chosen here: the rates were fixed before, those of rivals by"
+        f"{INTERVALS} Nothing was chosen here: the rates were fixed before, those of rivals with"
         " validation on the same data, and every α is shown. Rows named regularized"
         " have the regularizers of `small`, `preserve` and `preserve_words`.",
         *table(grouped, before, home, names, groups),

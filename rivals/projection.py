@@ -58,7 +58,7 @@ SIDES = {
     "image's projection": ("image",),
     "both projections": ("text", "image"),
 }
-FIXED = (0.5, 1.0)  # α beside the one that cross-validation chooses
+FIXED = (0.5, 1.0)  # α beside the one chosen with cross-validation
 LEAST = 10  # images or texts of a set that a figure has, for an interval that tells something
 EXAMPLES = "labels by example"
 HEADS = ("ridge", "linear probe")  # know what they were trained with, and no other class
@@ -189,8 +189,8 @@ class Task:
 def learned(
     vectors: Vectors, sides: tuple[str, ...], base: Base, recipe: Recipe
 ) -> tuple[Maps, float]:
-    """Train by the product's functions as `radapter-train` does; returns the adapters and the α
-    that cross-validation chose.
+    """Train with the product's functions as `radapter-train` does; returns the adapters and the α
+    chosen with cross-validation.
     """
     scale, _ = logit_scale_and_bias(base.model.state_dict())
     train = partial(learn, sides=sides, scale=scale, loss=loss_of(base, recipe))
@@ -244,7 +244,7 @@ def systems(task: Task, embedder: Embedder, recipe: Recipe) -> Iterator[tuple[st
     vectors = task.vectors(embedder)
     for name, sides in SIDES.items():
         maps, alpha = learned(vectors, sides, embedder.base, recipe)
-        yield f"{name}, α by cross-validation", alpha, Moved(embedder, maps, alpha)
+        yield f"{name}, α from cross-validation", alpha, Moved(embedder, maps, alpha)
         for fixed in FIXED:
             yield f"{name}, α {fixed:g}", fixed, Moved(embedder, maps, fixed)
     means = {}
@@ -646,10 +646,10 @@ def halves(study: Study, out: Path, stored: Path) -> str:
 FEWEST = 3  # seeds of a stored row
 BESIDE = (
     " Rows below the linear probe have the stored cells of methods that train towers (three seeds;"
-    " `drawings/default`, `drawings/others`): `small`, and rivals at rates that validation chose."
-    " FT is full fine-tuning of the image tower with the base's text tower, and its line at α 0.5"
-    " is WiSE-FT. Rows named regularized have the regularizers of `small`. Mask-Fill, and WiSE-FT"
-    " as published, learn a head for the trained classes, so they can't name others."
+    " `drawings/default`, `drawings/others`): `small`, and rivals at rates chosen with validation"
+    " data. FT is full fine-tuning of the image tower with the base's text tower, and its line at"
+    " α 0.5 is WiSE-FT. Rows named regularized have the regularizers of `small`. Mask-Fill, and"
+    " WiSE-FT as published, learn a head for the trained classes, so they can't name others."
 )
 OURS = "text's projection, α 0.5"
 SMALL = "small, α 0.5"
@@ -746,7 +746,7 @@ def captions(study: Study, folder: Path, out: Path) -> str:
         for name, sides in SIDES.items():
             recipe = dataclasses.replace(study.recipe, seed=seed, task="retrieval")
             maps, alpha = learned(vectors, sides, embedder.base, recipe)
-            for label, value in (("by cross-validation", alpha), *((f"{a:g}", a) for a in FIXED)):
+            for label, value in (("from cross-validation", alpha), *((f"{a:g}", a) for a in FIXED)):
                 new += judged(Moved(embedder, maps, value), f"{name}, α {label}", seed, value)
         keep_cell(path, {"rows": [astuple(row) for row in new]})
         rows += new
@@ -800,8 +800,8 @@ def projection(
         vectors: folder that keeps the embeddings of images, one for each base.
         out: folder of the pages and of finished runs, which are not repeated; bases after the first
             have a folder in it.
-        base: model; by default the demo's, which learns drawings; another one learns photos. Of
-            several, halves has a page over all, too, and the other tables are of the first.
+        base: model; by default the demo's, which learns drawings; another one learns photos.
+            With several, halves has a page over all, too, and the other tables are of the first.
         only: tables to make. halves trains half of the classes; shots trains a few images of each
             class; captions and objects, for photos only, train with captions of Flickr8k and with
             objects of COCO.
@@ -894,9 +894,11 @@ def of_one(
         page("A few images of each class", what, shots(study, out, numbers), f"shots-pacs-{name}")
     if "captions" in only and not of_drawings:
         content = captions(objects, data_root, out)
-        page("Search by captions", CAPTIONED, content, "captions")
+        page("Search with captions", CAPTIONED, content, "captions")
     if "objects" in only and not of_drawings:
-        what = "Objects of COCO200's photos for training, cut out by their masks, among all things."
+        what = (
+            "Objects of COCO200's photos for training, cut out with their masks, among all things."
+        )
         page("Objects of photos", what, halves(objects, out, Path("none")), "objects")
     return result
 

@@ -1,4 +1,4 @@
-"""Learned vectors in place of the first words of prompts: CoOp, CoCoOp and MaPLe."""
+"""Learned vectors instead of the first words of prompts: CoOp, CoCoOp and MaPLe."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Conditional(Prompted):
         return self.scale * self._cosines(pixels)
 
     def _cosines(self, pixels: Tensor) -> Tensor:
-        """Compare images with the classes, [B, C], some 4,000 texts at a time."""
+        """Compare images with the classes, [B, C], about 4,000 texts at a time."""
         count = len(self.classes)
         length = int(self.classes.argmax(dim=1).max()) + 1  # the end token has the largest id
         parts = []

@@ -1,5 +1,5 @@
 """R-Adapter, trained by the package; the base alone; and R-Adapter with the regularizers of Table
-5: dropout, drop path, and dropping by token.
+5: dropout, drop path, and dropping per token.
 """
 
 from __future__ import annotations

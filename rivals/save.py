@@ -56,7 +56,7 @@ def save(
     weights = learned(method, source).at(alpha).clip()
     if weights is None:
         raise RAdapterError(
-            f"{name} is not a plain CLIP: it has parts that can't be folded, or a head in place of"
+            f"{name} is not a plain CLIP: it has parts that can't be folded, or a head instead of"
             " texts"
         )
     write_merged(to, source.base, weights)

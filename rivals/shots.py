@@ -70,8 +70,8 @@ class LabelsByExample(Method):
 
 
 def methods() -> dict[str, Method]:
-    """List the rows at fixed rates: the recipe's for R-Adapter, and for rivals those that
-    validation chose with all images.
+    """List the rows at fixed rates: the recipe's for R-Adapter, and for rivals those chosen
+    with validation on all images.
     """
     few: dict[str, Any] = {"val_fraction": 0.0}
     return {
@@ -187,8 +187,8 @@ def shots(
             f" with {', '.join(f'{key} {value}' for key, value in shown.items())}. Accuracies in"
             " %, the mean of the seeds, and in brackets the lead over zero-shot with its 95 %"
             f" interval over {over}. **Bold** survives Holm's correction over the page."
-            " Nothing was chosen here: the rates and α were fixed before, those of rivals by"
-            " validation with all images.",
+            " Nothing was chosen here: the rates and α were fixed before, those of rivals with"
+            " validation on all images.",
             *tables,
         ],
         flags.out / "shots.md",

@@ -1,5 +1,5 @@
-"""`python -m rivals.table`: a table of the paper on any benchmark. Validation chooses each method's
-rate, settings and α over several seeds; results become Markdown and a picture.
+"""`python -m rivals.table`: a table of the paper on any benchmark. Each method's rate, settings
+and α are chosen with validation data over several seeds; results become Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def choose(
 ) -> Choice:
     """Choose among rates, settings and α on the validation sets.
 
-    Of the trials that do not differ significantly from the best, the one with the lowest rate is
+    Among the trials that do not differ significantly from the best, the one with the lowest rate is
     chosen, as a lower rate keeps more of the base. The grid of rates starts with the factors, and
     grows until the best rate and the chosen one are inside; a single factor is applied without a
     choice. `methods` is a method with each of its settings; without `alphas` it keeps its own α.

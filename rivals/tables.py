@@ -50,8 +50,8 @@ NO_STOP: dict[str, Method] = {
     "CoCoOp, no full stop": CoCoOp(words="a photo of a {}"),
     "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
 }
-# Rivals at the rates that validation chose on drawings or, if a name has a rate, on the set of the
-# comment beside it; a rate stands in a table of that set alone.
+# Rivals at the rates chosen with validation data of drawings or, if a name has a rate, of the set
+# of the comment beside it; a rate stands in a table of that set alone.
 AT_CHOSEN_RATE = {
     "WiSE-FLYP": with_rate(METHODS["wise-flyp"], 1e-3),
     "FLYP, 3e-4": with_rate(METHODS["flyp"], 3e-4),  # PACS
@@ -98,7 +98,7 @@ def by_task(recipe: str, alpha: float) -> dict[str, Method]:
     rows: dict[str, dict[str, Any]] = {
         "R-Adapter": {},
         "R-Adapter, no dropping": {"drop": 0.0},
-        "R-Adapter, dropping by token": {"drop": 0.0, "variant": Variant(token_drop=0.2)},
+        "R-Adapter, dropping per token": {"drop": 0.0, "variant": Variant(token_drop=0.2)},
         "R-Adapter, δ = 0": {"delta": 0.0},
         "R-Adapter, rank 4": {"rank": 4},
         "R-Adapter, preserve": {"drop": 0.0, "preserve": 10.0},
@@ -150,7 +150,7 @@ TABLES = {
     # The grids of the rivals start above their papers' rates, which are meant for runs of some
     # 25,000 steps.
     "main": Table(
-        "The leading methods: rate, settings and α chosen by validation",
+        "The leading methods: rate, settings and α chosen with validation data",
         {
             "Zero-shot": METHODS["zero-shot"],
             "FT": METHODS["ft"],
@@ -165,7 +165,7 @@ TABLES = {
             "LoRA": METHODS["lora"],
             "LoRA, rank and α": LoRA(alpha=1.0),
             "Mask-Fill": METHODS["mask-fill"],
-            # Of the weight that validation chose on both sets.
+            # The weight chosen with both validation sets.
             "Mask-Fill, α": MaskFill(alpha=1.0, weight=0.75),
             "CLIPood": CLIPood(beta=0.5),  # by its paper for domain shifts
             "R-Adapter": METHODS["r-adapter"],

@@ -38,13 +38,15 @@ GENERATED = ("cli.md", "recipe-fields.md")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"] + [
     page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in GENERATED
 ]
-BESIDE = ("rivals", "benchmarks", "benchmarks/results", "examples")  # folders with a README
+BESIDE = ("rivals", "benchmarks", "examples")  # folders with pages outside the site
 # What translated English has: a means with "by", "Of" in front, things that act as people do, words
 # with plainer ones, and a second sentence within brackets. Where a that-clause is in the place of a
 # noun, no pattern finds it; nor "by" behind a participle, which may name who did it ("read by").
-BEFORE = ("ed", "able", " read", " set", " made", " does", "one", "row", "task", "byte", "side")
-AFTER = "default|chance|name|hand|example|question|keyword|labels|URL|rounding|more|at most|about"
-BY = "".join(f"(?<!{end})" for end in BEFORE) + rf" by (?!{AFTER}|[±*+\d])"
+BEFORE = ["ed", "able", " read", " set", " made", " does", " drawn"]
+BEFORE += ["one", "row", "task", "byte", "side"]
+AFTER = "default|chance|name|hand|example|question|keyword|labels|URL|rounding|more|at most"
+AFTER += "|up to|about"
+BY = "".join(f"(?<!{end})" for end in BEFORE) + rf" by (?!{AFTER}|[±*+\d]|-\d)"
 TRANSLATED = {
     "with, using or according to": BY,
     "the noun first": r"(?:^|[.;:|(] )Of (?:[a-z]|`)",
@@ -70,7 +72,7 @@ def prose(page: Path) -> str:
 def test_pages_are_in_plain_english(better: str) -> None:
     pages = [*PAGES, ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
     pages += [ROOT / "docs" / name for name in GENERATED]
-    pages += [ROOT / folder / "README.md" for folder in BESIDE]
+    pages += [page for folder in BESIDE for page in sorted((ROOT / folder).rglob("*.md"))]
     wrong = []
     for page in pages:
         text = prose(page)

@@ -1,4 +1,4 @@
-"""The regularizers of Table 5: dropout, drop path, and dropping by token."""
+"""The regularizers of Table 5: dropout, drop path, and dropping per token."""
 
 from __future__ import annotations
 
