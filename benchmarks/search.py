@@ -26,6 +26,7 @@ from loop import read_totals
 from numpy.typing import NDArray
 from PIL import Image
 
+from radapter_serve.contract.facts import PreprocessFacts
 from radapter_serve.index.facts import BuildPlan, Index, IndexFacts, MadeBy
 from radapter_serve.index.folder import (
     EXACT,
@@ -186,7 +187,9 @@ def make(vectors: Array, texts: Array, out: Path) -> None:
         nearest = write_neighbours(place, mapped, lambda _: texts)
     digest = "sha256:0"
     width = vectors.shape[1]
-    release = MadeBy("made", 0.5, False, 1, "fp32", width, Tower(digest, None), {}, digest)
+    preprocess = PreprocessFacts(224, "RGB", "bicubic", "shortest", 0, [0.5] * 3, [0.5] * 3, True)
+    tower = Tower(digest, None)
+    release = MadeBy("made", 0.5, False, 1, "fp32", width, tower, preprocess, digest)
     plan = BuildPlan("", "/", "image", {}, 128, True, "refuse", release, {})
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     columns = ["path", "width", "height", "digest", "year", "kind"]

@@ -79,7 +79,7 @@ class SystemModel(Candidate):
 
     @torch.inference_mode()
     def embed_images(self, items: Sequence[Any]) -> Floats:
-        preprocess = self.loaded.release.preprocess
+        preprocess = vars(self.loaded.release.preprocess)
         system = self.system
         embeds = system.embed_images(normalised(np.stack(items), preprocess, system.device))
         return np.asarray(embeds.float().cpu().numpy())

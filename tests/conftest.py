@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,17 +92,18 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def vocabularies_are_read_once() -> Iterator[None]:
     """Spare each model and each release the tenth of a second that reading CLIP's takes."""
+    from radapter_serve.contract.facts import TokenizerFacts
     from radapter_serve.contract.tokenizer import Tokenizer
 
     load = Tokenizer.load
-    known: dict[tuple[bytes, str], Tokenizer] = {}
+    known: dict[tuple[bytes, TokenizerFacts], Tokenizer] = {}
 
-    def once(path: str | Path, spec: Mapping[str, Any]) -> Tokenizer:
+    def once(path: str | Path, facts: TokenizerFacts) -> Tokenizer:
         if not Path(path).is_file():
-            return load(path, spec)
-        key = Path(path).read_bytes(), json.dumps(spec, sort_keys=True)
+            return load(path, facts)
+        key = Path(path).read_bytes(), facts
         if key not in known:
-            known[key] = load(path, spec)
+            known[key] = load(path, facts)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

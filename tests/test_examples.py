@@ -148,9 +148,9 @@ def test_the_encoders_alone_answer_as_the_release_does(
         for task in TASKS:
             folder = tmp_path / task / "1"
             facts = Release.load(folder)
-            rules = {"interpolation": "bilinear", "resize_mode": "squash"}
+            rules = replace(facts.preprocess, interpolation="bilinear", resize_mode="squash")
             spec = write_tokenizer(base.tokenizer, folder / "tokenizer.json")
-            replace(facts, tokenizer=spec, preprocess={**facts.preprocess, **rules}).save(folder)
+            replace(facts, tokenizer=spec, preprocess=rules).save(folder)
         seal(tmp_path, 1)
     arguments = ["", tmp_path / "classify/1", photos / "a.png", *texts]
     monkeypatch.setattr("sys.argv", ["triton_encoders.py", *map(str, arguments)])

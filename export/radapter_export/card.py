@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -189,10 +189,10 @@ def card_of(
         figures.append(("calibration error as the model scores", before))
         if confidence.ece_after is not None:
             figures.append(("the same, calibrated", f"{confidence.ece_after:.3f}"))
-    for encoder, agreement in release.agreement.items():
-        if isinstance(agreement, Mapping) and "max_error" in agreement:
-            what = f"largest difference of `{encoder}` from torch"
-            figures.append((what, f"{agreement['max_error']:.1e}"))
+    measured = {} if release.agreement is None else release.agreement.encoders
+    for encoder, agreement in measured.items():
+        what = f"largest difference of `{encoder}` from torch"
+        figures.append((what, f"{agreement.max_error:.1e}"))
     figures.append(("precision of the served encoders", release.precision))
     figures += [(f"made with {name}", version) for name, version in release.tools.items()]
     return CARD.format(
@@ -204,7 +204,7 @@ def card_of(
         kind=kind,
         terms=terms,
         width=release.embed_dim,
-        side=release.preprocess["size"],
+        side=release.preprocess.size,
         prompts=prompts,
         load=load,
         training=training,

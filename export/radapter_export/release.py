@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +61,7 @@ from radapter_serve.evaluation.image_sets import EvaluationSet
 from radapter_serve.evaluation.rows import what_is_kept
 from radapter_serve.files import digest_of, disk_errors, staged_folder, written_array
 from radapter_serve.release.adapters import AdapterFacts, releases_beside
-from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, compare
+from radapter_serve.release.agreement import TOLERANCES, Agreement, Agreements, Samples, compare
 from radapter_serve.release.release import (
     TASKS,
     Accuracy,
@@ -332,8 +332,9 @@ class Work:
         self.prepared = prepared
         self.checkpoints = checkpoints  # folders by library
         self.tokens = tokens
-        self.spec = write_tokenizer(base.tokenizer, tokens, dynamic_length=is_causal(base.model))
-        self.tokenizer = Tokenizer.load(tokens, self.spec)
+        dynamic_length = is_causal(base.model)
+        self.tokens_facts = write_tokenizer(base.tokenizer, tokens, dynamic_length=dynamic_length)
+        self.tokenizer = Tokenizer.load(tokens, self.tokens_facts)
         self.quantization: Quantization | None = None
         self.calibration: Mapping[str, Batches] = {}
         if prepared.settings.precision == "int8":
@@ -404,7 +405,7 @@ def write(work: Work, version: int, alpha: float, say: Say) -> Written:
                 graph.name,
                 folder,
                 max_batch_size=settings.max_batch_size,
-                max_length=int(work.spec["context_length"]),
+                max_length=work.tokenizer.context_length,
                 bounds=settings.bounds,
                 progress=say,
             )
@@ -482,7 +483,7 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
         precision=settings.precision,
         quantization=work.quantization,
         runtime=settings.runtime,
-        tokenizer=work.spec,
+        tokenizer=work.tokens_facts,
         crop=source.metadata.source.mask_crop(base.preprocess["mean"]),
         templates=source.templates,
         max_batch_size=settings.max_batch_size,
@@ -490,12 +491,12 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
             **{tool.removesuffix("_torch"): importlib.metadata.version(tool) for tool in tools},
             "onnxruntime": onnxruntime.__version__,  # same for onnxruntime-gpu
         },
-        agreement={
-            **{graph.name: asdict(graph.agreement) for graph in graphs},
-            "batches": list(BATCHES),
-            "tolerance": settings.bounds.max_error,
-            "min_cosine": settings.bounds.min_cosine,
-        },
+        agreement=Agreements(
+            **{graph.name: graph.agreement for graph in graphs},
+            batches=list(BATCHES),
+            tolerance=settings.bounds.max_error,
+            min_cosine=settings.bounds.min_cosine,
+        ),
         in_bf16=in_bf16,
         **base_facts(
             base,

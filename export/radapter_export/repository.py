@@ -185,10 +185,10 @@ def config(template: Path, model: str, releases: Sequence[Release]) -> str:
         ]
 
     # Set the shapes of the encoders' tensors, without the batch.
-    side = int(newest.preprocess["size"])
+    side = newest.preprocess.size
     width = newest.embed_dim
     grid = newest.dense.grid if newest.dense else 0
-    length = -1 if newest.tokenizer["dynamic_length"] else int(newest.tokenizer["context_length"])
+    length = -1 if newest.tokenizer.dynamic_length else newest.tokenizer.context_length
     dims = {
         "image": [side, side, 3],
         "tokens": [length],

@@ -22,6 +22,7 @@ from radapter_serve.clip.towers import (
     logit_scale_and_bias,
     to_device,
 )
+from radapter_serve.contract.facts import PreprocessFacts
 from radapter_serve.contract.labels import check_names, merge_same_names
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.batcher import complete
@@ -38,17 +39,20 @@ def base_facts(
 ) -> dict[str, Any]:
     """Fields of a `Release` that follow from a base with the dense method, and its weights."""
     preprocess = base.preprocess
-    copied = ("mode", "interpolation", "resize_mode", "fill_color")
     scale, bias = logit_scale_and_bias(weights)
     grid = None if dense is None else int(check_dense(base.model, dense).grid_size[0])
     return {
         "architecture": base.name,
-        "preprocess": {
-            "size": base.image_size,
-            **{name: preprocess[name] for name in copied},
-            **{name: [float(value) for value in preprocess[name]] for name in ("mean", "std")},
-            "exif_orientation": exif_orientation,
-        },
+        "preprocess": PreprocessFacts(
+            size=base.image_size,
+            mode=preprocess["mode"],
+            interpolation=preprocess["interpolation"],
+            resize_mode=preprocess["resize_mode"],
+            fill_color=preprocess["fill_color"],
+            mean=[float(value) for value in preprocess["mean"]],
+            std=[float(value) for value in preprocess["std"]],
+            exif_orientation=exif_orientation,
+        ),
         "embed_dim": int(base.config["embed_dim"]),
         "logit_scale": scale,
         "logit_bias": bias,
@@ -70,12 +74,12 @@ def in_torch(
     """A base in torch as a loaded release; `facts` are fields of its `Release`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
-        spec = write_tokenizer(base.tokenizer, path, dynamic_length=is_causal(base.model))
-        tokenizer = Tokenizer.load(path, spec)
+        read_by = write_tokenizer(base.tokenizer, path, dynamic_length=is_causal(base.model))
+        tokenizer = Tokenizer.load(path, read_by)
     release = Release(
         version=1,
-        tokenizer=spec,
-        agreement={},
+        tokenizer=read_by,
+        agreement=None,
         runtime="torch",
         tools={"torch": torch.__version__},
         **facts,
@@ -127,7 +131,7 @@ def load_in_torch(
     if exported is not None:
         names = (*facts, "image_tower", "text_tower", "adapters", "confidence")
         facts = {name: getattr(exported, name) for name in names}
-        exif_orientation = exported.preprocess.get("exif_orientation", True)
+        exif_orientation = exported.preprocess.exif_orientation
         dense = dense or exported.method
     elif dense is None and source.dense != "none":
         dense = source.dense

@@ -9,10 +9,11 @@ from typing import Any
 import open_clip.tokenizer as clip
 import tokenizers
 
+from radapter_serve.contract.facts import Clean, TokenizerFacts
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, write_text
 
-_CLEAN = {
+_CLEAN: dict[Any, Clean] = {
     clip._clean_lower: "lower",
     clip._clean_whitespace: "whitespace",
     clip._clean_canonicalize: "canonicalize",
@@ -21,9 +22,9 @@ _CLEAN = {
 
 def write_tokenizer(
     tokenizer: Any, path: str | Path, *, dynamic_length: bool = False
-) -> dict[str, Any]:
-    """Write open_clip's tokenizer in the format of `tokenizers`; returns the `tokenizer` entry of a
-    release. `dynamic_length` allows cropping texts (see `is_causal`).
+) -> TokenizerFacts:
+    """Write open_clip's tokenizer in the format of `tokenizers`; returns the facts for a release.
+    `dynamic_length` allows cropping texts (see `is_causal`).
     """
     path = Path(path)
     if isinstance(tokenizer, clip.SimpleTokenizer):
@@ -36,8 +37,13 @@ def write_tokenizer(
             " SimpleTokenizer, HFTokenizer"
         )
     write_text(path, text)
-    lengths = {"context_length": tokenizer.context_length, "dynamic_length": dynamic_length}
-    return {**spec, "digest": digest_of(text.encode()), **lengths}
+    return TokenizerFacts(
+        **spec,
+        clean=_CLEAN[tokenizer.clean_fn],
+        digest=digest_of(text.encode()),
+        context_length=tokenizer.context_length,
+        dynamic_length=dynamic_length,
+    )
 
 
 def _clip(tokenizer: clip.SimpleTokenizer) -> tuple[str, dict[str, Any]]:
@@ -75,14 +81,7 @@ def _clip(tokenizer: clip.SimpleTokenizer) -> tuple[str, dict[str, Any]]:
         single=f"{special[0]} $A {special[1]}",
         special_tokens=[(special[0], start), (special[1], end)],
     )
-    spec = {
-        "kind": "clip",
-        "start": start,
-        "end": end,
-        "pad": 0,
-        "clean": _CLEAN[tokenizer.clean_fn],
-    }
-    return core.to_str(), spec
+    return core.to_str(), {"kind": "clip", "start": start, "end": end, "pad": 0}
 
 
 def _hugging_face(tokenizer: clip.HFTokenizer) -> tuple[str, dict[str, Any]]:
@@ -105,7 +104,6 @@ def _hugging_face(tokenizer: clip.HFTokenizer) -> tuple[str, dict[str, Any]]:
         "start": -1 if start is None else start,
         "end": -1 if end is None else end,
         "pad": inner.pad_token_id,
-        "clean": _CLEAN[tokenizer.clean_fn],
         "strip": inner.sep_token_id if tokenizer.strip_sep_token else None,
     }
     return json.dumps(copy, ensure_ascii=False), spec

@@ -53,7 +53,7 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocess:
-        """Read the `preprocess` of a release, or of open_clip; unknown keys are ignored."""
+        """Read open_clip's configuration or the fields of `PreprocessFacts`; ignores other keys."""
         size = config["size"]
         height, width = (size, size) if isinstance(size, int) else size
         # "random" is for training; open_clip takes bicubic for it in evaluation.

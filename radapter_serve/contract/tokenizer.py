@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import html
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import ftfy
 import numpy as np
@@ -15,6 +14,7 @@ import regex
 import tokenizers
 from numpy.typing import NDArray
 
+from radapter_serve.contract.facts import Clean, TokenizerFacts
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import check_model_file
 
@@ -29,21 +29,17 @@ class Tokenizer:
     `dynamic_length`, for a causal tower, which never looks ahead, that of the longest text.
     """
 
-    def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:
-        kinds = {"clip": _clip_rows, "hf": _hugging_face_rows}
-        if spec["kind"] not in kinds:
-            raise RAdapterError(
-                f"tokenizer kind {spec['kind']!r} is unknown; this version knows clip and hf"
-            )
-        self.context_length = int(spec["context_length"])
-        self.dynamic_length = bool(spec.get("dynamic_length", False))
-        self._pad = int(spec["pad"])
-        self._clean = _CLEAN[spec.get("clean", "lower")]
-        self._rows = kinds[spec["kind"]](core, spec)
+    def __init__(self, core: tokenizers.Tokenizer, facts: TokenizerFacts) -> None:
+        self.context_length = facts.context_length
+        self.dynamic_length = facts.dynamic_length
+        self._pad = facts.pad
+        self._clean = _CLEAN[facts.clean]
+        rows = {"clip": _clip_rows, "hf": _hugging_face_rows}
+        self._rows = rows[facts.kind](core, facts)
 
     @classmethod
-    def load(cls, path: str | Path, spec: Mapping[str, Any]) -> Tokenizer:
-        """Read `tokenizer.json`, with the settings of a release's `tokenizer` entry."""
+    def load(cls, path: str | Path, facts: TokenizerFacts) -> Tokenizer:
+        """Read `tokenizer.json`, with a release's facts about it."""
         try:
             check_model_file(Path(path))
             core = tokenizers.Tokenizer.from_file(str(path))
@@ -52,7 +48,7 @@ class Tokenizer:
                 f"could not read the tokenizer {path}: {reason(error):.200}; fetch the release"
                 " again, or make it again with: radapter-export"
             ) from None
-        return cls(core, spec)
+        return cls(core, facts)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int32]:
         """Token ids, int32 [N, L], padded; a text that is too long is cut before its end token."""
@@ -71,7 +67,7 @@ class Tokenizer:
         return tokens
 
 
-def _clip_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
+def _clip_rows(core: tokenizers.Tokenizer, facts: TokenizerFacts) -> Rows:
     """open_clip's `SimpleTokenizer`: words with `regex`, then byte-level BPE of each."""
     added = sorted(core.get_added_tokens_decoder().items())
     special = {token.content: index for index, token in added}
@@ -79,9 +75,9 @@ def _clip_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
     # Unicode.
     pattern = "|".join(special) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     words = regex.compile(pattern, regex.IGNORECASE).findall
-    start = int(spec["start"])
-    end = int(spec["end"])
-    context_length = int(spec["context_length"])
+    start = facts.start
+    end = facts.end
+    context_length = facts.context_length
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
     def word_ids(word: str) -> tuple[int, ...]:
@@ -106,11 +102,11 @@ def _clip_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
     return encode
 
 
-def _hugging_face_rows(core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> Rows:
+def _hugging_face_rows(core: tokenizers.Tokenizer, facts: TokenizerFacts) -> Rows:
     """open_clip's `HFTokenizer`: special tokens and truncation as in the file."""
     core.no_padding()
-    core.enable_truncation(int(spec["context_length"]))
-    strip = spec.get("strip")  # token that open_clip's strip_sep_token replaces with 0
+    core.enable_truncation(facts.context_length)
+    strip = facts.strip
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         rows = [encoding.ids for encoding in core.encode_batch(list(texts))]
@@ -130,7 +126,7 @@ def _canonicalize(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-_CLEAN: dict[str, Callable[[str], str]] = {
+_CLEAN: dict[Clean, Callable[[str], str]] = {
     "lower": lambda text: " ".join(_basic(text).split()).lower(),
     "whitespace": lambda text: " ".join(_basic(text).split()),
     "canonicalize": _canonicalize,

@@ -141,7 +141,7 @@ class LoadedRelease:
         self._exported_tower = release.text_tower.digest(release.alpha)
         self.encoder = encoder
         self.tokenizer = tokenizer
-        self.preprocess = Preprocess.from_dict(release.preprocess)
+        self.preprocess = Preprocess.from_dict(vars(release.preprocess))
         self.indexes = indexes
         self.large_images = LARGE_IMAGES  # an engine puts its own limit here
         self.origin = dict(origin or {})

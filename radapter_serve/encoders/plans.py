@@ -133,7 +133,7 @@ def build_engines(
                         folder,
                         opt_batch_size=opt_batch_size,
                         max_batch_size=encoder.facts.max_batch_size,
-                        max_length=int(encoder.facts.tokenizer["context_length"]),
+                        max_length=encoder.facts.tokenizer.context_length,
                         bounds=bounds,
                         progress=progress,
                     )

@@ -119,9 +119,9 @@ def _few(samples: Samples, release: Release) -> list[Samples]:
     ):
         for row in range(len(inputs)):
             values = inputs[row : row + 1]
-            if values.ndim == 2 and release.tokenizer.get("dynamic_length"):
+            if values.ndim == 2 and release.tokenizer.dynamic_length:
                 # The end may have the number of the padding, so one of these stays.
-                used = np.flatnonzero(values[0] != release.tokenizer["pad"])
+                used = np.flatnonzero(values[0] != release.tokenizer.pad)
                 values = values[:, : used[-1] + 2 if len(used) else 1]
             alphas = [batch[row : row + 1] for batch in samples.alphas[number : number + 1]]
             rows.append(Samples([values], [references[row : row + 1]], alphas))

@@ -26,6 +26,7 @@ from radapter_serve.contract.errors import (
     check_cancelled,
     invalid,
 )
+from radapter_serve.contract.facts import PreprocessFacts
 from radapter_serve.contract.images import POLL_SECONDS
 from radapter_serve.contract.labels import check_length
 from radapter_serve.errors import RAdapterError, in_words
@@ -92,7 +93,7 @@ class MadeBy:
     precision: str
     embed_dim: int
     image_tower: Tower
-    preprocess: dict[str, Any]
+    preprocess: PreprocessFacts
     image_digest: str
     image_distance: float | None = None  # also None in an index of an older version
 

@@ -68,6 +68,25 @@ class Agreement:
         return cls(max(part.max_error for part in parts), min(part.min_cosine for part in parts))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Agreements:
+    """Distance of each encoder of a release from torch, over batches of these sizes, and the bounds
+    that it was checked with.
+    """
+
+    image_encoder: Agreement | None = None
+    patch_encoder: Agreement | None = None
+    text_encoder: Agreement | None = None
+    batches: list[int]
+    tolerance: float
+    min_cosine: float
+
+    @property
+    def encoders(self) -> dict[str, Agreement]:
+        """Those that were measured, by name."""
+        return {name: each for name, each in vars(self).items() if isinstance(each, Agreement)}
+
+
 @dataclass(frozen=True)
 class Samples:
     """Batches of inputs of an encoder, uint8 [B, S, S, 3] or int32 [B, L], and torch's embeddings

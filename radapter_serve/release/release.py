@@ -8,13 +8,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from radapter_serve.contract.errors import TaskError, request_alpha
+from radapter_serve.contract.facts import PreprocessFacts, TokenizerFacts
 from radapter_serve.contract.preprocess import MaskCrop
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import digest_of, write_text
-from radapter_serve.release.agreement import LEAST_COSINE, TOLERANCES, Agreement, Tolerance
+from radapter_serve.release.agreement import (
+    LEAST_COSINE,
+    TOLERANCES,
+    Agreement,
+    Agreements,
+    Tolerance,
+)
 
 # Task models of a release in the order of writing; the last one marks a complete release.
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
@@ -24,6 +31,7 @@ FILE = "release.json"
 _OPTIONAL = (
     *("made_of", "quantization", "accuracy", "confidence", "in_bf16"),
     *("images", "texts", "digest", "examples", "prompts"),
+    *("image_encoder", "patch_encoder", "text_encoder"),
 )
 
 # Largest distance from torch of an fp32 release that a server computes in bf16.
@@ -156,15 +164,12 @@ class Release:
     adapter_digest: str  # of the adapter, or of the tuned weights if `made_of` is set
     image_tower: Tower
     text_tower: Tower
-    # size in pixels, mode, interpolation, resize_mode, fill_color, mean, std, exif_orientation
-    preprocess: dict[str, Any]
-    # kind, digest, context_length, dynamic_length, start, end, pad, clean
-    tokenizer: dict[str, Any]
+    preprocess: PreprocessFacts
+    tokenizer: TokenizerFacts
     embed_dim: int
     logit_scale: float  # factor on the cosines
     templates: list[str]
-    # with torch: max_error and min_cosine of each encoder; batches, tolerance, min_cosine
-    agreement: dict[str, Any]
+    agreement: Agreements | None  # None of a model in torch, which is {} in the file
     logit_bias: float | None = None  # of a sigmoid loss
     dynamic_alpha: bool = False  # True if α is an input of the encoders
     adapters: list[Share] = field(default_factory=list)
@@ -205,8 +210,13 @@ class Release:
     @property
     def bounds(self) -> Tolerance:
         """Largest distance of the encoders from torch, as at the export."""
-        least = max(float(self.agreement["min_cosine"]), LEAST_COSINE)
-        return Tolerance(float(self.agreement["tolerance"]), least)
+        if self.agreement is None:
+            raise RAdapterError(
+                "the release does not say its agreement with torch; export it again with"
+                " radapter-export"
+            )
+        least = max(self.agreement.min_cosine, LEAST_COSINE)
+        return Tolerance(self.agreement.tolerance, least)
 
     @property
     def method(self) -> str | None:
@@ -218,10 +228,10 @@ class Release:
         """The largest 1 - cosine of the image encoder with torch in fp32; None if nobody has
         measured it.
         """
-        measured = self.agreement.get("image_encoder")
+        measured = None if self.agreement is None else self.agreement.image_encoder
         if measured is None:
             return 0.0 if self.precision == "fp32" else None
-        return max(0.0, 1 - float(measured["min_cosine"]))
+        return max(0.0, 1 - measured.min_cosine)
 
     def computed_in(
         self,
@@ -232,16 +242,15 @@ class Release:
         """This release as a server computes it, with the bounds of the precision and the agreement
         that the server has measured; for None as it was exported.
         """
-        facts = dict(self.agreement)
+        facts: dict[str, Any] = dict(agreement or {})
         if precision not in (None, self.precision):
             facts |= {"tolerance": IN_BF16.max_error, "min_cosine": IN_BF16.min_cosine}
-        for encoder, measured in (agreement or {}).items():
-            facts[encoder] = dataclasses.asdict(measured)
+        agreements = self.agreement and dataclasses.replace(self.agreement, **facts)
         return dataclasses.replace(
             self,
             precision=precision or self.precision,
             runtime=runtime or self.runtime,
-            agreement=facts,
+            agreement=agreements,
         )
 
     def at(self, alpha: float) -> Release:
@@ -255,6 +264,9 @@ class Release:
     def to_dict(self) -> dict[str, Any]:
         """The values of its JSON."""
         values: dict[str, Any] = json.loads(json.dumps(_plain(self)))
+        if self.tokenizer.kind == "clip":  # it strips no token; the other kind says null
+            del values["tokenizer"]["strip"]
+        values["agreement"] = values["agreement"] or {}
         return values
 
     @property
@@ -278,6 +290,8 @@ class Release:
                 f"the release does not say its {', '.join(missing)}; export it again with"
                 " radapter-export"
             )
+        if facts["agreement"] == {}:
+            values["agreement"] = None
         dense = facts["dense"]
         if isinstance(dense, Mapping) and "way" in dense:  # the method, in version 1.0.0
             values["dense"] = {"method": dense["way"], **dense}
@@ -320,17 +334,15 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
     """Check a value of JSON against a type, and build the dataclasses in it; fields whose default
     is None may be missing. pydantic does this elsewhere, but a base installation lacks it.
     """
-    if kind is Any:
-        return value
     arguments = get_args(kind)
     kind = get_origin(kind) or kind
-    if kind is UnionType:  # of a type and None
+    if kind in (Union, UnionType):  # of a type and None
         return None if value is None else _typed(arguments[0], value, name)
     is_facts = dataclasses.is_dataclass(kind)
     if is_facts and isinstance(value, Mapping):
         fields = dataclasses.fields(kind)
-        lacking = [each.name for each in fields if each.default is not None]
-        if lacking := [each for each in lacking if each not in value]:
+        required = [each.name for each in fields if each.default is not None]
+        if lacking := [key for key in required if key not in value]:
             raise ValueError(f"{name} lacks {', '.join(lacking)}")
         kinds = get_type_hints(kind)
         known = [each.name for each in fields if each.name in value]
@@ -340,7 +352,12 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
     if kind is list and isinstance(value, list):
         return [_typed(arguments[0], each, name) for each in value]
     if kind is tuple and isinstance(value, list) and len(value) == len(arguments):
-        return tuple(_typed(*pair, name) for pair in zip(arguments, value, strict=True))
+        pairs = zip(arguments, value, strict=True)
+        return tuple(_typed(part, each, name) for part, each in pairs)
+    if kind is Literal:
+        if value not in arguments:
+            raise ValueError(f"{name} is {value!r:.80}; allowed are {', '.join(arguments)}")
+        return value
     allowed = (int, float) if kind is float else kind
     if isinstance(value, allowed) and isinstance(value, bool) == (kind is bool):
         return value

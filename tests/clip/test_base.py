@@ -27,7 +27,7 @@ from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.data.rows import open_rows
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.adapters import read_run
-from tests.helpers.small_models import IMAGE, TEXT, make_base
+from tests.helpers.small_models import IMAGE, TEXT, make_base, release
 
 TOWER = {
     "hidden_size": 32,
@@ -143,7 +143,7 @@ def test_files_that_take_all_memory_to_read_are_refused(tiny_clip_dir: str, tmp_
     with pytest.raises(RAdapterError, match="tokenizer.json: it has 1000000000 bytes.*at most 104"):
         load_base(f"local-dir:{base}")
     with pytest.raises(RAdapterError, match="tokenizer.json: it has 1000000000 bytes.*at most 104"):
-        Tokenizer.load(tokenizer, {})
+        Tokenizer.load(tokenizer, release().tokenizer)
     tokenizer.unlink()
 
     weights = base / "open_clip_model.safetensors"

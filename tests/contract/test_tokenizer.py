@@ -96,7 +96,7 @@ def test_a_hugging_face_tokenizer_is_taken_over_with_its_file(tmp_path, strip):
     texts = ["a photo", "A PHOTO, of   cats!", "a " * 30, "", "&amp; unknown"]
     expected = reference(texts).numpy()
     spec = write_tokenizer(reference, tmp_path / "t.json")
-    assert spec["kind"] == "hf"
+    assert spec.kind == "hf"
     np.testing.assert_array_equal(Tokenizer.load(tmp_path / "t.json", spec)(texts), expected)
     reference.tokenizer.pad_token = None
     with pytest.raises(RAdapterError, match="padding token"):

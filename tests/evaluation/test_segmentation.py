@@ -25,7 +25,7 @@ from radapter_serve.evaluation.run import evaluate_set, evaluate_suite, open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.release.release import Dense
 from tests.conftest import export_into
-from tests.helpers.small_models import release
+from tests.helpers.small_models import preprocess, release
 from tests.helpers.ways import in_process
 
 NAMES = ["sky", "grass", "cow", "barn"]
@@ -71,8 +71,7 @@ class Fake:
 
 def candidate(fake: Fake, size: int, **facts: Any) -> Candidate:
     """A model by a fake, whose prompts are the names alone; `facts` are those of a release."""
-    preprocess = {"size": [size, size], "interpolation": "bilinear"}
-    fields = {"templates": ["{}"], "preprocess": preprocess, **facts}
+    fields = {"templates": ["{}"], "preprocess": preprocess(size, "bilinear"), **facts}
     loaded = LoadedRelease(release(3, **fields), fake, fake)  # type: ignore[arg-type]
     return Candidate("oracle", None, {}, loaded)
 

@@ -26,6 +26,7 @@ from radapter_serve.cli.export import main as export_command
 from radapter_serve.cli.serve import main as serve
 from radapter_serve.evaluation.alpha_choice import CurvePoint
 from radapter_serve.evaluation.rows import what_is_kept
+from radapter_serve.release.agreement import Agreement, Agreements
 from radapter_serve.release.config import check, read_config
 from radapter_serve.release.release import Accuracy, MadeOf, Release
 from radapter_serve.release.repository import CONFIG as MODEL_CONFIG
@@ -139,7 +140,9 @@ def _json(value: Any, status: int = 200) -> Answer:
 RELEASE = release(
     3,
     templates=["a photo of a {}.", "art of {}", "{}", "one more {}"],
-    agreement={"image_encoder": {"max_error": 1.2e-6}, "tolerance": 1e-4},
+    agreement=Agreements(
+        image_encoder=Agreement(1.2e-6, 1.0), batches=[1], tolerance=1e-4, min_cosine=0.999
+    ),
     tools={"torch": "2.13.0"},
     accuracy=Accuracy("imagefolder:/data/secret/photos", 200, "acc1", 71.5, 71.25, 0.25),
     confidence=CONFIDENCE,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from radapter_serve.index.facts import FACTS, BuildPlan, IndexFacts, MadeBy
-from radapter_serve.release.release import Tower
+from tests.helpers.small_models import release
 
 
 def generation(out: Path) -> Path:
@@ -30,7 +31,7 @@ def write_facts(out: Path, digest: str) -> None:
     """Make an index of nothing but its facts, as a release of this digest would make it at alpha
     0.5.
     """
-    made_by = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", 16, Tower("sha256:1", None), {}, digest)
+    made_by = replace(MadeBy.of(release(1, embed_dim=16)), image_digest=digest)
     plan = BuildPlan("photos", "/photos", "image", {}, 128, True, "refuse", made_by, {})
     facts = IndexFacts(plan, 0, ["path"], {}, None, None, "", "")
     (out / "g-0123456789abcdef").mkdir(parents=True)

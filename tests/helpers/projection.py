@@ -17,7 +17,7 @@ from radapter_serve.encoders.loaded import Answered, LoadedRelease
 from radapter_serve.index.facts import Index
 from radapter_serve.index.index import Indexes
 from radapter_serve.tasks.retrieve import Retrieved, RetrieveRequest, retrieve
-from tests.helpers.small_models import release
+from tests.helpers.small_models import preprocess, release
 
 DIM = 16
 SIZE = 4
@@ -59,7 +59,7 @@ def projecting(
     indexes: Path = Path("indexes"), texts: NDArray[np.float32] = TEXTS, **facts: Any
 ) -> LoadedRelease:
     """The release with other facts; `texts` are float32 [N, 16], of unit length."""
-    known = {"embed_dim": DIM, "preprocess": {"size": SIZE, "resize_mode": "squash"}, **facts}
+    known = {"embed_dim": DIM, "preprocess": preprocess(SIZE, mode="squash"), **facts}
     encoder: Any = Projection(texts)
     origin = {"model_repository": "/models of mine"}
     return LoadedRelease(release(**known), encoder, encoder, indexes=indexes, origin=origin)

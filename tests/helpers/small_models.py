@@ -270,8 +270,17 @@ def random_adapter(
     return adapters.adapter(Metadata(architecture=name, base_digest=digest, **metadata))
 
 
+def preprocess(size: int, interpolation: str = "bicubic", mode: Any = "shortest") -> Any:
+    """Facts of a release about images, with a mode of resizing."""
+    from radapter_serve.contract.facts import PreprocessFacts
+
+    return PreprocessFacts(size, "RGB", interpolation, mode, 0, [0.5] * 3, [0.25] * 3, True)
+
+
 def release(version: int = 1, **changes: Any) -> Release:
     """Facts of a release that nothing stands behind."""
+    from radapter_serve.contract.facts import TokenizerFacts
+    from radapter_serve.release.agreement import Agreements
     from radapter_serve.release.release import Release, Tower
 
     facts: dict[str, Any] = {
@@ -281,12 +290,21 @@ def release(version: int = 1, **changes: Any) -> Release:
         "adapter_digest": "sha256:2",
         "image_tower": Tower("sha256:1", "sha256:2"),
         "text_tower": Tower("sha256:4", "sha256:5"),
-        "preprocess": {"size": 32},
-        "tokenizer": {"digest": "sha256:3", "context_length": 77, "dynamic_length": True},
+        "preprocess": preprocess(32),
+        "tokenizer": TokenizerFacts(
+            kind="clip",
+            start=1,
+            end=2,
+            pad=0,
+            clean="lower",
+            digest="sha256:3",
+            context_length=77,
+            dynamic_length=True,
+        ),
         "embed_dim": 32,
         "logit_scale": 100.0,
         "templates": ["a photo of a {}."],
-        "agreement": {"tolerance": 1e-4, "min_cosine": 0.999999},
+        "agreement": Agreements(batches=[1], tolerance=1e-4, min_cosine=0.999999),
     }
     return Release(version=version, **{**facts, **changes})
 

@@ -26,6 +26,7 @@ from onnx.reference import ReferenceEvaluator
 from PIL import Image
 
 from radapter_export.repository import TEMPLATE, TOKENIZED, config, sources
+from radapter_serve.contract.facts import TokenizerFacts
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.batcher import complete, run_together
 from radapter_serve.encoders.labels import load_label_sets
@@ -37,6 +38,7 @@ from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Confidence, Dense, Release, Tower
 from radapter_serve.release.repository import CONFIG, MODELS
 from radapter_serve.tasks.embed import embed_labels
+from tests.helpers.small_models import preprocess
 from tests.helpers.small_models import release as facts
 
 needs_bf16 = pytest.mark.skipif(
@@ -114,8 +116,8 @@ def samples(name: str, model: onnx.ModelProto, random: np.random.Generator) -> S
 
 
 @functools.cache
-def clip_tokenizer() -> tuple[bytes, dict[str, Any]]:
-    """CLIP's `tokenizer.json`, and the `tokenizer` entry of a release."""
+def clip_tokenizer() -> tuple[bytes, TokenizerFacts]:
+    """CLIP's `tokenizer.json`, and the facts of a release about it."""
     import open_clip  # here: it loads slowly
 
     from radapter_serve.clip.tokenizer import write_tokenizer
@@ -138,7 +140,7 @@ def write_release(
         image_tower=Tower("sha256:1", f"sha256:{seed}"),
         text_tower=Tower("sha256:4", f"sha256:{seed}"),
         tokenizer=spec,
-        preprocess={"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest"},
+        preprocess=preprocess(SIZE),
         embed_dim=WIDTH,
         logit_scale=10.0,
         dense=Dense("naclip", GRID) if dense else None,

@@ -24,7 +24,7 @@ from radapter_serve.release.agreement import Agreement
 from radapter_serve.release.release import Dense, Quantization, Release, Tower
 from radapter_serve.tasks.retrieve import Query, RetrieveRequest
 from tests.helpers.projection import Searching, projecting
-from tests.helpers.small_models import release
+from tests.helpers.small_models import preprocess, release
 from tests.helpers.small_release import photos_in, png
 from tests.helpers.ways import in_process
 
@@ -93,7 +93,7 @@ def test_an_index_of_an_unchanged_image_tower_is_one_of_the_base(
         ({"image_tower": Tower("sha256:1", "sha256:9")}, "another fine-tune"),
         ({"alpha": 0.9}, "another alpha"),
         ({"precision": "fp16"}, "another precision"),
-        ({"preprocess": {"size": 4, "resize_mode": "shortest"}}, "another preprocessing"),
+        ({"preprocess": preprocess(4)}, "another preprocessing"),
     ],
 )
 def test_the_error_for_another_image_tower_says_what_to_embed_again(
@@ -195,13 +195,14 @@ def test_the_digest_is_of_what_decides_the_embeddings_of_images() -> None:
     changes: list[tuple[dict[str, Any], bool]] = [
         ({"version": 9, "created": "now", "architecture": "x", "base_digest": "x"}, False),
         ({"dense": Dense("naclip", 2), "label_sets": {}}, False),
-        ({"dynamic_alpha": True, "tokenizer": {}}, False),
+        ({"dynamic_alpha": True, "tokenizer": replace(facts.tokenizer, pad=5)}, False),
+        ({"agreement": None}, False),
         ({"text_tower": Tower("sha256:4", "x")}, False),
         ({"alpha": 0.1}, True),
         ({"image_tower": Tower("x", "sha256:2")}, True),
         ({"image_tower": TEXT_ONLY}, True),
         ({"image_tower": TEXT_ONLY, "alpha": 0.1}, True),
-        ({"preprocess": {"size": 33}}, True),
+        ({"preprocess": preprocess(33)}, True),
         ({"precision": "fp16"}, True),
         ({"embed_dim": 33}, True),
         (int8, True),

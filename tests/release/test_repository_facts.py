@@ -134,6 +134,9 @@ def test_newer_releases_are_read_and_broken_ones_refused(tmp_path: Path) -> None
             Release.load(tmp_path)
 
 
+KNOWN = release().to_dict()
+
+
 @pytest.mark.parametrize(
     ("fact", "broken", "why"),
     [
@@ -156,6 +159,32 @@ def test_newer_releases_are_read_and_broken_ones_refused(tmp_path: Path) -> None
         ("version", "../../x", "release.version is '../../x'"),
         ("tools", {"torch": 2}, "release.tools.torch is 2"),
         ("alpha", None, "release.alpha is None"),
+        ("preprocess", [5], "release.preprocess is [5]"),
+        ("preprocess", {"size": 32}, "release.preprocess lacks mode, interpolation"),
+        ("preprocess", {**KNOWN["preprocess"], "size": "x"}, "release.preprocess.size is 'x'"),
+        ("preprocess", {**KNOWN["preprocess"], "mean": 0.5}, "release.preprocess.mean is 0.5"),
+        ("tokenizer", {}, "release.tokenizer lacks kind, start, end, pad, clean, digest"),
+        ("tokenizer", {**KNOWN["tokenizer"], "pad": None}, "release.tokenizer.pad is None"),
+        ("tokenizer", {**KNOWN["tokenizer"], "strip": "x"}, "release.tokenizer.strip is 'x'"),
+        (
+            "preprocess",
+            {**KNOWN["preprocess"], "resize_mode": "odd"},
+            "release.preprocess.resize_mode is 'odd'; allowed are shortest, squash, longest",
+        ),
+        (
+            "tokenizer",
+            {**KNOWN["tokenizer"], "kind": "x"},
+            "release.tokenizer.kind is 'x'; allowed are clip, hf",
+        ),
+        ("tokenizer", {**KNOWN["tokenizer"], "clean": [1]}, "release.tokenizer.clean is [1]"),
+        ("agreement", 0, "release.agreement is 0"),
+        ("agreement", {"tolerance": 1e-4}, "release.agreement lacks batches, min_cosine"),
+        ("agreement", {**KNOWN["agreement"], "batches": [1.5]}, "release.agreement.batches is 1.5"),
+        (
+            "agreement",
+            {**KNOWN["agreement"], "image_encoder": {"max_error": 0.1}},
+            "release.agreement.image_encoder lacks min_cosine",
+        ),
     ],
 )
 def test_facts_that_no_export_writes_are_refused(fact: str, broken: Any, why: str) -> None:

@@ -15,7 +15,7 @@ from radapter_serve.encoders.precision import Choice
 from radapter_serve.encoders.runtimes import cuda_provider
 from radapter_serve.encoders.tensorrt import Gpu
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.agreement import Samples
+from radapter_serve.release.agreement import Agreements, Samples
 from radapter_serve.release.config import ServedEncoder, encoders_of, parsed
 from radapter_serve.server import models
 from radapter_serve.server.models import check_agreement, load_as_triton
@@ -77,7 +77,7 @@ def test_a_runtime_is_held_to_the_cosine_of_the_export_too(models_copy):
     exported = encoder(models_copy)
 
     def check(least: float) -> None:
-        agreement = {"tolerance": 2, "min_cosine": least}  # no error is larger
+        agreement = Agreements(batches=[], tolerance=2, min_cosine=least)  # no error is larger
         facts = replace(exported.facts, agreement=agreement)
         check_agreement(replace(exported, facts=facts), 2, graph)
 

@@ -32,7 +32,7 @@ from radapter_serve.tasks.dense import (
 )
 from radapter_serve.tasks.embed import Labels, embed_labels
 from radapter_serve.tasks.segment import LabelledMask, SegmentRequest, segment, segment_proposals
-from tests.helpers.small_models import release
+from tests.helpers.small_models import preprocess, release
 from tests.helpers.small_release import LABELS, Local, png
 
 SIZE = 32
@@ -79,7 +79,7 @@ class Segmenter:
         facts: dict[str, Any] = {"logit_scale": scale, "logit_bias": bias, "max_batch_size": batch}
         nothing: Any = None
         self._loaded = LoadedRelease(
-            release(preprocess={"size": size}, crop=crop, **facts), nothing, nothing
+            release(preprocess=preprocess(size), crop=crop, **facts), nothing, nothing
         )
 
     def dense(self, image: Image.Image, *arguments: Any) -> ScoredMask:
