@@ -141,6 +141,7 @@ def test_a_run_that_is_stopped_is_resumed_to_the_same_result(
     torch.testing.assert_close(load_adapter(folder).tensors, expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.usefixtures("ctrl_c")  # a shell's background job ignores it
 def test_a_second_signal_ends_at_once() -> None:
     lines: list[str] = []
     with Interruption(lines.append):
