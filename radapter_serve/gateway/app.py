@@ -314,17 +314,14 @@ class Gateway:
         entry.release = str(reply.version)
         self._health.answered(name)
 
-        # Write the answer, and hold the memory of its bytes until all are sent.
+        # Write the answer
         write = partial(kserve.write, reply, inference)
         if lease.size <= SMALL:
             content, headers = write()
         else:
             writing = self._thread(lease.size).run(write)
             content, headers = await _run_until_disconnect(request, writing, end)
-        lease.hold(len(content))
-        if receipt := headers.get(kserve.RECEIPT_HEADER):
-            entry.alpha = json.loads(receipt)["alpha"]
-        return Response(content, headers=headers)
+        return _response(request, content, headers)
 
     async def embeddings(self, request: Request) -> Response:
         """Answer a request for OpenAI's embeddings."""
@@ -342,12 +339,10 @@ class Gateway:
         state = request.state
         work = self._openai.embed(asked, left, state.entry, state.lease, state.key)
         answer, receipt = await _run_until_disconnect(request, work, end)
-        request.state.lease.hold(len(answer))
-        headers = {}
+        headers = {"Content-Type": "application/json"}
         if receipt:
             headers[kserve.RECEIPT_HEADER] = receipt
-            request.state.entry.alpha = json.loads(receipt)["alpha"]
-        return Response(answer, headers=headers, media_type="application/json")
+        return _response(request, answer, headers)
 
     @contextlib.asynccontextmanager
     async def _asking(self, entry: Entry, lease: Lease, size: int) -> AsyncIterator[None]:
@@ -504,6 +499,14 @@ def _named(request: Request) -> tuple[str, str]:
         why = f"{name} has no version {version!a:.80}; versions are whole numbers from 1"
         raise Refused(404, UNKNOWN_MODEL, why)
     return name, version
+
+
+def _response(request: Request, content: bytes, headers: dict[str, str]) -> Response:
+    """Hold the memory of an answer until all is sent, and note the α of its receipt."""
+    request.state.lease.hold(len(content))
+    if receipt := headers.get(kserve.RECEIPT_HEADER):
+        request.state.entry.alpha = json.loads(receipt)["alpha"]
+    return Response(content, headers=headers)
 
 
 async def _run_until_disconnect(request: Request, work: Coroutine[Any, Any, T], end: float) -> T:

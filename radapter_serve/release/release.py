@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -330,6 +331,9 @@ def _plain(facts: Any) -> dict[str, Any]:
     return asdict(facts, dict_factory=named)
 
 
+_kinds = functools.cache(get_type_hints)  # which takes longer than the check of a release
+
+
 def _typed(kind: Any, value: Any, name: str) -> Any:
     """Check a value of JSON against a type, and build the dataclasses in it; fields whose default
     is None may be missing. pydantic does this elsewhere, but a base installation lacks it.
@@ -344,7 +348,7 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
         required = [each.name for each in fields if each.default is not None]
         if lacking := [key for key in required if key not in value]:
             raise ValueError(f"{name} lacks {', '.join(lacking)}")
-        kinds = get_type_hints(kind)
+        kinds = _kinds(kind)
         known = [each.name for each in fields if each.name in value]
         return kind(**{key: _typed(kinds[key], value[key], f"{name}.{key}") for key in known})
     if kind is dict and isinstance(value, Mapping):

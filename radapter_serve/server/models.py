@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
-import os
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,32 +246,29 @@ def check_shared_memory(
     # A process takes 1 MiB at its start and some more, and a batch on its way.
     least = 2 * processes * MIB
     enough = processes * (2 * MIB + batch)
-    memory = os.statvfs(folder)
-    free = memory.f_bavail * memory.f_frsize
-    taken = memory.f_blocks * memory.f_frsize - free
+    memory = shutil.disk_usage(folder)
+    taken = memory.total - memory.free
     advised = 2 ** math.ceil(math.log2(max(1, (enough + taken) / MIB)))
     how = (
         f"in a container, set --shm-size={advised}m (Docker's default is 64 MB), or take fewer"
         f" --instances; elsewhere: mount -o remount,size={advised}m {folder}"
     )
-    has = f"{folder} has {free // MIB} MiB free"
+    has = f"{folder} has {memory.free // MIB} MiB free"
     if taken >= MIB:
         has += f" beside {taken // MIB} MiB of other programs (ls -lS {folder})"
-    if free < least:
+    if memory.free < least:
         raise RAdapterError(
             f"{has}, and {processes} model processes need {least // MIB} MiB; {how}"
         )
-    if free < enough:
+    if memory.free < enough:
         return f"{has}; many full batches at once need {enough // MIB} MiB: {how}"
     return None
 
 
 def full_shared_memory(folder: Path = SHARED_MEMORY) -> str | None:
     """The sentence that /dev/shm has no space for a process or a large request; None if it has."""
-    if not folder.is_dir():
-        return None
-    memory = os.statvfs(folder)
-    if memory.f_bavail * memory.f_frsize >= MIB:  # what a process takes at its start
+    # A process takes 1 MiB at its start.
+    if not folder.is_dir() or shutil.disk_usage(folder).free >= MIB:
         return None
     return (
         f"{folder} is full, so large requests are refused as overloaded; see who fills it with: ls"

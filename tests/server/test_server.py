@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,8 +237,8 @@ def test_shared_memory_too_small_to_start_is_refused_with_what_to_set(tmp_path, 
     }
 
     def check(backends, size, free):
-        memory = SimpleNamespace(f_frsize=2**20, f_blocks=size, f_bavail=free)
-        monkeypatch.setattr(os, "statvfs", lambda _: memory)
+        memory = SimpleNamespace(total=size * 2**20, free=free * 2**20)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: memory)
         return check_shared_memory(models, backends)
 
     in_python = ["python", "onnxruntime"]

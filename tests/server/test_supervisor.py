@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,8 +234,8 @@ def test_while_shared_memory_is_full_nothing_is_started_and_nothing_given_up():
 
 def test_shared_memory_is_full_where_no_process_can_start(tmp_path, monkeypatch):
     for free, is_full in ((2**20 - 4096, True), (2**20, False)):
-        memory = SimpleNamespace(f_frsize=4096, f_bavail=free // 4096)
-        monkeypatch.setattr(os, "statvfs", lambda _, memory=memory: memory)
+        memory = SimpleNamespace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, memory=memory: memory)
         assert (full_shared_memory() is not None) == is_full
     assert full_shared_memory(tmp_path / "none") is None
 
