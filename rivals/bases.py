@@ -1,5 +1,5 @@
-"""`python -m rivals.bases`: R-Adapter on half of the classes of several bases, from the cells that
-`rivals.default` and `rivals.others` kept of each.
+"""`python -m rivals.bases`: what methods gain and lose on several bases, from the cells that
+`rivals.default`, `rivals.others` and `rivals.table` kept of each.
 """
 
 from __future__ import annotations
@@ -10,13 +10,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from radapter_serve.cli import run as run_command
-from rivals.cells import read_cells
+from rivals.cells import Cell, read_cells
 from rivals.default import Outcome
-from rivals.layout import origin, publish
+from rivals.layout import markdown, origin, publish
 from rivals.others import SMALL, Judged
 from rivals.projection import LABELS, over_bases, table
+from rivals.statistics import Images
+from rivals.table import leads
+from rivals.tables import images_of
 
+MAIN = "table-main.jsonl"
 KINDS = LABELS.keys() - {"searches"}  # an interval needs more texts than a few classes have
 
 
@@ -45,16 +51,36 @@ def rows_of(folder: Path) -> dict[str, list[Judged]]:
     return by_split
 
 
+def images_by_row(folder: Path) -> dict[str, dict[str, Images]]:
+    """Read the test cells of `rivals.table main` of a base: each image's part of every column, with
+    the mean of the seeds, by row.
+    """
+    seeds: dict[str, list[dict[str, Images]]] = defaultdict(list)
+    for cell in read_cells(folder / MAIN, Cell.of):
+        if cell.split == "test":
+            seeds[cell.name].append(images_of(cell.rows))
+    return {
+        name: {
+            head: [
+                np.mean(sets, axis=0) for sets in zip(*(seed[head] for seed in of_row), strict=True)
+            ]
+            for head in of_row[0]
+        }
+        for name, of_row in seeds.items()
+    }
+
+
 def bases(folder: tuple[Path, ...], out: Path) -> None:
-    """Compare what R-Adapter gains and loses on several bases; print and write Markdown.
+    """Compare what methods gain and lose on several bases; print and write Markdown.
 
     Args:
-        folder: a folder for each base, with default/default.jsonl and others/others.jsonl.
+        folder: a folder for each base, with default/default.jsonl and others/others.jsonl; if all
+            have table-main.jsonl too, the page has the rows of `rivals.table main`.
         out: folder of bases.md.
     """
     of_bases = [rows_of(place) for place in folder]
     parts = [
-        "# Half of the classes, several bases",
+        "# Several bases",
         f"{origin('rivals.bases')}\nR-Adapter on {len(folder)} bases: the recipe `small` with the α"
         " of `auto` and others, the fields of `small` (preserve, words) and those of the paper"
         " (R-Adapter) as in `rivals.others`. A base has accuracies in %, the others what they lead"
@@ -85,6 +111,28 @@ def bases(folder: tuple[Path, ...], out: Path) -> None:
             groups = {name: [row for row in rows if row.method == name] for name in names}
             seeds = ", ".join(map(str, sorted({row.seed for row in rows})))
             parts += [f"**Base {number}**, seeds {seeds}", table(groups, base, home, {})]
+
+    # All classes: accuracies and leads of the rows that all bases have.
+    if all((place / MAIN).exists() for place in folder):
+        of_main = [images_by_row(place) for place in folder]
+        shared = [name for name in of_main[0] if all(name in by_name for by_name in of_main)]
+        heads = list(of_main[0][shared[0]])
+        lines = []
+        for name in shared:
+            by_head = [
+                [100 * float(np.mean([*map(np.mean, by_name[name][head])])) for by_name in of_main]
+                for head in heads
+            ]
+            lines.append(
+                [name, *(" ".join(f"{each:.1f}" for each in column) for column in by_head)]
+            )
+        images = {name: [by_name[name] for by_name in of_main] for name in shared}
+        parts += [
+            "## Trained: all classes",
+            "The rows of `rivals.table main` that all bases have: accuracies in %, of each base the"
+            " mean of its seeds; and leads.",
+            markdown(["method", *heads], lines) + leads(heads, images, "bases"),
+        ]
     publish(parts, out / "bases.md")
 
 

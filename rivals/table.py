@@ -204,9 +204,14 @@ def _rows(cells: Cells, methods: Methods, seeds: Sequence[int], picture: Path) -
     return markdown(["method", *COST, "α", *_counted(heads, ns)], lines) + leads(heads, images)
 
 
-def leads(heads: Sequence[str], images: Mapping[str, Sequence[Mapping[str, Images]]]) -> str:
+def leads(
+    heads: Sequence[str],
+    images: Mapping[str, Sequence[Mapping[str, Images]]],
+    over: Literal["seeds", "bases"] = "seeds",
+) -> str:
     """Make a table of the leads over each row of `BASES`, if there are several seeds. `images` has
-    each image's part, as from `images_of`, by method and seed.
+    each image's part, as from `images_of`, by method and seed; or by method and base, each the mean
+    of its seeds.
     """
     # A column without the images' parts, as of old cells and of mIoU, has no interval and no lead.
     heads = [head for head in heads if all(head in row for rows in images.values() for row in rows)]
@@ -226,13 +231,13 @@ def leads(heads: Sequence[str], images: Mapping[str, Sequence[Mapping[str, Image
             [name, *(shown[base, name, head] for head in heads)] for name in images if name != base
         ]
         parts += [
-            f"What each method leads {base} by, in points: the mean over the seeds of the paired"
+            f"What each method leads {base} by, in points: the mean over the {over} of the paired"
             " differences with its interval of 95 %.",
             markdown(["method", *heads], lines),
         ]
     parts.append(
-        "± is over images and seeds. **Bold** survives Holm's correction over these tables, where a"
-        " copied row or a lead seen from the other system counts once."
+        f"± is over images and {over}. **Bold** survives Holm's correction over these tables, where"
+        " a copied row or a lead seen from the other system counts once."
     )
     return "".join(f"\n\n{part}" for part in parts)
 
