@@ -37,6 +37,14 @@ _HUB_ERRORS = {
     403: "the hub does not allow that (403); log in with a token that may: hf auth login",
     404: "the hub has nothing of that name (404); look at it, and at the revision",
 }
+# Repositories of the recipes' bases, by model and tag: known before open_clip, which takes seconds
+# to import.
+REPOSITORIES = {
+    ("ViT-B-32", "datacomp_xl_s13b_b90k"): "laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K",
+    ("ViT-B-16", "openai"): "timm/vit_base_patch16_clip_224.openai",
+    ("ViT-L-14", "openai"): "timm/vit_large_patch14_clip_224.openai",
+    ("ViT-B-32-SigLIP2-256", "webli"): "timm/ViT-B-32-SigLIP2-256",
+}
 _FILES_OF_FOLDERS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _ALLOWED = (
     "allowed: a .pt or .safetensors file, a model's folder, hf-hub:NAME, or NAME:TAG such as"
@@ -121,6 +129,34 @@ def from_hub_or_cache() -> Iterator[None]:
     finally:
         for (module, name), value in zip(modules, before, strict=True):
             setattr(module, name, value)
+
+
+def check_weights(name: str, pretrained: str | None) -> None:
+    """Refuse a base whose weights are neither cached nor within reach, as far as its repository is
+    known without open_clip.
+    """
+    if name.startswith(HUB):
+        repository, _ = split_revision(name)
+    else:
+        repository = REPOSITORIES.get((name, pretrained or ""), "")
+    if not repository:
+        return
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")
+    cached = any(folder.glob("*/*.safetensors")) or any(folder.glob("*/*.bin"))
+    if not cached and unreachable():
+        raise no_weights(name, pretrained, repository)
+
+
+def no_weights(name: str, pretrained: str | None, repository: str) -> RAdapterError:
+    """Error for a base whose weights can't be had; says how to bring them."""
+    return RAdapterError(
+        f"the weights of {name}{f' ({pretrained})' if pretrained else ''} are not on this machine,"
+        f" and the Hugging Face hub can't be reached ({unreachable()});"
+        f" {how_to_bring(repository)}; or fetch them with `hf download {repository} --local-dir"
+        f" clip`, copy the folder here, and give it with --base {LOCAL}clip"
+    )
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

@@ -33,8 +33,8 @@ from radapter_serve.sources import (
     HUB,
     LOCAL,
     from_hub_or_cache,
-    how_to_bring,
     is_absence,
+    no_weights,
     split_revision,
     unreachable,
 )
@@ -296,12 +296,7 @@ def _source(name: str, pretrained: str | None) -> Iterator[None]:
             repository = str(tag.get("hf_hub", "")).rstrip("/")
         if not repository:
             raise
-        raise RAdapterError(
-            f"the weights of {name}{f' ({pretrained})' if pretrained else ''} are not on this"
-            f" machine, and the Hugging Face hub can't be reached ({unreachable()});"
-            f" {how_to_bring(repository)}; or fetch them with `hf download {repository} --local-dir"
-            f" clip`, copy the folder here, and give it with --base {LOCAL}clip"
-        ) from error
+        raise no_weights(name, pretrained, repository) from error
 
 
 def _local_config(folder: Path) -> dict[str, Any]:

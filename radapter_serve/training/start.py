@@ -21,15 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.contract.labels import split_label
-from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError, one_line
 from radapter_serve.files import write_text
 from radapter_serve.process import limit_threads
-from radapter_serve.sources import ADAPTER, CHECKPOINT, RATES
-from radapter_serve.training.data import RunData, open_run
+from radapter_serve.sources import ADAPTER, CHECKPOINT, RATES, check_weights
 from radapter_serve.training.recipe import Recipe, Run, recipe_from
 
 if TYPE_CHECKING:
+    from radapter_serve.training.data import RunData
     from radapter_serve.training.setup import Learner
 
 GRID = (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
@@ -72,7 +71,9 @@ def train(
         progress = sys.stderr.isatty() or "ipykernel" in sys.modules
     chosen = recipe_from(recipe, resume, **fields)
     chosen.check()
+    check_weights(chosen.architecture, chosen.pretrained)
     limit_threads(chosen.threads)  # before torch is loaded
+    from radapter_serve.training.data import open_run  # takes seconds
 
     # Choose the folder, which must not hold another run. A run that failed before its first
     # checkpoint can't be resumed, and may be overwritten.
@@ -132,6 +133,7 @@ def search_rate(
     """Choose the learning rate, and write `rates.json` into the run's folder; returns the recipe
     with the rate, and notes for the user.
     """
+    from radapter_serve.data.rows import LabelledImages
     from radapter_serve.evaluation.image_sets import common_nouns
     from radapter_serve.training.loop import fit
     from radapter_serve.training.validation import answers

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import open_clip
 import pandas as pd
 import pytest
 from huggingface_hub import constants
@@ -31,9 +35,10 @@ from radapter_serve.data.runs import broken_images
 from radapter_serve.data.source import DataSource
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.collection import open_collection
-from radapter_serve.sources import unreachable
-from radapter_serve.training import Recipe
+from radapter_serve.sources import REPOSITORIES, check_weights, unreachable
+from radapter_serve.training import Recipe, load_recipe
 from radapter_serve.training.data import open_run
+from radapter_serve.training.recipe import ready_recipes
 from tests.helpers.small_release import png
 
 
@@ -234,3 +239,44 @@ def test_weights_that_are_not_there_say_how_to_bring_them(offline: None) -> None
     with pytest.raises(RAdapterError, match=advice):
         load_base("ViT-B-32", "datacomp_xl_s13b_b90k")
     assert not constants.HF_HUB_OFFLINE  # as it was
+    with pytest.raises(RAdapterError, match=advice):
+        check_weights("ViT-B-32", "datacomp_xl_s13b_b90k")
+
+
+def test_the_bases_of_recipes_have_the_repositories_that_open_clip_names() -> None:
+    recipes = [load_recipe(name) for name in ready_recipes()]
+    bases = {(recipe.architecture, recipe.pretrained) for recipe in recipes}
+    assert bases == set(REPOSITORIES)
+    for (name, tag), repository in REPOSITORIES.items():
+        assert open_clip.get_pretrained_cfg(name, tag)["hf_hub"].rstrip("/") == repository
+
+
+@pytest.mark.parametrize("base", ["ViT-B-32:datacomp_xl_s13b_b90k", "hf-hub:somebody/clip"])
+def test_a_base_that_is_nowhere_is_refused_before_torch_is_loaded(
+    base: str, tmp_path: Path
+) -> None:
+    script = (
+        "import sys; from radapter_serve.cli.train import main;"
+        f" code = main(['--data', 'photos', '--base', {base!r}]);"
+        " assert not {'torch', 'open_clip', 'datasets'} & set(sys.modules);"
+        " sys.exit(code)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    refused = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert "HF_HUB_OFFLINE is set" in refused.stderr and "`hf download " in refused.stderr
+
+
+def test_weights_in_the_cache_need_no_hub(
+    offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--timm--vit_base_patch16_clip_224.openai" / "snapshots" / "1"
+    with pytest.raises(RAdapterError, match="no route to host"):
+        check_weights("ViT-B-16", "openai")
+    folder.mkdir(parents=True)
+    (folder / "open_clip_model.safetensors").touch()
+    check_weights("ViT-B-16", "openai")
