@@ -21,8 +21,8 @@ from common import RESULTS, Report, say
 
 from radapter_serve.demo import DemoSettings
 from radapter_serve.demo.data import BASE, FINE_TUNED, STYLES, DemoData, prepare, style_of
-from radapter_serve.demo.full import ALPHAS, run_full
-from radapter_serve.demo.run import evaluate, fields_of, recipe_of, suite_of
+from radapter_serve.demo.full import ALPHAS, recipe_of, run_full
+from radapter_serve.demo.run import evaluate, fields_of, suite_of
 from radapter_serve.evaluation.rows import Results, Row
 from radapter_serve.evaluation.run import open_set
 from radapter_serve.training import train
@@ -70,7 +70,6 @@ def fine_tuned(
     """Rows of the demo's test drawings, by full fine-tuning at points of the line to its base."""
     fields = yaml.safe_load(FULL.read_text(encoding="utf-8"))
     fields |= fields_of(data)
-    del fields["val_data"]
     fields |= {"architecture": f"local-dir:{BASE}", "seed": settings.seed, "tracker": "none"}
     fields["steps"] = settings.steps or fields["steps"]
     fields["warmup_steps"] = min(fields["warmup_steps"], fields["steps"] // 10)
@@ -99,7 +98,7 @@ def try_rates(
             else:
                 recipe = dataclasses.replace(
                     recipe_of(name, folder / f"{rate:g}-{seed}", seed, settings.steps),
-                    **{**fields_of(data), "val_data": None},
+                    **fields_of(data),
                     learning_rate=rate,
                     tracker="none",
                 )

@@ -17,7 +17,7 @@ def demo(
     open: bool = False,
 ) -> None:
     """Fine-tune, evaluate, export, serve and query a small CLIP on real drawings, offline, in
-    about two minutes on two CPU cores.
+    about a minute on two CPU cores.
 
     One adapter, and one release that labels drawings, searches and segments.
 
@@ -36,7 +36,7 @@ def demo(
         from radapter_serve.demo.full import run_full as run_demo
     else:
         print(
-            "The demo takes about two minutes on two CPU cores. (--full, which takes ten or more,"
+            "The demo takes about a minute on two CPU cores. (--full, which takes ten or more,"
             " trains for each task, and evaluates on all styles.)",
             flush=True,
         )

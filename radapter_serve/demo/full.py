@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from pathlib import Path
 from typing import Any
 
 from radapter_serve.contract.errors import check_alpha
 from radapter_serve.demo import DemoSettings
 from radapter_serve.demo.data import (
+    BASE,
     FINE_TUNED,
     SHORT_SIDE,
     STYLES,
@@ -19,12 +21,13 @@ from radapter_serve.demo.data import (
     prepare,
     prepare_scenes,
 )
-from radapter_serve.demo.run import Log, evaluate, fields_of, recipe_of, suite_of
+from radapter_serve.demo.run import Log, command, evaluate, fields_of, suite_of
 from radapter_serve.evaluation.plots import draw
 from radapter_serve.evaluation.rows import table
 from radapter_serve.evaluation.suite import Entry, Suite
-from radapter_serve.training import train
+from radapter_serve.training import Recipe, load_recipe, train
 
+RECIPES = Path(__file__).parent / "recipes"
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -59,7 +62,8 @@ def run_full(settings: DemoSettings) -> dict[str, Any]:
             "rows": [{name: getattr(row, name) for name in names} for row in rows],
         }
     log.end(results, out)
-    log.say(f"  radapter-export --adapter {out}/runs/retrieval && radapter-serve")
+    following = f"{command('radapter-export')} --adapter {out}/runs/retrieval"
+    log.say(f"  {following} && {command('radapter-serve')}")
     return results
 
 
@@ -90,7 +94,22 @@ def lessons(data: DemoData, scenes: SceneData) -> list[tuple[Suite, dict[str, An
         "templates": str(data.templates),
     }
     return [
-        (suite_of(data), fields_of(data)),
+        (suite_of(data), {**fields_of(data), "val_data": f"imagefolder:{data.val}"}),
         (Suite("retrieval", tuple(captions)), {"data": f"csv:{scenes.train / 'captions.csv'}"}),
         (Suite("segmentation", tuple(masks)), of_scenes),
     ]
+
+
+def recipe_of(name: str, out: Path, seed: int, steps: int | None) -> Recipe:
+    """Load a recipe of the demo, for its base; `steps` replaces the recipe's if given."""
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    steps = steps or recipe.steps
+    assert steps is not None
+    return dataclasses.replace(
+        recipe,
+        architecture=f"local-dir:{BASE}",
+        out=out / "runs" / name,
+        seed=seed,
+        steps=steps,
+        warmup_steps=min(recipe.warmup_steps or steps, steps // 10),
+    )
