@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -173,10 +172,10 @@ def evaluate(where: str, table: pa.Table, cancelled: Cancelled | None = None) ->
     for batch in table.to_batches(max_chunksize=min(max(rows, 1), _ROWS)):
         check_cancelled(cancelled)
         try:
-            term = _evaluate(condition, batch)
-            if term.kind != "truth":
+            met = _evaluate(condition, batch)
+            if not pa.types.is_boolean(met.type):
                 raise invalid(f"where {where!r:.200} says neither yes nor no; {ALLOWED}")
-            met = pc.coalesce(term.values, _FALSE).cast(pa.uint8())
+            met = pc.coalesce(met, _FALSE).cast(pa.uint8())
         except pa.ArrowException as error:
             why = f"where {where!r:.200} fails: {redact(str(error)):.200}"
             raise invalid(f"{why}; the columns: {', '.join(table.column_names)}") from None
@@ -189,133 +188,97 @@ def evaluate(where: str, table: pa.Table, cancelled: Cancelled | None = None) ->
     return Met(marks.view(np.bool_))
 
 
-@dataclass(frozen=True)
-class _Term:
-    """A part of a condition: its values in a batch, an Arrow array or a scalar, and their kind."""
-
-    values: Any
-    # "integer", "float", "narrow" (float32 or float16), "text", "date", "time", "truth", "null", or
-    # an Arrow type that has no comparisons.
-    kind: str
-    literal: Any = None  # the value of a literal in the condition
-
-
 _ROWS = 1 << 16  # most rows compared at once
 _BATCH_WORK = 256 << 20  # bytes read until the deadline and the caller are asked again
 _NULL = pa.nulls(1)[0]
-_UNKNOWN = pa.nulls(1, pa.bool_())[0]
+_UNKNOWN = _NULL.cast(pa.bool_())
 _FALSE = text_array(["false"])[0].cast(pa.bool_())
-_NUMBERS = ("integer", "float", "narrow")
-_TYPES = {
-    **dict.fromkeys(_NUMBERS, pa.float64()),
-    **{"integer": pa.int64(), "text": pa.string(), "truth": pa.bool_()},
-    **{"date": pa.date32(), "time": pa.timestamp("us")},
-}
-_COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
-    **{exp.EQ: pc.equal, exp.NEQ: pc.not_equal},
+_TIME = pa.timestamp("us")
+_COMPARISONS: dict[type, Callable[..., Any]] = {
+    **{exp.EQ: pc.equal, exp.NEQ: pc.not_equal, exp.Coalesce: pc.coalesce},
     **{exp.LT: pc.less, exp.LTE: pc.less_equal},
     **{exp.GT: pc.greater, exp.GTE: pc.greater_equal},
 }
-_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
-    exp.Add: pc.add,
-    exp.Sub: pc.subtract,
-    exp.Mul: pc.multiply,
-    exp.Div: pc.divide,
+_LOGIC: dict[type, Callable[..., Any]] = {
+    **{exp.And: pc.and_kleene, exp.Or: pc.or_kleene, exp.Not: pc.invert},
+}
+_ARITHMETIC: dict[type, Callable[..., Any]] = {
+    **{exp.Neg: pc.negate, exp.Add: pc.add, exp.Sub: pc.subtract},
+    **{exp.Mul: pc.multiply, exp.Div: pc.divide},
+}
+_TEXT_FUNCTIONS: dict[type, Callable[..., Any]] = {
+    **{exp.Lower: pc.utf8_lower, exp.Upper: pc.utf8_upper, exp.Length: pc.utf8_length},
 }
 _CASTS = {
-    **dict.fromkeys(("TINYINT", "SMALLINT", "INT", "BIGINT"), "integer"),
-    **dict.fromkeys(("UTINYINT", "USMALLINT", "UINT", "UBIGINT"), "integer"),
-    **dict.fromkeys(("FLOAT", "DOUBLE"), "float"),
-    **dict.fromkeys(("TEXT", "VARCHAR", "CHAR"), "text"),
-    **{"BOOLEAN": "truth", "DATE": "date", "TIMESTAMP": "time"},
-}
-_TEXT_FUNCTIONS: dict[type, Callable[[Any], Any]] = {
-    exp.Lower: pc.utf8_lower,
-    exp.Upper: pc.utf8_upper,
-    exp.Length: pc.utf8_length,
+    **dict.fromkeys(("TINYINT", "SMALLINT", "INT", "BIGINT"), pa.int64()),
+    **dict.fromkeys(("UTINYINT", "USMALLINT", "UINT", "UBIGINT"), pa.int64()),
+    **dict.fromkeys(("FLOAT", "DOUBLE"), pa.float64()),
+    **dict.fromkeys(("TEXT", "VARCHAR", "CHAR"), pa.string()),
+    **{"BOOLEAN": pa.bool_(), "DATE": pa.date32(), "TIMESTAMP": _TIME},
 }
 
 
-def _evaluate(node: Any, batch: pa.RecordBatch) -> _Term:
-    """Evaluate a parsed condition on a batch, operands first. The recursion is as deep as a chain
-    of `MAX_PARTS` operators, which Python allows.
+def _evaluate(node: Any, batch: pa.RecordBatch) -> Any:
+    """Evaluate a parsed condition on a batch, operands first, to an Arrow array or a scalar. The
+    recursion is as deep as a chain of `MAX_PARTS` operators, which Python allows.
     """
-    operands: list[_Term] = []
-    if not isinstance(node, (exp.Column, exp.Literal)):
-        for child in node.iter_expressions():
-            if not isinstance(child, exp.DataType):
-                operands.append(_evaluate(child, batch))
     match node:
         case exp.Column():
             return _column(node.name, batch)
         case exp.Literal(is_string=True):
-            return _literal(node.this)
+            return _scalar(node.this, pa.string())
         case exp.Literal():
             is_integer = re.fullmatch(r"[0-9]+", node.this) and int(node.this) < 1 << 63
-            return _literal(int(node.this) if is_integer else float(node.this))
+            return _scalar(node.this, pa.int64() if is_integer else pa.float64())
         case exp.Boolean():
-            return _literal(bool(node.this))
+            return _scalar(str(node.this), pa.bool_())
         case exp.Null():
-            return _Term(_NULL, "null")
+            return _NULL
+    parts = [part for part in node.iter_expressions() if not isinstance(part, exp.DataType)]
+    operands = [_evaluate(part, batch) for part in parts]
+    if function := _LOGIC.get(type(node)):
+        return function(*_truths(node, operands))
+    if function := _ARITHMETIC.get(type(node)):
+        return function(*_numbers(node, operands))
+    if function := _TEXT_FUNCTIONS.get(type(node)):
+        return function(*_texts(node, operands))
+    if function := _COMPARISONS.get(type(node)):
+        return function(*_alike(node, operands))
+    match node:
         case exp.Paren():
             return operands[0]
-        case exp.Neg():
-            (number,) = _check_kinds(node, operands, *_NUMBERS)
-            if number.literal is not None:
-                return _literal(-number.literal)
-            return _Term(pc.negate(number.values), number.kind)
-        case exp.And():
-            return _Term(pc.and_kleene(*_truths(node, operands)), "truth")
-        case exp.Or():
-            return _Term(pc.or_kleene(*_truths(node, operands)), "truth")
-        case exp.Not():
-            return _Term(pc.invert(*_truths(node, operands)), "truth")
         case exp.Is(expression=exp.Null()):
-            return _Term(pc.is_null(operands[0].values), "truth")
+            return pc.is_null(operands[0])
         case exp.Is(expression=exp.Boolean()):
-            return _Term(pc.coalesce(pc.equal(*_truths(node, operands)), _FALSE), "truth")
+            return pc.coalesce(pc.equal(*_truths(node, operands)), _FALSE)
         case exp.Between():
-            values, low, high = operands
-            low_met = _compared(node, exp.GTE, values, low)
-            high_met = _compared(node, exp.LTE, values, high)
-            return _Term(pc.and_kleene(low_met, high_met), "truth")
+            low_met = pc.greater_equal(*_alike(node, operands[:2]))
+            high_met = pc.less_equal(*_alike(node, operands[::2]))
+            return pc.and_kleene(low_met, high_met)
         case exp.In():
-            return _Term(_in(node, operands[0], operands[1:]), "truth")
-        case exp.Like() | exp.ILike():
-            text, pattern = _check_kinds(node, operands, "text", "null")
-            if "null" in (text.kind, pattern.kind):
-                return _Term(_UNKNOWN, "truth")
-            if pattern.literal is None:
-                _refuse(node)
+            return _in(node, *operands)
+        case exp.Like() | exp.ILike() if not _is_column(operands[1]):
+            text, pattern = _texts(node, operands)
+            if not pattern.is_valid:
+                return _UNKNOWN
             ignores_case = isinstance(node, exp.ILike)
-            met = pc.match_like(text.values, pattern.literal, ignore_case=ignores_case)
-            return _Term(pc.invert(met) if node.args.get("negate") else met, "truth")
-        case exp.Escape() if operands[1].literal == "\\":  # the default of LIKE
+            met = pc.match_like(text, pattern.as_py(), ignore_case=ignores_case)
+            return pc.invert(met) if node.args.get("negate") else met
+        case exp.Escape() if node.expression.name == "\\":  # the default of LIKE
             return operands[0]
-        case exp.Lower() | exp.Upper() | exp.Length():
-            (text,) = _check_kinds(node, operands, "text", "null")
-            kind = "integer" if isinstance(node, exp.Length) else "text"
-            return _Term(_TEXT_FUNCTIONS[type(node)](text.values.cast(pa.string())), kind)
-        case exp.Coalesce():
-            return _coalesce(node, operands)
         case exp.Cast():
             return _cast(node, operands[0])
         case exp.Mod():  # the remainder of a division, with the sign of the dividend
-            left, right, kind = _numbers(node, operands)
+            left, right = _numbers(node, operands)
             quotient = pc.divide(left, right)
-            if kind == "float":
+            if pa.types.is_floating(left.type):
                 quotient = pc.trunc(quotient)
-            return _Term(pc.subtract(left, pc.multiply(right, quotient)), kind)
-    if type(node) in _COMPARISONS:
-        return _Term(_compared(node, type(node), *operands), "truth")
-    if type(node) not in _ARITHMETIC:
-        _refuse(node)
-    left, right, kind = _numbers(node, operands)
-    return _Term(_ARITHMETIC[type(node)](left, right), kind)
+            return pc.subtract(left, pc.multiply(right, quotient))
+    _refuse(node)
 
 
-def _column(name: str, batch: pa.RecordBatch) -> _Term:
-    """Find a column by its name, and cast it to the type in which its kind is computed."""
+def _column(name: str, batch: pa.RecordBatch) -> Any:
+    """Find a column by its name, and cast it to the type in which its values are computed."""
     names = [other for other in batch.schema.names if other.lower() == name.lower()]
     if name not in names:
         if len(names) != 1:
@@ -323,144 +286,121 @@ def _column(name: str, batch: pa.RecordBatch) -> _Term:
             raise invalid(f"where names {name!r:.80}; the columns: {known}")
         name = names[0]
     column = batch.column(name)
-    if pa.types.is_dictionary(column.type):
+    kinds = pa.types
+    if kinds.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    arrow = column.type
-    if pa.types.is_integer(arrow):
-        return _Term(column.cast(pa.int64()), "integer")
-    if pa.types.is_floating(arrow):
-        kind = "float" if arrow == pa.float64() else "narrow"
-        return _Term(column.cast(pa.float64()), kind)
-    if pa.types.is_decimal(arrow):
-        return _Term(column.cast(pa.float64()), "float")
-    if pa.types.is_string(arrow) or pa.types.is_large_string(arrow):
-        return _Term(column, "text")
-    if pa.types.is_boolean(arrow):
-        return _Term(column, "truth")
-    if pa.types.is_date(arrow):
-        return _Term(column.cast(pa.date32()), "date")
-    if pa.types.is_timestamp(arrow):
-        return _Term(column.cast(pa.timestamp("us"), safe=False), "time")  # in UTC
-    return _Term(column, str(arrow))
-
-
-def _literal(value: Any) -> _Term:
-    kinds = {bool: "truth", int: "integer", float: "float", str: "text"}
-    kind = kinds[type(value)]
-    return _Term(_scalar(str(value), kind), kind, value)
+    if kinds.is_integer(column.type):
+        return column.cast(pa.int64())
+    if kinds.is_float16(column.type):
+        return column.cast(pa.float32())
+    if kinds.is_decimal(column.type):
+        return column.cast(pa.float64())
+    if kinds.is_date(column.type):
+        return column.cast(pa.date32())
+    if kinds.is_timestamp(column.type):
+        return column.cast(_TIME, safe=False)  # in UTC
+    return column
 
 
 @lru_cache(MAX_PARTS)  # the same for every batch
-def _scalar(text: str, kind: str) -> pa.Scalar:
-    return text_array([text])[0].cast(_TYPES[kind])
+def _scalar(text: str, kind: pa.DataType) -> pa.Scalar:
+    return text_array([text])[0].cast(kind)
 
 
-def _compared(node: Any, how: type, left: _Term, right: _Term) -> Any:
-    if "null" in (left.kind, right.kind):
-        return _UNKNOWN
-    left, right = _alike(node, left, right)
-    return _COMPARISONS[how](left.values, right.values)
+def _is_column(operand: Any) -> bool:
+    return not isinstance(operand, pa.Scalar)
 
 
-def _alike(node: Any, left: _Term, right: _Term) -> tuple[_Term, _Term]:
-    """Convert two operands to one type; raises an error if they cannot be compared."""
-    kinds = {left.kind, right.kind}
-    if kinds <= set(_NUMBERS):
-        # A literal gets the precision of the column that it is compared with.
-        if left.kind == "narrow":
-            right = _narrow(right)
-        elif right.kind == "narrow":
-            left = _narrow(left)
-        return left, right
-    if len(kinds) == 1 and left.kind in _TYPES:
-        return left, right
-    if kinds <= {"date", "time", "text"}:
-        return _time(node, left), _time(node, right)
-    raise invalid(f"where compares {left.kind} with {right.kind} in {node.sql()!r:.100}; {ALLOWED}")
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _narrow(number: _Term) -> _Term:
-    """Round a literal to float32; other numbers are unchanged."""
-    if number.literal is None:
-        return number
-    with np.errstate(over="ignore"):
-        return _literal(float(np.float32(number.literal)))
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
-def _time(node: Any, term: _Term) -> _Term:
-    """Convert a date, a time, or a literal text of one to a time."""
-    if term.kind == "text" and term.literal is None:
-        _refuse(node)
-    try:
-        return _Term(term.values.cast(_TYPES["time"]), "time")
-    except pa.ArrowException:
-        if term.kind != "text":
-            raise
-        raise invalid(f"where has {term.literal!r:.100}, which is not a date or time") from None
+def _alike(node: Any, operands: list[Any]) -> list[Any]:
+    """Cast operands to one type; raises an error if they cannot be compared."""
+    types = {operand.type for operand in operands if operand.type != pa.null()}
+    columns = {operand.type for operand in operands if _is_column(operand)}
+    safe = True
+    if len(types) < 2:
+        kind = next(iter(types), pa.bool_())
+    elif all(map(_is_number, types)):
+        # A number in the condition gets the precision of the column that it is compared with.
+        is_float = any(map(pa.types.is_floating, types))
+        kind = pa.float64() if is_float else pa.int64()
+        if columns == {pa.float32()}:
+            kind = pa.float32()
+            safe = False
+    elif all(map(_is_text, types)):
+        kind = pa.large_string()
+    elif types <= {pa.date32(), _TIME, pa.string()} and pa.string() not in columns:
+        kind = _TIME
+    else:
+        compared = " with ".join(map(str, dict.fromkeys(operand.type for operand in operands)))
+        raise invalid(f"where compares {compared} in {node.sql()!r:.100}; {ALLOWED}")
+    cast = []
+    for operand in operands:
+        try:
+            cast.append(operand if operand.type == kind else operand.cast(kind, safe=safe))
+        except pa.ArrowInvalid:
+            if operand.type != pa.string():
+                raise
+            text = operand.as_py()
+            raise invalid(f"where has {text!r:.100}, which is not a date or time") from None
+    return cast
 
 
-def _in(node: Any, values: _Term, options: list[_Term]) -> Any:
-    known = [option for option in options if option.kind != "null"]
-    alike = [_alike(node, values, option) for option in known]
-    literals = [option.literal for _, option in alike]
-    if values.kind in ("integer", "text") and all(type(each) in (int, str) for each in literals):
+def _in(node: Any, values: Any, *options: Any) -> Any:
+    is_exact = pa.types.is_integer(values.type) or _is_text(values.type)
+    types = {option.type for option in options} - {pa.null()}
+    if types == {values.type} and is_exact and not any(map(_is_column, options)):
         # One look-up for a long list; `is_in` treats NULL as a value, so restore it.
-        wanted = text_array([str(literal) for literal in literals]).cast(_TYPES[values.kind])
-        met = pc.is_in(values.values, value_set=wanted)
-        met = pc.if_else(pc.is_valid(values.values), met, _UNKNOWN)
-    else:
-        met = _FALSE
-        for left, option in alike:
-            met = pc.or_kleene(met, pc.equal(left.values, option.values))
-    # A NULL among the options may equal any value.
-    return met if len(known) == len(options) else pc.or_kleene(met, _UNKNOWN)
+        known = [option for option in options if option.is_valid]
+        wanted = pa.concat_arrays([pa.repeat(option, 1) for option in known])
+        met = pc.if_else(pc.is_valid(values), pc.is_in(values, value_set=wanted), _UNKNOWN)
+        # A NULL among the options may equal any value.
+        return met if len(known) == len(options) else pc.or_kleene(met, _UNKNOWN)
+    met = _FALSE
+    for option in options:
+        met = pc.or_kleene(met, pc.equal(*_alike(node, [values, option])))
+    return met
 
 
-def _coalesce(node: Any, operands: list[_Term]) -> _Term:
-    known = [operand for operand in operands if operand.kind != "null"]
-    if not known:
-        return operands[0]
-    kinds = {operand.kind for operand in known}
-    if kinds <= set(_NUMBERS):
-        kind = "integer" if kinds == {"integer"} else "float"
-    elif len(kinds) == 1:
-        kind = known[0].kind
-    else:
-        raise invalid(f"where mixes {' and '.join(sorted(kinds))} in {node.sql()!r:.100}")
-    if kind not in _TYPES:
-        return _Term(pc.coalesce(*(operand.values for operand in known)), kind)
-    values = [operand.values.cast(_TYPES[kind]) for operand in known]
-    return _Term(pc.coalesce(*values), kind)
-
-
-def _cast(node: exp.Cast, term: _Term) -> _Term:
+def _cast(node: exp.Cast, values: Any) -> Any:
     kind = _CASTS.get(node.to.this.name)
     if kind is None:
         raise invalid(f"where casts to {node.to.sql():.40}; {ALLOWED}")
-    if kind == "text" and term.kind in ("float", "narrow", "time"):
-        raise invalid(f"where casts a {term.kind} to text, which may be written in many ways")
-    values = term.values
-    if kind == "integer" and term.kind in ("float", "narrow"):
+    is_float = pa.types.is_floating(values.type)
+    if kind == pa.string() and (is_float or values.type == _TIME):
+        raise invalid(f"where casts a {values.type} to text, which may be written in many ways")
+    if kind == pa.int64() and is_float:
         values = pc.trunc(values)
-    return _Term(values.cast(_TYPES[kind]), kind)
+    return values.cast(kind)
 
 
-def _numbers(node: Any, operands: list[_Term]) -> tuple[Any, Any, str]:
-    """Convert two numbers to one type, and return their kind."""
-    left, right = _check_kinds(node, operands, *_NUMBERS, "null")
-    kind = "integer" if {left.kind, right.kind} <= {"integer", "null"} else "float"
-    return left.values.cast(_TYPES[kind]), right.values.cast(_TYPES[kind]), kind
+def _numbers(node: Any, operands: list[Any]) -> list[Any]:
+    is_float = any(pa.types.is_floating(operand.type) for operand in operands)
+    kind = pa.float64() if is_float else pa.int64()
+    return [operand.cast(kind) for operand in _of_kind(node, operands, _is_number, kind)]
 
 
-def _truths(node: Any, operands: list[_Term]) -> list[Any]:
-    terms = _check_kinds(node, operands, "truth", "null")
-    return [term.values.cast(pa.bool_()) for term in terms]
+def _truths(node: Any, operands: list[Any]) -> list[Any]:
+    return _of_kind(node, operands, pa.types.is_boolean, pa.bool_())
 
 
-def _check_kinds(node: Any, operands: list[_Term], *kinds: str) -> list[_Term]:
-    if any(operand.kind not in kinds for operand in operands):
+def _texts(node: Any, operands: list[Any]) -> list[Any]:
+    return _of_kind(node, operands, _is_text, pa.string())
+
+
+def _of_kind(
+    node: Any, operands: list[Any], is_kind: Callable[[Any], bool], kind: pa.DataType
+) -> list[Any]:
+    """Check that operands are of a kind; NULL gets the type `kind`."""
+    if not all(operand.type == pa.null() or is_kind(operand.type) for operand in operands):
         _refuse(node)
-    return operands
+    return [operand.cast(kind) if operand.type == pa.null() else operand for operand in operands]
 
 
 def _refuse(node: Any) -> NoReturn:
