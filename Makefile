@@ -64,9 +64,9 @@ SLOW := tests/cli tests/demo tests/engine tests/playground tests/contract/test_m
 # hostile requests to an engine.
 SLOW_IN_PART := tests/benchmarks/test_gpu.py tests/deploy tests/export/test_families.py \
   tests/export/test_tensorrt.py tests/hostile/test_connections.py tests/hostile/test_hostile.py tests/training/test_loss.py \
-  tests/training/test_rate.py tests/training/test_recipe.py tests/training/test_train.py \
+  tests/training/test_recipe.py tests/training/test_train.py \
   tests/test_packaging.py::test_an_extra_has_what_its_commands_import
-PARTS := siglip or two_processes_train or before_torch or finds_its_rate or no_time or extra_has or connections \
+PARTS := siglip or two_processes_train or before_torch or no_time or extra_has or connections \
   or many_callers or to_an_engine
 test-slow: $(VENV)/installed-$(call with,integrations)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(SLOW)

@@ -47,7 +47,6 @@ from rivals.others import (
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "small": {},
-    "small, rate auto": {"learning_rate": "auto"},
 }
 ELSEWHERE: dict[str, Literal["drawings", "pacs"]] = {"drawings": "pacs", "pacs": "drawings"}
 

@@ -8,7 +8,7 @@ import math
 import random
 import shlex
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,7 @@ WORDS = 64  # drawn from the vocabulary for each step
 GLOO_SECONDS = 0.5  # for Gloo to free its memory before several processes end
 
 
-def fit(
-    recipe: Recipe,
-    opened: RunData,
-    out: Path,
-    *,
-    show: bool = True,
-    measure: Callable[[Learner], dict[str, float]] = validate,
-) -> Run:
+def fit(recipe: Recipe, opened: RunData, out: Path, *, show: bool = True) -> Run:
     """Train with a recipe on its opened data, and write the average of the adapters."""
     learner = build(recipe, opened, out)
     accelerator = learner.accelerator
@@ -90,7 +83,7 @@ def fit(
         if learner.val is None:
             return {}
         with learner.average.applied():
-            metrics = measure(learner)
+            metrics = validate(learner)
         progress.metrics(step, metrics)
         return metrics
 

@@ -116,9 +116,8 @@ class Recipe(RunSource):
             within a part only.
         epochs: passes over the data; steps, if given, sets the length instead.
         steps: optimizer steps; none follows epochs.
-        learning_rate: peak learning rate of AdamW; auto finds a rate with held-out images and short
-            runs, which together have at most the steps of the run itself; for an adapter on a
-            projection with cross-validation over all images.
+        learning_rate: peak learning rate of AdamW. For an adapter on a projection auto chooses it
+            with cross-validation.
         min_learning_rate: learning rate at the end of the cosine schedule.
         weight_decay: weight decay of AdamW.
         warmup_steps: steps of linear warm-up; none takes a fifth of the run, and 500 at most.
@@ -217,17 +216,6 @@ class Recipe(RunSource):
                 f" {self.learning_rate}"
             )
         self._check_place()
-        held_out = self.val_data or self.val_fraction
-        if (
-            self.learning_rate == "auto"
-            and not self.of_projections
-            and (self.task == "retrieval" or not held_out)
-        ):
-            add = "" if self.task == "retrieval" else "add --val-fraction 0.2, or "
-            raise RAdapterError(
-                f"learning_rate auto chooses on held-out images with labels; {add}give a number"
-                " such as --learning-rate 5e-4"
-            )
         if self.val_fraction and self.val_data:
             raise RAdapterError(
                 f"val_fraction is {self.val_fraction} but val_data names validation data; leave one"
@@ -275,8 +263,14 @@ class Recipe(RunSource):
                 refused["embeddings"] = (
                     "it is for adapters on a projection: --adapt text-projection"
                 )
-            if self.preserve_words == "auto":
-                refused["preserve_words"] = "auto is for adapters on a projection; give a number"
+            for name, flag in (
+                ("learning_rate", "--learning-rate 5e-4"),
+                ("preserve_words", "--preserve-words 3"),
+            ):
+                if getattr(self, name) == "auto":
+                    refused[name] = (
+                        f"auto is for adapters on a projection; give a number, such as {flag}"
+                    )
             if self.has_embeddings and self.embeddings is None:
                 refused["data"] = "it is for adapters on a projection: --adapt text-projection"
         for name, why in refused.items():

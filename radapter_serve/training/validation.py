@@ -21,7 +21,6 @@ from radapter_serve.clip.towers import (
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.rows import BrokenImage, LabelledImages
-from radapter_serve.evaluation.image_sets import NOUN_TEMPLATES
 from radapter_serve.evaluation.metrics import (
     caption_groups,
     check_finite,
@@ -41,7 +40,8 @@ def validate(learner: Learner) -> dict[str, float]:
     if isinstance(learner.val, Captioned):
         measured = _recalls(learner, learner.val, alphas)
     else:
-        right, _ = answers(learner, alphas)
+        assert learner.val is not None
+        right = answers(learner, learner.val, alphas)
         measured = [{"acc1": float(row.mean()) if row.size else 0.0} for row in right]
     return {
         f"{name}@alpha={alpha:g}": round(value, 4)
@@ -51,39 +51,27 @@ def validate(learner: Learner) -> dict[str, float]:
 
 
 @torch.no_grad()
-def answers(
-    learner: Learner, alphas: Sequence[float], nouns: Sequence[str] = ()
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Classify images at A values of α in one pass: whether the best class is right, bool [A, N],
-    and the best of `nouns`, integer [A, N]; every process calls it.
+def answers(learner: Learner, val: LabelledImages, alphas: Sequence[float]) -> NDArray[np.bool_]:
+    """Classify images at A values of α in one pass: whether the best class is right, bool [A, N];
+    every process calls it.
     """
-    val = learner.val
-    assert isinstance(val, LabelledImages)
     base = learner.base
     classifiers = []
     for alpha in alphas:
         learner.adapters.alpha = alpha
-        texts: list[tuple[Sequence[str], Sequence[str]]] = [(val.classes, val.templates)]
-        if nouns:
-            texts.append((nouns, NOUN_TEMPLATES))
-        parts = [zero_shot_classifier(base.model, base.tokenizer, *each) for each in texts]
-        classifiers.append(torch.cat(parts))
-    count = len(val.classes)
+        classifiers.append(
+            zero_shot_classifier(base.model, base.tokenizer, val.classes, val.templates)
+        )
     batches = []
     for rows, embeds in _embedded(learner, val, alphas):
         scores = torch.stack(
             [images @ texts.T for images, texts in zip(embeds, classifiers, strict=True)]
         )
         check_finite(scores.cpu().numpy())
-        best = scores[..., :count].argmax(dim=-1).cpu().numpy()
+        best = scores.argmax(dim=-1).cpu().numpy()
         right = [np.isin(best[:, n], val.labels_of(row)) for n, (_, row) in enumerate(rows)]
-        among = scores[..., count:].argmax(dim=-1).cpu().numpy() if nouns else np.zeros_like(best)
-        batches.append((np.stack(right, axis=1), among))
-    batches = gather_object(batches)
-    if not batches:
-        return np.zeros((len(alphas), 0), bool), np.zeros((len(alphas), 0), np.int64)
-    hits, named = (np.concatenate(of, axis=1) for of in zip(*batches, strict=True))
-    return hits, named
+        batches.append(np.stack(right, axis=1))
+    return np.concatenate(gather_object(batches) or [np.zeros((len(alphas), 0), bool)], axis=1)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ import yaml
 from radapter_serve.adapter import Adapter, load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError, in_words
 from radapter_serve.training import Average, Recipe, choose_form, train
 from radapter_serve.training.data import open_run
@@ -263,12 +264,13 @@ def test_an_image_that_breaks_before_validation(recipe: Recipe, images: Path) ->
     with pytest.raises(RAdapterError, match=r"red/0\.png can't be read"):
         validate(learner)
     learner.examples.refuse = False
-    right, named = answers(learner, [0.0, 1.0])
-    assert right.shape == named.shape == (2, 23)
+    val = learner.val
+    assert isinstance(val, LabelledImages)
+    assert answers(learner, val, [0.0, 1.0]).shape == (2, 23)
     with torch.no_grad():
         learner.base.model.get_parameter("visual.proj")[0, 0] = torch.nan
     with pytest.raises(RAdapterError, match="not finite"):
-        answers(learner, [1.0])
+        answers(learner, val, [1.0])
 
 
 def test_a_finished_run_is_kept_when_it_is_resumed_and_not_overwritten(

@@ -21,7 +21,7 @@ from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.models import from_adapter
 from radapter_serve.evaluation.rows import Results
 from radapter_serve.evaluation.run import evaluate_suite, own_validation
-from radapter_serve.training import Recipe, Run, train
+from radapter_serve.training import Recipe, Run, loop, train
 from radapter_serve.training.data import open_run
 from radapter_serve.training.loop import fit
 from radapter_serve.training.setup import Learner, build
@@ -220,7 +220,9 @@ def test_segmentation(recipe: Recipe, tmp_path: Path) -> None:
     assert_trains_as_by_hand(recipe, pairs, prompts=[prompts(name) for name in CLASSES])
 
 
-def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path: Path) -> None:
+def test_validation_on_the_way_and_the_choice_of_alpha(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)
     val_data, val = labelled(tmp_path / "val", 45, seed=2)
     recipe = dataclasses.replace(recipe, data=data, val_data=val_data, validate_every=3, alpha=0.6)
@@ -234,7 +236,8 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
         return validate(learner)
 
     assert recipe.out is not None
-    out = fit(recipe, open_run(recipe), recipe.out, measure=validate_and_see).folder
+    monkeypatch.setattr(loop, "validate", validate_and_see)
+    out = fit(recipe, open_run(recipe), recipe.out).folder
     classes = [prompts(name) for name in CLASSES]
     scores = {}
     measured = [row for row in rows(out) if "acc1@alpha=1" in row]
