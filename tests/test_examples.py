@@ -233,6 +233,7 @@ def test_the_script_for_photos_prints_its_table(tiny_clip_dir: str, tmp_path: Pa
     assert (run / "indexes/photos").is_dir()
 
 
+@pytest.mark.slow
 def test_ten_tenants(
     tiny_clip_dir: str,
     common: Path,

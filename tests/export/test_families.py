@@ -16,11 +16,11 @@ from radapter_export.release import UNFITTED
 from radapter_serve.adapter import fold, load_adapter, save_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.encoders.loaded import load_release
-from tests.conftest import TINY_CLIP
 from tests.export.conftest import Export
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
-QUICK = ("roberta",)
+pytestmark = pytest.mark.slow
+
 CROPPED = (
     *("vit", "vit-quickgelu", "vit-layer-scale", "vit-custom-blocks", "mobileclip-b", "eva02"),
     *("pe-core", "resnet", "vitamin"),
@@ -30,17 +30,13 @@ TEXTS = ["a photo of a cat", "", "many words " * 60, "Sand, sea & sun"]
 
 
 def base_with_adapter(family: str, folder: Path) -> str:
-    # Its graph is made for others, too.
-    image = {"vision_cfg": TINY_CLIP["vision_cfg"], "quick_gelu": True} if family in QUICK else {}
-    name = make_base(family, folder / "base", **image)
+    name = make_base(family, folder / "base")
     adapter = random_adapter(name, partial=FAMILIES[family].partial)
     save_adapter(adapter, folder / "adapter.safetensors")
     return name
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_release_of_a_family_gives_what_open_clip_gives(
     family: str, export: Export, tmp_path: Path
 ) -> None:
@@ -79,7 +75,6 @@ def test_release_of_a_family_gives_what_open_clip_gives(
     assert {key for key in weights if not any(part in key for part in unused)} <= names
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_release_of_a_family_that_takes_any_alpha(
     family: str, export: Export, tmp_path: Path

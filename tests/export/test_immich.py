@@ -64,7 +64,8 @@ class Immich:
         return np.asarray(self.textual.run(None, {"text": tokens})[0][0])
 
 
-@pytest.mark.parametrize("family", ["vit", pytest.param("siglip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "siglip"])
 @torch.no_grad()
 def test_immich_gets_what_open_clip_gives(family: str, common: Path, tmp_path: Path) -> None:
     adapter = random_adapter(make_base(family, tmp_path / "base"))

@@ -66,6 +66,7 @@ def test_an_adapter_on_a_disk_that_is_full(tmp_path: Path) -> None:
         assert adapters.load(models, "anna", entry).factors[0][0, 0] == 2
 
 
+@pytest.mark.slow
 def test_an_export_to_a_disk_that_fills_or_that_nobody_can_write(
     exported_tiny_clip: Path, quick: None, tmp_path: Path
 ) -> None:
