@@ -58,7 +58,7 @@ SLOW := tests/cli tests/demo tests/engine tests/playground tests/contract/test_m
   tests/export/test_hub.py tests/export/test_immich.py tests/export/test_release.py tests/faults/test_disks.py tests/faults/test_shared_memory.py \
   tests/gateway/test_openai.py tests/hostile/test_conditions.py \
   tests/index/test_cluster.py tests/index/test_from_embeddings.py \
-  tests/test_examples.py tests/test_house.py tests/test_tutorial.py
+  tests/test_examples.py tests/test_house.py tests/test_model.py tests/test_tutorial.py
 # Of these there is time for some: SigLIP in every precision through TensorRT's parser and builder, it and RoBERTa as releases, the
 # same adapter from one process and from two, what is imported of each extra, attacks on the gateway's connections, and
 # hostile requests to an engine.

@@ -97,6 +97,7 @@ def test_a_base_alone_and_its_patches(tiny_clip_dir: str, exported_tiny_clip: Pa
         model.segment(png(1), ["a", "b"])
 
 
+@pytest.mark.slow  # for the masks alone, tests/evaluation/test_segmentation.py has it
 def test_segmentation_in_torch_is_that_of_the_export(
     exported_tiny_clip: Path, common: Path, tmp_path: Path
 ) -> None:
