@@ -1,7 +1,7 @@
 # `make demo` and `make test` set up all they need; PYTHON is Python 3.10 to 3.13. PYTHONS are those of `make test-all`.
 # TESTS are the files and folders to test; all if empty. COVERAGE=--cov measures what the tests run, which takes longer.
 # WORKERS is the number of processes that run the fast tests and the integrations; some tests wait, so three keep two cores
-# busy. INSTALL is what installs packages into VENV: uv where it is there.
+# busy. Packages are installed into VENV, with uv where it is there.
 # EXTRAS are the extras of the package that tests and checks are run with.
 PYTHON ?= python3
 PYTHONS ?= python3.10 python3.12 python3.13
@@ -11,29 +11,18 @@ WORKERS ?= 3
 TESTS ?=
 EXTRAS ?= test
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
-INSTALL ?= $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(PIP))
 
 # Packages are installed uncompiled: Python compiles what it imports, once, unless it is told to keep nothing.
 export PYTHONDONTWRITEBYTECODE =
-
-define MAKE_VENV
-@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
-  { echo "Python 3.10 to 3.13 is needed, $$($(PYTHON) --version) found; name another: make PYTHON=python3.12"; exit 1; }
-@$(PYTHON) -m venv $(VENV)
-endef
 
 comma := ,
 with = $(if $(findstring $(1),$(EXTRAS)),$(EXTRAS),$(1)$(comma)$(EXTRAS))
 
 .PHONY: demo test test-integrations test-triton test-slow test-all check docs reference install
 
-# The extra `test` has the demo, too.
+# The extra `test` has all that the demo needs.
 demo:
-	@test -e $(VENV)/installed-$(EXTRAS) || { \
-	  echo "Installing what the demo needs: one to two minutes with a fast network, most of it for torch. The demo itself takes about two minutes."; \
-	  $(MAKE) --no-print-directory $(VENV)/installed-demo; \
-	}
+	@test -e $(VENV)/installed-$(EXTRAS) || $(MAKE) --no-print-directory $(VENV)/installed-demo
 	$(BIN)/radapter-demo
 
 test: install
@@ -52,13 +41,13 @@ test-triton: $(VENV)/installed-$(call with,integrations)
 # Whole programs: every rival and a table of them, the demo's comparison, the playground and the engine,
 # a small /dev/shm, what each room may import, an export that is killed, other libraries that open a release
 # or ask the gateway, immich's own code, an index by a local Ray, the tutorial, what a search loads, what an image takes
-# while it is decoded, and conditions of many callers.
+# while it is decoded, conditions of many callers, and installations that fail.
 SLOW := tests/cli tests/demo tests/engine tests/playground tests/contract/test_memory.py \
   tests/rivals tests/export/test_checkpoint.py tests/export/test_dynamic_alpha.py tests/export/test_forms.py tests/export/test_graph.py tests/export/test_validation.py \
   tests/export/test_hub.py tests/export/test_immich.py tests/export/test_release.py tests/faults/test_disks.py tests/faults/test_shared_memory.py \
   tests/gateway/test_openai.py tests/hostile/test_conditions.py \
   tests/index/test_cluster.py tests/index/test_from_embeddings.py \
-  tests/test_examples.py tests/test_house.py tests/test_model.py tests/test_tutorial.py
+  tests/test_examples.py tests/test_house.py tests/test_install.py tests/test_model.py tests/test_tutorial.py
 # Of these there is time for some: SigLIP in every precision through TensorRT's parser and builder, it and RoBERTa as releases, the
 # same adapter from one process and from two, what is imported of each extra, attacks on the gateway's connections, and
 # hostile requests to an engine.
@@ -95,6 +84,7 @@ reference: install
 install: $(VENV)/installed-$(EXTRAS)
 
 $(VENV)/installed-%: pyproject.toml
-	$(MAKE_VENV)
-	$(INSTALL) --editable '.[$*]'
-	@touch $@
+	@command -v $(PYTHON) > /dev/null || { \
+	  echo "error: there is no $(PYTHON); Python 3.10 to 3.13 is needed; type the same again with another one, such as PYTHON=python3.12" >&2; exit 1; \
+	}
+	@$(PYTHON) .ci/install.py $(VENV) $*

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.helpers.small_release import png
 from tests.test_model import by_open_clip
@@ -65,6 +66,30 @@ def script(page: Path, name: str) -> str:
         block if language == "sh" else f"python - <<'PYTHON'\n{block}PYTHON"
         for language, block in blocks
     )
+
+
+def test_two_commands_show_it_and_test_it() -> None:
+    """The first block of README says them; they are targets, and run as they stand there."""
+    first = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[0]
+    clone, *lines = [line.partition("#")[0].strip() for line in first.splitlines()]
+    assert clone.startswith("git clone ")
+    assert lines == ["make demo", "make test"]
+    heading = "## Your own photos"
+    assert README.read_text(encoding="utf-8").index(first) < README.read_text().index(heading)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    pipeline = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [
+        step for job in workflow["jobs"].values() for step in job["steps"] if "env" not in step
+    ]
+    for line in lines:
+        assert re.search(rf"^{line.removeprefix('make ')}:", makefile, re.MULTILINE)
+        assert re.search(rf"^{line}$", pipeline, re.MULTILINE)
+        # Nothing is exported before, so they run as for a newcomer.
+        assert "export " not in pipeline[: pipeline.index(f"\n{line}\n")]
+        assert line in [step.get("run") for step in steps]
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "quickstart.md"):
+        assert first in page.read_text(encoding="utf-8"), page
 
 
 @pytest.mark.triton
