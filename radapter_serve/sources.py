@@ -19,7 +19,6 @@ ADAPTER = "adapter.safetensors"
 RECIPE = "recipe.yaml"
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
-RATES = "rates.json"
 RUNS = Path("runs")
 
 # Where the adapters of a run are: after attention and feed-forward of each block of both towers or

@@ -141,7 +141,9 @@ class AdaptFormer(Method):
     def optimizer(self, system: System, run: Run) -> Optimizer:
         recipe = run.recipe
         learning = [{"params": system.learning(), "share": recipe.batch_size / 512}]
-        return SGD(learning, lr=recipe.peak_rate, momentum=0.9, weight_decay=recipe.weight_decay)
+        return SGD(
+            learning, lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay
+        )
 
 
 # RepAdapter. Luo et al., Towards Efficient Visual Adaption via Structural Re-parameterization,

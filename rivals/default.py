@@ -130,7 +130,7 @@ def measure(
     for alpha in sorted(set(alphas.values())):
         system.model.load_state_dict(fold(start, adapter, alpha))
         rows += tests.judged(system, candidate, split, seed, alpha)
-    rate = run.recipe.peak_rate
+    rate = run.recipe.learning_rate
     return Outcome(candidate, split, seed, rate, alphas, choice.kept, seconds, rows)
 
 

@@ -348,7 +348,7 @@ class Method:
     def optimizer(self, system: System, run: Run) -> Optimizer:
         """Build the optimizer of the parameters that learn."""
         recipe = run.recipe
-        return AdamW(system.learning(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
+        return AdamW(system.learning(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
     def learn(self, run: Run) -> Learned:
         """Train a system; `run` has this method's settings."""

@@ -34,10 +34,12 @@ from radapter_serve.demo.data import BASE
 from radapter_serve.evaluation.image_sets import NOUN_TEMPLATES, common_nouns
 from radapter_serve.process import limit_threads
 from radapter_serve.sources import LOCAL
+from radapter_serve.training.embedding import Vectors
 from radapter_serve.training.loop import vocabulary
 from radapter_serve.training.projection import (
+    WITHOUT_FOLDS,
     Maps,
-    Vectors,
+    choose,
     cross_validate,
     folds_of,
     learn,
@@ -194,8 +196,9 @@ def learned(
     """
     scale, _ = logit_scale_and_bias(base.model.state_dict())
     train = partial(learn, sides=sides, scale=scale, loss=loss_of(base, recipe))
-    chosen = cross_validate(vectors, recipe, train).recipe
-    return train(vectors, np.arange(len(vectors.images)), chosen), chosen.alpha
+    choice = choose(vectors, cross_validate(vectors, recipe, train), recipe.alpha, "")
+    [maps] = train(vectors, [np.arange(len(vectors.images))], recipe)
+    return maps, choice.alpha if choice else WITHOUT_FOLDS
 
 
 def heads(task: Task, name: str, folds: NDArray[np.int64]) -> dict[str, Tensor]:

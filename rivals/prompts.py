@@ -104,7 +104,10 @@ class PromptLearning(Method):
     def optimizer(self, system: System, run: Run) -> Optimizer:
         recipe = run.recipe
         return SGD(
-            system.learning(), lr=recipe.peak_rate, momentum=0.9, weight_decay=recipe.weight_decay
+            system.learning(),
+            lr=recipe.learning_rate,
+            momentum=0.9,
+            weight_decay=recipe.weight_decay,
         )
 
 

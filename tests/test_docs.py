@@ -288,7 +288,7 @@ def test_the_page_of_recipes_has_every_field_as_small_has_it() -> None:
     small = load_recipe("small")
     for name in ("batch_size", "epochs", "drop", "preserve", "val_fraction", "pretrained"):
         assert rows[name][0] == str(getattr(small, name))
-    assert rows["learning_rate"][1] == "number, above 0, or `auto`"
+    assert rows["learning_rate"][1] == "number, above 0"
     assert rows["crop_scale"][1] == "number, above 0, at most 1"
     assert {rows[field][2] for field in ALIASES.values()} == {f"`{alias}`" for alias in ALIASES}
     assert "| `preserve` | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 10.0 |" in recipes

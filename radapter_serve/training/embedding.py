@@ -6,34 +6,45 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from radapter_serve.adapter.tuned import towers_of
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.clip.towers import Pixels, TorchEncoder, encode_texts
+from radapter_serve.clip.towers import Pixels, TorchEncoder, encode_texts, to_device
+from radapter_serve.contract.labels import prompts_of, split_label
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.data.rows import BrokenImage, tracked
 from radapter_serve.encoders.loaded import release_at
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.image_sets import NOUN_TEMPLATES, common_nouns
 from radapter_serve.files import read_arrays, staged
 from radapter_serve.process import decoders
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.sources import LOCAL
-from radapter_serve.training.data import Embedded
+from radapter_serve.training.batches import NO_LABEL
+from radapter_serve.training.data import Embedded, RunData
+from radapter_serve.training.loop import vocabulary
 from radapter_serve.training.recipe import Recipe
+from radapter_serve.training.setup import Prepared, flatten_projections, write_recipe
 
+ACCURACY = "acc1"
 FOLDER = "embeddings"  # in a run's folder
 SECONDS = 10.0  # between two parts of embeddings that are written
 _IMAGES = 32  # of a batch
@@ -45,6 +56,28 @@ _SAME = 0.999
 Floats = NDArray[np.float32]
 # Embeds some of the items, and yields their numbers with their vectors, batch by batch.
 Embed = Callable[[Sequence[int]], Iterator[tuple[list[int], Floats]]]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Embeddings of the base, of unit length, and what belongs together.
+
+    An owner is a class with its prompts, or an image with its captions.
+    """
+
+    images: Tensor  # [N, D]
+    owners: Tensor  # of each image, integer [N, K], padded with NO_LABEL
+    texts: Tensor  # of all prompts or captions [T, D]
+    texts_of: list[list[int]]  # the texts of each owner that a step draws from
+    names: list[list[int]]  # the texts that find each owner: of all names of a class
+    words: Tensor  # of the vocabulary [W, D], for which the base's answers are kept
+    nouns: Tensor  # with which it is measured how many answers are kept [M, D]
+    of_classes: bool
+
+    @property
+    def metric(self) -> str:
+        """The metric of `judge`."""
+        return ACCURACY if self.of_classes else "image_retrieval_recall@1"
 
 
 def kept(ids: Sequence[str], width: int, embed: Embed, out: Path, facts: Any) -> Floats:
@@ -171,6 +204,93 @@ def embed_texts(base: Base, tower: str, texts: Sequence[str], recipe: Recipe, ou
 
     ids = [hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() for text in texts]
     return kept(ids, int(base.config["embed_dim"]), embed, out, facts)
+
+
+def embed_run(
+    prepared: Prepared,
+    opened: RunData,
+    out: Path,
+    say: Callable[[str], None],
+    note: Callable[..., None],
+    *,
+    show: bool,
+) -> tuple[Vectors, Vectors | None, str]:
+    """Embed the data of a run, or take its embeddings, and embed its validation data, if any; makes
+    the run's folder. Returns the text tower's digest, too.
+    """
+    base = prepared.base
+    recipe = prepared.recipe
+    to_device(base.model)
+    if recipe.precision == "bf16":
+        flatten_projections(base.model)
+    towers = {name: tower.base for name, tower in towers_of(base.model, {}).items()}
+    of_embeddings = [] if opened.embedded is None else check_embeddings(opened.embedded, base)
+    write_recipe(recipe, out)
+    note(*opened.notes, *of_embeddings)
+    began = time.monotonic()
+    parts: list[Vectors] = []
+    for data, embedded in ((prepared.data, opened.embedded), (prepared.val, None)):
+        if data is None:
+            continue
+        assert isinstance(data, Labelled | Captioned)  # Recipe.check refuses masks
+        if embedded is not None:
+            images = embedded.vectors
+        else:
+            count = len(data.image_rows)
+            say(f"embedding {count:,} images and their texts once, kept in {out / FOLDER}")
+            tower = towers["image_tower"]
+            images, broken = embed_images(data, base, tower, recipe, out, show=show)
+            if broken:
+                note(f"left out {len(broken)} broken images, such as: {broken[0]}")
+        embed = partial(embed_texts, base, towers["text_tower"], recipe=recipe, out=out)
+        parts.append(vectors_of(data, images, embed))
+    say(f"embeddings are ready after {time.monotonic() - began:.1f} s")
+    return parts[0], parts[1] if prepared.val is not None else None, towers["text_tower"]
+
+
+def vectors_of(
+    data: Labelled | Captioned, images: Floats, embed: Callable[[Sequence[str]], Floats]
+) -> Vectors:
+    """Join the embeddings of images [N, D] with those of their texts, words and nouns. Images that
+    can't be read, whose rows are NaN, are left out.
+    """
+    names: list[str] = []
+    if isinstance(data, Labelled):
+        lines = [split_label(line) for line in data.classes]
+        names = [name for line in lines for name in line]
+        trained = [prompts_of(line[:1], data.templates) for line in lines]
+        prompts = [prompts_of(line, data.templates) for line in lines]
+        owners = data.label_sets()
+    else:
+        trained = prompts = [list(image.captions) for image in data.images]
+        owners = [(number,) for number in range(len(data.images))]
+    words = list(vocabulary(tuple(data.classes) if isinstance(data, Labelled) else ()))
+    nouns = [
+        prompt for noun in common_nouns(names) for prompt in prompts_of([noun], NOUN_TEMPLATES)
+    ]
+    texts = list(dict.fromkeys([*itertools.chain(*trained, *prompts), *words, *nouns]))
+    number_of = {text: number for number, text in enumerate(texts)}
+    embeds = torch.from_numpy(embed(texts))
+
+    def numbers(texts: Sequence[str]) -> list[int]:
+        return [number_of[text] for text in texts]
+
+    readable = ~np.isnan(images[:, 0])
+    padded = pad_sequence(
+        [torch.tensor(owners[row]) for row in np.flatnonzero(readable)],
+        batch_first=True,
+        padding_value=NO_LABEL,
+    )
+    return Vectors(
+        images=torch.from_numpy(images if readable.all() else images[readable]),  # without a copy
+        owners=padded,
+        texts=embeds,
+        texts_of=[numbers(each) for each in trained],
+        names=[numbers(each) for each in prompts],
+        words=embeds[numbers(words)],
+        nouns=embeds[numbers(nouns)],
+        of_classes=isinstance(data, Labelled),
+    )
 
 
 def check_embeddings(embedded: Embedded, base: Base) -> list[str]:

@@ -15,16 +15,15 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from radapter_serve.adapter import find_sites, save_adapter
+from radapter_serve.adapter import find_sites
 from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError
-from radapter_serve.sources import ADAPTER, RECIPE
+from radapter_serve.sources import ADAPTER
 from radapter_serve.training.batches import NO_LABEL, endless
 from radapter_serve.training.data import RunData
 from radapter_serve.training.loss import (
@@ -40,9 +39,10 @@ from radapter_serve.training.setup import (
     Learner,
     build,
     load_checkpoint,
-    metadata_of,
     save_checkpoint,
     start_tracker,
+    write_adapter,
+    write_recipe,
 )
 from radapter_serve.training.validation import validate
 
@@ -67,9 +67,7 @@ def fit(recipe: Recipe, opened: RunData, out: Path, *, show: bool = True) -> Run
     # with its recipe.
     start_tracker(accelerator, recipe)
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
-        (out / RECIPE).write_text(text, encoding="utf-8")
+        write_recipe(recipe, out)
     to_embed = seconds_to_embed(learner) if show and step == 0 else None
     progress = Progress(
         accelerator, out, plan.steps, recipe.batch_size, step, show=show, to_embed=to_embed
@@ -149,7 +147,12 @@ def fit(recipe: Recipe, opened: RunData, out: Path, *, show: bool = True) -> Run
         metrics = validated()
         notes += progress.end()
         if accelerator.is_main_process:
-            progress.say(write_adapter(learner, metrics, out))
+            write_adapter(learner, recipe, learner.average.tensors, metrics, out)
+            following = f"radapter-eval --adapter {shlex.quote(str(out))} --alpha auto"
+            if learner.val is None:
+                quoted = shlex.quote(str(out))
+                following = f"radapter-export --adapter {quoted} --alpha {recipe.alpha}"
+            progress.say(f"wrote {out / ADAPTER}; next: {following}")
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
         # Gloo's thread takes a lock to free the memory of the last gather. Destroying the process
@@ -242,23 +245,8 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
         if base_words is not None:
             scale, _ = logit_scale_and_bias(base.model.state_dict())
             divergence = divergence_from_base(images, own_words, base_images, base_words, scale)
-            loss = loss + recipe.words_weight * divergence
+            loss = loss + recipe.preserve_words * divergence
     return loss
-
-
-def write_adapter(learner: Learner, metrics: dict[str, float], out: Path) -> str:
-    """Write the average as the run's adapter; returns a line with its path and the next command."""
-    recipe = learner.plan.recipe
-    data = learner.examples.data
-    held_out = learner.held_out
-    metadata = metadata_of(recipe, learner.base, learner.digest, data, metrics, held_out=held_out)
-    learner.adapters.load_tensors(learner.average.tensors)
-    path = out / ADAPTER
-    save_adapter(learner.adapters.adapter(metadata), path)
-    following = f"radapter-eval --adapter {shlex.quote(str(out))} --alpha auto"
-    if learner.val is None:
-        following = f"radapter-export --adapter {shlex.quote(str(out))} --alpha {recipe.alpha}"
-    return f"wrote {path}; next: {following}"
 
 
 def _summary(learner: Learner, out: Path, step: int) -> str:

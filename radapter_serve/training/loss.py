@@ -28,10 +28,10 @@ def mpm_nce(
     images, and is left out of the mean from texts to images.
 
     Args:
-        image_embeds: f, float [B, D], unit length.
-        text_embeds: g, float [T, D], unit length.
+        image_embeds: f, float [..., B, D], unit length; the loss is a mean over what comes before.
+        text_embeds: g, float [..., T, D], unit length.
         labels: integer [B], where T is B and pairs with the same label are positives of each
-            other; or bool [B, T], whether text j is right for image i, with at least one right
+            other; or bool [..., B, T], whether text j is right for image i, with at least one right
             text in every row.
         logit_scale: 1/τ, frozen in the paper's training.
         delta: margin added to the similarity of negatives, in cosine.
@@ -42,11 +42,11 @@ def mpm_nce(
         A float32 scalar.
     """
     positive = labels if labels.dtype == torch.bool else labels[:, None] == labels[None, :]
-    logits = logit_scale * (image_embeds.float() @ text_embeds.float().T + delta * ~positive)
-    to_texts = _cross_entropy(logits, positive, epsilon)
-    right = positive.any(dim=0)  # texts that are right for an image
-    to_images = _cross_entropy(logits.T[right], positive.T[right], epsilon)
-    return (to_texts + to_images) / 2
+    logits = logit_scale * (image_embeds.float() @ text_embeds.float().mT + delta * ~positive)
+    to_texts = _cross_entropy(logits, positive, epsilon).mean(dim=-1)
+    right = positive.any(dim=-2)  # texts that are right for an image
+    to_images = _cross_entropy(logits.mT, positive.mT, epsilon) * right
+    return (to_texts + to_images.sum(dim=-1) / right.sum(dim=-1)).mean() / 2
 
 
 def pairwise_sigmoid(
@@ -66,8 +66,8 @@ def pairwise_sigmoid(
     and δ for negatives. With one positive a row, δ = 0 and ε = 0 it is SigLIP's loss.
 
     Args:
-        image_embeds: f, float [B, D], unit length.
-        text_embeds: g, float [T, D], unit length.
+        image_embeds: f, float [..., B, D], unit length; the loss is a mean over what comes before.
+        text_embeds: g, float [..., T, D], unit length.
         labels: as in `mpm_nce`.
         logit_scale: 1/τ of the base's scores, frozen.
         logit_bias: b of the base's scores, frozen.
@@ -78,34 +78,35 @@ def pairwise_sigmoid(
         A float32 scalar.
     """
     positive = labels if labels.dtype == torch.bool else labels[:, None] == labels[None, :]
-    cosines = image_embeds.float() @ text_embeds.float().T + delta * ~positive
-    negatives = (~positive).sum(dim=1, keepdim=True)
+    cosines = image_embeds.float() @ text_embeds.float().mT + delta * ~positive
+    negatives = (~positive).sum(dim=-1, keepdim=True)
     targets = torch.where(positive, 1 - epsilon, epsilon / negatives.clamp(min=1))
     total = F.binary_cross_entropy_with_logits(
         logit_scale * cosines + logit_bias, targets, reduction="sum"
     )
-    return total / len(positive)
+    return total / positive[..., 0].numel()
 
 
 def _cross_entropy(logits: Tensor, positive: Tensor, epsilon: float) -> Tensor:
-    """The mean over rows of the cross-entropy with the smoothed targets ỹ."""
-    positives = positive.sum(dim=1, keepdim=True)
-    negatives = positive.shape[1] - positives
+    """The cross-entropy of each row with the smoothed targets ỹ."""
+    positives = positive.sum(dim=-1, keepdim=True)
+    negatives = positive.shape[-1] - positives
     smoothing = torch.where(negatives > 0, epsilon, 0.0)
-    targets = torch.where(positive, (1 - smoothing) / positives, smoothing / negatives.clamp(min=1))
-    return -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    of_positives = (1 - smoothing) / positives.clamp(min=1)
+    targets = torch.where(positive, of_positives, smoothing / negatives.clamp(min=1))
+    return -(targets * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
 def positives_of(of_images: Tensor, of_texts: Tensor) -> Tensor:
-    """Mark the right texts of each image, bool [B, B] with images as rows: those whose label,
-    integer [B], is among the image's labels, integer [B, K], padded with negative numbers.
+    """Mark the right texts of each image, bool [..., B, T]: those whose label, integer [..., T], is
+    among the image's labels, integer [..., B, K], padded with negative numbers.
     """
-    return (of_images[:, :, None] == of_texts).any(dim=1)
+    return (of_images[..., None] == of_texts[..., None, None, :]).any(dim=-2)
 
 
 def distance_to_base(image_embeds: Tensor, base_embeds: Tensor) -> Tensor:
-    """Mean distance `1 − f·f₀` of images from their embeddings with the base, float [B, D]."""
-    return (1 - (image_embeds.float() * base_embeds.float()).sum(dim=1)).mean()
+    """Mean distance `1 − f·f₀` of images from their embeddings with the base, float [..., B, D]."""
+    return (1 - (image_embeds.float() * base_embeds.float()).sum(dim=-1)).mean()
 
 
 def gather_with_grad(tensor: Tensor) -> Tensor:
@@ -132,8 +133,8 @@ def divergence_from_base(
     logit_scale: float | Tensor,
 ) -> Tensor:
     """Mean over images of the Kullback-Leibler divergence of their probabilities of words from
-    those of the base; images are float [N, D], words [W, D], of unit length.
+    those of the base; images are float [..., N, D], words [..., W, D], of unit length.
     """
-    base = F.log_softmax(logit_scale * base_images.float() @ base_words.float().T, dim=1)
-    tuned = F.log_softmax(logit_scale * image_embeds.float() @ word_embeds.float().T, dim=1)
-    return F.kl_div(tuned, base, reduction="batchmean", log_target=True)
+    base = F.log_softmax(logit_scale * base_images.float() @ base_words.float().mT, dim=-1)
+    tuned = F.log_softmax(logit_scale * image_embeds.float() @ word_embeds.float().mT, dim=-1)
+    return F.kl_div(tuned, base, reduction="none", log_target=True).sum(dim=-1).mean()

@@ -108,16 +108,14 @@ class Recipe(RunSource):
             turns it off, as in the paper. With it each step also embeds its images with the base.
         preserve_words: weight of the Kullback-Leibler divergence of an image's probabilities of 64
             of ImageNet's class names, drawn for each step, from the base's probabilities; 0 turns
-            it off, as in the paper. For an adapter on a projection auto chooses it with
-            cross-validation.
+            it off, as in the paper.
         batch_size: images of a step over all processes and accumulated parts; all images, if there
             are fewer.
         accumulate: parts of a step's batch, computed one after another; the loss contrasts images
             within a part only.
         epochs: passes over the data; steps, if given, sets the length instead.
         steps: optimizer steps; none follows epochs.
-        learning_rate: peak learning rate of AdamW. For an adapter on a projection auto chooses it
-            with cross-validation.
+        learning_rate: peak learning rate of AdamW.
         min_learning_rate: learning rate at the end of the cosine schedule.
         weight_decay: weight decay of AdamW.
         warmup_steps: steps of linear warm-up; none takes a fifth of the run, and 500 at most.
@@ -158,12 +156,12 @@ class Recipe(RunSource):
     positives: Literal["several", "single"] = "several"
     negative_classes: Annotated[Number, For("classification", "segmentation")] = 0
     preserve: Annotated[Real, Field(ge=0)] = 0.0
-    preserve_words: Annotated[Real, Field(ge=0)] | Literal["auto"] = 0.0
+    preserve_words: Annotated[Real, Field(ge=0)] = 0.0
     batch_size: Annotated[Count, Field(ge=2)] = 512
     accumulate: Count = 1
     epochs: Count = 10
     steps: Count | None = None
-    learning_rate: Positive | Literal["auto"] = 5e-4
+    learning_rate: Positive = 5e-4
     min_learning_rate: Annotated[Real, Field(ge=0)] = 1e-6
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     warmup_steps: Number | None = None
@@ -210,7 +208,7 @@ class Recipe(RunSource):
                 f"accumulate is {self.accumulate}; allowed: divisors of batch_size"
                 f" {self.batch_size}"
             )
-        if self.learning_rate != "auto" and self.min_learning_rate > self.learning_rate:
+        if self.min_learning_rate > self.learning_rate:
             raise RAdapterError(
                 f"min_learning_rate is {self.min_learning_rate}; allowed: 0 to learning_rate"
                 f" {self.learning_rate}"
@@ -259,38 +257,23 @@ class Recipe(RunSource):
             for name in held_out if self.has_embeddings else ():
                 refused[name] = "embeddings are judged with cross-validation"
         else:
+            only_projections = "it is for adapters on a projection: --adapt text-projection"
             if self.embeddings is not None:
-                refused["embeddings"] = (
-                    "it is for adapters on a projection: --adapt text-projection"
-                )
-            for name, flag in (
-                ("learning_rate", "--learning-rate 5e-4"),
-                ("preserve_words", "--preserve-words 3"),
-            ):
-                if getattr(self, name) == "auto":
-                    refused[name] = (
-                        f"auto is for adapters on a projection; give a number, such as {flag}"
-                    )
-            if self.has_embeddings and self.embeddings is None:
-                refused["data"] = "it is for adapters on a projection: --adapt text-projection"
+                refused["embeddings"] = only_projections
+            elif self.has_embeddings:
+                refused["data"] = only_projections
         for name, why in refused.items():
             raise RAdapterError(f"{name} is {getattr(self, name)}; {why}")
-
-    @property
-    def words_weight(self) -> float:
-        """`preserve_words` as a number; `auto` is replaced before a run starts."""
-        return float(self.preserve_words)
-
-    @property
-    def peak_rate(self) -> float:
-        """The learning rate as a number; `auto` is replaced before a run starts."""
-        return float(self.learning_rate)
 
     def resolved(self, images: int | None, processes: int = 1) -> Plan:
         """Make a plan for the number of images (or captions) of an epoch, None for as many as a
         batch needs, and for the number of processes that share a batch.
         """
         notes = []
+        if self.of_projections and processes > 1:
+            raise RAdapterError(
+                f"adapt {self.adapt} trains in one process; start radapter-train without a launcher"
+            )
         parts = processes * self.accumulate
         if self.batch_size % parts:
             raise RAdapterError(
@@ -351,7 +334,7 @@ class Plan:
 
     def learning_rate(self, step: int) -> float:
         """The rate of a step (from 0): linear warm-up, then a cosine down to the least rate."""
-        high = self.recipe.peak_rate
+        high = self.recipe.learning_rate
         low = self.recipe.min_learning_rate
         if step < self.warmup_steps:
             return high * (step + 1) / self.warmup_steps

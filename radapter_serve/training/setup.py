@@ -5,7 +5,7 @@ checkpoints from which a killed run continues to the same result.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
@@ -21,15 +22,24 @@ from torch.nn.utils import parametrize
 from torch.optim import AdamW, Optimizer
 from torchvision import transforms
 
-from radapter_serve.adapter import Adapters, Form, Metadata, attach, base_digest, find_sites
+from radapter_serve.adapter import (
+    Adapter,
+    Adapters,
+    Form,
+    Metadata,
+    Site,
+    attach,
+    base_digest,
+    find_sites,
+    save_adapter,
+)
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias, templates_of
 from radapter_serve.data.captions import Captioned
-from radapter_serve.data.rows import LabelledImages
 from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.files import staged
-from radapter_serve.sources import CHECKPOINT, Adapt
+from radapter_serve.files import staged, write_text
+from radapter_serve.sources import ADAPTER, CHECKPOINT, RECIPE, Adapt
 from radapter_serve.training.batches import Examples, Transform
 from radapter_serve.training.data import Data, RunData
 from radapter_serve.training.loss import mpm_nce, pairwise_sigmoid
@@ -49,26 +59,55 @@ FREE = {
 
 
 @dataclass(frozen=True)
-class Learner:
-    """The parts of a run in training: plan, model, adapters, optimizer, loss and data.
+class Prepared:
+    """What a run starts from: its recipe, the base, the layers to adapt, and the data.
 
-    `digest` is of the base's weights without the adapters; `towers` are both towers as accelerate
-    wraps them; `loss_fn` takes embeddings of images and texts, and whether they belong together;
-    `held_out` is a digest of the images that `val_fraction` holds out.
+    `digest` is of the base's weights without adapters; `held_out` is a digest of the images that
+    `val_fraction` holds out.
+    """
+
+    recipe: Recipe
+    base: Base
+    sites: Sequence[Site]
+    digest: str
+    data: Data
+    val: Data | None
+    held_out: str | None
+
+
+@dataclass(frozen=True)
+class Learner(Prepared):
+    """The parts of a run of adapters in the towers: plan, adapters, optimizer, loss and examples.
+
+    `towers` are both towers as accelerate wraps them; `loss_fn` takes embeddings of images and
+    texts, and whether they belong together.
     """
 
     plan: Plan
     accelerator: Accelerator
-    base: Base
-    digest: str
     adapters: Adapters
     towers: nn.Module
     optimizer: Optimizer
     average: Average
     loss_fn: partial[Tensor]
     examples: Examples
-    val: Data | None
-    held_out: str | None
+
+
+def prepare(recipe: Recipe, opened: RunData) -> Prepared:
+    """Load the base of a run, find the layers to adapt, and make its data ready."""
+    # With embeddings and an adapter of the texts alone, nothing needs the image tower.
+    only_texts = opened.embedded is not None and recipe.adapt == "text-projection"
+    base = load_base(recipe.architecture, recipe.pretrained, images=not only_texts)
+    data, val = opened.ready(recipe, base)
+    sites = find_sites(base.model, adapt=recipe.adapt, partial=recipe.partial)
+    width = int(base.config["embed_dim"])
+    if recipe.of_projections and recipe.rank is not None and recipe.rank >= width:
+        raise RAdapterError(
+            f"rank is {recipe.rank}; allowed: less than the width {width}, or null for full rank"
+        )
+    held_out = held_out_digest(val) if val is not None and recipe.val_fraction else None
+    digest = base_digest(base.model.state_dict(), [site.key for site in sites])
+    return Prepared(recipe, base, sites, digest, data, val, held_out)
 
 
 def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
@@ -80,37 +119,34 @@ def build(recipe: Recipe, opened: RunData, out: Path) -> Learner:
     plan = recipe.resolved(len(opened.data.rows), accelerator.num_processes)
     recipe = plan.recipe
     torch.manual_seed(recipe.seed)  # before any random draw, such as of low-rank adapters
-    base = load_base(recipe.architecture, recipe.pretrained)
-    data, val = opened.ready(recipe, base)
+    prepared = prepare(recipe, opened)
+    base = prepared.base
     refuse = recipe.on_broken == "refuse"
 
-    # Attach the adapters; the digest is of the weights without them.
+    # Attach the adapters.
     where: dict[str, Any] = {"adapt": recipe.adapt, "partial": recipe.partial}
-    sites = find_sites(base.model, **where)
-    digest = base_digest(base.model.state_dict(), [site.key for site in sites])
     form = recipe.form
     if form == "auto":
         form = choose_form(base.model, recipe.rank, plan.part, **where)
     adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop, **where)
     if recipe.precision != "no":  # fp32 would gain little, and round differently
         flatten_projections(base.model)
-    optimizer = AdamW(adapters.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
+    optimizer = AdamW(
+        adapters.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
     # Move the weights to their device, before the average copies them.
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
 
     return Learner(
+        **vars(prepared),
         plan=plan,
         accelerator=accelerator,
-        base=base,
-        digest=digest,
         adapters=adapters,
         towers=towers,
         optimizer=optimizer,
         average=Average(adapters, plan.momentum, bias_correction=recipe.bias_correction),
         loss_fn=loss_of(base, recipe),
-        examples=Examples(data, augmentation(base, recipe), recipe.seed, refuse=refuse),
-        val=val,
-        held_out=held_out_digest(val) if val is not None and recipe.val_fraction else None,
+        examples=Examples(prepared.data, augmentation(base, recipe), recipe.seed, refuse=refuse),
     )
 
 
@@ -132,19 +168,28 @@ def loss_of(base: Base, recipe: Recipe) -> partial[Tensor]:
     return partial(loss, logit_scale=scale, delta=recipe.delta, epsilon=recipe.epsilon)
 
 
-def metadata_of(
+def write_recipe(recipe: Recipe, out: Path) -> None:
+    """Write a run's recipe, and make its folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+
+
+def write_adapter(
+    prepared: Prepared,
     recipe: Recipe,
-    base: Base,
-    digest: str,
-    data: LabelledImages | Captioned,
+    tensors: Mapping[str, Tensor],
     metrics: Mapping[str, float],
+    out: Path,
     **more: Any,
-) -> Metadata:
-    """The metadata of a run's adapter; `digest` is of the base, `more` are further fields."""
-    return Metadata(
-        architecture=base.name,
-        pretrained=base.pretrained,
-        base_digest=digest,
+) -> Adapter:
+    """Write a run's adapter, whose recipe has the α to recommend; `more` are further fields of its
+    metadata.
+    """
+    data = prepared.data
+    metadata = Metadata(
+        architecture=prepared.base.name,
+        pretrained=prepared.base.pretrained,
+        base_digest=prepared.digest,
         rank=recipe.rank,
         task=recipe.task,
         alpha=recipe.alpha,
@@ -152,8 +197,12 @@ def metadata_of(
         recipe=recipe.to_dict(),
         metrics=dict(metrics),
         classes=None if isinstance(data, Captioned) else list(data.classes),
+        held_out=prepared.held_out,
         **more,
     )
+    adapter = Adapter({name: t.float().cpu() for name, t in tensors.items()}, metadata)
+    save_adapter(adapter, out / ADAPTER)
+    return adapter
 
 
 def choose_form(

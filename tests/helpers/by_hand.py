@@ -181,7 +181,7 @@ def train_by_hand(
                     of_base = torch.softmax(scale * base @ clip.texts(drawn_words).T, dim=1)
                 q = torch.softmax(scale * f @ clip.texts(drawn_words).T, dim=1)
                 divergence = (of_base * (of_base.log() - q.log())).sum(dim=1).mean()
-                loss = loss + recipe.words_weight * divergence
+                loss = loss + recipe.preserve_words * divergence
             (loss / recipe.accumulate).backward()
         if recipe.grad_clip is not None:
             gradients = [weight.grad for weight in clip.weights.values() if weight.grad is not None]
@@ -253,7 +253,7 @@ def assert_same_steps(steps: Sequence[Step], expected: Sequence[Step]) -> None:
 def _rate(recipe: Recipe, step: int) -> float:
     assert recipe.steps is not None and recipe.warmup_steps is not None
     low = recipe.min_learning_rate
-    high = recipe.peak_rate
+    high = recipe.learning_rate
     warm = recipe.warmup_steps
     if step < warm:
         return high * (step + 1) / warm

@@ -5,7 +5,6 @@ cross-validation.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable
@@ -37,14 +36,17 @@ from radapter_serve.evaluation.alpha_choice import Choice, read_choice
 from radapter_serve.evaluation.rows import hardly_known
 from radapter_serve.evaluation.start import evaluate
 from radapter_serve.index.build import build, build_from_embeddings
-from radapter_serve.training import Recipe, embedding, projection, train
+from radapter_serve.training import Recipe, embedding, mpm_nce, projection, train
+from radapter_serve.training.embedding import Vectors
 from radapter_serve.training.projection import (
     ALPHAS,
     FOLDS,
-    Vectors,
+    choose,
     cross_validate,
     folds_of,
+    judge,
     learn,
+    moved,
 )
 from tests.conftest import export_into
 from tests.helpers.by_hand import mpm_nce_by_hand, pairwise_by_hand
@@ -108,7 +110,7 @@ def test_a_run_learns_and_leaves_what_other_commands_read(
     run = train(recipe, progress=True)
     adapter = load_adapter(run)
     assert adapter.keys == ["text_projection"]
-    files = {"adapter.safetensors", "alpha.json", "embeddings", "rates.json", "recipe.yaml"}
+    files = {"adapter.safetensors", "alpha.json", "embeddings", "recipe.yaml"}
     assert {path.name for path in run.folder.iterdir()} == files
     choice = chosen(run)
     assert choice.alpha == adapter.metadata.alpha == run.recipe.alpha > 0
@@ -118,7 +120,7 @@ def test_a_run_learns_and_leaves_what_other_commands_read(
     stored_recipe = yaml.safe_load((run.folder / "recipe.yaml").read_text())
     assert stored_recipe == adapter.metadata.recipe
     printed = capsys.readouterr().out
-    for words in ("embedding 24 images", "chose learning rate 0.01", "next: radapter-export"):
+    for words in ("embedding 24 images", "chose alpha ", "next: radapter-export"):
         assert words in printed
 
     # `radapter-eval --alpha auto` takes the choice, and draws it.
@@ -163,7 +165,7 @@ def test_training_is_as_by_hand(
 ) -> None:
     """All images and words in each step, so that no draw matters."""
     words = ("chair", "lamp", "river")
-    monkeypatch.setattr(projection, "vocabulary", lambda classes: words)
+    monkeypatch.setattr(embedding, "vocabulary", lambda classes: words)
     name = recipe.architecture
     if siglip:  # its image tower has no linear last layer
         name = make_base("siglip", tmp_path / "base")
@@ -349,7 +351,7 @@ def test_embeddings_that_do_not_fit_are_refused(
     [
         ({"rows": Path("rows.parquet")}, "embeddings and rows belong together"),
         ({"embeddings": Path("v.npy")}, "embeddings and rows belong together"),
-        ({"adapt": "towers", "preserve_words": "auto"}, "preserve_words is auto; .*give a number"),
+        ({"learning_rate": "auto"}, "learning_rate is 'auto'; it should be a valid number"),
         ({"adapt": "towers", "data": "index:x"}, "data is index:x; it is for adapters on a proj"),
         ({"data": "index:x", "val_fraction": 0.2}, "val_fraction is 0.2; embeddings are judged"),
         ({"negative_classes": 5}, "negative_classes is 5; adapt text-projection has in each step"),
@@ -493,8 +495,8 @@ def test_one_image_a_class_has_no_folds(
 ) -> None:
     for path in images.glob("*/[1-9].png"):
         path.unlink()
-    run = train(dataclasses.replace(recipe, learning_rate="auto"), progress=True)
-    assert "none are held out: learning rate 0.001" in capsys.readouterr().out
+    run = train(recipe, progress=True)
+    assert "none are held out: alpha 0.5 was not chosen" in capsys.readouterr().out
     assert any("too few images share their class" in note for note in run.notes)
     assert load_adapter(run).metadata.alpha == 0.5 and run.metrics == {}
     assert not (run.folder / "alpha.json").exists()
@@ -548,9 +550,9 @@ def test_scores_are_calibrated_by_images_that_were_not_trained_with(
     """
     trained: list[int] = []
 
-    def counted_learn(vectors: Vectors, rows: NDArray[np.int64], *args: Any, **fields: Any) -> Any:
-        trained.append(len(rows))
-        return learn(vectors, rows, *args, **fields)
+    def counted_learn(vectors: Vectors, parts: Any, *args: Any, **fields: Any) -> Any:
+        trained.extend(map(len, parts))
+        return learn(vectors, parts, *args, **fields)
 
     monkeypatch.setattr(projection, "learn", counted_learn)
     folder = tmp_path / "many"
@@ -593,45 +595,35 @@ def test_folds_have_a_share_of_each_class() -> None:
     assert sorted(folds_of(captions, 0)) == [0, 0, 0, 1, 1, 2, 2]
 
 
-def test_each_fold_is_judged_by_a_run_without_it(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And of settings that are as good, the one that keeps most is taken."""
-    vectors = vectors_of([0, 1, 2] * 8, noise=0.2)
-    folds = folds_of(vectors, recipe.seed)
-    trained: list[tuple[float, NDArray[np.int64]]] = []
-    maps_of_rate: dict[float, list[Any]] = {}
-
-    def remembered(vectors: Vectors, rows: NDArray[np.int64], setting: Recipe) -> Any:
-        trained.append((setting.peak_rate, rows))
-        loss = partial(projection_loss, delta=0.0)
-        maps = learn(vectors, rows, setting, sides=("text",), scale=10.0, loss=loss)
-        maps_of_rate.setdefault(setting.peak_rate, []).append(maps)
-        return maps
-
-    rates = (1e-5, 1e-1, 3e-1)
-    monkeypatch.setattr(projection, "RATES_TRIED", rates)
-    recipe = dataclasses.replace(recipe, learning_rate="auto")
-    validated = cross_validate(vectors, recipe, remembered)
-    assert [rate for rate, _ in trained] == [rate for rate in rates for _ in range(FOLDS)]
-    for number, (_, rows) in enumerate(trained):
-        assert set(rows) == set(np.flatnonzero(folds != number % FOLDS))
-    scores = np.array([trial.score for trial in validated.trials]).reshape(3, len(ALPHAS))
-    assert scores[:, 0].tolist() == [0.0] * 3  # the base takes each class for another
-    assert scores[1:, -1].min() > 0.8 and scores[0, -1] == 0.0
-    # Of the settings that are as good, the one that keeps most.
-    rate = validated.recipe.peak_rate
-    best = [trial for trial in validated.trials if trial.score == scores.max()]
-    of_rate = [trial.kept for trial in best if trial.setting.peak_rate == rate]
-    assert max(of_rate) == max(trial.kept for trial in best)
-    assert [maps for _, maps in validated.parts] == maps_of_rate[rate]
-    table = validated.table
-    assert len(table["tried"]) == 3 * len(ALPHAS)
-    assert json.loads(json.dumps(table)) == table
-
-
-def projection_loss(f: Tensor, g: Tensor, right: Tensor, *, delta: float) -> Tensor:
-    return mpm_nce_by_hand(f, g, right, 10.0, delta, 0.0)
+@pytest.mark.parametrize("of_classes", [True, False])
+def test_each_fold_is_judged_by_a_run_without_it(recipe: Recipe, of_classes: bool) -> None:
+    """And the runs of all folds at once have the steps that each would have alone."""
+    vectors = vectors_of([0, 1, 2] * 9 if of_classes else list(range(8)), width=12, noise=0.2)
+    vectors = dataclasses.replace(vectors, of_classes=of_classes)
+    recipe = dataclasses.replace(recipe, batch_size=4, grad_clip=0.1, preserve=1.0)
+    if of_classes:  # of all images of a run, no order matters
+        recipe = dataclasses.replace(recipe, batch_size=64)
+    train = partial(learn, sides=["text", "image"], scale=10.0, loss=partial(mpm_nce, delta=0.1))
+    folds = cross_validate(vectors, recipe, train)
+    number_of = folds_of(vectors, recipe.seed)
+    assert sorted(np.concatenate([each.held_out for each in folds])) == [*range(len(number_of))]
+    for number, each in enumerate(folds):
+        assert set(each.held_out) == set(np.flatnonzero(number_of == number))
+        if of_classes:
+            [alone] = train(vectors, [np.flatnonzero(number_of != number)], recipe)
+            for side, rows in (("text", vectors.texts[:3]), ("image", vectors.images)):
+                expected = moved(alone, side, rows)
+                torch.testing.assert_close(
+                    moved(each.maps, side, rows), expected, rtol=0, atol=2e-3
+                )
+                assert (expected - rows).abs().max() > 0.1
+    choice = choose(vectors, folds, 1.0, "sha256:1")
+    assert choice is not None and choice.sets["cross-validation"].n == len(number_of)
+    if of_classes:  # the base takes each class for another
+        assert choice.curve[0].score == 0.0 and choice.curve[-1].score > 0.8
+    by_fold = [judge(vectors, each, 1.0) for each in folds]
+    right, same = (np.concatenate(both).mean() for both in zip(*by_fold, strict=True))
+    assert (choice.curve[-1].score, choice.curve[-1].kept) == pytest.approx((right, same))
 
 
 def test_the_command_trains_by_the_recipe_quick(

@@ -58,8 +58,8 @@ def test_a_run_learns_and_leaves_what_it_says(
 ) -> None:
     bases = []
 
-    def load(*arguments: Any) -> Base:
-        bases.append(load_base(*arguments))
+    def load(*arguments: Any, **fields: Any) -> Base:
+        bases.append(load_base(*arguments, **fields))
         return bases[-1]
 
     monkeypatch.setattr("radapter_serve.training.setup.load_base", load)
