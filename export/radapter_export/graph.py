@@ -36,8 +36,9 @@ from radapter_serve.errors import RAdapterError, quiet, reason
 
 # The first opset with Conv in bf16. Opset 23 has Attention, which TensorRT cannot build in fp32.
 OPSET = 22
-# Size of weights above which they get their own file; protobuf allows at most 2 GiB.
-EXTERNAL_ABOVE = 1 << 30
+# Size of weights above which they get their own file: protobuf takes seconds to write 350 MB, and
+# allows at most 2 GiB.
+EXTERNAL_ABOVE = 1 << 26
 
 
 class ImageTower(nn.Module):
