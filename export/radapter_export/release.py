@@ -53,7 +53,6 @@ from radapter_serve.encoders.labels import (
 )
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.plans import PLAN, write_plan
-from radapter_serve.encoders.precision import measure_bf16
 from radapter_serve.encoders.tensorrt import find_gpu, import_tensorrt
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import kept_at
@@ -449,13 +448,6 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
         encoders[graph.name] = encoder
         graphs.append(exported(graph.name, start, agreement))
 
-    # Measure what a server with `--precision auto` would gain on this processor.
-    in_bf16 = None
-    if settings.precision == "fp32" and settings.runtime != TENSORRT:
-        say("measuring bf16")
-        files = {name: repository.staged(name, version) / "model.onnx" for name in encoders}
-        in_bf16 = measure_bf16(encoders["image_encoder"], files, written.samples)
-
     # Open the forms of other libraries as they do.
     forms = []
     samples = written.samples
@@ -497,7 +489,6 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
             tolerance=settings.bounds.max_error,
             min_cosine=settings.bounds.min_cosine,
         ),
-        in_bf16=in_bf16,
         **base_facts(
             base,
             written.weights,

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Agreement, Samples, compare
-from radapter_serve.release.release import IN_BF16, InBf16, Release
+from radapter_serve.release.release import IN_BF16, Release
 from radapter_serve.release.repository import (
     AUTO,
     ENCODERS,
@@ -71,12 +71,6 @@ def bf16_of_processor() -> str:
     return ""
 
 
-def name_of_processor() -> str:
-    """The name of this processor, with what computes bf16 in it."""
-    names = re.findall(r"^model name\s*:\s*(.+)$", CPU_FACTS.read_text(), re.MULTILINE)
-    return ", ".join([*names[:1], bf16_of_processor()])
-
-
 def choose(
     repository: Path,
     versions: Sequence[int],
@@ -112,19 +106,11 @@ def choose(
     if precision is None:
         note = ""
         if can and free:
-            has = f"this processor has {processor}: --precision auto"
-            measured = releases[-1].in_bf16
-            if measured is None or measured.processor != name_of_processor():
-                note = (
-                    f"{has} tries bf16 on it, measures how much faster images are, and keeps it if"
-                    f" all cosines are within {1 - IN_BF16.min_cosine:.0e} of torch's;"
-                    " docs/serving.md has the figures of one"
-                )
-            elif measured.times_as_fast > 1:
-                note = (
-                    f"{has} serves images {measured.times_as_fast:.1f} times as fast, cosines"
-                    f" within {measured.distance:.0e} of torch's, as measured at the export"
-                )
+            note = (
+                f"this processor has {processor}: --precision auto tries bf16 on it, measures how"
+                " much faster images are, and keeps it if all cosines are within"
+                f" {1 - IN_BF16.min_cosine:.0e} of torch's; docs/serving.md has the figures of one"
+            )
         return Choice(runtime, note=note)
     if precision == "bf16":
         if on_gpu or runtime not in (None, AUTO, "openvino"):
@@ -142,13 +128,19 @@ def choose(
         note = f"precision bf16 with openvino: 1 - cosine at most {choice.distance:.0e}"
         return replace(choice, note=note)
 
-    # AUTO: try the release as it is, then OpenVINO in bf16, else in fp32; only the fastest encoders
-    # stay in memory.
     if not (can and free):
         return Choice(
             runtime, note="precision fp32: bf16 needs a processor with bf16, and OpenVINO on it"
         )
-    first = (releases[-1].runtime if exported == AUTO else exported, "fp32")
+    own = releases[-1].runtime if exported == AUTO else exported
+    return _fastest(repository, releases, own, threads)
+
+
+def _fastest(repository: Path, releases: Sequence[Release], own: str, threads: int) -> Choice:
+    """Choose the fastest of the release's own runtime in fp32, and OpenVINO in bf16, else in fp32;
+    only the fastest encoders stay in memory.
+    """
+    first = (own, "fp32")
     best = try_encoders(repository, releases, *first, threads)
     seconds = least = quickest(repository, best)
     reason = ""
@@ -166,17 +158,20 @@ def choose(
             best = other
             least = taken
         del other
-    note = f"precision {best.precision} with {best.runtime}: "
-    if best.precision == "bf16":
-        reason = ""
     if (best.runtime, best.precision) == first:
-        note += f"nothing else was faster{reason}"
+        note = "nothing else was faster"
     else:
-        note += (
+        note = (
             f"images {seconds / least:.1f} times as fast as {first[1]} with {first[0]},"
-            f" 1 - cosine at most {best.distance:.0e}{reason}"
+            f" 1 - cosine at most {best.distance:.0e}"
         )
-    return replace(best, precision="bf16" if best.precision == "bf16" else None, note=note)
+    if best.precision != "bf16":
+        note += reason
+    return replace(
+        best,
+        precision="bf16" if best.precision == "bf16" else None,
+        note=f"precision {best.precision} with {best.runtime}: {note}",
+    )
 
 
 def load_graphs(
@@ -227,41 +222,13 @@ def quickest(repository: Path, choice: Choice) -> float:
     """Seconds of the quickest of some runs of the newest image encoder on all its samples."""
     newest = max(choice.graphs)
     samples = Samples.load(repository / "image_encoder" / str(newest))
-    return seconds_of(choice.graphs[newest]["image_encoder"], samples)
-
-
-def seconds_of(graph: EncoderGraph, samples: Samples) -> float:
-    """Seconds of the quickest of some runs of a graph on all samples."""
     times = []
     for _ in range(RUNS):
         start = time.perf_counter()
         for inputs, _reference in samples.batches():
-            graph(*inputs)
+            choice.graphs[newest]["image_encoder"](*inputs)
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def measure_bf16(
-    exported: EncoderGraph, files: Mapping[str, Path], samples: Mapping[str, Samples]
-) -> InBf16 | None:
-    """Measure what bf16 gains on this processor for graphs in fp32, of which `exported` is the
-    image encoder; None if AUTO would not take it here, for it can't be computed or is too far from
-    torch.
-    """
-    if not bf16_of_processor() or importlib.util.find_spec("openvino") is None:
-        return None
-    distance = 0.0
-    times_as_fast = 0.0
-    for name, file in files.items():
-        try:
-            graph = EncoderGraph(file, "openvino", precision="bf16")
-            agreement = compare(f"{name} in bf16", graph, samples[name], IN_BF16)
-        except RAdapterError:
-            return None
-        distance = max(distance, 1 - agreement.min_cosine)
-        if name == "image_encoder":
-            times_as_fast = seconds_of(exported, samples[name]) / seconds_of(graph, samples[name])
-    return InBf16(name_of_processor(), times_as_fast, distance)
 
 
 def take_runtime(

@@ -30,7 +30,7 @@ FORMAT = 1
 FILE = "release.json"
 # Fields of a release and of the facts in it that are left out of the file if they are None.
 _OPTIONAL = (
-    *("made_of", "quantization", "accuracy", "confidence", "in_bf16"),
+    *("made_of", "quantization", "accuracy", "confidence"),
     *("images", "texts", "digest", "examples", "prompts"),
     *("image_encoder", "patch_encoder", "text_encoder"),
 )
@@ -82,15 +82,6 @@ class Accuracy:
     torch: float
     release: float
     drop: float  # points lost; negative if the release is better
-
-
-@dataclass(frozen=True)
-class InBf16:
-    """What bf16 gained on the processor of the export."""
-
-    processor: str
-    times_as_fast: float  # as the exported precision embeds images
-    distance: float  # the largest 1 - cosine of any encoder with torch
 
 
 @dataclass(frozen=True)
@@ -186,7 +177,6 @@ class Release:
     created: str = ""  # in UTC, ISO 8601
     accuracy: Accuracy | None = None  # on validation data
     confidence: Confidence | None = None
-    in_bf16: InBf16 | None = None  # of fp32, where the export could compute it
     format: int = FORMAT
 
     @property

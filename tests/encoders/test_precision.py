@@ -20,9 +20,9 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.in_process import EngineServer
 from radapter_serve.gateway.rechecks import Rechecks
 from radapter_serve.gateway.triton import Triton
-from radapter_serve.release.agreement import Agreement, Samples
+from radapter_serve.release.agreement import Agreement
 from radapter_serve.release.config import encoders_of, parsed
-from radapter_serve.release.release import IN_BF16, InBf16, Release
+from radapter_serve.release.release import IN_BF16, Release
 from radapter_serve.release.repository import Served
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.models import configure_encoders
@@ -87,7 +87,7 @@ def test_auto_takes_the_fastest_that_agrees(
     assert chosen().precision is None
 
 
-def test_nothing_is_rounded_unless_asked_for(repository: Path, amx: Path, tmp_path: Path) -> None:
+def test_nothing_is_rounded_unless_asked_for(repository: Path, amx: Path) -> None:
     choice = choose(repository, [1], None, None, 2)
     assert (choice.runtime, choice.precision) == (None, None)
     assert "this processor has AMX: --precision auto" in choice.note
@@ -95,53 +95,8 @@ def test_nothing_is_rounded_unless_asked_for(repository: Path, amx: Path, tmp_pa
     assert not choose(repository, [1], None, None, 2, on_gpu=True).note
     assert not choose(repository, [1], None, "fp32", 2).note
 
-    # What the export measured is said on the same processor alone, and where bf16 is faster.
-    amx.write_text("model name\t: A Xeon\nflags\t: fpu amx_bf16\nmodel name\t: A Xeon\n")
-    facts = Release.load(repository / "classify" / "1")
-    folder = tmp_path / "classify" / "1"
-    folder.mkdir(parents=True)
-
-    def note(processor: str, times_as_fast: float) -> str:
-        replace(facts, in_bf16=InBf16(processor, times_as_fast, 4.6e-5)).save(folder)
-        choice = choose(tmp_path, [1], None, None, 2)
-        assert (choice.runtime, choice.precision, choice.graphs) == (None, None, {})
-        return choice.note
-
-    assert note("A Xeon, AMX", 3.62) == (
-        "this processor has AMX: --precision auto serves images 3.6 times as fast, cosines within"
-        " 5e-05 of torch's, as measured at the export"
-    )
-    assert not note("A Xeon, AMX", 0.98)
-    assert "times as fast" not in note("Another, AMX", 3.62)
     amx.write_text("flags : fpu avx512f\n")
     assert not choose(repository, [1], None, None, 2).note
-    assert not note("A Xeon, AMX", 3.62)
-
-
-@needs_bf16
-def test_an_export_measures_what_bf16_gains(exported_tiny_clip: Path) -> None:
-    models = exported_tiny_clip / "model_repository"
-    release = Release.load(models / "classify" / "1")
-    measured = release.in_bf16
-    assert measured is not None and measured.processor == module.name_of_processor()
-    assert 0.02 < measured.times_as_fast < 50
-
-    # The distance is that of the same graphs, computed by hand.
-    distances = []
-    for name in ("image_encoder", "text_encoder"):
-        graph = EncoderGraph(models / name / "1" / "model.onnx", "openvino", precision="bf16")
-        for inputs, expected in Samples.load(models / name / "1").batches():
-            embeds = graph(*inputs)
-            lengths = np.linalg.norm(embeds, axis=-1) * np.linalg.norm(expected, axis=-1)
-            distances.append(1 - ((embeds * expected).sum(-1) / lengths).min())
-    assert measured.distance == pytest.approx(max(distances), rel=0.05, abs=1e-6)
-
-
-def test_broken_facts_of_bf16_are_refused(repository: Path) -> None:
-    facts = Release.load(repository / "classify" / "1").to_dict()
-    for broken in ({"processor": "A"}, {"times_as_fast": "fast"}, 3):
-        with pytest.raises(RAdapterError, match="other facts than an export writes"):
-            Release.from_dict({**facts, "in_bf16": broken})
 
 
 def test_what_cannot_be_computed_in_bf16_is_refused(
