@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -31,6 +31,7 @@ from radapter_serve.process import limit_threads
 from radapter_serve.sources import ADAPTER, check_base_is_named, newest_run
 
 if TYPE_CHECKING:
+    from radapter_serve.adapter import Adapter
     from radapter_serve.evaluation.alpha_choice import Choice
     from radapter_serve.evaluation.image_sets import EvaluationSet
     from radapter_serve.evaluation.models import Candidate
@@ -273,22 +274,65 @@ def evaluate(
     Raises:
         RAdapterError: the model, the data or a value is invalid.
     """
+    settings = _settings({"adapter": adapter, **fields})
+    limit_threads(settings.threads)
+    values = [alpha] if isinstance(alpha, str | int | float) else list(alpha or ())
+    auto = values == [AUTO]
+    alphas: Sequence[float] = GRID if auto else _numbers(values)
+    settings.check(alphas, auto=auto)
+    tests, path = _test_data(settings, suite, data, auto=auto)
+    folder = settings.folder(path, tests.name if tests else "validation")
+    results = Results(folder, resume=settings.resume)
+
+    from radapter_serve.adapter import load_adapter
+    from radapter_serve.evaluation.alpha_choice import choice_file
+    from radapter_serve.evaluation.plots import draw, draw_choice
+
+    adapter_file = None if settings.instead else load_adapter(path)
+    with status(Console(stderr=True), show=progress) as say:
+        say("loading the model")
+        call = _Call(settings, path, adapter_file, tests, results, say)
+        rows, choice, overlaps = call.measure(alphas, auto=auto)
+        files = [results.path]
+        if choice and call.choice_read is None:
+            files.append(choice_file(path))
+        if tests and rows:
+            # Auto tests only a few α: their curve must not replace a whole one.
+            files += draw(rows, folder, tests.name, curve_too=not auto)
+        if choice:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.append(draw_choice(choice, folder))
+    return Evaluation(
+        rows=tuple(rows),
+        choice=choice,
+        suite=tests,
+        notes=(*_notes(settings, adapter_file, rows, choice), *overlaps, *warnings(rows)),
+        # Nothing was evaluated where cross-validation has chosen and no test is named.
+        files=tuple(file for file in files if file.exists()),
+        measured=results.measured,
+        choice_read=call.choice_read,
+    )
+
+
+def _settings(fields: Mapping[str, Any]) -> EvaluationSettings:
+    """Read the settings from the arguments of `evaluate`; a path may be of any kind."""
     known = [field.name for field in dataclasses.fields(EvaluationSettings)]
     if unknown := sorted(set(fields).difference(known)):
         allowed = ", ".join(sorted(known))
         raise RAdapterError(f"there is no argument {unknown[0]!r}; allowed are {allowed}")
     values: dict[str, Any] = {
         name: str(Path(value)) if isinstance(value, PathLike) and name != "out" else value
-        for name, value in {"adapter": adapter, **fields}.items()
+        for name, value in fields.items()
     }
-    settings = EvaluationSettings(**values)
-    limit_threads(settings.threads)
+    return EvaluationSettings(**values)
 
-    # Check the α, the model, and the test data, which is None if only α is to be chosen.
-    values_of_alpha = [alpha] if isinstance(alpha, str | int | float) else list(alpha or ())
-    auto = values_of_alpha == [AUTO]
-    alphas: Sequence[float] = GRID if auto else _numbers(values_of_alpha)
-    settings.check(alphas, auto=auto)
+
+def _test_data(
+    settings: EvaluationSettings, suite: Place | None, data: str | None, *, auto: bool
+) -> tuple[Suite | None, Path]:
+    """Read the suite, or that of one data set; None if only α is to be chosen. Also returns the
+    path of the run.
+    """
     from radapter_serve.evaluation.suite import Entry, Suite, load_suite, ready_suites
 
     tests: Suite | None = None
@@ -303,122 +347,141 @@ def evaluate(
             "no test data; give a suite with --suite: a file, or one of"
             f" {', '.join(ready_suites())}; or one data set with --data"
         )
-    path = Path()
-    if not settings.instead:
-        path = Path(settings.adapter) if settings.adapter else newest_run()
-        if data is not None:
-            # These load torch, which takes seconds: after the checks that need no torch.
-            from radapter_serve.adapter import load_adapter
-            from radapter_serve.evaluation.run import as_trained
+    if settings.instead:
+        return tests, Path()
+    path = Path(settings.adapter) if settings.adapter else newest_run()
+    if data is not None:
+        # These load torch, which takes seconds: after the checks that need no torch.
+        from radapter_serve.adapter import load_adapter
+        from radapter_serve.evaluation.run import as_trained
 
-            tests = as_trained(load_adapter(path).metadata, data)
-    folder = settings.folder(path, tests.name if tests else "validation")
-    results = Results(folder, resume=settings.resume)
+        tests = as_trained(load_adapter(path).metadata, data)
+    return tests, path
 
-    from radapter_serve.adapter import load_adapter
-    from radapter_serve.evaluation.alpha_choice import (
-        choice_file,
-        choose,
-        read_choice,
-        save_choice,
-    )
-    from radapter_serve.evaluation.plots import draw, draw_choice
-    from radapter_serve.evaluation.run import (
-        evaluate_suite,
-        open_set,
-        own_validation,
-        warn_of_overlap,
-    )
 
-    choosing: list[EvaluationSet] = []
-    testing: list[EvaluationSet] = []
-    rows: list[Row] = []
-    choice: Choice | None = None
+@dataclass
+class _Call:
+    """One call of `evaluate`: its model, test data and results."""
+
+    settings: EvaluationSettings
+    path: Path  # of the run
+    run: Adapter | None
+    tests: Suite | None
+    results: Results
+    say: Say
     choice_read: Path | None = None
-    files = [results.path]
-    draws: dict[str, Any] = {"limit": settings.limit, "seed": settings.seed}
-    with status(Console(stderr=True), show=progress) as say:
-        how: dict[str, Any] = {**draws, "batch_size": settings.batch_size, "say": say}
-        say("loading the model")
-        adapter_file = None if settings.instead else load_adapter(path)
+
+    def measure(
+        self, alphas: Sequence[float], *, auto: bool
+    ) -> tuple[list[Row], Choice | None, list[str]]:
+        """Choose α on validation data if `auto`, and evaluate on test data; also returns warnings
+        of test images that are validation images.
+        """
+        from radapter_serve.evaluation.run import evaluate_suite, open_set, warn_of_overlap
+
+        settings = self.settings
+        tests = self.tests
+        choosing: list[EvaluationSet] = []
+        testing: list[EvaluationSet] = []
+        rows: list[Row] = []
+        choice = None
         if auto:  # the run's own α need not be on the grid
-            assert adapter_file is not None  # EvaluationSettings.check
-            metadata = adapter_file.metadata
-            alphas = sorted({*alphas, metadata.alpha})
-            # A run without validation data may have chosen α with cross-validation.
-            trained_on = metadata.source
-            validation = tests is not None and tests.of_split("validation")
-            if not (validation or trained_on.val_data or trained_on.val_fraction):
-                with contextlib.suppress(RAdapterError):
-                    choice = read_choice(path, adapter_file.digest)
-                    choice_read = choice_file(path)
-                    alphas = sorted({0.0, choice.alpha, choice.best})
+            assert self.run is not None  # EvaluationSettings.check
+            alphas = sorted({*alphas, self.run.metadata.alpha})
+            choice = self._chosen_by_run(self.run)
+        if choice is not None:
+            alphas = sorted({0.0, choice.alpha, choice.best})
         # The base is evaluated too, to measure what is kept of its answers.
         base = None
         if settings.knows_base and alphas and 0.0 not in alphas:
-            base, *models = settings.load(path, (0.0, *alphas))
+            base, *models = settings.load(self.path, (0.0, *alphas))
         else:
-            models = settings.load(path, alphas)
+            models = settings.load(self.path, alphas)
         try:
-            # Choose α on validation data.
             tested = models
             if auto and choice is None:
-                chosen_by = tests
-                if chosen_by is None or not chosen_by.of_split("validation"):
-                    chosen_by = own_validation(metadata)
-                validated = evaluate_suite(
-                    models, chosen_by, results, split="validation", opened=choosing.append, **how
-                )
-                choice = choose(validated, metadata.alpha)
-                files.append(save_choice(choice, path))
+                choice = self._choose(models, choosing)
                 few = (0.0, choice.alpha, choice.best)
                 tested = [candidate for candidate in models if candidate.alpha in few]
             elif tests and not auto:  # α may have been chosen earlier on these validation sets
                 for entry in tests.of_split("validation"):
                     with contextlib.suppress(RAdapterError):  # their files may be missing
-                        choosing.append(open_set(tests, entry, **draws))
-            # Evaluate on test data.
+                        choosing.append(
+                            open_set(tests, entry, limit=settings.limit, seed=settings.seed)
+                        )
             if tests:
                 rows = evaluate_suite(
-                    tested, tests, results, opened=testing.append, base=base, **how
+                    tested, tests, self.results, opened=testing.append, base=base, **self._how
                 )
         finally:
             models[0].close()
-        overlaps = warn_of_overlap(choosing, testing)
-        if tests and rows:
-            # Auto tests only a few α: their curve must not replace a whole one.
-            files += draw(rows, folder, tests.name, curve_too=not auto)
-        if choice:
-            folder.mkdir(parents=True, exist_ok=True)
-            files.append(draw_choice(choice, folder))
+        return rows, choice, warn_of_overlap(choosing, testing)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """Arguments of `evaluate_suite` for validation and for test data."""
+        names = ("limit", "seed", "batch_size")
+        return {"say": self.say, **{name: getattr(self.settings, name) for name in names}}
+
+    def _chosen_by_run(self, run: Adapter) -> Choice | None:
+        """The choice of a run without validation data, which may have made one with
+        cross-validation.
+        """
+        from radapter_serve.evaluation.alpha_choice import choice_file, read_choice
+
+        source = run.metadata.source
+        validation = self.tests is not None and self.tests.of_split("validation")
+        if validation or source.val_data or source.val_fraction:
+            return None
+        try:
+            choice = read_choice(self.path, run.digest)
+        except RAdapterError:
+            return None
+        self.choice_read = choice_file(self.path)
+        return choice
+
+    def _choose(self, models: Sequence[Candidate], opened: list[EvaluationSet]) -> Choice:
+        """Choose α on the suite's validation data, else the run's, and write it beside the run."""
+        from radapter_serve.evaluation.alpha_choice import choose, save_choice
+        from radapter_serve.evaluation.run import evaluate_suite, own_validation
+
+        assert self.run is not None
+        metadata = self.run.metadata
+        suite = self.tests
+        if suite is None or not suite.of_split("validation"):
+            suite = own_validation(metadata)
+        rows = evaluate_suite(
+            models, suite, self.results, split="validation", opened=opened.append, **self._how
+        )
+        choice = choose(rows, metadata.alpha)
+        save_choice(choice, self.path)
+        return choice
+
+
+def _notes(
+    settings: EvaluationSettings, run: Adapter | None, rows: Sequence[Row], choice: Choice | None
+) -> list[str]:
+    """Sentences about what is kept, and about a base that barely knows the images."""
     notes = [*(choice.notes if choice else kept_notes(rows))]
     # An adapter beside a release is one on the text's projection.
     on_projection = bool(settings.instead and settings.adapter)
     classes = None
-    if adapter_file is not None:
-        on_projection = "projection" in adapter_file.metadata.recipe.get("adapt", "")
-        classes = adapter_file.metadata.classes
-    if on_projection:
-        accuracies: dict[tuple[str, int], dict[float, float]] = {}
-        for row in rows:
-            if row.alpha is not None and row.metric == "acc1" and row.classes and row.shift == "id":
-                of_set = accuracies.setdefault((row.dataset, row.classes), {})
-                of_set[row.alpha] = row.metrics["acc1"]
-        if choice and classes and {each.metric for each in choice.sets.values()} == {"acc1"}:
-            of_alpha = {point.alpha: point.score for point in choice.curve}
-            accuracies = accuracies or {("", len(classes)): of_alpha}
-        for (_, count), of_alpha in accuracies.items():
-            notes += hardly_known(of_alpha, count)
-    return Evaluation(
-        rows=tuple(rows),
-        choice=choice,
-        suite=tests,
-        notes=(*notes, *overlaps, *warnings(rows)),
-        # Nothing was evaluated where cross-validation has chosen and no test is named.
-        files=tuple(file for file in files if file.exists()),
-        measured=results.measured,
-        choice_read=choice_read,
-    )
+    if run is not None:
+        on_projection = "projection" in run.metadata.recipe.get("adapt", "")
+        classes = run.metadata.classes
+    if not on_projection:
+        return notes
+    accuracies: dict[tuple[str, int], dict[float, float]] = {}
+    for row in rows:
+        if row.alpha is not None and row.metric == "acc1" and row.classes and row.shift == "id":
+            of_set = accuracies.setdefault((row.dataset, row.classes), {})
+            of_set[row.alpha] = row.metrics["acc1"]
+    if choice and classes and {each.metric for each in choice.sets.values()} == {"acc1"}:
+        of_alpha = {point.alpha: point.score for point in choice.curve}
+        accuracies = accuracies or {("", len(classes)): of_alpha}
+    for (_, count), of_alpha in accuracies.items():
+        notes += hardly_known(of_alpha, count)
+    return notes
 
 
 def _numbers(values: Sequence[float | str]) -> tuple[float, ...]:
