@@ -20,7 +20,7 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.index.collection import Cluster, Progress, open_collection, read_rows
-from radapter_serve.index.facts import FACTS, BuildPlan, MadeBy, OnBroken
+from radapter_serve.index.facts import FACTS, BuildPlan, IndexFacts, MadeBy, OnBroken
 from radapter_serve.index.folder import (
     THUMBNAIL,
     VECTOR,
@@ -32,7 +32,15 @@ from radapter_serve.index.folder import (
     vector_column,
 )
 from radapter_serve.index.qdrant import refuse_link
-from radapter_serve.index.writer import BATCH, BROKEN, Summary, writing
+from radapter_serve.index.writer import (
+    BATCH,
+    BROKEN,
+    Summary,
+    building,
+    schema_of,
+    write_generation,
+    writing,
+)
 from radapter_serve.process import decoders
 
 _ROWS = 4096  # rows written at once
@@ -121,23 +129,19 @@ def add(
     collection = open_collection(source or plan.source, image_column=plan.image_column, root=root)
     with writing(out, plan, loaded, collection.columns, extend=True) as writer:
         # Check that the table has the columns of the index, and values that fit them.
-        kinds = {
-            name: writer.schema.field(name).type
-            for name in writer.metadata
-            if name not in ("path", "digest")
-        }
         again = f"build the index again: {plan.command(out)}"
-        if collection.columns and set(collection.columns) != set(kinds):
+        columns = writer.columns
+        if collection.columns and collection.columns.keys() != columns.keys():
             raise RAdapterError(
                 f"the table's columns ({', '.join(sorted(collection.columns))}) are not those of"
-                f" the index ({', '.join(sorted(kinds)) or 'none'}); {again}"
+                f" the index ({', '.join(sorted(columns)) or 'none'}); {again}"
             )
         for name, kind in collection.columns.items():
             try:
-                pa.array([item.row[name] for item in collection.items], kinds[name])
+                pa.array([item.row[name] for item in collection.items], columns[name])
             except (pa.ArrowException, OverflowError) as error:
                 raise RAdapterError(
-                    f"the table's column {name!r} is {kind} now, and {kinds[name]} in the index"
+                    f"the table's column {name!r} is {kind} now, and {columns[name]} in the index"
                     f" ({error}); {again}"
                 ) from None
 
@@ -181,13 +185,13 @@ def build_from_embeddings(
             " --model-repository DIR@N"
         )
 
-    # Write the rows in batches.
-    metadata = table.drop_columns([image_column])
+    columns = {name: table[name].type for name in table.column_names if name != image_column}
+    schema = schema_of(columns, dim)
     plan = BuildPlan(
         source=str(vectors),
         root=rows.parent.as_posix(),
         image_column=image_column,
-        column_types={column.name: str(column.type) for column in metadata.schema},
+        column_types={name: str(kind) for name, kind in columns.items()},
         thumbnails=0,
         exif_orientation=loaded.preprocess.exif_orientation,
         on_broken="refuse",
@@ -195,9 +199,10 @@ def build_from_embeddings(
         origin=dict(loaded.origin),
         rows=str(rows),
     )
-    columns = {column.name: column.type for column in metadata.schema}
+    names = [name for name in schema.names if name not in (THUMBNAIL, VECTOR)]
+    facts = IndexFacts(plan, len(array), names, {}, None, None, "", "")
 
-    def batches(schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    def batches() -> Iterator[pa.RecordBatch]:
         for start in range(0, len(array), _ROWS):
             part = np.array(array[start : start + _ROWS], np.float64)
             some = table.slice(start, len(part))
@@ -211,10 +216,10 @@ def build_from_embeddings(
             if progress is not None:
                 progress(start + len(part), len(array))
 
-    with writing(out, plan, loaded, columns, resume=resume) as writer:
-        summary = Summary(count=len(array))
-        writer.publish(summary, batches(writer.schema))
-    return summary
+    with building(out, resume=resume) as folder:
+        nearest = write_generation(folder, out, facts, batches(), loaded).nearest
+        (out / BROKEN).unlink(missing_ok=True)  # of an index that was replaced
+    return Summary(count=len(array), recall=nearest.recall if nearest else None)
 
 
 @dataclass

@@ -208,18 +208,9 @@ class FolderIndex(Index):
         folder = self.folder / self.generation
         files = {name: known for name, known in self.facts.files.items() if codes or name != CODES}
         every = complete or sum(known.size for known in files.values()) <= CHECKED_AT_OPEN
-
-        def is_same(name: str) -> bool:
-            path = folder / name
-            with contextlib.suppress(OSError):
-                same = path.stat().st_size == files[name].size
-                read = every or name == CODES
-                return same and (not read or digest_of(path) == files[name].digest)
-            return False
-
         with ThreadPoolExecutor(len(files) or 1) as pool:
-            same = list(pool.map(is_same, files))
-        damaged = [name for name, is_whole in zip(files, same, strict=True) if not is_whole]
+            whole = pool.map(lambda name: self.is_whole(name, every or name == CODES), files)
+        damaged = [name for name, is_whole in zip(files, whole, strict=True) if not is_whole]
         if damaged:
             raise RAdapterError(
                 f"{', '.join(damaged)} in {self.generation} is not as it was written"
@@ -242,6 +233,15 @@ class FolderIndex(Index):
             )
         self.vectors: NDArray[np.float32] = vectors  # [N, D], mapped
         self._neighbours = Neighbours(folder, vectors) if codes and self.facts.nearest else None
+
+    def is_whole(self, name: str, complete: bool = True) -> bool:
+        """True if a file has the size in the facts, and, if it is read completely, the digest."""
+        path = self.folder / self.generation / name
+        known = self.facts.files[name]
+        with contextlib.suppress(OSError):
+            same = path.stat().st_size == known.size
+            return same and (not complete or digest_of(path) == known.digest)
+        return False
 
     @property
     def schema(self) -> pa.Schema:

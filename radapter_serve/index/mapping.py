@@ -125,36 +125,62 @@ def map_index(
         raise RAdapterError(f"--min-recall is {min_recall:g}; allowed: 0 to 1")
     refuse_link(out)
     with building(out) as folder:
-        return _map(out, folder / "new", loaded, min_recall, progress)
+        index = FolderIndex(out, complete=True, codes=False)
+        plan = index.facts.plan
+        again = f"build the index again ({index.facts.cost}): {plan.command(out, loaded)}"
+        if plan.rows:
+            raise RAdapterError(f"the index {out} was made of embeddings, without images; {again}")
+        loaded = loaded.turned(plan.exif_orientation)
+        if plan.release.is_of(loaded.release):
+            raise RAdapterError(
+                f"the index {out} is of this release's image tower: search it as it is"
+            )
+
+        # Measure the recall on a sample, and fit the map on all its pairs.
+        start = time.monotonic()
+        rows, embeds = _embed_sample(index, loaded, again, progress)
+        rate = len(rows) / max(time.monotonic() - start, 1e-3)
+        old = np.asarray(index.vectors[rows], np.float64)
+        new = embeds.astype(np.float64)
+        texts = np.asarray(loaded.embed_texts(TEXTS), np.float64)
+        by_image, by_text = held_out_recall(old, new, texts)
+        mapped = Mapped(plan.release, len(rows), by_image, by_text)
+        if mapped.recall < min_recall:
+            raise RAdapterError(
+                f"a map of the index {out} finds {by_image:.0%} of the ten nearest with images and"
+                f" {by_text:.0%} with texts, and --min-recall is {min_recall:g}; {again}"
+            )
+        linear = fit(old, new)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            names = [*index.schema.names, VECTOR]
+            for batch in index.rows(names, _ROWS):
+                columns = dict(zip(names, batch.columns, strict=True))
+                columns[VECTOR] = vector_column(linear(vectors_of(columns[VECTOR])))
+                yield pa.record_batch(list(columns.values()), names)
+
+        made_by = MadeBy.of(loaded.release)
+        plan = dataclasses.replace(plan, release=made_by, origin=dict(loaded.origin))
+        facts = dataclasses.replace(index.facts, plan=plan, rate=rate, mapped=mapped)
+        write_generation(folder, out, facts, batches(), loaded)
+    return mapped
 
 
-def _map(
-    out: Path,
-    place: Path,
-    loaded: LoadedRelease,
-    min_recall: float,
-    progress: Progress | None,
-) -> Mapped:
-    index = FolderIndex(out, complete=True, codes=False)
-    facts = index.facts
-    plan = facts.plan
-    again = f"build the index again ({facts.cost}): {plan.command(out, loaded)}"
-    if plan.rows:
-        raise RAdapterError(f"the index {out} was made of embeddings, without images; {again}")
-    loaded = loaded.turned(plan.exif_orientation)
-    if plan.release.is_of(loaded.release):
-        raise RAdapterError(f"the index {out} is of this release's image tower: search it as it is")
-
-    # Embed a sample of the images, of which each file is as it was, and is there once.
+def _embed_sample(
+    index: FolderIndex, loaded: LoadedRelease, again: str, progress: Progress | None
+) -> tuple[list[int], NDArray[np.float32]]:
+    """Embed some images of an index, of which each file is as it was, and is there once; returns
+    their rows and embeddings.
+    """
     drawn = np.random.default_rng(0).permutation(len(index))[:_SAMPLE]
     known = index.table(["path", "digest"]).take(pa.array(drawn)).to_pylist()
     rows: list[int] = []
     embeds: list[NDArray[np.float32]] = []
     digests: set[str] = set()
-    start = time.monotonic()
 
     def read_one(row: dict[str, str]) -> Read:
-        return read(row["path"], Path(plan.root) / row["path"], "", loaded, 0)
+        file = Path(index.facts.plan.root) / row["path"]
+        return read(row["path"], file, "", loaded, 0)
 
     with ThreadPoolExecutor(decoders(8), thread_name_prefix="decode") as pool:
         for first in range(0, len(known), BATCH):
@@ -172,32 +198,7 @@ def _map(
                 progress(first + len(batch), len(known))
     if len(rows) < _FEWEST:
         raise RAdapterError(
-            f"of {len(known):,} images of the index {out} {len(rows):,} can be read, differ and are"
-            f" as they were, and a map needs {_FEWEST}; {again}"
+            f"of {len(known):,} images of the index {index.folder} {len(rows):,} can be read,"
+            f" differ and are as they were, and a map needs {_FEWEST}; {again}"
         )
-    rate = len(rows) / max(time.monotonic() - start, 1e-3)
-
-    # Measure the recall, and fit the map on all pairs.
-    old = np.asarray(index.vectors[rows], np.float64)
-    new = np.concatenate(embeds).astype(np.float64)
-    texts = np.asarray(loaded.embed_texts(TEXTS), np.float64)
-    by_image, by_text = held_out_recall(old, new, texts)
-    mapped = Mapped(plan.release, len(rows), by_image, by_text)
-    if mapped.recall < min_recall:
-        raise RAdapterError(
-            f"a map of the index {out} finds {by_image:.0%} of the ten nearest with images and"
-            f" {by_text:.0%} with texts, and --min-recall is {min_recall:g}; {again}"
-        )
-    linear = fit(old, new)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        names = [*index.schema.names, VECTOR]
-        for batch in index.rows(names, _ROWS):
-            columns = dict(zip(names, batch.columns, strict=True))
-            columns[VECTOR] = vector_column(linear(vectors_of(columns[VECTOR])))
-            yield pa.record_batch(list(columns.values()), names)
-
-    plan = dataclasses.replace(plan, release=MadeBy.of(loaded.release), origin=dict(loaded.origin))
-    facts = dataclasses.replace(facts, plan=plan, rate=rate, mapped=mapped)
-    write_generation(place, out, facts, batches(), loaded)
-    return mapped
+    return rows, np.concatenate(embeds)

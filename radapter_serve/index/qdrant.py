@@ -236,8 +236,8 @@ def publish(folder: Path, url: str, progress: Progress | None = None) -> bool:
         client = place.client(_TIMEOUT)
 
         # Find the current collection; the name may belong to something else.
-        aliases = {alias.alias_name: alias for alias in client.get_aliases().aliases}
-        before = aliases[place.name].collection_name if place.name in aliases else None
+        names = {alias.alias_name: alias.collection_name for alias in client.get_aliases().aliases}
+        before = names.get(place.name)
         if before is None:
             foreign = client.collection_exists(place.name)
         else:
@@ -251,29 +251,7 @@ def publish(folder: Path, url: str, progress: Progress | None = None) -> bool:
         if before == fresh and client.count(fresh, exact=True).count == len(index):
             return False
 
-        # Fill a new collection.
-        if client.collection_exists(fresh):  # left by a stopped publication
-            client.delete_collection(fresh)
-        facts = dataclasses.replace(index.facts, nearest=None, files={})
-        client.create_collection(
-            fresh,
-            vectors_config=models.VectorParams(
-                size=facts.plan.release.embed_dim, distance=models.Distance.DOT, on_disk=True
-            ),
-            on_disk_payload=True,
-            metadata={FACTS_KEY: json.dumps({**dataclasses.asdict(facts), GENERATION: fresh})},
-        )
-        for column, arrow in (BASE_COLUMNS | facts.plan.column_types).items():
-            kind = kind_of(arrow)
-            if kind is not None:
-                schema: Any = SCHEMAS[kind]
-                client.create_payload_index(fresh, key_of(column), field_schema=schema, wait=True)
-        done = 0
-        for batch in points_of(index):
-            client.upsert(fresh, models.Batch(**batch), wait=True)
-            done += len(batch["ids"])
-            if progress is not None:
-                progress(done, len(index))
+        _fill(client, fresh, index, progress)
         count = client.count(fresh, exact=True).count
         if count != len(index):
             raise RAdapterError(
@@ -292,6 +270,35 @@ def publish(folder: Path, url: str, progress: Progress | None = None) -> bool:
             if is_collection_of(place.name, name) and name not in (before, fresh):
                 client.delete_collection(name)
     return True
+
+
+def _fill(client: Any, name: str, index: FolderIndex, progress: Progress | None) -> None:
+    """Put the facts and the rows of an index into a new collection."""
+    from qdrant_client import models
+
+    if client.collection_exists(name):  # left by a stopped publication
+        client.delete_collection(name)
+    facts = dataclasses.replace(index.facts, nearest=None, files={})
+    client.create_collection(
+        name,
+        vectors_config=models.VectorParams(
+            size=facts.plan.release.embed_dim, distance=models.Distance.DOT, on_disk=True
+        ),
+        on_disk_payload=True,
+        metadata={FACTS_KEY: json.dumps({**dataclasses.asdict(facts), GENERATION: name})},
+    )
+    for column, arrow in (BASE_COLUMNS | facts.plan.column_types).items():
+        kind = kind_of(arrow)
+        if kind is not None:
+            schema: Any = SCHEMAS[kind]
+            client.create_payload_index(name, key_of(column), field_schema=schema, wait=True)
+
+    done = 0
+    for batch in points_of(index):
+        client.upsert(name, models.Batch(**batch), wait=True)
+        done += len(batch["ids"])
+        if progress is not None:
+            progress(done, len(index))
 
 
 def points_of(index: FolderIndex) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,15 @@ from pyarrow import parquet
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import checker, disk_errors, lock, map_array, staged, write_text
-from radapter_serve.index.collection import Cluster, Collection, Item, Progress, Read, read
+from radapter_serve.index.collection import (
+    COLUMNS,
+    Cluster,
+    Collection,
+    Item,
+    Progress,
+    Read,
+    read,
+)
 from radapter_serve.index.facts import BuildPlan, IndexFacts
 from radapter_serve.index.folder import (
     EXACT,
@@ -41,7 +49,7 @@ from radapter_serve.index.folder import (
     vectors_of,
     write_table,
 )
-from radapter_serve.index.neighbours import write_neighbours
+from radapter_serve.index.neighbours import CODES, write_neighbours
 from radapter_serve.process import decoders
 
 BATCH = 256  # images embedded and then written; a killed build loses at most one batch
@@ -50,7 +58,6 @@ KEEP = datetime.timedelta(hours=1)  # how long a replaced generation stays for s
 _PLAN = "building.json"  # in the folder of an unfinished build
 _ROWS = 4096  # rows copied at once
 _NAMED = 10  # broken images that a refusal names
-_BASE = -1  # number of the current generation among the parts
 
 
 @dataclass
@@ -71,12 +78,16 @@ class Summary:
 
 
 @contextlib.contextmanager
-def building(out: Path) -> Iterator[Path]:
+def building(out: Path, *, resume: bool = True) -> Iterator[Path]:
     """Yield the folder where one command at a time writes the next generation of an index; it goes
-    at the end, unless it has the files of a stopped build, which goes on later.
+    at the end, unless it has the files of a stopped build, which goes on later. Without `resume`
+    such files go before.
     """
     folder = out.with_name(f".{out.name}.building")
     with disk_errors(out), lock(folder, "radapter-index"):
+        if not (resume and parts_in(folder)):
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             yield folder
         finally:
@@ -85,7 +96,7 @@ def building(out: Path) -> Iterator[Path]:
 
 
 class NotResumed(RAdapterError):
-    """The files of a stopped command can't be used; the message says how to discard them."""
+    """The files of a stopped command can't be used; the message says why."""
 
 
 @contextlib.contextmanager
@@ -101,18 +112,24 @@ def writing(
     """Write the next generation of an index, alone. The rows of a current generation with the same
     plan, and of a stopped command, are taken over unless `resume` is False.
     """
-    with building(out) as folder:
+    with building(out, resume=resume) as folder:
         try:
             with disk_errors(out):
                 yield Writer(folder, plan, loaded, out, columns, resume=resume, extend=extend)
                 shutil.rmtree(folder)
+        except NotResumed as error:
+            # An addition has no flag to discard them.
+            discard = f"remove {folder}" if extend else "discard it with --no-resume"
+            raise RAdapterError(
+                f"the stopped build of {out} can't be resumed: {error}; {discard}"
+            ) from None
         except BaseException as error:
             if not parts_in(folder):
                 raise
             kept = "the embeddings so far are kept: give the same command again to continue"
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(kept) from error
-            if isinstance(error, RAdapterError) and not isinstance(error, NotResumed):
+            if isinstance(error, RAdapterError):
                 raise RAdapterError(f"{error}; {kept}") from error
             raise
 
@@ -123,15 +140,16 @@ def parts_in(folder: Path) -> list[Path]:
 
 
 def write_generation(
-    place: Path,
+    folder: Path,
     out: Path,
     facts: IndexFacts,
     rows: Iterable[pa.RecordBatch],
     loaded: LoadedRelease,
 ) -> IndexFacts:
-    """Write rows into the folder `place` and make it the current generation of an index; returns
-    the facts with those of its files.
+    """Write rows in the folder of `building`, and make them the current generation of an index;
+    returns the facts with those of its files, and the time.
     """
+    place = folder / "new"
     shutil.rmtree(place, ignore_errors=True)  # left by a stopped command
     place.mkdir()
     write_table(place, rows, (facts.count, facts.plan.release.embed_dim))
@@ -139,21 +157,55 @@ def write_generation(
     if facts.count > EXACT:
         vectors = map_array(place / VECTORS)
         nearest = write_neighbours(place, vectors, loaded.embed_texts)
-    facts = dataclasses.replace(facts, files=describe_files(place), nearest=nearest, changed=_now())
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    facts = dataclasses.replace(
+        facts,
+        files=describe_files(place),
+        nearest=nearest,
+        created=facts.created or now,
+        changed=now,
+    )
     install(place, out, facts, KEEP)
     return facts
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+def schema_of(columns: Mapping[str, pa.DataType], dim: int) -> pa.Schema:
+    """The columns of an index with these metadata, and embeddings of width `dim`."""
+    sizes = {"width": pa.int32(), "height": pa.int32()}
+    ends = {THUMBNAIL: pa.large_binary(), VECTOR: pa.list_(pa.float32(), dim)}
+    return pa.schema({"path": pa.string(), **sizes, "digest": pa.string(), **columns, **ends})
+
+
+# Known rows are in the current generation, and in files of a stopped build and this one.
+_Source: TypeAlias = FolderIndex | Path
+
+
+def _rows_of(source: _Source, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Read columns of a source of rows."""
+    if isinstance(source, FolderIndex):
+        yield from source.rows(columns, _ROWS)
+        return
+    try:
+        table = parquet.read_table(source, columns=columns, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        why = reason(error) if source.exists() else f"{source.name} is gone"
+        raise NotResumed(f"{why:.200}") from None
+    yield from table.select(columns).combine_chunks().to_batches()
+
+
+def _vectors_of(source: _Source) -> NDArray[np.float32]:
+    """All vectors of a source of rows, [N, D]."""
+    if isinstance(source, FolderIndex):
+        return source.vectors
+    return np.concatenate([vectors_of(batch[VECTOR]) for batch in _rows_of(source, [VECTOR])])
 
 
 class _KnownRow(NamedTuple):
-    """A known row: digest of its file, hash of its metadata, and its place: part and row."""
+    """A known row: digest of its file, hash of its metadata, and its place."""
 
     digest: str
     metadata: int
-    part: int
+    source: _Source
     row: int
 
 
@@ -175,74 +227,48 @@ class Writer:
         self._plan = plan
         self._loaded = loaded
         self._out = out
-        self._vectors = lru_cache(8)(self._read_vectors)
-        # An addition has no flag to discard what a stopped command left.
-        self._discard = f"remove {folder}" if extend else "discard it with --no-resume"
+        self._vectors = lru_cache(8)(_vectors_of)
 
-        # Take over the current generation, if it has the same plan. A damaged one is replaced, and
-        # damaged codes are computed again from the vectors.
-        base: FolderIndex | None = None
-        self._has_codes = True
-        if resume and not plan.rows:
-            try:
-                base = FolderIndex(out, complete=True)
-            except RAdapterError:
-                if extend:
-                    raise
-                with contextlib.suppress(RAdapterError):
-                    base = FolderIndex(out, complete=True, codes=False)
-                    self._has_codes = False
-        # A build embeds the images of a mapped one; an addition takes them as they are.
-        if base is not None:
-            is_mapped = base.facts.mapped is not None and not extend
-            if is_mapped or base.facts.plan.differences(plan):
-                base = None
-        self._base = base
+        # Take over the current generation, if it has the same plan. A build replaces a damaged one,
+        # and embeds the images of a mapped one, which an addition takes as they are.
+        self._base: FolderIndex | None = None
+        try:
+            base = FolderIndex(out, complete=True, codes=extend) if resume else None
+        except RAdapterError:
+            if extend:
+                raise
+            base = None
+        if base is not None and (extend or base.facts.mapped is None):
+            self._base = None if base.facts.plan.differences(plan) else base
 
         # Take over the rows of a stopped command.
-        if resume and parts_in(folder):
+        self._parts = parts_in(folder)
+        if self._parts:
             try:
                 values = json.loads((folder / _PLAN).read_bytes())
                 stopped = checker(BuildPlan).validate_python(values)
             except (OSError, ValueError):
-                raise NotResumed(
-                    f"the stopped build of {out} can't be resumed; {self._discard}"
-                ) from None
+                raise NotResumed(f"{_PLAN} can't be read") from None
             if other := stopped.differences(plan):
                 raise NotResumed(
-                    f"a build of {out} was stopped that had another {', '.join(other)}; finish it:"
-                    f" {stopped.command(out)}, or {self._discard}"
+                    f"it had another {', '.join(other)}, to finish with {stopped.command(out)}"
                 )
-        else:
-            for path in folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            write_text(folder / _PLAN, json.dumps(dataclasses.asdict(plan)))
-        self._parts = parts_in(folder)
+        write_text(folder / _PLAN, json.dumps(dataclasses.asdict(plan)))
 
-        if base is None:
-            schema = pa.schema(
-                [
-                    *(("path", pa.string()), ("width", pa.int32()), ("height", pa.int32())),
-                    *(("digest", pa.string()), *columns.items(), (THUMBNAIL, pa.large_binary())),
-                ]
-            )
-        else:
-            schema = base.schema
-        vector = pa.list_(pa.float32(), plan.release.embed_dim)
-        self.schema = schema.append(pa.field(VECTOR, vector))
-        details = ("width", "height", THUMBNAIL)  # computed from the file
-        self.metadata = [name for name in schema.names if name not in details]
+        # The columns of the current generation stay; a new table's may have other types.
+        if self._base is not None:
+            names = [name for name in self._base.schema.names if name not in COLUMNS]
+            columns = {name: self._base.schema.field(name).type for name in names}
+        self.columns = columns
+        self.schema = schema_of(columns, plan.release.embed_dim)
+        self._metadata = ["path", "digest", *columns]
 
         # Note the known rows by id; a later row replaces an earlier one of the same image.
         self.known: dict[str, _KnownRow] = {}
         self._by_digest: dict[str, _KnownRow] = {}
-        if base is not None:
-            start = 0
-            for batch in base.rows(self.metadata, _ROWS):
-                self._note(batch.to_pylist(), _BASE, start)
-                start += len(batch)
-        for number in range(len(self._parts)):
-            self._note(self._read(number, self.metadata).to_pylist(), number, 0)
+        for source in self._sources():
+            batches = _rows_of(source, self._metadata)
+            self._note(source, (row for batch in batches for row in batch.to_pylist()))
 
     def write(
         self, collection: Collection, progress: Progress | None, cluster: Cluster | None = None
@@ -284,20 +310,17 @@ class Writer:
             del self.known[id]
             summary.removed += 1
 
-    def publish(self, summary: Summary, rows: Iterable[pa.RecordBatch] | None = None) -> None:
-        """Make the rows the current generation, by default the known ones; complete `summary`."""
-        if rows is None:
-            digests = {row.digest for row in self.known.values()}
-            summary.count = len(self.known)
-            summary.copies = len(self.known) - len(digests)
-            rows = self._rows()
+    def publish(self, summary: Summary) -> None:
+        """Make the known rows the current generation; completes `summary`."""
         base = self._base
+        summary.count = len(self.known)
+        summary.copies = summary.count - len({row.digest for row in self.known.values()})
 
-        # Keep the generation if it has the same rows.
-        has_all = self._has_codes and not self._parts
-        if base is not None and has_all and summary.count == len(base):
+        # Keep the generation if it has the same rows; its codes may be damaged.
+        is_same = base is not None and not self._parts and summary.count == len(base)
+        if base is not None and is_same and (not base.facts.nearest or base.is_whole(CODES)):
             summary.changed = False
-            nearest = base.facts.nearest
+            facts = base.facts
         else:
             facts = IndexFacts(
                 plan=self._plan,
@@ -306,32 +329,34 @@ class Writer:
                 files={},
                 nearest=None,
                 rate=summary.rate or (base.facts.rate if base else None),
-                created=base.facts.created if base else _now(),
+                created=base.facts.created if base else "",
                 changed="",
                 mapped=base.facts.mapped if base else None,
             )
-            facts = write_generation(self._folder / "new", self._out, facts, rows, self._loaded)
-            nearest = facts.nearest
+            facts = write_generation(self._folder, self._out, facts, self._rows(), self._loaded)
         lines = [f"{id}\t{why}\n" for id, why in sorted(summary.broken.items())]
         write_text(self._out / BROKEN, "".join(lines))
-        summary.recall = nearest.recall if nearest else None
+        summary.recall = facts.nearest.recall if facts.nearest else None
+
+    def _sources(self) -> list[_Source]:
+        """What has known rows, in the order of writing."""
+        return [*self._parts] if self._base is None else [self._base, *self._parts]
 
     def _rows(self) -> Iterator[pa.RecordBatch]:
         """Read all known rows, in the order of writing."""
-        kept: dict[int, list[int]] = {}
+        kept: dict[_Source, list[int]] = {}
         for row in self.known.values():
-            kept.setdefault(row.part, []).append(row.row)
-        if self._base is not None and _BASE in kept:
-            rows = np.sort(kept.pop(_BASE))
+            kept.setdefault(row.source, []).append(row.row)
+        for source, numbers in ((source, kept.get(source)) for source in self._sources()):
+            if numbers is None:
+                continue
+            rows = np.sort(numbers)
             start = 0
-            for batch in self._base.rows(self.schema.names, _ROWS):
+            for batch in _rows_of(source, self.schema.names):
                 first, last = np.searchsorted(rows, [start, start + len(batch)])
                 if first < last:
                     yield batch.take(pa.array(rows[first:last] - start)).cast(self.schema)
                 start += len(batch)
-        for number in sorted(kept):
-            part = self._read(number, None).take(pa.array(sorted(kept[number])))
-            yield from part.cast(self.schema).combine_chunks().to_batches()
 
     def _read_images(self, items: list[Item], cluster: Cluster | None) -> Iterator[list[Read]]:
         """Read files in batches, with threads of this process or with a cluster."""
@@ -366,7 +391,7 @@ class Writer:
                 continue
             if image.digest in self._by_digest:
                 row = self._by_digest[image.digest]
-                embeds[image.digest] = self._vectors(row.part)[row.row]
+                embeds[image.digest] = self._vectors(row.source)[row.row]
                 continue
             embedded += 1
             if image.vector is not None:  # a worker of the cluster embedded it
@@ -383,43 +408,24 @@ class Writer:
         )
         vectors = np.stack([embeds[image.digest] for _, image in images])
         table = table.append_column(VECTOR, vector_column(vectors)).cast(self.schema)
-        number = len(self._parts)
-        path = self._folder / f"{number:06}.parquet"
-        with staged(path) as temporary:
+        part = self._folder / f"{len(self._parts):06}.parquet"
+        with staged(part) as temporary:
             parquet.write_table(table, temporary, use_dictionary=False, write_page_checksum=True)
-        self._parts.append(path)
-        self._note(rows, number, 0)
+        self._parts.append(part)
+        self._note(part, rows)
         return embedded
 
-    def _read(self, number: int, columns: list[str] | None) -> pa.Table:
-        """Read a part."""
-        part = self._parts[number]
-        try:
-            return parquet.read_table(part, columns=columns, page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            why = reason(error) if part.exists() else f"{part.name} is gone"
-            raise NotResumed(
-                f"the stopped build of {self._out} can't be resumed: {why:.200}; {self._discard}"
-            ) from None
-
-    def _read_vectors(self, part: int) -> NDArray[np.float32]:
-        """Read the vectors of a part, or of the base."""
-        if part == _BASE:
-            assert self._base is not None
-            return self._base.vectors
-        return vectors_of(self._read(part, [VECTOR])[VECTOR])
-
-    def _note(self, rows: Iterable[Mapping[str, Any]], part: int, start: int) -> None:
-        for number, values in enumerate(rows, start):
-            row = _KnownRow(values["digest"], self._hash(values), part, number)
+    def _note(self, source: _Source, rows: Iterable[Mapping[str, Any]]) -> None:
+        # A mapped embedding stays that of its file, and is not taken for a copy of the file.
+        is_mapped = isinstance(source, FolderIndex) and source.facts.mapped is not None
+        for number, values in enumerate(rows):
+            row = _KnownRow(values["digest"], self._hash(values), source, number)
             self.known[values["path"]] = row
-            # A mapped embedding stays that of its file, and is not taken for a copy of the file.
-            is_mapped = part == _BASE and self._base is not None and self._base.facts.mapped
             if not is_mapped:
                 self._by_digest[row.digest] = row
 
     def _hash(self, row: Mapping[str, Any]) -> int:
-        return hash(repr([row.get(name) for name in self.metadata]))
+        return hash(repr([row.get(name) for name in self._metadata]))
 
 
 def _values_of(item: Item, digest: str) -> dict[str, Any]:

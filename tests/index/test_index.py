@@ -298,7 +298,7 @@ def test_a_stopped_build_with_other_arguments_is_kept(
     source = sources.get(what, str(photos))
     other = projecting(alpha=0.1 if what == "image tower" else 0.5)
     options: dict[str, Any] = {"thumbnails": 64} if what == "size of thumbnails" else {}
-    message = f"that had another {what}; finish it: radapter-index build.*--no-resume"
+    message = f"it had another {what}, to finish with radapter-index build.*--no-resume"
     with pytest.raises(RAdapterError, match=message):
         build(source, out, other, **options)
     assert embedded(other) == 0 and not out.exists()

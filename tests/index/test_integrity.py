@@ -16,6 +16,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.index import folder, neighbours, writer
 from radapter_serve.index.build import add, build, build_from_embeddings, verify
+from radapter_serve.index.facts import FACTS
 from radapter_serve.index.folder import ROWS, VECTORS
 from radapter_serve.index.index import current, open_index
 from radapter_serve.index.neighbours import CODES
@@ -153,3 +154,27 @@ def test_damage_to_a_stopped_build_is_refused(
     (part.parent / "building.json").write_text(json.dumps(plan))
     with pytest.raises(RAdapterError, match=f"000000.parquet is gone; remove {part.parent}$"):
         add(out, projecting())
+
+
+@pytest.mark.parametrize("harm", [VECTORS, ROWS, FACTS])
+def test_a_stopped_build_goes_on_when_the_index_that_it_continued_is_damaged(
+    harm: str, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embeddings of the stopped build are kept, and those of the index are made again."""
+    monkeypatch.setattr(writer, "BATCH", 2)
+    photos = tmp_path / "photos"
+    for number in range(4, 8):
+        write(photos / f"{number}.png", number)
+    (photos / "z.png").write_bytes(b"broken")
+    with pytest.raises(RAdapterError, match="are kept"):
+        build(str(photos), out, projecting())
+    (photos / "z.png").unlink()
+    flip(generation(out) / harm, 0)
+    later = projecting()
+    summary = build(str(photos), out, later)
+    assert (summary.count, summary.kept, embedded(later)) == (8, 4, 4)
+    assert verify(out).ok
+    index = open_index(out)
+    for number in range(8):
+        [hit] = index.search(embeds_of([photos / f"{number}.png"])[0], 1)
+        assert hit.id == f"{number}.png" and hit.score == pytest.approx(1, abs=1e-6)
