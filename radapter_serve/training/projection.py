@@ -4,6 +4,7 @@ second, cross-validation chooses α, and the run itself has all images.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -97,6 +98,20 @@ def named(maps: Maps, keys: Mapping[str, str]) -> dict[str, Tensor]:
     }
 
 
+@contextlib.contextmanager
+def threads_for(vectors: Vectors) -> Iterator[None]:
+    """Compute with one thread if the classes are few: their products are too small to share, and
+    threads that wait for each other beside other work took 70 times as long.
+    """
+    threads = torch.get_num_threads()
+    if len(vectors.texts_of) <= _FEW:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = True) -> Run:
     """Train adapters on projections with a recipe on its opened data, and write them and the choice
     of α.
@@ -120,13 +135,14 @@ def fit_projection(recipe: Recipe, opened: RunData, out: Path, *, show: bool = T
     keys = {tower_of(site.key): site.key for site in prepared.sites}
     scale, bias = logit_scale_and_bias(prepared.base.model.state_dict())
     train = partial(learn, sides=[*keys], scale=scale, loss=loss_of(prepared.base, recipe))
-    folds = cross_validate(vectors, recipe, train)
+    with threads_for(vectors):
+        folds = cross_validate(vectors, recipe, train)
+        [maps] = train(vectors, [np.arange(len(vectors.images))], recipe)
     choice = choose(vectors, folds, recipe.alpha, held_out_digest(prepared.data))
     recipe = dataclasses.replace(recipe, alpha=choice.alpha if choice else WITHOUT_FOLDS)
     if choice is not None:
         say(f"{_summary(choice)} ({time.monotonic() - began:.1f} s)")
     note(*_not_judged(vectors, folds, recipe.alpha))
-    [maps] = train(vectors, [np.arange(len(vectors.images))], recipe)
 
     plan = recipe.resolved(len(vectors.images))
     notes += plan.notes
@@ -267,14 +283,13 @@ def learn(
     plan = recipe.resolved(min(map(len, parts)))
     torch.manual_seed(recipe.seed)  # for the first values at low rank
     generator = torch.Generator().manual_seed(recipe.seed)
-    maps: dict[str, dict[str, Tensor]] = {}
+    # Each tensor is learned transposed, as its gradient comes: AdamW would copy another one.
+    learned: dict[str, dict[str, Tensor]] = {}
     for side in sides:
         first = LinearAdapter(vectors.texts.shape[1], recipe.rank).named_parameters()
-        # Transposed in memory, as the gradients of `moved` are, which are then not copied.
-        maps[side] = {n: p.detach().T.repeat(len(parts), 1, 1).mT for n, p in first}
-    parameters = [tensor.requires_grad_() for each in maps.values() for tensor in each.values()]
-    averages = {side: {n: p.detach().clone() for n, p in maps[side].items()} for side in sides}
-    means = [tensor for each in averages.values() for tensor in each.values()]
+        learned[side] = {name: p.detach().T.repeat(len(parts), 1, 1) for name, p in first}
+    parameters = [tensor.requires_grad_() for each in learned.values() for tensor in each.values()]
+    means = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, weight_decay=recipe.weight_decay, fused=True)
     batches = _batches(vectors, parts, plan, generator)
     for step in range(plan.steps):
@@ -291,6 +306,7 @@ def learn(
             some = torch.randperm(len(vectors.words), generator=generator)[:WORDS]
             base_words = vectors.words[some].expand(len(parts), -1, -1)
             base_texts = torch.cat([base_texts, base_words], dim=1)
+        maps = {side: {n: t.mT for n, t in each.items()} for side, each in learned.items()}
         images = moved(maps, "image", base_images, gates.get("image", 1.0))
         texts = moved(maps, "text", base_texts, gates.get("text", 1.0))
         value = loss(images, texts[:, :count], positive)
@@ -298,9 +314,9 @@ def learn(
             words = texts[:, count:]
             divergence = divergence_from_base(images, words, base_images, base_words, scale)
             value = value + recipe.preserve_words * divergence
-            if "image" in maps:
+            if "image" in sides:
                 value = value + recipe.preserve * distance_to_base(images, base_images)
-            if "text" in maps:
+            if "text" in sides:
                 value = value + recipe.preserve * distance_to_base(words, base_words)
 
         # Losses are means over the runs. Each run has the gradient of its own loss, and its norm.
@@ -316,6 +332,8 @@ def learn(
             mean.lerp_(parameter.detach(), 1 - m)
     if not math.isfinite(value.item()):
         raise RAdapterError(f"the loss is {value.item()}; lower --learning-rate")
+    average = iter(means)
+    averages = {side: {name: next(average).mT for name in each} for side, each in learned.items()}
     return [
         {side: {name: t[run] for name, t in each.items()} for side, each in averages.items()}
         for run in range(len(parts))
@@ -360,7 +378,7 @@ def _clip(parameters: Sequence[Tensor], most: float) -> None:
     `clip_grad_norm_` does for one.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+    norms = torch.stack([g.norm(dim=(1, 2)) for g in gradients]).norm(dim=0)
     factors = (most / (norms + 1e-6)).clamp(max=1)[:, None, None]
     for gradient in gradients:
         gradient *= factors

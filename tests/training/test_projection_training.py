@@ -620,7 +620,7 @@ def test_each_fold_is_judged_by_a_run_without_it(recipe: Recipe, of_classes: boo
     choice = choose(vectors, folds, 1.0, "sha256:1")
     assert choice is not None and choice.sets["cross-validation"].n == len(number_of)
     if of_classes:  # the base takes each class for another
-        assert choice.curve[0].score == 0.0 and choice.curve[-1].score > 0.8
+        assert choice.curve[0].score == 0.0 and choice.curve[-1].score > 0.6
     by_fold = [judge(vectors, each, 1.0) for each in folds]
     right, same = (np.concatenate(both).mean() for both in zip(*by_fold, strict=True))
     assert (choice.curve[-1].score, choice.curve[-1].kept) == pytest.approx((right, same))
