@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -193,54 +192,11 @@ def open_set(
     suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0
 ) -> EvaluationSet:
     """Open one data set of a suite, with at most `limit` images, drawn with the seed."""
-    run = suite.run
     mapping = None
-    data: Images | None
-    if run is not None:
-        try:
-            data = validation_data(run.source, run.classes, broken=[])
-        except RAdapterError as error:
-            # A run names its data relative to the folder where it was trained.
-            reader, _, path = (run.source.val_data or run.source.data).partition(":")
-            places = [run.source.images, run.source.classes]
-            if reader in _READERS_OF_PATHS and "://" not in path:
-                places.append(Path(path.partition("@")[0]))
-            if any(place and not (place.is_absolute() or place.exists()) for place in places):
-                raise RAdapterError(
-                    f"{error}. A run's data is named relative to the folder where it was trained,"
-                    f" and was looked for in {Path.cwd()}: start there, or name other data with"
-                    " --validation of radapter-export or --suite of radapter-eval"
-                ) from error
-            raise
-        assert data is not None  # own_validation has checked it
-        if run.held_out is not None and not run.source.val_data:
-            check_held_out(data, run.held_out, run.source.data)
+    if suite.run is not None:
+        data = _open_as_trained(suite.run)
     else:
-        classes = entry.classes
-        try:
-            if entry.task == "classification" and str(classes) == IMAGENET:
-                mapping = imagenet_classes()
-            elif classes is not None:  # next to the suite, else below the data root
-                in_suite = suite.folder / classes
-                classes = in_suite if in_suite.exists() else suite.data_root / classes
-                if entry.task == "classification" and classes.suffix in (".yaml", ".yml"):
-                    mapping = _mapping(classes)
-            reader, colon, path = entry.data.partition(":")
-            is_path = colon and reader in _READERS_OF_PATHS
-            source = dataclasses.replace(
-                entry,
-                data=f"{reader}:{suite.data_root / path}" if is_path else entry.data,
-                images=suite.data_root / entry.images if entry.images else None,
-                classes=classes if mapping is None else None,
-            )
-            # `class_split` takes half of all classes, with and without images.
-            data = open_source(source, every_class=entry.class_split != "all")
-            if isinstance(data, Labelled):
-                if classes is None:
-                    refuse_wordnet_ids(data.keys)
-                data = class_split(data, entry.class_split)
-        except RAdapterError as error:
-            raise RAdapterError(f"data set {entry.name!r}: {error}") from error
+        data, mapping = _open_entry(suite, entry)
 
     # Images with captions.
     if isinstance(data, Captioned):
@@ -278,6 +234,63 @@ def open_set(
     return SegmentationSet(entry, images, data.classes, templates, proposals)
 
 
+def _open_as_trained(run: Metadata) -> Images:
+    """Open a run's validation data as in its training."""
+    source = run.source
+    try:
+        data = validation_data(source, run.classes, broken=[])
+    except RAdapterError as error:
+        # A run names its data relative to the folder where it was trained.
+        reader, _, path = (source.val_data or source.data).partition(":")
+        places = [source.images, source.classes]
+        if reader in _READERS_OF_PATHS and "://" not in path:
+            places.append(Path(path.partition("@")[0]))
+        if any(place and not (place.is_absolute() or place.exists()) for place in places):
+            raise RAdapterError(
+                f"{error}. A run's data is named relative to the folder where it was trained,"
+                f" and was looked for in {Path.cwd()}: start there, or name other data with"
+                " --validation of radapter-export or --suite of radapter-eval"
+            ) from error
+        raise
+    assert data is not None  # own_validation has checked it
+    if run.held_out is not None and not source.val_data:
+        check_held_out(data, run.held_out, source.data)
+    return data
+
+
+def _open_entry(suite: Suite, entry: Entry) -> tuple[Images, Mapping[str, str] | None]:
+    """Open the data of a suite's entry, whose paths start from the suite's folder or the data root;
+    also returns the mapping of its classes, if it has one.
+    """
+    mapping = None
+    classes = entry.classes
+    try:
+        if entry.task == "classification" and str(classes) == IMAGENET:
+            mapping = imagenet_classes()
+        elif classes is not None:  # next to the suite, else below the data root
+            in_suite = suite.folder / classes
+            classes = in_suite if in_suite.exists() else suite.data_root / classes
+            if entry.task == "classification" and classes.suffix in (".yaml", ".yml"):
+                mapping = _mapping(classes)
+        reader, colon, path = entry.data.partition(":")
+        is_path = colon and reader in _READERS_OF_PATHS
+        source = replace(
+            entry,
+            data=f"{reader}:{suite.data_root / path}" if is_path else entry.data,
+            images=suite.data_root / entry.images if entry.images else None,
+            classes=classes if mapping is None else None,
+        )
+        # `class_split` takes half of all classes, with and without images.
+        data = open_source(source, every_class=entry.class_split != "all")
+        if isinstance(data, Labelled):
+            if classes is None:
+                refuse_wordnet_ids(data.keys)
+            data = class_split(data, entry.class_split)
+    except RAdapterError as error:
+        raise RAdapterError(f"data set {entry.name!r}: {error}") from error
+    return data, mapping
+
+
 def _classification_set(
     entry: Entry,
     data: Labelled,
@@ -291,7 +304,7 @@ def _classification_set(
     """
     # Only images with several labels are measured by mAP, and they always are.
     if data.several:
-        entry = dataclasses.replace(entry, metric=SEVERAL_METRIC)
+        entry = replace(entry, metric=SEVERAL_METRIC)
     elif entry.metric == SEVERAL_METRIC:
         raise RAdapterError(
             f"data set {entry.name!r}: metric is {SEVERAL_METRIC}, which is for images with several"
@@ -374,14 +387,14 @@ def as_trained(metadata: Metadata, data: str | None, entry: Entry | None = None)
     """
     if data is not None:
         data = with_reader(data)
-        metadata = dataclasses.replace(metadata, recipe={**metadata.recipe, "val_data": data})
+        metadata = replace(metadata, recipe={**metadata.recipe, "val_data": data})
         entry = entry or Entry(data, name=data)
     assert entry is not None
     source = metadata.source
     dense = None
     if source.task == "segmentation":
         dense = PROPOSALS if source.dense == "none" else source.dense
-    entry = dataclasses.replace(
+    entry = replace(
         entry,
         task=source.task,
         metric="",  # the task's default
