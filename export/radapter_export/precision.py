@@ -7,6 +7,7 @@ sums in fp32; all other operators in the widest type of their inputs.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -249,6 +250,8 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
             )
         else:
             quantize_dynamic(str(plain), str(quantized), **common)
+        for file in quantized.parent.iterdir():
+            shutil.copymode(path, file)  # onnx writes weights for their owner alone
         for old in path.parent.glob(f"{path.name}*"):
             old.unlink()
         for file in quantized.parent.iterdir():

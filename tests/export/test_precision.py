@@ -350,3 +350,15 @@ def test_a_release_that_loses_points_is_refused(
         drop(points - 0.01)
     with pytest.raises(RAdapterError, match="and nan are allowed"):
         drop(float("nan"))
+
+
+def test_weights_of_int8_beside_the_graph_are_readable_as_it_is(
+    graphs: dict[str, Graph], tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("radapter_export.precision.EXTERNAL_ABOVE", 0)
+    path = tmp_path / "model.onnx"
+    graphs["text_encoder"].save(tiny_base.model.state_dict(), path)
+    path.chmod(0o640)
+    quantize(path)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert modes == {"model.onnx": 0o640, "model.onnx.data": 0o640}
