@@ -37,7 +37,6 @@ from radapter_serve.sources import ADAPTER
 from radapter_serve.training.batches import NO_LABEL
 from radapter_serve.training.data import RunData
 from radapter_serve.training.embedding import ACCURACY, Floats, Vectors, embed_run
-from radapter_serve.training.loop import WORDS
 from radapter_serve.training.loss import distance_to_base, divergence_from_base, positives_of
 from radapter_serve.training.recipe import Plan, Recipe, Run
 from radapter_serve.training.setup import (
@@ -54,6 +53,7 @@ WITHOUT_FOLDS = 0.5  # the α of a run whose images form no folds
 LEAST_IN_FOLDS = 0.5  # fraction of the images that must have a fold
 SET = "cross-validation"  # the name of its validation set
 _FEW = 300  # classes, of whose products a step's time is as long with one thread
+WORDS = 32  # drawn from the vocabulary for each step: on eight sets as good as 64
 _CLASSES = 1000  # of a step; of more, those that no image of the batch has are drawn
 HELD_OUT = "validation"  # images of calibrated scores, if a run has any
 _CALIBRATED = 2000  # images at most, with which scores are calibrated
