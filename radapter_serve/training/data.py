@@ -99,6 +99,61 @@ def open_embeddings(data: Labelled | Captioned, recipe: Recipe) -> Embedded:
     return Embedded(vectors, source, facts)
 
 
+def class_problems(data: Labelled | Masked, recipe: Recipe) -> list[str]:
+    """What is wrong with the classes, one message each."""
+    problems = []
+    if len(data.classes) < 2:
+        problems.append(
+            f"{recipe.data} has the one class {data.classes[0]!r}; training tells classes apart, so"
+            " it needs two"
+        )
+    same = [] if str(recipe.classes) == IMAGENET else equal_names(data)
+    if same:
+        problems.append(
+            f"CLIP reads these classes of {recipe.data} as one, because their names differ only in"
+            " case, spaces and underscores; merge them, or name them apart with --classes"
+            f" FILE:{listed(same)}"
+        )
+    return problems
+
+
+def label_notes(data: Labelled, recipe: Recipe) -> list[str]:
+    """Notes about files that are no images, and about labels."""
+    notes = []
+    if data.left_out:
+        kinds = count_kinds(data.left_out)
+        notes.append(f"note: left out {kinds}; images are {', '.join(SUFFIXES)}")
+    parted = [name for name in data.keys if len(split_labels(name, ";")) > 1]
+    if data.several:
+        count = sum(len(labels) > 1 for labels in data.label_sets())
+        notes.append(f"note: {count:,} of {len(data.rows):,} images have several labels")
+    elif parted:
+        notes.append(
+            f"note: {len(parted)} class names of {recipe.data} hold a semicolon, such as"
+            f" {parted[0]!r}; --label-separator ';' would read them as several labels"
+        )
+    return notes
+
+
+def check_images(
+    part: Labelled | Captioned | Masked, spec: str, recipe: Recipe, *, progress: bool
+) -> tuple[list[str], list[str]]:
+    """Notes and problems about the images of `spec` that can't be read."""
+    names = broken_images(part, progress=progress)
+    if not names:
+        return [], []
+    count = len(part.rows if isinstance(part, Labelled) else part.images)
+    few = f"{len(names):,} of {count:,} images of {spec} can't be read"
+    leave_out = "or leave such images out with --on-broken skip"
+    if recipe.on_broken == "skip" and len(names) < count:
+        return [f"note: {few}, and are left out"], []
+    if recipe.on_broken == "skip":
+        return [], [f"not one of {count:,} images of {spec} can be read; the first: {names[0]}"]
+    if len(names) == 1:
+        return [], [f"{names[0]}; mend it, {leave_out}"]
+    return [], [f"{few}; mend them, {leave_out}:{listed(names)}"]
+
+
 def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> RunData:
     """Open the data of a recipe for its task, and report all problems in one error."""
     problems: list[str] = []
@@ -137,54 +192,19 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
 
     # Check its classes and labels.
     if isinstance(data, Labelled | Masked):
-        if len(data.classes) < 2:
-            problems.append(
-                f"{recipe.data} has the one class {data.classes[0]!r}; training tells classes"
-                " apart, so it needs two"
-            )
-        same = [] if str(recipe.classes) == IMAGENET else equal_names(data)
-        if same:
-            problems.append(
-                f"CLIP reads these classes of {recipe.data} as one, because their names differ only"
-                " in case, spaces and underscores; merge them, or name them apart with"
-                f" --classes FILE:{listed(same)}"
-            )
+        problems += class_problems(data, recipe)
     if isinstance(data, Labelled):
-        if data.left_out:
-            notes.append(
-                f"note: left out {count_kinds(data.left_out)}; images are {', '.join(SUFFIXES)}"
-            )
-        parted = [name for name in data.keys if len(split_labels(name, ";")) > 1]
-        if data.several:
-            count = sum(len(labels) > 1 for labels in data.label_sets())
-            notes.append(f"note: {count:,} of {len(data.rows):,} images have several labels")
-        elif parted:
-            notes.append(
-                f"note: {len(parted)} class names of {recipe.data} hold a semicolon, such as"
-                f" {parted[0]!r}; --label-separator ';' would read them as several labels"
-            )
+        notes += label_notes(data, recipe)
         if recipe.shots is not None:
             data = few_shot(data, recipe.shots, recipe.seed)
 
     # Check the image files, in one of several processes.
     if images and os.environ.get("RANK", "0") == "0":
         for part, spec in ((data, recipe.data), (val, recipe.val_data or "the share held out")):
-            names = [] if part is None else broken_images(part, progress=progress)
-            if part is None or not names:
-                continue
-            count = len(part.rows if isinstance(part, Labelled) else part.images)
-            few = f"{len(names):,} of {count:,} images of {spec} can't be read"
-            leave_out = "or leave such images out with --on-broken skip"
-            if recipe.on_broken == "skip" and len(names) < count:
-                notes.append(f"note: {few}, and are left out")
-            elif recipe.on_broken == "skip":
-                problems.append(
-                    f"not one of {count:,} images of {spec} can be read; the first: {names[0]}"
-                )
-            elif len(names) == 1:
-                problems.append(f"{names[0]}; mend it, {leave_out}")
-            else:
-                problems.append(f"{few}; mend them, {leave_out}:{listed(names)}")
+            if part is not None:
+                left_out, unreadable = check_images(part, spec, recipe, progress=progress)
+                notes += left_out
+                problems += unreadable
 
     # Open embeddings.
     embedded: Embedded | None = None

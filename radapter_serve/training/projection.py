@@ -311,13 +311,8 @@ def learn(
         texts = moved(maps, "text", base_texts, gates.get("text", 1.0))
         value = loss(images, texts[:, :count], positive)
         if keeps:
-            words = texts[:, count:]
-            divergence = divergence_from_base(images, words, base_images, base_words, scale)
-            value = value + recipe.preserve_words * divergence
-            if "image" in sides:
-                value = value + recipe.preserve * distance_to_base(images, base_images)
-            if "text" in sides:
-                value = value + recipe.preserve * distance_to_base(words, base_words)
+            kept = (images, texts[:, count:], base_images, base_words)
+            value = value + _change_of(*kept, sides, scale, recipe)
 
         # Losses are means over the runs. Each run has the gradient of its own loss, and its norm.
         optimizer.zero_grad()
@@ -338,6 +333,25 @@ def learn(
         {side: {name: t[run] for name, t in each.items()} for side, each in averages.items()}
         for run in range(len(parts))
     ]
+
+
+def _change_of(
+    images: Tensor,
+    words: Tensor,
+    base_images: Tensor,
+    base_words: Tensor,
+    sides: Sequence[str],
+    scale: float,
+    recipe: Recipe,
+) -> Tensor:
+    """The part of the loss that keeps embeddings near the base's."""
+    divergence = divergence_from_base(images, words, base_images, base_words, scale)
+    value = recipe.preserve_words * divergence
+    if "image" in sides:
+        value = value + recipe.preserve * distance_to_base(images, base_images)
+    if "text" in sides:
+        value = value + recipe.preserve * distance_to_base(words, base_words)
+    return value
 
 
 def _batches(
