@@ -38,28 +38,9 @@ TRITON := tests/test_readme.py tests/test_examples.py tests/*/
 test-triton: $(VENV)/installed-$(call with,integrations)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "triton and not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder $(TRITON)
 
-# Whole programs: every rival and a table of them, the demo's comparison, the playground and the engine,
-# a small /dev/shm, what each room may import, an export that is killed, other libraries that open a release
-# or ask the gateway, immich's own code, an index by a local Ray, the tutorial, what a search loads, what an image takes
-# while it is decoded, conditions of many callers, and installations that fail.
-SLOW := tests/cli tests/demo tests/engine tests/playground tests/contract/test_memory.py \
-  tests/rivals tests/export/test_checkpoint.py tests/export/test_dynamic_alpha.py tests/export/test_forms.py tests/export/test_graph.py tests/export/test_validation.py \
-  tests/export/test_hub.py tests/export/test_immich.py tests/export/test_release.py tests/faults/test_disks.py tests/faults/test_shared_memory.py \
-  tests/gateway/test_openai.py tests/hostile/test_conditions.py \
-  tests/index/test_cluster.py tests/index/test_from_embeddings.py \
-  tests/test_examples.py tests/test_house.py tests/test_install.py tests/test_model.py tests/test_tutorial.py
-# Of these there is time for some: SigLIP in every precision through TensorRT's parser and builder, it and RoBERTa as releases, the
-# same adapter from one process and from two, what is imported of each extra, attacks on the gateway's connections, and
-# hostile requests to an engine.
-SLOW_IN_PART := tests/benchmarks/test_gpu.py tests/deploy tests/export/test_families.py \
-  tests/export/test_tensorrt.py tests/hostile/test_connections.py tests/hostile/test_hostile.py tests/training/test_loss.py \
-  tests/training/test_recipe.py tests/training/test_train.py \
-  tests/test_packaging.py::test_an_extra_has_what_its_commands_import
-PARTS := siglip or roberta and not xlm or two_processes_train or before_torch or no_time or extra_has or connections \
-  or many_callers or to_an_engine
+# Whole programs, exhaustive cases, other people's models: about an hour in all, so `.ci/run` names those that it has time for.
 test-slow: $(VENV)/installed-$(call with,integrations)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(SLOW)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -k "$(PARTS)" $(SLOW_IN_PART)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(TESTS)
 
 # Each Python has an environment of its own: .venv-3.10, .venv-3.12, .venv-3.13.
 test-all:

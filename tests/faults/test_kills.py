@@ -82,7 +82,7 @@ def test_adapters_are_those_of_before_or_after(
     assert len(seen) >= 6
 
 
-# A server of which release 1 takes four seconds to load, which are spent in C++
+# A server of which release 1 takes two seconds to load, which are spent in C++
 SLOW = """
 import sys
 import time
@@ -94,7 +94,7 @@ load = in_process.load_release
 
 def load_slowly(*arguments, **options):
     loaded = load(*arguments, **options)
-    end = time.monotonic() + 4
+    end = time.monotonic() + 2
     while loaded.release.version == 1 and time.monotonic() < end:
         loaded.encoder.images(np.zeros((64, *loaded.preprocess.size, 3), np.uint8))
     return loaded
