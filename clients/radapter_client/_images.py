@@ -1,6 +1,6 @@
-"""Encoding of images for requests: files are sent unchanged, and pixels as PNG, which keeps their
-values and mode exactly. The client turns no image: the EXIF orientation is sent with it, and the
-server turns it as its release says.
+"""Encoding of images for requests: files are sent unchanged, but a phone's photos as JPEG, and
+pixels as PNG, which keeps their values and mode exactly. The client turns no image: the EXIF
+orientation is sent with it, and the server turns it as its release says.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from . import heic
 from .failures import bad_argument, bad_image
 
 ImageLike: TypeAlias = Union[str, "os.PathLike[str]", bytes, Image.Image, "npt.NDArray[Any]"]
@@ -24,13 +25,14 @@ ImageLike: TypeAlias = Union[str, "os.PathLike[str]", bytes, Image.Image, "npt.N
 # afterwards, so converting here would give other embeddings than open_clip does locally.
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")
 ALLOWED = "a path, the bytes of an image file, a PIL image or a uint8 array [H, W, 3] or [H, W]"
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", *heic.readable_suffixes())
 # Exceptions of Pillow on a broken or a hostile file.
 _BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[str]:
-    """List the JPEG, PNG and WebP files in a folder and its subfolders, sorted by path.
+    """List the JPEG, PNG and WebP files in a folder and its subfolders, sorted by path; with the
+    extra `heic` also HEIC.
 
     Raises:
         RAdapterClientError: the folder is missing, or has no image.
@@ -54,10 +56,10 @@ def is_one_image(images: object) -> bool:
 
 
 def encode_image(image: ImageLike) -> bytes:
-    """Encode pixels as PNG, or read the bytes of an image file."""
+    """Encode pixels as PNG, or read the bytes of an image file, of a HEIC as JPEG."""
     if isinstance(image, (str, os.PathLike)):
         try:
-            return Path(image).read_bytes()
+            return heic.without_heic(Path(image).read_bytes())
         except (OSError, ValueError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or error
             raise bad_image(f"cannot read the image {image}: {reason}") from error
@@ -180,7 +182,8 @@ def size_bound(image: ImageLike) -> int:
     """Approximate upper bound of the encoded image's size in bytes; 0 if unknown."""
     if isinstance(image, (str, os.PathLike)):
         try:
-            return Path(image).stat().st_size
+            size = Path(image).stat().st_size
+            return 4 * size if Path(image).suffix.lower() in heic.SUFFIXES else size  # as JPEG
         except (OSError, ValueError):
             return 0
     if isinstance(image, np.ndarray):

@@ -30,7 +30,7 @@ from radapter_serve.adapter.tuned import Line, load_base_of, load_checkpoint, lo
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import templates_of
 from radapter_serve.contract.errors import TaskError, check_alpha
-from radapter_serve.contract.images import MAX_BYTES, list_images, verify
+from radapter_serve.contract.images import MAX_BYTES, list_images, verify, without_heic
 from radapter_serve.contract.labels import (
     RULE,
     check_names,
@@ -136,10 +136,12 @@ def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
 
 
 def read_image(path: Path, where: str, use: Callable[[bytes], T]) -> T:
-    """Apply `use` to the bytes of an image; a file above `MAX_BYTES` is cut off one byte later."""
+    """Apply `use` to the bytes of an image, of a HEIC as JPEG; a file above `MAX_BYTES` is cut off
+    one byte later.
+    """
     try:
         with path.open("rb") as file:
-            return use(file.read(MAX_BYTES + 1))
+            return use(without_heic(file.read(MAX_BYTES + 1)))
     except OSError as error:
         raise RAdapterError(f"{where}: cannot be read: {error.strerror}") from None
     except TaskError as error:

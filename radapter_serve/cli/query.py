@@ -29,7 +29,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from radapter_client import Classification, Client, Hits, InvalidImage, Segmentation
 from radapter_serve.cli import printable, run
-from radapter_serve.contract.images import count_kinds, list_images
+from radapter_serve.contract.images import count_kinds, list_images, without_heic
 from radapter_serve.contract.labels import read_label_file
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
@@ -338,7 +338,7 @@ def search(
         known = {name: str(value) for name, value in about.items() if value is not None}
         # Show the picture of a query with one image, else the names of all parts.
         names = [*text, *(Path(file).name for file in image), *id]
-        alone = Path(image[0]).read_bytes() if len(names) == len(image) == 1 else None
+        alone = without_heic(Path(image[0]).read_bytes()) if len(names) == len(image) == 1 else None
         content = page(hits, " + ".join(names), alone, known)
         write_whole(save, lambda file: file.write(content))
     answers: list[Answer] = []

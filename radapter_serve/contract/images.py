@@ -19,7 +19,9 @@ from typing import TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
+from radapter_client import heic
 from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_IMAGE,
@@ -28,20 +30,12 @@ from radapter_serve.contract.errors import (
     TaskError,
     check_cancelled,
 )
-from radapter_serve.contract.heic import largest_picture
 from radapter_serve.errors import RAdapterError, install_command
 
-SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp")  # of file names
-FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
-HEIC_SUFFIXES = (".heic", ".heif")
-HEIC_BRANDS = (b"hei", b"hev", b"mif", b"msf")  # each with one more letter
-# A phone's photos are read where the extra `heic` is installed: libheif decodes them.
-with contextlib.suppress(ImportError):
-    from pillow_heif import register_heif_opener
-
-    register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
-    SUFFIXES += HEIC_SUFFIXES
-    FORMATS += ("HEIF",)
+FORMATS = ("JPEG", "PNG", "WEBP")
+# Suffixes of file names
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", *heic.readable_suffixes())
+HEIC_ADVICE = "convert it to JPEG, as the client and its commands do with the extra heic"
 ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"
 CONVERT = "find FOLDER -iname '*.hei[cf]' -exec heif-convert {} {}.jpg ';'"
 MAX_PIXELS = 64_000_000
@@ -51,11 +45,9 @@ MAX_REQUEST_PIXELS = 800_000_000  # of all images of a request: 64 photos of 12 
 MAX_MEMORY = 512_000_000
 LARGE_MEMORY = 128_000_000
 # Bytes per pixel while an image is decoded, turned and resized, as tests/contract/test_memory.py
-# measures them. For a WebP, the decoder makes three copies before Pillow makes its own; for a HEIC,
-# libheif makes planes and pixels, of 16 bits a colour if the file has more than 8.
+# measures them. For a WebP, the decoder makes three copies before Pillow makes its own.
 PIXEL_BYTES = 8
 WEBP_PIXEL_BYTES = 16
-HEIC_PIXEL_BYTES = 20
 LARGE_PIXELS = 16_000_000  # most pixels of a thin image after resizing
 MAX_BYTES = 64 * 2**20  # of a file
 MAX_SIDE = 65_535  # limit of JPEG; decoders take seconds for a thin image with more rows
@@ -63,6 +55,15 @@ MAX_SIDE = 65_535  # limit of JPEG; decoders take seconds for a thin image with 
 # Cameras and libjpeg write at most 20. Above LARGE_PIXELS, the limit falls in
 # inverse proportion to the pixels.
 MAX_SCANS = 100
+# A header of a JPEG or a PNG is read in Python, part by part. That takes no longer than decoding a
+# phone's photo within these limits: reads, of which a segment takes four and a chunk three; and
+# bytes of metadata. Pixels are read, too, at least `READ_BYTES` at a time on average.
+MAX_READS = 4096
+MAX_METADATA = 8 * 2**20
+READ_BYTES = 2**10
+# Bytes of EXIF that are read, as fit into a segment of a JPEG, in binary and in hexadecimal: Pillow
+# keeps a copy of each of its values, which may be the same bytes.
+MAX_EXIF = {"exif": 2**16, "Raw profile type exif": 2**17 + 2**12}
 POLL_SECONDS = 0.1  # between checks that the caller of a waiting image is still there
 # JPEG markers
 _SCAN = b"\xff\xda"
@@ -78,8 +79,6 @@ _OTHERS = (
     (0, b"II*\x00", "TIFF"),
     (0, b"MM\x00*", "TIFF"),
     (4, b"ftypavif", "AVIF"),
-    (4, b"ftyphei", "HEIC"),
-    (4, b"ftypmif1", "HEIC"),
 )
 
 T = TypeVar("T")
@@ -153,6 +152,11 @@ def turn(
 def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation of an image, 1 to 8; 1 (upright) if its EXIF cannot be read."""
     try:
+        if isinstance(image, PngImageFile):
+            image.load()  # its EXIF may follow its pixels
+        for name, size in MAX_EXIF.items():
+            if len(image.info.get(name, "")) > size:
+                del image.info[name]
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
@@ -189,19 +193,15 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
             IMAGE_TOO_LARGE, f"the image has {len(data)} bytes; at most {MAX_BYTES} are allowed"
         )
     with _broken():
-        is_heic = "HEIF" in FORMATS and data[4:8] == b"ftyp" and data[8:11] in HEIC_BRANDS
         try:
-            largest = largest_picture(data) if is_heic else (0, 0)
             image = _open(data)
         except UnidentifiedImageError:
             what = f"{len(data)} bytes are not an image" if data else "the file is empty"
+            if heic.is_heic(data):
+                raise TaskError(INVALID_IMAGE, "HEIC files are not read", HEIC_ADVICE) from None
             for start, magic, kind in _OTHERS:
                 if data[start:].startswith(magic):
                     what = f"{kind} files are not read"
-                    if is_heic:
-                        what = "the HEIC file is broken"
-                    elif kind == "HEIC":
-                        what += " without the extra heic"
             raise TaskError(INVALID_IMAGE, what, ADVICE) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise TaskError(
@@ -214,37 +214,36 @@ def read_header(data: bytes | ImageFile) -> ImageFile:
                 IMAGE_TOO_LARGE,
                 f"the image has {width} x {height} pixels; at most {MAX_SIDE} a side",
             )
-        pixels = width * height
         kind = "progressive JPEG"
         pixel_bytes = PIXEL_BYTES
         if image.format == "WEBP":
             kind = "WebP"
             pixel_bytes = WEBP_PIXEL_BYTES
-        elif is_heic:  # libheif decodes no more pixels of a picture than its header says
-            kind = "HEIC"
-            pixel_bytes = HEIC_PIXEL_BYTES
-            check_pixels(*largest, MAX_MEMORY // pixel_bytes, "a picture in the HEIC file")
-            pixels = max(pixels, largest[0] * largest[1])
         if isinstance(image, JpegImageFile):  # also an MPO file of several pictures
-            # For a progressive JPEG, or if the first scan lacks a colour, libjpeg keeps two more
-            # bytes per pixel and colour.
-            scan = next(
-                (place for marker, place in _markers(data) if marker == _SCAN[1]), len(data)
-            )
-            colours = data[scan + 2] if scan + 2 < len(data) else 0
-            if image.info.get("progressive") or colours < image.layers:
-                pixel_bytes = max(PIXEL_BYTES, 4 + 2 * image.layers)
-            max_scans = int(MAX_SCANS * min(1.0, LARGE_PIXELS / pixels))
-            if data.count(_SCAN) > max_scans:
-                scans = sum(marker == _SCAN[1] for marker, _ in _markers(data))
-                if scans > max_scans:
-                    raise TaskError(
-                        IMAGE_TOO_LARGE,
-                        f"the JPEG has {scans} scans for its {pixels} pixels; at most {max_scans}"
-                        " are allowed",
-                    )
+            pixel_bytes = _jpeg_pixel_bytes(data, image)
         check_pixels(width, height, MAX_MEMORY // pixel_bytes, f"the {kind} image")
-    return ImageFile(data, width, height, pixels * pixel_bytes)
+    return ImageFile(data, width, height, width * height * pixel_bytes)
+
+
+def _jpeg_pixel_bytes(data: bytes, image: JpegImageFile) -> int:
+    """Bytes of memory per pixel that decoding a JPEG takes; refuses one of too many scans."""
+    # For a progressive JPEG, or if the first scan lacks a colour, libjpeg keeps two more bytes per
+    # pixel and colour.
+    scan = next((place for marker, place in _markers(data) if marker == _SCAN[1]), len(data))
+    colours = data[scan + 2] if scan + 2 < len(data) else 0
+    pixels = image.width * image.height
+    max_scans = int(MAX_SCANS * min(1.0, LARGE_PIXELS / pixels))
+    if data.count(_SCAN) > max_scans:
+        scans = sum(marker == _SCAN[1] for marker, _ in _markers(data))
+        if scans > max_scans:
+            raise TaskError(
+                IMAGE_TOO_LARGE,
+                f"the JPEG has {scans} scans for its {pixels} pixels; at most {max_scans}"
+                " are allowed",
+            )
+    if image.info.get("progressive") or colours < image.layers:
+        return max(PIXEL_BYTES, 4 + 2 * image.layers)
+    return PIXEL_BYTES
 
 
 def read_headers(
@@ -272,7 +271,7 @@ def read_headers(
 
 
 def decode(data: bytes | ImageFile, *, exif_orientation: bool = True) -> Image.Image:
-    """Decode a JPEG, PNG, WebP or HEIC image, the first frame of an animation, in its own mode."""
+    """Decode a JPEG, PNG or WebP image, the first frame of an animation, in its own mode."""
     image = _open(read_header(data).data)
     with _broken():
         image.load()
@@ -292,9 +291,67 @@ def verify(data: bytes) -> None:
         image.load()
 
 
+def without_heic(data: bytes) -> bytes:
+    """Make a JPEG of a HEIC file, as the client does: for files of this machine, never for those of
+    callers. Other files stay as they are.
+    """
+    try:
+        return heic.without_heic(data)
+    except ValueError as error:
+        raise TaskError(INVALID_IMAGE, str(error)) from None
+
+
+class _Reader(io.BytesIO):
+    """A file that counts what Pillow reads of it, which is a bound on the work in its header."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._size = len(data)
+        self._reads = MAX_READS  # that are left
+        self._metadata = MAX_METADATA
+        self._counted = 0  # reads of more bytes are metadata
+        self._has_exif = False
+        self._has_profile = False
+
+    def opened(self) -> None:
+        """Allow the reads of pixels, which come in small pieces."""
+        self._reads += self._size // READ_BYTES
+        self._counted = 2**16
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self._reads -= 1
+        if size is not None and size > self._counted:
+            self._metadata -= len(data)
+        if self._reads < 0:
+            raise TaskError(IMAGE_TOO_LARGE, f"the image has its {_HEADER} in too many parts")
+        if self._metadata < 0:
+            raise TaskError(
+                IMAGE_TOO_LARGE,
+                f"the image has more than {MAX_METADATA} bytes of {_HEADER}",
+            )
+        # Pillow appends further EXIF to what there is, each time a copy: it sees zeros instead.
+        if data.startswith(b"Exif\0\0"):
+            if self._has_exif:
+                return bytes(len(data))
+            self._has_exif = True
+        # Pillow unpacks every profile of a PNG, of which there is one at most.
+        if len(data) == 8 and data.endswith(b"iCCP"):
+            if self._has_profile:
+                raise TaskError(INVALID_IMAGE, "the PNG has a second colour profile", ADVICE)
+            self._has_profile = True
+        return data
+
+
+_HEADER = "header and metadata"
+
+
 def _open(data: bytes) -> Image.Image:
     """Open an image file; only its header is read."""
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+    file = _Reader(data)
+    image = Image.open(file, formats=FORMATS)
+    file.opened()
+    return image
 
 
 @contextlib.contextmanager
@@ -323,12 +380,14 @@ def check_pixels(width: int, height: int, limit: int, what: str) -> None:
 def _markers(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield a JPEG's markers up to its end, each with the position after it."""
     position = 2
-    while match := _MARKER.search(data, position):
-        if match[0][1] == _END:
-            break
+    for _ in range(MAX_READS):
+        match = _MARKER.search(data, position)
+        if match is None or match[0][1] == _END:
+            return
         position = match.end()
         yield match[0][1], position
         position += int.from_bytes(data[position : position + 2], "big")
+    raise TaskError(IMAGE_TOO_LARGE, f"the JPEG has more than {MAX_READS} segments")
 
 
 @dataclass(frozen=True)
@@ -390,7 +449,7 @@ def count_kinds(left_out: Mapping[str, int]) -> str:
     """
     kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
     counts = ", ".join(f"{count:,} {suffix or 'without an ending'}" for suffix, count in kinds)
-    if left_out.keys().isdisjoint(HEIC_SUFFIXES):
+    if left_out.keys().isdisjoint(heic.SUFFIXES):
         return counts
     return f"{counts} (to read HEIC, {install_command('heic')}; or convert it: {CONVERT})"
 

@@ -6,6 +6,7 @@ prompt with the name of its class.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 from abc import ABC, abstractmethod
@@ -27,6 +28,7 @@ from radapter_serve.data.rows import (
     LabelledImages,
     check_share,
     decode_named,
+    read_named,
     tracked,
 )
 from radapter_serve.data.source import DataSource
@@ -57,13 +59,8 @@ class MaskedImage(ABC):
         return self.path.name
 
     def data(self) -> bytes:
-        """Read the image file."""
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise BrokenImage(
-                f"image {self.path} can't be read: {error.strerror or error}"
-            ) from None
+        """Read the image file, a HEIC as JPEG."""
+        return read_named(self.path.read_bytes, self.path)
 
     @abstractmethod
     def segments(self) -> list[ClassMask]:
@@ -91,8 +88,9 @@ class MaskedImage(ABC):
 
     def _fit(self, mask: Image.Image, what: str) -> Image.Image:
         """Turn a mask like its image, unless its size shows that it is upright already."""
+        data = self.data()
         try:
-            with Image.open(self.path) as image:
+            with Image.open(io.BytesIO(data)) as image:
                 orientation = orientation_of(image) if self.exif_orientation else 1
                 stored = image.size
         except Exception as error:  # Pillow raises anything on broken files

@@ -10,7 +10,7 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,7 +21,15 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from radapter_serve.contract.images import SUFFIXES, count_kinds, decode, is_image_file, list_images
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.images import (
+    SUFFIXES,
+    count_kinds,
+    decode,
+    is_image_file,
+    list_images,
+    without_heic,
+)
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.source import INDEX
 from radapter_serve.errors import RAdapterError, reason
@@ -93,26 +101,31 @@ class ImageColumn:
         return decode_named(self.data(row), self.name(row), exif_orientation=self.exif_orientation)
 
     def data(self, row: dict[str, Any]) -> bytes:
-        """The bytes of a row's image file."""
+        """The bytes of a row's image file, of a HEIC as JPEG."""
         value = row.get(self.image_column)
         if value is None:
             raise BrokenImage(f"a row has no image in the column {self.image_column!r}")
         source = image_source(value)
-        if isinstance(source, bytes):
-            return source
         folder = Path() if isinstance(value, dict) else self.folder
-        try:
-            return (folder / source).read_bytes()
-        except OSError as error:
-            raise BrokenImage(
-                f"image {self.name(row)} can't be read: {error.strerror or error}"
-            ) from None
+        if isinstance(source, bytes):
+            return read_named(lambda: source, self.name(row))
+        return read_named((folder / source).read_bytes, self.name(row))
 
     def name(self, row: dict[str, Any]) -> str:
         """The name of a row's image in messages."""
         value = row.get(self.image_column)
         path = value.get("path") if isinstance(value, dict) else value
         return path if isinstance(path, str) else "in the table"
+
+
+def read_named(read: Callable[[], bytes], name: str | Path) -> bytes:
+    """The bytes that `read` returns, of a HEIC as JPEG; errors have the `name` of the image."""
+    try:
+        return without_heic(read())
+    except OSError as error:
+        raise BrokenImage(f"image {name} can't be read: {error.strerror or error}") from None
+    except TaskError as error:
+        raise BrokenImage(f"image {name} can't be read: {error.what}") from None
 
 
 def decode_named(data: bytes, name: str | Path, *, exif_orientation: bool = True) -> Image.Image:

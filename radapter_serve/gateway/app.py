@@ -279,10 +279,14 @@ class Gateway:
         if json_size > self._max_json:
             raise self._too_large(self._max_json)
         read = partial(kserve.read, body, json_size, model, version)
-        is_quick = len(body) <= SMALL or (
-            len(body) <= MIDDLE
-            and json_size <= SMALL
-            and kserve.count_texts(body[:json_size]) <= FEW
+        # The header of an image, which says how large its mask is, is never read in the loop.
+        is_quick = name != "segment" and (
+            len(body) <= SMALL
+            or (
+                len(body) <= MIDDLE
+                and json_size <= SMALL
+                and kserve.count_texts(body[:json_size]) <= FEW
+            )
         )
         if is_quick:
             inference = read()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.images import MAX_BYTES, oriented, require_images
+from radapter_serve.contract.images import MAX_BYTES, oriented, require_images, without_heic
 from radapter_serve.encoders.loaded import LoadedRelease, release_at
 from radapter_serve.errors import RAdapterError, cause, check_installed, reason
 from radapter_serve.files import digest_of, open_regular, open_table
@@ -215,6 +215,7 @@ def read(id: str, file: Path, before: str, loaded: LoadedRelease, thumbnails: in
         digest = digest_of(data)
         if before == digest:
             return Read(digest, kept=True)
+        data = without_heic(data)
         pixels = loaded.pixels(data)
     except UnicodeEncodeError:
         return Read(error="its name is not UTF-8")

@@ -161,8 +161,12 @@ def test_what_is_not_small_is_read_in_a_thread(reading: Reading) -> None:
             ).encode()
             length = {"Inference_Header_Content_Length": str(len(head))}
             served.ask(INFER, head + values, **length)
+        # The header of a small image is read, too, to know how large its mask is.
+        image = {"name": "image", "shape": [1], "datatype": "BYTES", "data": ["abcd"]}
+        labels = {"name": "labels", "shape": [2], "datatype": "BYTES", "data": ["a", "b"]}
+        served.ask(INFER.replace("embed_text", "segment"), {"inputs": [image, labels]})
     in_thread = [name == "middle-bodies" for name in reading.threads]
-    assert in_thread == [False, True, False, True]
+    assert in_thread == [False, True, False, True, True]
 
 
 def test_a_large_request_for_embeddings_is_read_in_a_thread(
