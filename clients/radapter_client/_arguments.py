@@ -20,7 +20,7 @@ from ._wire import ServerURL
 from .failures import InvalidImage, bad_argument, shown
 from .tensors import Array
 
-EXAMPLE_WEIGHT = 0.5  # weight of a label's examples; its text gets the rest
+EXAMPLE_WEIGHT = 0.5  # of the examples of a label that a mapping of weights leaves out
 
 
 def text(name: str, value: Any) -> str:

@@ -227,8 +227,8 @@ class Client:
             examples: images that show some of the labels, by label; without `labels`, the keys are
                 the labels. A server keeps their embeddings, so they may be sent each time.
             example_weight: weight of a label's examples against its text, in [0, 1], for all labels
-                or by label; 1 leaves the text out. 0.5 if not given, also for a label that a
-                mapping leaves out.
+                or by label: 0 is the text alone, 1 leaves it out, and a label that a mapping leaves
+                out has 0.5. None lets the server choose it by leaving out each example.
             timeout: seconds for the whole call; None for the client's own, for each request.
 
         Raises:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnxruntime
 from safetensors import SafetensorError
 from torch import Tensor
@@ -70,12 +71,16 @@ from radapter_serve.release.release import (
 )
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
 from radapter_serve.sources import CARD
-from radapter_serve.tasks.classify import mix_examples
+from radapter_serve.tasks.classify import with_rows
 from radapter_serve.tasks.embed import embed_labels
 
 UNFITTED = (
     "this release of a SigLIP refuses multi_label: training does not update the sigmoid's scale and"
     " bias; export with --validation DATA to fit them again"
+)
+UNMOVED = (
+    "its images move no label: they need to show two labels or more, and do not move these if the"
+    " texts alone find the labels of the images as well; a weight moves them all the same"
 )
 _TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "radapter-serve")
 
@@ -572,10 +577,13 @@ def _write_label_sets(
         if file.images:
             say(f"embedding the {len(file.images)} examples of label set {name}")
             examples = file.examples(loaded.preprocess)
+            texts = label_set.embeds
             try:
-                label_set = complete(mix_examples(loaded, label_set, examples, place))
+                label_set = complete(with_rows(loaded, label_set, examples, place))
             except TaskError as error:
                 raise RAdapterError(error.message) from None
+            if np.array_equal(label_set.embeds, texts):
+                warnings.append(f"label set {name}: {UNMOVED}")
             # If α is an input, servers need the examples for other α.
             kept = examples if loaded.release.dynamic_alpha else None
             label_set = replace(label_set, examples=kept)

@@ -41,7 +41,7 @@ from radapter_serve.contract.labels import (
     split_label,
 )
 from radapter_serve.contract.preprocess import Preprocess, decode_pixels
-from radapter_serve.encoders.labels import DEFAULT_WEIGHT, MAX_EXAMPLES, Examples
+from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, CurvePoint, read_choice
 from radapter_serve.files import read_yaml
@@ -49,6 +49,7 @@ from radapter_serve.release.release import Share
 from radapter_serve.sources import CLASSES
 
 MAX_SHOWN = 2000  # example images of a label set
+_WEIGHT = 0.5  # of a label's images, where only other labels of its file have a weight
 _FORM = (
     "each entry is a label, or has label, images and weight; labels such as no and 2024 need quotes"
 )
@@ -63,7 +64,8 @@ class LabelFile:
     labels: list[str]  # with their synonyms
     images: tuple[Path, ...] = ()
     places: tuple[int, ...] = ()  # index of each image's label
-    weights: tuple[float, ...] = ()  # weight of each label's images against its text, in [0, 1]
+    # Of each label's images against its text, in [0, 1]; None has them chosen with the images.
+    weights: tuple[float, ...] | None = None
 
     def examples(self, preprocess: Preprocess) -> Examples:
         """Decode the images for the encoder: as small PNGs, without the files' metadata."""
@@ -82,7 +84,7 @@ class _Entry(BaseModel, extra="forbid", strict=True):
     label: str
     images: str | list[str] = []
     # Weight of the images against the text: 0 takes the text alone, 1 the images alone.
-    weight: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = DEFAULT_WEIGHT
+    weight: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
 
 
 def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
@@ -94,7 +96,7 @@ def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
     if not isinstance(document, list) or not document:
         raise RAdapterError(f"{path} is not a list of labels; {_FORM}")
     labels: list[str] = []
-    weights: list[float] = []
+    weights: list[float | None] = []
     images: list[Path] = []
     places: list[int] = []
     for number, value in enumerate(document):
@@ -118,7 +120,7 @@ def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
             if not inside:
                 raise RAdapterError(f"{where}: {file} holds no image")
             files += inside
-        if "weight" in entry.model_fields_set and not files:
+        if entry.weight is not None and not files:
             raise RAdapterError(f"{where}: weight is for images, and there are none")
         labels.append(join_label(names))
         weights.append(entry.weight)
@@ -132,7 +134,10 @@ def read_label_set(path: str | Path, *, dynamic_alpha: bool) -> LabelFile:
         raise RAdapterError(f"{path} has {len(images)} images; at most {most} are allowed{why}")
     for file in images:
         read_image(file, f"{path}: {file}", verify)
-    return LabelFile(labels, tuple(images), tuple(places), tuple(weights))
+    fixed = None
+    if any(weight is not None for weight in weights):
+        fixed = tuple(_WEIGHT if weight is None else weight for weight in weights)
+    return LabelFile(labels, tuple(images), tuple(places), fixed)
 
 
 def read_image(path: Path, where: str, use: Callable[[bytes], T]) -> T:

@@ -171,8 +171,8 @@ def classify(
             for a release that was exported with validation data.
         examples: folder with one folder of images for each label that has some, named as the label;
             without labels, the folders' names are the labels.
-        example_weight: weight of a label's examples against its text, from 0 to 1; 1 leaves the
-            text out; 0.5 if not given.
+        example_weight: weight of a label's examples against its text, from 0, the text alone, to 1,
+            which leaves it out; if not given, chosen with the examples.
         out: .csv file to write instead of printing, with one row for each label.
     """
     files = Images(images)

@@ -18,9 +18,9 @@ from radapter_serve.contract.labels import split_label
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_text, digest_of, map_array, read_arrays, staged
 
-DEFAULT_WEIGHT = 0.5  # of a label's examples; its text has the rest
 MAX_EXAMPLES = 128  # of a request, and of a label set that is embedded again
 _TEXTS = ("labels", "lines", "templates")  # texts of a label set
+_FORM = "rows"  # of the examples in a file: see radapter_serve/contract/rows.py
 # End of the files in which an export stores the embeddings of a label set's prompts, for adapters
 # to map; and their largest size: 80,000 prompts of width 768 have 246 MB.
 PROMPTS = ".prompts.npy"
@@ -33,8 +33,11 @@ class Examples:
 
     images: tuple[bytes, ...]
     labels: tuple[int, ...]  # for each example, the index of its label in the list
-    # Of a label's examples, in [0, 1]: one weight for all labels, or one for each.
-    weights: tuple[float, ...] = (DEFAULT_WEIGHT,)
+    # Of a label's examples, in [0, 1]: one weight for all labels, or one for each; None has them
+    # chosen with the examples.
+    weights: tuple[float, ...] | None = None
+    # True for a file of version 1.0.0, which mixes the mean of the examples itself into the text
+    of_means: bool = False
 
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
@@ -47,10 +50,10 @@ class LabelSet:
     """Classes with their embeddings, and the texts and examples from which these are computed."""
 
     labels: tuple[str, ...]  # names to show, C of them
-    embeds: NDArray[np.float32]  # [C, D], unit length, with examples mixed in
+    embeds: NDArray[np.float32]  # [C, D], unit length, moved by the examples
     lines: tuple[str, ...]  # the labels with their synonyms
     templates: tuple[str, ...]
-    examples: Examples | None = None  # mixed into `embeds`
+    examples: Examples | None = None  # that have moved `embeds`
 
     def save(self, path: str | Path) -> None:
         """Write the label set as npz, atomically."""
@@ -62,7 +65,8 @@ class LabelSet:
                 "examples": np.frombuffer(b"".join(self.examples.images), np.uint8),
                 "example_sizes": np.array([len(image) for image in self.examples.images]),
                 "example_labels": np.array(self.examples.labels),
-                "example_weights": np.array(self.examples.weights),
+                "example_weights": np.array(self.examples.weights or (), np.float64),
+                "example_form": np.array(_FORM),
             }
         with staged(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, embeds=np.asarray(self.embeds, np.float32), **arrays)
@@ -85,8 +89,10 @@ class LabelSet:
         ends = np.cumsum(sizes).tolist()
         images = tuple(whole[start:end] for start, end in itertools.pairwise([0, *ends]))
         labels = tuple(arrays["example_labels"].tolist())
-        weights = tuple(arrays["example_weights"].tolist())
-        return cls(embeds=embeds, **values, examples=Examples(images, labels, weights))
+        weights = tuple(arrays["example_weights"].tolist()) or None
+        of_means = "example_form" not in arrays
+        examples = Examples(images, labels, weights, of_means)
+        return cls(embeds=embeds, **values, examples=examples)
 
 
 def load_label_sets(folder: Path) -> dict[str, LabelSet]:

@@ -141,7 +141,7 @@ class LabelSetFacts:
     labels: int
     templates: list[str]
     digest: str  # of its file
-    examples: int | None = None  # number of images that are mixed into the embeddings
+    examples: int | None = None  # number of images that move the embeddings
     prompts: str | None = None  # digest of the stored embeddings of its prompts
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract import rows
 from radapter_serve.contract.embeddings import DEFAULT_POINT, Point
 from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
@@ -33,7 +34,6 @@ from radapter_serve.tasks.embed import (
 DEFAULT_TOP_K = 5
 DEFAULT_THRESHOLD = 0.5
 UNKNOWN = "unknown"
-_CANCELLED = 1e-6  # length below which a sum of unit vectors has no direction
 _BY_EXAMPLE = (
     "scores are not calibrated for labels by example; leave multi_label, calibrated and unknown out"
 )
@@ -78,8 +78,9 @@ class ClassifyRequest:
             raise invalid(
                 f"{len(set(images))} examples in a request; at most {MAX_EXAMPLES} are allowed"
             )
-        wrong = [weight for weight in examples.weights if not 0 <= weight <= 1]
-        if wrong or not examples.weights:
+        weights = examples.weights
+        wrong = [weight for weight in weights or () if not 0 <= weight <= 1]
+        if wrong or weights == ():
             shown = f"{wrong[0]:g}" if wrong else "empty"
             raise invalid(
                 f"example_weight is {shown}; numbers from 0 (only the text) to 1 (only the"
@@ -110,7 +111,7 @@ def classify(
         for number in examples.labels:
             if not 0 <= number < count:
                 raise invalid(f"example_labels has {number}; there are labels 0 to {count - 1}")
-        if len(examples.weights) not in (1, count):
+        if examples.weights is not None and len(examples.weights) not in (1, count):
             raise invalid(
                 f"example_weight has {len(examples.weights)} numbers for {count} labels; give one"
                 " for all, or one for each"
@@ -120,11 +121,11 @@ def classify(
                 shown.append(read_header(image))
     files = checked_headers(loaded, request.images, shown)
 
-    # Embed the labels, with examples mixed in.
+    # Embed the labels, and move those that have examples.
     label_set = yield from asked.embed(cancelled)
-    for mixed in (label_set.examples, examples):
-        if mixed is not None:
-            label_set = yield from mix_examples(loaded, label_set, mixed, place, cancelled)
+    for shown_by in (label_set.examples, examples):
+        if shown_by is not None:
+            label_set = yield from with_rows(loaded, label_set, shown_by, place, cancelled)
 
     # Embed the images, and rank the labels of each.
     pixels = yield from loaded.decoded(files, cancelled)
@@ -209,14 +210,16 @@ def _example(examples: Examples, image: bytes) -> Iterator[None]:
         raise invalid(message) from None
 
 
-def mix_examples(
+def with_rows(
     loaded: LoadedRelease,
     label_set: LabelSet,
     examples: Examples,
     place: Place,
     cancelled: Cancelled | None = None,
 ) -> TaskSteps[LabelSet]:
-    """Mix examples into labels: (1 - w) text + w mean of the label's examples, at unit length."""
+    """Move labels towards what sets their examples apart, as radapter_serve/contract/rows.py says:
+    as far as the examples' weights say, or as leaving each example out does.
+    """
     # Embed each example that is not cached, in parts, between which other callers have a turn.
     cache = loaded.label_cache
     alpha = place.encoder_alpha
@@ -231,25 +234,27 @@ def mix_examples(
             with _example(examples, image):
                 decoded.append((yield from loaded.decoded([read_header(image)], cancelled)))
         encoded = yield from loaded.encoded("images", np.concatenate(decoded), place, cancelled)
-        for image, row in zip(part, encoded, strict=True):
+        for image, row in zip(part, finite(encoded), strict=True):
             embeds[image] = row.copy()
             cache.put((digests[image], alpha), embeds[image])
 
-    # Mix them into the embeddings of their labels.
-    weights = np.broadcast_to(np.array(examples.weights, np.float32), len(label_set.labels))
-    shown = np.stack([embeds[image] for image in examples.images])
-    places = np.array(examples.labels)
-    mixed = label_set.embeds.copy()
-    for number in np.unique(places):
-        label = label_set.labels[number]
-        example = _unit(shown[places == number].mean(0), label)
-        both = (1 - weights[number]) * label_set.embeds[number] + weights[number] * example
-        mixed[number] = _unit(both, label)
-    return replace(label_set, embeds=mixed)
-
-
-def _unit(vector: NDArray[np.float32], label: str) -> NDArray[np.float32]:
-    length = np.linalg.norm(vector)
-    if not length > _CANCELLED:
-        raise invalid(f"the examples of {label!r:.80}, or they and its text, cancel out")
-    return np.asarray(vector / length, np.float32)
+    # Move the labels. An example that is given twice for a label counts once.
+    pairs = list(zip(examples.images, examples.labels, strict=True))
+    if not examples.of_means:
+        pairs = list(dict.fromkeys(pairs))
+    photos = np.stack([embeds[image] for image, _ in pairs])
+    labels = np.array([label for _, label in pairs])
+    texts = label_set.embeds
+    totals = rows.sums_of(photos, labels, len(texts))
+    b: float | Sequence[float]
+    if examples.weights is None:
+        b = rows.choose_b(texts, photos, labels, totals=totals).b
+    else:
+        b = [rows.b_of(weight) for weight in examples.weights]
+    if examples.of_means:
+        sums, _ = totals
+        lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+        towards = sums / np.maximum(lengths, 1e-12)
+    else:
+        towards = rows.directions(*totals)
+    return replace(label_set, embeds=rows.moved(texts, towards, b))

@@ -157,10 +157,10 @@ class AskedLabels:
         return self.lines, self.templates if self.stored is None else ("{}",)
 
     def embed(self, cancelled: Cancelled | None) -> TaskSteps[LabelSet]:
-        """Embed the labels; examples of the label set are not mixed in yet."""
+        """Embed the labels; examples of the label set do not move them yet."""
         exported = self.exported
         if exported is not None and self.is_exported:
-            return replace(exported, examples=None)  # the export has mixed them in
+            return replace(exported, examples=None)  # the export has moved them
         embedded = yield from embed_labels(
             self.loaded, self.lines, self.templates, place=self.place, cancelled=cancelled
         )
@@ -218,7 +218,7 @@ def checked_labels(
     if is_mixed and place.adapter is not None:
         raise invalid(
             f"the label set {labels.label_set!r:.80} has labels by example, which the export"
-            " has mixed with their texts, so no adapter moves it; leave adapter out"
+            " has joined with their texts, so no adapter moves it; leave adapter out"
         )
     if not asked.is_embedded:
         check_prompts([asked.counted], OTHER_POINT)

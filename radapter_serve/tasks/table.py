@@ -26,7 +26,7 @@ from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import Cancelled, invalid
 from radapter_serve.contract.images import read_headers
 from radapter_serve.contract.labels import check_prompts
-from radapter_serve.encoders.labels import DEFAULT_WEIGHT, Examples, prompt_counts
+from radapter_serve.encoders.labels import Examples, prompt_counts
 from radapter_serve.encoders.loaded import Answered, LoadedRelease, TaskSteps
 from radapter_serve.release.adapters import shortened
 from radapter_serve.release.release import TASKS as NAMES
@@ -254,7 +254,7 @@ def _classify_request(values: dict[str, Any], wants: Wants) -> ClassifyRequest:
         encoded = tuple(
             image.encode() if isinstance(image, str) else bytes(image) for image in images
         )
-        shares = (DEFAULT_WEIGHT,) if weights is None else tuple(weights)
+        shares = None if weights is None else tuple(weights)
         examples = Examples(encoded, tuple(places), shares)
     point = _take_point(values)
     return ClassifyRequest(values.pop("image"), labels, point=point, examples=examples, **values)

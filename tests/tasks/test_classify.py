@@ -12,6 +12,7 @@ import pytest
 
 from radapter_serve.contract.embeddings import Point
 from radapter_serve.contract.errors import INVALID_ARGUMENT, NOT_CALIBRATED, TaskError
+from radapter_serve.contract.rows import choose_b
 from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.labels import MAX_EXAMPLES, Examples, LabelSet
 from radapter_serve.encoders.loaded import LoadedRelease
@@ -21,7 +22,7 @@ from radapter_serve.tasks.classify import (
     Ranking,
     ScoreRule,
     classify,
-    mix_examples,
+    with_rows,
 )
 from radapter_serve.tasks.embed import (
     EmbedImagesRequest,
@@ -340,35 +341,86 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-@pytest.mark.parametrize("weights", [None, (0.0,), (0.3,), (0.25, 0.9, 1.0)])
-def test_examples_are_mixed_with_texts_by_their_weight(
-    local: Local, weights: tuple[float, ...] | None
+def towards(shown: np.ndarray, labels: Sequence[int]) -> dict[int, np.ndarray]:
+    """What sets the examples of each label apart, by radapter_serve/contract/rows.py's formula."""
+    places = np.array(labels)
+    means = {label: shown[places == label].mean(0) for label in set(labels)}
+    middle = np.mean(list(means.values()), axis=0)
+    counts = np.bincount(places)
+    return {k: counts[k] / (counts[k] + 2) * (mean - middle) for k, mean in means.items()}
+
+
+@pytest.mark.parametrize("weights", [(0.0,), (0.3,), (0.25, 0.9, 1.0)])
+def test_labels_move_to_what_sets_their_examples_apart(
+    local: Local, weights: tuple[float, ...]
 ) -> None:
-    shown = embeds(local, SHOWN)
-    first, _, third = np.broadcast_to(weights or (0.5,), 3)
+    of_label = np.broadcast_to(weights, 3)
     expected = texts_of(local)
-    expected[0] = unit((1 - first) * expected[0] + first * unit((shown[0] + shown[2]) / 2))
-    expected[2] = unit((1 - third) * expected[2] + third * shown[1])
-    examples = Examples(SHOWN, (0, 2, 0), *([weights] if weights else []))
+    for label, direction in towards(embeds(local, SHOWN), (0, 2, 0)).items():
+        share = of_label[label]
+        expected[label] = unit((1 - share) * expected[label] + share * direction)
+    examples = Examples(SHOWN, (0, 2, 0), weights)
     check(shown_by(local.loaded, examples), softmax(10 * embeds(local, FOUR) @ expected.T), SOME)
 
 
-def read(local: Local, **inputs: np.ndarray) -> list[ClassifyRequest]:
-    return TASKS["classify"].read(local.loaded, inputs, lambda name: True)
+def test_without_a_weight_leaving_each_example_out_chooses_it(local: Local) -> None:
+    many = tuple(png(number, 4, 4) for number in range(40))
+    # Each is an example of the label whose text is the last to fit.
+    shown = np.concatenate([embeds(local, many[start : start + 10]) for start in (0, 10, 20, 30)])
+    labels = tuple((shown @ texts_of(local).T).argmin(axis=1).tolist())
+    chosen = choose_b(texts_of(local), shown, np.array(labels)).b
+    assert chosen > 0
+    weighed = Examples(many, labels, (chosen / (1 + chosen),))
+    for left, right in zip(
+        shown_by(local.loaded, Examples(many, labels)),
+        shown_by(local.loaded, weighed),
+        strict=True,
+    ):
+        assert left.labels == right.labels
+        np.testing.assert_allclose(left.scores, right.scores, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [None, (0.9,)])
+def test_examples_of_one_label_alone_move_nothing(
+    local: Local, weights: tuple[float, ...] | None
+) -> None:
+    alone = shown_by(local.loaded, Examples(SHOWN, (1, 1, 1), weights))
+    check(alone, softmax(10 * embeds(local, FOUR) @ texts_of(local).T), SOME)
 
 
 def test_examples_are_encoded_in_parts(local: Local) -> None:
     many = tuple(png(number, 4, 4) for number in range(40))
     label_set = complete(embed_labels(local.loaded, SOME, ["{}"]))
-    examples = Examples((*many, many[0]), tuple(number % 3 for number in range(41)))
+    labels = tuple(number % 3 for number in range(42))
+    # One is an example of two labels; the other, given twice for one, counts once.
+    examples = Examples((*many, many[0], many[2]), (*labels[:40], 1, 2), (0.5,))
     local.calls.clear()
-    mixed = complete(mix_examples(local.loaded, label_set, examples, local.loaded.place()))
+    moved = complete(with_rows(local.loaded, label_set, examples, local.loaded.place()))
     assert [shape[0] for shape in local.calls] == [16, 16, 8]
-    alone = np.concatenate([embeds(local, [image]) for image in examples.images])
-    for label in range(3):
-        mean = alone[label::3].mean(0)
-        both = label_set.embeds[label] + mean / np.linalg.norm(mean)
-        np.testing.assert_allclose(mixed.embeds[label], both / np.linalg.norm(both), atol=1e-6)
+    alone = np.concatenate([embeds(local, [image]) for image in examples.images[:41]])
+    for label, direction in towards(alone, examples.labels[:41]).items():
+        expected = unit(label_set.embeds[label] + direction)
+        np.testing.assert_allclose(moved.embeds[label], expected, atol=1e-6)
+
+
+def test_a_file_of_the_first_version_mixes_means_as_it_did(local: Local) -> None:
+    """As (1 - w) of the text and w of the mean at unit length, also where one label has examples,
+    and where an example is given twice.
+    """
+    label_set = complete(embed_labels(local.loaded, SOME, TEMPLATES))
+    shown = (*SHOWN, SHOWN[0])
+    places = (0, 2, 0, 0)
+    examples = Examples(shown, places, (0.25, 0.9, 1.0), of_means=True)
+    mixed = complete(with_rows(local.loaded, label_set, examples, local.loaded.place()))
+    expected = texts_of(local)
+    of_shown = embeds(local, shown)
+    expected[0] = unit(0.75 * expected[0] + 0.25 * unit(of_shown[[0, 2, 3]].mean(0)))
+    expected[2] = of_shown[1]
+    np.testing.assert_allclose(mixed.embeds, expected, atol=1e-6)
+
+
+def read(local: Local, **inputs: np.ndarray) -> list[ClassifyRequest]:
+    return TASKS["classify"].read(local.loaded, inputs, lambda name: True)
 
 
 def test_rows_have_examples_of_their_own_or_those_of_the_row_before(local: Local) -> None:
@@ -394,17 +446,6 @@ def test_examples_labels_and_weights_belong_together(local: Local) -> None:
         alone = {name: column([png(0) if kind is object else 0], kind=kind)}
         with pytest.raises(TaskError, match=r"\[invalid_argument\] .* belong together"):
             read(local, image=column([png(0)]), labels=column([b"a"]), **alone)
-
-
-def test_what_cancels_out_is_refused(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = texts_of(local)[0].astype(np.float32)
-    label_set = LabelSet(("cat",), text[None], ("cat",), ("a {}",))
-    monkeypatch.setattr(local, "images", lambda *_: -text[None])
-    mixing = mix_examples(local.loaded, label_set, Examples((png(99),), (0,)), local.loaded.place())
-    with pytest.raises(
-        TaskError, match=r"^\[invalid_argument\] the examples of 'cat', or .* cancel"
-    ):
-        complete(mixing)
 
 
 MANY = tuple(png(seed, 4, 4) for seed in range(MAX_EXAMPLES + 1))
@@ -448,8 +489,8 @@ def by_example(local: Local) -> LoadedRelease:
     facts = {"shown": replace(texts, examples=2), "texts": texts}
     loaded = local.changed(label_sets=facts)
     of_texts = complete(embed_labels(loaded, SOME, TEMPLATES))
-    examples = Examples(SHOWN[:2], (0, 2))
-    mixed = complete(mix_examples(loaded, of_texts, examples, loaded.place()))
+    examples = Examples(SHOWN[:2], (0, 2), (0.5,))
+    mixed = complete(with_rows(loaded, of_texts, examples, loaded.place()))
     loaded.label_sets = {"texts": of_texts, "shown": replace(mixed, examples=examples)}
     local.calls.clear()
     return loaded
@@ -458,11 +499,10 @@ def by_example(local: Local) -> LoadedRelease:
 def test_a_label_set_by_example(local: Local, by_example: LoadedRelease) -> None:
     request = ClassifyRequest(FOUR, Labels(label_set="shown"))
     rankings = complete(classify(by_example, request))
-    assert [shape[0] for shape in local.calls] == [4]  # its export mixed the examples in
-    shown = embeds(local, SHOWN)
+    assert [shape[0] for shape in local.calls] == [4]  # its export moved the labels
     expected = texts_of(local)
-    for place, example in ((0, shown[0]), (2, shown[1])):
-        expected[place] = unit(expected[place] + example)
+    for label, direction in towards(embeds(local, SHOWN[:2]), (0, 2)).items():
+        expected[label] = unit(expected[label] + direction)
     check(rankings, softmax(10 * embeds(local, FOUR) @ expected.T), SOME)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def test_a_file_holds_a_label_set_with_no_more_examples_than_are_allowed(tmp_pat
         np.testing.assert_array_equal(loaded.embeds, embeds)
         for name in ("labels", "lines", "templates", "examples"):
             assert getattr(loaded, name) == getattr(saved, name)
+        if examples:
+            replace(saved, examples=replace(examples, weights=None)).save(path)
+            chosen = LabelSet.load(path).examples
+            assert chosen == replace(examples, weights=None)
+            # A file of version 1.0.0 does not name the form of its examples.
+            arrays = dict(np.load(path))
+            del arrays["example_form"]
+            np.savez(path, **arrays)
+            first = LabelSet.load(path).examples
+            assert first is not None and first.of_means
     assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
 
 
