@@ -7,6 +7,7 @@ upgrades, and callers who do not read.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
 import time
@@ -23,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from radapter_serve.contract.errors import INTERNAL_ERROR
+from radapter_serve.contract.errors import INTERNAL_ERROR, RETRYABLE, SERVER_STOPPING
 from radapter_serve.encoders.encoder import encoder_ms
 from radapter_serve.errors import install_command
 from radapter_serve.gateway import openai
@@ -112,9 +113,11 @@ class Errors:
             entry.code = "caller_gone"
             entry.status = 499
             answer = Response(status_code=499)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, Refused):
                 refused = error
+            elif isinstance(error, asyncio.CancelledError):  # the gateway stops, and it alone does
+                refused = Refused(503, SERVER_STOPPING, RETRYABLE[SERVER_STOPPING])
             else:
                 LOG.exception("the gateway failed on the request %s", entry.id)
                 why = "the gateway failed on this request; its log says why"

@@ -371,14 +371,19 @@ def test_it_stops_with_kept_connections_and_with_the_answer_that_is_under_way() 
 
 
 def test_it_stops_although_a_request_never_ends() -> None:
-    with serving(timeouts=Timeouts(drain=0.1)) as served, served.connection() as busy:
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(serving(timeouts=Timeouts(drain=0.1)))
         served.hold()
-        busy.sendall(EMBED)
-        until(lambda: served.upstream.asked)
+        busy = [stack.enter_context(served.connection(EMBED)) for _ in range(8)]
+        until(lambda: len(served.upstream.asked) == len(busy))
+        unfinished = stack.enter_context(served.connection(EMBED[:-1]))
+        until(lambda: served.connections.receiving)
         served.stop()
-        assert heard(busy).startswith(b"HTTP/1.1 500")
-        assert busy.recv(1) == b""
-        assert served.upstream.cancelled == 1
+        for it in (*busy, unfinished):
+            answer = heard(it)
+            assert answer.startswith(b"HTTP/1.1 503") and b"[server_stopping] the " in answer
+            assert it.recv(1) == b""
+        assert served.upstream.cancelled == len(busy)
 
 
 def test_it_stops_although_a_caller_reads_no_answer() -> None:
