@@ -15,6 +15,7 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -276,14 +277,22 @@ def shipped(folder: str) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, writer: str) -> Iterator[None]:
-    """Keep other writers out of a folder, which is created; `writer` names them in the error."""
+def lock(folder: Path, writer: str, patience: float = 0.0) -> Iterator[None]:
+    """Keep other writers out of a folder, which is created; `writer` names them in the error, after
+    `patience` seconds.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + patience
     with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(hold(folder))
-        except BlockingIOError:
-            raise RAdapterError(f"another {writer} is writing {folder}; wait for it") from None
+        while True:
+            try:
+                stack.enter_context(hold(folder))
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    why = f"another {writer} is writing {folder}; wait for it"
+                    raise RAdapterError(why) from None
+                time.sleep(0.02)
         yield
 
 

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from radapter_serve.contract.errors import OVERLOADED, UNKNOWN_ADAPTER
 from radapter_serve.contract.labels import known_as
 from radapter_serve.errors import RAdapterError, cause
-from radapter_serve.files import first_problem, staged, state_of
+from radapter_serve.files import first_problem, lock, staged, state_of
 from radapter_serve.gateway.upstream import LOG, RATE_LIMITED, UNAUTHORIZED, Entry, Refused
 from radapter_serve.release.adapters import unknown_name
 
@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 BASE = "-"  # the release itself in a list of adapters, of which no name begins so
 LARGE_ANSWER = 2**22  # bytes; of a mask of two megapixels
+LOCK_SECONDS = 10.0  # for another who writes the key file, or its folder
 FREE_SECONDS = 1.0  # for the answers before it to be sent
 _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})((?:\s+[a-z_]+=\S+)*)")
 
@@ -151,18 +152,20 @@ def new_key(path: Path, name: str) -> str:
         raise RAdapterError(f"--new-key {name!r}: a name has 1 to 64 letters, digits and . _ @ -")
     key = f"radapter-{secrets.token_urlsafe(32)}"
     try:
-        before = _text(path) if path.exists() else ""
-        if name in _parse(path, before):
-            raise RAdapterError(
-                f"{path} has a key {name} already; take its line out first, or choose another name"
-            )
-        if before and not before.endswith("\n"):
-            before += "\n"
-        line = f"{name}: {hashlib.sha256(key.encode()).hexdigest()}\n"
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
-        with staged(path) as file:
-            file.write_text(before + line, encoding="utf-8")
-        path.chmod(mode)
+        with lock(path.parent, "radapter-gateway", LOCK_SECONDS):
+            before = _text(path) if path.exists() else ""
+            if name in _parse(path, before):
+                raise RAdapterError(
+                    f"{path} has a key {name} already; take its line out first, or choose another"
+                    " name"
+                )
+            if before and not before.endswith("\n"):
+                before += "\n"
+            line = f"{name}: {hashlib.sha256(key.encode()).hexdigest()}\n"
+            mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+            with staged(path) as file:
+                file.write_text(before + line, encoding="utf-8")
+            path.chmod(mode)
     except OSError as error:
         raise RAdapterError(f"cannot write {path}: {cause(error)}") from None
     return key

@@ -425,6 +425,24 @@ def test_a_new_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(file.read_text().splitlines()) == 2
 
 
+def test_keys_that_are_made_at_once_are_all_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_and_wait(path: Path) -> str:
+        text = read(path)
+        time.sleep(0.05)
+        return text
+
+    read = access._text
+    monkeypatch.setattr(access, "_text", read_and_wait)
+    file = tmp_path / "keys"
+    names = [f"name{number}" for number in range(5)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        made = list(pool.map(partial(access.new_key, file), names))
+    keys = Keys(file)
+    assert [keys.check(f"Bearer {key}").name for key in made] == names
+
+
 def test_a_gateway_without_triton_lives_on_and_stops_in_order() -> None:
     port, nobody, _ = free_ports()
     flags = ["--port", str(port), "--server", f"127.0.0.1:{nobody}"]
