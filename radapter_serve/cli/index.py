@@ -6,6 +6,7 @@ import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -42,22 +43,76 @@ FIRST = {
 _NAMED = 10  # most ids in a printed list
 
 
+@dataclass(frozen=True)
+class Embedder:
+    """The release that embeds images.
+
+    Args:
+        model_repository: its served release embeds the images (radapter-release list); DIR@N for
+            release N.
+        url: a live server that embeds the images instead, such as http://localhost:8000.
+        precision: of computing an fp32 release: bf16 takes OpenVINO on a processor that has bf16;
+            auto takes what encodes fastest; as exported if not given. The index keeps it.
+        alpha: α from 0 to 1 of images and, later, queries, for a release that takes any
+            (radapter-export --alpha dynamic); the release's own if not given.
+    """
+
+    model_repository: str = "model_repository"
+    url: str | None = None
+    precision: Precision | None = None
+    alpha: float | None = None
+
+    @contextmanager
+    def loaded(self) -> Iterator[LoadedRelease]:
+        """Yield the release, at its α and in its precision, and print what it is."""
+        from radapter_serve.encoders.loaded import release_at
+
+        if self.url and self.precision is not None:
+            raise RAdapterError(
+                f"--precision is {self.precision}, but {self.url} embeds in its own; leave it out,"
+                " or start the server with it"
+            )
+        origin = {"url": self.url} if self.url else {"model_repository": self.model_repository}
+        with closing(release_at(origin, None, self.precision, print)) as loaded:
+            if self.alpha is not None:
+                loaded = loaded.at(self.alpha)
+            _print_embedder(loaded)
+            yield loaded
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read and kept.
+
+    Args:
+        image_column: column of a table that holds the paths; the others become metadata.
+        thumbnails: longest side of a thumbnail in px; 0 for none.
+        exif_orientation: turn images according to their EXIF orientation, if the release does so
+            with queries; --no-exif-orientation leaves them as in the files, as open_clip does.
+        on_broken: refuse stops the build at an image that can't be read; skip leaves it out, and
+            names it in OUT/broken.txt.
+        resume: continue a stopped build, and keep embeddings of unchanged images; --no-resume
+            discards a stopped build and embeds every image again.
+        ray: address of a Ray cluster whose workers read and embed, or auto for the one of this
+            machine; workers need the same paths. This machine reads and embeds if not given.
+    """
+
+    image_column: str = "image"
+    thumbnails: int = 128
+    exif_orientation: bool = True
+    on_broken: Literal["refuse", "skip"] = "refuse"
+    resume: bool = True
+    ray: str | None = None
+
+
 def build(
     source: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[SOURCE]")] = None,
     *,
     out: Path,
     from_embeddings: Path | None = None,
     rows: Path | None = None,
-    model_repository: str = "model_repository",
-    url: str | None = None,
-    precision: Precision | None = None,
-    alpha: float | None = None,
-    image_column: str = "image",
-    thumbnails: int = 128,
-    exif_orientation: bool = True,
-    on_broken: Literal["refuse", "skip"] = "refuse",
-    resume: bool = True,
-    ray: str | None = None,
+    embedder: tyro.conf.OmitArgPrefixes[Embedder] = Embedder(),
+    reading: tyro.conf.OmitArgPrefixes[Reading] = Reading(),
 ) -> None:
     """Build an index of all images of a folder or a table, or of existing embeddings.
 
@@ -73,23 +128,8 @@ def build(
             each is made unit length, and no image is read. Needs --rows.
         rows: .parquet or .csv with one row for each embedding, in their order: ids such as paths in
             the column --image-column, and metadata.
-        model_repository: its served release embeds the images (radapter-release list); DIR@N for
-            release N.
-        url: a live server that embeds the images instead, such as http://localhost:8000.
-        precision: of computing an fp32 release: bf16 takes OpenVINO on a processor that has bf16;
-            auto takes what encodes fastest; as exported if not given. The index keeps it.
-        alpha: α from 0 to 1 of images and, later, queries, for a release that takes any
-            (radapter-export --alpha dynamic); the release's own if not given.
-        image_column: column of a table that holds the paths; the others become metadata.
-        thumbnails: longest side of a thumbnail in px; 0 for none.
-        exif_orientation: turn images according to their EXIF orientation, if the release does so
-            with queries; --no-exif-orientation leaves them as in the files, as open_clip does.
-        on_broken: refuse stops the build at an image that can't be read; skip leaves it out, and
-            names it in OUT/broken.txt.
-        resume: continue a stopped build, and keep embeddings of unchanged images; --no-resume
-            discards a stopped build and embeds every image again.
-        ray: address of a Ray cluster whose workers read and embed, or auto for the one of this
-            machine; workers need the same paths. This machine reads and embeds if not given.
+        embedder: the release that embeds the images.
+        reading: how the images are read and kept.
     """
     from radapter_serve.index.build import build, build_from_embeddings
     from radapter_serve.release.repository import split_repository
@@ -98,47 +138,28 @@ def build(
         raise RAdapterError("give a SOURCE of images, or --from-embeddings FILE.npy")
     if (rows is None) != (from_embeddings is None):
         raise RAdapterError("--from-embeddings FILE.npy and --rows TABLE go together")
-    with (
-        _embedder(url, model_repository, precision, alpha) as loaded,
-        _progress("embedding" if source else "writing") as progress,
-    ):
+    doing = "embedding" if source else "writing"
+    with embedder.loaded() as loaded, _progress(doing) as progress:
         if source is not None:
-            summary = build(
-                source,
-                out,
-                loaded,
-                image_column=image_column,
-                thumbnails=thumbnails,
-                exif_orientation=exif_orientation,
-                on_broken=on_broken,
-                resume=resume,
-                ray=ray,
-                progress=progress,
-            )
+            summary = build(source, out, loaded, **vars(reading), progress=progress)
         else:
             assert from_embeddings is not None
             assert rows is not None
-            summary = build_from_embeddings(
-                from_embeddings,
-                rows,
-                out,
-                loaded,
-                image_column=image_column,
-                resume=resume,
-                progress=progress,
-            )
+            options: dict[str, Any] = {"resume": reading.resume, "progress": progress}
+            options["image_column"] = reading.image_column
+            summary = build_from_embeddings(from_embeddings, rows, out, loaded, **options)
     _print_summary(summary, out)
 
     # Print the commands that serve the index and search it.
-    repository, number = split_repository(model_repository)
+    repository, number = split_repository(embedder.model_repository)
     serve = "radapter-serve"
     if repository != "model_repository":
         serve += f" {shlex.quote(repository)}"
     serve += f" --indexes {shlex.quote(str(out.parent))}"
     search = f'radapter-query search "a red bicycle" --index {shlex.quote(out.absolute().name)}'
-    if url:
+    if embedder.url:
         serve = f"the server needs --indexes {shlex.quote(str(out.parent))}"
-        search += f" --url {shlex.quote(url)}"
+        search += f" --url {shlex.quote(embedder.url)}"
     elif number:
         search += f" --release {number}"
     print(f"\nserve it:   {serve}\nsearch it:  {search}")
@@ -199,10 +220,7 @@ def add(
 def map_(
     out: tyro.conf.Positional[Path],
     *,
-    model_repository: str = "model_repository",
-    url: str | None = None,
-    precision: Precision | None = None,
-    alpha: float | None = None,
+    embedder: tyro.conf.OmitArgPrefixes[Embedder] = Embedder(),
     min_recall: float = 0.8,
     embed: bool = False,
 ) -> None:
@@ -215,10 +233,7 @@ def map_(
 
     Args:
         out: folder of the index.
-        model_repository: its served release embeds the sample; DIR@N for release N.
-        url: a live server that embeds the sample instead.
-        precision: as for radapter-index build.
-        alpha: as for radapter-index build.
+        embedder: the release that embeds the sample.
         min_recall: least recall@10 with images and with texts, from 0 to 1; the index stays as it
             is if it is lower.
         embed: then embed all images, and replace the mapped index when that is complete.
@@ -227,7 +242,7 @@ def map_(
     from radapter_serve.index.index import current
     from radapter_serve.index.mapping import map_index
 
-    with _embedder(url, model_repository, precision, alpha) as loaded:
+    with embedder.loaded() as loaded:
         with _progress("embedding") as progress:
             mapped = map_index(out, loaded, min_recall=min_recall, progress=progress)
         plan = current(out)[1].plan
@@ -256,26 +271,6 @@ def _mapped(mapped: Mapped) -> str:
         f" recall@10 {mapped.by_image:.2f} with images, {mapped.by_text:.2f} with texts, among"
         f" {mapped.sample:,} images that were held out"
     )
-
-
-@contextmanager
-def _embedder(
-    url: str | None, model_repository: str, precision: Precision | None, alpha: float | None
-) -> Iterator[LoadedRelease]:
-    """Yield the release that embeds, at its α and in its precision, and print what it is."""
-    from radapter_serve.encoders.loaded import release_at
-
-    if url and precision is not None:
-        raise RAdapterError(
-            f"--precision is {precision}, but {url} embeds in its own; leave it out, or start the"
-            " server with it"
-        )
-    origin = {"url": url} if url else {"model_repository": model_repository}
-    with closing(release_at(origin, None, precision, print)) as loaded:
-        if alpha is not None:
-            loaded = loaded.at(alpha)
-        _print_embedder(loaded)
-        yield loaded
 
 
 def info(out: tyro.conf.Positional[Path]) -> None:

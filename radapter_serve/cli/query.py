@@ -140,19 +140,77 @@ class Point:
     alpha: float | None = None
 
 
+@dataclass(frozen=True)
+class Shown:
+    """The labels and scores that are shown.
+
+    Args:
+        top_k: labels to show; if not given, 5, or all with --multi-label.
+        multi_label: score each label alone, so that several or no labels can be right.
+        threshold: with --multi-label, least score of a shown label, from 0 to 1; 0.5 if not given.
+        calibrated: show scores that are probabilities of being right, for a release that was
+            exported with validation data.
+        unknown: answer "unknown" if the best label, scored alone, has less than this, from 0 to 1,
+            for a release that was exported with validation data.
+    """
+
+    top_k: int | None = None
+    multi_label: FlagCreatePairsOff[bool] = False
+    threshold: float | None = None
+    calibrated: FlagCreatePairsOff[bool] = False
+    unknown: float | None = None
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How an image is segmented.
+
+    Args:
+        threshold: probability below which a pixel is background; no background if not given.
+        short_side: shorter side in px of the working image that windows go over; 1.5 windows if not
+            given.
+        stride: px from one window to the next; half a window if not given.
+        refine: steps of refinement along edges, usually 10; 0 if not given.
+    """
+
+    threshold: float | None = None
+    short_side: int | None = None
+    stride: int | None = None
+    refine: int | None = None
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is searched for.
+
+    Args:
+        image: image files to search with.
+        id: ids of images in the index to search with.
+        weights: of texts, images and ids, in this order; negative weights lead away. 1 each if not
+            given.
+        top_k: hits to show.
+        where: condition on the metadata, such as "year > 2020".
+        min_score: least cosine of a shown image, from -1 to 1, or calibrated for the one that was
+            exported with the release, for a search with one text.
+    """
+
+    image: tuple[str, ...] = ()
+    id: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    top_k: int = 10
+    where: str | None = None
+    min_score: float | Literal["calibrated"] | None = None
+
+
 Paths = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE [IMAGE ...]")]
 
 
 def classify(
     images: Paths,
     labels: OmitArgPrefixes[Labels],
+    shown: OmitArgPrefixes[Shown],
     server: OmitArgPrefixes[Server],
     point: OmitArgPrefixes[Point],
-    top_k: int | None = None,
-    multi_label: FlagCreatePairsOff[bool] = False,
-    threshold: float | None = None,
-    calibrated: FlagCreatePairsOff[bool] = False,
-    unknown: float | None = None,
     examples: Path | None = None,
     example_weight: float | None = None,
     out: Path | None = None,
@@ -162,13 +220,6 @@ def classify(
     Args:
         images: JPEG, PNG or WebP files, and folders of them; unreadable files in a folder are left
             out.
-        top_k: labels to show; if not given, 5, or all with --multi-label.
-        multi_label: score each label alone, so that several or no labels can be right.
-        threshold: with --multi-label, least score of a shown label, from 0 to 1; 0.5 if not given.
-        calibrated: show scores that are probabilities of being right, for a release that was
-            exported with validation data.
-        unknown: answer "unknown" if the best label, scored alone, has less than this, from 0 to 1,
-            for a release that was exported with validation data.
         examples: folder with one folder of images for each label that has some, named as the label;
             without labels, the folders' names are the labels.
         example_weight: weight of a label's examples against its text, from 0, the text alone, to 1,
@@ -182,19 +233,11 @@ def classify(
             folders = sorted(path for path in examples.iterdir() if path.is_dir())
         except OSError as error:
             raise RAdapterError(f"cannot read {examples}: {error.strerror}") from error
-        shown = {path.name: list_images(path).images for path in folders if path.name[0] != "."}
-        if not all(shown.values()) or not shown:
+        of_label = {path.name: list_images(path).images for path in folders if path.name[0] != "."}
+        if not all(of_label.values()) or not of_label:
             raise RAdapterError(f"{examples} needs a folder with images for each label")
-        options["examples"] = shown
-    options |= {
-        **vars(point),
-        "top_k": top_k,
-        "multi_label": multi_label,
-        "threshold": threshold,
-        "calibrated": calibrated,
-        "unknown": unknown,
-        "example_weight": example_weight,
-    }
+        options["examples"] = of_label
+    options |= {**vars(point), **vars(shown), "example_weight": example_weight}
 
     def facts_and_rows(image: str, answer: Classification) -> Answer:
         pairs = zip(answer.labels, answer.scores, strict=True)
@@ -203,24 +246,17 @@ def classify(
 
     with server.client() as client:
         answers = files.answers(lambda paths: client.classify(paths, **options), 64)
-        report(
-            itertools.starmap(facts_and_rows, answers),
-            ("image", "label", "score"),
-            server.json,
-            out,
-        )
+        columns = ("image", "label", "score")
+        report(itertools.starmap(facts_and_rows, answers), columns, server.json, out)
     return int(files.left_out)
 
 
 def segment(
     images: Paths,
     labels: OmitArgPrefixes[Labels],
+    segments: OmitArgPrefixes[Segments],
     server: OmitArgPrefixes[Server],
     point: OmitArgPrefixes[Point],
-    threshold: float | None = None,
-    short_side: int | None = None,
-    stride: int | None = None,
-    refine: int | None = None,
     save: Path | None = None,
     save_mask: Path | None = None,
     out: Path | None = None,
@@ -230,11 +266,6 @@ def segment(
     Args:
         images: JPEG, PNG or WebP files, and folders of them; unreadable files in a folder are left
             out.
-        threshold: probability below which a pixel is background; no background if not given.
-        short_side: shorter side in px of the working image that windows go over; 1.5 windows if not
-            given.
-        stride: px from one window to the next; half a window if not given.
-        refine: steps of refinement along edges, usually 10; 0 if not given.
         save: picture to write, .png or .jpg, with colours and a legend. For several images, a
             folder of pictures.
         save_mask: .png to write, with the index of each pixel's label. For several images, a folder
@@ -242,9 +273,7 @@ def segment(
         out: .csv file to write instead of printing, with one row for each label that occurs.
     """
     files = Images(images)
-    options = {**labels.arguments(), **vars(point)}
-    options |= {"threshold": threshold, "short_side": short_side}
-    options |= {"stride": stride, "refine": refine}
+    options = {**labels.arguments(), **vars(point), **vars(segments)}
     if save is not None and save == save_mask:
         raise RAdapterError(f"--save and --save-mask are both {save}; give them different names")
     pictures = files.pictures("--save", save, ".png", ".jpg")
@@ -280,16 +309,11 @@ def segment(
 
 
 def search(
+    query: OmitArgPrefixes[Query],
     server: OmitArgPrefixes[Server],
     point: OmitArgPrefixes[Point],
     index: str,
     text: Annotated[Positional[tuple[str, ...]], arg(metavar="[TEXT ...]")] = (),
-    image: tuple[str, ...] = (),
-    id: tuple[str, ...] = (),
-    weights: tuple[float, ...] = (),
-    top_k: int = 10,
-    where: str | None = None,
-    min_score: float | Literal["calibrated"] | None = None,
     save: Path | None = None,
 ) -> None:
     """Find the images of an index that are nearest to a text or an image.
@@ -299,14 +323,6 @@ def search(
     Args:
         index: name of an index that radapter-index build wrote.
         text: text to search for, such as "a red bicycle".
-        image: image files to search with.
-        id: ids of images in the index to search with.
-        weights: of texts, images and ids, in this order; negative weights lead away. 1 each if not
-            given.
-        top_k: hits to show.
-        where: condition on the metadata, such as "year > 2020".
-        min_score: least cosine of a shown image, from -1 to 1, or calibrated for the one that was
-            exported with the release, for a search with one text.
         save: .html file to write, a page of thumbnails.
     """
     if save is not None:
@@ -314,14 +330,9 @@ def search(
     with server.client() as client:
         hits = client.search(
             text,
-            image=image,
-            id=id,
-            weights=weights or None,
             index=index,
-            top_k=top_k,
-            where=where,
-            min_score=min_score,
             thumbnails=save is not None,
+            **{**vars(query), "weights": query.weights or None},
             **vars(point),
         )
         used = client.release().version if save is not None else None
@@ -333,12 +344,14 @@ def search(
     if save is not None:
         from radapter_serve.cli.gallery import page
 
-        about = {"index": index, "where": where, "hits": len(hits), "release": used}
+        about = {"index": index, "where": query.where, "hits": len(hits), "release": used}
         about |= {"adapter": point.adapter}
         known = {name: str(value) for name, value in about.items() if value is not None}
         # Show the picture of a query with one image, else the names of all parts.
-        names = [*text, *(Path(file).name for file in image), *id]
-        alone = without_heic(Path(image[0]).read_bytes()) if len(names) == len(image) == 1 else None
+        images = query.image
+        names = [*text, *(Path(file).name for file in images), *query.id]
+        is_image = len(names) == len(images) == 1
+        alone = without_heic(Path(images[0]).read_bytes()) if is_image else None
         content = page(hits, " + ".join(names), alone, known)
         write_whole(save, lambda file: file.write(content))
     answers: list[Answer] = []
