@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 _datasets = tempfile.TemporaryDirectory(prefix="radapter-datasets-")
 atexit.register(_datasets.cleanup)
 os.environ["HF_DATASETS_CACHE"] = _datasets.name
+# Graphs are kept from one run to the next, of each environment in a folder of its own: `.ci/run`
+# tests in two at a time, whose tools differ.
+_graphs = Path(__file__).parents[1] / ".pytest_cache" / "radapter" / Path(sys.prefix).name
+os.environ["RADAPTER_CACHE"] = str(_graphs)
 # Tests, too, import openvino without telling its makers, and without a file in the user's home.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
@@ -157,11 +161,11 @@ def random_adapter(tiny_clip_dir: str) -> Callable[..., Adapter]:
 
 
 @pytest.fixture
-def quick(common: Path) -> Iterator[None]:
-    """Spare `export_release` the seconds of torch's exporter for a model with known graphs."""
+def quick() -> Iterator[None]:
+    """Spare `export_release` what it makes anew in each call."""
     from tests.helpers.graphs import quick_exports
 
-    with quick_exports(common):
+    with quick_exports():
         yield
 
 
@@ -202,7 +206,7 @@ def export_into(
     from tests.helpers.graphs import quick_exports
 
     places = {"model_repository": folder / "model_repository", "merged": folder / "merged"}
-    with quick_exports(common):
+    with quick_exports():
         return export_release(adapter, alphas, ExportSettings(**{**places, **settings}))
 
 

@@ -236,7 +236,6 @@ def test_the_script_for_photos_prints_its_table(tiny_clip_dir: str, tmp_path: Pa
 @pytest.mark.slow
 def test_ten_tenants(
     tiny_clip_dir: str,
-    common: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -249,7 +248,7 @@ def test_ten_tenants(
                 (folder / f"{number}.png").write_bytes(png(100 * shop + number + len(label)))
     (tmp_path / "photo.png").write_bytes(png(1))
     monkeypatch.chdir(tmp_path)
-    with quick_exports(common):
+    with quick_exports():
         function("ten_tenants")(Path("shops"), Path("photo.png"), tiny_clip_dir)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == SHOPS

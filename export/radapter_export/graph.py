@@ -1,13 +1,19 @@
 """Export of a model to ONNX: a module for each graph, from raw input to unit-length embeddings.
 
 Graphs are exported without weights, which are added by name, as the operators are the same at
-every α.
+every α and for every base of one architecture. So a graph is traced once and kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +23,7 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from onnx_ir import tensor_adapters
 from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, nn
@@ -33,12 +40,16 @@ from radapter_serve.clip.towers import (
     text_tower,
 )
 from radapter_serve.errors import RAdapterError, quiet, reason
+from radapter_serve.files import staged
 
 # The first opset with Conv in bf16. Opset 23 has Attention, which TensorRT cannot build in fp32.
 OPSET = 22
 # Size of weights above which they get their own file: protobuf takes seconds to write 350 MB, and
 # allows at most 2 GiB.
 EXTERNAL_ABOVE = 1 << 26
+# Graphs that are kept, of half a megabyte each; the ones that were made first go.
+MOST_KEPT = 128
+_TOOLS = ("onnx", "onnx-ir", "onnxscript", "open_clip_torch", "timm", "torch", "transformers")
 
 
 class ImageTower(nn.Module):
@@ -324,18 +335,19 @@ def image_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
     """Export `image_encoder`: `image` uint8 [B, S, S, 3] to `image_embeds` float32 [B, D]; with
     `dynamic`, here and below, `alpha` float32 [B, 1] is a second input.
     """
-    return _export("image", ImageTower(base), _pixels(base), dynamic)
+    return _export("image", base, ImageTower(base), _pixels(base), dynamic)
 
 
 def pixels_graph(base: Base) -> Graph:
     """Export the image tower from `image` float32 [B, 3, S, S], normalised."""
     side = base.image_size
-    return _export("image", PixelTower(base), torch.zeros(2, 3, side, side, device="meta"), None)
+    example = torch.zeros(2, 3, side, side, device="meta")
+    return _export("image", base, PixelTower(base), example, None)
 
 
 def patch_graph(base: Base, method: str, dynamic: Adapter | None = None) -> Graph:
     """Export `patch_encoder`: `image` uint8 [B, S, S, 3] to `patch_embeds` float32 [B, g, g, D]."""
-    return _export("patch", PatchTower(base, method), _pixels(base), dynamic)
+    return _export("patch", base, PatchTower(base, method), _pixels(base), dynamic, method=method)
 
 
 def _pixels(base: Base) -> Tensor:
@@ -352,18 +364,22 @@ def text_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
         longest = length
         length = min(9, length)
     tokens = torch.zeros(2, length, dtype=torch.int32, device="meta")
-    return _export("text", tower, tokens, dynamic, longest)
+    return _export("text", base, tower, tokens, dynamic, longest=longest)
 
 
 def _export(
     kind: str,
+    base: Base,
     tower: nn.Module,
     example: Tensor,
     dynamic: Adapter | None,
+    *,
     longest: int | None = None,
+    method: str = "",
 ) -> Graph:
-    """Export a tower; `longest` is the largest size of the second dimension, if that varies."""
-    name = f"{kind}_encoder"
+    """Export a tower, or take the graph that was kept for one of the same form; `longest` is the
+    largest size of the second dimension, if that varies, and `method` that of dense embeddings.
+    """
     rows = torch.export.Dim("batch", min=1, max=1 << 16)
     shape = {0: rows}
     if longest is not None:
@@ -372,7 +388,89 @@ def _export(
     if dynamic is not None:
         tower = DynamicAlphaTower(tower, dynamic)
         inputs["alpha"] = torch.zeros(2, 1, device="meta"), {0: rows}
+    of_projection = tower.key if isinstance(tower, DynamicAlphaTower) else ""
 
+    def key_of(name: str) -> str:
+        holder, _, inner = name.partition(".")
+        if holder == "projection":
+            return f"{of_projection}.{inner}"
+        return name.removeprefix("tower.").removeprefix("model.")
+
+    # Name all that the graph depends on: two models may have one tower in common.
+    other = "vision_cfg" if kind == "text" else "text_cfg"
+    form = repr(
+        (
+            kind,
+            method,
+            longest,
+            tuple(example.shape),
+            [(name, value) for name, value in sorted(base.config.items()) if name != other],
+            tower,
+            [(name, each.shape, each.dtype) for name, each in _weights(tower)],
+            dynamic and [(key, each.shape) for key, each in sorted(dynamic.tensors.items())],
+            _makers(),
+        )
+    )
+    trace = functools.partial(_trace, f"{kind}_encoder", f"{kind}_embeds", tower, inputs, key_of)
+    model = _kept(f"{kind}-{hashlib.sha256(form.encode()).hexdigest()[:24]}.onnx", trace)
+
+    # The weights are its last inputs.
+    graph = model.graph
+    weights = graph.inputs[len(inputs) :]
+    del graph.inputs[len(inputs) :]
+    for value in weights:
+        graph.initializers.add(value)
+    constants = {key_of(key): buffer for key, buffer in tower.named_buffers()}
+    return Graph(f"{kind}_encoder", model, constants)
+
+
+def _weights(tower: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*tower.named_parameters(), *tower.named_buffers()]
+
+
+@functools.cache
+def _makers() -> str:
+    """What makes graphs: the versions of the tools, and our own code."""
+    digest = hashlib.sha256()
+    for tool in _TOOLS:
+        digest.update(f"{tool} {importlib.metadata.version(tool)}".encode())
+    clip = Path(inspect.getfile(Base)).parent
+    adapter = Path(inspect.getfile(Adapter)).parent
+    for path in (Path(__file__), *sorted(clip.glob("*.py")), *sorted(adapter.glob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _kept(name: str, trace: Callable[[], ir.Model]) -> ir.Model:
+    """Load a graph from the user's cache, where `trace` puts it if it is not there or is broken."""
+    folder = Path(os.environ.get("RADAPTER_CACHE", "~/.cache/radapter-serve")).expanduser()
+    place = folder / "graphs" / name
+    with contextlib.ExitStack() as stack:
+        # An export that asks for the same graph meanwhile waits for it. Nothing is kept where
+        # nobody can write.
+        with contextlib.suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{place}.lock"))
+        with contextlib.suppress(Exception):  # whatever a library raises for a broken file
+            return ir.load(place)
+        model = trace()
+        with contextlib.suppress(OSError), staged(place) as temporary:
+            ir.save(model, temporary)
+            by_age = sorted(place.parent.glob("*.onnx"), key=lambda path: path.stat().st_mtime)
+            for path in by_age[: 1 - MOST_KEPT]:
+                path.unlink()
+                Path(f"{path}.lock").unlink(missing_ok=True)
+    return model
+
+
+def _trace(
+    name: str,
+    output: str,
+    tower: nn.Module,
+    inputs: Mapping[str, tuple[Tensor, Mapping[int, Any]]],
+    key_of: Callable[[str], str],
+) -> ir.Model:
+    """Export a tower with torch; its weights are the last inputs, named as `graph_weights` does."""
     # Copy the tower with shapes but no values, so that the exporter cannot fold any weight into the
     # graph, and one graph serves every α.
     memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in tower.buffers()}
@@ -386,7 +484,7 @@ def _export(
                 skeleton,
                 tuple(values for values, _ in inputs.values()),
                 input_names=list(inputs),
-                output_names=[f"{kind}_embeds"],
+                output_names=[output],
                 dynamic_shapes=tuple(dims for _, dims in inputs.values()),
                 opset_version=OPSET,
                 dynamo=True,
@@ -405,29 +503,17 @@ def _export(
 
     # Fold the arithmetic of shapes. Make the weights inputs meanwhile, so that no pass knows
     # their values.
-    named = [name for name, _ in (*tower.named_parameters(), *tower.named_buffers())]
+    named = [name for name, _ in _weights(tower)]
     weights = [initializers.pop(key) for key in named if key in initializers]
-    count = len(graph.inputs)
     for value in weights:
         value.const_value = None
     graph.inputs.extend(weights)
     with quiet():
         onnxscript.optimizer.optimize_ir(model)
-    del graph.inputs[count:]
 
-    # Name the weights as `graph_weights` does. torch names values after operators, so another
-    # value may have the same name.
-    of_projection = tower.key if isinstance(tower, DynamicAlphaTower) else ""
-
-    def key_of(name: str) -> str:
-        holder, _, inner = name.partition(".")
-        if holder == "projection":
-            return f"{of_projection}.{inner}"
-        return name.removeprefix("tower.").removeprefix("model.")
-
+    # Name the weights. torch names values after operators, so another value may have the same name.
     for value in weights:
         value.name = key_of(str(value.name))
-        initializers.add(value)
     NameFixPass()(model)
 
     # Drop the exporter's debugging information: stack traces with paths of this machine, which are
@@ -440,4 +526,4 @@ def _export(
     for node in graph:
         for value in node.outputs:
             value.metadata_props.clear()
-    return Graph(name, model, {key_of(key): buffer for key, buffer in tower.named_buffers()})
+    return model

@@ -365,9 +365,9 @@ class TestStoredPrompts:
         assert path.name in capsys.readouterr().err
 
 
-def test_an_export_of_adapters_alone_has_their_base_and_them(base, runs, tmp_path, common):
+def test_an_export_of_adapters_alone_has_their_base_and_them(base, runs, tmp_path):
     folder = tmp_path / "model_repository"
-    with quick_exports(common):
+    with quick_exports():
         summary = export(
             adapters={name: tmp_path / name for name in runs},
             model_repository=folder,
@@ -397,11 +397,11 @@ def test_an_export_of_adapters_alone_has_their_base_and_them(base, runs, tmp_pat
 
 
 def test_adapters_of_another_text_tower_than_the_release_are_refused_before_the_export(
-    runs, tmp_path, common
+    runs, tmp_path
 ):
     places = {name: tmp_path / name for name in ("model_repository", "merged")}
     names = {"anna": tmp_path / "anna"}
-    with quick_exports(common):
+    with quick_exports():
         for points in ({"alpha": 0.5}, {"adapter": tmp_path / "bob"}, {"alpha": "dynamic"}):
             with pytest.raises(RAdapterError, match="'anna' was trained with another text tower"):
                 export(adapters=names, **places, **points)

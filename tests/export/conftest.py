@@ -17,7 +17,6 @@ from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.clip.base import Base
 from radapter_serve.evaluation.metrics import MIN_IMAGES
 from tests.conftest import export_into
-from tests.helpers.graphs import graph_of
 from tests.helpers.shared import shared
 
 ALPHAS = (0.3, 0.8)
@@ -103,8 +102,8 @@ def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
 
 
 @pytest.fixture(scope="session")
-def graphs(common: Path, tiny_base: Base) -> dict[str, Graph]:
+def graphs(tiny_base: Base) -> dict[str, Graph]:
     """The graphs of the tiny CLIP by name."""
-    graphs = [graph_of(common, make, tiny_base) for make in (image_graph, text_graph)]
-    graphs.append(graph_of(common, patch_graph, tiny_base, "naclip"))
+    graphs = [image_graph(tiny_base), text_graph(tiny_base)]
+    graphs.append(patch_graph(tiny_base, "naclip"))
     return {graph.name: graph for graph in graphs}

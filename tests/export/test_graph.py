@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import open_clip
 import pytest
 import torch
 
+from radapter_export import graph
 from radapter_export.graph import (
     EXTERNAL_ABOVE,
     Attention,
@@ -26,7 +28,6 @@ from radapter_serve.clip.towers import encode_patches, normalised
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
 from tests.export.conftest import GRAPHS, Exported
-from tests.helpers.graphs import graph_of
 
 TEXTS = ["a photo of a cat", "hello", "", "many words " * 100, "a dog, in the rain", "x y z", "7"]
 
@@ -53,11 +54,11 @@ def test_attention_to_other_keys_gives_what_torch_gives(key_width: int | None) -
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_patch_graph_of_maskclip_gives_what_torch_gives(
-    tiny_base: Base, common: Path, tmp_path: Path
+    tiny_base: Base, tmp_path: Path
 ) -> None:
     """Each export of naclip compares the graph of that method."""
     path = tmp_path / "model.onnx"
-    graph_of(common, patch_graph, tiny_base, "maskclip").save(tiny_base.model.state_dict(), path)
+    patch_graph(tiny_base, "maskclip").save(tiny_base.model.state_dict(), path)
     for batch in (1, 2, 7):
         pixels = normalised(photos(batch), tiny_base.preprocess, "cpu")
         expected = encode_patches(tiny_base.model, pixels, "maskclip")
@@ -79,10 +80,10 @@ def custom_base(tiny_base: Base) -> Base:
 @pytest.mark.parametrize("kind", ["CLIP", pytest.param("CustomTextCLIP", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_the_text_graph_gives_what_open_clip_gives_at_every_length(
-    kind: str, tiny_base: Base, common: Path, tmp_path: Path
+    kind: str, tiny_base: Base, tmp_path: Path
 ) -> None:
     base = tiny_base if kind == "CLIP" else custom_base(tiny_base)
-    graph = graph_of(common, text_graph, base)
+    graph = text_graph(base)
     model: Any = base.model
     assert type(model).__name__ == kind
     graph.save(model.state_dict(), tmp_path / "model.onnx")
@@ -158,3 +159,60 @@ def test_a_model_that_the_exporter_fails_on_is_refused_in_one_line(tiny_base: Ba
     with pytest.raises(RAdapterError, match=r"cannot export image_encoder of this model: .+") as e:
         image_graph(dataclasses.replace(tiny_base, model=model))
     assert "\n" not in str(e.value)
+
+
+@torch.no_grad()
+def test_a_graph_is_kept_for_every_base_of_its_architecture(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken one is made again, and where nothing can be kept each is made."""
+    folder = tmp_path / "cache" / "graphs"
+    traced: list[str] = []
+    trace = graph._trace
+
+    def counted(name: str, *arguments: Any) -> Any:
+        traced.append(name)
+        if len(traced) > 1:  # torch takes seconds
+            return onnx_ir.load(tmp_path / "first.onnx")
+        model = trace(name, *arguments)
+        onnx_ir.save(model, tmp_path / "first.onnx")
+        return model
+
+    monkeypatch.setattr(graph, "_trace", counted)
+    monkeypatch.setenv("RADAPTER_CACHE", str(folder.parent))
+
+    def answers(base: Base) -> None:
+        model: Any = base.model
+        text_graph(base).save(model.state_dict(), tmp_path / "model.onnx")
+        tokens = base.tokenizer(TEXTS)
+        expected = model.encode_text(tokens, normalize=True).numpy()
+        actual = EncoderGraph(tmp_path / "model.onnx")(tokens.numpy().astype(np.int32))
+        np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+    other = copy.deepcopy(tiny_base)
+    for parameter in other.model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    answers(tiny_base)
+    answers(other)
+    assert traced == ["text_encoder"]
+    [kept] = folder.glob("*.onnx")
+    assert kept.stat().st_size < 100_000  # without weights
+
+    kept.write_bytes(kept.read_bytes()[:1000])
+    answers(other)
+    assert traced == ["text_encoder"] * 2
+    answers(tiny_base)
+    assert len(traced) == 2
+
+    image_graph(tiny_base)
+    quick = dataclasses.replace(tiny_base, config={**tiny_base.config, "quick_gelu": False})
+    text_graph(quick)
+    assert len(traced) == 4 and len(list(folder.glob("*.onnx"))) == 3
+    monkeypatch.setattr(graph, "MOST_KEPT", 2)
+    kept.unlink()
+    answers(tiny_base)
+    assert kept.is_file() and len(list(folder.glob("*.onnx"))) == 2
+
+    monkeypatch.setenv("RADAPTER_CACHE", "/dev/null/cache")
+    answers(tiny_base)
+    assert len(traced) == 6

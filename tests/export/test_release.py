@@ -158,18 +158,18 @@ def progress(line):
     if "text_encoder at alpha 0.3" in line:
         os.kill(os.getpid(), signal.SIGKILL)
 settings = ExportSettings(model_repository=Path("repository"), merged=Path("merged"))
-with quick_exports(Path(sys.argv[3])):
+with quick_exports():
     export_release(sys.argv[1], [0.2, 0.3], settings, progress=progress)
 """
 
 
 @pytest.mark.slow
 def test_a_killed_export_leaves_what_is_served_and_the_next_one_tidies(
-    export: Export, adapter_path: Path, common: Path, tmp_path: Path
+    export: Export, adapter_path: Path, tmp_path: Path
 ) -> None:
     export()
     before = tree(tmp_path)
-    arguments = [str(path) for path in (adapter_path, Path(__file__).parents[2], common)]
+    arguments = [str(path) for path in (adapter_path, Path(__file__).parents[2])]
     command = [sys.executable, "-c", KILLED, *arguments]
     killed = subprocess.run(command, cwd=tmp_path, timeout=120)
     assert killed.returncode == -signal.SIGKILL
