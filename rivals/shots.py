@@ -36,7 +36,7 @@ SHARED = ("epochs", "steps", "batch_size", "crop_scale", "flip")
 
 class ByExample(System):
     """A CLIP whose class embeddings are means of the text's and the training images' embeddings,
-    both of unit length, as `classify` mixes labels with examples.
+    both of unit length, as version 1.0.0 mixed labels with examples.
     """
 
     def __init__(self, run: Run) -> None:

@@ -26,7 +26,7 @@ Bools = NDArray[np.bool_]
 GRID = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of b, the first 0
 UNJUDGED = 1.0  # b where too few photos can be judged
 LEAST_JUDGED = 0.5  # fraction of the photos that must share their label with another one
-LEAST_KEPT = 0.9  # of the base's right answers for labels without photos
+LEAST_KEPT = 0.95  # of the base's right answers for labels without photos
 RULE = (
     "b is the smallest of the grid within one standard error of the best (of the paired difference"
     " over photos; Breiman et al., 1984), where each photo is judged by rows that were made without"
@@ -56,7 +56,7 @@ def directions(sums: Floats, counts: Integers) -> Floats:
     """
     shown = counts > 0
     towards = np.zeros(sums.shape)
-    if shown.sum() > 1:
+    if shown.any():
         means = sums[shown] / counts[shown, None]
         towards[shown] = _share(counts[shown])[:, None] * (means - means.mean(axis=0))
     return towards

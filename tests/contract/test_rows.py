@@ -172,6 +172,13 @@ def test_photos_are_judged_without_them(
     assert together.photos == 40 and choose(together).b == choose(judged).b
 
 
+def test_a_label_of_two_photos_weighs_one_where_one_is_left_out() -> None:
+    for seed in range(20):
+        texts, photos, labels = drawn(seed, 5, 4, 9)
+        right, _ = left_out(texts, photos, labels)
+        np.testing.assert_array_equal(judge(texts, photos, labels).right, right)
+
+
 def judged_as(shares: list[float], kept: list[float] | None = None, of: int = 100) -> Judged:
     """So many photos, of which a share is right and a share kept at each b: always the first."""
     first = np.arange(of) / of
@@ -188,7 +195,7 @@ def judged_as(shares: list[float], kept: list[float] | None = None, of: int = 10
         pytest.param(judged_as([0.5, 0.6, 0.9, 0.95, 0.96]), 1, id="the best"),
         pytest.param(judged_as([0.9, 0.9, 0.9, 0.9, 0.9]), 0, id="nothing is better"),
         pytest.param(judged_as([0.9, 0.8, 0.7]), 0, id="worse"),
-        pytest.param(judged_as([0.5, 0.6, 0.7, 0.9], [1, 1, 0.9, 0.89]), 0.25, id="kept"),
+        pytest.param(judged_as([0.5, 0.6, 0.7, 0.9], [1, 1, 0.95, 0.94]), 0.25, id="kept"),
         pytest.param(judged_as([0.5, 0.9], [1, 0.5]), 0, id="nothing is kept"),
     ],
 )

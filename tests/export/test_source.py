@@ -156,6 +156,20 @@ def test_a_release_has_labels_by_example(
             np.testing.assert_allclose(answer.scores, expected.scores, rtol=1e-4)
 
 
+def test_a_label_set_whose_images_move_nothing_says_so(export: Export, tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(png(0))
+    (tmp_path / "dog.png").write_bytes(png(1))
+    cat = {"label": "cat", "images": "cat.png"}
+    dog = {"label": "dog", "images": "dog.png"}
+    for name, entries in (("one", [cat, "dog"]), ("two", [cat, dog])):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(entries), encoding="utf-8")
+    assert read_label_set(tmp_path / "one.yaml", dynamic_alpha=False).weights is None
+    files = {name: tmp_path / f"{name}.yaml" for name in ("one", "two")}
+    (exported,) = export([0.7], label_sets=files)
+    [warning] = [line for line in exported.warnings if "move no label" in line]
+    assert warning.startswith("label set one: its images move no label")
+
+
 def test_validation_fits_scores_to_labels_by_text_alone(
     export: Export, many_photos: Path, label_file: Path, tmp_path: Path
 ) -> None:
