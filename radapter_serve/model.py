@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from radapter_client import Client
 from radapter_serve.encoders.precision import Precision
@@ -13,6 +14,9 @@ from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.release.repository import releases_of, split_repository
 from radapter_serve.sources import ADAPTER, HUB
+
+if TYPE_CHECKING:
+    from radapter_serve.encoders.loaded import LoadedRelease
 
 _FORMS = (
     "a model repository, a run or an adapter file, a folder with a checkpoint of open_clip or"
@@ -73,7 +77,12 @@ class Model(Client):
     ) -> None:
         name = os.fspath(source)
         place = name
-        options = {"pretrained": pretrained, "base": base, "alpha": alpha, "dense": dense}
+        options: dict[str, Any] = {
+            "pretrained": pretrained,
+            "base": base,
+            "alpha": alpha,
+            "dense": dense,
+        }
         if name.startswith(HUB) and all(value is None for value in options.values()):
             from radapter_export.hub import download_release
 
@@ -96,48 +105,7 @@ class Model(Client):
                 say=lambda line: print(line, file=sys.stderr),
             )
         else:
-            if precision is not None:
-                raise RAdapterError(
-                    f"precision is {precision!r}, but {name} is no release of radapter-export;"
-                    " leave it out"
-                )
-            path = Path(name)
-            is_folder = path.is_dir()
-            is_run = path.suffix == ".safetensors" or (path / ADAPTER).is_file()
-            if path.is_file() and not is_run:
-                raise RAdapterError(f"{name} is not a model; allowed: {_FORMS}")
-            if is_folder and not is_run and not any(path.glob("*config.json")):
-                raise RAdapterError(f"there is no model in {name}; allowed: {_FORMS}")
-            # Most names of open_clip have a hyphen, and all need weights.
-            is_file_name = os.sep in name or not (pretrained or "-" in name)
-            if not path.exists() and is_file_name and ":" not in name:
-                raise RAdapterError(f"there is no {name}; allowed: {_FORMS}")
-            if base is not None and not is_run:
-                raise RAdapterError(f"base is {base!r}, but {name} is not a run; leave it out")
-            check_installed("torch", "export")
-            from radapter_serve.adapter import load_adapter
-            from radapter_serve.adapter.in_torch import load_in_torch
-            from radapter_serve.adapter.tuned import load_base_of
-            from radapter_serve.clip.base import load_base, split_name
-
-            adapter = load_adapter(path) if is_run else None
-            exported = None
-            if adapter is not None:
-                clip = load_base_of(adapter, base, pretrained)
-            elif is_folder:
-                clip = load_base(f"local-dir:{name}", pretrained)
-                exported = Release.load(path) if (path / FILE).is_file() else None
-            else:
-                clip = load_base(*split_name(name, pretrained))
-            loaded = load_in_torch(
-                clip,
-                adapter,
-                exported=exported,
-                alpha=alpha,
-                dense=dense,
-                device=device,
-                indexes=Path(indexes),
-            )
+            loaded = _in_torch(name, Path(indexes), device, precision, **options)
             engine = Engine([loaded])
         self._source = name
         super().__init__(
@@ -151,6 +119,61 @@ class Model(Client):
 
     def __repr__(self) -> str:
         return f"Model({self._source!r})"
+
+
+def _in_torch(
+    name: str,
+    indexes: Path,
+    device: str | None,
+    precision: Precision | None,
+    *,
+    pretrained: str | None,
+    base: str | None,
+    alpha: float | None,
+    dense: str | None,
+) -> LoadedRelease:
+    """Load a run, an adapter file, a folder with a model, or a model of open_clip or the hub."""
+    if precision is not None:
+        raise RAdapterError(
+            f"precision is {precision!r}, but {name} is no release of radapter-export; leave it out"
+        )
+    path = Path(name)
+    is_folder = path.is_dir()
+    is_run = path.suffix == ".safetensors" or (path / ADAPTER).is_file()
+    if path.is_file() and not is_run:
+        raise RAdapterError(f"{name} is not a model; allowed: {_FORMS}")
+    if is_folder and not is_run and not any(path.glob("*config.json")):
+        raise RAdapterError(f"there is no model in {name}; allowed: {_FORMS}")
+    # Most names of open_clip have a hyphen, and all need weights.
+    is_file_name = os.sep in name or not (pretrained or "-" in name)
+    if not path.exists() and is_file_name and ":" not in name:
+        raise RAdapterError(f"there is no {name}; allowed: {_FORMS}")
+    if base is not None and not is_run:
+        raise RAdapterError(f"base is {base!r}, but {name} is not a run; leave it out")
+    check_installed("torch", "export")
+    from radapter_serve.adapter import load_adapter
+    from radapter_serve.adapter.in_torch import load_in_torch
+    from radapter_serve.adapter.tuned import load_base_of
+    from radapter_serve.clip.base import load_base, split_name
+
+    adapter = load_adapter(path) if is_run else None
+    exported = None
+    if adapter is not None:
+        clip = load_base_of(adapter, base, pretrained)
+    elif is_folder:
+        clip = load_base(f"local-dir:{name}", pretrained)
+        exported = Release.load(path) if (path / FILE).is_file() else None
+    else:
+        clip = load_base(*split_name(name, pretrained))
+    return load_in_torch(
+        clip,
+        adapter,
+        exported=exported,
+        alpha=alpha,
+        dense=dense,
+        device=device,
+        indexes=indexes,
+    )
 
 
 def _number(device: str | None) -> int | None:

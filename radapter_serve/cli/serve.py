@@ -142,18 +142,8 @@ def serve(
         server = TritonServer(config)
         with gateway.server(server.config) or contextlib.nullcontext() as front:
             keep_serving(server, front)
-        return
-    wrong = [
-        *_changed(config.endpoints, DEFAULTS.endpoints, "grpc_port", "metrics_port"),
-        *_changed(config, DEFAULTS, "instances", "timeout", "drain_seconds", "verbose"),
-        *_changed(gateway, GatewayFlags(), "gateway_port", "gateway_host"),
-    ]
-    if wrong:
-        raise RAdapterError(
-            f"{', '.join(wrong)} has no effect with --engine process, which answers only at"
-            " --http-port; leave it out"
-        )
-    answer_in_process(config, gateway)
+    else:
+        answer_in_process(config, gateway)
 
 
 def _memory_of(config: ServerConfig, releases: Sequence[int], engine: str) -> str:
@@ -216,6 +206,16 @@ def keep_serving(server: TritonServer, gateway: GatewayServer | None = None) -> 
 
 def answer_in_process(config: ServerConfig, flags: GatewayFlags) -> None:
     """Answer over HTTP in this process until a signal ends it."""
+    wrong = [
+        *_changed(config.endpoints, DEFAULTS.endpoints, "grpc_port", "metrics_port"),
+        *_changed(config, DEFAULTS, "instances", "timeout", "drain_seconds", "verbose"),
+        *_changed(flags, GatewayFlags(), "gateway_port", "gateway_host"),
+    ]
+    if wrong:
+        raise RAdapterError(
+            f"{', '.join(wrong)} has no effect with --engine process, which answers only at"
+            " --http-port; leave it out"
+        )
     check_installed("uvicorn", "server")
     from threadpoolctl import threadpool_limits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -86,27 +86,30 @@ def build(client: Client) -> gradio.Blocks:
                 with gradio.Tab("Segment"):
                     _segment(client, picture, alpha, point)
 
-        def begin() -> tuple[Any, ...]:
-            release = client.release()
-            sets = ["", *release.label_sets]
-            first = next(iter(release.label_sets), "")
-            try:
-                names = client.indexes()
-            except RAdapterClientError:  # Triton lists no indexes: the user types the name
-                names = []
-            moves = "any α" if release.dynamic_alpha else f"α = {release.alpha:g}"
-            name = release.architecture.rpartition("/")[2]
-            described = f"release {release.version} · {name} · {release.precision} · {moves}"
-            return (
-                f"# {TITLE}\n{described}",
-                gradio.update(visible=release.dynamic_alpha, value=release.alpha),
-                gradio.update(choices=sets, value=first, visible=len(sets) > 1),
-                gradio.update(choices=names, value=names[0] if names else ""),
-            )
-
-        page.load(explained(begin), None, [facts, alpha, label_sets, indexes])
+        shown = [facts, alpha, label_sets, indexes]
+        page.load(explained(partial(_begin, client)), None, shown)
     page.queue(default_concurrency_limit=4, max_size=64)
     return page
+
+
+def _begin(client: Client) -> tuple[Any, ...]:
+    """What the page shows of the server: the release, its label sets and its indexes."""
+    release = client.release()
+    sets = ["", *release.label_sets]
+    first = next(iter(release.label_sets), "")
+    try:
+        names = client.indexes()
+    except RAdapterClientError:  # Triton lists no indexes: the user types the name
+        names = []
+    moves = "any α" if release.dynamic_alpha else f"α = {release.alpha:g}"
+    name = release.architecture.rpartition("/")[2]
+    described = f"release {release.version} · {name} · {release.precision} · {moves}"
+    return (
+        f"# {TITLE}\n{described}",
+        gradio.update(visible=release.dynamic_alpha, value=release.alpha),
+        gradio.update(choices=sets, value=first, visible=len(sets) > 1),
+        gradio.update(choices=names, value=names[0] if names else ""),
+    )
 
 
 def _classify(client: Client, picture: Any, alpha: Any, point: list[Any]) -> Any:
