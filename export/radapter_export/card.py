@@ -94,7 +94,41 @@ def card_of(
     tag = metadata.pretrained or ""
     licence = next((name for start, name in _LICENCES.items() if tag.startswith(start)), None)
 
-    # Head in YAML, which the hub reads
+    # Introduction
+    terms = "The licence of the base holds for these weights too; its publisher says which it is."
+    if licence:
+        terms = f"The base's licence is {licence}."
+    kind = (
+        "It was fine-tuned with R-Adapter (Kim et al., ECCV 2024): linear adapters that are folded"
+        f" into the weights with re-scaling α = {release.alpha:g}."
+    )
+    if release.made_of is not None:
+        tuned = {"lora": "a LoRA"}.get(release.made_of.kind, f"a {release.made_of.kind}")
+        kind = f"It is the base and {tuned} of it, mixed at α = {release.alpha:g}."
+    prompts = ", ".join(f"`{template}`" for template in release.templates[:3])
+    if len(release.templates) > 3:
+        prompts += " and more"
+
+    return CARD.format(
+        head=_head(release, title, licence, library),
+        title=title,
+        base=base,
+        weights=f" with the weights {_named(tag)}" if tag else "",
+        digest=release.base_digest,
+        kind=kind,
+        terms=terms,
+        width=release.embed_dim,
+        side=release.preprocess.size,
+        prompts=prompts,
+        load=_load(library, hub, transformers=transformers),
+        training=_training(metadata),
+        curve=_curve(curve, release.alpha),
+        figures=_figures(release),
+    )
+
+
+def _head(release: Release, title: str, licence: str | None, library: str) -> str:
+    """The card's head in YAML, which the hub reads."""
     results = None
     if release.accuracy is not None:
         dataset = _named(release.accuracy.dataset)
@@ -116,70 +150,64 @@ def card_of(
         model_name=title if results else None,
         eval_results=results,
     )
+    return head.to_yaml()
 
-    # Introduction
-    terms = "The licence of the base holds for these weights too; its publisher says which it is."
-    if licence:
-        terms = f"The base's licence is {licence}."
-    kind = (
-        "It was fine-tuned with R-Adapter (Kim et al., ECCV 2024): linear adapters that are folded"
-        f" into the weights with re-scaling α = {release.alpha:g}."
-    )
-    if release.made_of is not None:
-        tuned = {"lora": "a LoRA"}.get(release.made_of.kind, f"a {release.made_of.kind}")
-        kind = f"It is the base and {tuned} of it, mixed at α = {release.alpha:g}."
-    prompts = ", ".join(f"`{template}`" for template in release.templates[:3])
-    if len(release.templates) > 3:
-        prompts += " and more"
 
-    # Code that loads the model, from its folder or from the hub
+def _load(library: str, hub: str | None, *, transformers: bool) -> str:
+    """Code that loads the model, from its folder or from the hub."""
     if hub is None:
-        load = LOAD_TRANSFORMERS if library == TRANSFORMERS else LOAD_OPEN_CLIP
-        load = f"FOLDER is the folder of this card.\n\n{load}\n{ASK}".format(
+        code = LOAD_TRANSFORMERS if library == TRANSFORMERS else LOAD_OPEN_CLIP
+        return f"FOLDER is the folder of this card.\n\n{code}\n{ASK}".format(
             open_clip="local-dir:FOLDER", transformers='"FOLDER"', place="FOLDER"
         )
-    else:
-        place = f"{HUB}{hub}"
-        blocks = [LOAD_OPEN_CLIP, ASK, *([LOAD_TRANSFORMERS] if transformers else [])]
-        form = f'"{hub}", subfolder="{TRANSFORMERS}"'
-        load = "\n".join(blocks).format(open_clip=place, transformers=form, place=place)
-        load += f"\nServed over HTTP: `radapter-serve {place}`.\n"
+    place = f"{HUB}{hub}"
+    blocks = [LOAD_OPEN_CLIP, ASK, *([LOAD_TRANSFORMERS] if transformers else [])]
+    form = f'"{hub}", subfolder="{TRANSFORMERS}"'
+    code = "\n".join(blocks).format(open_clip=place, transformers=form, place=place)
+    return f"{code}\nServed over HTTP: `radapter-serve {place}`.\n"
 
-    # Training
-    training = ""
-    if recipe := metadata.recipe:
-        settings: list[tuple[str, object]] = [
-            ("data", _named(str(recipe.get("data") or "unknown"))),
-            *((name, recipe[name]) for name in _RECIPE if recipe.get(name) is not None),
-        ]
-        if metadata.held_out:
-            settings.append(("held-out images", metadata.held_out))
-        if metadata.classes:
-            settings.append(("classes", len(metadata.classes)))
-        training = TRAINING.format(table=_table(("setting", "value"), settings))
 
-    # Figures at each α
-    figures_of_curve = ""
-    if curve:
-        names = list(curve[0].metrics)
-        has_kept = any(point.kept is not None for point in curve)
-        rows = []
-        for point in curve:
-            alpha = f"{point.alpha:g}"
-            cells = [f"**{alpha}**" if point.alpha == release.alpha else alpha]
-            if has_kept:
-                cells.append("" if point.kept is None else f"{100 * point.kept:.1f}")
-            cells += [f"{100 * point.metrics[name]:.1f}" for name in names]
-            rows.append(cells)
-        columns = ["α", *(["kept of the base"] if has_kept else []), *map(_named, names)]
-        share = kept_at(curve, release.alpha)
-        sentence = ""
-        if share is not None:
-            sentence = what_is_kept(release.alpha, share)
-            sentence = f"{sentence[0].upper()}{sentence[1:]}\n\n"
-        figures_of_curve = CURVE.format(table=_table(columns, rows), kept=sentence)
+def _training(metadata: Metadata) -> str:
+    """The section about the run; empty if there was none."""
+    recipe = metadata.recipe
+    if not recipe:
+        return ""
+    settings: list[tuple[str, object]] = [
+        ("data", _named(str(recipe.get("data") or "unknown"))),
+        *((name, recipe[name]) for name in _RECIPE if recipe.get(name) is not None),
+    ]
+    if metadata.held_out:
+        settings.append(("held-out images", metadata.held_out))
+    if metadata.classes:
+        settings.append(("classes", len(metadata.classes)))
+    return TRAINING.format(table=_table(("setting", "value"), settings))
 
-    # Figures of the release
+
+def _curve(curve: Sequence[CurvePoint], chosen: float) -> str:
+    """The section with the figures at each α; empty if none were measured."""
+    if not curve:
+        return ""
+    names = list(curve[0].metrics)
+    has_kept = any(point.kept is not None for point in curve)
+    rows = []
+    for point in curve:
+        alpha = f"{point.alpha:g}"
+        cells = [f"**{alpha}**" if point.alpha == chosen else alpha]
+        if has_kept:
+            cells.append("" if point.kept is None else f"{100 * point.kept:.1f}")
+        cells += [f"{100 * point.metrics[name]:.1f}" for name in names]
+        rows.append(cells)
+    columns = ["α", *(["kept of the base"] if has_kept else []), *map(_named, names)]
+    share = kept_at(curve, chosen)
+    sentence = ""
+    if share is not None:
+        sentence = what_is_kept(chosen, share)
+        sentence = f"{sentence[0].upper()}{sentence[1:]}\n\n"
+    return CURVE.format(table=_table(columns, rows), kept=sentence)
+
+
+def _figures(release: Release) -> str:
+    """The table of the release's accuracy, calibration, agreement and tools."""
     figures: list[tuple[str, object]] = []
     if (accuracy := release.accuracy) is not None:
         where = f"{accuracy.n} images of {_named(accuracy.dataset)}"
@@ -195,22 +223,7 @@ def card_of(
         figures.append((what, f"{agreement.max_error:.1e}"))
     figures.append(("precision of the served encoders", release.precision))
     figures += [(f"made with {name}", version) for name, version in release.tools.items()]
-    return CARD.format(
-        head=head.to_yaml(),
-        title=title,
-        base=base,
-        weights=f" with the weights {_named(tag)}" if tag else "",
-        digest=release.base_digest,
-        kind=kind,
-        terms=terms,
-        width=release.embed_dim,
-        side=release.preprocess.size,
-        prompts=prompts,
-        load=load,
-        training=training,
-        curve=figures_of_curve,
-        figures=_table(("figure", "value"), figures),
-    )
+    return _table(("figure", "value"), figures)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from radapter_export import start
 from radapter_export.settings import ExportSettings
+from radapter_export.start import Export
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.rows import metric_name
@@ -98,19 +99,22 @@ def export(
         progress=True,
         **{**vars(settings), "label_sets": label_sets},
     )
-    releases = done.releases
     for note in done.notes:
         Console(stderr=True).print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    _print_graphs(done, settings.precision, time.perf_counter() - began)
+    for line in (*_measured(done, settings), *_places(done, replaced)):
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
-    # One row for each graph, with its agreement with torch
-    count = f"{len(releases)} release{'s' if len(releases) > 1 else ''}"
-    seconds = time.perf_counter() - began
-    title = f"{', '.join(done.made_of)}: {count} in {settings.precision}, {seconds:.0f} s"
+
+def _print_graphs(done: Export, precision: str, seconds: float) -> None:
+    """Print a row for each graph, with its agreement with torch."""
+    count = f"{len(done.releases)} release{'s' if len(done.releases) > 1 else ''}"
+    title = f"{', '.join(done.made_of)}: {count} in {precision}, {seconds:.0f} s"
     table = Table(title=title)
     for column in ("release", "alpha", "graph", "MB", "max error", "1 - cosine", "seconds"):
         left = column == "graph"
         table.add_column(column, justify="left" if left else "right", no_wrap=left)
-    for release in releases:
+    for release in done.releases:
         for graph in [*release.graphs, *release.forms]:
             table.add_row(
                 str(release.version),
@@ -123,7 +127,10 @@ def export(
             )
     Console().print(table)
 
-    # Accuracy and calibration on validation data
+
+def _measured(done: Export, settings: ExportSettings) -> list[str]:
+    """Lines about accuracy and calibration on validation data."""
+    releases = done.releases
     lines = []
     for release in releases:
         if accuracy := release.accuracy:
@@ -138,12 +145,18 @@ def export(
             "No task accuracy was measured: the run has no validation data here; give some with"
             " --validation DATA"
         )
+    return lines
 
-    # The paths of all results, and the next commands
+
+def _places(done: Export, replaced: float | None) -> list[str]:
+    """Lines about the paths of all results, and the next commands; `replaced` is the α of the
+    merged checkpoint that this export replaced.
+    """
+    releases = done.releases
     merged = ", ".join(str(release.merged) for release in releases)
     if replaced is not None and replaced != done.alpha:
         merged += f", instead of the one at alpha {replaced:g}"
-    lines.append(f"Merged: {merged}")
+    lines = [f"Merged: {merged}"]
     if done.transformers is not None:
         lines.append(f"Transformers: {done.transformers}")
     if done.immich is not None:
@@ -160,8 +173,7 @@ def export(
     if sets := sorted(releases[-1].release.label_sets):
         name = CLASSES if CLASSES in sets else sets[0]
         lines.append(f"        radapter-query classify PHOTO.jpg --label-set {shlex.quote(name)}")
-    for line in lines:
-        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    return lines
 
 
 def _calibrated(fitted: Confidence) -> str:
