@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -274,20 +274,9 @@ def prepare(
     say("loading the base")
     base, change = source.load(settings)
     towers = towers_of(base.model, change.changes)
-    digests = {
-        "base_digest": change.base_digest,
-        "adapter_digest": change.digest,
-        **towers,
-    }
+    digests = {"base_digest": change.base_digest, "adapter_digest": change.digest, **towers}
     text_towers = {towers["text_tower"].digest(alpha) for alpha in source.alphas}
-    for name, facts in adapters.items():
-        fits = facts.text_tower in text_towers and facts.width == base.config["embed_dim"]
-        if not fits and not releases_beside(settings.model_repository, facts):
-            raise RAdapterError(
-                f"the adapter {name!r} was trained with another text tower than this release would"
-                " have; leave out --adapter, --checkpoint, --lora and --alpha to export its base,"
-                " and the adapter beside it"
-            )
+    _check_beside(adapters, text_towers, base, settings.model_repository)
     check_replaceable(settings.merged.absolute(), "--merged", OPEN_CLIP_FILES)
     forms: list[TransformersForm | ImmichForm] = []
     for kind in (TransformersForm, ImmichForm):
@@ -299,7 +288,38 @@ def prepare(
     models = [model for model in MODELS if model != PATCH_ENCODER or source.dense is not None]
     repository = Repository(settings.model_repository, models)
 
-    # Export the graphs.
+    return Prepared(
+        source=source,
+        settings=settings,
+        validation=validation,
+        images=images,
+        hub=hub,
+        base=base,
+        change=change,
+        digests=digests,
+        forms=forms,
+        models=models,
+        graphs=_export_graphs(base, source, precision, say),
+        repository=repository,
+    )
+
+
+def _check_beside(
+    adapters: Mapping[str, AdapterFacts], text_towers: Set[str], base: Base, repository: Path
+) -> None:
+    """Refuse adapters that fit neither the releases to come nor one that is there."""
+    for name, facts in adapters.items():
+        fits = facts.text_tower in text_towers and facts.width == base.config["embed_dim"]
+        if not fits and not releases_beside(repository, facts):
+            raise RAdapterError(
+                f"the adapter {name!r} was trained with another text tower than this release would"
+                " have; leave out --adapter, --checkpoint, --lora and --alpha to export its base,"
+                " and the adapter beside it"
+            )
+
+
+def _export_graphs(base: Base, source: Source, precision: str, say: Say) -> list[Graph]:
+    """Export the graph of each encoder, without weights."""
     adapter = source.adapter if source.dynamic_alpha else None
     say("exporting image_encoder")
     graphs = [image_graph(base, adapter)]
@@ -310,20 +330,7 @@ def prepare(
     graphs.append(text_graph(base, adapter))
     if precision in TYPES:
         graphs = [lower(graph, precision) for graph in graphs]
-    return Prepared(
-        source,
-        settings,
-        validation,
-        images,
-        hub,
-        base,
-        change,
-        digests,
-        forms,
-        models,
-        graphs,
-        repository,
-    )
+    return graphs
 
 
 class Work:
@@ -362,6 +369,11 @@ class Written:
     weights: Mapping[str, Tensor]  # folded
     sizes: Mapping[str, int]  # of each graph and form, in bytes
     seconds: Mapping[str, float]  # that each took
+
+    def checked(self, name: str, start: float, agreement: Agreement) -> Exported:
+        """The facts of a graph or form, whose check began at `start`."""
+        seconds = self.seconds[name] + time.perf_counter() - start
+        return Exported(name, self.sizes[name], agreement, seconds)
 
 
 def write(work: Work, version: int, alpha: float, say: Say) -> Written:
@@ -429,36 +441,80 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
     """Compare a written release with torch, and add its label sets, its facts and its cards."""
     prepared = work.prepared
     source = prepared.source
-    settings = prepared.settings
-    base = prepared.base
     repository = prepared.repository
-    change = prepared.change
     version = written.version
     alpha = written.alpha
+    encoders, graphs = _check_encoders(prepared, written, say)
+    forms = _check_forms(work, written, say)
+    release = _facts(work, written, graphs)
 
-    def exported(name: str, start: float, agreement: Agreement) -> Exported:
-        seconds = written.seconds[name] + time.perf_counter() - start
-        return Exported(name, written.sizes[name], agreement, seconds)
+    # Embed label sets by these encoders, and measure the accuracy on validation data.
+    loaded = LoadedRelease(release, GraphEncoder(encoders), work.tokenizer)
+    places = [repository.staged(model, version) / "label_sets" for model in LABELLED]
+    text_encoder = repository.staged("text_encoder", version)
+    facts, warnings = _write_label_sets(loaded, source, places, text_encoder, say)
+    release = replace(release, label_sets=facts)
+    if prepared.validation is not None:
+        work.set_alpha(alpha)
+        # Embedding 80 templates of 1,000 labels takes minutes; this release has them in its cache.
+        max_drop = prepared.settings.max_drop
+        accuracy, confidence = measure(prepared.validation, max_drop, prepared.base, loaded, say)
+        if isinstance(confidence, str):
+            warnings.append(confidence)
+            confidence = None
+        release = replace(release, accuracy=accuracy, confidence=confidence)
+    loaded.close()
+    if release.logit_bias is not None and release.confidence is None:
+        warnings.append(UNFITTED)
+    if (share := kept_at(source.curve, alpha)) is not None:
+        warnings.append(what_is_kept(alpha, share))
 
-    # Run the encoders as the server does.
+    # Add release.json, tokenizer and code to each task, and a card to each checkpoint.
+    repository.add_code(version)
+    for model in TASKS:
+        release.save(repository.staged(model, version))
+    for model in TOKENIZED:
+        shutil.copyfile(work.tokens, repository.staged(model, version) / "tokenizer.json")
+    for library, folder in written.folders.items():
+        release.save(folder)
+        if library != ImmichForm.name:  # no library opens that folder
+            card = card_of(release, source.metadata, source.curve, library)
+            (folder / CARD).write_text(card, encoding="utf-8")
+    name = written.folders["open_clip"].relative_to(work.checkpoints["open_clip"])
+    merged = prepared.settings.merged.absolute() / name
+    return ExportedRelease(release, graphs, merged, warnings, forms)
+
+
+def _check_encoders(
+    prepared: Prepared, written: Written, say: Say
+) -> tuple[dict[str, EncoderGraph], list[Exported]]:
+    """Run the encoders as the server does, and compare them with torch."""
+    settings = prepared.settings
     encoders = {}
     graphs = []
     for graph in prepared.graphs:
-        say(f"checking {graph.name} at alpha {alpha:g}")
+        say(f"checking {graph.name} at alpha {written.alpha:g}")
         start = time.perf_counter()
-        file = repository.staged(graph.name, version) / RUNTIMES[settings.runtime].file
+        folder = prepared.repository.staged(graph.name, written.version)
+        file = folder / RUNTIMES[settings.runtime].file
         encoder = EncoderGraph(file, settings.runtime, precision=settings.precision)
         label = f"{graph.name} in {settings.precision}"
         agreement = compare(label, encoder, written.samples[graph.name], settings.bounds)
         encoders[graph.name] = encoder
-        graphs.append(exported(graph.name, start, agreement))
+        graphs.append(written.checked(graph.name, start, agreement))
+    return encoders, graphs
 
-    # Open the forms of other libraries as they do.
+
+def _check_forms(work: Work, written: Written, say: Say) -> list[Exported]:
+    """Open the forms of other libraries as they do, and compare them with torch."""
+    prepared = work.prepared
+    settings = prepared.settings
+    alpha = written.alpha
     forms = []
     samples = written.samples
     bounds = settings.bounds if settings.precision == "fp32" else TOLERANCES["fp32"]
-    if source.dynamic_alpha and prepared.forms:  # the samples mix several α
-        samples = samples_at(base, work.set_alpha, work.inputs, alpha)
+    if prepared.source.dynamic_alpha and prepared.forms:  # the samples mix several α
+        samples = samples_at(prepared.base, work.set_alpha, work.inputs, alpha)
     for form in prepared.forms:
         say(f"checking the form of {form.name} at alpha {alpha:g}")
         start = time.perf_counter()
@@ -466,17 +522,24 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
         for name, opened in form.open(written.folders[form.name]).items():
             label = f"{name} in the form of {form.name}"
             parts.append(compare(label, opened, samples[name], bounds, is_fixed=True))
-        forms.append(exported(form.name, start, Agreement.worst(*parts)))
+        forms.append(written.checked(form.name, start, Agreement.worst(*parts)))
+    return forms
 
-    # Facts of the release
+
+def _facts(work: Work, written: Written, graphs: Sequence[Exported]) -> Release:
+    """The facts of a release that are known before its label sets and its accuracy."""
+    prepared = work.prepared
+    source = prepared.source
+    settings = prepared.settings
+    base = prepared.base
     tools = [*_TOOLS, *(["openvino"] if settings.runtime == "openvino" else [])]
-    release = Release(
-        version=version,
-        alpha=alpha,
+    return Release(
+        version=written.version,
+        alpha=written.alpha,
         dynamic_alpha=source.dynamic_alpha,
         **prepared.digests,
         adapters=source.adapters,
-        made_of=change.made_of,
+        made_of=prepared.change.made_of,
         precision=settings.precision,
         quantization=work.quantization,
         runtime=settings.runtime,
@@ -501,42 +564,6 @@ def verify(work: Work, written: Written, say: Say) -> ExportedRelease:
             exif_orientation=source.metadata.source.exif_orientation,
         ),
     )
-
-    # Embed label sets by these encoders, and measure the accuracy on validation data.
-    loaded = LoadedRelease(release, GraphEncoder(encoders), work.tokenizer)
-    places = [repository.staged(model, version) / "label_sets" for model in LABELLED]
-    text_encoder = repository.staged("text_encoder", version)
-    facts, warnings = _write_label_sets(loaded, source, places, text_encoder, say)
-    release = replace(release, label_sets=facts)
-    if prepared.validation is not None:
-        work.set_alpha(alpha)
-        # Embedding 80 templates of 1,000 labels takes minutes; this release has them in its cache.
-        accuracy, confidence = measure(prepared.validation, settings.max_drop, base, loaded, say)
-        if isinstance(confidence, str):
-            warnings.append(confidence)
-            confidence = None
-        release = replace(release, accuracy=accuracy, confidence=confidence)
-    loaded.close()
-    if release.logit_bias is not None and release.confidence is None:
-        warnings.append(UNFITTED)
-    if (share := kept_at(source.curve, alpha)) is not None:
-        warnings.append(what_is_kept(alpha, share))
-
-    # Add release.json, tokenizer and code to each task, and a card to each checkpoint.
-    repository.add_code(version)
-    for model in TASKS:
-        release.save(repository.staged(model, version))
-    for model in TOKENIZED:
-        shutil.copyfile(work.tokens, repository.staged(model, version) / "tokenizer.json")
-    for library, folder in written.folders.items():
-        release.save(folder)
-        if library != ImmichForm.name:  # no library opens that folder
-            card = card_of(release, source.metadata, source.curve, library)
-            (folder / CARD).write_text(card, encoding="utf-8")
-    merged = settings.merged.absolute() / written.folders["open_clip"].relative_to(
-        work.checkpoints["open_clip"]
-    )
-    return ExportedRelease(release, graphs, merged, warnings, forms)
 
 
 def _write_label_sets(

@@ -197,29 +197,8 @@ def read_source(
     """Read the one thing to export, templates and label files, and choose the α; `alphas` may have
     the names `auto` and `best`.
     """
-    # Check that there is one thing to export.
     dynamic_alpha = alphas == "dynamic"
-    flags = {"--adapter": paths, "--checkpoint": settings.checkpoint, "--lora": settings.lora}
-    named = [flag for flag, value in flags.items() if value]
-    if len(named) != 1:
-        raise RAdapterError(
-            f"{' and '.join(named)} don't go together; export one thing a call"
-            if named
-            else "nothing to export; give --adapter, --checkpoint or --lora"
-        )
-    if not paths:
-        for flag, is_given in (
-            ("--weights", bool(settings.weights)),
-            ("--validation own", settings.validation == OWN),
-            ("--alpha dynamic", dynamic_alpha),
-        ):
-            if is_given:
-                raise RAdapterError(f"{flag} is for adapters; leave it out with {named[0]}")
-    if dynamic_alpha and settings.calibration is not None:
-        raise RAdapterError(
-            "--calibration finds ranges at one alpha, and --alpha dynamic has all; leave one of"
-            " them out"
-        )
+    _check_one_source(paths, settings, dynamic_alpha=dynamic_alpha)
 
     # Read the adapter, or average several.
     adapter = None
@@ -246,6 +225,52 @@ def read_source(
             no_choice = str(error)
     if alphas is None or isinstance(alphas, str):
         values = [AUTO if choice else metadata.alpha]
+
+    dense = settings.dense or metadata.source.dense
+    templates = metadata.templates if settings.templates is None else settings.templates
+    return Source(
+        metadata=metadata,
+        adapter=adapter,
+        adapters=shares,
+        alphas=_numbers(values, choice),
+        choice=choice,
+        no_choice=no_choice,
+        dynamic_alpha=dynamic_alpha,
+        dense=None if dense == "none" else dense,
+        templates=templates_of(templates),
+        label_sets=_label_sets(settings.label_sets, metadata.classes, dynamic_alpha=dynamic_alpha),
+    )
+
+
+def _check_one_source(
+    paths: Sequence[str | Path], settings: ExportSettings, *, dynamic_alpha: bool
+) -> None:
+    """Check that there is one thing to export, and that the settings are for such."""
+    flags = {"--adapter": paths, "--checkpoint": settings.checkpoint, "--lora": settings.lora}
+    named = [flag for flag, value in flags.items() if value]
+    if len(named) != 1:
+        raise RAdapterError(
+            f"{' and '.join(named)} don't go together; export one thing a call"
+            if named
+            else "nothing to export; give --adapter, --checkpoint or --lora"
+        )
+    if not paths:
+        for flag, is_given in (
+            ("--weights", bool(settings.weights)),
+            ("--validation own", settings.validation == OWN),
+            ("--alpha dynamic", dynamic_alpha),
+        ):
+            if is_given:
+                raise RAdapterError(f"{flag} is for adapters; leave it out with {named[0]}")
+    if dynamic_alpha and settings.calibration is not None:
+        raise RAdapterError(
+            "--calibration finds ranges at one alpha, and --alpha dynamic has all; leave one of"
+            " them out"
+        )
+
+
+def _numbers(values: Sequence[float | str], choice: Choice | None) -> list[float]:
+    """Replace names of α by the choice's numbers, and check that all differ and are allowed."""
     by_name = {AUTO: choice.alpha, BEST: choice.best} if choice else {}
     numbers = [by_name[value] if isinstance(value, str) else value for value in values]
     for alpha in numbers:
@@ -256,21 +281,7 @@ def read_source(
             f"alpha is {' '.join(shown) or 'empty'}; give one number from 0 to 1, or several that"
             " differ"
         )
-
-    dense = settings.dense or metadata.source.dense
-    templates = metadata.templates if settings.templates is None else settings.templates
-    return Source(
-        metadata=metadata,
-        adapter=adapter,
-        adapters=shares,
-        alphas=numbers,
-        choice=choice,
-        no_choice=no_choice,
-        dynamic_alpha=dynamic_alpha,
-        dense=None if dense == "none" else dense,
-        templates=templates_of(templates),
-        label_sets=_label_sets(settings.label_sets, metadata.classes, dynamic_alpha=dynamic_alpha),
-    )
+    return numbers
 
 
 def _label_sets(
