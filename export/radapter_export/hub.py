@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Folders of a repository on the hub
 RELEASE = "release"
+_PATTERN = f"{RELEASE}/*"
 BUILT = "radapter"  # in the cache, next to `snapshots`, where no file of the hub is written
 TOKENIZER = "tokenizer.json"
 TRANSFORMERS = "transformers"  # its folder in a repository on the hub
@@ -121,25 +122,7 @@ def download_release(name: str) -> Path | None:
     """Download a release from the hub, and build a model repository of its files in the cache; None
     if there is no release.
     """
-    check_installed("huggingface_hub", "server")
-    from huggingface_hub import constants, snapshot_download
-
-    repository, revision = split_revision(name)
-    pattern = f"{RELEASE}/*"
-    try:
-        # The library warns of a repository with another kind of model, which is allowed here.
-        with quiet(), from_hub_or_cache():
-            snapshot = snapshot_download(repository, revision=revision, allow_patterns=[pattern])
-    except Exception as error:  # the hub and the network raise many kinds of errors
-        if unreachable() and is_absence(error):
-            raise RAdapterError(
-                f"{name} is not on this machine, and the Hugging Face hub can't be reached"
-                f" ({unreachable()}); {how_to_bring(repository, folder=RELEASE)}"
-            ) from error
-        raise RAdapterError(
-            f"could not get {name} from {constants.ENDPOINT}: {refused(error)}"
-        ) from error
-    folder = Path(snapshot)
+    folder = _fetch(name)
     data = folder / RELEASE
     if not (data / FILE).is_file():
         return None
@@ -147,44 +130,14 @@ def download_release(name: str) -> Path | None:
     target = built / folder.name  # named after the commit
     if releases_of(target):  # built before; the caller verifies its files on opening
         return target
-
-    # Verify the files by their digests.
     sums = load_sums(data / SUMS)
-    files = {path.relative_to(data).as_posix(): path for path in data.rglob("*") if path.is_file()}
-    del files[SUMS]
-    problems = differences(files, sums)
-    graphs = [f"{model}/{_GRAPH[0]}" for model in ENCODERS if model != PATCH_ENCODER]
-    for file in {TOKENIZER, *graphs} - files.keys():
-        problems[file] = "is missing"
-    for file in {*sums, *files}:
-        if not _ALLOWED.fullmatch(file):
-            problems[file] = "is not a part of a release"
-    if problems:
-        raise RAdapterError(
-            f"{name} is not as it was pushed: {shown(problems)}; fetch it again with: hf download"
-            f' {repository} --include "{pattern}" --force-download, or push it again with'
-            " radapter-export"
-        )
-
-    # Build a model repository of the files, with this installation's configs and code.
-    release = Release.load(data)
-    version = release.version
-    models = [model for model in MODELS if model != PATCH_ENCODER or release.dense]
+    _check_complete(name, data, sums)
     with disk_errors(built, f"{name} is built there; set HF_HOME to another folder"):
         built.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built, prefix=".") as scratch:
             place = Path(scratch, "repository")
             try:
-                for number in (version, release.max_batch_size):
-                    if not (isinstance(number, int) and 0 < number <= _MAX):
-                        raise ValueError(f"{number!r:.40} is not a version or a batch size")
-                with Repository(place, models) as unfinished:
-                    for model in models:
-                        _link(data, sums, model, unfinished.staged(model, version))
-                    unfinished.add_code(version)
-                    unfinished.add_configs([release])
-                    unfinished.add_sums(version)
-                    unfinished.commit([version])
+                _build(place, data, sums)
             except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
                 raise RAdapterError(
                     f"the {FILE} of {name} is broken: {reason(error)}; push it again with"
@@ -196,6 +149,64 @@ def download_release(name: str) -> Path | None:
                 if not releases_of(target):  # otherwise another process built it meanwhile
                     raise
     return target
+
+
+def _fetch(name: str) -> Path:
+    """Download the files of a release into the hub's cache, and return the folder of its commit."""
+    check_installed("huggingface_hub", "server")
+    from huggingface_hub import constants, snapshot_download
+
+    repository, revision = split_revision(name)
+    try:
+        # The library warns of a repository with another kind of model, which is allowed here.
+        with quiet(), from_hub_or_cache():
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=[_PATTERN]))
+    except Exception as error:  # the hub and the network raise many kinds of errors
+        if unreachable() and is_absence(error):
+            raise RAdapterError(
+                f"{name} is not on this machine, and the Hugging Face hub can't be reached"
+                f" ({unreachable()}); {how_to_bring(repository, folder=RELEASE)}"
+            ) from error
+        raise RAdapterError(
+            f"could not get {name} from {constants.ENDPOINT}: {refused(error)}"
+        ) from error
+
+
+def _check_complete(name: str, data: Path, sums: Mapping[str, str]) -> None:
+    """Verify the files by their digests: all parts of a release, and nothing else."""
+    files = {path.relative_to(data).as_posix(): path for path in data.rglob("*") if path.is_file()}
+    del files[SUMS]
+    problems = differences(files, sums)
+    graphs = [f"{model}/{_GRAPH[0]}" for model in ENCODERS if model != PATCH_ENCODER]
+    for file in {TOKENIZER, *graphs} - files.keys():
+        problems[file] = "is missing"
+    for file in {*sums, *files}:
+        if not _ALLOWED.fullmatch(file):
+            problems[file] = "is not a part of a release"
+    if problems:
+        repository, _ = split_revision(name)
+        raise RAdapterError(
+            f"{name} is not as it was pushed: {shown(problems)}; fetch it again with: hf download"
+            f' {repository} --include "{_PATTERN}" --force-download, or push it again with'
+            " radapter-export"
+        )
+
+
+def _build(place: Path, data: Path, sums: Mapping[str, str]) -> None:
+    """Build a model repository of the files, with this installation's configs and code."""
+    release = Release.load(data)
+    version = release.version
+    for number in (version, release.max_batch_size):
+        if not (isinstance(number, int) and 0 < number <= _MAX):
+            raise ValueError(f"{number!r:.40} is not a version or a batch size")
+    models = [model for model in MODELS if model != PATCH_ENCODER or release.dense]
+    with Repository(place, models) as unfinished:
+        for model in models:
+            _link(data, sums, model, unfinished.staged(model, version))
+        unfinished.add_code(version)
+        unfinished.add_configs([release])
+        unfinished.add_sums(version)
+        unfinished.commit([version])
 
 
 def _link(data: Path, sums: Mapping[str, str], model: str, folder: Path) -> None:

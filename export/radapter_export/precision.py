@@ -189,6 +189,33 @@ class _Feeds(CalibrationDataReader):  # type: ignore[misc]
         return None if batch is None else {self._name: batch}
 
 
+def _fold_transpositions(path: Path, plain: Path) -> tuple[str, list[str]]:
+    """Write a graph for the quantizer, from which transpositions of weights would hide that these
+    are constants; returns the name of the input and the products of two activations.
+
+    ONNX Runtime's `quant_pre_process` does this, too, but up to version 1.23, the last for Python
+    3.10, it reads its result after deleting it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(plain)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if size_of(path) > EXTERNAL_ABOVE:
+        key = "session.optimized_model_external_initializers_file_name"
+        options.add_session_config_entry(key, f"{plain.name}.data")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(plain, load_external_data=False)
+    add_pre_process_metadata(model)  # otherwise the quantizer warns
+    onnx.save(model, plain)
+    # Products of two activations: queries by keys, and attention by values.
+    weights = {initializer.name for initializer in model.graph.initializer}
+    of_activations = [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] not in weights
+    ]
+    return model.graph.input[0].name, of_activations
+
+
 def quantize(path: Path, calibration: Batches = ()) -> int:
     """Quantize an encoder from fp32 to int8 in place, with ONNX Runtime's quantizer; returns the
     size of all written files in bytes.
@@ -211,29 +238,7 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
         quantized = Path(name, "quantized", path.name)
         quantized.parent.mkdir()
 
-        # Fold the transpositions of weights, which would hide from the quantizer that these are
-        # constants. ONNX Runtime's `quant_pre_process` does this, too, but up to version 1.23, the
-        # last for Python 3.10, it reads its result after deleting it.
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath = str(plain)
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        if common["use_external_data_format"]:
-            key = "session.optimized_model_external_initializers_file_name"
-            options.add_session_config_entry(key, f"{plain.name}.data")
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        model = onnx.load(plain, load_external_data=False)
-        add_pre_process_metadata(model)  # otherwise the quantizer warns
-        onnx.save(model, plain)
-        # Exclude products of two activations: queries by keys, and attention by values.
-        weights = {initializer.name for initializer in model.graph.initializer}
-        excluded = [
-            node.name
-            for node in model.graph.node
-            if node.op_type == "MatMul" and node.input[1] not in weights
-        ]
-        input_name = model.graph.input[0].name
-        del model  # frees its weights, which the quantizer reads again
-
+        input_name, excluded = _fold_transpositions(path, plain)
         if calibration:
             quantize_static(
                 str(plain),
