@@ -47,11 +47,7 @@ from radapter_serve.contract.labels import SAME, indistinguishable, shared_name
 from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.encoders.batcher import complete
 from radapter_serve.encoders.encoder import EncoderGraph, GraphEncoder
-from radapter_serve.encoders.labels import (
-    MAX_PROMPTS_BYTES,
-    PROMPTS,
-    prompt_counts,
-)
+from radapter_serve.encoders.labels import MAX_PROMPTS_BYTES, PROMPTS, LabelSet, prompt_counts
 from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.encoders.plans import PLAN, write_plan
 from radapter_serve.encoders.tensorrt import find_gpu, import_tensorrt
@@ -567,11 +563,7 @@ def _facts(work: Work, written: Written, graphs: Sequence[Exported]) -> Release:
 
 
 def _write_label_sets(
-    loaded: LoadedRelease,
-    source: Source,
-    folders: Sequence[Path],
-    text_encoder: Path,
-    say: Say,
+    loaded: LoadedRelease, source: Source, folders: Sequence[Path], text_encoder: Path, say: Say
 ) -> tuple[dict[str, LabelSetFacts], list[str]]:
     """Embed the label sets with a release's encoders, and write them into each folder; and the
     embeddings of their prompts into that of the text encoder, if adapters can map them. Returns the
@@ -623,16 +615,21 @@ def _write_label_sets(
             examples=len(file.images) or None,
             prompts=None if kept_in is None else digest_of(kept_in),
         )
-        if pairs := indistinguishable(label_set.labels, label_set.embeds):
-            shown = "; ".join(f"{label!r} and {other!r}" for label, other in pairs[:10])
-            more = f"; and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
-            warnings.append(
-                f"label set {name} has labels that the model can't tell apart (cosine above"
-                f" {SAME}), so that an image gives them the same score: {shown}{more}; use other"
-                " words"
-            )
-        elif shared := shared_name(file.labels):
-            warnings.append(f"label set {name}: {shared}")
+        if alike := _alike(file.labels, label_set):
+            warnings.append(f"label set {name}{alike}")
     for folder in others:
         shutil.copytree(first, folder)
     return facts, warnings
+
+
+def _alike(labels: Sequence[str], label_set: LabelSet) -> str:
+    """What to say of labels that the model can't tell apart, or that share a name; else empty."""
+    if pairs := indistinguishable(label_set.labels, label_set.embeds):
+        shown = "; ".join(f"{label!r} and {other!r}" for label, other in pairs[:10])
+        more = f"; and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
+        return (
+            f" has labels that the model can't tell apart (cosine above {SAME}), so that an image"
+            f" gives them the same score: {shown}{more}; use other words"
+        )
+    shared = shared_name(labels)
+    return f": {shared}" if shared else ""
