@@ -463,6 +463,16 @@ def _kept(name: str, trace: Callable[[], ir.Model]) -> ir.Model:
     return model
 
 
+def _skeleton(tower: nn.Module) -> nn.Module:
+    """Copy a tower with shapes but no values, so that the exporter cannot fold any weight into the
+    graph, and one graph serves every α.
+    """
+    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in tower.buffers()}
+    for parameter in tower.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    return copy.deepcopy(tower, memo).eval()
+
+
 def _trace(
     name: str,
     output: str,
@@ -471,17 +481,11 @@ def _trace(
     key_of: Callable[[str], str],
 ) -> ir.Model:
     """Export a tower with torch; its weights are the last inputs, named as `graph_weights` does."""
-    # Copy the tower with shapes but no values, so that the exporter cannot fold any weight into the
-    # graph, and one graph serves every α.
-    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in tower.buffers()}
-    for parameter in tower.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    skeleton = copy.deepcopy(tower, memo).eval()
     try:
         # `optimize=False`: its passes read values, which the copy does not have.
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
-                skeleton,
+                _skeleton(tower),
                 tuple(values for values, _ in inputs.values()),
                 input_names=list(inputs),
                 output_names=[output],
