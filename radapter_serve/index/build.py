@@ -20,7 +20,7 @@ from radapter_serve.encoders.loaded import LoadedRelease
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.index.collection import Cluster, Progress, open_collection, read_rows
-from radapter_serve.index.facts import FACTS, BuildPlan, IndexFacts, MadeBy, OnBroken
+from radapter_serve.index.facts import FACTS, BuildPlan, MadeBy, OnBroken
 from radapter_serve.index.folder import (
     THUMBNAIL,
     VECTOR,
@@ -37,6 +37,7 @@ from radapter_serve.index.writer import (
     BROKEN,
     Summary,
     building,
+    new_facts,
     schema_of,
     write_generation,
     writing,
@@ -62,10 +63,9 @@ def build(
     """Build an index, atomically, or continue a stopped build; of the same images by the same
     release, only changes are embedded.
     """
-    out = out.absolute()
+    out = _checked(out)
     if not 0 <= thumbnails <= 1024:
         raise RAdapterError(f"--thumbnails is {thumbnails}; allowed: 0 (none) to 1024 px")
-    _check_place(out)
     if not exif_orientation:
         loaded = loaded.turned(False)
     collection = open_collection(source, image_column=image_column)
@@ -128,23 +128,6 @@ def add(
     root = Path(plan.root)
     collection = open_collection(source or plan.source, image_column=plan.image_column, root=root)
     with writing(out, plan, loaded, collection.columns, extend=True) as writer:
-        # Check that the table has the columns of the index, and values that fit them.
-        again = f"build the index again: {plan.command(out)}"
-        columns = writer.columns
-        if collection.columns and collection.columns.keys() != columns.keys():
-            raise RAdapterError(
-                f"the table's columns ({', '.join(sorted(collection.columns))}) are not those of"
-                f" the index ({', '.join(sorted(columns)) or 'none'}); {again}"
-            )
-        for name, kind in collection.columns.items():
-            try:
-                pa.array([item.row[name] for item in collection.items], columns[name])
-            except (pa.ArrowException, OverflowError) as error:
-                raise RAdapterError(
-                    f"the table's column {name!r} is {kind} now, and {columns[name]} in the index"
-                    f" ({error}); {again}"
-                ) from None
-
         summary = writer.write(collection, progress)
         if prune:
             gone = {id for id in writer.known if not os.path.lexists(root / id)}
@@ -169,10 +152,9 @@ def build_from_embeddings(
     progress: Progress | None = None,
 ) -> Summary:
     """Build an index, atomically, from a NumPy file [N, D] and a table with a row for each."""
-    out = out.absolute()
+    out = _checked(out)
     vectors = vectors.absolute()
     rows = rows.absolute()
-    _check_place(out)
 
     # Read the rows, and map their vectors.
     dim = loaded.release.embed_dim
@@ -199,8 +181,7 @@ def build_from_embeddings(
         origin=dict(loaded.origin),
         rows=str(rows),
     )
-    names = [name for name in schema.names if name not in (THUMBNAIL, VECTOR)]
-    facts = IndexFacts(plan, len(array), names, {}, None, None, "", "")
+    facts = new_facts(plan, len(array), schema)
 
     def batches() -> Iterator[pa.RecordBatch]:
         for start in range(0, len(array), _ROWS):
@@ -276,7 +257,9 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     return result
 
 
-def _check_place(out: Path) -> None:
+def _checked(out: Path) -> Path:
+    """The absolute path of an index to build; raises an error if it may not be written there."""
+    out = out.absolute()
     if not is_name(out.name):
         raise RAdapterError(f"{out.name!r} can't be the name of an index; {RULE}")
     refuse_link(out)
@@ -284,3 +267,4 @@ def _check_place(out: Path) -> None:
         raise RAdapterError(
             f"{out} already exists and is not an index; give another folder with --out"
         )
+    return out

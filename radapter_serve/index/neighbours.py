@@ -114,24 +114,12 @@ class Neighbours:
         tens = max(top_k / 10, 1)
         seen = nprobes / self.cells * count * (tens / share) ** _DEPTH
         seen = max(seen, _SEEN * top_k)
+        probes = min(self.cells, round(seen / count * self.cells))
         correlated = False
         selector = None
-        if among is None:
-            probes = min(self.cells, round(seen / count * self.cells))
-        else:
+        if among is not None:
             selector = faiss.IDSelectorBitmap(total, faiss.swig_ptr(among.bits))
-            _, order = self._index.quantizer.search(asked, self.cells)
-            rows = np.cumsum(self._sizes[order[0]])
-            met = np.cumsum(among.in_cells(self._cell_of, self.cells)[order[0]])
-            probes = min(self.cells, int(np.searchsorted(met, seen)) + 1)
-            # The condition may exclude the vectors near the query; the rest may be anywhere.
-            near = max(nprobes // 4, int(np.searchsorted(rows, _SEEN / share)))
-            near = min(near, self.cells - 1)
-            expected = share * rows[near]
-            deviation = (expected * (1 - share)) ** 0.5
-            correlated = bool(met[near] < expected - _DEVIATIONS * deviation)
-            if correlated:
-                probes = self.cells
+            probes, correlated = self._cells_among(among, asked, seen, nprobes // 4)
         options = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
 
         # Let FAISS name candidates, and sort them exactly; ask for more until the best are certain.
@@ -163,6 +151,24 @@ class Neighbours:
             wanted = min(count, 4 * wanted)
         order = np.argsort(-scores[best], kind="stable")
         return positions[best][order], scores[best][order]
+
+    def _cells_among(
+        self, among: Met, asked: NDArray[np.float32], seen: float, least: int
+    ) -> tuple[int, bool]:
+        """Number of cells that hold `seen` vectors of those that meet a condition, and True if the
+        condition excludes the vectors near the query: the rest may be anywhere, in all cells.
+        """
+        share = among.count / len(self.vectors)
+        _, order = self._index.quantizer.search(asked, self.cells)
+        rows = np.cumsum(self._sizes[order[0]])
+        met = np.cumsum(among.in_cells(self._cell_of, self.cells)[order[0]])
+        near = max(least, int(np.searchsorted(rows, _SEEN / share)))
+        near = min(near, self.cells - 1)
+        expected = share * rows[near]
+        deviation = (expected * (1 - share)) ** 0.5
+        if met[near] < expected - _DEVIATIONS * deviation:
+            return self.cells, True
+        return min(self.cells, int(np.searchsorted(met, seen)) + 1), False
 
     def cosines(self, query: NDArray[np.float32], of: Positions) -> NDArray[np.float32]:
         """Compute cosines with some vectors in FAISS, which does not copy them."""

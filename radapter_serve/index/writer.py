@@ -176,6 +176,12 @@ def schema_of(columns: Mapping[str, pa.DataType], dim: int) -> pa.Schema:
     return pa.schema({"path": pa.string(), **sizes, "digest": pa.string(), **columns, **ends})
 
 
+def new_facts(plan: BuildPlan, count: int, schema: pa.Schema) -> IndexFacts:
+    """Facts of a new index, as far as they are known before it is written."""
+    columns = [name for name in schema.names if name not in (VECTOR, THUMBNAIL)]
+    return IndexFacts(plan, count, columns, {}, None, None, "", "")
+
+
 # Known rows are in the current generation, and in files of a stopped build and this one.
 _Source: TypeAlias = FolderIndex | Path
 
@@ -259,7 +265,7 @@ class Writer:
         if self._base is not None:
             names = [name for name in self._base.schema.names if name not in COLUMNS]
             columns = {name: self._base.schema.field(name).type for name in names}
-        self.columns = columns
+        self._columns = columns
         self.schema = schema_of(columns, plan.release.embed_dim)
         self._metadata = ["path", "digest", *columns]
 
@@ -274,6 +280,25 @@ class Writer:
         self, collection: Collection, progress: Progress | None, cluster: Cluster | None = None
     ) -> Summary:
         """Embed and append the images that are new or changed."""
+        # Check that the table has the columns of the index, and values that fit them.
+        kinds = self._columns
+        again = f"build the index again: {self._plan.command(self._out)}"
+        if collection.columns and collection.columns.keys() != kinds.keys():
+            raise RAdapterError(
+                f"the table's columns ({', '.join(sorted(collection.columns))}) are not those of"
+                f" the index ({', '.join(sorted(kinds)) or 'none'}); {again}"
+            )
+        for name, kind in collection.columns.items():
+            try:
+                if kind != kinds[name]:
+                    pa.array([item.row[name] for item in collection.items], kinds[name])
+            except (pa.ArrowException, OverflowError) as error:
+                raise RAdapterError(
+                    f"the table's column {name!r} is {kind} now, and {kinds[name]} in the index"
+                    f" ({error}); {again}"
+                ) from None
+
+        # Read the images in batches, and embed what is fresh.
         summary = Summary(repeated=collection.repeated, left_out=collection.left_out)
         start = time.monotonic()
         done = 0
@@ -322,17 +347,15 @@ class Writer:
             summary.changed = False
             facts = base.facts
         else:
-            facts = IndexFacts(
-                plan=self._plan,
-                count=summary.count,
-                columns=[name for name in self.schema.names if name not in (VECTOR, THUMBNAIL)],
-                files={},
-                nearest=None,
-                rate=summary.rate or (base.facts.rate if base else None),
-                created=base.facts.created if base else "",
-                changed="",
-                mapped=base.facts.mapped if base else None,
-            )
+            facts = new_facts(self._plan, summary.count, self.schema)
+            facts = dataclasses.replace(facts, rate=summary.rate)
+            if base is not None:
+                facts = dataclasses.replace(
+                    facts,
+                    rate=summary.rate or base.facts.rate,
+                    created=base.facts.created,
+                    mapped=base.facts.mapped,
+                )
             facts = write_generation(self._folder, self._out, facts, self._rows(), self._loaded)
         lines = [f"{id}\t{why}\n" for id, why in sorted(summary.broken.items())]
         write_text(self._out / BROKEN, "".join(lines))

@@ -185,27 +185,10 @@ def segment_densely(
     tops = window_starts(height, window, stride)
     lefts = window_starts(width, window, stride)
 
-    # Compute the cosines of all patches, side by side: [windows down x g, C, windows across x g].
-    corners = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
-    values = np.empty(0, np.float32)
-    grid = 0
-    for start in range(0, len(corners), rows):
-        check()
-        batch = corners[start : start + rows]
-        views = [
-            working[tops[i] : tops[i] + window, lefts[j] : lefts[j] + window] for i, j in batch
-        ]
-        patches = finite((yield np.stack(views)))
-        if not start:
-            grid = patches.shape[1]
-            _check_values(len(corners) * grid * grid, len(embeds), "at a smaller short_side")
-            values = np.empty((len(tops), grid, len(embeds), len(lefts), grid), np.float32)
-        for (row, column), patch in zip(batch, patches, strict=True):
-            cosines = embeds @ patch.reshape(grid * grid, -1).T
-            values[row, :, :, column] = cosines.reshape(-1, grid, grid).transpose(1, 0, 2)
-    values = values.reshape(len(tops) * grid, len(embeds), len(lefts) * grid)
-
-    # Map them to the image's pixels, with refinement on the working image.
+    # Compute the cosines of all patches, and map them to the image's pixels, with refinement on the
+    # working image.
+    values = yield from _patch_cosines(working, window, tops, lefts, embeds, rows, check)
+    grid = len(values) // len(tops)
     down = Axis(size[1], height, window, grid, tuple(tops))
     across = Axis(size[0], width, window, grid, tuple(lefts))
     if options.refine:
@@ -231,6 +214,38 @@ def segment_densely(
         best, probabilities = best_class(part.reshape(len(embeds), -1), scale, bias)
         tally.put(where, best.reshape(part.shape[1:]), probabilities.reshape(part.shape[1:]))
     return tally.result()
+
+
+def _patch_cosines(
+    working: NDArray[np.uint8],
+    window: int,
+    tops: list[int],
+    lefts: list[int],
+    embeds: NDArray[np.float32],
+    rows: int,
+    check: Callable[[], None],
+) -> Windows[NDArray[np.float32]]:
+    """Compute the cosines of the labels with all patches, which lie side by side: [windows down x
+    patches of one, C, windows across x patches of one].
+    """
+    corners = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
+    values = np.empty(0, np.float32)
+    grid = 0
+    for start in range(0, len(corners), rows):
+        check()
+        batch = corners[start : start + rows]
+        views = [
+            working[tops[i] : tops[i] + window, lefts[j] : lefts[j] + window] for i, j in batch
+        ]
+        patches = finite((yield np.stack(views)))
+        if not start:
+            grid = patches.shape[1]
+            _check_values(len(corners) * grid * grid, len(embeds), "at a smaller short_side")
+            values = np.empty((len(tops), grid, len(embeds), len(lefts), grid), np.float32)
+        for (row, column), patch in zip(batch, patches, strict=True):
+            cosines = embeds @ patch.reshape(grid * grid, -1).T
+            values[row, :, :, column] = cosines.reshape(-1, grid, grid).transpose(1, 0, 2)
+    return values.reshape(len(tops) * grid, len(embeds), len(lefts) * grid)
 
 
 def _working(loaded: LoadedRelease, short_side: int) -> Preprocess:

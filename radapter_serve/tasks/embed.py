@@ -248,6 +248,27 @@ def embed_prompts(
     return place.map(np.stack([base[text] for text in texts]))
 
 
+def _map_means(
+    place: Place, stored: NDArray[np.float32], counts: list[int], cancelled: Cancelled | None
+) -> NDArray[np.float32]:
+    """Map stored prompts [P, D], a part of them at a time; returns the mean of each label's, of
+    which there are `counts`, scaled to unit length.
+    """
+    sums: list[NDArray[np.float32]] = []
+    ends = np.cumsum([0, *counts])
+    first = 0
+    while first < len(counts):
+        check_cancelled(cancelled)
+        last = max(first + 1, np.searchsorted(ends, ends[first] + _MAPPED, "right") - 1)
+        mapped = place.map(stored[ends[first] : ends[last]])
+        # Not `np.add.reduceat`, which takes 25 times as long for 80 templates.
+        for start, end in itertools.pairwise(ends[first : last + 1] - ends[first]):
+            sums.append(mapped[start:end].sum(axis=0))
+        first = last
+    rows = np.stack(sums)
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+
 def embed_labels(
     loaded: LoadedRelease,
     labels: Sequence[str],
@@ -271,27 +292,12 @@ def embed_labels(
     names = {label: split_label(label) for label in labels}
     embeds: dict[str, NDArray[np.float32]] = {}
 
-    # Map the prompts that the export has stored, a part of them at a time.
-    stored = None if keep is not None else asked.stored
-    if stored is not None:
-        sums: list[NDArray[np.float32]] = []
+    # Map the prompts that the export has stored.
+    if keep is None and (stored := asked.stored) is not None:
         counts = [len(names[label]) * len(templates) for label in labels]
-        ends = np.cumsum([0, *counts])
-        first = 0
-        while first < len(labels):
-            check_cancelled(cancelled)
-            last = max(first + 1, np.searchsorted(ends, ends[first] + _MAPPED, "right") - 1)
-            mapped = place.map(stored[ends[first] : ends[last]])
-            # Not `np.add.reduceat`, which takes 25 times as long for 80 templates.
-            for start, end in itertools.pairwise(ends[first : last + 1] - ends[first]):
-                sums.append(mapped[start:end].sum(axis=0))
-            first = last
-        rows = np.stack(sums)
-        units = np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
-        embeds.update(zip(labels, units, strict=True))
+        embeds.update(zip(labels, _map_means(place, stored, counts, cancelled), strict=True))
 
-    # Embed other labels that are not cached in parts of about `_PROMPTS` prompts, and cache them
-    # part by part.
+    # Embed labels that are not cached in parts of about `_PROMPTS` prompts, and cache each part.
     digest = hashlib.sha256(repr(tuple(templates)).encode()).digest()
     waiting = deque(label for label in labels if label not in embeds)
     while waiting:

@@ -17,8 +17,8 @@ from radapter_serve.contract.errors import (
     invalid,
 )
 from radapter_serve.contract.images import ImageFile
-from radapter_serve.encoders.loaded import Answered, TaskSteps
-from radapter_serve.index.facts import DEFAULT_TOP_K, Hit
+from radapter_serve.encoders.loaded import Answered, LoadedRelease, Place, TaskSteps
+from radapter_serve.index.facts import DEFAULT_TOP_K, Hit, Index
 from radapter_serve.index.index import Indexes
 from radapter_serve.release.release import HOW_TO_CALIBRATE
 from radapter_serve.tasks.embed import (
@@ -110,17 +110,7 @@ def retrieve(
             f"the index {index.name!r} has another version than the page before;"
             " search again from offset 0",
         )
-    # Images are embedded at the α of the index, and so are texts, unless the request moves them.
-    changes_images = loaded.release.image_tower.change is not None
-    images_at = loaded.place()
-    if changes_images:
-        images_at = loaded.place(Point(alpha=index.facts.plan.release.alpha))
-    place = images_at if request.point == DEFAULT_POINT else loaded.place(request.point)
-    if changes_images and place.encoder_alpha != images_at.encoder_alpha:
-        raise invalid(
-            f"alpha is {place.encoder_alpha:g}, and the images of the index {index.name!r} are at"
-            f" alpha {images_at.alpha:g}; leave alpha out"
-        )
+    place, images_at = _places(index, loaded, request.point)
     min_score = request.min_score
     if request.calibrated:
         min_score = loaded.confidence(place).min_score
@@ -165,3 +155,20 @@ def retrieve(
     mapped = index.facts.mapped
     recall = None if mapped is None else mapped.recall
     return Answered(Retrieved(hits, index.generation, request.thumbnails), place, recall)
+
+
+def _places(index: Index, loaded: LoadedRelease, point: Point) -> tuple[Place, Place]:
+    """The places of the texts and of the images of a query: images are embedded at the α of the
+    index, and so are texts, unless the request moves them.
+    """
+    changes_images = loaded.release.image_tower.change is not None
+    images_at = loaded.place()
+    if changes_images:
+        images_at = loaded.place(Point(alpha=index.facts.plan.release.alpha))
+    place = images_at if point == DEFAULT_POINT else loaded.place(point)
+    if changes_images and place.encoder_alpha != images_at.encoder_alpha:
+        raise invalid(
+            f"alpha is {place.encoder_alpha:g}, and the images of the index {index.name!r} are at"
+            f" alpha {images_at.alpha:g}; leave alpha out"
+        )
+    return place, images_at

@@ -5,7 +5,7 @@ classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -108,23 +108,7 @@ def segment(
         raise invalid(f"{count} labels; 1 to {MAX_LABELS} are allowed")
     try:
         file = read_header(request.image)
-        size = file.width, file.height
-        work: float = size[0] * size[1] * count
-        if options.refine:
-            working = options.sizes(window)[0] ** 2 * max(size) / min(size)
-            work += REFINED * working * options.refine * count
-        if work > MAX_WORK:
-            raise invalid(
-                f"{count} labels and {options.refine or 0} steps of refinement for an image of"
-                f" {size[0]} x {size[1]} are {work / MAX_WORK:.1f} times the work that one"
-                " request may ask for; send a smaller image, fewer labels or fewer steps"
-            )
-        if masks is None:
-            check_size(loaded, size, count, options)
-        else:
-            sizes = [size, size[::-1]] if turned else [size]
-            check_proposals(loaded, masks, request.proposal_scores, sizes, count)
-
+        check_request(loaded, request, file, count)
         label_set = yield from asked.embed(cancelled)
         embeds = label_set.embeds
 
@@ -156,6 +140,31 @@ def segment(
         ) from None
     extra = () if len(scored.scores) == len(label_set.labels) else (BACKGROUND,)
     return LabelledMask(scored.mask, label_set.labels + extra, scored.scores)
+
+
+def check_request(
+    loaded: LoadedRelease, request: SegmentRequest, file: ImageFile, count: int
+) -> None:
+    """Refuse, before decoding, an image that is too much work for this many labels, or that does
+    not fit the options or the proposals.
+    """
+    options = request.options
+    size = file.width, file.height
+    work: float = size[0] * size[1] * count
+    if options.refine:
+        short_side, _ = options.sizes(loaded.preprocess.size[0])
+        work += REFINED * short_side**2 * max(size) / min(size) * options.refine * count
+    if work > MAX_WORK:
+        raise invalid(
+            f"{count} labels and {options.refine or 0} steps of refinement for an image of"
+            f" {size[0]} x {size[1]} are {work / MAX_WORK:.1f} times the work that one"
+            " request may ask for; send a smaller image, fewer labels or fewer steps"
+        )
+    if request.proposals is None:
+        check_size(loaded, size, count, options)
+    else:
+        sizes = [size, size[::-1]] if loaded.preprocess.exif_orientation else [size]
+        check_proposals(loaded, request.proposals, request.proposal_scores, sizes, count)
 
 
 def check_proposals(
@@ -217,22 +226,12 @@ def segment_proposals(
     check_proposals(loaded, masks, scores, [image.size], len(embeds))
     check = partial(check_cancelled, cancelled)
     release = loaded.release
-    crop = release.crop
     # A crop shows the pixels above 0.4; a mask without such pixels is left out.
     used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
 
     # Classify the crop of each mask.
-    parts = []
-    for start in range(0, len(used), release.max_batch_size):
-        check()
-        batch = used[start : start + release.max_batch_size]
-        try:
-            crops = [loaded.preprocess(crop(image, masks[index] > BINARY)) for index in batch]
-        except (OSError, ValueError) as error:  # by Pillow, as for dense patches
-            raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
-        parts.append(finite((yield np.stack(crops))) @ embeds.T)
+    cosines = yield from _crop_cosines(loaded, image, embeds, masks, used, check)
     del image
-    cosines = np.concatenate(parts)
     classes = class_probabilities(cosines, release.logit_scale, release.logit_bias)
     if scores is not None:
         weight = options.proposal_weight
@@ -268,3 +267,26 @@ def segment_proposals(
         best[total == 0] = len(embeds)  # background
         tally.put(where, np.repeat(best, lengths), np.repeat(probabilities, lengths))
     return tally.result(masks.shape[1:])
+
+
+def _crop_cosines(
+    loaded: LoadedRelease,
+    image: Image.Image,
+    embeds: NDArray[np.float32],
+    masks: NDArray[np.uint8],
+    used: Sequence[int],
+    check: Callable[[], None],
+) -> Windows[NDArray[np.float32]]:
+    """Compute the cosines of the labels with the crops of the `used` masks, [used, C]."""
+    crop = loaded.release.crop
+    rows = loaded.release.max_batch_size
+    parts = []
+    for start in range(0, len(used), rows):
+        check()
+        batch = used[start : start + rows]
+        try:
+            crops = [loaded.preprocess(crop(image, masks[index] > BINARY)) for index in batch]
+        except (OSError, ValueError) as error:  # by Pillow, as for dense patches
+            raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
+        parts.append(finite((yield np.stack(crops))) @ embeds.T)
+    return np.concatenate(parts)
