@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,15 +37,49 @@ PROG = "radapter-release"
 REPOSITORY = Path("model_repository")
 
 
-def list_(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
-    """Show the releases of a repository, which of them are served, and the adapters beside them.
+@dataclass(frozen=True)
+class Server:
+    """The model repository, and its running server.
 
     Args:
         model_repository: folder that radapter-export has filled.
-        url: address of the server to ask, http://localhost:PORT, if several serve the repository.
+        url: address of the server, http://localhost:PORT, if several serve the repository.
     """
+
+    model_repository: Path = REPOSITORY
+    url: str | None = None
+
+    def state(self) -> tuple[Path | None, Served, dict[str, Any]]:
+        """Find the running server (or None), the served releases, and its state."""
+        port: int | None = None
+        if self.url is not None:
+            try:
+                parts = urlsplit(self.url)
+                port = parts.port or {"http": 8000, "https": 443}[parts.scheme]
+                host = parts.hostname or ""
+                if host != "localhost" and not ip_address(host).is_loopback:
+                    raise ValueError("another machine's")
+            except (ValueError, KeyError):
+                raise RAdapterError(
+                    f"--url is {self.url!r:.80}; allowed: the HTTP URL of a server on this machine,"
+                    " such as http://localhost:8000"
+                ) from None
+        server = find_server(self.model_repository, port)
+        if server is None:
+            return None, Served.load(self.model_repository), {}
+        state = ask(server, {"do": "state"})
+        return server, Served(tuple(state["releases"]), tuple(state["before"])), state
+
+
+def list_(server: tyro.conf.OmitArgPrefixes[Server] = Server()) -> None:
+    """Show the releases of a repository, which of them are served, and the adapters beside them.
+
+    Args:
+        server: the repository and its server.
+    """
+    model_repository = server.model_repository
     versions = require_known(model_repository, releases_of(model_repository))
-    _, served, state = _state(model_repository, url)
+    _, served, state = server.state()
     table = Table(title=escape(str(model_repository)), title_justify="left")
     for column in ("release", "alpha", "architecture", "precision", "created", "served"):
         table.add_column(column, justify="right" if column in ("release", "alpha") else "left")
@@ -90,8 +125,7 @@ def _cell(text: object) -> Text:
 
 def load(
     release: tyro.conf.Positional[tuple[int, ...]],
-    model_repository: Path = REPOSITORY,
-    url: str | None = None,
+    server: tyro.conf.OmitArgPrefixes[Server] = Server(),
 ) -> None:
     """Serve a release instead of the current one, without a pause: on a running server, or
     from its next start on.
@@ -103,28 +137,21 @@ def load(
     Args:
         release: its number; several are served together, and the highest answers requests without
             a release.
-        model_repository: folder that radapter-export has filled.
-        url: address of the server, http://localhost:PORT, if several serve the repository.
+        server: the repository and its server.
     """
     if not release:
         raise RAdapterError("name a release, such as: radapter-release load 2")
-    wanted = require_known(model_repository, release)
-    _do(
-        {"do": "load", "releases": wanted},
-        model_repository,
-        url,
-        lambda served: served.next(wanted),
-    )
+    wanted = require_known(server.model_repository, release)
+    _do({"do": "load", "releases": wanted}, server, lambda served: served.next(wanted))
 
 
-def rollback(model_repository: Path = REPOSITORY, url: str | None = None) -> None:
+def rollback(server: tyro.conf.OmitArgPrefixes[Server] = Server()) -> None:
     """Serve the releases again that were served before, with the checks of `load`.
 
     Args:
-        model_repository: folder that radapter-export has filled.
-        url: address of the server, http://localhost:PORT, if several serve the repository.
+        server: the repository and its server.
     """
-    _do({"do": "rollback"}, model_repository, url, Served.back)
+    _do({"do": "rollback"}, server, Served.back)
 
 
 def verify(
@@ -195,40 +222,18 @@ def remove_adapter(name: tyro.conf.Positional[str], *, model_repository: Path = 
     print(f"{name} is removed")
 
 
-def _state(repository: Path, url: str | None) -> tuple[Path | None, Served, dict[str, Any]]:
-    """Find the running server of a repository (or None), the served releases, and its state."""
-    port: int | None = None
-    if url is not None:
-        try:
-            parts = urlsplit(url)
-            port = parts.port or {"http": 8000, "https": 443}[parts.scheme]
-            if parts.hostname != "localhost" and not ip_address(parts.hostname or "").is_loopback:
-                raise ValueError("another machine's")
-        except (ValueError, KeyError):
-            raise RAdapterError(
-                f"--url is {url!r:.80}; allowed: the HTTP URL of a server on this machine, such as"
-                " http://localhost:8000"
-            ) from None
-    server = find_server(repository, port)
-    if server is None:
-        return None, Served.load(repository), {}
-    state = ask(server, {"do": "state"})
-    return server, Served(tuple(state["releases"]), tuple(state["before"])), state
-
-
-def _do(
-    request: dict[str, Any], repository: Path, url: str | None, offline: Callable[[Served], Served]
-) -> None:
+def _do(request: dict[str, Any], server: Server, offline: Callable[[Served], Served]) -> None:
     """Ask a repository's server to serve other releases; without one, `offline` says which its next
     start serves.
     """
-    server, served, state = _state(repository, url)
+    repository = server.model_repository
+    running, served, state = server.state()
     wanted = offline(served)
     indexes = Path(state.get("indexes", "indexes"))
     for note in lacking(repository, served.releases, wanted.releases, indexes):
         print(f"note: {note}")
     with Console(stderr=True).status("asking the server") as status:
-        if server is None:
+        if running is None:
             check(repository, wanted.releases, status.update)
             wanted.save(repository)
             done = (
@@ -236,7 +241,7 @@ def _do(
                 f" {format_list(wanted.releases)} is served"
             )
         else:
-            done = ask(server, request, lambda line: status.update(f"{escape(line)} ..."))
+            done = ask(running, request, lambda line: status.update(f"{escape(line)} ..."))
     print(done)
 
 

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -114,6 +115,22 @@ def test_the_index_names_the_command_that_makes_it_again(
     # A build of images replaces it.
     write(tmp_path / "photos" / "a.png", 1)
     assert build(str(tmp_path / "photos"), out, projecting()).count == 1
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_stopped_build_of_images_goes_on_later_unless_it_is_discarded(
+    resume: bool, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    out = tmp_path / "index"
+    write(photos / "a.png", 1)
+    with pytest.raises(KeyboardInterrupt, match="are kept"):
+        build(str(photos), out, projecting(), progress=Mock(side_effect=KeyboardInterrupt))
+    assert build_from_embeddings(*files, out, projecting(), resume=resume).count == COUNT
+    assert len(open_index(out)) == COUNT and not (out / "broken.txt").exists()
+    later = projecting()
+    assert build(str(photos), out, later).count == 1
+    assert embedded(later) == (0 if resume else 1)
 
 
 ROW = np.arange(COUNT)[:, None]
