@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from radapter_serve.contract.images import SUFFIXES, orientation_of, oriented
 from radapter_serve.contract.labels import join_label, read_label_file, split_label
@@ -93,6 +93,9 @@ class MaskedImage(ABC):
             with Image.open(io.BytesIO(data)) as image:
                 orientation = orientation_of(image) if self.exif_orientation else 1
                 stored = image.size
+        except UnidentifiedImageError:  # its message is the repr of a Python object
+            what = f"{len(data)} bytes are not an image"
+            raise BrokenImage(f"image {self.path} can't be read: {what}") from None
         except Exception as error:  # Pillow raises anything on broken files
             raise BrokenImage(f"image {self.path} can't be read: {reason(error)}") from None
         upright = oriented(mask, orientation) if mask.size == stored else mask
