@@ -9,7 +9,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -20,6 +20,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from radapter_client import Reply
 from radapter_serve.contract.errors import (
@@ -45,7 +46,6 @@ from radapter_serve.gateway.middleware import (
     Errors,
     HoldMemory,
     Metrics,
-    Pieces,
     Record,
     RequestId,
     RequireKey,
@@ -77,6 +77,7 @@ from radapter_serve.version import __version__
 # those up to `MIDDLE` bytes, one for larger ones. The event loop reads a few images of up to
 # `MIDDLE` bytes in binary itself: that is a copy.
 MIDDLE = 2**22
+PIECE = 512 * 1024  # bytes of an answer that are sent at a time
 FEW = 2**10  # texts and images
 # A body of JSON may have this share of `max_body`: its parser holds all other threads up, 0.1 s for
 # 16 MiB.
@@ -127,7 +128,6 @@ class Gateway:
         # behind `Record`, which then sees a refusal as an answer with its status.
         every = [
             Middleware(RequestId),
-            Middleware(Pieces),
             Middleware(Errors),
         ]
         log = settings.log == "json"
@@ -181,11 +181,13 @@ class Gateway:
             count = self._metrics.count_recheck
             self._rechecks = Rechecks(self._upstream, repository, interval, count)
             asking = asyncio.ensure_future(self._rechecks.run())
+        trimming = asyncio.ensure_future(self._memory.trim())
         self._health = Health(self._upstream)
         self._openai = openai.OpenAI(self._upstream, self._model, self._asking, repository)
         try:
             yield
         finally:
+            trimming.cancel()
             if asking is not None:
                 asking.cancel()
             await self._upstream.close()
@@ -321,11 +323,11 @@ class Gateway:
         # Write the answer
         write = partial(kserve.write, reply, inference)
         if lease.size <= SMALL:
-            content, headers = write()
+            parts, headers = write()
         else:
             writing = self._thread(lease.size).run(write)
-            content, headers = await _run_until_disconnect(request, writing, end)
-        return _response(request, content, headers)
+            parts, headers = await _run_until_disconnect(request, writing, end)
+        return _response(request, parts, headers)
 
     async def embeddings(self, request: Request) -> Response:
         """Answer a request for OpenAI's embeddings."""
@@ -346,7 +348,7 @@ class Gateway:
         headers = {"Content-Type": "application/json"}
         if receipt:
             headers[kserve.RECEIPT_HEADER] = receipt
-        return _response(request, answer, headers)
+        return _response(request, [answer], headers)
 
     @contextlib.asynccontextmanager
     async def _asking(self, entry: Entry, lease: Lease, size: int) -> AsyncIterator[None]:
@@ -505,12 +507,38 @@ def _named(request: Request) -> tuple[str, str]:
     return name, version
 
 
-def _response(request: Request, content: bytes, headers: dict[str, str]) -> Response:
+class Answer(Response):
+    """The answer to an inference. Its parts, such as the array of a mask, are sent without a copy,
+    in pieces, each once the caller has taken the piece before.
+    """
+
+    def __init__(self, parts: Sequence[bytes | memoryview], headers: Mapping[str, str]) -> None:
+        self._parts = parts
+        self.size = sum(map(len, parts))
+        super().__init__(headers={**headers, "Content-Length": str(self.size)})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        last = b"".join(self._parts) if self.size <= PIECE else b""
+        if self.size > PIECE:
+            for part in self._parts:
+                for place in range(0, len(part), PIECE):
+                    piece = part[place : place + PIECE]
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+        # This waits until the last piece is taken, too.
+        await send({"type": "http.response.body", "body": last})
+
+
+def _response(
+    request: Request, parts: Sequence[bytes | memoryview], headers: Mapping[str, str]
+) -> Answer:
     """Hold the memory of an answer until all is sent, and note the α of its receipt."""
-    request.state.lease.hold(len(content))
+    answer = Answer(parts, headers)
+    request.state.lease.hold(answer.size)
     if receipt := headers.get(kserve.RECEIPT_HEADER):
         request.state.entry.alpha = json.loads(receipt)["alpha"]
-    return Response(content, headers=headers)
+    return answer
 
 
 async def _run_until_disconnect(request: Request, work: Coroutine[Any, Any, T], end: float) -> T:

@@ -380,15 +380,17 @@ def receipt_of(reply: Reply) -> str:
     return json.dumps(json.loads(text))
 
 
-def write(reply: Reply, request: Inference) -> tuple[bytes, dict[str, str]]:
-    """The body and headers of an answer; raises `Refused` for an output that JSON cannot hold."""
+def write(reply: Reply, request: Inference) -> tuple[list[bytes | memoryview], dict[str, str]]:
+    """The body, in parts, and headers of an answer; raises `Refused` for an output that JSON cannot
+    hold.
+    """
     described: list[str] = []
-    parts: list[bytes] = []
+    parts: list[bytes | memoryview] = []
     for name, array in reply.outputs.items():
         datatype = DATATYPES[array.dtype]
         output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
         if name in request.binary:
-            parts.append(pack(array))
+            parts.append(_bytes_of(array))
             output["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
             if array.size > MAX_JSON_VALUES:
@@ -419,4 +421,11 @@ def write(reply: Reply, request: Inference) -> tuple[bytes, dict[str, str]]:
     text = f'{_dumps(head)[:-1]},"outputs":[{",".join(described)}]}}'.encode()
     if request.binary:
         headers |= {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
-    return b"".join([text, *parts]), headers
+    return [text, *parts], headers
+
+
+def _bytes_of(array: NDArray[Any]) -> bytes | memoryview:
+    """A tensor in binary: numbers are those of the array itself, not a copy."""
+    if array.dtype == object:
+        return pack(array)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from radapter_serve.gateway.spans import Spans
 
 REQUEST_ID = "X-Request-Id"
-PIECE = 512 * 1024  # bytes of a response that are sent at a time
 # Upper bounds of the request time's histogram, in seconds
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 MAX_ADAPTERS = 100  # names of adapters among the labels of a metric
@@ -76,26 +75,6 @@ class RequestId:
             MutableHeaders(scope=answer)[REQUEST_ID] = request_id
 
         await self.app(scope, receive, _on_start(send, add_id))
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Sends a response in pieces, each once the caller has taken the piece before."""
-
-    app: ASGIApp
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def sending(message: Message) -> None:
-            body = message.get("body", b"")
-            if len(body) <= PIECE:
-                await send(message)
-                return
-            for start in range(0, len(body), PIECE):
-                await send({**message, "body": body[start : start + PIECE], "more_body": True})
-            # This waits until the last piece is taken, too.
-            await send({**message, "body": b""})
-
-        await self.app(scope, receive, sending)
 
 
 @dataclass(frozen=True)

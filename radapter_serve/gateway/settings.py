@@ -53,7 +53,7 @@ class Settings(GatewayOptions):
             their names as models of OpenAI's API, and to ask the encoders for stored samples again.
         max_body: largest body of a request, in MiB; JSON may have a quarter of it.
         max_memory: memory for the bodies and answers of all requests under way, and for parsing
-            large bodies, in MiB.
+            large bodies, in MiB. The process may take half as much again, besides its models.
         max_concurrent: requests that run at once.
         max_queue: requests that wait to run; further requests are answered 429.
         max_connections: connections at once; above that, the connection that has waited longest for

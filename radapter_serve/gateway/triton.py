@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import time
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +32,6 @@ MAX_DRAIN_SECONDS = 3600.0  # for requests under way on a replaced channel
 # its `retrieve` runs one at a time, and would let the searches of others wait behind all of them.
 CONDITIONS = 2
 WAITING_CONDITIONS = 16
-MMAP_THRESHOLD = -3, 2**20  # the parameter of glibc's mallopt, and bytes
 # Each address of the name is a server: take them in turn.
 _CHANNEL = [*CHANNEL, ("grpc.lb_policy_name", "round_robin")]
 
@@ -48,9 +46,6 @@ class Triton:
         self._conditions = ConcurrencyLimit(
             CONDITIONS, WAITING_CONDITIONS, "requests with a condition"
         )
-        # By default glibc keeps most memory of large answers, after they were sent.
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has this
-            ctypes.CDLL(None).mallopt(*MMAP_THRESHOLD)
         self._closing: set[asyncio.Future[None]] = set()
         self._open()
 

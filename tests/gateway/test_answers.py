@@ -12,6 +12,7 @@ import io
 import json
 import re
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -28,8 +29,8 @@ from radapter_client._http import decode
 from radapter_serve.encoders.loaded import load_release
 from radapter_serve.gateway import access, kserve
 from radapter_serve.gateway.access import Lease, MemoryBudget
+from radapter_serve.gateway.app import PIECE, Answer
 from radapter_serve.gateway.in_process import InProcess
-from radapter_serve.gateway.middleware import PIECE, Pieces
 from radapter_serve.gateway.settings import Timeouts
 from radapter_serve.gateway.upstream import SMALL, Entry, Inference
 from radapter_serve.index.build import build
@@ -256,22 +257,25 @@ def test_an_answer_with_a_label_set_has_as_many_labels_as_asked_for(
     assert kserve.read(body, len(body), model).answer_size == 2 * (2**10 + each * count)
 
 
-def test_the_last_piece_of_an_answer_is_waited_for() -> None:
-    body = bytes(range(256)) * (PIECE // 256) * 2 + b"end"
+def test_an_answer_is_sent_in_pieces_without_a_copy() -> None:
+    array = np.arange(PIECE, dtype=np.uint16)
+    outputs = {"mask": array, "label": np.array([b"a"], object)}
+    request = Inference("segment", "", {}, binary=frozenset(outputs))
+    parts, headers = kserve.write(Reply(1, outputs), request)
     sent: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.body", "body": body})
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    pieces: Any = Pieces(app)
-    asyncio.run(pieces({}, None, send))
-    # uvicorn sends a message once the one before is taken.
-    assert [len(message["body"]) for message in sent] == [PIECE, PIECE, 3, 0]
-    assert [message.get("more_body", False) for message in sent] == [True, True, True, False]
-    assert b"".join(message["body"] for message in sent) == body
+    asyncio.run(Answer(parts, headers)({}, None, send))  # type: ignore[arg-type]
+    start, *messages = sent
+    assert (b"content-length", str(sum(map(len, parts))).encode()) in start["headers"]
+    # uvicorn sends a message once the one before is taken, so the last one, too.
+    head = len(parts[0])
+    assert [len(message["body"]) for message in messages] == [head, PIECE, PIECE, 5, 0]
+    assert [message.get("more_body", False) for message in messages] == [True] * 4 + [False]
+    assert b"".join(message["body"] for message in messages) == b"".join(parts)
+    assert np.shares_memory(messages[1]["body"], array)
 
 
 def test_answers_that_do_not_fit_are_refused_and_slow_readers_give_way() -> None:
@@ -342,8 +346,8 @@ def test_json_of_many_values_is_what_they_are(count: int) -> None:
     numbers = np.random.default_rng(0).normal(size=(1, count)).astype(np.float32)
     texts = np.array([f'"{number}", \u732b' for number in range(count)], object)
     outputs = {"score": numbers, "label": np.array([text.encode() for text in texts], object)}
-    content, _ = kserve.write(Reply(1, outputs), Inference("classify", "", {}, id='an "id"'))
-    answer = json.loads(content)
+    parts, _ = kserve.write(Reply(1, outputs), Inference("classify", "", {}, id='an "id"'))
+    answer = json.loads(b"".join(parts))
     assert answer["id"] == 'an "id"' and list(answer) == [
         *("id", "model_name", "model_version", "outputs")
     ]
@@ -355,7 +359,55 @@ def test_json_of_many_values_is_what_they_are(count: int) -> None:
     assert labels["data"] == texts.tolist()
     # In binary the client reads the same.
     binary = Inference("classify", "", {}, binary=frozenset(outputs))
-    content, headers = kserve.write(Reply(1, outputs), binary)
-    read = decode(content, headers[kserve.HEADER_LENGTH])
+    parts, headers = kserve.write(Reply(1, outputs), binary)
+    read = decode(b"".join(parts), headers[kserve.HEADER_LENGTH])
     assert np.array_equal(read.outputs["score"], numbers)
     assert packed(read.outputs["label"]) == packed(outputs["label"])
+
+
+ANSWERS = """
+import asyncio, sys, threading
+import numpy as np, psutil
+from radapter_serve.gateway import access
+
+access.TRIM_SECONDS = 0.01
+size = 12 * 2**20
+process = psutil.Process()
+blocks = []
+
+def make():  # in a heap of its own thread, with a small block that stays between two large ones
+    for _ in range(4):
+        blocks.append((np.ones(size, np.uint8), [bytearray(5000) for _ in range(20)]))
+        small.append(blocks[-1][1])
+
+small = []
+
+async def main():
+    budget = access.MemoryBudget(2**30, 8.0)
+    trimming = asyncio.ensure_future(budget.trim())
+    await asyncio.sleep(0)
+    np.ones(24 * 2**20, np.uint8)
+    before = process.memory_info().rss
+    with budget.lease() as lease:
+        lease.hold(2**25)
+        threads = [threading.Thread(target=make) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        taken = process.memory_info().rss - before
+        blocks.clear()
+    await asyncio.sleep(0.3)
+    print(taken, process.memory_info().rss - before)
+    trimming.cancel()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is asked to")
+def test_the_memory_of_large_answers_goes_back_to_the_system() -> None:
+    command = [sys.executable, "-c", ANSWERS]
+    output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    taken, left = map(int, output.split())
+    assert taken > 180 * MIB and left < 40 * MIB

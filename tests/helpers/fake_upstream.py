@@ -192,11 +192,11 @@ def serving(
 
 
 class BigAnswers(FakeUpstream):
-    """A stand-in that answers the text "big" with 16 MiB."""
+    """A stand-in that answers the text "big" with 15 MiB."""
 
     def _answer(self, inference: Inference) -> dict[str, np.ndarray]:
         if as_bytes(inference.inputs["text"]) == [b"big"]:
-            return {"text_embeds": np.zeros((1, 2**22), np.float32)}
+            return {"text_embeds": np.ones((1, 15 * 2**18), np.float32)}
         return super()._answer(inference)
 
 

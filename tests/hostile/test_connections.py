@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import socket
 import ssl
@@ -91,12 +90,7 @@ def attacked(
         chain = tmp_path_factory.mktemp("tls") / "chain.pem"
         trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(chain)
         arguments += [chain, chain]
-    # By default glibc keeps large blocks that were freed, while a small one lies behind them. With
-    # this the memory of the process is what the gateway holds.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    process = subprocess.Popen(
-        [*command, *map(str, arguments)], cwd=Path(__file__).parents[2], env=environment
-    )
+    process = subprocess.Popen([*command, *map(str, arguments)], cwd=Path(__file__).parents[2])
     attacked = Attacked(port, psutil.Process(process.pid), request.param == "tls")
     try:
         until(attacked.answers, 60)
@@ -179,7 +173,7 @@ def test_silent_connections(attacked: Attacked, first: bytes) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("attacked", ["http"], indirect=True)
 def test_answers_that_nobody_reads(attacked: Attacked) -> None:
-    """20 of 16 MiB: they are given up, and their memory comes back."""
+    """20 of 15 MiB: they are given up, and their memory comes back."""
     with contextlib.ExitStack() as stack, unharmed(attacked, 1024, 60 * PATIENCE):
         for _ in range(20):
             it = stack.enter_context(attacked.connect())
