@@ -432,9 +432,9 @@ def _weights(tower: nn.Module) -> list[tuple[str, Tensor]]:
 def _makers() -> str:
     """What makes graphs: the versions of the tools, and our own code."""
     digest = hashlib.sha256()
-    for package in importlib.metadata.distributions():
-        if package.name in _TOOLS:
-            digest.update(f"{package.name} {package.version}".encode())
+    there = importlib.metadata.distributions()
+    versions = {package.name: package.version for package in there if package.name in _TOOLS}
+    digest.update(repr(sorted(versions.items())).encode())
     clip = Path(inspect.getfile(Base)).parent
     adapter = Path(inspect.getfile(Adapter)).parent
     for path in (Path(__file__), *sorted(clip.glob("*.py")), *sorted(adapter.glob("*.py"))):
