@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,15 @@ def build(client: Client) -> gradio.Blocks:
                 with gradio.Tab("Segment"):
                     _segment(client, picture, alpha, point)
 
-        shown = [facts, alpha, label_sets, indexes]
-        page.load(explained(partial(_begin, client)), None, shown)
+        def begin() -> tuple[Any, ...]:
+            return _first_facts(client)
+
+        page.load(explained(begin), None, [facts, alpha, label_sets, indexes])
     page.queue(default_concurrency_limit=4, max_size=64)
     return page
 
 
-def _begin(client: Client) -> tuple[Any, ...]:
+def _first_facts(client: Client) -> tuple[Any, ...]:
     """What the page shows of the server: the release, its label sets and its indexes."""
     release = client.release()
     sets = ["", *release.label_sets]
