@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from onnx_ir import tensor_adapters
 from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from radapter_serve.clip.towers import (
     text_tower,
 )
 from radapter_serve.errors import RAdapterError, quiet, reason
-from radapter_serve.files import staged
+from radapter_serve.files import lock, remove, staged
 
 # The first opset with Conv in bf16. Opset 23 has Attention, which TensorRT cannot build in fp32.
 OPSET = 22
@@ -412,7 +412,7 @@ def _export(
         )
     )
     trace = functools.partial(_trace, f"{kind}_encoder", f"{kind}_embeds", tower, inputs, key_of)
-    model = _kept(f"{kind}-{hashlib.sha256(form.encode()).hexdigest()[:24]}.onnx", trace)
+    model = _kept(f"{kind}-{hashlib.sha256(form.encode()).hexdigest()[:24]}", trace)
 
     # The weights are its last inputs.
     graph = model.graph
@@ -425,6 +425,7 @@ def _export(
 
 
 def _weights(tower: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by their names: all that a graph of the tower has no values of."""
     return [*tower.named_parameters(), *tower.named_buffers()]
 
 
@@ -444,23 +445,21 @@ def _makers() -> str:
 
 def _kept(name: str, trace: Callable[[], ir.Model]) -> ir.Model:
     """Load a graph from the user's cache, where `trace` puts it if it is not there or is broken."""
-    folder = Path(os.environ.get("RADAPTER_CACHE", "~/.cache/radapter-serve")).expanduser()
-    place = folder / "graphs" / name
+    cache = Path(os.environ.get("RADAPTER_CACHE", "~/.cache/radapter-serve")).expanduser()
+    folder = cache / "graphs" / name
     with contextlib.ExitStack() as stack:
         # An export that asks for the same graph meanwhile waits for it. Nothing is kept where
         # nobody can write.
         with contextlib.suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(f"{place}.lock"))
+            stack.enter_context(lock(folder, "radapter-export", math.inf))
         with contextlib.suppress(Exception):  # whatever a library raises for a broken file
-            return ir.load(place)
+            return ir.load(folder / "model.onnx")
         model = trace()
-        with contextlib.suppress(OSError), staged(place) as temporary:
+        with contextlib.suppress(OSError), staged(folder / "model.onnx") as temporary:
             ir.save(model, temporary)
-            by_age = sorted(place.parent.glob("*.onnx"), key=lambda path: path.stat().st_mtime)
-            for path in by_age[: 1 - MOST_KEPT]:
-                path.unlink()
-                Path(f"{path}.lock").unlink(missing_ok=True)
+            by_age = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+            for old in by_age[:-MOST_KEPT]:
+                remove(old)
     return model
 
 
