@@ -12,6 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from radapter_client.heic import is_heic
 from radapter_serve.contract.images import SUFFIXES, orientation_of, oriented
 from radapter_serve.contract.labels import join_label, read_label_file, split_label
 from radapter_serve.contract.preprocess import MaskCrop
@@ -32,7 +34,7 @@ from radapter_serve.data.rows import (
     tracked,
 )
 from radapter_serve.data.source import DataSource
-from radapter_serve.errors import RAdapterError, listed, reason
+from radapter_serve.errors import RAdapterError, cause, listed, reason
 
 IGNORE = -1
 MAX_ID = 65535  # of a label map, which has at most 16 bits
@@ -86,18 +88,27 @@ class MaskedImage(ABC):
             mask.load()
         return np.asarray(self._fit(mask, f"the mask {path}")).astype(np.int32)
 
-    def _fit(self, mask: Image.Image, what: str) -> Image.Image:
-        """Turn a mask like its image, unless its size shows that it is upright already."""
-        data = self.data()
+    @cached_property
+    def _stored(self) -> tuple[tuple[int, int], int]:
+        """Width and height in the image file, and the orientation that turns the image."""
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                orientation = orientation_of(image) if self.exif_orientation else 1
-                stored = image.size
+            with self.path.open("rb") as file:
+                start = file.read(16)
+                file.seek(0)
+                # Pillow reads the header alone; but a HEIC has to be converted.
+                with Image.open(io.BytesIO(self.data()) if is_heic(start) else file) as image:
+                    return image.size, orientation_of(image) if self.exif_orientation else 1
+        except BrokenImage:
+            raise
         except UnidentifiedImageError:  # its message is the repr of a Python object
-            what = f"{len(data)} bytes are not an image"
+            what = f"{self.path.stat().st_size} bytes are not an image"
             raise BrokenImage(f"image {self.path} can't be read: {what}") from None
         except Exception as error:  # Pillow raises anything on broken files
-            raise BrokenImage(f"image {self.path} can't be read: {reason(error)}") from None
+            raise BrokenImage(f"image {self.path} can't be read: {cause(error)}") from None
+
+    def _fit(self, mask: Image.Image, what: str) -> Image.Image:
+        """Turn a mask like its image, unless its size shows that it is upright already."""
+        stored, orientation = self._stored
         upright = oriented(mask, orientation) if mask.size == stored else mask
         if upright.size != (stored[::-1] if orientation in (5, 6, 7, 8) else stored):
             raise RAdapterError(

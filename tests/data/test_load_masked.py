@@ -122,6 +122,7 @@ def test_what_is_wrong_with_label_maps_is_said(folder: Path, tmp_path: Path) -> 
     Image.new("RGB", (8, 6)).save(folder / "images" / "b.png")
     with pytest.raises(RAdapterError, match=r"b.png has no mask .*b.png \(1 of 2"):
         load_masked(DataSource(f"masks:{folder}"))
+    (folder / "images" / "b.png").unlink()
     path = folder / "masks" / "a.png"
     Image.new("L", (6, 8)).save(path)
     with pytest.raises(RAdapterError, match="6 x 8 pixels but the image .* 8 x 6"):
@@ -133,6 +134,7 @@ def test_what_is_wrong_with_label_maps_is_said(folder: Path, tmp_path: Path) -> 
     with pytest.raises(RAdapterError, match="the mask .*a.png can't be read"):
         image.mask()
     Image.fromarray(IDS).save(path)
+    image = only(f"masks:{folder}")
     (folder / "images" / "a.jpg").write_bytes(b"no image")
     with pytest.raises(BrokenImage, match="a.jpg can't be read"):
         image.mask()
@@ -253,6 +255,23 @@ def test_instance_annotations_are_what_pycocotools_reads(folder: Path) -> None:
     check(image)
     assert (image.mask()[2:4, 3:7] == 0).all()  # the smaller on top
     assert image.mask()[1, 2] == 1 and image.mask()[0, 0] == IGNORE
+
+
+def test_of_an_image_its_masks_need_the_header_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = only(f"coco:{instances(folder)}")
+    monkeypatch.setattr(Path, "read_bytes", None)
+    opened: list[Path] = []
+    plain_open = Path.open
+
+    def counted(path: Path, *options: Any, **more: Any) -> Any:
+        opened.append(path)
+        return plain_open(path, *options, **more)
+
+    monkeypatch.setattr(Path, "open", counted)
+    image.segments()
+    assert opened == [folder / "images" / "a.jpg"]  # once, for three objects
 
 
 def segmentation(value: Any) -> Callable[[dict[str, Any]], None]:
