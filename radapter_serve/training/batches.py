@@ -21,6 +21,7 @@ from radapter_serve.data.rows import BrokenImage, LabelledImages
 from radapter_serve.errors import RAdapterError
 
 Transform = Callable[[Image.Image], Tensor]
+Position = tuple[int, int]  # epoch, and batch in it
 NO_LABEL = -1  # pads the labels of an image that has fewer than others
 
 
@@ -74,19 +75,19 @@ def endless(
     examples: Examples,
     batch_size: int,
     *,
-    position: tuple[int, int] = (0, 0),
+    position: Position = (0, 0),
     rank: int = 0,
     world: int = 1,
     workers: int,
-) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-    """Yield a process's batches over all epochs, each with the (epoch, batch) that comes next."""
+) -> Iterator[tuple[Position, dict[str, Any]]]:
+    """Yield a process's batches over all epochs, each with the position that comes next."""
     share = len(examples) // world  # equal shares keep the processes in step
     if share < batch_size:
         raise RAdapterError(
             f"the data set has fewer images that can be read than a batch of {batch_size}"
         )
 
-    def order() -> Iterator[tuple[tuple[int, int], list[tuple[int, int]]]]:
+    def order() -> Iterator[tuple[Position, list[tuple[int, int]]]]:
         """Positions, and the items of their batches."""
         epoch, start = position
         while True:

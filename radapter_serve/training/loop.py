@@ -8,7 +8,7 @@ import math
 import random
 import shlex
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from radapter_serve.adapter import find_sites
-from radapter_serve.clip.towers import encode_image, encode_text, logit_scale_and_bias
+from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.sources import ADAPTER
-from radapter_serve.training.batches import NO_LABEL, endless
+from radapter_serve.training.batches import NO_LABEL, Position, endless
 from radapter_serve.training.data import RunData
 from radapter_serve.training.loss import (
     distance_to_base,
@@ -38,6 +38,7 @@ from radapter_serve.training.recipe import Recipe, Run
 from radapter_serve.training.setup import (
     Learner,
     build,
+    end_processes,
     load_checkpoint,
     save_checkpoint,
     start_tracker,
@@ -47,45 +48,30 @@ from radapter_serve.training.setup import (
 from radapter_serve.training.validation import validate
 
 WORDS = 64  # drawn from the vocabulary for each step
-GLOO_SECONDS = 0.5  # for Gloo to free its memory before several processes end
 
 
 def fit(recipe: Recipe, opened: RunData, out: Path, *, show: bool = True) -> Run:
     """Train with a recipe on its opened data, and write the average of the adapters."""
     learner = build(recipe, opened, out)
     accelerator = learner.accelerator
-    adapters = learner.adapters
-    optimizer = learner.optimizer
     plan = learner.plan
-    recipe = plan.recipe
-    step = 0
-    position = (0, 0)  # the (epoch, batch) that comes next
-    if recipe.resume:  # restores adapters, average and optimizer
-        step, position = load_checkpoint(out, learner)
+    recipe = learner.recipe
+    step, position = load_checkpoint(out, learner) if recipe.resume else (0, (0, 0))
 
     # Start the tracker: if it does not start, nothing has been written. Then make the run's folder,
     # with its recipe.
     start_tracker(accelerator, recipe)
     if accelerator.is_main_process:
         write_recipe(recipe, out)
-    to_embed = seconds_to_embed(learner) if show and step == 0 else None
-    progress = Progress(
-        accelerator, out, plan.steps, recipe.batch_size, step, show=show, to_embed=to_embed
-    )
+    progress = Progress(accelerator, plan, out, step, show=show)
+    progress.broken.update(opened.broken)
+    if show and step == 0:
+        progress.to_embed = seconds_to_embed(learner)
     notes = [*opened.notes, *plan.notes]
     for line in (_summary(learner, out, step), *notes):
         progress.say(line)
-    progress.broken.update(opened.broken)
 
-    def validated() -> dict[str, float]:
-        if learner.val is None:
-            return {}
-        with learner.average.applied():
-            metrics = validate(learner)
-        progress.metrics(step, metrics)
-        return metrics
-
-    source = endless(
+    batches = endless(
         learner.examples,
         plan.part,
         position=position,
@@ -93,41 +79,12 @@ def fit(recipe: Recipe, opened: RunData, out: Path, *, show: bool = True) -> Run
         world=accelerator.num_processes,
         workers=recipe.workers,
     )
+    quoted = shlex.quote(str(out))
     with progress.bar:
         with Interruption(progress.say) as interruption:
             while step < plan.steps:
-                started = time.perf_counter()
-                rate = plan.learning_rate(step)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                # Seed the random draws of a step, so that a resumed run draws the same.
-                torch.manual_seed(recipe.seed * 1_000_003 + step)
-                adapters.sample_drop()
-
-                # Take one optimizer step over all parts of the batch.
-                loss_sum = 0.0
-                for _ in range(recipe.accumulate):
-                    position, batch = next(source)
-                    with accelerator.accumulate(learner.towers):
-                        loss = batch_loss(learner, batch, step)
-                        accelerator.backward(loss * accelerator.num_processes)  # gather_with_grad
-                        if recipe.grad_clip is not None and accelerator.sync_gradients:
-                            accelerator.clip_grad_norm_(adapters.parameters(), recipe.grad_clip)
-                        optimizer.step()
-                        optimizer.zero_grad()
-                    loss_sum += loss.item()
-                    progress.broken.update(batch["broken"])
-                learner.average.update()
+                position = take_step(learner, batches, step, progress)
                 step += 1
-
-                # Report the step.
-                mean_loss = loss_sum / recipe.accumulate
-                progress.step(step, mean_loss, rate, time.perf_counter() - started)
-                if not math.isfinite(mean_loss):
-                    raise RAdapterError(
-                        f"the loss is {mean_loss} at step {step}; lower --learning-rate or"
-                        " --precision no"
-                    )
 
                 # Save and validate when due, and stop after a signal.
                 stop = interruption.asked(accelerator)
@@ -135,31 +92,66 @@ def fit(recipe: Recipe, opened: RunData, out: Path, *, show: bool = True) -> Run
                 if stop or due:
                     save_checkpoint(out, learner, step, position)
                 if stop:
-                    progress.say(
-                        f"saved a checkpoint after step {step}; continue with radapter-train"
-                        f" --resume {shlex.quote(str(out))}"
-                    )
+                    resume = f"radapter-train --resume {quoted}"
+                    progress.say(f"saved a checkpoint after step {step}; continue with {resume}")
                     interruption.end()
                 every = recipe.validate_every
                 if every and step % every == 0 and step < plan.steps:
-                    validated()
+                    progress.metrics(step, validate(learner))
 
-        metrics = validated()
+        metrics = validate(learner)
+        progress.metrics(step, metrics)
         notes += progress.end()
         if accelerator.is_main_process:
             write_adapter(learner, recipe, learner.average.tensors, metrics, out)
-            following = f"radapter-eval --adapter {shlex.quote(str(out))} --alpha auto"
+            following = f"radapter-eval --adapter {quoted} --alpha auto"
             if learner.val is None:
-                quoted = shlex.quote(str(out))
                 following = f"radapter-export --adapter {quoted} --alpha {recipe.alpha}"
             progress.say(f"wrote {out / ADAPTER}; next: {following}")
-    accelerator.wait_for_everyone()
-    if accelerator.num_processes > 1:
-        # Gloo's thread takes a lock to free the memory of the last gather. Destroying the process
-        # group holds the same lock while it waits for that thread: too early, it would deadlock.
-        time.sleep(GLOO_SECONDS)
-    accelerator.end_training()
+    end_processes(accelerator)
     return Run(out, recipe, metrics, tuple(notes))
+
+
+def take_step(
+    learner: Learner,
+    batches: Iterator[tuple[Position, dict[str, Any]]],
+    step: int,
+    progress: Progress,
+) -> Position:
+    """Take an optimizer step over all parts of its batch, and report it; returns the position that
+    comes next.
+    """
+    recipe = learner.recipe
+    accelerator = learner.accelerator
+    optimizer = learner.optimizer
+    started = time.perf_counter()
+    rate = learner.plan.learning_rate(step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    # Seed the random draws of a step, so that a resumed run draws the same.
+    torch.manual_seed(recipe.seed * 1_000_003 + step)
+    learner.adapters.sample_drop()
+    loss_sum = 0.0
+    for _ in range(recipe.accumulate):
+        position, batch = next(batches)
+        with accelerator.accumulate(learner.towers):
+            loss = batch_loss(learner, batch, step)
+            accelerator.backward(loss * accelerator.num_processes)  # gather_with_grad
+            if recipe.grad_clip is not None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(learner.adapters.parameters(), recipe.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss_sum += loss.item()
+        progress.broken.update(batch["broken"])
+    learner.average.update()
+
+    mean_loss = loss_sum / recipe.accumulate
+    progress.step(step + 1, mean_loss, rate, time.perf_counter() - started)
+    if not math.isfinite(mean_loss):
+        raise RAdapterError(
+            f"the loss is {mean_loss} at step {step + 1}; lower --learning-rate or --precision no"
+        )
+    return position
 
 
 @torch.no_grad()
@@ -187,7 +179,7 @@ def seconds_to_embed(learner: Learner) -> float | None:
 
 def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
     """The loss of a part of a batch, over the pairs of all processes."""
-    recipe = learner.plan.recipe
+    recipe = learner.recipe
     accelerator = learner.accelerator
     device = accelerator.device
 
@@ -232,20 +224,29 @@ def batch_loss(learner: Learner, batch: dict[str, Any], step: int) -> Tensor:
         positive = F.pad(positive, (0, len(others)))
 
     loss = learner.loss_fn(images.repeat_interleave(several, dim=0), texts, positive)
-    # Keep the images' embeddings, and their probabilities of the words, close to the base's. For
-    # this the model in training becomes its base for a moment, without a second model in memory,
-    # and with a separate cache: the weights in the training's cache include the adapters.
     if recipe.preserve or recipe.preserve_words:
-        learner.adapters.alpha = 0.0
-        with torch.no_grad(), accelerator.autocast(), parametrize.cached():
-            base_images = accelerator.gather(encode_image(base.model, pixels))
-            base_words = encode_text(base.model, tokens[-len(words) :]) if words else None
-        learner.adapters.alpha = 1.0
-        loss = loss + recipe.preserve * distance_to_base(images, base_images)
-        if base_words is not None:
-            scale, _ = logit_scale_and_bias(base.model.state_dict())
-            divergence = divergence_from_base(images, own_words, base_images, base_words, scale)
-            loss = loss + recipe.preserve_words * divergence
+        tokens = tokens[len(tokens) - len(words) :]
+        loss = add_change(loss, learner, pixels, images, tokens, own_words)
+    return loss
+
+
+def add_change(
+    loss: Tensor, learner: Learner, pixels: Tensor, images: Tensor, tokens: Tensor, words: Tensor
+) -> Tensor:
+    """Add to the loss how far images, and their probabilities of words, are from the base's."""
+    # The model in training becomes its base for a moment, without a second model in memory, and
+    # with a separate cache: the weights in the training's cache include the adapters.
+    model = learner.base.model
+    learner.adapters.alpha = 0.0
+    with torch.no_grad(), learner.accelerator.autocast(), parametrize.cached():
+        base_images = learner.accelerator.gather(encode_image(model, pixels))
+        base_words = encode_text(model, tokens) if len(tokens) else None
+    learner.adapters.alpha = 1.0
+    loss = loss + learner.recipe.preserve * distance_to_base(images, base_images)
+    if base_words is not None:
+        scale = learner.loss_fn.keywords["logit_scale"]
+        divergence = divergence_from_base(images, words, base_images, base_words, scale)
+        loss = loss + learner.recipe.preserve_words * divergence
     return loss
 
 

@@ -21,31 +21,23 @@ from rich.progress import Progress as Bar
 from radapter_serve.errors import in_words
 from radapter_serve.process import handled
 from radapter_serve.sources import METRICS
+from radapter_serve.training.recipe import Plan
 
 
 class Progress:
     """Reports from the main process to the console, to accelerate's trackers, and to
-    `metrics.jsonl`, whose lines after the `done` steps of a resumed run are removed; `to_embed` are
-    the seconds that embedding all images once would take.
+    `metrics.jsonl`, whose lines after the `done` steps of a resumed run are removed.
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        out: Path,
-        steps: int,
-        batch_size: int,
-        done: int,
-        *,
-        show: bool,
-        to_embed: float | None = None,
+        self, accelerator: Accelerator, plan: Plan, out: Path, done: int, *, show: bool
     ) -> None:
         self.accelerator = accelerator
         self.out = out
-        self.steps = steps
-        self.batch_size = batch_size
-        self.broken: set[str] = set()
-        self.to_embed = to_embed
+        self.steps = plan.steps
+        self.batch_size = plan.recipe.batch_size
+        self.broken: set[str] = set()  # lines about images that could not be read
+        self.to_embed: float | None = None  # seconds to embed all images once, if they are known
         self.speed = 0.0
         self.first: list[float] = []  # seconds of the first two steps
         self.printed = time.monotonic()
@@ -60,7 +52,9 @@ class Progress:
             disable=not (show and self.console.is_terminal),
             transient=True,
         )
-        self.task = self.bar.add_task("training", total=steps, completed=done, loss=0.0, speed=0.0)
+        self.task = self.bar.add_task(
+            "training", total=self.steps, completed=done, loss=0.0, speed=0.0
+        )
         self.path = out / METRICS
         if accelerator.is_main_process and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -107,7 +101,9 @@ class Progress:
             )
 
     def metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Report a validation."""
+        """Report a validation, if there was any."""
+        if not metrics:
+            return
         self._write({"step": step, **metrics})
         self.say(
             f"validation at step {step}: "

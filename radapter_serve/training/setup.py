@@ -5,6 +5,7 @@ checkpoints from which a killed run continues to the same result.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,11 +41,12 @@ from radapter_serve.data.runs import held_out_digest
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged, write_text
 from radapter_serve.sources import ADAPTER, CHECKPOINT, RECIPE, Adapt
-from radapter_serve.training.batches import Examples, Transform
+from radapter_serve.training.batches import Examples, Position, Transform
 from radapter_serve.training.data import Data, RunData
 from radapter_serve.training.loss import mpm_nce, pairwise_sigmoid
 from radapter_serve.training.recipe import Plan, Recipe
 
+GLOO_SECONDS = 0.5  # for Gloo to free its memory before several processes end
 # Fields of a recipe that may change when a run is resumed.
 FREE = {
     "workers",
@@ -290,6 +292,16 @@ def start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
         raise RAdapterError(f"tracker {recipe.tracker} does not start: {reason(error)}") from error
 
 
+def end_processes(accelerator: Accelerator) -> None:
+    """End the tracker and the processes of a run, once all are done."""
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        # Gloo's thread takes a lock to free the memory of the last gather. Destroying the process
+        # group holds the same lock while it waits for that thread: too early, it would deadlock.
+        time.sleep(GLOO_SECONDS)
+    accelerator.end_training()
+
+
 class TwoTower(nn.Module):
     """Both towers in one forward pass, for data parallelism to wrap."""
 
@@ -375,7 +387,7 @@ def flatten_projections(model: nn.Module) -> None:
             module.register_forward_pre_hook(contiguous)
 
 
-def save_checkpoint(out: Path, learner: Learner, step: int, position: tuple[int, int]) -> None:
+def save_checkpoint(out: Path, learner: Learner, step: int, position: Position) -> None:
     """Save the state after a step atomically; every process calls it with its next position."""
     accelerator = learner.accelerator
     positions = gather_object([position])
@@ -383,7 +395,7 @@ def save_checkpoint(out: Path, learner: Learner, step: int, position: tuple[int,
         return
     adapters = learner.adapters.named_tensors().items()
     state = {
-        "recipe": _fixed(learner.plan.recipe),
+        "recipe": _fixed(learner.recipe),
         "adapters": {name: value.detach().cpu() for name, value in adapters},
         "average": {name: value.cpu() for name, value in learner.average.tensors.items()},
         "average_steps": learner.average.steps,
@@ -402,7 +414,7 @@ def save_checkpoint(out: Path, learner: Learner, step: int, position: tuple[int,
         ) from error
 
 
-def load_checkpoint(out: Path, learner: Learner) -> tuple[int, tuple[int, int]]:
+def load_checkpoint(out: Path, learner: Learner) -> tuple[int, Position]:
     """Restore a checkpoint of the same recipe and data; returns the step and next position."""
     path = out / CHECKPOINT
     if not path.is_file():
@@ -414,7 +426,7 @@ def load_checkpoint(out: Path, learner: Learner) -> tuple[int, tuple[int, int]]:
         raise RAdapterError(
             f"{path} is not a whole checkpoint ({reason(error)}); remove it and start again"
         ) from error
-    recipe = learner.plan.recipe
+    recipe = learner.recipe
     changed = [
         f"{k} was {old.get(k)!r}, is {v!r}" for k, v in _fixed(recipe).items() if old.get(k) != v
     ]

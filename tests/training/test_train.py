@@ -22,13 +22,12 @@ import yaml
 from radapter_serve.adapter import Adapter, load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError, in_words
-from radapter_serve.training import Average, Recipe, choose_form, train
+from radapter_serve.training import Average, Recipe, choose_form, train, validation
 from radapter_serve.training.data import open_run
 from radapter_serve.training.progress import Interruption
 from radapter_serve.training.setup import build
-from radapter_serve.training.validation import answers, validate
+from radapter_serve.training.validation import validate
 from tests.helpers.by_hand import assert_same
 from tests.helpers.short_run import rows, short_run
 from tests.helpers.small_models import make_base
@@ -264,13 +263,12 @@ def test_an_image_that_breaks_before_validation(recipe: Recipe, images: Path) ->
     with pytest.raises(RAdapterError, match=r"red/0\.png can't be read"):
         validate(learner)
     learner.examples.refuse = False
-    val = learner.val
-    assert isinstance(val, LabelledImages)
-    assert answers(learner, val, [0.0, 1.0]).shape == (2, 23)
+    embedded = [len(rows) for rows, _ in validation._embedded(learner, [1.0])]
+    assert embedded == [23] and validate(learner).keys() == {"acc1@alpha=0.5", "acc1@alpha=1"}
     with torch.no_grad():
         learner.base.model.get_parameter("visual.proj")[0, 0] = torch.nan
     with pytest.raises(RAdapterError, match="not finite"):
-        answers(learner, val, [1.0])
+        validate(learner)
 
 
 def test_a_finished_run_is_kept_when_it_is_resumed_and_not_overwritten(

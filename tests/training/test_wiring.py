@@ -231,8 +231,7 @@ def test_validation_on_the_way_and_the_choice_of_alpha(
     validated: list[Weights] = []
 
     def validate_and_see(learner: Learner) -> dict[str, float]:
-        tensors = learner.adapters.named_tensors().items()
-        validated.append({name: tensor.detach().clone() for name, tensor in tensors})
+        validated.append({name: t.clone() for name, t in learner.average.tensors.items()})
         return validate(learner)
 
     assert recipe.out is not None
