@@ -19,6 +19,7 @@ from radapter_client import Client, RAdapterClientError
 from radapter_serve.contract.embeddings import DEFAULT_POINT, Point
 from radapter_serve.contract.errors import ENCODER_FAILED, Alpha, Encode, TaskError, redact
 from radapter_serve.encoders.runtimes import load_graph
+from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import RUNTIMES, TENSORRT
 
 ENCODER = "_encoder"  # suffix of the names of spans that call an encoder
@@ -139,6 +140,11 @@ class EncoderGraph:
         threads: int | None = None,
         device: int | None = None,
     ) -> None:
+        if not path.exists():
+            make = "run: radapter-export"
+            if runtime == TENSORRT:
+                make = f"build it here with: radapter-build-engine {path.parents[2]}"
+            raise RAdapterError(f"{path}, which {runtime} needs, does not exist; {make}")
         options = dict(RUNTIMES[runtime].parameters)
         if precision == "bf16":  # for OpenVINO, if the CPU has it; others have it in the graph
             options["HINT_BF16"] = "YES"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.errors import RAdapterError
@@ -27,7 +27,6 @@ from radapter_serve.release.repository import (
 
 Precision = Literal["fp32", "bf16", "auto"]
 CPU_FACTS = Path("/proc/cpuinfo")
-T = TypeVar("T")
 RUNS = 3  # timed, of which the quickest counts: other programs only slow a run down
 
 
@@ -57,6 +56,7 @@ class Choice:
 
 
 AS_EXPORTED = Choice(None)
+Attempt = Callable[[str | None, str | None], Choice]  # of a runtime and a precision
 
 
 def bf16_of_processor() -> str:
@@ -79,16 +79,19 @@ def choose(
     threads: int,
     *,
     on_gpu: bool = False,
+    device: int | None = None,
+    compared: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Choice:
-    """Choose the runtime and the precision of releases on this machine. AUTO takes what encodes
-    images fastest, of all that agree with torch's stored embeddings.
+    """Choose the runtime and the precision of releases on this machine: of those that agree with
+    torch's stored embeddings, AUTO takes the precision that encodes images fastest, and the runtime
+    that usually does (docs/export.md). `compared` compares those of the export, too.
     """
     releases = [Release.load(repository / MODELS[-1] / str(version)) for version in versions]
-    lowered = [release for release in releases if release.precision != "fp32"]
-    if precision == AUTO and lowered:
-        kept = lowered[-1]
-        note = f"precision as exported: release {kept.version} is in {kept.precision} already"
-        return Choice(runtime, note=note)
+    if not releases:
+        if runtime is not None:
+            raise RAdapterError(f"{repository} holds no release; leave --runtime {runtime} out")
+        return AS_EXPORTED
     for release in releases:
         stored = release.precision
         allowed = [stored, "bf16", AUTO] if stored == "fp32" else [stored, AUTO]
@@ -97,22 +100,38 @@ def choose(
                 f"precision is {precision}, but release {release.version} was exported in {stored};"
                 f" allowed for it are {', '.join(allowed)}"
             )
-    if precision == "fp32" or len(lowered) == len(releases):
-        return Choice(runtime, precision if releases else None)
-    exported = runtime or releases[-1].runtime
+    lowered = [release for release in releases if release.precision != "fp32"]
+    exported = releases[-1]
     processor = bf16_of_processor()
-    can = bool(processor) and importlib.util.find_spec("openvino") is not None
-    free = not on_gpu and runtime != "onnxruntime" and exported != TENSORRT
-    if precision is None:
-        note = ""
-        if can and free:
-            note = (
-                f"this processor has {processor}: --precision auto tries bf16 on it, measures how"
-                " much faster images are, and keeps it if all cosines are within"
-                f" {1 - IN_BF16.min_cosine:.0e} of torch's; docs/serving.md has the figures of one"
-            )
-        return Choice(runtime, note=note)
-    if precision == "bf16":
+    can = (
+        bool(processor)
+        and importlib.util.find_spec("openvino") is not None
+        and not on_gpu
+        and runtime != "onnxruntime"
+        and (runtime or exported.runtime) != TENSORRT
+    )
+
+    def attempt(runtime: str | None, precision: str | None) -> Choice:
+        return try_encoders(repository, releases, runtime, precision, threads, device, say)
+
+    note = ""
+    if precision == AUTO and lowered:
+        kept = lowered[-1]
+        note = f"precision as exported: release {kept.version} is in {kept.precision} already"
+        precision = None
+    elif precision == AUTO and can:
+        own = exported.runtime if runtime in (None, AUTO) else runtime
+        return _fastest(attempt, own, repository)
+    elif precision == AUTO:
+        note = "precision fp32: bf16 needs a processor with bf16, and OpenVINO on it"
+        precision = None
+    elif precision is None and can and len(lowered) < len(releases):
+        note = (
+            f"this processor has {processor}: --precision auto tries bf16 on it, measures how"
+            " much faster images are, and keeps it if all cosines are within"
+            f" {1 - IN_BF16.min_cosine:.0e} of torch's; docs/serving.md has the figures of one"
+        )
+    elif precision == "bf16" and len(lowered) < len(releases):
         if on_gpu or runtime not in (None, AUTO, "openvino"):
             where = "a GPU" if on_gpu else runtime
             raise RAdapterError(
@@ -124,24 +143,50 @@ def choose(
                 "--precision is bf16, but this processor has no bf16 (neither amx_bf16 nor"
                 f" avx512_bf16 in {CPU_FACTS}); allowed here are fp32 and {AUTO}"
             )
-        choice = try_encoders(repository, releases, "openvino", "bf16", threads)
+        choice = attempt("openvino", "bf16")
         note = f"precision bf16 with openvino: 1 - cosine at most {choice.distance:.0e}"
         return replace(choice, note=note)
 
-    if not (can and free):
-        return Choice(
-            runtime, note="precision fp32: bf16 needs a processor with bf16, and OpenVINO on it"
+    if compared or runtime not in (None, exported.runtime):
+        return replace(_first(attempt, runtime, precision, exported, on_gpu=on_gpu), note=note)
+    return Choice(runtime, precision, note)
+
+
+def _first(
+    attempt: Attempt, runtime: str | None, precision: str | None, exported: Release, *, on_gpu: bool
+) -> Choice:
+    """Choose a runtime if its encoders agree with torch; of AUTO the first, usually the fastest."""
+    order = [runtime]
+    if runtime == AUTO and on_gpu:
+        order = [TENSORRT, "onnxruntime", "openvino"]
+    elif runtime == AUTO:
+        order = ["openvino", "onnxruntime"]
+        if exported.quantization is not None and exported.quantization.kind == "dynamic":
+            order.reverse()  # for int8 with ranges found at run time
+    reasons = []
+    for each in order:
+        try:
+            # The facts keep the agreement of the export.
+            return replace(attempt(each, precision), agreements={})
+        except RAdapterError as error:
+            reasons.append(str(error))
+    why = "; ".join(reasons)
+    if runtime == AUTO:
+        why = f"no runtime can run all encoders: {why}"
+    elif runtime is not None:
+        why += (
+            f"; leave --runtime out (release {exported.version} was exported for"
+            f" {exported.runtime}), or export for it: radapter-export --runtime {runtime}"
         )
-    own = releases[-1].runtime if exported == AUTO else exported
-    return _fastest(repository, releases, own, threads)
+    raise RAdapterError(why)
 
 
-def _fastest(repository: Path, releases: Sequence[Release], own: str, threads: int) -> Choice:
+def _fastest(attempt: Attempt, own: str | None, repository: Path) -> Choice:
     """Choose the fastest of the release's own runtime in fp32, and OpenVINO in bf16, else in fp32;
     only the fastest encoders stay in memory.
     """
     first = (own, "fp32")
-    best = try_encoders(repository, releases, *first, threads)
+    best = attempt(*first)
     seconds = least = quickest(repository, best)
     reason = ""
     for way in (("openvino", "bf16"), ("openvino", "fp32")):
@@ -149,7 +194,7 @@ def _fastest(repository: Path, releases: Sequence[Release], own: str, threads: i
         if way == first or best.precision == "bf16":
             continue
         try:
-            other = try_encoders(repository, releases, *way, threads)
+            other = attempt(*way)
         except RAdapterError as error:
             reason = f"; {error}"
             continue
@@ -199,6 +244,7 @@ def try_encoders(
     runtime: str | None,
     precision: str | None,
     threads: int,
+    device: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Choice:
     """Load the encoders of releases, and compare them with torch."""
@@ -208,7 +254,7 @@ def try_encoders(
         number = release.version
         computed = release.computed_in(precision, runtime)
         say(f"loading release {number}")
-        graphs[number] = load_graphs(repository, computed, threads)
+        graphs[number] = load_graphs(repository, computed, threads, device)
         agreements[number] = {}
         for name, graph in graphs[number].items():
             how = f"{name} of release {number} in {computed.precision} with {computed.runtime}"
@@ -229,34 +275,3 @@ def quickest(repository: Path, choice: Choice) -> float:
             choice.graphs[newest]["image_encoder"](*inputs)
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def take_runtime(
-    asked: str | None, release: Release, on_gpu: bool, take: Callable[[str | None], T]
-) -> T:
-    """Call `take` with a runtime, which raises an error if that can't be used; with AUTO, with the
-    usually fastest first (docs/export.md) until one can.
-    """
-    if asked is None:
-        return take(None)
-    if asked != AUTO:
-        try:
-            return take(asked)
-        except RAdapterError as error:
-            raise RAdapterError(
-                f"{error}; leave --runtime out (release {release.version} was exported for"
-                f" {release.runtime}), or export for it: radapter-export --runtime {asked}"
-            ) from error
-    order = ["openvino", "onnxruntime"]
-    if on_gpu:
-        order = [TENSORRT, "onnxruntime", "openvino"]
-    elif release.quantization is not None and release.quantization.kind == "dynamic":
-        # int8 with ranges found at run time
-        order = ["onnxruntime", "openvino"]
-    reasons = []
-    for runtime in order:
-        try:
-            return take(runtime)
-        except RAdapterError as error:
-            reasons.append(str(error))
-    raise RAdapterError(f"no runtime can run all encoders: {'; '.join(reasons)}")

@@ -8,14 +8,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from radapter_client import Reply
 from radapter_serve.contract.errors import TaskError, until_deadline
 from radapter_serve.encoders.encoder import collect_spans
 from radapter_serve.encoders.loaded import LoadedRelease, load_release
-from radapter_serve.encoders.precision import AS_EXPORTED, take_runtime, try_encoders
+from radapter_serve.encoders.precision import AS_EXPORTED
 from radapter_serve.engine.engine import Engine
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.access import Threads
@@ -23,17 +22,15 @@ from radapter_serve.gateway.run import GatewayServer
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import LOG, Entry, Inference, ServedModel, from_status
 from radapter_serve.release.integrity import verify
-from radapter_serve.release.release import TASKS, Release, release_parameters
+from radapter_serve.release.release import TASKS, release_parameters
 from radapter_serve.release.repository import (
     ENCODERS,
-    MODELS,
     Served,
     check_repository,
     format_list,
 )
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.launch import server_folder
-from radapter_serve.server.models import gpu
 from radapter_serve.server.releases import ReleaseServer, Say
 
 CLOSE_SECONDS = 5.0  # for cancelled work to end, when the process stops
@@ -76,20 +73,8 @@ class EngineServer(ReleaseServer):
         config = self.config
         repository = config.model_repository
         new = [number for number in wanted.releases if number not in self._releases]
-        choice = self._choose(new, say) if new else AS_EXPORTED
+        choice = self._choose(new, say, compared=True) if new else AS_EXPORTED
         releases: dict[int, LoadedRelease] = {}
-        if new and not choice.graphs:
-            facts = [Release.load(repository / MODELS[-1] / str(number)) for number in new]
-            tried = take_runtime(
-                choice.runtime,
-                facts[-1],
-                gpu() is not None,
-                lambda runtime: try_encoders(
-                    repository, facts, runtime, choice.precision, config.encoder_threads, say
-                ),
-            )
-            # The facts keep the agreement of the export.
-            choice = replace(choice, runtime=tried.runtime, graphs=tried.graphs)
         for number in wanted.releases:
             releases[number] = self._releases.get(number) or load_release(
                 repository, number, indexes=config.indexes, choice=choice

@@ -20,7 +20,6 @@ from radapter_serve.release.repository import (
     MODELS,
     PATCH_ENCODER,
     RUNTIMES,
-    TENSORRT,
     format_list,
     versions_of,
 )
@@ -44,7 +43,13 @@ class ServedEncoder:
     @property
     def runtime(self) -> str:
         """The runtime that the config asks for."""
-        return str(self.config.backend)
+        runtime = str(self.config.backend)
+        if runtime not in RUNTIMES:
+            raise RAdapterError(
+                f"{self.folder / CONFIG} asks for the backend {runtime!r}; allowed for an encoder"
+                f" are {', '.join(RUNTIMES)}"
+            )
+        return runtime
 
     @property
     def versions(self) -> list[int]:
@@ -59,16 +64,6 @@ class ServedEncoder:
     def instances(self) -> int:
         """Number of batches that each version computes at once."""
         return sum(group.count or 1 for group in self.config.instance_group) or 1
-
-    def file(self, version: int, runtime: str) -> Path:
-        """Path of the file that a runtime loads; raises an error if it is missing."""
-        path = self.folder / str(version) / RUNTIMES[runtime].file
-        if not path.exists():
-            make = "run: radapter-export"
-            if runtime == TENSORRT:
-                make = f"build it here with: radapter-build-engine {self.folder.parent}"
-            raise RAdapterError(f"{path}, which {runtime} needs, does not exist; {make}")
-        return path
 
     def computed_in(self, precision: str | None) -> ServedEncoder:
         """This encoder, computed in `precision`; see `Release.computed_in`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.contract.errors import Encode
-from radapter_serve.encoders.encoder import EncoderGraph
 from radapter_serve.encoders.plans import check_plan
-from radapter_serve.encoders.precision import Choice, take_runtime
+from radapter_serve.encoders.precision import Choice
 from radapter_serve.encoders.tensorrt import find_gpu
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
@@ -30,7 +29,6 @@ from radapter_serve.release.config import (
 )
 from radapter_serve.release.release import TASKS, Release
 from radapter_serve.release.repository import (
-    AUTO,
     CONFIG,
     ENCODERS,
     MODELS,
@@ -81,74 +79,39 @@ def processes_of(model: ModelEntry) -> int:
 
 
 def configure_encoders(
-    repository: Path,
-    releases: Sequence[int],
-    choice: Choice,
-    threads: int,
-    backends: Collection[str],
-    say: Callable[[str], None],
-) -> tuple[str | None, dict[str, str]]:
-    """Configure all encoders for the runtime and precision of a choice, by default those of their
-    export, once another one agrees with torch here; returns the runtime and each encoder's config.
-    The instances of an encoder share `threads`.
+    repository: Path, releases: Sequence[int], choice: Choice, threads: int
+) -> dict[str, str]:
+    """The config of each encoder for the runtime and precision of a choice, by default those of
+    its export. The instances of an encoder share `threads`.
     """
-    encoders = [
-        encoder.computed_in(choice.precision) for encoder in encoders_of(repository, releases)
-    ]
-    if choice.runtime is not None and not encoders:
-        raise RAdapterError(
-            f"{repository} holds no encoder of radapter-export; leave --runtime {choice.runtime}"
-            " out"
-        )
-
-    def configured(runtime: str | None) -> tuple[str | None, dict[str, str]]:
-        configs = {}
-        for encoder in encoders:
-            chosen = runtime or encoder.runtime
-            if chosen not in backends:
-                raise RAdapterError(
-                    f"this server has no backend {chosen}, which {encoder.name} asks for"
-                )
-            # The instances of an encoder compute at once under load, so they share the threads.
-            # Different encoders do not share them: while only images come, half of the cores would
-            # idle; and with texts, too, the additional threads cost no more than with one encoder.
-            per_instance = max(1, threads // encoder.instances)
-            files = [encoder.file(version, chosen) for version in encoder.versions]
-            if choice.runtime == AUTO or not (choice.graphs or chosen == encoder.runtime):
-                say(f"checking {encoder.name} with {chosen}")
-                for version in encoder.versions:
-                    graph = load_as_triton(encoder, version, chosen, per_instance)
-                    how = f" in {encoder.facts.precision} with {chosen}"
-                    check_agreement(encoder, version, graph, how)
-            elif chosen == TENSORRT:
-                for file in files:
-                    check_plan(file.parent)
-            configs[encoder.name] = encoder.configured(chosen, per_instance)
-        return runtime, configs
-
-    if not encoders:
-        return None, {}
-    return take_runtime(choice.runtime, encoders[0].facts, gpu() is not None, configured)
+    configs = {}
+    for exported in encoders_of(repository, releases):
+        encoder = exported.computed_in(choice.precision)
+        runtime = choice.runtime or encoder.runtime
+        for version in encoder.versions if runtime == TENSORRT else ():
+            check_plan(encoder.folder / str(version))
+        # The instances of an encoder compute at once under load, so they share the threads.
+        # Different encoders do not share them: while only images come, half of the cores would
+        # idle; and with texts, too, the additional threads cost no more than with one encoder.
+        configs[encoder.name] = encoder.configured(runtime, max(1, threads // encoder.instances))
+    return configs
 
 
-def load_as_triton(
-    encoder: ServedEncoder, version: int, runtime: str, threads: int
-) -> EncoderGraph:
-    """Load an encoder on the device that Triton would choose: a GPU, unless its config says CPU."""
-    kinds = {group.kind for group in encoder.config.instance_group}
-    on_cpu = runtime == encoder.runtime and model_config_pb2.ModelInstanceGroup.KIND_CPU in kinds
-    return EncoderGraph(
-        encoder.file(version, runtime),
-        runtime,
-        precision=encoder.facts.precision,
-        threads=threads,
-        device=None if runtime == "openvino" or on_cpu else gpu(),
-    )
+def device_of(repository: Path, releases: Sequence[int]) -> int | None:
+    """The GPU on which Triton would run ONNX Runtime; None without one, or if a config says CPU."""
+    for encoder in encoders_of(repository, releases):
+        kinds = {group.kind for group in encoder.config.instance_group}
+        if (
+            encoder.runtime == "onnxruntime"
+            and model_config_pb2.ModelInstanceGroup.KIND_CPU in kinds
+        ):
+            return None
+    return gpu()
 
 
-def check_agreement(encoder: ServedEncoder, version: int, encode: Encode, how: str = "") -> None:
-    """Compare an encoder with torch's embeddings at its export; `how` names the runtime."""
-    name = f"{encoder.name} of release {version}{how}"
+def check_agreement(encoder: ServedEncoder, version: int, encode: Encode) -> None:
+    """Compare an encoder with torch's embeddings at its export."""
+    name = f"{encoder.name} of release {version}"
     compare(name, encode, Samples.load(encoder.folder / str(version)), encoder.facts.bounds)
 
 

@@ -67,7 +67,14 @@ class ReleaseServer(ABC):
     def _take_over(self, wanted: Served, say: Say) -> None:
         """Check that the releases answer correctly, and serve them, or else go on as before."""
 
-    def _choose(self, releases: Sequence[int], say: Say) -> Choice:
+    def _choose(
+        self,
+        releases: Sequence[int],
+        say: Say,
+        *,
+        device: int | None = None,
+        compared: bool = False,
+    ) -> Choice:
         """Choose the precision of releases and its runtime on this machine."""
         say("choosing the precision")
         config = self.config
@@ -80,6 +87,9 @@ class ReleaseServer(ABC):
             precision,
             config.encoder_threads,
             on_gpu=gpu() is not None,
+            device=device,
+            compared=compared,
+            say=say,
         )
         self.note = self.note or choice.note
         return choice

@@ -37,6 +37,7 @@ from radapter_serve.server.models import (
     check_agreement,
     check_shared_memory,
     configure_encoders,
+    device_of,
     other_models,
     plan_models,
     processes_of,
@@ -252,18 +253,10 @@ class TritonServer(ReleaseServer):
         self, releases: Sequence[int], progress: Say, *, others: bool = False
     ) -> dict[str, ModelEntry]:
         """Models of releases, and `others` of the repository, configured for this machine."""
-        assert self._installation is not None
         repository = self.config.model_repository
-        choice = self._choose(releases, progress)
-        runtime, encoders = configure_encoders(
-            repository,
-            releases,
-            choice,
-            self.config.encoder_threads,
-            self._installation.backends,
-            progress,
-        )
-        choice = replace(choice, runtime=runtime)
+        device = device_of(repository, releases)
+        choice = self._choose(releases, progress, device=device)
+        encoders = configure_encoders(repository, releases, choice, self.config.encoder_threads)
         self._take(releases, choice)
         for version in releases:
             known = Release.load(repository / MODELS[-1] / str(version))

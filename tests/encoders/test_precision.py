@@ -49,9 +49,7 @@ def test_auto_takes_the_fastest_that_agrees(
     trials: dict[tuple[str, str], Choice] = {}
     times: dict[tuple[str | None, str | None], float] = {}
 
-    def tried(
-        repository: Path, releases: Any, runtime: str, precision: str, threads: int
-    ) -> Choice:
+    def tried(_: Path, releases: Any, runtime: str, precision: str, *options: Any) -> Choice:
         if (runtime, precision) not in trials:
             raise RAdapterError("it differs from torch")
         return trials[runtime, precision]
@@ -82,7 +80,7 @@ def test_auto_takes_the_fastest_that_agrees(
     assert (wrong.runtime, wrong.precision) == ("openvino", None)
     assert "fp32 with openvino: images 1.5 times" in wrong.note
     assert "it differs from torch" in wrong.note
-    assert chosen("onnxruntime").runtime == "onnxruntime"  # nothing else is tried
+    assert chosen("onnxruntime").runtime == "onnxruntime"  # nothing is tried
     amx.write_text("flags : fpu avx512f\n")
     assert chosen().precision is None
 
@@ -234,11 +232,10 @@ def test_triton_gets_the_hint(exported_tiny_clip: Path, exported: str) -> None:
 
 
 @needs_bf16
-def test_configure_holds_bf16_to_its_bounds(exported_tiny_clip: Path) -> None:
+def test_the_configs_of_encoders_ask_for_bf16(exported_tiny_clip: Path) -> None:
     models = exported_tiny_clip / "model_repository"
     choice = Choice("openvino", "bf16")
-    _, configs = configure_encoders(models, [2], choice, 1, ("openvino",), lambda line: None)
-    assert "HINT_BF16" in configs["image_encoder"]
+    assert "HINT_BF16" in configure_encoders(models, [2], choice, 1)["image_encoder"]
 
 
 @pytest.mark.triton

@@ -33,7 +33,6 @@ from radapter_serve.encoders.loaded import load_release
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Samples, Tolerance, compare
 from radapter_serve.release.config import encoders_of, read_config
-from radapter_serve.server.models import load_as_triton
 from tests.export.conftest import GRAPHS, Export, Exported
 
 
@@ -88,7 +87,8 @@ def test_runtimes_and_int8_take_alpha(dynamic: Exported, tmp_path: Path) -> None
     pytest.importorskip("openvino")
     image, _, text = encoders_of(dynamic[0] / "repository")
     for encoder in (image, text):
-        graph = load_as_triton(encoder, 1, "openvino", 1)
+        path = encoder.folder / "1" / "model.onnx"
+        graph = EncoderGraph(path, "openvino", threads=1)
         samples = Samples.load(encoder.folder / "1")
         assert compare(encoder.name, graph, samples, Tolerance(1e-5)).min_cosine > 1 - 1e-6
         config = text_format.Parse(
@@ -96,7 +96,7 @@ def test_runtimes_and_int8_take_alpha(dynamic: Exported, tmp_path: Path) -> None
         )
         # The batch is a dimension of the tensor for this runtime.
         assert list(config.input[1].dims) == [-1, 1]
-        shutil.copy(encoder.file(1, "onnxruntime"), tmp_path / "model.onnx")
+        shutil.copy(path, tmp_path / "model.onnx")
         quantize(tmp_path / "model.onnx")
         for runtime in ("onnxruntime", "openvino"):
             quantized = EncoderGraph(tmp_path / "model.onnx", runtime, precision="int8", threads=1)

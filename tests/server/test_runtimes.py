@@ -10,15 +10,16 @@ import onnxruntime
 import pytest
 from tritonclient.grpc import model_config_pb2
 
+from radapter_serve.encoders import precision
 from radapter_serve.encoders.encoder import EncoderGraph
-from radapter_serve.encoders.precision import Choice
+from radapter_serve.encoders.precision import Choice, choose
 from radapter_serve.encoders.runtimes import cuda_provider
 from radapter_serve.encoders.tensorrt import Gpu
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Agreements, Samples
-from radapter_serve.release.config import ServedEncoder, encoders_of, parsed
+from radapter_serve.release.config import ServedEncoder, encoders_of, read_config
 from radapter_serve.server import models
-from radapter_serve.server.models import check_agreement, load_as_triton
+from radapter_serve.server.models import check_agreement
 from tests.helpers.asking import connect, tensor, tritonserver
 from tests.helpers.small_release import Local, png, seal
 
@@ -31,7 +32,7 @@ def encoder(repository, name="image_encoder") -> ServedEncoder:
 @pytest.fixture
 def models_copy(repository, tmp_path):
     """A copy of what has the releases, which a test may change."""
-    for name in ("image_encoder", "classify"):
+    for name in ("image_encoder", "text_encoder", "classify"):
         shutil.copytree(repository / name, tmp_path / "repository" / name)
     seal(tmp_path / "repository", 1, 2)
     return tmp_path / "repository"
@@ -45,11 +46,15 @@ def test_onnxruntime_is_checked_where_triton_will_place_it(models_copy, monkeypa
     monkeypatch.setattr(models, "find_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     cuda_provider.cache_clear()
+    device = models.device_of(models_copy, [1])
     with pytest.raises(RAdapterError, match="GPU 0 was asked for; install onnxruntime-gpu"):
-        load_as_triton(encoder(models_copy), 1, ORT, 1)
-    on_cpu = encoder(models_copy)
-    on_cpu.config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
-    check_agreement(on_cpu, 1, load_as_triton(on_cpu, 1, ORT, 1))
+        choose(models_copy, [1], ORT, None, 1, device=device, compared=True)
+    path = models_copy / "image_encoder" / "1" / "config.pbtxt"
+    config = read_config(models_copy / "image_encoder" / "config.pbtxt")
+    config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
+    path.write_text(str(config))
+    (models_copy / "image_encoder" / "config.pbtxt").write_text(str(config))
+    assert models.device_of(models_copy, [1]) is None
 
 
 def start(repository, runtime=None):
@@ -91,7 +96,7 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(models_copy):
         start(models_copy, "tensorrt")
     (models_copy / "image_encoder" / "2" / "model.onnx").unlink()
     with pytest.raises(RAdapterError, match=r"model\.onnx, which .* radapter-export"):
-        start(models_copy)
+        start(models_copy, "openvino")
     for version in ("1", "2"):
         shutil.rmtree(models_copy / "image_encoder" / version)
     for runtime in (None, "openvino", "auto"):
@@ -101,37 +106,34 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(models_copy):
     (models_copy / "image_encoder").rename(models_copy / "other")
     (models_copy / "other" / "config.pbtxt").write_text('backend: "python"')
     (models_copy / "other" / "1").mkdir()
-    with pytest.raises(RAdapterError, match="holds no encoder of radapter-export; leave --runtime"):
+    with pytest.raises(RAdapterError, match="holds no release; leave --runtime"):
         tritonserver(models_copy, runtime="auto").start()
 
 
-def test_auto_takes_the_first_that_is_there_and_agrees(models_copy, monkeypatch):
-    def chosen(*backends):
-        return models.configure_encoders(
-            models_copy, [], Choice("auto"), 2, backends, lambda line: None
-        )
+def test_auto_takes_the_first_that_agrees(models_copy, monkeypatch):
+    def only(able, tried):
+        def attempt(_, releases, runtime, *options):
+            tried.append(runtime)
+            if runtime != able:
+                raise RAdapterError(f"no {runtime}")
+            return Choice(runtime)
 
-    runtime, configs = chosen(ORT, "openvino")
-    assert runtime == parsed(configs["image_encoder"]).backend == "openvino"
-    assert chosen(ORT)[0] == ORT
+        return attempt
 
-    def only_onnxruntime(encoder, version, runtime, threads):
-        if runtime != ORT:
-            raise RAdapterError("no kernel")
-        return load_as_triton(encoder, version, runtime, threads)
-
-    monkeypatch.setattr(models, "load_as_triton", only_onnxruntime)
-    assert chosen(ORT, "openvino")[0] == ORT
-    with pytest.raises(RAdapterError, match="run all encoders: no kernel; this server"):
-        chosen("openvino")
+    for order, on_gpu in ((["openvino", ORT], False), (["tensorrt", ORT, "openvino"], True)):
+        for number, able in enumerate(order):
+            tried: list[str] = []
+            monkeypatch.setattr(precision, "try_encoders", only(able, tried))
+            assert choose(models_copy, [2], "auto", None, 2, on_gpu=on_gpu).runtime == able
+            assert tried == order[: number + 1]
+    monkeypatch.setattr(precision, "try_encoders", only("none", []))
+    with pytest.raises(RAdapterError, match="run all encoders: no openvino; no onnxruntime"):
+        choose(models_copy, [2], "auto", None, 2)
 
 
 @pytest.mark.triton
-def test_the_same_answers_by_openvino_in_any_version(repository, tmp_path):
-    # Without `classify`, which has the releases.
-    for name in ("image_encoder", "text_encoder", "embed_image"):
-        (tmp_path / name).symlink_to(repository / name)
-    server = tritonserver(tmp_path, runtime="openvino", threads=2)
+def test_the_same_answers_by_openvino_in_any_version(repository):
+    server = tritonserver(repository, runtime="openvino", threads=2)
     with server, connect(server) as client:
         config = client.get_model_config("image_encoder", as_json=True)["config"]
         assert config["backend"] == "openvino"
