@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import re
 from typing import Any
-
-from pydantic import BaseModel
 
 from radapter_serve.gateway import kserve, openai
 from radapter_serve.gateway.upstream import CODES
@@ -17,7 +15,6 @@ from radapter_serve.version import __version__
 Schema = dict[str, Any]
 _JSON = "application/json"
 _BINARY = "application/octet-stream"
-_TEXT: Schema = {"type": "string"}
 # The error responses of a path, by status.
 _ERRORS = {
     400: "The request is wrong.",
@@ -42,143 +39,118 @@ _SUMMARIES = {
     "segment": "Label each pixel of an image.",
     "classify": "Rank labels for each image.",
 }
+# Forms of answers: a type, a constant, a list of a form, or an object of forms by name, with `...`
+# among the names if it may have others.
+_READY = {"name": str, "ready": True}
+_SERVER = {"name": str, "version": str, "extensions": [str]}
+_TENSORS = [{"name": str, "datatype": str, "shape": [int]}]
+_METADATA = {
+    "name": str,
+    "versions": [str],
+    "platform": str,
+    "inputs": _TENSORS,
+    "outputs": _TENSORS,
+}
+_MODEL: dict[Any, Any] = {"id": str, "object": "model", "created": int, ...: ...}
+_EMBEDDINGS: dict[Any, Any] = {
+    "object": "list",
+    "model": str,
+    "usage": {"prompt_tokens": int, "total_tokens": int},
+    "data": [{"object": "embedding", "index": int, "embedding": (str, [float])}],
+    ...: ...,
+}
+# What is read: path, name and summary of the operation, and form of the answer
+_READ: tuple[tuple[str, str, str, Any], ...] = (
+    ("/health/live", "live", "Whether the server runs.", {"live": True}),
+    ("/health/ready", "ready", "Whether every task answers.", {"ready": True}),
+    ("/v2/health/live", "livev2", "Whether the server runs.", {"live": True}),
+    ("/v2/health/ready", "readyv2", "Whether every task answers.", {"ready": True}),
+    ("/metrics", "metrics", "What Prometheus reads.", str),
+    ("/openapi.json", "openapi", "This document.", dict),
+    ("/v2", "server", "Name, version and extensions of the server.", _SERVER),
+    ("/v2/", "server_of_kserve", "Name, version and extensions of the server.", _SERVER),
+    ("/v2/models/{model}", "metadata", "Inputs, outputs and releases of a task.", _METADATA),
+    ("/v2/models/{model}/config", "config", "Inputs, outputs and facts of the releases.", dict),
+    ("/v2/models/{model}/ready", "model_ready", "Whether a task is ready.", _READY),
+    ("/v2/models/retrieve/indexes", "indexes", "Names of the indexes.", {"indexes": [str]}),
+    (
+        "/v1/models",
+        "models",
+        "The releases and the adapters that the key sees, as OpenAI's list of models.",
+        {"object": "list", "data": [_MODEL]},
+    ),
+    ("/v1/models/{model}", "model", "One release or adapter, named as a model.", _MODEL),
+)
+# The type of a tensor's values in JSON
+_KINDS = {
+    "BOOL": "boolean",
+    "BYTES": "string",
+    "FP32": "number",
+    "INT32": "integer",
+    "UINT8": "integer",
+    "UINT16": "integer",
+}
+# Parameters in a path
+_PARAMETERS: dict[str, Schema] = {
+    "model": {"schema": {"enum": list(TASKS)}},
+    "version": {
+        "description": "Number of the release.",
+        "schema": {"type": "string", "pattern": "^[1-9][0-9]{0,17}$"},
+    },
+}
+_HEADER_LENGTH: Schema = {
+    "name": kserve.HEADER_LENGTH,
+    "in": "header",
+    "description": "Bytes of JSON at the start of a body with binary tensors.",
+    "schema": {"type": "integer", "minimum": 1},
+}
+_RECEIPT: Schema = {
+    "description": (
+        "JSON with the release, the adapter and its digest (null without one) and the alpha of the"
+        " answer, if all rows have the same, and mapped, the recall of a mapped index; a task's"
+        " JSON has it in its parameters, too."
+    ),
+    "schema": {"type": "string"},
+}
 
 
 @functools.cache
 def document() -> Schema:
     """The document, OpenAPI 3.1, of all paths of the gateway and of `--engine process`."""
-    schemas: dict[str, Schema] = {}
+    code = {"enum": sorted(CODES)}
+    text = {"type": "string", "description": f"[code] message; codes: {code['enum']}"}
+    nullable = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+    openai_error = _schema({"message": str, "type": str, "param": str, "code": str})
+    openai_error["properties"] |= {"param": nullable, "code": code}
+    schemas: dict[str, Schema] = {
+        "Error": {**_schema({"error": str}), "properties": {"error": text}},
+        "OpenAIError": {**_schema({"error": dict}), "properties": {"error": openai_error}},
+    }
     paths: dict[str, Schema] = {}
-
-    # Tasks
+    for path, name, summary, form in _READ:
+        kind = "text/plain" if path == "/metrics" else _JSON
+        for place, suffix in _releases(path):
+            paths[place] = _operation(place, name + suffix, summary, {kind: _schema(form)})
     for name, task in TASKS.items():
         title = name.title().replace("_", "")
-        schemas[f"{title}Request"] = _asked(name, task, schemas)
+        schemas[f"{title}Request"] = _request(name, task, schemas)
         schemas[f"{title}Answer"] = _answer(name, task)
-        asked = {"$ref": f"#/components/schemas/{title}Request"}
-        answer = {"$ref": f"#/components/schemas/{title}Answer"}
-        for place, suffix, parameters in _RELEASES:
-            paths[f"/v2/models/{name}{place}/infer"] = {
-                "post": {
-                    "operationId": f"{name}{suffix}",
-                    "summary": _SUMMARIES[name],
-                    "parameters": [*parameters, _HEADER_LENGTH],
-                    "requestBody": {
-                        "required": True,
-                        "content": {
-                            _JSON: {"schema": asked},
-                            _BINARY: {"schema": {"type": "string", "format": "binary"}},
-                        },
-                    },
-                    "responses": _responses(
-                        {_JSON: answer, _BINARY: {"type": "string", "format": "binary"}},
-                        list(_ERRORS),
-                        has_receipt=True,
-                    ),
-                }
+        asked, answer = (
+            {
+                _JSON: {"$ref": f"#/components/schemas/{title}{end}"},
+                _BINARY: {"type": "string", "format": "binary"},
             }
-
-    # Facts about the tasks
-    tensors = _list(_object({"name": _TEXT, "datatype": _TEXT, "shape": _list(_WHOLE)}))
-    metadata = _object(
-        {
-            "name": _TEXT,
-            "versions": _list(_TEXT),
-            "platform": _TEXT,
-            "inputs": tensors,
-            "outputs": tensors,
-        }
+            for end in ("Request", "Answer")
+        )
+        for place, suffix in _releases(f"/v2/models/{name}/infer"):
+            paths[place] = _operation(place, name + suffix, _SUMMARIES[name], answer, asked)
+    paths["/v1/embeddings"] = _operation(
+        "/v1/embeddings",
+        "embeddings",
+        "Embed texts and images, as OpenAI's API does.",
+        {_JSON: _schema(_EMBEDDINGS)},
+        {_JSON: openai.Body.model_json_schema()},
     )
-    facts: Sequence[tuple[str, str, str, Schema]] = (
-        ("", "metadata", "Inputs, outputs and releases of a task.", metadata),
-        ("/config", "config", "Inputs, outputs and facts of the releases.", {"type": "object"}),
-        (
-            "/ready",
-            "model_ready",
-            "Whether a task is ready.",
-            _object({"name": _TEXT, "ready": {"const": True}}),
-        ),
-    )
-    for end, operation, summary, schema in facts:
-        # A task that is not ready answers 400, as Triton does.
-        errors = [400] if end == "/ready" else []
-        for place, suffix, parameters in _RELEASES:
-            paths[f"/v2/models/{{model}}{place}{end}"] = _get(
-                f"{operation}{suffix}", summary, schema, [_MODEL, *parameters], errors
-            )
-
-    # OpenAI's API
-    vector: Schema = {"anyOf": [_TEXT, _list({"type": "number"})]}
-    row = _object({"object": {"const": "embedding"}, "index": _WHOLE, "embedding": vector})
-    embeddings = _object(
-        {
-            "object": {"const": "list"},
-            "model": _TEXT,
-            "usage": _object({"prompt_tokens": _WHOLE, "total_tokens": _WHOLE}),
-            "data": _list(row),
-        },
-        open=True,
-    )
-    paths["/v1/embeddings"] = {
-        "post": {
-            "operationId": "embeddings",
-            "summary": "Embed texts and images, as OpenAI's API does.",
-            "requestBody": {
-                "required": True,
-                "content": {_JSON: {"schema": _of(openai.Body, schemas)}},
-            },
-            "responses": _responses(
-                {_JSON: embeddings}, list(_ERRORS), "OpenAIError", has_receipt=True
-            ),
-        }
-    }
-    described = _object({"id": _TEXT, "object": {"const": "model"}, "created": _WHOLE}, open=True)
-    paths["/v1/models"] = _get(
-        "models",
-        "The releases and the adapters that the key sees, as OpenAI's list of models.",
-        _object({"object": {"const": "list"}, "data": _list(described)}),
-        error="OpenAIError",
-    )
-    paths["/v1/models/{model}"] = _get(
-        "model",
-        "One release or adapter, named as a model.",
-        described,
-        [{**_MODEL, "schema": _TEXT}],
-        error="OpenAIError",
-    )
-
-    # The indexes, the server, its metrics and health, and this document
-    server = _object({"name": _TEXT, "version": _TEXT, "extensions": _list(_TEXT)})
-    about = "Name, version and extensions of the server."
-    indexes = _object({"indexes": _list(_TEXT)})
-    others: Sequence[tuple[str, str, str, Schema]] = (
-        ("/v2/models/retrieve/indexes", "indexes", "Names of the indexes.", indexes),
-        ("/v2", "server", about, server),
-        ("/v2/", "server_of_kserve", about, server),
-        ("/metrics", "metrics", "What Prometheus reads.", _TEXT),
-        ("/openapi.json", "openapi", "This document.", {"type": "object"}),
-        ("/health/live", "live", "Whether the server runs.", _flag("live")),
-        ("/health/ready", "ready", "Whether every task answers.", _flag("ready")),
-        ("/v2/health/live", "livev2", "Whether the server runs.", _flag("live")),
-        ("/v2/health/ready", "readyv2", "Whether every task answers.", _flag("ready")),
-    )
-    for path, operation, summary, schema in others:
-        paths[path] = _get(operation, summary, schema)
-        if "/health/" in path:
-            paths[path]["get"]["security"] = []
-    paths["/metrics"]["get"]["responses"]["200"]["content"] = {"text/plain": {"schema": _TEXT}}
-
-    code = {"enum": sorted(CODES)}
-    schemas["Error"] = _object(
-        {"error": {"type": "string", "description": f"[code] message; codes: {code['enum']}"}}
-    )
-    error = {
-        "message": _TEXT,
-        "type": _TEXT,
-        "param": {"anyOf": [_TEXT, {"type": "null"}]},
-        "code": code,
-    }
-    schemas["OpenAIError"] = _object({"error": _object(error)})
     return {
         "openapi": "3.1.0",
         "info": {
@@ -194,7 +166,7 @@ def document() -> Schema:
             "responses": {
                 f"{kind}{status}": {
                     "description": description,
-                    "content": {_JSON: {"schema": {"$ref": f"#/components/schemas/{kind}"}}},
+                    "content": _contents({_JSON: {"$ref": f"#/components/schemas/{kind}"}}),
                 }
                 for kind in ("Error", "OpenAIError")
                 for status, description in _ERRORS.items()
@@ -204,142 +176,93 @@ def document() -> Schema:
     }
 
 
-# The type of a tensor's values in JSON
-_KINDS = {
-    "BOOL": "boolean",
-    "BYTES": "string",
-    "FP32": "number",
-    "INT32": "integer",
-    "UINT8": "integer",
-    "UINT16": "integer",
-}
-_WHOLE: Schema = {"type": "integer"}
-_RECEIPT: Schema = {
-    "description": (
-        "JSON with the release, the adapter and its digest (null without one) and the alpha of the"
-        " answer, if all rows have the same, and mapped, the recall of a mapped index; a task's"
-        " JSON has it in its parameters, too."
-    ),
-    "schema": {"type": "string"},
-}
-_MODEL: Schema = {
-    "name": "model",
-    "in": "path",
-    "required": True,
-    "schema": {"enum": list(TASKS)},
-}
-_VERSION: Schema = {
-    "name": "version",
-    "in": "path",
-    "required": True,
-    "description": "Number of the release.",
-    "schema": {"type": "string", "pattern": "^[1-9][0-9]{0,17}$"},
-}
-# The newest release of a task, and one by its number: path, end of the operation's name, parameters
-_RELEASES: Sequence[tuple[str, str, Sequence[Schema]]] = (
-    ("", "", ()),
-    ("/versions/{version}", "_by_release", (_VERSION,)),
-)
-_HEADER_LENGTH: Schema = {
-    "name": kserve.HEADER_LENGTH,
-    "in": "header",
-    "description": "Bytes of JSON at the start of a body with binary tensors.",
-    "schema": {"type": "integer", "minimum": 1},
-}
+def _schema(form: Any) -> Schema:
+    """The schema of the values of a form."""
+    if isinstance(form, dict):
+        names = [name for name in form if name is not ...]
+        schema: Schema = {
+            "type": "object",
+            "properties": {name: _schema(form[name]) for name in names},
+            "required": names,
+        }
+        return schema if ... in form else {**schema, "additionalProperties": False}
+    if isinstance(form, list):
+        return {"type": "array", "items": _schema(form[0])}
+    if isinstance(form, tuple):
+        return {"anyOf": list(map(_schema, form))}
+    if isinstance(form, type):
+        kinds = {str: "string", int: "integer", float: "number", dict: "object", list: "array"}
+        return {"type": kinds[form]}
+    return {"const": form}
 
 
-def _object(properties: Mapping[str, Schema], *, open: bool = False) -> Schema:
-    """The schema of an object that has all these properties, and others if it is `open`."""
-    schema: Schema = {
-        "type": "object",
-        "properties": dict(properties),
-        "required": list(properties),
-    }
-    return schema if open else {**schema, "additionalProperties": False}
+def _releases(path: str) -> list[tuple[str, str]]:
+    """The path of the newest release and, below a task, of one by its number, each with the end of
+    its operation's name.
+    """
+    found = re.fullmatch(r"(/v2/models/[^/]+)(|/config|/ready|/infer)", path)
+    if found is None:
+        return [(path, "")]
+    return [(path, ""), (f"{found[1]}/versions/{{version}}{found[2]}", "_by_release")]
 
 
-def _list(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
-
-
-def _flag(name: str) -> Schema:
-    return _object({name: {"const": True}})
-
-
-def _get(
-    operation: str,
+def _operation(
+    path: str,
+    name: str,
     summary: str,
-    schema: Schema,
-    parameters: Sequence[Schema] = (),
-    errors: Sequence[int] = (),
-    error: str = "Error",
+    answer: dict[str, Schema],
+    body: dict[str, Schema] | None = None,
 ) -> Schema:
-    """The path of an operation without a body."""
-    return {
-        "get": {
-            "operationId": operation,
-            "summary": summary,
-            "parameters": list(parameters),
-            "responses": _responses({_JSON: schema}, [*errors, *_OF_ANY_PATH], error),
-        }
-    }
-
-
-def _responses(
-    contents: Mapping[str, Schema],
-    errors: Sequence[int],
-    error: str = "Error",
-    *,
-    has_receipt: bool = False,
-) -> Schema:
-    """The responses of an operation: its answer in one or two content types, and errors."""
-    answer: Schema = {"description": "The answer."}
-    if has_receipt:
-        answer["headers"] = {kserve.RECEIPT_HEADER: _RECEIPT}
-    responses: Schema = {
-        "200": {
-            **answer,
-            "content": {kind: {"schema": schema} for kind, schema in contents.items()},
-        }
-    }
+    """An operation with its answer and its body, each a schema by content type."""
+    parameters: list[Schema] = []
+    for parameter in re.findall(r"{(\w+)}", path):
+        known = _PARAMETERS[parameter]
+        if path.startswith(openai.PREFIX):  # a release or an adapter
+            known = {"schema": {"type": "string"}}
+        parameters.append({"name": parameter, "in": "path", "required": True, **known})
+    operation: Schema = {"operationId": name, "summary": summary, "parameters": parameters}
+    success: Schema = {"description": "The answer.", "content": _contents(answer)}
+    errors = list(_OF_ANY_PATH)
+    if path.endswith("/ready") and "{model}" in path:
+        errors.append(400)  # as Triton answers
+    if "/health/" in path:
+        operation["security"] = []
+    if body is not None:
+        operation["requestBody"] = {"required": True, "content": _contents(body)}
+        success["headers"] = {kserve.RECEIPT_HEADER: _RECEIPT}
+        errors = list(_ERRORS)
+        if _BINARY in body:
+            parameters.append(_HEADER_LENGTH)
+    operation["responses"] = {"200": success}
     for status in sorted(errors):
-        kind = "Error" if status == 431 else error  # it is refused before its path is read
-        responses[str(status)] = {"$ref": f"#/components/responses/{kind}{status}"}
-    return responses
+        # 431 is answered before the path is read.
+        kind = "OpenAIError" if path.startswith(openai.PREFIX) and status != 431 else "Error"
+        operation["responses"][str(status)] = {"$ref": f"#/components/responses/{kind}{status}"}
+    return {"get" if body is None else "post": operation}
 
 
-def _of(model: type[BaseModel], schemas: dict[str, Schema]) -> Schema:
-    """The schema of a body that pydantic checks; the models inside it are added to `schemas`."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas.update(schema.pop("$defs", {}))
-    return schema
+def _contents(schemas: dict[str, Schema]) -> Schema:
+    return {kind: {"schema": schema} for kind, schema in schemas.items()}
 
 
-def _asked(name: str, task: Task[Any, Any], schemas: dict[str, Schema]) -> Schema:
+def _request(name: str, task: Task[Any, Any], schemas: dict[str, Schema]) -> Schema:
     """The body of a request to a task: KServe's, with the tensors of the task."""
-    schema = _of(kserve.Header, schemas)
-    schemas.pop("Input", None)
+    schema = kserve.Header.model_json_schema(ref_template="#/components/schemas/{model}")
+    parts = schema.pop("$defs")
+    of_any = parts.pop("Input")
+    schemas.update(parts)
     tensors = []
     for tensor in task.inputs.values():
-        # Values are flat, or nested according to the shape.
-        kind = _KINDS[tensor.datatype]
         size = len(tensor.dims) + (1 if task.batched else 0)
-        described = _object(
-            {
-                "name": {"const": tensor.name},
-                "datatype": {"const": tensor.datatype},
-                "shape": {
-                    **_list({"type": "integer", "minimum": 1}),
-                    "minItems": size,
-                    "maxItems": size,
-                },
-                "data": _list({"type": [kind, "array"]}),
-            }
-        )
-        sizes = {"binary_data_size": {"type": "integer", "minimum": 0}}
-        described["properties"]["parameters"] = {"type": "object", "properties": sizes}
-        described["required"] = ["name", "datatype", "shape"]
-        tensors.append(described)
+        properties = {
+            **of_any["properties"],
+            "name": {"const": tensor.name},
+            "datatype": {"const": tensor.datatype},
+            "shape": {**of_any["properties"]["shape"], "minItems": size, "maxItems": size},
+            # Values are flat, or nested according to the shape.
+            "data": {"type": "array", "items": {"type": [_KINDS[tensor.datatype], "array"]}},
+        }
+        tensors.append({**of_any, "properties": properties})
     schema["title"] = f"A request to {name}"
     schema["properties"]["inputs"]["items"] = {"oneOf": tensors}
     return schema
@@ -348,24 +271,13 @@ def _asked(name: str, task: Task[Any, Any], schemas: dict[str, Schema]) -> Schem
 def _answer(name: str, task: Task[Any, Any]) -> Schema:
     """The JSON of a task's answer."""
     outputs = [
-        _object(
-            {
-                "name": {"const": tensor.name},
-                "datatype": {"const": tensor.datatype},
-                "shape": _list({"type": "integer", "minimum": 0}),
-                "data": {"type": "array"},
-            }
-        )
+        _schema({"name": tensor.name, "datatype": tensor.datatype, "shape": [int], "data": list})
         for tensor in task.outputs.values()
     ]
-    return _object(
-        {
-            "model_name": {"const": name},
-            "model_version": _TEXT,
-            "outputs": _list({"oneOf": outputs}),
-        },
-        open=True,
-    )
+    form: dict[Any, Any] = {"model_name": name, "model_version": str, "outputs": list, ...: ...}
+    schema = _schema(form)
+    schema["properties"]["outputs"]["items"] = {"oneOf": outputs}
+    return schema
 
 
 if __name__ == "__main__":
