@@ -6,8 +6,9 @@ import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -136,27 +137,44 @@ def label_notes(data: Labelled, recipe: Recipe) -> list[str]:
 
 
 def check_images(
-    part: Labelled | Captioned | Masked, spec: str, recipe: Recipe, *, progress: bool
-) -> tuple[list[str], list[str]]:
-    """Notes and problems about the images of `spec` that can't be read."""
+    part: Labelled | Captioned | Masked, spec: str, recipe: Recipe, progress: bool
+) -> list[str]:
+    """Refuse images of `spec` that can't be read, or note that they are left out."""
     names = broken_images(part, progress=progress)
     if not names:
-        return [], []
+        return []
     count = len(part.rows if isinstance(part, Labelled) else part.images)
     few = f"{len(names):,} of {count:,} images of {spec} can't be read"
     leave_out = "or leave such images out with --on-broken skip"
     if recipe.on_broken == "skip" and len(names) < count:
-        return [f"note: {few}, and are left out"], []
+        return [f"note: {few}, and are left out"]
     if recipe.on_broken == "skip":
-        return [], [f"not one of {count:,} images of {spec} can be read; the first: {names[0]}"]
+        raise RAdapterError(
+            f"not one of {count:,} images of {spec} can be read; the first: {names[0]}"
+        )
     if len(names) == 1:
-        return [], [f"{names[0]}; mend it, {leave_out}"]
-    return [], [f"{few}; mend them, {leave_out}:{listed(names)}"]
+        raise RAdapterError(f"{names[0]}; mend it, {leave_out}")
+    raise RAdapterError(f"{few}; mend them, {leave_out}:{listed(names)}")
+
+
+def missing_files(recipe: Recipe) -> dict[str, str]:
+    """A message for each field of a recipe whose file or folder is not there."""
+    missing = {}
+    model = recipe.architecture.removeprefix(LOCAL)
+    if recipe.architecture.startswith(LOCAL) and not Path(model).is_dir():
+        missing["architecture"] = f"{model} is not a model folder; see --architecture"
+    if recipe.images is not None and not recipe.images.is_dir():
+        missing["images"] = f"there is no folder {recipe.images}; see --images"
+    classes = recipe.classes
+    if classes is not None and str(classes) != IMAGENET and not classes.is_file():
+        missing["classes"] = f"there is no class file {classes}; see --classes"
+    return missing
 
 
 def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> RunData:
     """Open the data of a recipe for its task, and report all problems in one error."""
-    problems: list[str] = []
+    missing = missing_files(recipe)
+    problems = [*missing.values()]
     notes: list[str] = []
     broken: list[str] = []
 
@@ -167,25 +185,12 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
             problems.append(str(error))
             return None
 
-    # Look for the files and folders that the recipe names.
-    source = recipe
-    model = recipe.architecture.removeprefix(LOCAL)
-    if recipe.architecture.startswith(LOCAL) and not Path(model).is_dir():
-        problems.append(f"{model} is not a model folder; see --architecture")
-    if recipe.images is not None and not recipe.images.is_dir():
-        problems.append(f"there is no folder {recipe.images}; see --images")
-        source = dataclasses.replace(source, images=None)
-        images = False
-    classes = recipe.classes
-    if classes is not None and str(classes) != IMAGENET and not classes.is_file():
-        problems.append(f"there is no class file {classes}; see --classes")
-        source = dataclasses.replace(source, classes=None)
+    # Open the data, without files that are missing.
+    without: dict[str, Any] = dict.fromkeys(missing.keys() - {"architecture"})
+    source = dataclasses.replace(recipe, **without)
     if recipe.templates != "openai":
         tried(lambda: read_templates(recipe.templates))
-
-    # Open the data.
-    pair = tried(lambda: run_data(source, broken))
-    data, val = pair or (None, None)
+    data, val = tried(lambda: run_data(source, broken)) or (None, None)
     if recipe.val_data:
         names = None if data is None or isinstance(data, Captioned) else data.classes
         val = tried(lambda: validation_data(source, names, broken))
@@ -198,19 +203,15 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
         if recipe.shots is not None:
             data = few_shot(data, recipe.shots, recipe.seed)
 
-    # Check the image files, in one of several processes.
-    if images and os.environ.get("RANK", "0") == "0":
+    # Check the images, in one of several processes, or open their embeddings.
+    embedded: Embedded | None = None
+    if recipe.has_embeddings:
+        if isinstance(data, Labelled | Captioned):
+            embedded = tried(partial(open_embeddings, data, recipe))
+    elif images and "images" not in missing and os.environ.get("RANK", "0") == "0":
         for part, spec in ((data, recipe.data), (val, recipe.val_data or "the share held out")):
             if part is not None:
-                left_out, unreadable = check_images(part, spec, recipe, progress=progress)
-                notes += left_out
-                problems += unreadable
-
-    # Open embeddings.
-    embedded: Embedded | None = None
-    if recipe.has_embeddings and isinstance(data, Labelled | Captioned):
-        part = data
-        embedded = tried(lambda: open_embeddings(part, recipe))
+                notes += tried(partial(check_images, part, spec, recipe, progress)) or []
 
     # List the segments of images with masks.
     def segmented(part: Labelled | Captioned | Masked | None) -> Data | None:
@@ -225,14 +226,18 @@ def open_run(recipe: Recipe, *, images: bool = True, progress: bool = True) -> R
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         tried(lambda: recipe.resolved(len(opened.rows), processes))
     if problems or opened is None:
-        problems = list(dict.fromkeys(problems))
-        if recipe.resume:
-            problems[-1] += (
-                f"; a resumed run looks for relative places in {Path.cwd()}, so start it where it"
-                " began"
-            )
-        if len(problems) == 1:
-            raise RAdapterError(problems[0])
-        lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise RAdapterError(f"the data of this run has {len(problems)} problems:{lines}")
+        raise refusal([*dict.fromkeys(problems)], resume=recipe.resume)
     return RunData(opened, opened_val, embedded, tuple(broken), tuple(notes))
+
+
+def refusal(problems: list[str], *, resume: bool) -> RAdapterError:
+    """An error of all problems of a run's data."""
+    *others, last = problems
+    if resume:
+        last += (
+            f"; a resumed run looks for relative places in {Path.cwd()}, so start it where it began"
+        )
+    if not others:
+        return RAdapterError(last)
+    lines = "".join(f"\n  - {problem}" for problem in (*others, last))
+    return RAdapterError(f"the data of this run has {len(problems)} problems:{lines}")

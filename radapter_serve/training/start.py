@@ -59,7 +59,7 @@ def train(
             f"{out} holds a run; resume it with --resume {shlex.quote(str(out))}, or name another"
             " folder with --out"
         )
-    opened = open_run(chosen, images=not chosen.has_embeddings, progress=progress)
+    opened = open_run(chosen, progress=progress)
     if chosen.of_projections:
         from radapter_serve.training.projection import fit_projection
 
